@@ -1,0 +1,76 @@
+# Every target is safe under `make -j`; nothing is installed outside $(VENV).
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+FRESH := $(VENV)/.made
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+PINS := pyproject.toml constraints.txt
+
+.PHONY: help venv demo test lint types notebooks smoke check evidence clean
+
+help:  ## print this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1|/' | \
+	  awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+
+venv: $(INSTALLED)  ## make .venv and install mpjax into it
+
+demo: $(INSTALLED)  ## train one model under several precisions; table and plots in runs/demo
+	$(PY) experiments/compare_precisions.py --out runs/demo
+
+test: $(INSTALLED_DEV)  ## run the tests and the examples in the docstrings
+	$(PY) -m pytest -n $(WORKERS) -m "not notebook and not smoke"
+
+lint: $(INSTALLED_DEV)  ## ruff: rules and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(INSTALLED_DEV)  ## mypy
+	$(PY) -m mypy mpjax experiments
+
+notebooks: $(INSTALLED_DEV)  ## execute the notebooks
+	$(PY) -m pytest tests/test_notebooks.py
+
+smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings
+	$(PY) -m pytest tests/test_experiments.py
+
+check: lint types test notebooks smoke  ## all of the above, as CI does
+
+evidence: $(INSTALLED)  ## measure the README's figures again: the demo and the compiled step
+	$(PY) experiments/compare_precisions.py --out runs/evidence/demo
+	$(PY) experiments/bench_step.py
+
+clean:  ## remove .venv, caches and builds; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find mpjax experiments tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(FRESH):
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; \
+	install Python 3.11 or newer, or name one: make venv PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is \
+	$$($(PYTHON) -V 2>&1); mpjax needs 3.11 or newer: make venv PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv or \
+	ensurepip; install them (Debian, Ubuntu: apt install python3-venv) or name another Python: \
+	make venv PYTHON=python3.12" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) -V)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(INSTALLED): $(PINS) | $(FRESH)
+	@echo "installing mpjax into $(VENV): about 0.5 GB, once"
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo "installing what the tests need into $(VENV)"
+	@$(PIP) install -c constraints.txt -e '.[dev,parquet]'
+	@touch $@
