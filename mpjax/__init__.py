@@ -1,0 +1,1 @@
+"""Mixed- and low-precision training of Transformers on JAX."""

@@ -1,0 +1,67 @@
+"""What a module is told about where it stands: its Precision, path and sharding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import jmp
+from flax import linen as nn
+
+from mpjax.precision import Precision
+
+
+def unsharded(x: Any, axes: tuple[str | None, ...]) -> Any:
+    """Returns x; stands in for a sharding constraint on one device."""
+    del axes
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The Precision as one part of a model sees it.
+
+    Args:
+      precision: the model's Precision.
+      prefix: path of the part inside the model, such as ("decoder", "layers", "3").
+      shard: constrains an activation to logical axes.
+      seen: collects every path that is asked for; None does not collect.
+    """
+
+    precision: Precision
+    prefix: tuple[str, ...]
+    shard: Callable[[Any, tuple[str | None, ...]], Any] = unsharded
+    seen: dict[str, None] | None = dataclasses.field(default=None, compare=False)
+
+    def policy(self, path: tuple[str, ...]) -> jmp.Policy:
+        """Returns the policy of a module or leaf below this part."""
+        full = "/".join((*self.prefix, *path))
+        if self.seen is not None:
+            self.seen[full] = None
+        return self.precision.policy(full)
+
+
+class Layer(nn.Module):
+    """A Linen module that takes its policy by its own path."""
+
+    context: Context
+
+    def policy(self, *operation: str) -> jmp.Policy:
+        """Returns the policy of this module, or of an operation inside it."""
+        return self.context.policy((*self.path, *operation))
+
+    def weight(self, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]):
+        """Declares a weight: drawn in float32, so that Precisions pair, then stored by its rule."""
+        dtype = self.context.policy((*self.path, name)).param_dtype
+
+        def draw(key: Any) -> Any:
+            return init(key, shape, jnp.float32).astype(dtype)
+
+        return self.param(name, nn.with_partitioning(draw, axes))
+
+    @property
+    def gradient_dtype(self) -> Any:
+        """In which dtype weight gradients are summed."""
+        return self.context.precision.gradient_dtype

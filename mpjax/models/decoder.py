@@ -1,0 +1,262 @@
+"""The decoder: embedding, blocks in segments of equal precision, head and loss.
+
+Parameters are one canonical tree whatever the Precision: the weights of all blocks are stacked
+along a leading layer axis. Shapes: B batch, T tokens, D width, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mpjax import ops
+from mpjax.errors import ConfigError
+from mpjax.models.block import Block
+from mpjax.models.config import DecoderConfig, decoder_config
+from mpjax.models.context import Context, unsharded
+from mpjax.models.skeleton import init_boxed, outer_parts, part_key, paths
+from mpjax.precision import Precision, dtype_name, get_precision, wider
+
+_REMAT = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder and its Precision: `init(key) -> params`, `apply(params, inputs) -> outputs, state`.
+
+    Args:
+      config: shape.
+      precision: the Precision that it carries.
+      shard: constrains activations to logical axes; `sharded` sets it.
+    """
+
+    config: DecoderConfig
+    precision: Precision
+    shard: Any = unsharded
+
+    def __post_init__(self) -> None:
+        self.precision.check(self.paths)
+        self._check_storage()
+
+    def _at(self, *prefix: str) -> Context:
+        return Context(self.precision, ("decoder", *prefix), self.shard)
+
+    def sharded(self, shard: Any) -> Model:
+        """Returns the model with its activations constrained by `shard(x, logical_axes)`."""
+        return dataclasses.replace(self, shard=shard)
+
+    @functools.cached_property
+    def paths(self) -> tuple[str, ...]:
+        """All paths that take a policy: modules, operations and parameters, with layer indices."""
+        return paths(self.config)
+
+    def _block_paths(self, layer: int) -> list[str]:
+        return [path for path in self.paths if path.startswith(f"decoder/layers/{layer}/")]
+
+    def _check_storage(self) -> None:
+        layers = [self._block_paths(i) for i in range(self.config.layers)]
+        for same in zip(*layers, strict=True):
+            if not same[0].endswith(("/kernel", "/bias", "/scale", "/table")):
+                continue
+            dtypes = [self.precision.policy(path).param_dtype for path in same]
+            for path, dtype in zip(same, dtypes, strict=True):
+                if dtype != dtypes[0]:
+                    raise ConfigError(
+                        f"{path}: stored in {dtype_name(dtype)}, layer 0 in"
+                        f" {dtype_name(dtypes[0])}; layers are stacked in one array, so give all"
+                        " the same p=, and vary only c= and o="
+                    )
+
+    @functools.cached_property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of consecutive layers whose policies are equal: (start, stop)."""
+
+        def policies(layer: int) -> list[Any]:
+            return [self.precision.policy(path) for path in self._block_paths(layer)]
+
+        starts = [0] + [
+            i for i in range(1, self.config.layers) if policies(i) != policies(i - 1)
+        ]
+        return tuple(zip(starts, [*starts[1:], self.config.layers], strict=True))
+
+    @functools.cached_property
+    def axes(self) -> Any:
+        """Logical axes of each parameter, a tree of tuples."""
+        boxed = jax.eval_shape(lambda: init_boxed(self.config, self._at, jax.random.key(0)))
+        is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+        axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+        layers = axes["decoder"]["layers"]
+        axes["decoder"]["layers"] = jax.tree.map(
+            lambda names: ("layers", *names), layers, is_leaf=lambda x: isinstance(x, tuple)
+        )
+        return axes
+
+    def init(self, key: Any) -> Any:
+        """Returns new parameters; equal keys give equal float32 draws under every Precision."""
+        return nn.unbox(init_boxed(self.config, self._at, key))
+
+    def features(
+        self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False
+    ) -> tuple[Any, Any]:
+        """Returns the normalised features (B, T, D) and the new state (key/value cache)."""
+        c, p = self.config, params["decoder"]
+        parts = outer_parts(c, self._at)
+        T = ids_BT.shape[1]
+        if state is None and T > c.context and c.position == "learned":
+            raise ConfigError(
+                f"model: sequence of {T} tokens is longer than context={c.context}; set"
+                f" context={T} or shorten it"
+            )
+        positions_T = jnp.arange(T) + (0 if state is None else state["position"])
+        x = parts["embed"][0].apply({"params": p["embed"]}, ids_BT)
+        if c.position == "learned":
+            at = parts["position"][0].apply({"params": p["position"]}, positions_T)
+            x = x + at[None].astype(x.dtype)
+        x = self.shard(x, ("batch", "length", "embed"))
+        dropping = train and c.dropout > 0
+        if dropping:
+            if key is None:
+                raise ConfigError("model: dropout needs a key; pass key= or train=False")
+            x = nn.Dropout(c.dropout, deterministic=False).apply(
+                {}, x, rngs={"dropout": part_key(key, "embed")}
+            )
+        cache = None if state is None else state["layers"]
+        x, cache = self._layers(p["layers"], x, positions_T, cache, key if dropping else None)
+        x = parts["norm"][0].apply({"params": p["norm"]}, x)
+        return x, None if state is None else {"layers": cache, "position": state["position"] + T}
+
+    def _layers(self, stacked: Any, x: Any, positions_T: Any, cache: Any, key: Any) -> Any:
+        c = self.config
+        unroll = c.loop == "unroll" or (c.loop == "auto" and jax.default_backend() == "cpu")
+        caches = []
+        for start, stop in self.segments:
+            block = Block(self._at("layers", str(start)), c)
+
+            def run(x: Any, one: Any, block: Block = block) -> tuple[Any, Any]:
+                params, cached, layer = one
+                rngs = {} if key is None else {"dropout": jax.random.fold_in(key, layer)}
+                return block.apply(
+                    {"params": params}, x, positions_T, cached, key is not None, rngs=rngs
+                )
+
+            if c.remat != "none":
+                run = jax.checkpoint(run, policy=_REMAT[c.remat], prevent_cse=unroll)
+            part = lambda a: a[start:stop] if (start, stop) != (0, c.layers) else a  # noqa: B023, E731
+            xs = jax.tree.map(part, (stacked, cache, jnp.arange(c.layers)))
+            if unroll:
+                outs = []
+                for one in _unstack(xs, stop - start):
+                    x, out = run(x, one)
+                    outs.append(out)
+                out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+            else:
+                x, out = jax.lax.scan(run, x, xs)
+            caches.append(out)
+        return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
+
+    def _unembed(self, params: Any, x: Any) -> Any:
+        """Features to logits in the head's output dtype."""
+        p = params["decoder"]
+        if not self.config.tied:
+            head, _ = outer_parts(self.config, self._at)["head"]
+            return head.apply({"params": p["head"]}, x)
+        policy = self.precision.policy("decoder/head")
+        dtype = self.precision.gradient_dtype
+        return ops.linear(x, p["embed"]["table"], policy, gradient_dtype=dtype, transposed=True)
+
+    def apply(
+        self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False
+    ) -> tuple[Any, Any]:
+        """Returns the logits (B, T, V) and the new state.
+
+        Args:
+          params: from `init`.
+          ids_BT: token ids.
+          state: a key/value cache from `init_cache`, or None.
+          key: of dropout, needed only with train.
+          train: whether dropout is on.
+        """
+        x, state = self.features(params, ids_BT, state=state, key=key, train=train)
+        logits = self._unembed(params, x)
+        cap = self.config.logit_cap
+        return (cap * jnp.tanh(logits / cap) if cap else logits), state
+
+    def loss(
+        self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
+    ) -> tuple[Any, Any]:
+        """Returns the mean next-token cross-entropy and the state.
+
+        Args:
+          batch: `{"inputs": (B, T), "targets": (B, T)}` token ids.
+        """
+        c = self.config
+        x, state = self.features(params, batch["inputs"], state=state, key=key, train=train)
+        targets = batch["targets"]
+        loss = ops.cross_entropy(
+            x,
+            targets,
+            functools.partial(self._unembed, params),
+            self.precision.policy("decoder/loss"),
+            chunk=ops.chunk_length(*targets.shape, c.vocabulary, c.loss_chunk),
+            z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of what is judged
+            logit_cap=c.logit_cap,
+        )
+        return loss, state
+
+    def init_cache(self, batch: int, length: int) -> Any:
+        """Returns an empty key/value cache for `length` tokens, in the products' compute dtype."""
+        c = self.config
+        if c.position == "learned" and length > c.context:
+            raise ConfigError(
+                f"model: cache of {length} tokens is longer than context={c.context}; generate"
+                " fewer tokens"
+            )
+        attention = [f"decoder/layers/{i}/attention" for i in range(c.layers)]
+        dtype = functools.reduce(
+            wider, (self.precision.policy(path).compute_dtype for path in attention)
+        )
+        shape = (c.layers, batch, length, c.groups, c.head_width)
+        return {
+            "layers": (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
+            "position": jnp.int32(0),
+        }
+
+
+def _unstack(tree: Any, count: int) -> list[Any]:
+    """Layers of a stacked tree; the gradient of a split is one concatenation, not L additions."""
+    leaves, structure = jax.tree.flatten(tree)
+    parts = [[p[0] for p in jax.lax.split(leaf, [1] * count, axis=0)] for leaf in leaves]
+    return [structure.unflatten(layer) for layer in zip(*parts, strict=True)]
+
+
+def decoder(size: str | DecoderConfig, precision: str | Precision = "fp32", **changes: Any) -> Model:
+    """Returns a decoder-only Transformer that carries its Precision.
+
+    Args:
+      size: `tiny small gpt2 gpt2-medium gpt2-large gpt2-xl llama-7b llama-13b llama3-8b`, or a
+        DecoderConfig.
+      precision: anything that `get_precision` reads.
+      changes: fields of DecoderConfig.
+
+    Raises:
+      ConfigError: unknown size or field, a path that no rule covers, a rule that matches nothing.
+
+    Example:
+      >>> model = decoder("tiny", "bf16", layers=1, width=32, heads=2)
+      >>> params = model.init(jax.random.key(0))
+      >>> model.apply(params, jnp.zeros((1, 4), jnp.int32))[0].shape
+      (1, 4, 256)
+    """
+    if isinstance(size, DecoderConfig):
+        size_changes = {f.name: getattr(size, f.name) for f in dataclasses.fields(size)}
+        changes, size = size_changes | changes, "tiny"
+    return Model(decoder_config(size, **changes), get_precision(precision))

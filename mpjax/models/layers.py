@@ -1,0 +1,88 @@
+"""Linear, Norm and Embed: weights and their policies around the operations of `mpjax.ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import linen as nn
+
+from mpjax import ops
+from mpjax.models.context import Layer
+
+
+class Linear(Layer):
+    """x W + b; the weight is normal with variance gain^2 / inputs.
+
+    Args:
+      features: outputs F.
+      axes: logical axes of the (D, F) kernel.
+      bias: whether there is b.
+      gain: of the initial weight.
+    """
+
+    features: int
+    axes: tuple[str | None, str | None]
+    bias: bool = False
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        inputs = x.shape[-1]
+        init = nn.initializers.normal(self.gain * inputs**-0.5)
+        kernel = self.weight("kernel", init, (inputs, self.features), self.axes)
+        y = ops.linear(x, kernel, self.policy(), gradient_dtype=self.gradient_dtype)
+        if not self.bias:
+            return y
+        bias = self.weight("bias", nn.initializers.zeros, (self.features,), (self.axes[1],))
+        return ops.shift_by(y, bias, self.gradient_dtype)
+
+
+class Norm(Layer):
+    """LayerNorm or RMSNorm.
+
+    Args:
+      kind: `layer` or `rms`.
+      bias: whether LayerNorm has a bias.
+      epsilon: added to the variance.
+    """
+
+    kind: str
+    bias: bool
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        width = (x.shape[-1],)
+        scale = self.weight("scale", nn.initializers.ones, width, (None,))
+        centre, bias = self.kind == "layer", None
+        if self.bias and centre:
+            bias = self.weight("bias", nn.initializers.zeros, width, (None,))
+        return ops.norm(
+            x,
+            scale,
+            bias,
+            self.policy(),
+            centre=centre,
+            epsilon=self.epsilon,
+            gradient_dtype=self.gradient_dtype,
+        )
+
+
+class Embed(Layer):
+    """A table of vectors, looked up by id.
+
+    Args:
+      rows: number of ids.
+      width: D.
+      axes: logical axes of the table.
+    """
+
+    rows: int
+    width: int
+    axes: tuple[str | None, str | None]
+
+    @nn.compact
+    def __call__(self, ids: Any) -> Any:
+        init = nn.initializers.normal(0.02)
+        table = self.weight("table", init, (self.rows, self.width), self.axes)
+        return ops.look_up(table, ids, self.policy().output_dtype, self.gradient_dtype)

@@ -1,0 +1,69 @@
+"""The decoder's modules, their paths, and the canonical tree of their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mpjax.models.block import Block
+from mpjax.models.config import DecoderConfig
+from mpjax.models.context import Context
+from mpjax.models.layers import Embed, Linear, Norm
+from mpjax.precision import get_precision
+
+At = Callable[..., Context]  # path prefix below "decoder" -> context
+
+
+def part_key(key: Any, name: str) -> Any:
+    """Returns a key for a named part; it does not depend on which other parts exist."""
+    return jax.random.fold_in(key, int.from_bytes(name.encode()[:4], "little") % 2**31)
+
+
+def outer_parts(config: DecoderConfig, at: At) -> dict[str, tuple[nn.Module, Any]]:
+    """Returns the modules outside the blocks, each with an example of its input."""
+    c = config
+    ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, c.width))
+    embed = Embed(at("embed"), c.vocabulary, c.width, ("vocab", "embed"))
+    parts: dict[str, tuple[nn.Module, Any]] = {"embed": (embed, ids)}
+    if c.position == "learned":
+        parts["position"] = (Embed(at("position"), c.context, c.width, (None, "embed")), ids)
+    parts["norm"] = (Norm(at("norm"), c.norm, c.bias, c.epsilon), x)
+    if not c.tied:
+        parts["head"] = (Linear(at("head"), c.vocabulary, ("embed", "vocab")), x)
+    return parts
+
+
+def init_boxed(config: DecoderConfig, at: At, key: Any) -> Any:
+    """Returns parameters boxed with their logical axes; blocks are stacked along a layer axis."""
+    tree = {
+        name: part.init(part_key(key, name), example)["params"]
+        for name, (part, example) in outer_parts(config, at).items()
+    }
+    x, t = jnp.zeros((1, 1, config.width)), jnp.zeros(1, jnp.int32)
+    block, first = Block(at("layers", "0"), config), part_key(key, "layers")
+    keys = jnp.stack([jax.random.fold_in(first, layer) for layer in range(config.layers)])
+    tree["layers"] = jax.vmap(lambda key: block.init(key, x, t)["params"])(keys)
+    return {"decoder": tree}
+
+
+def paths(config: DecoderConfig) -> tuple[str, ...]:
+    """Returns all paths that take a policy, found by tracing `init` once."""
+    seen: dict[str, None] = {}
+    covers_all = get_precision("fp32")
+
+    def at(*prefix: str) -> Context:
+        return Context(covers_all, ("decoder", *prefix), seen=seen)
+
+    jax.eval_shape(lambda: init_boxed(config, at, jax.random.key(0)))
+    for name in ("head", "loss"):
+        seen[f"decoder/{name}"] = None
+    zero = "decoder/layers/0/"
+    return tuple(
+        path.replace(zero, f"decoder/layers/{layer}/", 1)
+        for path in seen
+        for layer in range(config.layers if path.startswith(zero) else 1)
+    )

@@ -1,0 +1,20 @@
+"""The numerically delicate operations, each under its policy."""
+
+from mpjax.ops.attention import KERNELS, attention
+from mpjax.ops.cross_entropy import chunk_length, cross_entropy
+from mpjax.ops.linear import linear, look_up, scale_by, shift_by
+from mpjax.ops.norm import norm
+from mpjax.ops.rotary import rotary
+
+__all__ = [
+    "KERNELS",
+    "attention",
+    "chunk_length",
+    "cross_entropy",
+    "linear",
+    "look_up",
+    "norm",
+    "rotary",
+    "scale_by",
+    "shift_by",
+]

@@ -1,0 +1,85 @@
+"""Causal grouped-query attention with the softmax in its own policy.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H/G, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jmp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from mpjax.errors import ConfigError
+from mpjax.precision import wider
+
+KERNELS = ("auto", "xla", "cudnn")
+
+
+def attention(
+    q_BTHK: Float[Array, "B T H K"],
+    k_BSGK: Float[Array, "B S G K"],
+    v_BSGK: Float[Array, "B S G K"],
+    policy: jmp.Policy,
+    softmax: jmp.Policy,
+    *,
+    first: Int[Array, ""] | int = 0,
+    kernel: str = "xla",
+) -> Float[Array, "B T H K"]:
+    r"""Attends causally, $\mathrm{softmax}(q k^\top / \sqrt K)\,v$.
+
+    Args:
+      q_BTHK: queries at positions first .. first + T - 1.
+      k_BSGK: keys at positions 0 .. S - 1.
+      v_BSGK: values.
+      policy: both products take their operands in its compute dtype; the result has its output
+        dtype.
+      softmax: scores leave their product in its compute dtype (or the products' if that is
+        wider), in which the softmax runs; probabilities have its output dtype.
+      first: position of the first query.
+      kernel: `xla`; `cudnn`, the fused kernel of GPUs (16-bit operands, float32 softmax, first
+        = 0); or `auto`, cudnn on a GPU where it serves, else xla.
+
+    Raises:
+      ConfigError: `cudnn` where it does not serve.
+
+    Example:
+      >>> from mpjax.precision import parse_policy
+      >>> f32 = parse_policy("f32")
+      >>> x = jnp.ones((1, 2, 2, 4))
+      >>> attention(x, x[:, :, :1], x[:, :, :1], f32, f32).shape
+      (1, 2, 2, 4)
+
+    References:
+      Vaswani et al. 2017; Ainslie et al. 2023, GQA.
+    """
+    compute = policy.compute_dtype
+    q, k, v = (x.astype(compute) for x in (q_BTHK, k_BSGK, v_BSGK))
+    fits = compute != jnp.float32 and softmax.compute_dtype == jnp.float32 and isinstance(first, int)
+    if kernel == "cudnn" and not fits:
+        raise ConfigError(
+            "attention: kernel 'cudnn' needs bfloat16 or float16 operands, a float32 softmax and no"
+            " cache; use kernel 'xla' or 'auto'"
+        )
+    if kernel == "cudnn" or (kernel == "auto" and fits and jax.default_backend() == "gpu"):
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return out.astype(policy.output_dtype)
+    B, T, H, K = q.shape
+    S, G = k.shape[1], k.shape[2]
+    q_BTGRK = (q * K**-0.5).reshape(B, T, G, H // G, K)
+    wide: Any = wider(compute, softmax.compute_dtype)
+    full = lax.Precision.HIGHEST if compute == jnp.float32 else None
+    scores = jnp.einsum(
+        "BTGRK,BSGK->BGRTS", q_BTGRK, k, precision=full, preferred_element_type=wide
+    ).astype(softmax.compute_dtype)
+    seen_TS = jnp.arange(T)[:, None] + first >= jnp.arange(S)[None, :]
+    lowest = jnp.finfo(scores.dtype).min  # finite: a row of -inf would be NaN
+    probs = jax.nn.softmax(jnp.where(seen_TS[None, None, None], scores, lowest), axis=-1)
+    probs = probs.astype(softmax.output_dtype).astype(compute)
+    out = jnp.einsum(
+        "BGRTS,BSGK->BTGRK", probs, v, precision=full, preferred_element_type=compute
+    )
+    return out.reshape(B, T, H, K).astype(policy.output_dtype)

@@ -1,0 +1,109 @@
+"""Cross-entropy over a large vocabulary, in chunks that never hold all logits.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jmp
+from jaxtyping import Array, Float, Int
+
+from mpjax.errors import ConfigError
+
+WHOLE = 2**24  # logits: 64 MiB of float32; above it the automatic chunk is smaller than T
+
+
+def chunk_length(batch: int, tokens: int, vocabulary: int, chunk: int = 0) -> int:
+    """Returns how many of T tokens are taken at a time: all, or the largest divisor that fits.
+
+    Args:
+      batch: B.
+      tokens: T.
+      vocabulary: V.
+      chunk: tokens a chunk; 0 takes the largest divisor of T with B * chunk * V <= 2^24.
+
+    Raises:
+      ConfigError: the chunk does not divide T.
+
+    Example:
+      >>> chunk_length(8, 256, 4096), chunk_length(8, 1024, 50257)
+      (256, 32)
+    """
+    if chunk:
+        if tokens % chunk:
+            raise ConfigError(
+                f"loss_chunk: {chunk} does not divide the sequence length {tokens}; choose a"
+                " divisor, or 0 for automatic"
+            )
+        return chunk
+    divisors = (n for n in range(tokens, 0, -1) if tokens % n == 0)
+    return next((n for n in divisors if batch * n * vocabulary <= WHOLE), 1)
+
+
+def cross_entropy(
+    x_BTD: Float[Array, "B T D"],
+    targets_BT: Int[Array, "B T"],
+    unembed: Callable[[Any], Any],
+    policy: jmp.Policy,
+    *,
+    chunk: int,
+    z_loss: float = 0.0,
+    logit_cap: float = 0.0,
+) -> Float[Array, ""]:
+    r"""Mean over tokens of $\log \sum_v e^{l_v} - l_y + z (\log \sum_v e^{l_v})^2$.
+
+    Each chunk's logits are recomputed in the backward pass, so that at most one chunk's logits
+    are alive; a single chunk is kept instead of recomputed.
+
+    Args:
+      x_BTD: features.
+      targets_BT: token ids $y$.
+      unembed: features to logits, (B, chunk, D) -> (B, chunk, V).
+      policy: logits are cast to its compute dtype; the mean over tokens is in its output dtype.
+      chunk: tokens a chunk, a divisor of T.
+      z_loss: $z$.
+      logit_cap: $c > 0$ replaces $l$ by $c \tanh(l / c)$; 0 does not.
+
+    Returns:
+      The mean, a scalar of the output dtype.
+
+    Example:
+      >>> from mpjax.precision import parse_policy
+      >>> x = jnp.zeros((1, 2, 4))
+      >>> loss = cross_entropy(x, jnp.zeros((1, 2), int), lambda x: x, parse_policy("f32"), chunk=1)
+      >>> round(float(jnp.exp(loss)), 4)
+      4.0
+
+    References:
+      Chowdhery et al. 2022, PaLM, section 5 (z-loss); Gemma Team 2024 (soft-cap).
+    """
+
+    def total(x: Any, targets: Any) -> Any:
+        logits = unembed(x).astype(policy.compute_dtype)
+        if logit_cap:
+            logits = logit_cap * jnp.tanh(logits / logit_cap)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        # A masked sum, not a gather: its gradient is elementwise and works on a sharded V.
+        hit = targets[..., None] == jnp.arange(logits.shape[-1])[None, None]
+        picked = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+        loss = log_z - picked
+        if z_loss:
+            loss = loss + z_loss * jnp.square(log_z)
+        return jnp.sum(loss.astype(policy.output_dtype))
+
+    B, T, D = x_BTD.shape
+    if chunk == T:
+        return total(x_BTD, targets_BT) / (B * T)
+    x_CBtD = x_BTD.reshape(B, T // chunk, chunk, D).swapaxes(0, 1)
+    targets_CBt = targets_BT.reshape(B, T // chunk, chunk).swapaxes(0, 1)
+
+    def body(so_far: Any, part: Any) -> Any:
+        return so_far + jax.checkpoint(total)(*part), None
+
+    start = jnp.zeros((), policy.output_dtype)
+    return jax.lax.scan(body, start, (x_CBtD, targets_CBt))[0] / (B * T)

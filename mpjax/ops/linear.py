@@ -1,0 +1,151 @@
+"""Matrix products, scales, shifts and look-ups whose weight gradients are float32.
+
+Shapes: N tokens (all leading axes), D inputs, F outputs, V rows of a table.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jmp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from mpjax.precision import wider
+
+
+def _dot(a: Any, b: Any, contract: tuple[int, int], out: Any) -> Any:
+    """2-D product; float32 operands are multiplied as float32 on every platform."""
+    full = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=full, preferred_element_type=out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _product(x_ND: Any, w: Any, policy: jmp.Policy, gradient_dtype: Any, tied: bool) -> Any:
+    compute = policy.compute_dtype
+    out = wider(compute, policy.output_dtype)  # never emit less than is asked for
+    y = _dot(x_ND.astype(compute), w.astype(compute), (1, int(tied)), out)
+    return y.astype(policy.output_dtype)
+
+
+def _product_fwd(x_ND: Any, w: Any, policy: Any, gradient_dtype: Any, tied: bool) -> Any:
+    y = _product(x_ND, w, policy, gradient_dtype, tied)
+    # x is kept as the product used it; the weight's cast is repeated, which costs no memory.
+    return y, (x_ND.astype(policy.compute_dtype), w, jnp.zeros(0, x_ND.dtype))
+
+
+def _product_bwd(policy: Any, gradient_dtype: Any, tied: bool, kept: Any, dy_NF: Any) -> Any:
+    x_ND, w, like = kept
+    compute = policy.compute_dtype
+    dy_NF = dy_NF.astype(compute)
+    dx = _dot(dy_NF, w.astype(compute), (1, int(not tied)), wider(compute, like.dtype))
+    # The weight gradient leaves its product in float32: a sum over replicas that XLA places
+    # behind this product is then float32 too (a bfloat16 product would be summed in bfloat16).
+    wide = wider(compute, gradient_dtype)
+    dw = _dot(dy_NF, x_ND, (0, 0), wide) if tied else _dot(x_ND, dy_NF, (0, 0), wide)
+    return dx.astype(like.dtype), dw.astype(w.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def linear(
+    x: Float[Array, "... D"],
+    kernel: Float[Array, "D F"],
+    policy: jmp.Policy,
+    *,
+    gradient_dtype: Any = jnp.float32,
+    transposed: bool = False,
+) -> Float[Array, "... F"]:
+    r"""Multiplies by a matrix under a policy, $y = x W$.
+
+    Operands are cast to the compute dtype, the result to the output dtype; the product emits the
+    wider of the two. $\partial L/\partial x$ has the dtype of x. $\partial L/\partial W$ leaves
+    its product in at least `gradient_dtype` and then takes the dtype of W.
+
+    Args:
+      x: (..., D).
+      kernel: (D, F), or (F, D) when transposed.
+      policy: only compute and output dtype are used.
+      gradient_dtype: dtype in which weight gradients are summed over tokens and replicas.
+      transposed: whether kernel is (F, D), as a tied embedding table.
+
+    Returns:
+      (..., F) in the output dtype.
+
+    Example:
+      >>> from mpjax.precision import parse_policy
+      >>> linear(jnp.ones((2, 3)), jnp.ones((3, 4)), parse_policy("c=bf16")).dtype.name
+      'bfloat16'
+
+    References:
+      Micikevicius et al. 2018, Mixed Precision Training, section 3.3 (float32 accumulation).
+    """
+    x_ND = x.reshape(-1, x.shape[-1])  # 2-D products are faster than 3-D ones on CPU
+    y_NF = _product(x_ND, kernel, policy, jnp.dtype(gradient_dtype), transposed)
+    return y_NF.reshape(*x.shape[:-1], y_NF.shape[-1])
+
+
+def _sum_tokens(x: Any, gradient_dtype: Any, like: Any) -> Any:
+    wide = x.astype(wider(x.dtype, gradient_dtype))
+    return jnp.sum(wide, axis=tuple(range(x.ndim - 1))).astype(like)
+
+
+def _row(vector: Any, like: Any) -> Any:
+    """A vector as the last axis of an array, in its dtype."""
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scale_by(x: Float[Array, "... D"], scale: Float[Array, " D"], gradient_dtype: Any) -> Any:
+    """Returns x * scale in the dtype of x; the gradient of scale is summed in gradient_dtype."""
+    return x * _row(scale, x)
+
+
+scale_by.defvjp(
+    lambda x, scale, dtype: (scale_by(x, scale, dtype), (x, scale)),
+    lambda dtype, kept, dy: (
+        dy * _row(kept[1], dy),
+        _sum_tokens(dy * kept[0], dtype, kept[1].dtype),
+    ),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def shift_by(x: Float[Array, "... D"], bias: Float[Array, " D"], gradient_dtype: Any) -> Any:
+    """Returns x + bias in the dtype of x; the gradient of bias is summed in gradient_dtype."""
+    return x + _row(bias, x)
+
+
+shift_by.defvjp(
+    lambda x, bias, dtype: (shift_by(x, bias, dtype), jnp.zeros(0, bias.dtype)),
+    lambda dtype, like, dy: (dy, _sum_tokens(dy, dtype, like.dtype)),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def look_up(
+    table: Float[Array, "V D"], ids: Int[Array, "..."], output_dtype: Any, gradient_dtype: Any
+) -> Any:
+    """Returns rows of a table in the output dtype; their gradients are summed in gradient_dtype."""
+    return jnp.take(table, ids, axis=0).astype(output_dtype)
+
+
+def _look_up_bwd(output_dtype: Any, gradient_dtype: Any, kept: Any, dy: Any) -> Any:
+    ids, like = kept
+    wide = wider(like.dtype, gradient_dtype)
+    grad = jnp.zeros(like.shape[1:], wide).at[ids].add(dy.astype(wide))
+    return grad.astype(like.dtype), None
+
+
+look_up.defvjp(
+    lambda table, ids, out, dtype: (
+        look_up(table, ids, out, dtype),
+        (ids, jnp.zeros((0, *table.shape), table.dtype)),
+    ),
+    _look_up_bwd,
+)

@@ -1,0 +1,90 @@
+"""LayerNorm and RMSNorm with their statistics in the policy's compute dtype."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jmp
+from jax import lax
+from jaxtyping import Array, Float
+
+from mpjax.ops.linear import scale_by, shift_by
+
+
+def _statistics(x: Any, compute: Any, centre: bool, epsilon: float) -> tuple[Any, Any, Any]:
+    x = x.astype(compute)
+    mean = jnp.mean(x, axis=-1, keepdims=True) if centre else None
+    centred = x if mean is None else x - mean
+    inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+    return centred * inverse, mean, inverse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _normalise(x: Any, compute: Any, centre: bool, epsilon: float) -> Any:
+    return _statistics(x, compute, centre, epsilon)[0]
+
+
+def _normalise_fwd(x: Any, compute: Any, centre: bool, epsilon: float) -> Any:
+    y, mean, inverse = _statistics(x, compute, centre, epsilon)
+    return y, (x, mean, inverse)  # x in its own dtype: no float32 copy is kept
+
+
+def _normalise_bwd(compute: Any, centre: bool, epsilon: float, kept: Any, dy: Any) -> Any:
+    # dx = (dy - mean(dy) - y mean(dy y)) / sigma. Differentiating the rsqrt instead would form
+    # sigma^-3, which overflows float16 once sigma is below 0.025.
+    x, mean, inverse = kept
+    centred = x.astype(compute) if mean is None else x.astype(compute) - mean
+    y = centred * inverse
+    dx = dy - y * jnp.mean(dy * y, axis=-1, keepdims=True)
+    if centre:
+        dx = dx - jnp.mean(dy, axis=-1, keepdims=True)
+    return ((dx * inverse).astype(x.dtype),)
+
+
+_normalise.defvjp(_normalise_fwd, _normalise_bwd)
+
+
+def norm(
+    x: Float[Array, "... D"],
+    scale: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    policy: jmp.Policy,
+    *,
+    centre: bool,
+    epsilon: float = 1e-5,
+    gradient_dtype: Any = jnp.float32,
+) -> Float[Array, "... D"]:
+    r"""Normalises the last axis, $y = \gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta$.
+
+    RMSNorm leaves out $\mu$, so that $\sigma^2$ is the mean square.
+
+    Args:
+      x: (..., D).
+      scale: $\gamma$, (D,).
+      bias: $\beta$, (D,) or None.
+      policy: everything is computed in its compute dtype; the result has its output dtype.
+      centre: True for LayerNorm, False for RMSNorm.
+      epsilon: $\epsilon$.
+      gradient_dtype: dtype in which the gradients of scale and bias are summed.
+
+    Returns:
+      (..., D) in the output dtype.
+
+    Example:
+      >>> from mpjax.precision import parse_policy
+      >>> x = jnp.array([[100.0, 102.0]], jnp.bfloat16)
+      >>> policy = parse_policy("c=f32,o=bf16")
+      >>> norm(x, jnp.ones(2), None, policy, centre=True).tolist()
+      [[-1.0, 1.0]]
+
+    References:
+      Ba et al. 2016, Layer Normalization; Zhang and Sennrich 2019, RMSNorm.
+    """
+    y = _normalise(x, jnp.dtype(policy.compute_dtype), centre, epsilon)
+    y = scale_by(y, scale, gradient_dtype)
+    if bias is not None:
+        y = shift_by(y, bias, gradient_dtype)
+    return y.astype(policy.output_dtype)

@@ -1,0 +1,33 @@
+"""How a weight learns: loss scale, finite gate, low-precision weights and moments."""
+
+from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
+from mpjax.optim.loss_scale import (
+    DynamicLossScale,
+    LossScale,
+    NoOpLossScale,
+    StaticLossScale,
+    make_loss_scale,
+)
+from mpjax.optim.moments import cast_moments
+from mpjax.optim.value_and_grad import scaled_value_and_grad
+from mpjax.optim.wrap import Optimizer, OptState, apply_updates, global_norm, wrap
+
+__all__ = [
+    "DynamicLossScale",
+    "GateState",
+    "LossScale",
+    "NoOpLossScale",
+    "OptState",
+    "Optimizer",
+    "StaticLossScale",
+    "all_finite",
+    "apply_updates",
+    "cast_moments",
+    "finite_by_leaf",
+    "global_norm",
+    "leaf_path",
+    "make_loss_scale",
+    "scaled_value_and_grad",
+    "select",
+    "wrap",
+]

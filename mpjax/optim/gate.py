@@ -1,0 +1,72 @@
+"""The finite gate: a step whose gradients are not all finite changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+Tree = TypeVar("Tree")
+
+
+class GateState(NamedTuple):
+    """What the gate has seen.
+
+    Args:
+      skipped: steps skipped so far.
+      stuck: skips in a row while the loss scale could not fall.
+      bad_leaf: index of the first non-finite gradient leaf at the last skip, -1 before any.
+    """
+
+    skipped: Int[Array, ""]
+    stuck: Int[Array, ""]
+    bad_leaf: Int[Array, ""]
+
+    @classmethod
+    def zero(cls) -> GateState:
+        """Returns the state before the first step."""
+        return cls(jnp.int32(0), jnp.int32(0), jnp.int32(-1))
+
+
+def finite_by_leaf(tree: Any) -> Bool[Array, " leaves"]:
+    """Returns for each leaf whether all its numbers are finite; integers always are."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(leaves) if leaves else jnp.ones(1, jnp.bool_)
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Returns whether every number of a tree is finite, over all shards of sharded arrays.
+
+    Example:
+      >>> all_finite({"w": jnp.array([1.0, jnp.inf])}).item()
+      False
+    """
+    return jnp.all(finite_by_leaf(tree))
+
+
+def select(finite: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
+    """Returns `new` where finite, else `old` bit for bit (leaves are chosen, not computed)."""
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+
+def record(state: GateState, finite_leaves: Any, at_minimum: Any) -> GateState:
+    """Returns the gate's state after a step with these leaves finite."""
+    finite = jnp.all(finite_leaves)
+    return GateState(
+        jnp.where(finite, state.skipped, state.skipped + 1),
+        jnp.where(finite | ~at_minimum, 0, state.stuck + 1),
+        jnp.where(finite, state.bad_leaf, jnp.argmin(finite_leaves).astype(jnp.int32)),
+    )
+
+
+def leaf_path(tree: Any, index: int) -> str:
+    """Returns the path of a tree's leaf by its index, joined by `/`.
+
+    Example:
+      >>> leaf_path({"a": {"w": 1, "v": 2}}, 1)
+      'a/w'
+    """
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return jax.tree_util.keystr(paths[index], simple=True, separator="/")

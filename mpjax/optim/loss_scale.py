@@ -1,0 +1,201 @@
+"""Loss scales: no-op, static and dynamic, each a pytree that survives jit, donation and orbax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from mpjax.precision import LossScaleSettings
+
+Tree = TypeVar("Tree")
+
+
+def _to_float32(x: Any) -> Any:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+class LossScale:
+    """The protocol `scale / unscale / adjust`, as in jmp; also the scale that does nothing.
+
+    Settings are static (part of the tree structure), the running state is arrays. In this class
+    there is no state; `scale` and `unscale` only cast to float32.
+
+    Example:
+      >>> NoOpLossScale().unscale({"w": jnp.ones(2, jnp.float16)})["w"].dtype.name
+      'float32'
+    """
+
+    settings: LossScaleSettings
+    state: tuple[Array, ...]
+
+    def __init__(self) -> None:
+        self.settings, self.state = LossScaleSettings("none"), ()
+
+    @property
+    def value(self) -> Any:
+        """The current scale, float32."""
+        return jnp.float32(1)
+
+    def scale(self, tree: Tree) -> Tree:
+        """Returns loss * scale in float32: a float16 loss would overflow."""
+        return jax.tree.map(_to_float32, tree)
+
+    def unscale(self, tree: Tree) -> Tree:
+        """Returns gradients / scale in float32; exact where the scale is a power of two."""
+        return jax.tree.map(_to_float32, tree)
+
+    def adjust(self, finite: Bool[Array, ""]) -> LossScale:
+        """Returns the loss scale of the next step."""
+        del finite
+        return self
+
+    def at_minimum(self) -> Any:
+        """Returns whether a non-finite step can no longer lower the scale."""
+        return jnp.bool_(True)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.settings}, state={self.state})"
+
+
+class NoOpLossScale(LossScale):
+    """No scale."""
+
+
+class StaticLossScale(LossScale):
+    r"""A constant scale $s$: gradients of $s L$, divided by $s$.
+
+    Args:
+      scale: $s$, positive.
+
+    Raises:
+      ConfigError: the scale is not a positive finite number.
+
+    Example:
+      >>> StaticLossScale(8.0).scale(jnp.float16(2.0)).item()
+      16.0
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.settings = LossScaleSettings("static", init=scale)
+        self.state = (jnp.float32(scale),)
+
+    @property
+    def value(self) -> Any:
+        return self.state[0]
+
+    def scale(self, tree: Tree) -> Tree:
+        return jax.tree.map(lambda x: x.astype(jnp.float32) * self.value, tree)
+
+    def unscale(self, tree: Tree) -> Tree:
+        return jax.tree.map(lambda x: x.astype(jnp.float32) / self.value, tree)
+
+
+class DynamicLossScale(StaticLossScale):
+    r"""A scale that grows after a run of finite steps and backs off at a non-finite one.
+
+    $$s \leftarrow \min(s\,g, s_{max})$$ after `growth_interval` finite steps in a row;
+    $$s \leftarrow \max(s\,b, s_{min})$$ at a non-finite step, once `hysteresis` of them have been
+    seen since the last growth (the growth interval ends a run even at `max_scale`).
+
+    Args:
+      init: first scale.
+      growth_factor: $g > 1$.
+      backoff_factor: $b < 1$.
+      growth_interval: finite steps between growths.
+      hysteresis: non-finite steps until the first backoff; 1 backs off at once.
+      min_scale: $s_{min}$.
+      max_scale: $s_{max}$.
+
+    Raises:
+      ConfigError: a value outside its range.
+
+    Example:
+      >>> scale = DynamicLossScale(init=1024.0, growth_interval=2)
+      >>> for finite in (True, True, False):
+      ...     scale = scale.adjust(jnp.bool_(finite))
+      ...     print(scale.value.item())
+      1024.0
+      2048.0
+      1024.0
+
+    References:
+      Micikevicius et al. 2018, section 3.2; hysteresis as in DeepSpeed's DynamicLossScaler.
+    """
+
+    def __init__(
+        self,
+        init: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        hysteresis: int = 1,
+        min_scale: float = 1.0,
+        max_scale: float = 2.0**24,
+    ) -> None:
+        self.settings = LossScaleSettings(
+            "dynamic",
+            init,
+            growth_factor,
+            backoff_factor,
+            growth_interval,
+            hysteresis,
+            min_scale,
+            max_scale,
+        )
+        self.state = (jnp.float32(init), jnp.int32(0), jnp.int32(hysteresis))
+
+    def adjust(self, finite: Bool[Array, ""]) -> DynamicLossScale:
+        scale, good, left = self.state
+        s = self.settings
+        good = jnp.where(finite, good + 1, 0)
+        grow = good == s.growth_interval  # never at a non-finite step: good is 0, interval >= 1
+        back_off = ~finite & (left == 1)
+        grown = jnp.minimum(scale * s.growth_factor, s.max_scale)
+        lowered = jnp.maximum(scale * s.backoff_factor, s.min_scale)
+        out = _rebuild(type(self), s, (
+            jnp.where(grow, grown, jnp.where(back_off, lowered, scale)),
+            jnp.where(grow, 0, good),
+            jnp.where(grow, s.hysteresis, jnp.where(finite | back_off, left, left - 1)),
+        ))
+        return out
+
+    def at_minimum(self) -> Any:
+        return self.value <= self.settings.min_scale
+
+
+def _rebuild(kind: type, settings: LossScaleSettings, state: tuple[Any, ...]) -> Any:
+    out = object.__new__(kind)
+    out.settings, out.state = settings, tuple(state)
+    return out
+
+
+_NAMES = ("scale", "good_steps", "hysteresis_left")
+for _kind in (NoOpLossScale, StaticLossScale, DynamicLossScale):
+    jax.tree_util.register_pytree_with_keys(
+        _kind,
+        lambda x: (
+            tuple((jax.tree_util.GetAttrKey(n), v) for n, v in zip(_NAMES, x.state, strict=False)),
+            x.settings,
+        ),
+        lambda settings, state, kind=_kind: _rebuild(kind, settings, state),
+        lambda x: (x.state, x.settings),
+    )
+
+
+def make_loss_scale(settings: LossScaleSettings) -> LossScale:
+    """Returns the loss scale that settings describe.
+
+    Example:
+      >>> make_loss_scale(LossScaleSettings.parse("static:128")).value.item()
+      128.0
+    """
+    if settings.kind == "none":
+        return NoOpLossScale()
+    if settings.kind == "static":
+        return StaticLossScale(settings.init)
+    fields = dataclasses.asdict(settings)
+    return DynamicLossScale(**{key: value for key, value in fields.items() if key != "kind"})

@@ -1,0 +1,224 @@
+"""One optimizer that does it all: unscale, finite gate, clip, optimizer, weight update."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from mpjax.errors import ConfigError, TrainingStopped
+from mpjax.optim import weights as weight
+from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, select
+from mpjax.optim.loss_scale import LossScale, make_loss_scale
+from mpjax.optim.moments import cast_moments
+from mpjax.precision import Precision
+
+
+class OptState(NamedTuple):
+    """State of a wrapped optimizer: all arrays.
+
+    Args:
+      inner: the optax optimizer's state, moments in their storage dtypes.
+      weights: the update rule's state, `{"master": float32 copies}` or empty.
+      loss_scale: the loss scale; its settings are static.
+      gate: skip counters.
+    """
+
+    inner: Any
+    weights: dict[str, Any]
+    loss_scale: LossScale
+    gate: GateState
+
+
+class Wrapped(optax.GradientTransformation):
+    """Marks what `as_optax` returns, so that it is not wrapped twice."""
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    r"""Returns $\sqrt{\sum x^2}$ over all leaves, in float32."""
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares[1:], start=squares[0]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """What `wrap` returns; see there."""
+
+    inner: optax.GradientTransformation
+    precision: Precision
+    clip: float | None
+    gate: bool
+    patience: int
+
+    def init(self, params: Any) -> OptState:
+        """Returns the state for these weights.
+
+        Raises:
+          ConfigError: the weights' storage dtypes do not fit the update rule.
+        """
+        weights = weight.init_weights(params, self.precision.update)
+        return OptState(
+            inner=self.inner.init(weight.view(params, weights)),
+            weights=weights,
+            loss_scale=make_loss_scale(self.precision.loss_scale),
+            gate=GateState.zero(),
+        )
+
+    def _advance(self, scaled: Any, state: OptState, params: Any) -> tuple[Any, Any, OptState, Any]:
+        metrics = {}
+        grads = state.loss_scale.unscale(scaled)
+        finite_leaves = finite_by_leaf(grads) if self.gate else None
+        if self.clip is not None:
+            norm = global_norm(grads)
+            metrics["grad_norm"] = norm
+            factor = jnp.minimum(jnp.float32(1), self.clip / norm)
+            grads = jax.tree.map(lambda g: g * factor, grads)
+        full = weight.view(params, state.weights)
+        # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
+        # refuses; it is relaxed around this one call.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, inner = self.inner.update(grads, state.inner, full)
+        new_full = jax.tree.map(lambda w, u: w + u, full, updates)
+        new_params, weights = weight.store(new_full, params, state.weights)
+        new = (new_params, updates, inner, weights)
+        if finite_leaves is not None:
+            finite = jnp.all(finite_leaves)
+            # -0.0 is the update that leaves every weight's bits alone, -0.0 included.
+            nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
+            new = select(finite, new, (params, nothing, state.inner, state.weights))
+            gate = record(state.gate, finite_leaves, state.loss_scale.at_minimum())
+            state = state._replace(gate=gate, loss_scale=state.loss_scale.adjust(finite))
+            metrics["finite"] = finite
+        new_params, updates, inner, weights = new
+        state = state._replace(inner=inner, weights=weights)
+        return new_params, updates, state, metrics
+
+    def step_with_metrics(
+        self, scaled_grads: Any, state: OptState, params: Any
+    ) -> tuple[Any, OptState, dict[str, Any]]:
+        """Like `step`; also returns `grad_norm` (with clip) and `finite` (with gate)."""
+        new_params, _, state, metrics = self._advance(scaled_grads, state, params)
+        return new_params, state, metrics
+
+    def step(self, scaled_grads: Any, state: OptState, params: Any) -> tuple[Any, OptState]:
+        """Takes one step.
+
+        Args:
+          scaled_grads: gradients of `state.loss_scale.scale(loss)`, structure of params.
+          state: from `init` or the last step.
+          params: weights as stored.
+
+        Returns:
+          The new weights and state; at a non-finite step both are unchanged bit for bit, but for
+          the loss scale and the skip counters.
+        """
+        return self.step_with_metrics(scaled_grads, state, params)[:2]
+
+    def as_optax(self) -> optax.GradientTransformation:
+        """Returns an optax transformation from scaled gradients to float32 deltas.
+
+        Add the deltas with `mpjax.optim.apply_updates`, which keeps the weights' storage dtype.
+        """
+
+        def update(grads: Any, state: OptState, params: Any = None) -> tuple[Any, OptState]:
+            if params is None:
+                raise ConfigError("update: params are missing; call update(grads, state, params)")
+            new_params, updates, state, _ = self._advance(grads, state, params)
+            if "master" in state.weights:  # the weight follows its master, not its own update
+                updates = jax.tree.map(
+                    lambda n, p, u: n.astype(u.dtype) - p.astype(u.dtype) if weight.is_low(p) else u,
+                    new_params,
+                    params,
+                    updates,
+                )
+            return updates, state
+
+        return Wrapped(self.init, update)
+
+    def check_alive(self, state: OptState, params: Any, stuck: int | None = None) -> None:
+        """Stops a run that cannot recover.
+
+        Args:
+          state: current state; read on the host.
+          params: weights, or any tree of their structure.
+          stuck: `state.gate.stuck`, if the caller has fetched it.
+
+        Raises:
+          TrainingStopped: `patience` non-finite steps in a row at the smallest loss scale.
+        """
+        stuck = int(state.gate.stuck) if stuck is None else stuck
+        if self.gate and stuck >= self.patience:
+            path = leaf_path(params, int(state.gate.bad_leaf))
+            raise TrainingStopped(
+                f"{path}: gradient is not finite, {stuck} steps in a row, and the loss scale"
+                f" {float(state.loss_scale.value):g} cannot fall further; lower the learning rate"
+                f" or give this path more range, such as --rule '**/{path.split('/')[-2:][0]}=fp32'"
+            )
+
+
+def wrap(
+    optimizer: optax.GradientTransformation,
+    precision: Precision,
+    *,
+    clip: float | None = None,
+    gate: bool = True,
+    patience: int = 50,
+) -> Optimizer:
+    r"""Wraps an optax optimizer once: unscale -> finite gate -> clip -> optimizer -> weights.
+
+    All in float32: $g \leftarrow g / s$; if any $g$ is not finite the step is skipped;
+    $g \leftarrow g \min(1, c / \|g\|_2)$; the optimizer's update is added to the float32 view of
+    the weights, which is then rounded to its storage dtype.
+
+    Args:
+      optimizer: a raw optax optimizer, schedule included.
+      precision: its loss scale, update rule and moments are used.
+      clip: largest global gradient norm $c$, or None.
+      gate: whether a non-finite step is skipped.
+      patience: non-finite steps in a row, at the smallest scale, after which `check_alive` raises.
+
+    Raises:
+      ConfigError: an optimizer that is wrapped already, a clip that is not positive, or a dynamic
+        loss scale without the gate.
+
+    Example:
+      >>> from mpjax.precision import get_precision
+      >>> opt = wrap(optax.sgd(0.5), get_precision("fp16"))
+      >>> params = {"w": jnp.ones(2)}
+      >>> state = opt.init(params)
+      >>> grads = jax.grad(lambda p: state.loss_scale.scale(jnp.sum(p["w"])))(params)
+      >>> opt.step(grads, state, params)[0]["w"].tolist()
+      [0.5, 0.5]
+    """
+    if isinstance(optimizer, Optimizer | Wrapped):
+        raise ConfigError(
+            "optimizer: it is wrapped already; pass the raw optax optimizer, it is wrapped once"
+        )
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"clip: {clip} is not positive; leave it out to train without clipping")
+    if patience < 1:
+        raise ConfigError(f"patience: {patience} is not positive")
+    if not gate and precision.loss_scale.kind == "dynamic":
+        raise ConfigError(
+            "gate: a dynamic loss scale needs the finite gate; leave gate on or set"
+            " loss_scale=static:SCALE"
+        )
+    return Optimizer(cast_moments(optimizer, precision.moments), precision, clip, gate, patience)
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """Returns params + float32 deltas, each in the weight's storage dtype.
+
+    Example:
+      >>> apply_updates(jnp.ones(1, jnp.bfloat16), jnp.full(1, 0.25)).dtype.name
+      'bfloat16'
+    """
+    return jax.tree.map(
+        lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype) if weight.is_low(p) else p + u,
+        params,
+        updates,
+    )

@@ -1,0 +1,78 @@
+"""Names of the dtypes that a policy may use: jmp's, and those that jmp refuses."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jmp
+import numpy as np
+
+from mpjax.errors import ConfigError
+
+# jmp knows full/f32/float32, f16/float16, bf16/bfloat16, f64/float64 and half (per backend).
+_EXTRA = {"fp32": "f32", "fp16": "f16", "fp64": "f64", "single": "f32", "double": "f64"}
+_KNOWN = ("float32", "bfloat16", "float16", "float64")
+_NAMES = ("f32", "bf16", "f16", "f64", "full", "half", *_KNOWN, *_EXTRA)
+
+
+def parse_dtype(text: Any, where: str = "dtype") -> Any:
+    """Returns the jax scalar type that a dtype name means.
+
+    Args:
+      text: a name of jmp's (`f32 bf16 f16 float32 full half ...`), one of `fp32 fp16 fp64 single
+        double`, or a dtype.
+      where: what to call the setting in an error.
+
+    Returns:
+      `jnp.float32`, `jnp.bfloat16`, `jnp.float16` or `jnp.float64`.
+
+    Raises:
+      ConfigError: unknown name, or float64 while JAX has 64-bit types switched off.
+
+    Example:
+      >>> parse_dtype("fp16") is jnp.float16
+      True
+    """
+    name = text if isinstance(text, str) else np.dtype(text).name
+    try:
+        dtype = jmp.get_policy(_EXTRA.get(name, name)).param_dtype if "=" not in name else None
+    except ValueError:
+        dtype = None
+    if dtype is None:
+        near = difflib.get_close_matches(name, _NAMES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{where}: unknown dtype {name!r}; {hint}known: {' '.join(_KNOWN)}")
+    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+        raise ConfigError(
+            f"{where}: float64 needs 64-bit types, which are off; set JAX_ENABLE_X64=1 or use f32"
+        )
+    return dtype
+
+
+def dtype_name(dtype: Any) -> str:
+    """Returns the short name of a dtype: `f32`, `bf16`, `f16`, `f64`.
+
+    Example:
+      >>> dtype_name(jnp.bfloat16)
+      'bf16'
+    """
+    short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+    return short[np.dtype(dtype).name]
+
+
+def wider(a: Any, b: Any) -> Any:
+    """Returns the narrowest dtype that holds both; bfloat16 and float16 meet in float32.
+
+    Example:
+      >>> wider(jnp.bfloat16, jnp.float32).name, wider(jnp.bfloat16, jnp.float16).name
+      ('float32', 'float32')
+    """
+    a, b = np.dtype(a), np.dtype(b)
+    if a == b:
+        return a
+    if a.itemsize == b.itemsize:
+        return np.dtype(np.float32)
+    return max(a, b, key=lambda dtype: dtype.itemsize)

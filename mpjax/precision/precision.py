@@ -1,0 +1,187 @@
+"""Precision: the one object that says which format each tensor gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import jmp
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mpjax.errors import ConfigError
+from mpjax.precision.dtypes import dtype_name, parse_dtype
+from mpjax.precision.loss_scale import LossScaleSettings
+from mpjax.precision.moments import Moments
+from mpjax.precision.policy import policy_text
+from mpjax.precision.rule import Rule, matches, near_misses, spellings
+
+OPTIONS = ("loss_scale", "update", "moments", "gradient_dtype", "export_dtype")
+UPDATE_RULES = ("none", "master", "nearest")
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Which format each tensor is stored, computed, updated and communicated in.
+
+    Args:
+      name: the preset or policy that it began with.
+      rules: path pattern -> policy, first match wins; the user's stand before the preset's.
+      loss_scale: settings of the loss scale.
+      update: how a low-precision weight takes its update: `none` (weights are float32), `master`
+        (float32 copy in the optimizer state) or `nearest` (rounded to nearest even).
+      moments: storage dtypes of the optimizer state.
+      gradient_dtype: dtype in which weight gradients leave their product and are summed over
+        replicas.
+      export_dtype: dtype of exported weights; checkpoints are exact.
+
+    Example:
+      >>> from mpjax.precision import get_precision
+      >>> policy_text(get_precision("bf16", rules=["**/head=fp32"]).policy("decoder/head"))
+      'p=f32,c=f32,o=f32'
+
+    References:
+      Micikevicius et al. 2018, Mixed Precision Training.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    loss_scale: LossScaleSettings = LossScaleSettings()
+    update: str = "none"
+    moments: Moments = Moments()
+    gradient_dtype: Any = jnp.float32
+    export_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.update not in UPDATE_RULES:
+            raise ConfigError(
+                f"update: unknown rule {self.update!r}; known: {' '.join(UPDATE_RULES)}"
+            )
+        low = [rule for rule in self.rules if rule.policy.param_dtype in (jnp.bfloat16, jnp.float16)]
+        if low and self.update == "none":
+            raise ConfigError(
+                f"update: rule {low[0]} stores weights in {dtype_name(low[0].policy.param_dtype)},"
+                " which needs an update rule; set update=master (float32 copy) or update=nearest"
+            )
+
+    @functools.cache  # noqa: B019 - frozen and few: one entry per path and Precision
+    def policy(self, path: str) -> jmp.Policy:
+        """Returns the policy of a module or parameter path.
+
+        Raises:
+          ConfigError: no rule covers the path.
+        """
+        for rule in self.rules:
+            if matches(rule.pattern, path):
+                return rule.policy
+        raise ConfigError(
+            f"{path}: no rule of Precision {self.name!r} covers this path; its patterns are"
+            f" {' '.join(rule.pattern for rule in self.rules) or '(none)'}; add '**=POLICY'"
+        )
+
+    def check(self, paths: Iterable[str]) -> None:
+        """Checks the rules against all paths of a model.
+
+        Args:
+          paths: module paths, and parameter paths (module path and leaf).
+
+        Raises:
+          ConfigError: a path that no rule covers, or a user rule that decides no path.
+        """
+        paths = list(paths)
+        for path in paths:
+            self.policy(path)
+        for number, rule in enumerate(self.rules):
+            mine = [path for path in paths if matches(rule.pattern, path)]
+            if not rule.user:
+                continue
+            if not mine:
+                raise ConfigError(
+                    f"rule {str(rule)!r}: matches no path of the model; near misses:"
+                    f" {' '.join(near_misses(rule.pattern, paths))}"
+                )
+            shadow = [
+                next(r for r in self.rules[: number + 1] if matches(r.pattern, p)) for p in mine
+            ]
+            if rule not in shadow:
+                raise ConfigError(
+                    f"rule {str(rule)!r}: decides no path, because {str(shadow[0])!r} before it"
+                    " matches first; move it up or drop it"
+                )
+
+    def layout(self, paths: Iterable[str]) -> dict[str, str]:
+        """Returns path -> policy text, layers of equal policy written once."""
+        found: dict[str, str] = {}
+        for path in paths:
+            bare = spellings(path)[-1]
+            text = policy_text(self.policy(path))
+            found[bare if found.get(bare, text) == text else path] = text
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the whole of it as JSON-able values; `from_dict` reads it."""
+        return {
+            "name": self.name,
+            "rules": [[r.pattern, policy_text(r.policy), r.user] for r in self.rules],
+            "loss_scale": str(self.loss_scale),
+            "update": self.update,
+            "moments": str(self.moments),
+            "gradient_dtype": dtype_name(self.gradient_dtype),
+            "export_dtype": dtype_name(self.export_dtype),
+        }
+
+    def to_json(self) -> str:
+        """Returns `to_dict` as one line of JSON; `get_precision` reads it."""
+        return json.dumps(self.to_dict())
+
+    def to_text(self) -> str:
+        """Returns the whole of it as one line of blank-separated words.
+
+        `rule:` is a user's rule, `base:` one of the preset's; `get_precision` reads it.
+        """
+        words = [self.name]
+        words += [f"{'rule' if rule.user else 'base'}:{rule}" for rule in self.rules]
+        fields = self.to_dict()
+        words += [
+            f"{key}={fields[key]}"
+            for key in OPTIONS
+        ]
+        return " ".join(words)
+
+    def __str__(self) -> str:
+        table = Table(box=box.SIMPLE, title=f"Precision {self.name}", title_justify="left")
+        for column in ("pattern", "param", "compute", "output", "from"):
+            table.add_column(column, no_wrap=True)
+        for rule in self.rules:
+            p = rule.policy
+            dtypes = [dtype_name(d) for d in (p.param_dtype, p.compute_dtype, p.output_dtype)]
+            table.add_row(rule.pattern, *dtypes, "user" if rule.user else "preset")
+        console = Console(file=io.StringIO(), width=100)
+        console.print(table)
+        fields = self.to_dict()
+        rest = " · ".join(
+            f"{key.replace('_', ' ')} {fields[key]}"
+            for key in OPTIONS
+        )
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return "\n".join([*(line.rstrip() for line in lines if line.strip()), "  " + rest])
+
+
+def parse_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the fields of a Precision beside its rules; those that are None are left out."""
+    parse: dict[str, Callable[[Any], Any]] = {
+        "loss_scale": lambda v: (
+            LossScaleSettings.parse(v) if isinstance(v, str) else getattr(v, "settings", v)
+        ),
+        "update": str,
+        "moments": lambda v: Moments.parse(v) if isinstance(v, str) else v,
+        "gradient_dtype": lambda v: parse_dtype(v, "gradient_dtype"),
+        "export_dtype": lambda v: parse_dtype(v, "export_dtype"),
+    }
+    return {key: parse[key](values[key]) for key in OPTIONS if values.get(key) is not None}

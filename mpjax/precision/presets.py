@@ -1,0 +1,229 @@
+"""Precision presets by name, and `get_precision`, which reads any way of writing one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mpjax.errors import ConfigError
+from mpjax.precision.loss_scale import LossScaleSettings
+from mpjax.precision.policy import parse_policy, policy_text
+from mpjax.precision.precision import OPTIONS, Precision, parse_options
+from mpjax.precision.rule import Rule
+
+_DYNAMIC = LossScaleSettings("dynamic")
+_PRESETS: dict[str, Precision] = {}
+
+
+def _base(*rules: tuple[str, str]) -> tuple[Rule, ...]:
+    return tuple(Rule(pattern, parse_policy(text), user=False) for pattern, text in rules)
+
+
+def _mixed(param: str, low: str) -> tuple[Rule, ...]:
+    """Products low; softmax, norms, rotary angles, logits and loss in float32."""
+    return _base(
+        ("**/softmax", f"p=f32,c=f32,o={low}"),
+        ("**/norm*", f"p=f32,c=f32,o={low}"),
+        ("**/rotary", f"p=f32,c=f32,o={low}"),
+        ("**/head", f"p={param},c={low},o=f32"),
+        ("**/loss", "f32"),
+        ("**", f"p={param},c={low},o={low}"),
+    )
+
+
+def _low(param: str, low: str) -> tuple[Rule, ...]:
+    """Every operation low; only the mean over tokens, which the loss scale needs, is float32."""
+    return _base(("**/loss", f"p=f32,c={low},o=f32"), ("**", f"p={param},c={low},o={low}"))
+
+
+def register_preset(precision: Precision) -> None:
+    """Makes a Precision available to `get_precision` and to every command line by its name.
+
+    Raises:
+      ConfigError: the name is taken or is not one word.
+    """
+    if precision.name in _PRESETS or not precision.name or set(" =:,") & set(precision.name):
+        raise ConfigError(
+            f"preset: the name {precision.name!r} is taken, empty or holds one of ' =:,';"
+            " choose another"
+        )
+    _PRESETS[precision.name] = precision
+
+
+for _preset in (
+    Precision("fp32", _base(("**", "f32"))),
+    # Mixed: Micikevicius et al. 2018; for bfloat16 Kalamkar et al. 2019 (no loss scale).
+    Precision("bf16", _mixed("f32", "bf16")),
+    Precision("fp16", _mixed("f32", "f16"), _DYNAMIC),
+    # Low-precision: every operation low, float32 weights and update.
+    Precision("low-bf16", _low("f32", "bf16")),
+    Precision("low-fp16", _low("f32", "f16"), _DYNAMIC),
+    # Pure: weights too are stored low and updated with rounding to nearest.
+    Precision("pure-bf16", _low("bf16", "bf16"), update="nearest"),
+    Precision("pure-fp16", _low("f16", "f16"), _DYNAMIC, update="nearest"),
+    # Apex's optimisation levels (O1 patches functions: it needs autocast). O2 keeps batch norms,
+    # which we read as all norms, in float32 and float32 master weights; O3 is all float16.
+    Precision("O0", _base(("**", "f32"))),
+    Precision("O2", _mixed("f16", "f16"), _DYNAMIC, update="master"),
+    Precision("O3", _low("f16", "f16"), update="nearest"),
+):
+    register_preset(_preset)
+
+
+def preset_names() -> tuple[str, ...]:
+    """Returns the names of all presets."""
+    return tuple(_PRESETS)
+
+
+def parse_rule(text: str | Rule) -> Rule:
+    """Reads `PATTERN=VALUE`, split at the first `=`.
+
+    Args:
+      text: VALUE is a jmp policy or a preset's name, which stands for its default policy
+        (`bf16` is `p=f32,c=bf16,o=bf16`, while jmp's `bfloat16` stores in bfloat16 too).
+
+    Raises:
+      ConfigError: no `=`, an empty side, or a VALUE that is neither.
+
+    Example:
+      >>> str(parse_rule("**/norm*=fp32"))
+      '**/norm*=p=f32,c=f32,o=f32'
+    """
+    if isinstance(text, Rule):
+        return text
+    pattern, equals, value = text.partition("=")
+    if not equals or not pattern or not value:
+        raise ConfigError(f"rule {text!r}: write PATTERN=VALUE, such as **/norm*=fp32")
+    if value in _PRESETS:
+        return Rule(pattern, _PRESETS[value].rules[-1].policy)
+    return Rule(pattern, parse_policy(value, f"rule {text!r}"))
+
+
+def _fields(precision: Precision) -> dict[str, Any]:
+    return {f.name: getattr(precision, f.name) for f in dataclasses.fields(precision)}
+
+
+def _from_policy(text: str) -> dict[str, Any]:
+    """A policy for every path; norms, softmax, rotary angles and loss keep float32 inside."""
+    policy = parse_policy(text, "precision")
+    full = policy_text(policy)
+    param, _, out = full.split(",")
+    inner = f"{param},c=f32,{out}"
+    rules = _base(
+        ("**/softmax", inner),
+        ("**/norm*", inner),
+        ("**/rotary", inner),
+        ("**/loss", "f32"),
+        ("**", full),
+    )
+    return {"name": full, "rules": rules}
+
+
+def _start(word: str) -> dict[str, Any]:
+    if word in _PRESETS:
+        return _fields(_PRESETS[word])
+    if word == "O1":
+        raise ConfigError(
+            "precision: O1 patches functions, which needs autocast and is not here yet; O2 has"
+            " float16 weights with float32 master copies, fp16 is the mixed policy"
+        )
+    try:
+        return _from_policy(word)
+    except ConfigError as error:
+        if "=" in word:
+            raise
+        near = difflib.get_close_matches(word, _PRESETS, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(
+            f"precision: unknown preset {word!r}; {hint}presets: {' '.join(_PRESETS)}; or a policy"
+            " such as p=f32,c=bf16,o=f32"
+        ) from error
+
+
+def _from_dict(data: dict[str, Any]) -> dict[str, Any]:
+    known = {"name", "rules", *OPTIONS}
+    if set(data) != known:
+        odd = " ".join(sorted(set(data) ^ known))
+        raise ConfigError(f"precision: JSON must have exactly {' '.join(sorted(known))}; see {odd}")
+    rules = tuple(Rule(p, parse_policy(text), bool(user)) for p, text, user in data["rules"])
+    return {"name": data["name"], "rules": rules} | parse_options(data)
+
+
+def _from_text(text: str) -> dict[str, Any]:
+    words = text.split()
+    if not words:
+        raise ConfigError(f"precision: empty; presets: {' '.join(_PRESETS)}")
+    rules: dict[str, list[Rule]] = {"rule": [], "base": []}
+    options: dict[str, str] = {}
+    for word in words[1:]:
+        kind, _, rest = word.partition(":")
+        key, equals, option = word.partition("=")
+        if kind in rules and rest:
+            rules[kind].append(dataclasses.replace(parse_rule(rest), user=kind == "rule"))
+        elif key in OPTIONS and equals:
+            options[key] = option
+        else:
+            raise ConfigError(
+                f"precision: bad word {word!r}; write rule:PATTERN=VALUE or KEY=VALUE with KEY in"
+                f" {' '.join(OPTIONS)}"
+            )
+    start = {"name": words[0], "rules": ()} if rules["base"] else _start(words[0])
+    base = tuple(rules["base"]) or start["rules"]
+    return start | {"rules": (*rules["rule"], *base)} | parse_options(options)
+
+
+def get_precision(
+    value: str | dict[str, Any] | Precision,
+    *,
+    rules: Sequence[str | Rule] = (),
+    loss_scale: Any = None,
+    update: str | None = None,
+    moments: Any = None,
+    gradient_dtype: Any = None,
+    export_dtype: Any = None,
+) -> Precision:
+    """Returns a Precision from a preset, a policy, a line of text, JSON or another Precision.
+
+    Args:
+      value: a preset (`bf16`), a jmp policy (`p=f32,c=bf16,o=f32`: norms, softmax and loss keep
+        float32 inside; no loss scale), a line of `Precision.to_text`, JSON or a Precision.
+      rules: `PATTERN=VALUE` in order; they come before those of `value`.
+      loss_scale: `none`, `static:1024`, `dynamic:init=65536`, settings, or a loss scale.
+      update: `none`, `master` or `nearest`.
+      moments: a dtype, `first=DTYPE,second=DTYPE`, or Moments.
+      gradient_dtype: dtype of weight gradients as they are summed over replicas.
+      export_dtype: dtype of exported weights.
+
+    Raises:
+      ConfigError: what cannot be read, with the nearest that can.
+
+    Example:
+      >>> p = get_precision("fp16", rules=["**/norm*=fp32"], loss_scale="dynamic:init=1024")
+      >>> get_precision(p.to_text()) == p == get_precision(p.to_json())
+      True
+    """
+    options = parse_options(
+        {
+            "loss_scale": loss_scale,
+            "update": update,
+            "moments": moments,
+            "gradient_dtype": gradient_dtype,
+            "export_dtype": export_dtype,
+        }
+    )
+    if isinstance(value, Precision):
+        fields = _fields(value)
+    elif isinstance(value, dict):
+        fields = _from_dict(value)
+    elif value.lstrip().startswith("{"):
+        try:
+            fields = _from_dict(json.loads(value))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"precision: malformed JSON: {error}") from None
+    else:
+        fields = _from_text(value)
+    fields["rules"] = (*map(parse_rule, rules), *fields["rules"])
+    return Precision(**(fields | options))
