@@ -1,0 +1,71 @@
+"""Held-out split: which documents are never trained on."""
+
+from __future__ import annotations
+
+import logging
+
+from mpjax.data.text import Document
+from mpjax.errors import ConfigError
+
+logger = logging.getLogger("mpjax.data")
+
+
+def split_documents(
+    documents: list[Document], fraction: float = 0.05
+) -> tuple[list[Document], list[Document]]:
+    r"""Splits documents into training and held-out ones by a hash of their content.
+
+    A document is held out when $h(\text{content}) < \text{fraction}$, $h$ uniform in [0, 1). So
+    identical documents land on the same side (no leakage), and a document keeps its side when
+    others come or go. Each side gets at least one document: when the hash leaves one side empty,
+    the content nearest the border moves there. When all documents are one content, that text is
+    cut in two: the tail, its last `fraction` of characters from a line start, is held out.
+
+    Args:
+        documents: at least one document.
+        fraction: expected share of documents held out, between 0 and 1.
+
+    Returns:
+        (training documents, held-out documents), each in the given order.
+
+    Raises:
+        ConfigError: a fraction outside (0, 1), or a text too short to be cut.
+
+    Example:
+        >>> train, held = split_documents([Document(str(i), f"text {i}") for i in range(100)], 0.1)
+        >>> len(train), len(held)
+        (88, 12)
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ConfigError(f"held_out={fraction}: expected a fraction above 0 and below 1, as 0.05")
+    positions = {document.digest: _position(document) for document in documents}
+    if len(positions) == 1:
+        if len(documents) > 1:
+            logger.warning("%d identical documents: one is kept and cut", len(documents))
+        return _cut(documents[0], fraction)
+    held = {digest for digest, position in positions.items() if position < fraction}
+    if not held:
+        held = {min(positions, key=positions.__getitem__)}
+    elif len(held) == len(positions):
+        held.remove(max(positions, key=positions.__getitem__))
+    train = [document for document in documents if document.digest not in held]
+    return train, [document for document in documents if document.digest in held]
+
+
+def _position(document: Document) -> float:
+    return int.from_bytes(document.digest[:8], "big") / 2.0**64
+
+
+def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
+    text = document.text
+    if len(text) < 2:
+        raise ConfigError(
+            f"{document.name}: {len(text)} character(s) cannot be split into training and held-out "
+            "text; name a longer text"
+        )
+    aim = min(max(round(len(text) * (1.0 - fraction)), 1), len(text) - 1)
+    # The line end nearest before the aim, else the nearest after it, else (one line) no line end.
+    border = text.rfind("\n", 0, aim) + 1 or text.find("\n", aim, len(text) - 1) + 1 or aim
+    head = Document(f"{document.name} (head)", text[:border])
+    tail = Document(f"{document.name} (tail)", text[border:])
+    return [head], [tail]

@@ -1,0 +1,250 @@
+"""Tokenizers: text to ids and back."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mpjax.data.cache import Cache
+from mpjax.errors import ConfigError
+
+logger = logging.getLogger("mpjax.data")
+
+_MIN_BPE = 257  # every byte and the separator
+_TRAINING = "byte-level BPE, min_frequency 2, separator 0"  # in the cache key: how it is trained
+_SEPARATOR = "<|endoftext|>"
+# What published tokenizers call the token between documents.
+_SEPARATORS = (_SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+_BATCH = 64  # documents encoded at once: bounds the memory of the intermediate objects
+
+
+class Tokenizer(abc.ABC):
+    """Text to ids and back.
+
+    Attributes:
+        name: what it is, as ``bytes`` or ``bpe:4096``.
+        vocab_size: ids are 0 ... vocab_size - 1.
+        separator: the id between documents; no text is ever encoded to it.
+
+    Example:
+        >>> tokenizer = make_tokenizer("bytes", [])
+        >>> tokenizer.encode("hé")
+        array([104, 195, 169], dtype=uint8)
+        >>> tokenizer.decode([104, 195, 169])
+        'hé'
+        >>> Tokenizer.from_text(tokenizer.to_text()).name
+        'bytes'
+    """
+
+    name: str
+    vocab_size: int
+    separator: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The smallest unsigned dtype that holds every id."""
+        return np.min_scalar_type(self.vocab_size - 1)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, shape (tokens,), without separator."""
+        return self.encode_batch([text])[0]
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of several texts, each as by `encode`."""
+
+    def decode(self, ids: Any) -> str:
+        """The text of ids (a list or an array, shape (tokens,)); the separator shows as stored.
+
+        Bytes that are not UTF-8, as a model may emit, become U+FFFD.
+
+        Raises:
+            ConfigError: an id outside the vocabulary.
+        """
+        array = np.asarray(ids, dtype=np.int64)
+        if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
+            raise ConfigError(
+                f"tokenizer {self.name}: cannot decode id "
+                f"{array.max() if array.min() >= 0 else array.min()}; expected 0 to "
+                f"{self.vocab_size - 1}; use the tokenizer that the ids were made with"
+            )
+        return self._decode(array)
+
+    @abc.abstractmethod
+    def _decode(self, ids: np.ndarray) -> str: ...
+
+    @abc.abstractmethod
+    def to_text(self) -> str:
+        """JSON that recreates the tokenizer by `from_text`."""
+
+    def save(self, path: str | Path) -> None:
+        """Writes `to_text` to a file, which ``make_tokenizer(path, ...)`` reads."""
+        Path(path).write_text(self.to_text(), encoding="utf-8")
+
+    @staticmethod
+    def from_text(text: str) -> Tokenizer:
+        """Recreates a tokenizer from `to_text`, or from Hugging Face's ``tokenizer.json``.
+
+        Raises:
+            ConfigError: text that is neither.
+        """
+        return _from_text(text, "tokenizer")
+
+
+class _Bytes(Tokenizer):
+    """UTF-8 bytes; byte 0, which no document holds, is the separator."""
+
+    name, vocab_size, separator = "bytes", 256, 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return ids.astype(np.uint8).tobytes().decode(errors="replace")
+
+    def to_text(self) -> str:
+        return '{"mpjax_tokenizer": "bytes"}'
+
+
+class _HuggingFace(Tokenizer):
+    """A tokenizer of the package ``tokenizers``, special tokens in texts taken as plain text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, where: str):
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text, not a separator
+        special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        known = [special[content] for content in _SEPARATORS if content in special]
+        if not known:
+            raise ConfigError(
+                f"{where}: no token to put between documents (special tokens: "
+                f"{', '.join(special) or 'none'}); add one of {', '.join(_SEPARATORS)}"
+            )
+        self._backend = backend
+        self.separator = known[0]
+        self.vocab_size = max(backend.get_vocab().values()) + 1  # ids may have holes
+        self.name = f"{type(backend.model).__name__.lower()}:{self.vocab_size}"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = []
+        for start in range(0, len(texts), _BATCH):
+            batch = list(texts[start : start + _BATCH])
+            for one in self._backend.encode_batch_fast(batch, add_special_tokens=False):
+                encoded.append(np.array(one.ids, self.dtype))
+        return encoded
+
+    def _decode(self, ids: np.ndarray) -> str:
+        return self._backend.decode(ids.tolist(), skip_special_tokens=False)
+
+    def to_text(self) -> str:
+        return self._backend.to_str()
+
+
+def make_tokenizer(
+    spec: str, train_texts: Sequence[str], *, cache: Cache | None = None
+) -> Tokenizer:
+    """Makes the tokenizer that a spec asks for.
+
+    Args:
+        spec: ``bytes``; ``bpe:SIZE``, a byte-level BPE of at most SIZE ids (fewer when the text
+            has no more pairs, then logged) trained on `train_texts`; or the path of a file that
+            `Tokenizer.save` or Hugging Face's ``tokenizers`` wrote (a ``tokenizer.json``).
+        train_texts: the training texts, and only these: held-out text must not shape the
+            vocabulary. Read by ``bpe:SIZE`` only.
+        cache: where a trained tokenizer is kept, by a hash of spec and texts; default folder when
+            None.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ConfigError: a malformed spec, a vocabulary below 257, a file that is absent or something
+            else.
+
+    Example:
+        >>> make_tokenizer("bytes", []).vocab_size
+        256
+
+    References:
+        Sennrich et al., Neural Machine Translation of Rare Words with Subword Units (2016), §3.2;
+        Radford et al., Language Models are Unsupervised Multitask Learners (2019), §2.2 (on bytes).
+    """
+    if spec == "bytes":
+        return _Bytes()
+    if spec == "bpe" or spec.startswith(("bpe:", "bytes:")):
+        match = re.fullmatch(r"bpe:([0-9]{1,6})", spec)
+        if match is None:
+            raise ConfigError(
+                f"tokenizer {spec!r}: malformed; expected bytes, bpe:SIZE (bpe:4096) or a file"
+            )
+        if int(match[1]) < _MIN_BPE:
+            raise ConfigError(
+                f"tokenizer {spec!r}: vocabulary too small; expected at least {_MIN_BPE} "
+                "(256 bytes and the separator), or bytes"
+            )
+        return _trained_bpe(int(match[1]), train_texts, cache or Cache())
+    path = Path(spec).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"tokenizer {spec!r}: no such file; expected bytes, bpe:SIZE (bpe:4096) or a file"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"tokenizer {spec!r}: cannot be read ({error}); name a tokenizer.json"
+        ) from error
+    return _from_text(text, f"tokenizer {spec!r}")
+
+
+def _trained_bpe(size: int, texts: Sequence[str], cache: Cache) -> Tokenizer:
+    key = hashlib.sha256(f"{_TRAINING}, {size}".encode())
+    for text in texts:
+        key.update(hashlib.sha256(text.encode()).digest())
+    name = f"{key.hexdigest()[:32]}.tokenizer.json"
+    if found := cache.find(name):
+        return Tokenizer.from_text(found.read_text(encoding="utf-8"))
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[_SEPARATOR],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # no byte is ever unknown
+    )
+    backend.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer = _HuggingFace(backend, f"tokenizer bpe:{size}")
+    if tokenizer.vocab_size < size:
+        logger.warning(
+            "tokenizer bpe:%d: the text has pairs for %d ids only", size, tokenizer.vocab_size
+        )
+    cache.store(name, lambda file: file.write(tokenizer.to_text().encode()))
+    return tokenizer
+
+
+def _from_text(text: str, where: str) -> Tokenizer:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not JSON ({error}); expected a tokenizer.json") from error
+    if fields == {"mpjax_tokenizer": "bytes"}:
+        return _Bytes()
+    if not isinstance(fields, dict) or "model" not in fields:
+        raise ConfigError(f"{where}: JSON without a model; expected a tokenizer.json")
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the package raises nothing narrower
+        raise ConfigError(f"{where}: not a tokenizer.json ({error}); save it again") from error
+    return _HuggingFace(backend, where)
