@@ -1,0 +1,215 @@
+"""Who may import whom, and what every file keeps to; each rule is shown to catch a breach."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted((ROOT / "mpjax").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
+
+# part -> the parts of mpjax that it may import, besides itself and `errors` (DESIGN.md, Layout).
+MAY_IMPORT = {
+    "errors": set(),
+    "formats": set(),
+    "precision": {"formats"},
+    "interpret": {"formats", "precision", "ops"},
+    "ops": {"formats", "precision"},
+    "optim": {"formats", "precision"},
+    "models": {"formats", "precision", "ops"},
+    "tasks": {"formats", "precision", "ops", "models"},
+    "data": set(),
+    "train": {"formats", "precision", "optim", "interpret", "data"},
+    "probe": set(),
+    "doctor": {"probe"},  # it stays light: a broken part must not keep it from starting
+}
+THE_FACE = "__init__"  # mpjax/__init__.py gathers the public names and may import every part
+# distribution -> the modules that it gives
+MODULE_NAMES = {"orbax-checkpoint": "orbax"}
+ONLY_IN = {"flax": "models"}
+
+
+def _imports(source: str, package: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Every dotted name that a module imports, relative ones resolved against its package."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield tuple(alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            base += tuple(node.module.split(".")) if node.module else ()
+            for alias in node.names:
+                yield (*base, alias.name)
+
+
+def breaches(source: str, path: str) -> list[str]:
+    """The imports of a module at `path` (from the checkout's root) that its place forbids."""
+    parts = Path(path).with_suffix("").parts
+    part = parts[1] if parts[0] == "mpjax" else None
+    allowed = set(MAY_IMPORT) if part == THE_FACE else MAY_IMPORT.get(part or "", set())
+    found = []
+    for name in _imports(source, parts[:-1]):
+        if part and name[0] == "mpjax":
+            target = name[1] if len(name) > 1 else THE_FACE
+            known = target in MAY_IMPORT
+            if not known or target not in allowed | {part, "errors"}:
+                found.append(f"{path}: {'.'.join(name)}")
+        if part and name[0] in ("experiments", "tests"):
+            found.append(f"{path}: {'.'.join(name)}")
+        if name[0] in ONLY_IN and part not in (None, ONLY_IN[name[0]]):
+            found.append(f"{path}: {'.'.join(name)}")
+    return found
+
+
+def unmet(source: str, path: str) -> list[str]:
+    """Imports that run when the module is imported, of packages that a plain install lacks."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[<>=\[ ]", line)[0] for line in project["dependencies"]}
+    known = {MODULE_NAMES.get(name, name) for name in required} | {"mpjax"}
+    known |= set(sys.stdlib_module_names)
+    top = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+    ]
+    names = [name[0] for node in top for name in _imports(ast.unparse(node), ())]
+    return [f"{path}: {name}" for name in names if name not in known]
+
+
+def bare_excepts(source: str) -> list[int]:
+    """Lines with an `except:` that names nothing."""
+    handlers = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ExceptHandler))
+    return [handler.lineno for handler in handlers if handler.type is None]
+
+
+def _relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_every_part_has_its_place() -> None:
+    parts = {path.relative_to(ROOT / "mpjax").parts[0].removesuffix(".py") for path in MODULES}
+    assert parts - {THE_FACE} <= set(MAY_IMPORT)
+
+
+def test_nobody_imports_upwards() -> None:
+    assert [b for path in MODULES for b in breaches(path.read_text(), _relative(path))] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("mpjax/formats/bad.py", "from mpjax.precision import Precision"),
+        ("mpjax/formats/bad.py", "from ..precision import policy"),
+        ("mpjax/precision/bad.py", "from mpjax import ops"),
+        ("mpjax/precision/bad.py", "from .. import ops"),
+        ("mpjax/precision/bad.py", "import mpjax"),
+        ("mpjax/ops/bad.py", "import flax.linen as nn"),
+        ("mpjax/optim/bad.py", "def f():\n    from mpjax.models import decoder"),
+        ("mpjax/train/bad.py", "import mpjax.models.decoder"),
+        ("mpjax/train/bad.py", "from mpjax.tasks import lm"),
+        ("mpjax/data/bad.py", "from mpjax.train import state"),
+        ("mpjax/interpret/bad.py", "from mpjax.optim import wrap"),
+        ("mpjax/doctor.py", "from mpjax.models import decoder"),
+        ("mpjax/models/bad.py", "from experiments import train_lm"),
+        ("mpjax/models/bad.py", "from mpjax.new_part import x"),
+    ],
+)
+def test_a_bad_import_is_caught(path: str, source: str) -> None:
+    assert len(breaches(source, path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("mpjax/__init__.py", "from mpjax.models import decoder"),
+        ("mpjax/models/good.py", "import flax\nfrom mpjax.ops import norm\nfrom . import layers"),
+        ("mpjax/train/good.py", "from mpjax.optim import wrap\nfrom mpjax.errors import X"),
+        ("mpjax/formats/good.py", "from mpjax.formats.table import Format"),
+        ("experiments/good.py", "import mpjax\nimport flax\nfrom mpjax.models import decoder"),
+    ],
+)
+def test_a_good_import_is_not(path: str, source: str) -> None:
+    assert breaches(source, path) == []
+
+
+def test_a_plain_install_has_what_is_imported() -> None:
+    files = MODULES + SCRIPTS
+    assert [name for path in files for name in unmet(path.read_text(), _relative(path))] == []
+    assert unmet("import pyarrow", "x.py") == ["x.py: pyarrow"]
+    assert unmet("from orbax import checkpoint\nimport jax.numpy, json", "x.py") == []
+    assert unmet("def f():\n    import pyarrow", "x.py") == []
+
+
+def test_modules_are_short() -> None:
+    assert MODULES
+    assert [_relative(p) for p in MODULES if len(p.read_text().splitlines()) > 300] == []
+
+
+def test_no_except_without_a_name() -> None:
+    files = [*MODULES, *SCRIPTS, *sorted((ROOT / "tests").rglob("*.py"))]
+    assert [_relative(p) for p in files if bare_excepts(p.read_text())] == []
+    assert bare_excepts("try:\n    f()\nexcept:\n    pass") == [3]
+    assert bare_excepts("try:\n    f()\nexcept (OSError, ValueError):\n    pass") == []
+
+
+def test_modules_say_what_they_are() -> None:
+    silent = [
+        _relative(p)
+        for p in [*MODULES, *SCRIPTS]
+        if not ast.get_docstring(ast.parse(p.read_text()))
+    ]
+    assert silent == []
+
+
+# Written in pieces, so that this file does not hold what it forbids.
+_PLACES = re.compile(
+    "|".join(
+        [
+            r"(?<![\w.])/(?:home|root|Users|work|tmp/w)" + "/",
+            r"https?://[^\s/]*(?:pypi|pythonhosted|artifactory|nexus)[^\s/]*/",
+            r"(?:--(?:extra-)?" + r"index-url|find-" + r"links)\b",
+        ]
+    )
+)
+
+
+def test_no_file_names_this_machine() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    found = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if not path.is_file():  # deleted and not yet committed
+            continue
+        text = path.read_bytes().decode("utf-8", errors="ignore")
+        lines = text.splitlines()
+        found += [f"{name}:{i}" for i, line in enumerate(lines, 1) if _PLACES.search(line)]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'open("/' + 'root/data.txt")',
+        "see /" + "home/someone/x",
+        "--index" + "-url https://pypi" + ".org/simple",
+        "https://files.python" + "hosted.org/packages/x.whl",
+    ],
+)
+def test_a_machines_name_is_caught(line: str) -> None:
+    assert _PLACES.search(line)
+
+
+def test_a_web_page_is_no_index() -> None:
+    assert not _PLACES.search("see https://arxiv.org/abs/1710.03740 and tests/home/x")
