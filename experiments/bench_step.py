@@ -1,0 +1,290 @@
+"""What does the framework cost? Our compiled step against hand-written JAX of the same model.
+
+Two references, both in this file and in plain JAX:
+  careful: what a person would write who knows the platform: unrolled layers, 2-D products,
+           float32 weight gradients, each cast by hand. Ours must be the same program.
+  naive:   the textbook step: `lax.scan` over layers, 3-D einsums, automatic differentiation.
+
+Run:       python experiments/bench_step.py
+Expected:  "same products and casts: yes" twice; time ratio ours/careful near 1.00; naive/ours
+           above 1.5 on CPU in fp32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections import Counter
+from typing import Any
+
+FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+if FLAGS.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+import tyro  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from mpjax.models import decoder  # noqa: E402
+from mpjax.train import build  # noqa: E402
+from mpjax.train.hlo import products_and_casts  # noqa: E402
+
+LR = 3e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Time our step against hand-written ones, interleaved in one process."""
+
+    size: str = "small"
+    """Model size; the hand-written steps are GPT-2-like (learned positions, LayerNorm, GELU)."""
+    layers: int = 6
+    """Layers of the model."""
+    batch: int = 8
+    """Sequences a step."""
+    seq: int = 256
+    """Tokens a sequence."""
+    rounds: int = 15
+    """Timed steps of each program, in turn."""
+
+
+# --- careful: hand-written, one block after the other, products in 2-D -------------------------
+
+
+def make_careful(model: Any, low: Any) -> Any:
+    """The same model as one would write it by hand; low is the compute dtype."""
+    c = model.config
+    H, K = c.heads, c.head_width
+    precision = jax.lax.Precision.HIGHEST if low == jnp.float32 else None
+
+    def dot(a: Any, b: Any, i: int, j: int, out: Any) -> Any:
+        dims = (((i,), (j,)), ((), ()))
+        return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=out)
+
+    @jax.custom_vjp
+    def matmul(x: Any, w: Any) -> Any:
+        return dot(x, w.astype(low), 1, 0, low)
+
+    def matmul_bwd(kept: Any, dy: Any) -> Any:
+        x, w = kept
+        return dot(dy, w.astype(low), 1, 1, low), dot(x, dy, 0, 0, jnp.float32)
+
+    matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), matmul_bwd)
+
+    @jax.custom_vjp
+    def unembed(x: Any, table: Any) -> Any:
+        return dot(x, table.astype(low), 1, 1, jnp.float32)
+
+    def unembed_bwd(kept: Any, dy: Any) -> Any:
+        x, table = kept
+        dy = dy.astype(low)
+        return dot(dy, table.astype(low), 1, 0, low), dot(dy, x, 0, 0, jnp.float32)
+
+    unembed.defvjp(lambda x, t: (unembed(x, t), (x, t)), unembed_bwd)
+
+    @jax.custom_vjp
+    def layer_norm(x: Any, scale: Any) -> Any:
+        return normalised(x)[0] * scale[None, None]
+
+    def normalised(x: Any) -> Any:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, -1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + c.epsilon)
+        return x * inverse, inverse
+
+    def layer_norm_bwd(kept: Any, dy: Any) -> Any:
+        x, scale = kept
+        y, inverse = normalised(x)
+        dn = dy * scale[None, None]
+        dx = dn - y * jnp.mean(dn * y, -1, keepdims=True) - jnp.mean(dn, -1, keepdims=True)
+        return (dx * inverse).astype(x.dtype), jnp.sum(dy * y, (0, 1))
+
+    layer_norm.defvjp(lambda x, s: (layer_norm(x, s), (x, s)), layer_norm_bwd)
+
+    def attention(q: Any, k: Any, v: Any) -> Any:
+        q = (q * K**-0.5)[:, :, :, None]
+        scores = jnp.einsum(
+            "bthrk,bshk->bhrts", q, k, precision=precision, preferred_element_type=jnp.float32
+        )
+        T = q.shape[1]
+        seen = jnp.arange(T)[:, None] >= jnp.arange(T)[None]
+        scores = jnp.where(seen[None, None, None], scores, jnp.finfo(jnp.float32).min)
+        probs = jax.nn.softmax(scores, -1).astype(low)
+        return jnp.einsum(
+            "bhrts,bshk->bthrk", probs, v, precision=precision, preferred_element_type=low
+        )
+
+    def loss(params: Any, batch: Any) -> Any:
+        ids, targets = batch["inputs"], batch["targets"]
+        B, T = ids.shape
+        D = c.width
+        x = jnp.take(params["embed"], ids, axis=0).astype(low)
+        x = x + params["position"][:T].astype(low)[None]
+        for p in params["layers"]:
+            y = layer_norm(x, p["norm_attention"]).astype(low).reshape(B * T, D)
+            q, k, v = (matmul(y, p[n]).reshape(B, T, H, K) for n in ("query", "key", "value"))
+            y = attention(q, k, v).reshape(B * T, D)
+            x = x + matmul(y, p["out"]).reshape(B, T, D)
+            y = layer_norm(x, p["norm_mlp"]).astype(low).reshape(B * T, D)
+            y = jax.nn.gelu(matmul(y, p["up"]))
+            x = x + matmul(y, p["down"]).reshape(B, T, D)
+        x = layer_norm(x, params["norm"]).astype(low)
+        logits = unembed(x.reshape(B * T, D), params["embed"])
+        log_z = jax.nn.logsumexp(logits, -1)
+        hit = targets.reshape(-1, 1) == jnp.arange(c.vocabulary)[None]
+        return jnp.sum(log_z - jnp.sum(jnp.where(hit, logits, 0), -1)) / (B * T)
+
+    return loss
+
+
+# --- naive: the textbook step --------------------------------------------------------------------
+
+
+def make_naive(model: Any) -> Any:
+    """Scanned blocks, 3-D einsums, automatic differentiation, float32."""
+    c = model.config
+
+    def layer_norm(x: Any, scale: Any) -> Any:
+        mean, variance = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
+        return (x - mean) * jax.lax.rsqrt(variance + c.epsilon) * scale
+
+    def block(x: Any, p: Any) -> Any:
+        B, T, D = x.shape
+        y = layer_norm(x, p["norm_attention"])
+        q, k, v = (
+            jnp.einsum("btd,dn->btn", y, p[n]).reshape(B, T, c.heads, c.head_width)
+            for n in ("query", "key", "value")
+        )
+        scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(c.head_width)
+        scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -1e9)
+        y = jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, -1), v).reshape(B, T, D)
+        x = x + jnp.einsum("btn,nd->btd", y, p["out"])
+        y = jax.nn.gelu(jnp.einsum("btd,dn->btn", layer_norm(x, p["norm_mlp"]), p["up"]))
+        return x + jnp.einsum("btn,nd->btd", y, p["down"]), None
+
+    def loss(params: Any, batch: Any) -> Any:
+        ids = batch["inputs"]
+        x = params["embed"][ids] + params["position"][: ids.shape[1]]
+        x, _ = jax.lax.scan(block, x, params["layers"])
+        logits = jnp.einsum("btd,vd->btv", layer_norm(x, params["norm"]), params["embed"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
+
+    return loss
+
+
+# --- measuring -------------------------------------------------------------------------------------
+
+
+def flat(params: Any) -> dict[str, Any]:
+    """Our tree as the hand-written steps name it, blocks still stacked."""
+    p = params["decoder"]
+    layers = {"norm_attention": p["layers"]["norm_attention"]["scale"]}
+    layers |= {"norm_mlp": p["layers"]["norm_mlp"]["scale"]}
+    layers |= {n: p["layers"]["attention"][n]["kernel"] for n in ("query", "key", "value", "out")}
+    layers |= {n: p["layers"]["mlp"][n]["kernel"] for n in ("up", "down")}
+    return {
+        "embed": p["embed"]["table"],
+        "position": p["position"]["table"],
+        "norm": p["norm"]["scale"],
+        "layers": layers,
+    }
+
+
+def make_step(loss: Any) -> Any:
+    """A bare training step with optax.adamw."""
+    tx = optax.adamw(LR)
+
+    def step(state: Any, batch: Any) -> Any:
+        params, opt_state = state
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    return jax.jit(step, donate_argnums=0), lambda params: (params, tx.init(params))
+
+
+def programs(config: Config, precision: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Compiled steps by name, and their first states."""
+    model = decoder(
+        config.size, precision, layers=config.layers, context=config.seq, loop="unroll",
+        norm="layer", position="learned", activation="gelu", bias=False, tied=True,
+    )  # fmt: skip
+    state, step = build(model, optax.adamw(LR), gate=False)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, model.config.vocabulary, (config.batch, config.seq + 1), np.int32)
+    batch = {"inputs": jnp.asarray(ids[:, :-1]), "targets": jnp.asarray(ids[:, 1:])}
+    tree = jax.tree.map(jnp.copy, flat(state.params))
+    unstacked = dict(tree) | {
+        "layers": [jax.tree.map(lambda x: x[i], tree["layers"]) for i in range(config.layers)]  # noqa: B023
+    }
+    compute = jnp.dtype(model.precision.rules[-1].policy.compute_dtype)
+    careful, init = make_step(make_careful(model, compute))
+    steps = {"ours": step.compiled, "careful": careful}
+    states = {"ours": state, "careful": init(jax.tree.map(jnp.copy, unstacked))}
+    if precision == "fp32":
+        steps["naive"], init = make_step(make_naive(model))
+        states["naive"] = init(tree)
+    return steps, states, batch
+
+
+def interleaved(
+    steps: dict[str, Any], states: dict[str, Any], batch: Any, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each program's steps, taken in turn, and each one's first loss."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    first: dict[str, float] = {}
+    for turn in range(-2, rounds):
+        for name in steps if turn % 2 else reversed(steps):
+            start = time.perf_counter()
+            states[name], out = steps[name](states[name], batch)
+            out = jax.block_until_ready(out)
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+            first.setdefault(name, float(out["loss"] if name == "ours" else out))
+    return seconds, first
+
+
+def ratio(a: list[float], b: list[float]) -> str:
+    """Centre and 95 % interval of the paired ratio a/b, from 10,000 bootstrap means of logs."""
+    logs = np.log(np.array(a) / np.array(b))
+    rng = np.random.default_rng(0)
+    means = np.exp(rng.choice(logs, (10_000, len(logs))).mean(axis=1))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return f"{np.exp(logs.mean()):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def main(config: Config) -> None:
+    """Prints the comparison."""
+    console = Console()
+    console.print(f"jax {jax.__version__} on {jax.default_backend()}, XLA_FLAGS={os.environ['XLA_FLAGS']}")
+    for precision in ("fp32", "bf16"):
+        with jax.numpy_dtype_promotion("standard"):
+            steps, states, batch = programs(config, precision)
+            lowered = {name: step.lower(states[name], batch) for name, step in steps.items()}
+        counts = {name: products_and_casts(text.as_text()) for name, text in lowered.items()}
+        ours, careful = counts["ours"], counts["careful"]
+        console.print(f"\n[bold]{precision}[/bold]: {sum(n for k, n in ours.items() if 'dot' in k)} products")
+        console.print(f"same products and casts: {'yes' if ours == careful else 'NO'}")
+        for name, odd in (("ours", ours - careful), ("careful", careful - ours)):
+            for key, count in Counter(odd).items():
+                console.print(f"  only in {name}: {count} x {key}")
+        steps = {name: low.compile() for name, low in lowered.items()}
+        seconds, first = interleaved(steps, states, batch, config.rounds)
+        table = Table("step", "median s", "tokens/s", "first loss")
+        for name, times in seconds.items():
+            median = float(np.median(times))
+            rate = config.batch * config.seq / median
+            table.add_row(name, f"{median:.3f}", f"{rate:,.0f}", f"{first[name]:.6f}")
+        console.print(table)
+        console.print(f"time ours/careful {ratio(seconds['ours'], seconds['careful'])}")
+        if "naive" in seconds:
+            console.print(f"time naive/ours {ratio(seconds['naive'], seconds['ours'])}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,250 @@
+"""Train state and the compiled train step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from mpjax.errors import ConfigError
+from mpjax.optim import Optimizer, OptState, wrap
+from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
+
+
+class TrainState(NamedTuple):
+    """All that changes while training; every leaf is an array.
+
+    Args:
+      step: steps taken, skipped ones included.
+      params: weights as stored.
+      opt_state: moments, master weights, loss scale, skip counters.
+      model_state: what the model threads through itself (None for a decoder in training).
+      key: raw key data; dropout folds in the step.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: OptState
+    model_state: Any
+    key: Any
+
+
+LossFn = Callable[..., tuple[Any, Any]]  # (params, batch, *, state, key, train) -> loss, state
+
+
+def init_state(
+    params: Any, optimizer: Optimizer, *, seed: int = 0, model_state: Any = None
+) -> TrainState:
+    """Returns the state before the first step."""
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), model_state, key)
+
+
+def _gradients(
+    loss_fn: LossFn, state: TrainState, batch: Any, accumulate: int
+) -> tuple[Any, Any, Any]:
+    """Scaled gradients, mean loss and model state; microbatches are summed in float32."""
+    scale = state.opt_state.loss_scale
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+    def scaled(params: Any, micro: Any, model_state: Any, key: Any) -> tuple[Any, Any]:
+        loss, model_state = loss_fn(params, micro, state=model_state, key=key, train=True)
+        return scale.scale(loss), (loss, model_state)
+
+    grad = jax.grad(scaled, has_aux=True)
+    if accumulate == 1:
+        grads, (loss, model_state) = grad(state.params, batch, state.model_state, key)
+        return grads, loss, model_state
+
+    def split(x: Any) -> Any:  # strided, so that a batch cut over devices stays cut evenly
+        return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def body(carry: Any, part: Any) -> tuple[Any, None]:
+        total, total_loss, model_state = carry
+        index, micro = part
+        grads, (loss, model_state) = grad(
+            state.params, micro, model_state, jax.random.fold_in(key, index)
+        )
+        total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
+        return (total, total_loss + loss.astype(jnp.float32), model_state), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+    carry = (zeros, jnp.float32(0), state.model_state)
+    parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
+    (grads, loss, model_state), _ = jax.lax.scan(body, carry, parts)
+    return jax.tree.map(lambda g: g / accumulate, grads), loss / accumulate, model_state
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A compiled step: `step(state, batch) -> (state, metrics)`; the old state is donated.
+
+    Args:
+      function: the same, neither compiled nor donating.
+      compiled: `jax.jit` of it.
+      optimizer: the wrapped optimizer.
+      mesh: the mesh, or None on one device.
+      shardings: of the state, or None on one device.
+      accumulate: microbatches a step.
+    """
+
+    function: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
+    compiled: Any
+    optimizer: Optimizer
+    mesh: Mesh | None
+    shardings: Any
+    accumulate: int
+
+    def place(self, batch: Any) -> Any:
+        """Puts this process's part of a global batch on its devices.
+
+        Raises:
+          ConfigError: the batch is not divided by the mesh and the microbatches.
+        """
+        if self.mesh is None:
+            return batch
+        sharding = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def check_batch(self, batch: int) -> None:
+        """Checks a global batch size.
+
+        Raises:
+          ConfigError: it is not divided by microbatches times the mesh's data and fsdp axes.
+        """
+        parts = self.accumulate
+        if self.mesh is not None:
+            parts *= self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if batch % parts:
+            raise ConfigError(
+                f"batch: {batch} is not a multiple of {parts} = accumulate {self.accumulate} x"
+                f" data x fsdp devices; take {max(1, batch // parts) * parts}"
+            )
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        return self.compiled(state, self.place(batch))
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    *,
+    mesh: Mesh | None = None,
+    shardings: Any = None,
+    accumulate: int = 1,
+) -> TrainStep:
+    """Returns the compiled train step of any model.
+
+    Gradients of the scaled loss, summed over microbatches in float32, go through the wrapped
+    optimizer.
+
+    Args:
+      loss_fn: `loss_fn(params, batch, *, state, key, train) -> (loss, state)`, the mean over the
+        batch.
+      optimizer: from `mpjax.optim.wrap`.
+      mesh: devices; None is one device.
+      shardings: of the state, from `state_shardings`; needed with a mesh.
+      accumulate: microbatches a step; each takes every accumulate-th row of the batch.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`; metrics are scalars on the device: `loss`,
+      `loss_scale`, `skipped`, `stuck`, and `grad_norm` when the optimizer clips.
+
+    Raises:
+      ConfigError: accumulate below 1.
+    """
+    if accumulate < 1:
+        raise ConfigError(f"accumulate: {accumulate} must be at least 1")
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        grads, loss, model_state = _gradients(loss_fn, state, batch, accumulate)
+        params, opt_state, metrics = optimizer.step_with_metrics(
+            grads, state.opt_state, state.params
+        )
+        if "finite" in metrics and state.model_state is not None:
+            keep = metrics["finite"]
+            model_state = jax.tree.map(
+                lambda new, old: jnp.where(keep, new, old), model_state, state.model_state
+            )
+        metrics = {
+            "loss": loss.astype(jnp.float32),
+            "loss_scale": state.opt_state.loss_scale.value,
+            "skipped": opt_state.gate.skipped,
+            "stuck": opt_state.gate.stuck,
+            **{key: value for key, value in metrics.items() if key != "finite"},
+        }
+        return TrainState(state.step + 1, params, opt_state, model_state, state.key), metrics
+
+    if mesh is None:
+        compiled = jax.jit(step, donate_argnums=0)
+    else:
+        whole = NamedSharding(mesh, PartitionSpec())
+        compiled = jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(shardings, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))),
+            out_shardings=(shardings, whole),
+        )
+    return TrainStep(step, compiled, optimizer, mesh, shardings, accumulate)
+
+
+def build(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | str | None = None,
+    *,
+    seed: int = 0,
+    clip: float | None = None,
+    gate: bool = True,
+    patience: int = 50,
+    accumulate: int = 1,
+) -> tuple[TrainState, TrainStep]:
+    """Initialises a model of ours on a mesh and compiles its train step.
+
+    Args:
+      model: with `precision`, `init`, `loss`, `axes` and `sharded`, such as
+        `mpjax.models.decoder`; its Precision decides loss scale, update rule and moments.
+      optimizer: a raw optax optimizer; it is wrapped here, once.
+      mesh: a Mesh, its text (`data=2,fsdp=4`), or None for one device.
+      seed: of the weights and of dropout.
+      clip: largest global gradient norm.
+      gate: whether non-finite steps are skipped.
+      patience: see `mpjax.optim.wrap`.
+      accumulate: microbatches a step.
+
+    Returns:
+      The first state, sharded, and the step.
+
+    Example:
+      >>> from mpjax.models import decoder
+      >>> state, step = build(decoder("tiny", layers=1, width=16, heads=2), optax.sgd(0.1))
+      >>> batch = {"inputs": jnp.zeros((1, 4), jnp.int32), "targets": jnp.ones((1, 4), jnp.int32)}
+      >>> state, metrics = step(state, batch)
+      >>> int(state.step), int(metrics["skipped"])
+      (1, 0)
+    """
+    wrapped = wrap(optimizer, model.precision, clip=clip, gate=gate, patience=patience)
+    if isinstance(mesh, str):
+        mesh = parse_mesh(mesh)
+    if mesh is not None and mesh.size == 1:
+        mesh = None
+    if mesh is not None:
+        model = model.sharded(ShardActivations(mesh))
+
+    def init() -> TrainState:
+        return init_state(model.init(jax.random.key(seed)), wrapped, seed=seed)
+
+    shardings = None
+    if mesh is not None:
+        shardings = state_shardings(jax.eval_shape(init), model.axes, mesh)
+    state = jax.jit(init, out_shardings=shardings)()
+    step = make_train_step(
+        model.loss, wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
+    )
+    return state, step
