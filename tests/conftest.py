@@ -32,6 +32,7 @@ atexit.register(shutil.rmtree, os.environ["MPJAX_CACHE"], ignore_errors=True)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -39,6 +40,19 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Annotated shapes and dtypes are checked at every call of the parts that take arrays. Settings are
+# left out: a wrong one must reach the code that refuses it with a ConfigError.
+CHECKED = [
+    "mpjax.formats",
+    "mpjax.models",
+    "mpjax.ops.attention",
+    "mpjax.ops.cross_entropy",
+    "mpjax.ops.norm",
+    "mpjax.ops.rotary",
+    "mpjax.optim",
+]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 hypothesis.settings.register_profile("local", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
