@@ -1,0 +1,91 @@
+"""SIGTERM and Ctrl-C as a flag that a training loop polls; a second Ctrl-C leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupt:
+    """Turns SIGTERM and SIGINT into a request to stop, for as long as the block lasts.
+
+    The first signal sets `requested` and says so on stderr; the loop saves and leaves. A second
+    SIGINT ends the process at once with status 130, without waiting for any thread. SIGTERM never
+    counts as a second one, because `make` and job schedulers send it along with Ctrl-C. Signals
+    are also read from a wake-up socket by a thread of their own, so that the second Ctrl-C works
+    while the main thread is inside a compilation or a device computation.
+
+    Off the main thread Python allows no signal handlers: there the block does nothing and
+    `requested` stays None.
+
+    Example:
+      >>> with Interrupt() as interrupt:
+      ...     for step in range(3):
+      ...         if interrupt.requested:
+      ...             break
+      >>> step
+      2
+    """
+
+    def __init__(self) -> None:
+        self._requested: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> str | None:
+        """The name of the first signal that came ("SIGTERM", "SIGINT"), or None."""
+        return self._requested
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)  # set_wakeup_fd demands it
+        self._watcher = threading.Thread(target=self._watch, name="interrupt", daemon=True)
+        self._watcher.start()
+        self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._previous:
+            return
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not installed from Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        self._previous = {}
+        self._writer.close()  # the watcher reads the end of the stream and returns
+        self._watcher.join()
+        self._reader.close()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._requested is None:
+            self._requested = signal.Signals(number).name
+
+    def _watch(self) -> None:
+        presses = 0
+        announced = False
+        while block := self._reader.recv(16):
+            for number in block:
+                if number not in _SIGNALS:
+                    continue
+                presses += number == signal.SIGINT
+                if presses > 1:
+                    os._exit(130)
+                if not announced:
+                    announced = True
+                    name = signal.Signals(number).name
+                    # not sys.stderr: its lock may be held by the thread that was interrupted
+                    os.write(2, f"\n{name}: stopping; Ctrl-C again leaves at once\n".encode())

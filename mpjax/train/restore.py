@@ -1,0 +1,183 @@
+"""Restoring into other settings: what may differ, and how a state is cast to another Precision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.errors import ConfigError
+from mpjax.train import leaves
+from mpjax.train.reader import CheckpointReader
+
+_ABSENT = "(not set)"
+
+
+def compare_settings(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    *,
+    may_change: Iterable[str] = ("steps", "out"),
+) -> None:
+    """Refuses to resume with settings that differ from the saved ones.
+
+    Both sides are compared as JSON, so a tuple equals a list; True differs from 1.
+
+    Args:
+      saved: the settings in the checkpoint, nested by name.
+      current: the settings of this run.
+      may_change: dotted names that may differ, each with all that lies below it.
+
+    Raises:
+      ConfigError: a setting differs; names each by its dotted name with both values.
+
+    Example:
+      >>> compare_settings({"model": {"width": 64}, "steps": 10}, {"model": {"width": 64}})
+      >>> compare_settings({"model": {"width": 64}}, {"model": {"width": 128}})
+      Traceback (most recent call last):
+      mpjax.errors.ConfigError: resume: model.width was 64 at the save, is 128 now; give ...
+    """
+    before, now = _flat(saved), _flat(current)
+    allowed = tuple(may_change)
+    differences = [
+        f"{name} was {before.get(name, _ABSENT)} at the save, is {now.get(name, _ABSENT)} now"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+        and not any(name == other or name.startswith(f"{other}.") for other in allowed)
+    ]
+    if differences:
+        raise ConfigError(
+            f"resume: {'; '.join(differences)}; give the saved settings, or start a new run "
+            "in another --out"
+        )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    table: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            table |= _flat(value, f"{prefix}{name}.")
+        else:
+            table[f"{prefix}{name}"] = json.dumps(value, sort_keys=True)
+    return table
+
+
+def restore_into(
+    state: Any, checkpointer: CheckpointReader, step: int | None = None
+) -> tuple[Any, list[str]]:
+    """Restores a checkpoint into a state of another Precision, and says what it changed.
+
+    Leaves are matched by tree path. A leaf of another dtype is cast. A float32 master copy
+    (`.../master/PATH` in the optimizer state) stands for the weight `params/PATH` and the other
+    way round: weights whose dtype changes come from the master where the checkpoint has one, and
+    a master that it lacks is filled from the saved weights.
+
+    Args:
+      state: a fresh state of the new Precision; its shardings are honoured. Leaves may be
+        `jax.ShapeDtypeStruct` where the checkpoint has them.
+      checkpointer: where to read.
+      step: which step; None takes the newest.
+
+    Returns:
+      The state, and one line for each leaf that was not restored as it was saved: cast, taken
+      from or filled as a master, left fresh, or dropped.
+
+    Raises:
+      ConfigError: nothing matches, a shape differs, a cast is between numbers of different
+        kinds or overflows, or a leaf is neither saved nor fresh.
+    """
+    saved = checkpointer.read_leaves(step)
+    fresh = leaves.named_leaves(state)
+    masters = {path: name for name in saved if (path := _mirrored(name)) is not None}
+    sources = {name: _source(name, leaf, saved, masters) for name, leaf in fresh.items()}
+    _require_matches(f"{checkpointer.directory}", fresh, saved, sources)
+    wanted = {
+        source: leaves.target(fresh[name], saved[source].dtype)
+        for name, source in sources.items()
+        if source is not None
+    }
+    read = checkpointer.read(wanted, step)
+    lines: list[str] = []
+    restored = []
+    for name, leaf in fresh.items():
+        source = sources[name]
+        if source is None:
+            restored.append(leaf)
+            lines.append(f"{name}: not in the checkpoint, left fresh")
+            continue
+        restored.append(_cast(name, read[source], leaf.dtype))
+        if source != name:
+            lines.append(f"{name}: from {source}, {saved[source].dtype} -> {leaf.dtype}")
+        elif saved[name].dtype != leaf.dtype:
+            lines.append(f"{name}: {saved[name].dtype} -> {leaf.dtype}")
+    known = fresh.keys() | set(sources.values())
+    lines += [f"{name}: only in the checkpoint, dropped" for name in saved if name not in known]
+    return jax.tree.unflatten(jax.tree.structure(state), restored), lines
+
+
+def _mirrored(name: str) -> str | None:
+    """Returns the weight whose float32 copy a leaf is, or None if it is no master."""
+    parts = name.split("/")
+    if "master" not in parts or parts[0] == "params":
+        return None
+    return "/".join(["params", *parts[parts.index("master") + 1 :]])
+
+
+def _source(
+    name: str, leaf: Any, saved: Mapping[str, Any], masters: Mapping[str, str]
+) -> str | None:
+    weight = _mirrored(name)
+    if weight is not None and name not in saved:
+        # the same master under another wrapping, else the weight itself
+        return masters.get(weight, weight if weight in saved else None)
+    if name in masters and (name not in saved or saved[name].dtype != leaf.dtype):
+        return masters[name]
+    return name if name in saved else None
+
+
+def _require_matches(
+    where: str,
+    fresh: Mapping[str, Any],
+    saved: Mapping[str, jax.ShapeDtypeStruct],
+    sources: Mapping[str, str | None],
+) -> None:
+    if not any(sources.values()):
+        raise ConfigError(
+            f"{where}: no leaf of the checkpoint has a path of this state ({min(saved)} there, "
+            f"{min(fresh)} here); restore the same model"
+        )
+    for name, source in sources.items():
+        leaf = fresh[name]
+        if source is None:
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                raise ConfigError(
+                    f"{where}: {name} is not in the checkpoint and has no fresh value; "
+                    "pass an initialised state"
+                )
+        elif saved[source].shape != leaf.shape:
+            raise ConfigError(
+                f"{where}: {source} has shape {saved[source].shape} in the checkpoint, "
+                f"{name} has {leaf.shape} here; restore the same model"
+            )
+
+
+def _cast(name: str, array: jax.Array, dtype: Any) -> jax.Array:
+    if array.dtype == dtype:
+        return array
+    floating = [jnp.issubdtype(kind, jnp.floating) for kind in (array.dtype, dtype)]
+    if floating != [True, True]:
+        raise ConfigError(
+            f"{name}: {array.dtype} in the checkpoint cannot be cast to {dtype}; only floats are "
+            "cast, so restore with the saved format of this leaf"
+        )
+    cast = array.astype(dtype)  # the explicit purpose of this restore
+    lost = jnp.isfinite(array) & ~jnp.isfinite(cast)
+    if lost.any():
+        raise ConfigError(
+            f"{name}: {int(lost.sum())} values overflow {dtype}, whose largest is "
+            f"{float(jnp.finfo(dtype).max):g}; restore it in a wider format"
+        )
+    return cast
