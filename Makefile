@@ -66,7 +66,7 @@ $(FRESH):
 	@touch $@
 
 $(INSTALLED): $(PINS) | $(FRESH)
-	@echo "installing mpjax into $(VENV): about 0.5 GB, once"
+	@echo "installing mpjax into $(VENV): about 1 GB, once"
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
