@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "tasks": {"formats", "precision", "ops", "models"},
     "data": set(),
     "train": {"formats", "precision", "optim", "interpret", "data"},
+    "report": {"formats"},  # reads what runs wrote and draws it
     "probe": set(),
     "doctor": {"probe"},  # it stays light: a broken part must not keep it from starting
 }
@@ -75,6 +76,8 @@ def unmet(source: str, path: str) -> list[str]:
     required = {re.split(r"[<>=\[ ]", line)[0] for line in project["dependencies"]}
     known = {MODULE_NAMES.get(name, name) for name in required} | {"mpjax"}
     known |= set(sys.stdlib_module_names)
+    if path.startswith("experiments/"):
+        known |= {script.stem for script in SCRIPTS}  # a script's own folder is on its path
     top = [
         node
         for node in ast.parse(source).body
@@ -144,6 +147,7 @@ def test_a_plain_install_has_what_is_imported() -> None:
     files = MODULES + SCRIPTS
     assert [name for path in files for name in unmet(path.read_text(), _relative(path))] == []
     assert unmet("import pyarrow", "x.py") == ["x.py: pyarrow"]
+    assert unmet("import no_such_script", "experiments/x.py")
     assert unmet("from orbax import checkpoint\nimport jax.numpy, json", "x.py") == []
     assert unmet("def f():\n    import pyarrow", "x.py") == []
 
