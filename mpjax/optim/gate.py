@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -46,9 +47,22 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     return jnp.all(finite_by_leaf(tree))
 
 
+def bits(x: Any) -> Any:
+    """Returns a floating-point array's bit patterns as unsigned integers."""
+    return jax.lax.bitcast_convert_type(x, f"uint{jnp.finfo(x.dtype).bits}")
+
+
+def choose(take: Bool[Array, "..."], a: Any, b: Any) -> Any:
+    """Returns `a` where `take`, else `b`, both bit for bit."""
+    if not jnp.issubdtype(a.dtype, jnp.floating) or jnp.finfo(a.dtype).bits >= 32:
+        return jnp.where(take, a, b)
+    # XLA's CPU backend selects low floats through float32, which rewrites NaN payloads.
+    return jax.lax.bitcast_convert_type(jnp.where(take, bits(a), bits(b)), a.dtype)
+
+
 def select(finite: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
     """Returns `new` where finite, else `old` bit for bit (leaves are chosen, not computed)."""
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    return jax.tree.map(functools.partial(choose, finite), new, old)
 
 
 def record(state: GateState, finite_leaves: Any, at_minimum: Any) -> GateState:

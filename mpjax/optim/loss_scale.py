@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, TypeVar
 
 import jax
@@ -156,32 +157,36 @@ class DynamicLossScale(StaticLossScale):
         back_off = ~finite & (left == 1)
         grown = jnp.minimum(scale * s.growth_factor, s.max_scale)
         lowered = jnp.maximum(scale * s.backoff_factor, s.min_scale)
-        out = _rebuild(type(self), s, (
+        state = (
             jnp.where(grow, grown, jnp.where(back_off, lowered, scale)),
             jnp.where(grow, 0, good),
             jnp.where(grow, s.hysteresis, jnp.where(finite | back_off, left, left - 1)),
-        ))
-        return out
+        )
+        return _rebuild(type(self), s, state)
 
     def at_minimum(self) -> Any:
         return self.value <= self.settings.min_scale
 
 
 def _rebuild(kind: type, settings: LossScaleSettings, state: tuple[Any, ...]) -> Any:
-    out = object.__new__(kind)
+    out: Any = object.__new__(kind)
     out.settings, out.state = settings, tuple(state)
     return out
 
 
 _NAMES = ("scale", "good_steps", "hysteresis_left")
+
+
+def _flatten_with_keys(x: LossScale) -> tuple[Any, LossScaleSettings]:
+    keys = map(jax.tree_util.GetAttrKey, _NAMES)
+    return tuple(zip(keys, x.state, strict=False)), x.settings
+
+
 for _kind in (NoOpLossScale, StaticLossScale, DynamicLossScale):
     jax.tree_util.register_pytree_with_keys(
         _kind,
-        lambda x: (
-            tuple((jax.tree_util.GetAttrKey(n), v) for n, v in zip(_NAMES, x.state, strict=False)),
-            x.settings,
-        ),
-        lambda settings, state, kind=_kind: _rebuild(kind, settings, state),
+        _flatten_with_keys,
+        functools.partial(_rebuild, _kind),
         lambda x: (x.state, x.settings),
     )
 

@@ -11,14 +11,16 @@ import optax
 from mpjax.errors import ConfigError
 from mpjax.precision import Moments
 
-# Field names of optax's states: adam, lion and adafactor call the mean mu or m, sgd trace.
-_FIRST = {"mu", "m", "trace", "momentum"}
-_SECOND = {"nu", "v", "v_row", "v_col", "sum_of_squares"}
+# Field names of optax's states: adam and lion call the mean mu, sgd trace, adafactor ema.
+_FIRST = dict.fromkeys(("mu", "m", "trace", "momentum", "ema"), "first")
+_SECOND = dict.fromkeys(("nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"), "second")
+_MOMENTS = _FIRST | _SECOND
 
 
 def _moment(path: tuple[Any, ...]) -> str | None:
-    names = {getattr(key, "name", None) for key in path}
-    return "first" if names & _FIRST else "second" if names & _SECOND else None
+    names = (getattr(key, "name", None) for key in path)
+    # The state's field stands before those of a parameter tree of attributes.
+    return next((_MOMENTS[name] for name in names if name in _MOMENTS), None)
 
 
 def cast_moments(

@@ -45,7 +45,7 @@ def parse_dtype(text: Any, where: str = "dtype") -> Any:
         near = difflib.get_close_matches(name, _NAMES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"{where}: unknown dtype {name!r}; {hint}known: {' '.join(_KNOWN)}")
-    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+    if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
         raise ConfigError(
             f"{where}: float64 needs 64-bit types, which are off; set JAX_ENABLE_X64=1 or use f32"
         )
@@ -55,12 +55,18 @@ def parse_dtype(text: Any, where: str = "dtype") -> Any:
 def dtype_name(dtype: Any) -> str:
     """Returns the short name of a dtype: `f32`, `bf16`, `f16`, `f64`.
 
+    Raises:
+      ConfigError: another dtype.
+
     Example:
       >>> dtype_name(jnp.bfloat16)
       'bf16'
     """
     short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
-    return short[np.dtype(dtype).name]
+    name = np.dtype(dtype).name
+    if name not in short:
+        raise ConfigError(f"dtype: a policy cannot hold {name}; known: {' '.join(_KNOWN)}")
+    return short[name]
 
 
 def wider(a: Any, b: Any) -> Any:

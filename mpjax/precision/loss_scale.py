@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
+
 from mpjax.errors import ConfigError
 
 _SHORT = {
@@ -16,6 +18,10 @@ _SHORT = {
     "min": "min_scale",
     "max": "max_scale",
 }
+
+_INT32_MAX = 2**31 - 1
+# Normal numbers only: jitted arithmetic flushes subnormals, and 0 or inf would never come back.
+_FLOAT32 = (float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +71,12 @@ class LossScaleSettings:
             number = int if field in ("growth_interval", "hysteresis") else float
             if number(value) != value:
                 raise ConfigError(f"loss scale: {short}={value} is not a whole number")
+            low, high = (1, _INT32_MAX) if number is int else _FLOAT32
+            if not low <= value <= high:
+                raise ConfigError(
+                    f"loss scale: {short}={value:g} is outside what its"
+                    f" {'int32' if number is int else 'float32'} state holds, {low:g} .. {high:g}"
+                )
             object.__setattr__(self, field, number(value))
         if self.growth_factor <= 1 or self.backoff_factor >= 1:
             raise ConfigError(

@@ -59,11 +59,15 @@ class Precision:
     export_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        if self.name.split() != [self.name] or self.name.startswith("{"):
+            raise ConfigError(f"precision: the name {self.name!r} is not one word; choose another")
         if self.update not in UPDATE_RULES:
             raise ConfigError(
                 f"update: unknown rule {self.update!r}; known: {' '.join(UPDATE_RULES)}"
             )
-        low = [rule for rule in self.rules if rule.policy.param_dtype in (jnp.bfloat16, jnp.float16)]
+        low = [
+            rule for rule in self.rules if rule.policy.param_dtype in (jnp.bfloat16, jnp.float16)
+        ]
         if low and self.update == "none":
             raise ConfigError(
                 f"update: rule {low[0]} stores weights in {dtype_name(low[0].policy.param_dtype)},"
@@ -143,15 +147,14 @@ class Precision:
     def to_text(self) -> str:
         """Returns the whole of it as one line of blank-separated words.
 
-        `rule:` is a user's rule, `base:` one of the preset's; `get_precision` reads it.
+        `rule:` is a user's rule, `base:` one of the preset's, or none; `get_precision` reads it.
         """
         words = [self.name]
         words += [f"{'rule' if rule.user else 'base'}:{rule}" for rule in self.rules]
+        if all(rule.user for rule in self.rules):
+            words.append("base:")
         fields = self.to_dict()
-        words += [
-            f"{key}={fields[key]}"
-            for key in OPTIONS
-        ]
+        words += [f"{key}={fields[key]}" for key in OPTIONS]
         return " ".join(words)
 
     def __str__(self) -> str:
@@ -165,10 +168,7 @@ class Precision:
         console = Console(file=io.StringIO(), width=100)
         console.print(table)
         fields = self.to_dict()
-        rest = " · ".join(
-            f"{key.replace('_', ' ')} {fields[key]}"
-            for key in OPTIONS
-        )
+        rest = " · ".join(f"{key.replace('_', ' ')} {fields[key]}" for key in OPTIONS)
         lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
         return "\n".join([*(line.rstrip() for line in lines if line.strip()), "  " + rest])
 

@@ -156,13 +156,16 @@ def _from_text(text: str) -> dict[str, Any]:
     words = text.split()
     if not words:
         raise ConfigError(f"precision: empty; presets: {' '.join(_PRESETS)}")
-    rules: dict[str, list[Rule]] = {"rule": [], "base": []}
+    rules: list[Rule] = []
+    complete = any(word.startswith("base:") for word in words[1:])
     options: dict[str, str] = {}
     for word in words[1:]:
         kind, _, rest = word.partition(":")
         key, equals, option = word.partition("=")
-        if kind in rules and rest:
-            rules[kind].append(dataclasses.replace(parse_rule(rest), user=kind == "rule"))
+        if kind in ("rule", "base") and rest:
+            rules.append(dataclasses.replace(parse_rule(rest), user=kind == "rule"))
+        elif word == "base:":
+            continue  # says that there are no preset rules
         elif key in OPTIONS and equals:
             options[key] = option
         else:
@@ -170,9 +173,8 @@ def _from_text(text: str) -> dict[str, Any]:
                 f"precision: bad word {word!r}; write rule:PATTERN=VALUE or KEY=VALUE with KEY in"
                 f" {' '.join(OPTIONS)}"
             )
-    start = {"name": words[0], "rules": ()} if rules["base"] else _start(words[0])
-    base = tuple(rules["base"]) or start["rules"]
-    return start | {"rules": (*rules["rule"], *base)} | parse_options(options)
+    start = {"name": words[0], "rules": ()} if complete else _start(words[0])
+    return start | {"rules": (*rules, *start["rules"])} | parse_options(options)
 
 
 def get_precision(

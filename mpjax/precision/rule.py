@@ -18,7 +18,8 @@ from mpjax.precision.policy import policy_text
 def _compile(pattern: str) -> re.Pattern[str]:
     out, rest = "", pattern
     while rest:
-        if rest.startswith("**/"):
+        whole = len(rest) == len(pattern) or pattern[-len(rest) - 1] == "/"
+        if rest.startswith("**/") and whole:  # any number of components, also none
             out, rest = out + "(?:[^/]+/)*", rest[3:]
         elif rest.startswith("**"):
             out, rest = out + ".*", rest[2:]
@@ -81,9 +82,9 @@ class Rule:
     user: bool = True
 
     def __post_init__(self) -> None:
-        if not self.pattern or self.pattern != self.pattern.strip() or " " in self.pattern:
+        if self.pattern.split() != [self.pattern] or "=" in self.pattern:
             raise ConfigError(
-                f"rule: the pattern {self.pattern!r} is empty or holds blanks;"
+                f"rule: the pattern {self.pattern!r} is empty or holds blanks or '=';"
                 " write PATTERN=VALUE, such as **/norm*=fp32"
             )
 
