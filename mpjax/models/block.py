@@ -27,8 +27,8 @@ class Attention(Layer):
         B, T, _ = x_BTD.shape
 
         def project(name: str, heads: int, axis: str) -> Any:
-            y = Linear(self.context, heads * c.head_width, ("embed", axis), c.bias, name=name)(x_BTD)
-            return y.reshape(B, T, heads, c.head_width)
+            linear = Linear(self.context, heads * c.head_width, ("embed", axis), c.bias, name=name)
+            return linear(x_BTD).reshape(B, T, heads, c.head_width)
 
         q = project("query", c.heads, "heads")
         k = project("key", c.groups, "kv")

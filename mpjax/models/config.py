@@ -146,10 +146,8 @@ _SIZES: dict[str, dict[str, Any]] = {
     "gpt2-medium": _GPT2 | dict(layers=24, width=1024, heads=16),
     "gpt2-large": _GPT2 | dict(layers=36, width=1280, heads=20),
     "gpt2-xl": _GPT2 | dict(layers=48, width=1600, heads=25),
-    "llama-7b": _LLAMA
-    | dict(vocabulary=32000, layers=32, width=4096, heads=32, mlp_width=11008),
-    "llama-13b": _LLAMA
-    | dict(vocabulary=32000, layers=40, width=5120, heads=40, mlp_width=13824),
+    "llama-7b": _LLAMA | dict(vocabulary=32000, layers=32, width=4096, heads=32, mlp_width=11008),
+    "llama-13b": _LLAMA | dict(vocabulary=32000, layers=40, width=5120, heads=40, mlp_width=13824),
     "llama3-8b": _LLAMA
     | dict(
         vocabulary=128256,

@@ -31,7 +31,7 @@ _REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder and its Precision: `init(key) -> params`, `apply(params, inputs) -> outputs, state`.
+    """A decoder and its Precision: `init(key) -> params`, `apply(params, ids) -> logits, state`.
 
     Args:
       config: shape.
@@ -83,9 +83,7 @@ class Model:
         def policies(layer: int) -> list[Any]:
             return [self.precision.policy(path) for path in self._block_paths(layer)]
 
-        starts = [0] + [
-            i for i in range(1, self.config.layers) if policies(i) != policies(i - 1)
-        ]
+        starts = [0] + [i for i in range(1, self.config.layers) if policies(i) != policies(i - 1)]
         return tuple(zip(starts, [*starts[1:], self.config.layers], strict=True))
 
     @functools.cached_property
@@ -117,9 +115,9 @@ class Model:
                 f" context={T} or shorten it"
             )
         positions_T = jnp.arange(T) + (0 if state is None else state["position"])
-        x = parts["embed"][0].apply({"params": p["embed"]}, ids_BT)
+        x: Any = parts["embed"][0].apply({"params": p["embed"]}, ids_BT)
         if c.position == "learned":
-            at = parts["position"][0].apply({"params": p["position"]}, positions_T)
+            at: Any = parts["position"][0].apply({"params": p["position"]}, positions_T)
             x = x + at[None].astype(x.dtype)
         x = self.shard(x, ("batch", "length", "embed"))
         dropping = train and c.dropout > 0
@@ -201,12 +199,13 @@ class Model:
         c = self.config
         x, state = self.features(params, batch["inputs"], state=state, key=key, train=train)
         targets = batch["targets"]
+        B, T = targets.shape
         loss = ops.cross_entropy(
             x,
             targets,
             functools.partial(self._unembed, params),
             self.precision.policy("decoder/loss"),
-            chunk=ops.chunk_length(*targets.shape, c.vocabulary, c.loss_chunk),
+            chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
             z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of what is judged
             logit_cap=c.logit_cap,
         )
@@ -235,10 +234,12 @@ def _unstack(tree: Any, count: int) -> list[Any]:
     """Layers of a stacked tree; the gradient of a split is one concatenation, not L additions."""
     leaves, structure = jax.tree.flatten(tree)
     parts = [[p[0] for p in jax.lax.split(leaf, [1] * count, axis=0)] for leaf in leaves]
-    return [structure.unflatten(layer) for layer in zip(*parts, strict=True)]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
 
 
-def decoder(size: str | DecoderConfig, precision: str | Precision = "fp32", **changes: Any) -> Model:
+def decoder(
+    size: str | DecoderConfig, precision: str | Precision = "fp32", **changes: Any
+) -> Model:
     """Returns a decoder-only Transformer that carries its Precision.
 
     Args:

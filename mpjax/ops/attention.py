@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mpjax.errors import ConfigError
-from mpjax.precision import wider
+from mpjax.precision import dtype_name, wider
 
 KERNELS = ("auto", "xla", "cudnn")
 
@@ -58,13 +58,17 @@ def attention(
     """
     compute = policy.compute_dtype
     q, k, v = (x.astype(compute) for x in (q_BTHK, k_BSGK, v_BSGK))
-    fits = compute != jnp.float32 and softmax.compute_dtype == jnp.float32 and isinstance(first, int)
+    from_start = isinstance(first, int) and first == 0
+    fits = compute != jnp.float32 and softmax.compute_dtype == jnp.float32 and from_start
+    fits = fits and jax.default_backend() == "gpu"
     if kernel == "cudnn" and not fits:
         raise ConfigError(
-            "attention: kernel 'cudnn' needs bfloat16 or float16 operands, a float32 softmax and no"
-            " cache; use kernel 'xla' or 'auto'"
+            "attention: kernel 'cudnn' needs a GPU, bfloat16 or float16 operands, a float32 softmax"
+            f" and no cache; here: {jax.default_backend()}, {dtype_name(compute)} operands,"
+            f" {dtype_name(softmax.compute_dtype)} softmax, {'no ' * from_start}cache;"
+            " use kernel 'xla' or 'auto'"
         )
-    if kernel == "cudnn" or (kernel == "auto" and fits and jax.default_backend() == "gpu"):
+    if kernel in ("cudnn", "auto") and fits:
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         return out.astype(policy.output_dtype)
     B, T, H, K = q.shape
@@ -79,7 +83,5 @@ def attention(
     lowest = jnp.finfo(scores.dtype).min  # finite: a row of -inf would be NaN
     probs = jax.nn.softmax(jnp.where(seen_TS[None, None, None], scores, lowest), axis=-1)
     probs = probs.astype(softmax.output_dtype).astype(compute)
-    out = jnp.einsum(
-        "BGRTS,BSGK->BTGRK", probs, v, precision=full, preferred_element_type=compute
-    )
+    out = jnp.einsum("BGRTS,BSGK->BTGRK", probs, v, precision=full, preferred_element_type=compute)
     return out.reshape(B, T, H, K).astype(policy.output_dtype)

@@ -129,7 +129,7 @@ shift_by.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def look_up(
-    table: Float[Array, "V D"], ids: Int[Array, "..."], output_dtype: Any, gradient_dtype: Any
+    table: Float[Array, "V D"], ids: Int[Array, "*N"], output_dtype: Any, gradient_dtype: Any
 ) -> Any:
     """Returns rows of a table in the output dtype; their gradients are summed in gradient_dtype."""
     return jnp.take(table, ids, axis=0).astype(output_dtype)
@@ -137,7 +137,7 @@ def look_up(
 
 def _look_up_bwd(output_dtype: Any, gradient_dtype: Any, kept: Any, dy: Any) -> Any:
     ids, like = kept
-    wide = wider(like.dtype, gradient_dtype)
+    wide = wider(dy.dtype, gradient_dtype)
     grad = jnp.zeros(like.shape[1:], wide).at[ids].add(dy.astype(wide))
     return grad.astype(like.dtype), None
 

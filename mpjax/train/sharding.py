@@ -118,12 +118,10 @@ def state_shardings(state: Any, axes: Any, mesh: Mesh) -> Any:
       axes: logical axes of its params, a tree of tuples; None leaves all weights whole.
       mesh: the mesh.
     """
-    is_axes = lambda x: (
-        isinstance(x, tuple)
-        and all(  # noqa: E731
-            name is None or isinstance(name, str) for name in x
-        )
-    )
+
+    def is_axes(x: Any) -> bool:
+        return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
+
     specs: dict[str, tuple[Any, tuple[int, ...]]] = {}
     if axes is not None:
         named = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
