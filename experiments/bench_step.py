@@ -261,14 +261,18 @@ def ratio(a: list[float], b: list[float]) -> str:
 def main(config: Config) -> None:
     """Prints the comparison."""
     console = Console()
-    console.print(f"jax {jax.__version__} on {jax.default_backend()}, XLA_FLAGS={os.environ['XLA_FLAGS']}")
+    console.print(
+        f"jax {jax.__version__} on {jax.default_backend()}, XLA_FLAGS={os.environ['XLA_FLAGS']}"
+    )
     for precision in ("fp32", "bf16"):
         with jax.numpy_dtype_promotion("standard"):
             steps, states, batch = programs(config, precision)
             lowered = {name: step.lower(states[name], batch) for name, step in steps.items()}
         counts = {name: products_and_casts(text.as_text()) for name, text in lowered.items()}
         ours, careful = counts["ours"], counts["careful"]
-        console.print(f"\n[bold]{precision}[/bold]: {sum(n for k, n in ours.items() if 'dot' in k)} products")
+        console.print(
+            f"\n[bold]{precision}[/bold]: {sum(n for k, n in ours.items() if 'dot' in k)} products"
+        )
         console.print(f"same products and casts: {'yes' if ours == careful else 'NO'}")
         for name, odd in (("ours", ours - careful), ("careful", careful - ours)):
             for key, count in Counter(odd).items():

@@ -2,5 +2,6 @@
 
 from mpjax.models.config import DecoderConfig, decoder_config, size_names
 from mpjax.models.decoder import Model, decoder
+from mpjax.models.generate import generate
 
-__all__ = ["DecoderConfig", "Model", "decoder", "decoder_config", "size_names"]
+__all__ = ["DecoderConfig", "Model", "decoder", "decoder_config", "generate", "size_names"]

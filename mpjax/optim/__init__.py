@@ -9,10 +9,15 @@ from mpjax.optim.loss_scale import (
     make_loss_scale,
 )
 from mpjax.optim.moments import cast_moments
+from mpjax.optim.named import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 from mpjax.optim.value_and_grad import scaled_value_and_grad
 from mpjax.optim.wrap import Optimizer, OptState, apply_updates, global_norm, wrap
 
 __all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "make_optimizer",
+    "make_schedule",
     "DynamicLossScale",
     "GateState",
     "LossScale",

@@ -157,6 +157,14 @@ class Checkpointer(CheckpointReader):
             self._writer = None
             logging.getLogger("absl").removeFilter(self._quiet)
 
+    def resume_from(self, step: int) -> None:
+        """Says that the run goes on from a step that a `CheckpointReader` has restored.
+
+        Raises:
+          ConfigError: there is no such step.
+        """
+        self._at = self._same = self._existing(step)
+
     def newest_good(self) -> int:
         """Waits for the running save, then as `CheckpointReader.newest_good`."""
         self.wait()

@@ -92,6 +92,7 @@ class TrainStep:
       mesh: the mesh, or None on one device.
       shardings: of the state, or None on one device.
       accumulate: microbatches a step.
+      init: `init(seed)`, a fresh state on the mesh; None when the step was not made by `build`.
     """
 
     function: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
@@ -100,6 +101,7 @@ class TrainStep:
     mesh: Mesh | None
     shardings: Any
     accumulate: int
+    init: Callable[[int], TrainState] | None = None
 
     def place(self, batch: Any) -> Any:
         """Puts this process's part of a global batch on its devices.
@@ -204,6 +206,7 @@ def build(
     gate: bool = True,
     patience: int = 50,
     accumulate: int = 1,
+    objective: Callable[[Any], LossFn] = lambda model: model.loss,
 ) -> tuple[TrainState, TrainStep]:
     """Initialises a model of ours on a mesh and compiles its train step.
 
@@ -217,6 +220,7 @@ def build(
       gate: whether non-finite steps are skipped.
       patience: see `mpjax.optim.wrap`.
       accumulate: microbatches a step.
+      objective: from the model, sharded on the mesh, to its loss function.
 
     Returns:
       The first state, sharded, and the step.
@@ -237,14 +241,14 @@ def build(
     if mesh is not None:
         model = model.sharded(ShardActivations(mesh))
 
-    def init() -> TrainState:
+    def init(seed: Any) -> TrainState:
         return init_state(model.init(jax.random.key(seed)), wrapped, seed=seed)
 
     shardings = None
     if mesh is not None:
-        shardings = state_shardings(jax.eval_shape(init), model.axes, mesh)
-    state = jax.jit(init, out_shardings=shardings)()
+        shardings = state_shardings(jax.eval_shape(init, seed), model.axes, mesh)
+    init_jit = jax.jit(init, out_shardings=shardings)
     step = make_train_step(
-        model.loss, wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
+        objective(model), wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
     )
-    return state, step
+    return init_jit(seed), dataclasses.replace(step, init=init_jit)

@@ -1,0 +1,107 @@
+"""What the language-model experiments share: model from command line, validation, sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax.data import Corpus, Tokenizer, validation_batches
+from mpjax.errors import ConfigError
+from mpjax.models import DecoderConfig, Model, decoder, decoder_config, generate
+from mpjax.precision import Precision
+from mpjax.train import ShardActivations, TrainStep
+
+CHECKPOINTS = "checkpoints"
+
+# Every field of DecoderConfig as an optional flag; its docstring is their help.
+Shape = dataclasses.make_dataclass(
+    "Shape",
+    [(name, kind | None, None) for name, kind in typing.get_type_hints(DecoderConfig).items()],
+    namespace={"__doc__": DecoderConfig.__doc__},
+    frozen=True,
+)
+
+
+def shape_changes(shape: Any) -> dict[str, Any]:
+    """Returns the fields that were given."""
+    return {key: value for key, value in dataclasses.asdict(shape).items() if value is not None}
+
+
+def lm_model(size: str, shape: Any, precision: Precision, vocabulary: int, seq: int) -> Model:
+    """Returns the decoder that the command line describes.
+
+    Args:
+      size: name of the size whose fields `shape` changes.
+      shape: a Shape.
+      precision: of the model.
+      vocabulary: of the tokenizer.
+      seq: tokens a sequence; the context is at least as long.
+
+    Raises:
+      ConfigError: a vocabulary smaller than the tokenizer's, a context shorter than a sequence.
+    """
+    changes = shape_changes(shape)
+    if changes.setdefault("vocabulary", vocabulary) < vocabulary:
+        raise ConfigError(
+            f"vocabulary: {changes['vocabulary']} is smaller than the tokenizer's {vocabulary};"
+            " leave it out or make it larger"
+        )
+    if changes.setdefault("context", max(seq, decoder_config(size).context)) < seq:
+        raise ConfigError(
+            f"context: {changes['context']} is shorter than --seq {seq}; raise it or lower --seq"
+        )
+    return decoder(size, precision, **changes)
+
+
+class Judge:
+    """Validation loss of weights, in the precision of evaluation.
+
+    Args:
+      model: whose shape to use.
+      precision: of the evaluation.
+      corpus: its held-out text.
+      config: has batch, seq and eval_batches.
+      step: the train step, for its mesh.
+    """
+
+    def __init__(
+        self, model: Model, precision: str, corpus: Corpus, config: Any, step: TrainStep
+    ) -> None:
+        judge = decoder(model.config, precision)
+        if step.mesh is not None:
+            judge = judge.sharded(ShardActivations(step.mesh))
+        self._loss = jax.jit(lambda params, batch: judge.loss(params, batch)[0])
+        self._place = step.place
+        self._batches = validation_batches(
+            corpus.validation, batch=config.batch, seq=config.seq, limit=config.eval_batches,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+        )  # fmt: skip
+        self.last = math.nan
+
+    def __call__(self, params: Any) -> float:
+        losses = [self._loss(params, self._place(batch)) for batch in self._batches]
+        self.last = float(np.mean(jax.device_get(losses)))
+        return self.last
+
+
+def sample(
+    model: Model, params: Any, tokenizer: Tokenizer, prompt: str, new: int, *,
+    temperature: float = 0.8, top_k: int = 0, seed: int = 0,
+) -> str:  # fmt: skip
+    """Returns a prompt and its continuation as text."""
+    ids = tokenizer.encode(prompt).astype(np.int32)[None]
+    room = model.config.context - ids.shape[1] if model.config.position == "learned" else new
+    if room < 1:
+        raise ConfigError(
+            f"prompt: {ids.shape[1]} tokens fill the context of {model.config.context}; shorten it"
+        )
+    out = generate(
+        model, params, ids, new=min(new, room), key=jax.random.key(seed),
+        temperature=temperature, top_k=top_k,
+    )  # fmt: skip
+    return prompt + tokenizer.decode(np.asarray(out[0]))

@@ -1,0 +1,261 @@
+"""Precisions x learning rates x seeds: which precision is best when each has its best rate?
+
+An equal learning rate misleads: a precision may only look worse because it wants another rate.
+
+Run:       python experiments/sweep.py --precision fp32 bf16 pure-bf16 --lr 3e-4 1e-3 3e-3
+Output:    the table of `make demo`, one arm per precision and rate, and per precision the best;
+           runs/sweep/report.md with the plots, a run folder per arm and seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import launch  # sets XLA flags before JAX starts
+
+import jax  # isort: skip
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from mpjax.data import Corpus, batches, load_corpus, validation_batches
+from mpjax.errors import ConfigError
+from mpjax.models import Model, decoder
+from mpjax.optim import make_optimizer
+from mpjax.precision import Precision, get_precision
+from mpjax.report import Outcome, interval, plot_loss, plot_loss_scale, rich_table, write_report
+from mpjax.train import build
+from mpjax.train.loop import fit
+from mpjax.train.manifest import manifest, write_manifest
+from mpjax.train.memory import bytes_per_parameter
+from mpjax.train.metrics import MetricsWriter
+from mpjax.train.progress import ProgressBar
+
+console = Console(stderr=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is trained, whatever the precision."""
+
+    data: str = "stdlib"
+    """`stdlib`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME."""
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe:SIZE` or a tokenizer.json."""
+    model: str = "tiny"
+    """Model size by name."""
+    layers: int = 2
+    """Blocks."""
+    width: int = 128
+    """Width of the residual stream."""
+    heads: int = 4
+    """Attention heads."""
+    batch: int = 8
+    """Sequences a step."""
+    seq: int = 128
+    """Tokens a sequence."""
+    steps: int = 200
+    """Steps a run."""
+    optimizer: str = "adamw"
+    """`adamw`, `sgd`, `lion` or `adafactor`."""
+    schedule: str = "constant"
+    """`constant`, `linear`, `cosine` or `wsd`."""
+    warmup: int = 20
+    """Steps of warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled, on matrices."""
+    clip: float = 1.0
+    """Largest global gradient norm, in every arm at natural scale."""
+    eval_batches: int = 32
+    """Batches of held-out text that judge a run, evenly spread."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One setting of a comparison.
+
+    Args:
+      label: shown in the table.
+      precision: of the training; results are judged in float32.
+      lr: peak learning rate.
+      reference: label of the arm that it is compared with.
+      stress: k; the loss is multiplied by 2^-k and its gradients by 2^k, which an exact arithmetic
+        does not notice.
+    """
+
+    label: str
+    precision: Precision
+    lr: float
+    reference: str
+    stress: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Workload):
+    """Train one model under several precisions and learning rates, each with several seeds."""
+
+    precision: tuple[str, ...] = ("fp32", "bf16", "fp16", "pure-bf16")
+    """Presets, policies or lines of text; the first is what the others are compared with."""
+    lr: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    """Peak learning rates."""
+    seeds: int = 3
+    """Seeds an arm; the n-th seed has the same initial weights and batches in every arm."""
+    out: Path = Path("runs/sweep")
+    """Folder of the report and of all runs."""
+
+
+def judge(model: Model, corpus: Corpus, work: Workload) -> Callable[[Any], float]:
+    """Returns a function from weights to the validation loss, computed in float32."""
+    exact = decoder(model.config, "fp32")
+    loss = jax.jit(lambda params, batch: exact.loss(params, batch)[0])
+    held_out = list(
+        validation_batches(
+            corpus.validation, batch=work.batch, seq=work.seq, limit=work.eval_batches
+        )
+    )
+    return lambda params: float(np.mean([loss(params, batch) for batch in held_out]))
+
+
+def stressed(stress: int, work: Workload, raw: Any) -> tuple[Any, Callable[[Model], Any]]:
+    """Returns the optimizer and objective with the loss multiplied by 2^-k."""
+    # Gradients come back to their natural scale before anything looks at their size.
+    tx = optax.chain(optax.scale(2.0**stress), optax.clip_by_global_norm(work.clip), raw)
+
+    def objective(model: Model) -> Any:
+        def loss_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            loss, state = model.loss(*args, **kwargs)
+            return loss * 2.0**-stress, state
+
+        return loss_fn
+
+    return tx, objective
+
+
+def run_arm(
+    arm: Arm,
+    work: Workload,
+    corpus: Corpus,
+    seeds: int,
+    out: Path,
+    evaluate: Callable[[Any], float],
+    keep: Callable[[str, int, Any, Any], None] = lambda *_: None,
+) -> Outcome:
+    """Trains one arm under each seed and returns its outcome; the step is compiled once.
+
+    Args:
+      arm: what to train.
+      work: what on.
+      corpus: its text.
+      seeds: how many.
+      out: folder in which each run gets its own.
+      evaluate: weights -> validation loss.
+      keep: called with (label, seed, weights, a batch) at the end of each run.
+    """
+    model = launch.make_decoder(work, corpus, arm.precision)
+    raw = make_optimizer(
+        work.optimizer, arm.lr, schedule=work.schedule, steps=work.steps, warmup=work.warmup,
+        weight_decay=work.weight_decay,
+    )  # fmt: skip
+    tx, objective = stressed(arm.stress, work, raw)
+    _, step = build(model, tx, objective=objective)
+    assert step.init is not None
+    losses, skipped, scales, speeds, records = [], [], [], [], []
+    per_parameter = 0.0
+    for seed in range(seeds):
+        folder = out / arm.label.replace(" ", "_") / f"seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = dataclasses.asdict(work) | {
+            "lr": arm.lr, "stress": arm.stress, "seed": seed, "out": str(folder),
+        }  # fmt: skip
+        write_manifest(
+            folder, manifest(arm.precision, json.loads(json.dumps(settings, default=str)))
+        )
+        writer = MetricsWriter(folder, settings | {"precision": arm.precision.to_text()})
+        history: list[dict[str, Any]] = []
+        label = f"{arm.label}, seed {seed}"
+        with ProgressBar(work.steps, console=console, label=label, lines=1) as bar:
+
+            def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
+                record = record | {"loss": record["loss"] * 2.0**arm.stress}
+                history.append(record)  # noqa: B023
+                writer.write(record)  # noqa: B023
+                bar.update(record)
+
+            data = batches(corpus.train, batch=work.batch, seq=work.seq, seed=seed)
+            state = fit(step.init(seed), step, data, steps=work.steps, report=report)
+        losses.append(evaluate(state.params))
+        writer.write({"step": work.steps, "validation_loss": losses[-1]})
+        writer.close()
+        keep(arm.label, seed, state.params, next(data))
+        per_parameter = bytes_per_parameter(state)
+        skipped.append(history[-1]["skipped"])
+        scales.append(float(state.opt_state.loss_scale.value))
+        speeds += [record["tokens_per_s"] for record in history[2:]]
+        records.append(history)
+    return Outcome(
+        arm.label, arm.reference, tuple(losses), float(np.median(speeds)), per_parameter,
+        tuple(skipped), tuple(scales), tuple(records),
+    )  # fmt: skip
+
+
+def run_arms(
+    arms: Sequence[Arm], work: Workload, seeds: int, out: Path, **options: Any
+) -> list[Outcome]:
+    """Trains all arms, each under the same seeds."""
+    if seeds < 1:
+        raise ConfigError(f"seeds: {seeds} must be at least 1")
+    launch.writable(out)
+    corpus = load_corpus(work.data, work.tokenizer)
+    models = {arm.label: launch.make_decoder(work, corpus, arm.precision) for arm in arms}
+    evaluate = judge(next(iter(models.values())), corpus, work)
+    return [run_arm(arm, work, corpus, seeds, out, evaluate, **options) for arm in arms]
+
+
+def best(outcomes: Sequence[Outcome], labels: Sequence[str]) -> str:
+    """Returns the label of the arm with the lowest mean validation loss."""
+    chosen = [o for o in outcomes if o.label in labels]
+    return min(chosen, key=lambda o: interval(o.validation_loss)[0]).label
+
+
+def main(config: Config) -> None:
+    """Runs the sweep and writes its report."""
+    launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip")
+    start = time.perf_counter()
+    precisions = {text: get_precision(text) for text in config.precision}
+    arms = [
+        Arm(f"{text} lr={lr:g}", precision, lr, f"{config.precision[0]} lr={lr:g}")
+        for text, precision in precisions.items()
+        for lr in config.lr
+    ]
+    outcomes = run_arms(arms, config, config.seeds, config.out)
+    winners = {
+        text: best(outcomes, [f"{text} lr={lr:g}" for lr in config.lr]) for text in precisions
+    }
+    tuned = [
+        dataclasses.replace(
+            o, label=f"best: {o.label}", reference=f"best: {winners[config.precision[0]]}"
+        )
+        for label in winners.values()
+        for o in outcomes
+        if o.label == label
+    ]
+    launch.wide().print(rich_table([*outcomes, *tuned], "Precisions and learning rates"))
+    plot_loss(outcomes).savefig(config.out / "loss.png")
+    plot_loss_scale(outcomes).savefig(config.out / "loss_scale.png")
+    notes = [f"Took {time.perf_counter() - start:.0f} s on {launch.machine()}."]
+    path = write_report(
+        config.out, "Precisions and learning rates", [*outcomes, *tuned], notes,
+        ["loss.png", "loss_scale.png"],
+    )  # fmt: skip
+    launch.wide().print(f"report: {path}")
+
+
+if __name__ == "__main__":
+    launch.command(main, Config)

@@ -1,0 +1,328 @@
+"""The workhorse: train a decoder language model under any Precision.
+
+Run:       python experiments/train_lm.py --precision bf16 --steps 500 --out runs/bf16
+           python experiments/train_lm.py --rule '**/norm*=fp32' --rule 'decoder/head=fp32' \
+               --precision low-bf16 --model small --tokenizer bpe:4096 --mesh data=2,fsdp=2,tensor=2
+Resume:    the same command with --resume latest; results are the same bits as without the stop.
+Output:    manifest.json, metrics.jsonl, tensorboard/ and checkpoints/ in --out, and a sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import launch  # sets XLA flags before JAX starts
+
+import jax  # isort: skip
+import tyro
+from lm import CHECKPOINTS, Judge, Shape, lm_model, sample, shape_changes
+
+from mpjax.data import Corpus, Tokenizer, batches, load_corpus
+from mpjax.errors import ConfigError
+from mpjax.optim import make_optimizer
+from mpjax.precision import Precision, get_precision
+from mpjax.train import TrainState, TrainStep, build, parse_mesh
+from mpjax.train.checkpoint import Checkpointer
+from mpjax.train.interrupt import Interrupt
+from mpjax.train.loop import fit
+from mpjax.train.manifest import manifest, write_manifest
+from mpjax.train.memory import formula
+from mpjax.train.metrics import MetricsWriter
+from mpjax.train.progress import ProgressBar
+from mpjax.train.reader import CheckpointReader
+from mpjax.train.restore import compare_settings, restore_into
+
+log = logging.getLogger("mpjax.experiments")
+
+# What a resumed run may change: how long, how it is watched, and on which devices.
+MAY_CHANGE = (
+    "steps", "out", "resume", "mesh", "eval_every", "eval_batches", "save_every", "keep",
+    "keep_best", "wandb", "prompt", "sample", "distributed", "init_from",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a decoder language model under a Precision."""
+
+    precision: str = "bf16"
+    """Preset (fp32 bf16 fp16 low-bf16 pure-bf16 O2 ...), policy (p=f32,c=bf16,o=f32), or a
+    line of `Precision.to_text`."""
+    rule: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """PATTERN=POLICY before the preset's rules, such as '**/norm*=fp32'; repeatable."""
+    loss_scale: str | None = None
+    """`none`, `static:1024` or `dynamic:init=65536,interval=2000,hysteresis=1,min=1,max=16777216`;
+    the preset's by default."""
+    update: str | None = None
+    """How weights stored low are updated: `none`, `master` or `nearest`; the preset's by
+    default."""
+    moments: str | None = None
+    """Storage of the optimizer's moments: a dtype or `first=bf16,second=f32`."""
+    gradient_dtype: str | None = None
+    """Dtype in which weight gradients are summed over devices; float32 by default."""
+    eval_precision: str = "fp32"
+    """Precision of validation: results are judged in float32 unless asked otherwise."""
+
+    data: str = "stdlib"
+    """`stdlib`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME."""
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe:SIZE` (trained on the data) or a tokenizer.json."""
+    held_out: float = 0.05
+    """Share of the documents kept for validation."""
+
+    model: str = "tiny"
+    """tiny small gpt2 gpt2-medium gpt2-large gpt2-xl llama-7b llama-13b llama3-8b."""
+    shape: Annotated[Shape, tyro.conf.arg(name="")] = Shape()  # type: ignore[valid-type]
+    mesh: str = ""
+    """Devices by axis, such as data=2,fsdp=2,tensor=2; all devices on data by default."""
+    distributed: bool = False
+    """Several processes (SLURM, TPU pods): calls jax.distributed.initialize first."""
+
+    optimizer: str = "adamw"
+    """`adamw`, `sgd`, `lion` or `adafactor`."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """`constant`, `linear`, `cosine` or `wsd`."""
+    warmup: int = 20
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    patience: int = 50
+    """Non-finite steps in a row at the smallest loss scale after which the run stops."""
+
+    steps: int = 200
+    """Steps of the whole run, those before a resume included."""
+    batch: int = 16
+    """Sequences a step, over all devices."""
+    seq: int = 128
+    """Tokens a sequence."""
+    accumulate: int = 1
+    """Microbatches a step; their gradients are summed in float32."""
+    seed: int = 0
+    """Of weights, batches and dropout."""
+
+    eval_every: int = 100
+    """Steps between validations; 0 only at the end."""
+    eval_batches: int = 16
+    """Batches of a validation, evenly spread over the held-out text."""
+    save_every: int = 100
+    """Steps between checkpoints; 0 only at the end."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    keep_best: int = 0
+    """Best checkpoints by validation loss to keep besides."""
+    resume: str = ""
+    """`latest`, `latest-good` (skips damaged checkpoints) or a step."""
+    init_from: str = ""
+    """Run whose newest weights and state to start from, cast to this Precision; what was cast is
+    printed."""
+    out: Path = Path("runs/lm")
+    """Folder of the run."""
+    wandb: str = ""
+    """Weights & Biases project, with the wandb extra."""
+    prompt: str = "def "
+    """Start of the sample at the end."""
+    sample: int = 200
+    """Tokens of the sample; 0 for none."""
+
+    def resolved(self) -> Precision:
+        """The Precision of the run."""
+        return get_precision(
+            self.precision, rules=self.rule, loss_scale=self.loss_scale, update=self.update,
+            moments=self.moments, gradient_dtype=self.gradient_dtype,
+        )  # fmt: skip
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """All settings as JSON-able values; the model's shape is written out."""
+    values = dataclasses.asdict(config) | {"out": str(config.out)}
+    values["shape"] = shape_changes(config.shape)
+    return json.loads(json.dumps(values))
+
+
+def chosen_step(config: Config, checkpoints: CheckpointReader) -> int | None:
+    """The checkpoint to resume from, or None for a new run.
+
+    Raises:
+      ConfigError: there is none, or there is one and --resume was not given.
+    """
+    steps = checkpoints.steps()
+    if not config.resume:
+        if steps or (config.out / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"out: {config.out} holds a run already (checkpoints at {steps or 'no'} steps);"
+                " add --resume latest or choose another --out"
+            )
+        return None
+    if not steps:
+        raise ConfigError(f"resume: {config.out} holds no checkpoint; leave --resume out")
+    if config.resume == "latest":
+        return steps[-1]
+    if config.resume == "latest-good":
+        return checkpoints.newest_good()
+    if not config.resume.isdigit() or int(config.resume) not in steps:
+        raise ConfigError(
+            f"resume: {config.resume!r} is neither latest, latest-good nor one of the steps"
+            f" {' '.join(map(str, steps))}"
+        )
+    return int(config.resume)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All parts of a run that begins or goes on."""
+
+    config: Config
+    precision: Precision
+    corpus: Corpus
+    model: Any
+    state: TrainState
+    step: TrainStep
+    data: Iterator[Any]
+    judge: Judge
+    start: int
+
+
+def prepare(config: Config) -> Run:
+    """Builds everything, and restores; nothing is written before all of it has been checked."""
+    launch.positive(config, "steps", "batch", "seq", "eval_batches", "keep", "patience")
+    launch.not_negative(
+        config, "eval_every", "save_every", "keep_best", "sample", "clip", "seed", "weight_decay"
+    )
+    if config.resume and config.init_from:
+        raise ConfigError("init_from: cannot stand beside --resume; leave one of them out")
+    precision, mesh = config.resolved(), parse_mesh(config.mesh)
+    get_precision(config.eval_precision)
+    raw = make_optimizer(
+        config.optimizer, config.lr, schedule=config.schedule, steps=config.steps,
+        warmup=config.warmup, weight_decay=config.weight_decay,
+    )  # fmt: skip
+    saved = CheckpointReader(config.out / CHECKPOINTS)
+    start = chosen_step(config, saved)
+    meta: dict[str, Any] = {}
+    tokenizer: Any = config.tokenizer
+    if start is not None:
+        meta = saved.read_meta(start)
+        may_change = MAY_CHANGE
+        if config.schedule == "constant":
+            may_change += ("schedule_steps",)
+        compare_settings(
+            meta["config"] | {"schedule_steps": meta["config"]["steps"]},
+            settings(config) | {"schedule_steps": config.steps},
+            may_change=may_change,
+        )
+        tokenizer = Tokenizer.from_text(meta["tokenizer"])
+    corpus = load_corpus(config.data, tokenizer, held_out=config.held_out)
+    if meta:
+        compare_settings({"data": meta["corpus"]}, {"data": corpus.info}, may_change=())
+    model = lm_model(config.model, config.shape, precision, corpus.tokenizer.vocab_size, config.seq)
+    state, step = build(
+        model, raw, mesh, seed=config.seed, clip=config.clip or None, patience=config.patience,
+        accumulate=config.accumulate,
+    )  # fmt: skip
+    step.check_batch(config.batch)
+    data = batches(
+        corpus.train, batch=config.batch, seq=config.seq, seed=config.seed,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    judge = Judge(model, config.eval_precision, corpus, config, step)
+    if start is not None:
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        state, meta, _ = saved.restore(abstract, step=start)
+        data.set_state(meta["data"])
+    elif config.init_from:
+        other = CheckpointReader(Path(config.init_from) / CHECKPOINTS)
+        state, lines = restore_into(state, other, other.newest_good())
+        # The weights, moments and step count go on; the data begins anew in this run.
+        state = state._replace(step=jax.device_put(0 * state.step, state.step.sharding))
+        for line in lines:
+            log.info("init_from: %s", line)
+    return Run(config, precision, corpus, model, state, step, data, judge, start or 0)
+
+
+def train(run: Run) -> tuple[TrainState, str | None]:
+    """Trains to the end or to a signal; checkpoints either way."""
+    config, first = run.config, jax.process_index() == 0
+    values = settings(config)
+    meta = {
+        "config": values,
+        "precision": run.precision.to_dict(),
+        "tokenizer": run.corpus.tokenizer.to_text(),
+        "corpus": run.corpus.info,
+    }
+    validation: dict[int, float] = {}
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpointer(config.out / CHECKPOINTS, keep=config.keep, keep_best=config.keep_best)
+        )
+        if run.start:
+            checkpoints.resume_from(run.start)
+        flat = values | values.pop("shape") | {"precision": run.precision.to_text()}
+        writer = (
+            MetricsWriter(config.out, flat, start=run.start, wandb=config.wandb) if first else None
+        )
+        if writer:
+            stack.callback(writer.close)
+        bar = stack.enter_context(ProgressBar(config.steps, run.start))
+        interrupt = stack.enter_context(Interrupt())
+
+        def report(record: dict[str, Any]) -> None:
+            if writer:
+                writer.write(record)
+                bar.update(record)
+
+        def evaluate(number: int, state: TrainState) -> None:
+            validation[number] = run.judge(state.params)
+            report({"step": number, "validation_loss": validation[number]})
+
+        def save(number: int, state: TrainState) -> None:
+            if config.keep_best and number not in validation:
+                evaluate(number, state)
+            metrics = {"validation_loss": validation[number]} if number in validation else {}
+            checkpoints.save(number, state, meta | {"data": run.data.get_state()}, metrics=metrics)  # type: ignore[attr-defined]
+
+        state = fit(
+            run.state, run.step, run.data, steps=config.steps, report=report,
+            every=((config.eval_every, evaluate), (config.save_every, save)),
+            stop=lambda: interrupt.requested,
+        )  # fmt: skip
+        return state, interrupt.requested
+
+
+def main(config: Config) -> None:
+    """Trains, validates, saves and samples."""
+    if config.distributed:
+        jax.distributed.initialize()
+    console = launch.wide()
+    run = prepare(config)
+    launch.writable(config.out)
+    if jax.process_index() == 0:
+        write_manifest(config.out, manifest(run.precision, settings(config)))
+        console.print(str(run.precision), highlight=False, markup=False)
+        console.print(f"state: {formula(run.state)}\n{launch.machine()}", highlight=False)
+    if run.start >= config.steps:
+        console.print(f"step {run.start} of {config.steps}: nothing left to train; raise --steps")
+        return
+    state, signal = train(run)
+    loss = run.judge.last
+    console.print(f"step {int(state.step)}: validation loss {loss:.4f} in {config.eval_precision}")
+    if signal:
+        console.print(f"stopped by {signal}; the same command with --resume latest goes on")
+    elif config.sample:
+        text = sample(run.model, state.params, run.corpus.tokenizer, config.prompt, config.sample)
+        console.print(text, highlight=False, markup=False)
+
+
+if __name__ == "__main__":
+    launch.command(main, Config)

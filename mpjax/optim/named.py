@@ -1,0 +1,121 @@
+"""Optimizers and learning-rate schedules by name, as command lines offer them."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import jax
+import optax
+
+from mpjax.errors import ConfigError
+
+OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
+
+def _known(kind: str, name: str, choices: tuple[str, ...]) -> None:
+    if name not in choices:
+        near = difflib.get_close_matches(name, choices, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"{kind}: unknown name {name!r}; {hint}known: {' '.join(choices)}")
+
+
+def make_schedule(name: str, lr: float, steps: int, warmup: int) -> optax.Schedule:
+    """Returns a learning-rate schedule: linear warm-up to `lr`, then the named shape.
+
+    Args:
+      name: `constant`, `linear` (to 0), `cosine` (to 0.1 lr) or `wsd` (constant, then linear to 0
+        in the last fifth).
+      lr: the peak, positive.
+      steps: of the whole run.
+      warmup: steps of warm-up.
+
+    Raises:
+      ConfigError: unknown name, or a value out of range.
+
+    Example:
+      >>> float(make_schedule("linear", 1.0, steps=10, warmup=0)(5))
+      0.5
+    """
+    _known("schedule", name, SCHEDULES)
+    if not lr > 0:
+        raise ConfigError(f"lr: {lr} must be positive")
+    if not 0 <= warmup < max(1, steps):
+        raise ConfigError(f"warmup: {warmup} must be in 0..steps-1 = 0..{steps - 1}")
+    rest = max(1, steps - warmup)
+    if name == "linear":
+        main = optax.linear_schedule(lr, 0.0, rest)
+    elif name == "cosine":
+        main = optax.cosine_decay_schedule(lr, rest, alpha=0.1)
+    elif name == "wsd":
+        down = max(1, rest // 5)
+        main = optax.join_schedules(
+            [optax.constant_schedule(lr), optax.linear_schedule(lr, 0.0, down)], [rest - down]
+        )
+    else:
+        main = optax.constant_schedule(lr)
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(lr / warmup, lr, warmup), main], [warmup])
+
+
+def _decayed(params: Any) -> Any:
+    """Matrices are decayed; scales, biases and tables of positions are not."""
+
+    def is_matrix(path: Any, leaf: Any) -> bool:
+        del leaf
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return names[-1] in ("kernel", "table") and "position" not in names
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def make_optimizer(
+    name: str,
+    lr: float,
+    *,
+    schedule: str = "constant",
+    steps: int = 1,
+    warmup: int = 0,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Returns a raw optax optimizer with its schedule; `mpjax.optim.wrap` takes it.
+
+    Args:
+      name: `adamw` (b1 .9, b2 .95), `sgd` (momentum .9), `lion` or `adafactor`.
+      lr: peak learning rate.
+      schedule: see `make_schedule`.
+      steps: of the whole run.
+      warmup: steps of warm-up.
+      weight_decay: decoupled, on matrices only.
+
+    Raises:
+      ConfigError: unknown name, or a value out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = make_optimizer("sgd", 0.1)
+      >>> state = tx.init({"w": jnp.ones(1)})
+    """
+    _known("optimizer", name, OPTIMIZERS)
+    if weight_decay < 0:
+        raise ConfigError(f"weight_decay: {weight_decay} must not be negative")
+    rate = make_schedule(schedule, lr, steps, warmup)
+    decay = optax.add_decayed_weights(weight_decay, mask=_decayed)
+    if name == "adafactor":
+        # Its own relative step sizes are off: lr means the same as for the others.
+        core = optax.adafactor(rate, multiply_by_parameter_scale=False)
+        if not weight_decay:
+            return core
+        last = optax.scale_by_learning_rate(rate)
+        return optax.chain(
+            optax.adafactor(None, multiply_by_parameter_scale=False), optax.scale(-1.0), decay, last
+        )
+    scale = {
+        "adamw": optax.scale_by_adam(b1=0.9, b2=0.95),
+        "sgd": optax.trace(decay=0.9),
+        "lion": optax.scale_by_lion(),
+    }[name]
+    parts = (scale, decay) if weight_decay else (scale,)
+    return optax.chain(*parts, optax.scale_by_learning_rate(rate))

@@ -1,0 +1,149 @@
+"""Plots of a comparison: loss curves, loss-scale paths, gradient magnitudes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from mpjax.formats import Format
+from mpjax.report.results import Outcome
+
+_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+_STYLES = ("-", "--", ":", "-.")
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequence[Any]]:
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    for ax in axes:
+        ax.grid(True, alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _smooth(values: Any, window: int) -> Any:
+    """Mean over the last `window` steps, fewer at the start."""
+    total = np.cumsum(np.insert(np.asarray(values, np.float64), 0, 0.0))
+    ends = np.arange(1, len(total))
+    starts = np.maximum(0, ends - window)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def plot_loss(outcomes: Sequence[Outcome], window: int = 20) -> Figure:
+    """Returns the training-loss curves: mean over seeds, and below it the gap to the reference.
+
+    Args:
+      outcomes: arms; those that share a reference share a line style.
+      window: steps of the running mean.
+    """
+    figure, (top, bottom) = _figure(9, 7, panels=2)
+    curves = {
+        o.label: _smooth(
+            np.mean([[r["loss"] for r in run if "loss" in r] for run in o.records], axis=0), window
+        )
+        for o in outcomes
+    }
+    references = list(dict.fromkeys(o.reference for o in outcomes))
+    for number, o in enumerate(outcomes):
+        curve = curves[o.label]
+        style = dict(
+            color=_COLOURS[number % 10],
+            linestyle=_STYLES[references.index(o.reference) % 4],
+            lw=1.6,
+        )
+        steps = np.arange(1, len(curve) + 1)
+        top.plot(steps, curve, label=o.label, **style)
+        if o.reference != o.label:
+            difference = 100 * (curve / curves[o.reference] - 1)
+            bottom.plot(steps[window:], difference[window:], label=o.label, **style)
+    top.set_ylabel(f"training loss (nats/token,\nmean of {window} steps and of seeds)")
+    top.legend(ncols=2, fontsize=9, frameon=False)
+    bottom.axhline(0, color="black", lw=0.8)
+    bottom.set_yscale("symlog", linthresh=0.5)
+    bottom.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    bottom.set_ylabel("gap to its reference (%)\n(linear within ±0.5)")
+    bottom.set_xlabel("step")
+    return figure
+
+
+def plot_loss_scale(outcomes: Sequence[Outcome]) -> Figure:
+    """Returns the path of the dynamic loss scales, with skipped steps marked."""
+    scaled = [o for o in outcomes if len({r["loss_scale"] for run in o.records for r in run}) > 1]
+    figure, axes = _figure(9, 2.2 + 1.6 * max(1, len(scaled)), panels=max(1, len(scaled)))
+    for ax, o in zip(axes, scaled, strict=False):
+        for seed, run in enumerate(o.records):
+            steps = np.array([r["step"] for r in run])
+            scale = np.array([r["loss_scale"] for r in run])
+            skips = np.diff([0, *(r["skipped"] for r in run)]) > 0
+            colour = _COLOURS[seed % 10]
+            ax.step(
+                steps, scale, where="post", color=colour, lw=1.3, alpha=0.8, label=f"seed {seed}"
+            )
+            ax.plot(steps[skips], scale[skips], "x", color=colour, ms=7, mew=1.8)
+        ax.set_yscale("log", base=2)
+        ax.set_ylabel("loss scale")
+        ax.set_title(f"{o.label} (× skipped step)", fontsize=10, loc="left")
+    if scaled:
+        axes[0].legend(fontsize=9, frameon=False, ncols=len(scaled[0].records), loc="lower right")
+    else:
+        axes[0].text(0.5, 0.5, "no arm with a dynamic loss scale", ha="center", va="center")
+    axes[-1].set_xlabel("step")
+    return figure
+
+
+def plot_gradients(
+    gradients: Mapping[str, np.ndarray],
+    formats: Sequence[str] = ("float16", "bfloat16", "e5m2", "e4m3"),
+) -> Figure:
+    """Returns histograms of gradient magnitudes over the range of each format.
+
+    Args:
+      gradients: label -> values, any shape.
+      formats: names of Formats; a bar shows each one's normal and subnormal range.
+    """
+    figure = Figure(figsize=(9, 6.2), layout="constrained", dpi=120)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 0.35 + 0.3 * len(formats)))
+    logs, zeros = {}, {}
+    for label, values in gradients.items():
+        flat = np.abs(np.asarray(values, np.float64)).ravel()
+        zeros[label] = float(np.mean(flat == 0))
+        logs[label] = np.log2(flat[flat > 0])
+    low = math.floor(min([-32.0, *(x.min() for x in logs.values() if x.size)])) - 1
+    high = 18
+    bins = np.arange(low, high + 1)
+    for number, (label, x) in enumerate(logs.items()):
+        weights = np.full(x.shape, 100 * (1 - zeros[label]) / max(1, x.size))
+        name = f"{label} ({100 * zeros[label]:.1f} % exact zeros)"
+        top.hist(
+            x, bins, weights=weights, histtype="stepfilled", alpha=0.45,
+            color=_COLOURS[number], label=name,
+        )  # fmt: skip
+    top.set_ylabel("share of gradient entries (%)")
+    top.set_ylim(top=1.35 * top.get_ylim()[1])
+    top.legend(fontsize=9, frameon=False, loc="upper right")
+    for row, name in enumerate(formats):
+        f, colour = Format(name), _COLOURS[4 + row]
+        edges = [math.log2(edge) for edge in (f.min_subnormal, f.min_normal, f.max)]
+        a, b, c = (min(max(edge, low), high) for edge in edges)
+        bottom.barh(row, c - b, left=b, height=0.55, color=colour, alpha=0.75)
+        bottom.barh(row, b - a, left=a, height=0.55, color=colour, alpha=0.3)
+        for edge in edges[::2]:
+            if low < edge < high:
+                top.axvline(edge, color=colour, lw=1.2, linestyle="--")
+        text = f"2^{edges[0]:.0f} (subnormal), 2^{edges[1]:.0f} (normal) .. {f.max:.3g}"
+        bottom.text(low + 0.3, row + 0.42, text, fontsize=8, va="center")
+    bottom.set_yticks(range(len(formats)), formats)
+    bottom.set_ylim(-0.5, len(formats) - 0.25)
+    bottom.set_xlim(low, high)
+    bottom.set_xlabel(
+        "log2 |gradient|   (bars: pale = subnormal; dashed: least and greatest number)"
+    )
+    for ax in (top, bottom):
+        ax.spines[["top", "right"]].set_visible(False)
+    top.grid(True, alpha=0.25)
+    return figure

@@ -1,0 +1,79 @@
+"""Outcomes of runs, and what paired seeds say about their differences."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from mpjax.errors import ConfigError
+
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One arm of a comparison: the same settings under several seeds.
+
+    Args:
+      label: of the arm.
+      reference: label of the arm that it is compared with, its own if it is one.
+      validation_loss: final loss on held-out text in nats a token, one per seed.
+      tokens_per_s: median over the steps of all seeds, after the first.
+      bytes_per_parameter: weights and optimizer state.
+      skipped: skipped steps, one per seed.
+      loss_scale: final scale, one per seed.
+      records: metrics of each seed, one list of step records a seed.
+    """
+
+    label: str
+    reference: str
+    validation_loss: tuple[float, ...]
+    tokens_per_s: float
+    bytes_per_parameter: float
+    skipped: tuple[int, ...]
+    loss_scale: tuple[float, ...]
+    records: tuple[list[dict[str, Any]], ...] = dataclasses.field(repr=False)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    r"""Returns mean and half-width of the 95 % confidence interval of the mean.
+
+    $$\bar x \pm t_{0.975,\,n-1}\, s / \sqrt n$$ with Student's t; the half-width of one value is
+    NaN.
+
+    Example:
+      >>> mean, half = interval([1.0, 2.0, 3.0])
+      >>> round(mean, 3), round(half, 3)
+      (2.0, 2.484)
+    """
+    x = np.asarray(values, np.float64)
+    if len(x) < 2:
+        return float(x.mean()), math.nan
+    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1))
+    return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(len(x)))
+
+
+def gap(outcome: Outcome, reference: Outcome) -> tuple[float, float]:
+    """Returns mean and half-width of the gap in percent, seed paired with seed.
+
+    Raises:
+      ConfigError: the arms have different numbers of seeds.
+
+    Example:
+      >>> a = Outcome("a", "b", (1.1, 2.2), 1.0, 1.0, (0, 0), (1.0, 1.0), ([], []))
+      >>> b = dataclasses.replace(a, validation_loss=(1.0, 2.0))
+      >>> round(gap(a, b)[0], 6)
+      10.0
+    """
+    if len(outcome.validation_loss) != len(reference.validation_loss):
+        raise ConfigError(
+            f"report: {outcome.label} has {len(outcome.validation_loss)} seeds,"
+            f" {reference.label} {len(reference.validation_loss)}; seeds must pair"
+        )
+    pairs = zip(outcome.validation_loss, reference.validation_loss, strict=True)
+    return interval([100 * (a / b - 1) for a, b in pairs])

@@ -1,0 +1,74 @@
+"""The manifest of a run: what would be needed to run it again."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mpjax.precision import Precision
+
+_PACKAGES = (
+    "mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy",
+)  # fmt: skip
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "-uno") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def manifest(precision: Precision, config: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a run's outcome depends on.
+
+    Args:
+      precision: resolved; stands in it whole.
+      config: every setting.
+
+    Returns:
+      JSON-able: precision, its line of text, config, versions, commit, XLA flags, devices, command.
+    """
+    device = jax.devices()[0]
+    return {
+        "precision": precision.to_dict(),
+        "precision_text": precision.to_text(),
+        "config": config,
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "commit": _commit(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "processes": jax.process_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_manifest(out: str | Path, content: dict[str, Any]) -> None:
+    """Writes `manifest.json` in a run's folder, whole or not at all."""
+    fresh = Path(out) / "manifest.json.tmp"
+    fresh.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(fresh, Path(out) / "manifest.json")

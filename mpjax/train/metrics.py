@@ -1,0 +1,105 @@
+"""Where a run's numbers go: JSON lines, TensorBoard, and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpjax.errors import ConfigError
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Returns the records of a `metrics.jsonl`; a last line that was cut off is left out.
+
+    Raises:
+      ConfigError: the file is not there.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no metrics here; give the folder of a run")
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drops the records after a step: a resumed run writes them again."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(fresh, path)
+
+
+class MetricsWriter:
+    """Writes one record a step to `metrics.jsonl` and every few steps to TensorBoard.
+
+    Args:
+      out: folder of the run.
+      settings: flat settings, which TensorBoard shows as HParams.
+      start: step that the run resumes from; later records of an earlier try are dropped.
+      every: steps between points in TensorBoard and Weights & Biases.
+      wandb: project in Weights & Biases, empty for none.
+
+    Raises:
+      ConfigError: wandb is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        start: int = 0,
+        every: int = 10,
+        wandb: str = "",
+    ) -> None:
+        self._wandb: Any = None
+        if wandb:
+            try:
+                self._wandb = importlib.import_module("wandb")
+            except ImportError:
+                raise ConfigError(
+                    "wandb: not installed; pip install 'mpjax[wandb]' or leave --wandb out"
+                ) from None
+            self._wandb.init(project=wandb, config=dict(settings), dir=str(out))
+        from tensorboardX import SummaryWriter  # here: 0.3 s that `--help` need not wait for
+        from tensorboardX.summary import hparams
+
+        path = Path(out) / "metrics.jsonl"
+        if path.exists():
+            _keep_until(path, start)
+        self._every = every
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(Path(out) / "tensorboard"), purge_step=start + 1)
+        plain = {key: str(value) for key, value in settings.items()}
+        for summary in hparams(plain, {"validation_loss": math.nan}):
+            self._board.file_writer.add_summary(summary)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Writes one record; it holds at least `step`."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        step = record["step"]
+        if step % self._every and "validation_loss" not in record:
+            return
+        numbers = {key: value for key, value in record.items() if key != "step"}
+        for key, value in numbers.items():
+            self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes all of them."""
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()

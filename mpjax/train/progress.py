@@ -1,0 +1,84 @@
+"""The progress bar of a run, and plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import math
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Returns one line about a step: loss, speed, loss scale, skips.
+
+    Example:
+      >>> describe({"loss": 2.5, "tokens_per_s": 1234.5, "loss_scale": 65536.0, "skipped": 1})
+      'loss 2.5000 · 1,234 tokens/s · scale 2^16 · 1 skipped'
+    """
+    parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_s']:,.0f} tokens/s"]
+    scale = record.get("loss_scale", 1.0)
+    if scale != 1:
+        power = math.log2(scale)
+        parts.append(f"scale 2^{power:.0f}" if power.is_integer() else f"scale {scale:g}")
+    if record.get("skipped"):
+        parts.append(f"{record['skipped']} skipped")
+    return " · ".join(parts)
+
+
+class ProgressBar:
+    """Shows steps, loss, tokens/s, ETA, loss scale and skips while a run goes on.
+
+    Args:
+      steps: of the whole run.
+      start: steps done before.
+      console: where to; standard error by default.
+      label: what stands before the bar.
+      lines: how many lines to print where there is no terminal.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        start: int = 0,
+        console: Console | None = None,
+        label: str = "train",
+        lines: int = 20,
+    ) -> None:
+        self._console = console or Console(stderr=True)
+        self._live = self._console.is_terminal
+        self._label, self._every = label, max(1, -(-steps // lines))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[line]}"),
+        )
+        # Twice a second: drawing more often takes time from a training step on a small machine.
+        self._bar = Progress(*columns, console=self._console, refresh_per_second=2)
+        self._task = self._bar.add_task(label, total=steps, completed=start, line="compiling")
+
+    def __enter__(self) -> ProgressBar:
+        if self._live:
+            self._bar.start()
+        return self
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Shows a record."""
+        if "loss" not in record:
+            return
+        if self._live:
+            self._bar.update(self._task, completed=record["step"], line=describe(record))
+        elif record["step"] % self._every == 0:
+            self._console.print(f"{self._label} {record['step']} · {describe(record)}")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live:
+            self._bar.stop()
