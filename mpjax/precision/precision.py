@@ -110,13 +110,15 @@ class Precision:
                     f"rule {str(rule)!r}: matches no path of the model; near misses:"
                     f" {' '.join(near_misses(rule.pattern, paths))}"
                 )
-            shadow = [
-                next(r for r in self.rules[: number + 1] if matches(r.pattern, p)) for p in mine
+            deciding = [
+                next(n for n, other in enumerate(self.rules) if matches(other.pattern, path))
+                for path in mine
             ]
-            if rule not in shadow:
+            if number not in deciding:
                 raise ConfigError(
-                    f"rule {str(rule)!r}: decides no path, because {str(shadow[0])!r} before it"
-                    " matches first; move it up or drop it"
+                    f"rule {str(rule)!r}: decides no path, because"
+                    f" {str(self.rules[deciding[0]])!r} before it matches first; move it up or"
+                    " drop it"
                 )
 
     def layout(self, paths: Iterable[str]) -> dict[str, str]:
@@ -165,7 +167,8 @@ class Precision:
             p = rule.policy
             dtypes = [dtype_name(d) for d in (p.param_dtype, p.compute_dtype, p.output_dtype)]
             table.add_row(rule.pattern, *dtypes, "user" if rule.user else "preset")
-        console = Console(file=io.StringIO(), width=100)
+        widest = max((len(rule.pattern) for rule in self.rules), default=0)
+        console = Console(file=io.StringIO(), width=100 + widest)
         console.print(table)
         fields = self.to_dict()
         rest = " · ".join(f"{key.replace('_', ' ')} {fields[key]}" for key in OPTIONS)
