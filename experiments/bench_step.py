@@ -53,7 +53,7 @@ class Config:
     """Timed steps of each program, in turn."""
 
 
-# --- careful: hand-written, one block after the other, products in 2-D -------------------------
+# --- careful: hand-written, one block after the other, products in 2-D ------------------------
 
 
 def make_careful(model: Any, low: Any) -> Any:
@@ -142,7 +142,7 @@ def make_careful(model: Any, low: Any) -> Any:
     return loss
 
 
-# --- naive: the textbook step --------------------------------------------------------------------
+# --- naive: the textbook step -----------------------------------------------------------------
 
 
 def make_naive(model: Any) -> Any:
@@ -177,7 +177,7 @@ def make_naive(model: Any) -> Any:
     return loss
 
 
-# --- measuring -------------------------------------------------------------------------------------
+# --- measuring --------------------------------------------------------------------------------
 
 
 def flat(params: Any) -> dict[str, Any]:

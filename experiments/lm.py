@@ -8,6 +8,7 @@ import typing
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mpjax.data import Corpus, Tokenizer, validation_batches
@@ -101,7 +102,7 @@ def sample(
             f"prompt: {ids.shape[1]} tokens fill the context of {model.config.context}; shorten it"
         )
     out = generate(
-        model, params, ids, new=min(new, room), key=jax.random.key(seed),
+        model, params, jnp.asarray(ids), new=min(new, room), key=jax.random.key(seed),
         temperature=temperature, top_k=top_k,
     )  # fmt: skip
     return prompt + tokenizer.decode(np.asarray(out[0]))

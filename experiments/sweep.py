@@ -10,7 +10,6 @@ Output:    the table of `make demo`, one arm per precision and rate, and per pre
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ from typing import Any
 import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
-import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console

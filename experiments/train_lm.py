@@ -212,7 +212,7 @@ def prepare(config: Config) -> Run:
     tokenizer: Any = config.tokenizer
     if start is not None:
         meta = saved.read_meta(start)
-        may_change = MAY_CHANGE
+        may_change: tuple[str, ...] = MAY_CHANGE
         if config.schedule == "constant":
             may_change += ("schedule_steps",)
         compare_settings(

@@ -23,7 +23,7 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Seque
     for ax in axes:
         ax.grid(True, alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, list(axes)
 
 
 def _smooth(values: Any, window: int) -> Any:
@@ -65,6 +65,7 @@ def plot_loss(outcomes: Sequence[Outcome], window: int = 20) -> Figure:
     top.legend(ncols=2, fontsize=9, frameon=False)
     bottom.axhline(0, color="black", lw=0.8)
     bottom.set_yscale("symlog", linthresh=0.5)
+    bottom.set_ylim(bottom=min(-0.6, bottom.get_ylim()[0]))
     bottom.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     bottom.set_ylabel("gap to its reference (%)\n(linear within ±0.5)")
     bottom.set_xlabel("step")
@@ -124,8 +125,7 @@ def plot_gradients(
             color=_COLOURS[number], label=name,
         )  # fmt: skip
     top.set_ylabel("share of gradient entries (%)")
-    top.set_ylim(top=1.35 * top.get_ylim()[1])
-    top.legend(fontsize=9, frameon=False, loc="upper right")
+    top.legend(fontsize=9, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     for row, name in enumerate(formats):
         f, colour = Format(name), _COLOURS[4 + row]
         edges = [math.log2(edge) for edge in (f.min_subnormal, f.min_normal, f.max)]

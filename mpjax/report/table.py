@@ -38,7 +38,7 @@ def _scale(values: Sequence[float]) -> str:
 def rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     """Returns the cells of the table, one row an arm."""
     by_label = {outcome.label: outcome for outcome in outcomes}
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for o in outcomes:
         own = o.reference == o.label
         difference = gap(o, by_label[o.reference])
