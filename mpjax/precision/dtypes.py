@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jmp
 import numpy as np
 
@@ -44,7 +45,7 @@ def parse_dtype(text: Any, where: str = "dtype") -> Any:
         near = difflib.get_close_matches(name, _NAMES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"{where}: unknown dtype {name!r}; {hint}known: {' '.join(_KNOWN)}")
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    if dtype == jnp.float64 and jax.dtypes.canonicalize_dtype(dtype) != jnp.float64:
         raise ConfigError(
             f"{where}: float64 needs 64-bit types, which are off; set JAX_ENABLE_X64=1 or use f32"
         )
