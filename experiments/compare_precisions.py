@@ -32,7 +32,7 @@ from mpjax.report import plot_gradients, plot_loss, plot_loss_scale, rich_table,
 class Config(sweep.Workload):
     """Compare precisions on one small decoder, with a stress test of the loss scale."""
 
-    lr: float = 3e-3
+    lr: float = 2e-3
     """Peak learning rate."""
     low_lr: float = 2e-4
     """Learning rate of the pure-bf16 arm and its reference."""

@@ -63,7 +63,7 @@ class Workload:
     """Steps a run."""
     optimizer: str = "adamw"
     """`adamw`, `sgd`, `lion` or `adafactor`."""
-    schedule: str = "constant"
+    schedule: str = "linear"
     """`constant`, `linear`, `cosine` or `wsd`."""
     warmup: int = 20
     """Steps of warm-up."""

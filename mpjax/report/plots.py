@@ -90,7 +90,13 @@ def plot_loss_scale(outcomes: Sequence[Outcome]) -> Figure:
         ax.set_ylabel("loss scale")
         ax.set_title(f"{o.label} (× skipped step)", fontsize=10, loc="left")
     if scaled:
-        axes[0].legend(fontsize=9, frameon=False, ncols=len(scaled[0].records), loc="lower right")
+        axes[0].legend(
+            fontsize=9,
+            frameon=False,
+            ncols=len(scaled[0].records),
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+        )
     else:
         axes[0].text(0.5, 0.5, "no arm with a dynamic loss scale", ha="center", va="center")
     axes[-1].set_xlabel("step")
