@@ -80,7 +80,7 @@ class StaticLossScale(LossScale):
       16.0
     """
 
-    def __init__(self, scale: float) -> None:
+    def __init__(self, scale: int | float) -> None:
         self.settings = LossScaleSettings("static", init=scale)
         self.state = (jnp.float32(scale),)
 
@@ -129,13 +129,13 @@ class DynamicLossScale(StaticLossScale):
 
     def __init__(
         self,
-        init: float = 2.0**16,
-        growth_factor: float = 2.0,
-        backoff_factor: float = 0.5,
+        init: int | float = 2.0**16,
+        growth_factor: int | float = 2.0,
+        backoff_factor: int | float = 0.5,
         growth_interval: int = 2000,
         hysteresis: int = 1,
-        min_scale: float = 1.0,
-        max_scale: float = 2.0**24,
+        min_scale: int | float = 1.0,
+        max_scale: int | float = 2.0**24,
     ) -> None:
         self.settings = LossScaleSettings(
             "dynamic",
