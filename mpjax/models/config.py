@@ -83,6 +83,9 @@ class DecoderConfig:
         for name in ("kv_heads", "mlp_width", "logit_cap", "z_loss", "loss_chunk"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model: {name}={getattr(self, name)} must not be negative")
+        for name in ("epsilon", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model: {name}={getattr(self, name)} must be positive")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(

@@ -1,0 +1,70 @@
+"""The small decoders that the tests share."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.models import Model, decoder
+
+GPT = dict(norm="layer", position="learned", activation="gelu", bias=True, tied=True)
+LLAMA = dict(norm="rms", position="rotary", activation="swiglu", bias=False, tied=False, kv_heads=2)
+SIZE = dict(vocabulary=32, layers=2, width=16, heads=4, context=16)
+KINDS = {"gpt": GPT, "llama": LLAMA}
+T = 8
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, T + 1)), jnp.int32)
+BATCH = {"inputs": IDS[:, :-1], "targets": IDS[:, 1:]}
+
+
+def small(precision: Any = "fp32", kind: str = "llama", **changes: Any) -> Model:
+    """A decoder of two layers of width 16."""
+    return decoder("tiny", precision, **(SIZE | KINDS[kind] | changes))
+
+
+@functools.cache
+def stirred(model: Model, seed: int = 1) -> Any:
+    """Parameters with biases and scales away from 0 and 1, where mistakes in them would hide."""
+
+    def draw() -> Any:
+        params = model.init(jax.random.key(seed))
+        leaves, structure = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+
+        def stir(leaf: Any, key: Any) -> Any:
+            noise = 0.2 * jax.random.normal(key, leaf.shape)
+            return (leaf.astype(jnp.float32) + noise).astype(leaf.dtype)
+
+        return jax.tree.unflatten(structure, [stir(*p) for p in zip(leaves, keys, strict=True)])
+
+    return jax.jit(draw)()
+
+
+def logits(model: Model, params: Any, ids: Any) -> np.ndarray:
+    """Logits in float32."""
+    return np.asarray(jax.jit(lambda p, i: model.apply(p, i)[0])(params, ids), np.float32)
+
+
+def judged(model: Model, params: Any) -> float:
+    """Loss of BATCH in evaluation."""
+    return float(jax.jit(lambda p: model.loss(p, BATCH)[0])(params))
+
+
+def _training_loss(model: Model) -> Any:
+    return lambda p: model.loss(p, BATCH, key=jax.random.key(0), train=True)[0]
+
+
+@functools.cache
+def loss_and_gradients(model: Model, seed: int = 1) -> Any:
+    """Loss and gradients of BATCH in training at `stirred` parameters."""
+    return jax.jit(jax.value_and_grad(_training_loss(model)))(stirred(model, seed))
+
+
+@functools.cache
+def stablehlo(model: Model) -> str:
+    """StableHLO of loss and gradients in training."""
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.jit(jax.value_and_grad(_training_loss(model))).lower(params).as_text()
