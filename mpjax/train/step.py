@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
 from mpjax.optim import Optimizer, OptState, wrap
+from mpjax.train.preflight import require_room
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
 
 
@@ -81,6 +82,20 @@ def _gradients(
     return jax.tree.map(lambda g: g / accumulate, grads), loss / accumulate, model_state
 
 
+def check_batch(batch: int, accumulate: int, mesh: Mesh | None) -> None:
+    """Checks a global batch size before anything is built.
+
+    Raises:
+      ConfigError: it is not divided by microbatches times the mesh's data and fsdp axes.
+    """
+    parts = accumulate * (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
+    if batch % parts:
+        raise ConfigError(
+            f"batch: {batch} is not a multiple of {parts} = accumulate {accumulate} x"
+            f" data x fsdp devices; take {max(1, batch // parts) * parts}"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
     """A compiled step: `step(state, batch) -> (state, metrics)`; the old state is donated.
@@ -120,14 +135,7 @@ class TrainStep:
         Raises:
           ConfigError: it is not divided by microbatches times the mesh's data and fsdp axes.
         """
-        parts = self.accumulate
-        if self.mesh is not None:
-            parts *= self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if batch % parts:
-            raise ConfigError(
-                f"batch: {batch} is not a multiple of {parts} = accumulate {self.accumulate} x"
-                f" data x fsdp devices; take {max(1, batch // parts) * parts}"
-            )
+        check_batch(batch, self.accumulate, self.mesh)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         return self.compiled(state, self.place(batch))
@@ -162,7 +170,7 @@ def make_train_step(
       ConfigError: accumulate below 1.
     """
     if accumulate < 1:
-        raise ConfigError(f"accumulate: {accumulate} must be at least 1")
+        raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         grads, loss, model_state = _gradients(loss_fn, state, batch, accumulate)
@@ -225,6 +233,9 @@ def build(
     Returns:
       The first state, sharded, and the step.
 
+    Raises:
+      ConfigError: settings that do not fit each other, or a state that does not fit in memory.
+
     Example:
       >>> from mpjax.models import decoder
       >>> state, step = build(decoder("tiny", layers=1, width=16, heads=2), optax.sgd(0.1))
@@ -244,9 +255,9 @@ def build(
     def init(seed: Any) -> TrainState:
         return init_state(model.init(jax.random.key(seed)), wrapped, seed=seed)
 
-    shardings = None
-    if mesh is not None:
-        shardings = state_shardings(jax.eval_shape(init, seed), model.axes, mesh)
+    abstract = jax.eval_shape(init, seed)
+    shardings = None if mesh is None else state_shardings(abstract, model.axes, mesh)
+    require_room(abstract, shardings)
     init_jit = jax.jit(init, out_shardings=shardings)
     step = make_train_step(
         objective(model), wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
