@@ -54,10 +54,14 @@ def require_room(state: Any, shardings: Any = None) -> int:
       Traceback (most recent call last):
       mpjax.errors.ConfigError: memory: 6.74e+09 parameters need 107.8 GB for weights, ...
     """
-    cut = jax.tree.map(lambda _: None, state) if shardings is None else shardings
-    none = lambda x: x is None  # noqa: E731
-    sizes = jax.tree.map(lambda s, leaf: _bytes(leaf, s), cut, state, is_leaf=none)
-    need = sum(jax.tree.leaves(sizes)) + sum(jax.tree.leaves(sizes.params))
+
+    def size(tree: Any, cut: Any) -> int:
+        leaves = jax.tree.leaves(tree)
+        cuts = [None] * len(leaves) if cut is None else jax.tree.leaves(cut)
+        return sum(_bytes(leaf, c) for leaf, c in zip(leaves, cuts, strict=True))
+
+    need = size(state, shardings)
+    need += size(state.params, None if shardings is None else shardings.params)  # gradients
     devices = jax.devices() if shardings is None else list(jax.tree.leaves(shardings)[0].device_set)
     local = [d for d in devices if d.process_index == jax.process_index()]
     if local[0].platform == "cpu" and shardings is not None:
