@@ -121,9 +121,10 @@ class Optimizer:
     def as_optax(self) -> optax.GradientTransformation:
         """Returns an optax transformation from scaled gradients to float32 deltas.
 
-        Add the deltas with `mpjax.optim.apply_updates`, which keeps the weights' storage dtype;
-        the weights are then `step`'s bit for bit. The one exception heals at the next step: under
-        `master`, a weight that shrinks by more than 2^13 in a step is off by 2^-24 of its old size.
+        Add the deltas with `mpjax.optim.apply_updates`, which keeps the weights' storage dtype. A
+        skipped step leaves the weights bit for bit, and the state is always `step`'s. The weights
+        are `step`'s up to the rounding of the delta: XLA may fuse `step`'s last product into its
+        sum. Under `master` such a difference heals at the next step.
         """
 
         def update(grads: Any, state: OptState, params: Any = None) -> tuple[Any, OptState]:
@@ -158,7 +159,7 @@ class Optimizer:
 
 
 def wrap(
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | Optimizer,
     precision: Precision,
     *,
     clip: float | None = None,
@@ -198,7 +199,7 @@ def wrap(
     if clip is not None and not clip > 0:
         raise ConfigError(f"clip: {clip} is not positive; leave it out to train without clipping")
     if patience < 1:
-        raise ConfigError(f"patience: {patience} is not positive")
+        raise ConfigError(f"patience: {patience} is not positive; give at least 1")
     if not gate and precision.loss_scale.kind == "dynamic":
         raise ConfigError(
             "gate: a dynamic loss scale needs the finite gate; leave gate on or set"
