@@ -163,6 +163,9 @@ def chosen_step(config: Config, checkpoints: CheckpointReader) -> int | None:
                 " add --resume latest or choose another --out"
             )
         return None
+    if not steps and (config.out / "manifest.json").exists():  # it died before its first save
+        log.info("resume: %s holds no checkpoint yet; starting at step 0", config.out)
+        return None
     if not steps:
         raise ConfigError(f"resume: {config.out} holds no checkpoint; leave --resume out")
     if config.resume == "latest":
@@ -268,7 +271,8 @@ def train(run: Run) -> tuple[TrainState, str | None]:
         )
         if run.start:
             checkpoints.resume_from(run.start)
-        flat = values | values.pop("shape") | {"precision": run.precision.to_text()}
+        flat = values | values["shape"] | {"precision": run.precision.to_text()}
+        del flat["shape"]
         writer = (
             MetricsWriter(config.out, flat, start=run.start, wandb=config.wandb) if first else None
         )

@@ -1,0 +1,53 @@
+"""A page of evidence: what was measured, when, with what, on what kind of machine."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Returns a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def write(name: str, title: str, body: str) -> Path:
+    """Writes `docs/evidence/NAME.md` and prints it.
+
+    Args:
+      name: of the script and of its page.
+      title: the claim in a few words.
+      body: Markdown.
+    """
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in _PACKAGES)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    now = datetime.datetime.now(datetime.UTC)
+    text = f"""# {title}
+
+Written by `python tests/evidence/{name}.py` (`make evidence` runs all of them); do not edit.
+
+- date: {now:%Y-%m-%d %H:%M} UTC; commit: {commit or "unknown"}
+- machine: {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, CPU \
+only; load average {os.getloadavg()[0]:.1f} at the end
+- Python {platform.python_version()}, {versions}
+
+{body}
+"""
+    path = ROOT / "docs" / "evidence" / f"{name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    print(text)
+    return path
