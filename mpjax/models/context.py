@@ -27,19 +27,19 @@ class Context:
       precision: the model's Precision.
       prefix: path of the part inside the model, such as ("decoder", "layers", "3").
       shard: constrains an activation to logical axes.
-      seen: collects every path that is asked for; None does not collect.
+      seen: collects every path that is asked for, and whether it is a weight's; None does not.
     """
 
     precision: Precision
     prefix: tuple[str, ...]
     shard: Callable[[Any, tuple[str | None, ...]], Any] = unsharded
-    seen: dict[str, None] | None = dataclasses.field(default=None, compare=False)
+    seen: dict[str, bool] | None = dataclasses.field(default=None, compare=False)
 
-    def policy(self, path: tuple[str, ...]) -> jmp.Policy:
-        """Returns the policy of a module or leaf below this part."""
+    def policy(self, path: tuple[str, ...], weight: bool = False) -> jmp.Policy:
+        """Returns the policy of a module, operation or weight below this part."""
         full = "/".join((*self.prefix, *path))
         if self.seen is not None:
-            self.seen[full] = None
+            self.seen[full] = weight
         return self.precision.policy(full)
 
 
@@ -54,7 +54,7 @@ class Layer(nn.Module):
 
     def weight(self, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]):
         """Declares a weight: drawn in float32, so that Precisions pair, then stored by its rule."""
-        dtype = self.context.policy((*self.path, name)).param_dtype
+        dtype = self.context.policy((*self.path, name), weight=True).param_dtype
 
         def draw(key: Any) -> Any:
             return init(key, shape, jnp.float32).astype(dtype)

@@ -44,7 +44,8 @@ class Model:
     shard: Any = unsharded
 
     def __post_init__(self) -> None:
-        self.precision.check(self.paths)
+        weights = [path for path, weight in self._sites.items() if weight]
+        self.precision.check(self.paths, weights)
         self._check_storage()
 
     def _at(self, *prefix: str) -> Context:
@@ -55,9 +56,13 @@ class Model:
         return dataclasses.replace(self, shard=shard)
 
     @functools.cached_property
+    def _sites(self) -> dict[str, bool]:
+        return paths(self.config)
+
+    @functools.cached_property
     def paths(self) -> tuple[str, ...]:
         """All paths that take a policy: modules, operations and parameters, with layer indices."""
-        return paths(self.config)
+        return tuple(self._sites)
 
     def _block_paths(self, layer: int) -> list[str]:
         return [path for path in self.paths if path.startswith(f"decoder/layers/{layer}/")]
@@ -65,7 +70,7 @@ class Model:
     def _check_storage(self) -> None:
         layers = [self._block_paths(i) for i in range(self.config.layers)]
         for same in zip(*layers, strict=True):
-            if not same[0].endswith(("/kernel", "/bias", "/scale", "/table")):
+            if not self._sites[same[0]]:
                 continue
             dtypes = [self.precision.policy(path).param_dtype for path in same]
             for path, dtype in zip(same, dtypes, strict=True):

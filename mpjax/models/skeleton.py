@@ -50,9 +50,9 @@ def init_boxed(config: DecoderConfig, at: At, key: Any) -> Any:
     return {"decoder": tree}
 
 
-def paths(config: DecoderConfig) -> tuple[str, ...]:
-    """Returns all paths that take a policy, found by tracing `init` once."""
-    seen: dict[str, None] = {}
+def paths(config: DecoderConfig) -> dict[str, bool]:
+    """Returns path -> whether it is a weight's, for all that take a policy; traces `init` once."""
+    seen: dict[str, bool] = {}
     covers_all = get_precision("fp32")
 
     def at(*prefix: str) -> Context:
@@ -60,10 +60,10 @@ def paths(config: DecoderConfig) -> tuple[str, ...]:
 
     jax.eval_shape(lambda: init_boxed(config, at, jax.random.key(0)))
     for name in ("head", "loss"):
-        seen[f"decoder/{name}"] = None
+        seen[f"decoder/{name}"] = False
     zero = "decoder/layers/0/"
-    return tuple(
-        path.replace(zero, f"decoder/layers/{layer}/", 1)
-        for path in seen
+    return {
+        path.replace(zero, f"decoder/layers/{layer}/", 1): weight
+        for path, weight in seen.items()
         for layer in range(config.layers if path.startswith(zero) else 1)
-    )
+    }

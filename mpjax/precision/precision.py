@@ -89,16 +89,18 @@ class Precision:
             f" {' '.join(rule.pattern for rule in self.rules) or '(none)'}; add '**=POLICY'"
         )
 
-    def check(self, paths: Iterable[str]) -> None:
+    def check(self, paths: Iterable[str], weights: Iterable[str] = ()) -> None:
         """Checks the rules against all paths of a model.
 
         Args:
-          paths: module paths, and parameter paths (module path and leaf).
+          paths: all paths: of modules, of operations in them and of weights.
+          weights: those of them that are weights, module path and leaf.
 
         Raises:
-          ConfigError: a path that no rule covers, or a user rule that decides no path.
+          ConfigError: a path that no rule covers, a user rule that decides no path, or one that
+            names weights only, which are stored and not computed, and gives compute or output.
         """
-        paths = list(paths)
+        paths, weights = list(paths), set(weights)
         for path in paths:
             self.policy(path)
         for number, rule in enumerate(self.rules):
