@@ -18,21 +18,18 @@ import time
 from collections import Counter
 from typing import Any
 
-FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-if FLAGS.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+import launch  # sets XLA flags before JAX starts
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-import tyro  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+import jax  # isort: skip
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
 
-from mpjax.models import decoder  # noqa: E402
-from mpjax.train import build  # noqa: E402
-from mpjax.train.hlo import products_and_casts  # noqa: E402
+from mpjax.models import decoder
+from mpjax.train import build
+from mpjax.train.hlo import products_and_casts
 
 LR = 3e-4
 
@@ -260,6 +257,7 @@ def ratio(a: list[float], b: list[float]) -> str:
 
 def main(config: Config) -> None:
     """Prints the comparison."""
+    launch.positive(config, "layers", "batch", "seq", "rounds")
     console = Console()
     console.print(
         f"jax {jax.__version__} on {jax.default_backend()}, XLA_FLAGS={os.environ['XLA_FLAGS']}"
@@ -291,4 +289,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    launch.command(main, Config)

@@ -23,6 +23,7 @@ import sweep
 import jax  # isort: skip
 import numpy as np
 
+from mpjax.errors import ConfigError
 from mpjax.models import Model, decoder
 from mpjax.precision import get_precision
 from mpjax.report import plot_gradients, plot_loss, plot_loss_scale, rich_table, write_report
@@ -76,7 +77,11 @@ def gradients(model: Model, params: Any, batch: Any, stress: int) -> np.ndarray:
 
 def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
-    launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "low_lr")
+    launch.positive(
+        config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "low_lr", "seeds"
+    )
+    if not 0 <= config.stress <= 100:
+        raise ConfigError(f"stress: 2^-{config.stress} leaves no float32 gradients; give 0 .. 100")
     start = time.perf_counter()
     kept: dict[str, Any] = {}
 

@@ -5,9 +5,12 @@ Import it before JAX: flags are read when JAX starts. Only entry scripts set fla
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import io
 import logging
+import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,26 +59,35 @@ def wide() -> Console:
     return console if console.is_terminal else Console(width=130)
 
 
+LARGEST = 2**31 - 1  # what the int32 of seeds, counters and indices holds
+
+
+def _check(config: Any, names: tuple[str, ...], what: str, fits: Callable[[Any], bool]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not (fits(number) and math.isfinite(number)):
+                raise ConfigError(f"{name}: {number} is out of range; give a finite number {what}")
+            if isinstance(number, int) and number > LARGEST:
+                raise ConfigError(f"{name}: {number} does not fit int32; give at most {LARGEST}")
+
+
 def positive(config: Any, *names: str) -> None:
-    """Checks that settings are above zero.
+    """Checks that settings, or all entries of a tuple, are finite and above zero.
 
     Raises:
       ConfigError: one is not.
     """
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name}: {getattr(config, name)} must be above 0")
+    _check(config, names, "above 0", lambda number: number > 0)
 
 
 def not_negative(config: Any, *names: str) -> None:
-    """Checks that settings are zero or above.
+    """Checks that settings are finite and zero or above.
 
     Raises:
       ConfigError: one is not.
     """
-    for name in names:
-        if not getattr(config, name) >= 0:
-            raise ConfigError(f"{name}: {getattr(config, name)} must be 0 or above")
+    _check(config, names, "of 0 or above", lambda number: number >= 0)
 
 
 def writable(out: Path) -> None:
@@ -103,6 +115,29 @@ def make_decoder(work: Any, corpus: Corpus, precision: Precision) -> Model:
     )  # fmt: skip
 
 
+def parse(config: type[Any]) -> Any:
+    """Returns the settings of the command line; a mistake in it is one line, status 2."""
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return tyro.cli(config, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as ended:
+        # tyro draws a box with rules in it: title, what is wrong, flags that look like it, help.
+        lines = [line.strip(" │╭╮╰╯─") for line in shown.getvalue().splitlines()]
+        blocks: list[list[str]] = [[]]
+        for line in lines[1:]:
+            if line.strip("-"):
+                blocks[-1].append(line)
+            elif blocks[-1]:
+                blocks.append([])
+        if ended.code:
+            wrong = " ".join(blocks[0]).removesuffix(".")
+            near = [line for block in blocks for line in block if re.match(r"--[\w-]+ \S+$", line)]
+            see = f"see {', '.join(near)}; " if near else ""
+            print(f"error: {wrong}; {see}--help lists all", file=sys.stderr)
+        raise
+
+
 def command(main: Callable[[Any], None], config: type[Any]) -> None:
     """Runs an experiment from the command line; what the user can mend is one line, status 2."""
     logging.basicConfig(
@@ -111,16 +146,18 @@ def command(main: Callable[[Any], None], config: type[Any]) -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
     )
     logging.getLogger("mpjax").setLevel(logging.INFO)
-    arguments = tyro.cli(config, config=(tyro.conf.FlagConversionOff,))
-    assert dataclasses.is_dataclass(arguments)
+    arguments = parse(config)
     try:
         main(arguments)
     except (ConfigError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that vanished
-        where = error.filename or ""
-        print(f"error: {where}: {error.strerror or error}; free or choose a place", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {where}{error.strerror or error}; free some space or choose another place",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

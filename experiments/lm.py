@@ -5,24 +5,33 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from mpjax.data import Corpus, Tokenizer, validation_batches
 from mpjax.errors import ConfigError
 from mpjax.models import DecoderConfig, Model, decoder, decoder_config, generate
-from mpjax.precision import Precision
+from mpjax.precision import Precision, get_precision
 from mpjax.train import ShardActivations, TrainStep
 
 CHECKPOINTS = "checkpoints"
 
+_METAVARS = {int: "INT", float: "FLOAT", str: "STR", bool: "{True,False}"}
+
+
+def _flag(kind: type) -> Any:
+    arg = tyro.conf.arg(metavar=_METAVARS[kind], help_behavior_hint="(default: the model's)")
+    return Annotated[kind | None, arg]
+
+
 # Every field of DecoderConfig as an optional flag; its docstring is their help.
 Shape = dataclasses.make_dataclass(
     "Shape",
-    [(name, kind | None, None) for name, kind in typing.get_type_hints(DecoderConfig).items()],
+    [(name, _flag(kind), None) for name, kind in typing.get_type_hints(DecoderConfig).items()],
     namespace={"__doc__": DecoderConfig.__doc__},
     frozen=True,
 )
@@ -59,6 +68,14 @@ def lm_model(size: str, shape: Any, precision: Precision, vocabulary: int, seq: 
     return decoder(size, precision, **changes)
 
 
+def eval_precision(text: str) -> Precision:
+    """Returns the Precision of `--eval-precision`, whose name stands in its errors."""
+    try:
+        return get_precision(text)
+    except ConfigError as error:
+        raise ConfigError(f"eval_{error}") from None
+
+
 class Judge:
     """Validation loss of weights, in the precision of evaluation.
 
@@ -73,7 +90,7 @@ class Judge:
     def __init__(
         self, model: Model, precision: str, corpus: Corpus, config: Any, step: TrainStep
     ) -> None:
-        judge = decoder(model.config, precision)
+        judge = decoder(model.config, eval_precision(precision))
         if step.mesh is not None:
             judge = judge.sharded(ShardActivations(step.mesh))
         self._loss = jax.jit(lambda params, batch: judge.loss(params, batch)[0])
@@ -90,17 +107,29 @@ class Judge:
         return self.last
 
 
+def prompt_ids(model: Model, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """Returns the ids of a prompt, shape (1, tokens).
+
+    Raises:
+      ConfigError: it is empty, or fills a context of learned positions.
+    """
+    ids = tokenizer.encode(prompt).astype(np.int32)[None]
+    if not ids.size:
+        raise ConfigError(f"prompt: {prompt!r} holds no token; give some text")
+    if model.config.position == "learned" and ids.size >= model.config.context:
+        raise ConfigError(
+            f"prompt: {ids.size} tokens fill the context of {model.config.context}; shorten it"
+        )
+    return ids
+
+
 def sample(
     model: Model, params: Any, tokenizer: Tokenizer, prompt: str, new: int, *,
     temperature: float = 0.8, top_k: int = 0, seed: int = 0,
 ) -> str:  # fmt: skip
     """Returns a prompt and its continuation as text."""
-    ids = tokenizer.encode(prompt).astype(np.int32)[None]
+    ids = prompt_ids(model, tokenizer, prompt)
     room = model.config.context - ids.shape[1] if model.config.position == "learned" else new
-    if room < 1:
-        raise ConfigError(
-            f"prompt: {ids.shape[1]} tokens fill the context of {model.config.context}; shorten it"
-        )
     out = generate(
         model, params, jnp.asarray(ids), new=min(new, room), key=jax.random.key(seed),
         temperature=temperature, top_k=top_k,

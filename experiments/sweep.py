@@ -26,7 +26,7 @@ from rich.console import Console
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
 from mpjax.errors import ConfigError
 from mpjax.models import Model, decoder
-from mpjax.optim import make_optimizer
+from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import Precision, get_precision
 from mpjax.report import Outcome, interval, plot_loss, plot_loss_scale, rich_table, write_report
 from mpjax.train import build
@@ -121,6 +121,14 @@ def judge(model: Model, corpus: Corpus, work: Workload) -> Callable[[Any], float
     return lambda params: float(np.mean([loss(params, batch) for batch in held_out]))
 
 
+def optimizer(arm: Arm, work: Workload) -> optax.GradientTransformation:
+    """Returns the raw optimizer of an arm."""
+    return make_optimizer(
+        work.optimizer, arm.lr, schedule=work.schedule, steps=work.steps, warmup=work.warmup,
+        weight_decay=work.weight_decay,
+    )  # fmt: skip
+
+
 def stressed(stress: int, work: Workload, raw: Any) -> tuple[Any, Callable[[Model], Any]]:
     """Returns the optimizer and objective with the loss multiplied by 2^-k."""
     # Gradients come back to their natural scale before anything looks at their size.
@@ -157,11 +165,7 @@ def run_arm(
       keep: called with (label, seed, weights, a batch) at the end of each run.
     """
     model = launch.make_decoder(work, corpus, arm.precision)
-    raw = make_optimizer(
-        work.optimizer, arm.lr, schedule=work.schedule, steps=work.steps, warmup=work.warmup,
-        weight_decay=work.weight_decay,
-    )  # fmt: skip
-    tx, objective = stressed(arm.stress, work, raw)
+    tx, objective = stressed(arm.stress, work, optimizer(arm, work))
     _, step = build(model, tx, objective=objective)
     assert step.init is not None
     losses, skipped, scales, speeds, records = [], [], [], [], []
@@ -207,12 +211,14 @@ def run_arms(
     arms: Sequence[Arm], work: Workload, seeds: int, out: Path, **options: Any
 ) -> list[Outcome]:
     """Trains all arms, each under the same seeds."""
-    if seeds < 1:
-        raise ConfigError(f"seeds: {seeds} must be at least 1")
-    launch.writable(out)
     corpus = load_corpus(work.data, work.tokenizer)
-    models = {arm.label: launch.make_decoder(work, corpus, arm.precision) for arm in arms}
-    evaluate = judge(next(iter(models.values())), corpus, work)
+    batches(corpus.train, batch=work.batch, seq=work.seq, seed=0)
+    models = [launch.make_decoder(work, corpus, arm.precision) for arm in arms]
+    for arm, model in zip(arms, models, strict=True):  # the last arm's mistake, before the first
+        wrapped = wrap(optimizer(arm, work), arm.precision)
+        jax.eval_shape(lambda key, m=model, w=wrapped: w.init(m.init(key)), jax.random.key(0))
+    evaluate = judge(models[0], corpus, work)
+    launch.writable(out)
     return [run_arm(arm, work, corpus, seeds, out, evaluate, **options) for arm in arms]
 
 
@@ -224,7 +230,10 @@ def best(outcomes: Sequence[Outcome], labels: Sequence[str]) -> str:
 
 def main(config: Config) -> None:
     """Runs the sweep and writes its report."""
-    launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip")
+    launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds")
+    for name in ("precision", "lr"):
+        if not getattr(config, name):
+            raise ConfigError(f"{name}: empty; give at least one, or leave --{name} out")
     start = time.perf_counter()
     precisions = {text: get_precision(text) for text in config.precision}
     arms = [

@@ -21,7 +21,16 @@ import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import tyro
-from lm import CHECKPOINTS, Judge, Shape, lm_model, sample, shape_changes
+from lm import (
+    CHECKPOINTS,
+    Judge,
+    Shape,
+    eval_precision,
+    lm_model,
+    prompt_ids,
+    sample,
+    shape_changes,
+)
 
 from mpjax.data import Corpus, Tokenizer, batches, load_corpus
 from mpjax.errors import ConfigError
@@ -33,10 +42,11 @@ from mpjax.train.interrupt import Interrupt
 from mpjax.train.loop import fit
 from mpjax.train.manifest import manifest, write_manifest
 from mpjax.train.memory import formula
-from mpjax.train.metrics import MetricsWriter
+from mpjax.train.metrics import MetricsWriter, import_wandb
 from mpjax.train.progress import ProgressBar
 from mpjax.train.reader import CheckpointReader
 from mpjax.train.restore import compare_settings, restore_into
+from mpjax.train.step import check_batch
 
 log = logging.getLogger("mpjax.experiments")
 
@@ -46,26 +56,27 @@ MAY_CHANGE = (
     "keep_best", "wandb", "prompt", "sample", "distributed", "init_from",
 )  # fmt: skip
 
+OfPreset = Annotated[
+    str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(default: the preset's)")
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Train a decoder language model under a Precision."""
 
     precision: str = "bf16"
-    """Preset (fp32 bf16 fp16 low-bf16 pure-bf16 O2 ...), policy (p=f32,c=bf16,o=f32), or a
-    line of `Precision.to_text`."""
+    """Preset (fp32 bf16 fp16 O2 ...), policy (p=f32,c=bf16,o=f32) or `Precision.to_text`."""
     rule: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """PATTERN=POLICY before the preset's rules, such as '**/norm*=fp32'; repeatable."""
-    loss_scale: str | None = None
-    """`none`, `static:1024` or `dynamic:init=65536,interval=2000,hysteresis=1,min=1,max=16777216`;
-    the preset's by default."""
-    update: str | None = None
-    """How weights stored low are updated: `none`, `master` or `nearest`; the preset's by
-    default."""
-    moments: str | None = None
+    loss_scale: OfPreset = None
+    """`none`, `static:1024` or `dynamic:init=65536,interval=2000,hysteresis=1,min=1`."""
+    update: OfPreset = None
+    """How weights that are stored low take their update: `none`, `master` or `nearest`."""
+    moments: OfPreset = None
     """Storage of the optimizer's moments: a dtype or `first=bf16,second=f32`."""
-    gradient_dtype: str | None = None
-    """Dtype in which weight gradients are summed over devices; float32 by default."""
+    gradient_dtype: OfPreset = None
+    """Dtype in which weight gradients are summed over devices."""
     eval_precision: str = "fp32"
     """Precision of validation: results are judged in float32 unless asked otherwise."""
 
@@ -78,7 +89,8 @@ class Config:
 
     model: str = "tiny"
     """tiny small gpt2 gpt2-medium gpt2-large gpt2-xl llama-7b llama-13b llama3-8b."""
-    shape: Annotated[Shape, tyro.conf.arg(name="")] = Shape()  # type: ignore[valid-type]
+    shape: tyro.conf.OmitArgPrefixes[Shape] = Shape()  # type: ignore[valid-type]
+    """What differs from the named model."""
     mesh: str = ""
     """Devices by axis, such as data=2,fsdp=2,tensor=2; all devices on data by default."""
     distributed: bool = False
@@ -123,8 +135,7 @@ class Config:
     resume: str = ""
     """`latest`, `latest-good` (skips damaged checkpoints) or a step."""
     init_from: str = ""
-    """Run whose newest weights and state to start from, cast to this Precision; what was cast is
-    printed."""
+    """Run whose newest weights and moments to start from; prints what was cast."""
     out: Path = Path("runs/lm")
     """Folder of the run."""
     wandb: str = ""
@@ -197,18 +208,27 @@ class Run:
 
 def prepare(config: Config) -> Run:
     """Builds everything, and restores; nothing is written before all of it has been checked."""
-    launch.positive(config, "steps", "batch", "seq", "eval_batches", "keep", "patience")
-    launch.not_negative(
-        config, "eval_every", "save_every", "keep_best", "sample", "clip", "seed", "weight_decay"
+    launch.positive(
+        config, "steps", "batch", "seq", "accumulate", "lr", "eval_batches", "keep", "patience"
     )
+    launch.not_negative(
+        config, "warmup", "eval_every", "save_every", "keep_best", "sample", "clip", "seed",
+        "weight_decay",
+    )  # fmt: skip
     if config.resume and config.init_from:
         raise ConfigError("init_from: cannot stand beside --resume; leave one of them out")
     precision, mesh = config.resolved(), parse_mesh(config.mesh)
-    get_precision(config.eval_precision)
+    eval_precision(config.eval_precision)
+    check_batch(config.batch, config.accumulate, mesh)
+    if config.wandb:
+        import_wandb()
     raw = make_optimizer(
         config.optimizer, config.lr, schedule=config.schedule, steps=config.steps,
         warmup=config.warmup, weight_decay=config.weight_decay,
     )  # fmt: skip
+    other = CheckpointReader(Path(config.init_from) / CHECKPOINTS)
+    if config.init_from and not other.steps():
+        raise ConfigError(f"init_from: {config.init_from} holds no checkpoint; give a run's folder")
     saved = CheckpointReader(config.out / CHECKPOINTS)
     start = chosen_step(config, saved)
     meta: dict[str, Any] = {}
@@ -228,14 +248,15 @@ def prepare(config: Config) -> Run:
     if meta:
         compare_settings({"data": meta["corpus"]}, {"data": corpus.info}, may_change=())
     model = lm_model(config.model, config.shape, precision, corpus.tokenizer.vocab_size, config.seq)
-    state, step = build(
-        model, raw, mesh, seed=config.seed, clip=config.clip or None, patience=config.patience,
-        accumulate=config.accumulate,
-    )  # fmt: skip
-    step.check_batch(config.batch)
+    if config.sample:
+        prompt_ids(model, corpus.tokenizer, config.prompt)
     data = batches(
         corpus.train, batch=config.batch, seq=config.seq, seed=config.seed,
         process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    state, step = build(
+        model, raw, mesh, seed=config.seed, clip=config.clip or None, patience=config.patience,
+        accumulate=config.accumulate,
     )  # fmt: skip
     judge = Judge(model, config.eval_precision, corpus, config, step)
     if start is not None:
@@ -245,7 +266,6 @@ def prepare(config: Config) -> Run:
         state, meta, _ = saved.restore(abstract, step=start)
         data.set_state(meta["data"])
     elif config.init_from:
-        other = CheckpointReader(Path(config.init_from) / CHECKPOINTS)
         state, lines = restore_into(state, other, other.newest_good())
         # The weights, moments and step count go on; the data begins anew in this run.
         state = state._replace(step=jax.device_put(0 * state.step, state.step.sharding))

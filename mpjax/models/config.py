@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from typing import Any
 
 from mpjax.errors import ConfigError
@@ -79,13 +80,20 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("vocabulary", "layers", "width", "heads", "context"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"model: {name}={getattr(self, name)} must be at least 1")
+                raise ConfigError(
+                    f"model: {name}={getattr(self, name)} must be at least 1; raise it"
+                )
         for name in ("kv_heads", "mlp_width", "logit_cap", "z_loss", "loss_chunk"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model: {name}={getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"model: {name}={getattr(self, name)} must not be negative; give a finite"
+                    " number, 0 is off"
+                )
         for name in ("epsilon", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"model: {name}={getattr(self, name)} must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"model: {name}={getattr(self, name)} must be positive; give a finite number"
+                )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
@@ -105,7 +113,7 @@ class DecoderConfig:
                 " change width or heads, or set position=learned"
             )
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model: dropout={self.dropout} must be in [0, 1)")
+            raise ConfigError(f"model: dropout={self.dropout} must be in [0, 1); lower it")
 
     @property
     def groups(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from typing import Any
 
 import jax
@@ -39,10 +40,10 @@ def make_schedule(name: str, lr: float, steps: int, warmup: int) -> optax.Schedu
       0.5
     """
     _known("schedule", name, SCHEDULES)
-    if not lr > 0:
-        raise ConfigError(f"lr: {lr} must be positive")
+    if not 0 < lr < math.inf:
+        raise ConfigError(f"lr: {lr} is no finite number above 0; give one, such as 0.001")
     if not 0 <= warmup < max(1, steps):
-        raise ConfigError(f"warmup: {warmup} must be in 0..steps-1 = 0..{steps - 1}")
+        raise ConfigError(f"warmup: {warmup} must be in 0..steps-1 = 0..{steps - 1}; change one")
     rest = max(1, steps - warmup)
     if name == "linear":
         main = optax.linear_schedule(lr, 0.0, rest)
@@ -99,8 +100,10 @@ def make_optimizer(
       >>> state = tx.init({"w": jnp.ones(1)})
     """
     _known("optimizer", name, OPTIMIZERS)
-    if weight_decay < 0:
-        raise ConfigError(f"weight_decay: {weight_decay} must not be negative")
+    if not 0 <= weight_decay < math.inf:
+        raise ConfigError(
+            f"weight_decay: {weight_decay} is no finite number of 0 or above; give one, such as 0.1"
+        )
     rate = make_schedule(schedule, lr, steps, warmup)
     decay = optax.add_decayed_weights(weight_decay, mask=_decayed)
     if name == "adafactor":

@@ -67,21 +67,24 @@ class LossScaleSettings:
         for short, field in _SHORT.items():
             value = getattr(self, field)
             if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-                raise ConfigError(f"loss scale: {short}={value} is not a positive finite number")
+                raise ConfigError(
+                    f"loss scale: {short}={value} is not a positive finite number; give one"
+                )
             number = int if field in ("growth_interval", "hysteresis") else float
             if number(value) != value:
-                raise ConfigError(f"loss scale: {short}={value} is not a whole number")
+                raise ConfigError(f"loss scale: {short}={value} is not a whole number; round it")
             low, high = (1, _INT32_MAX) if number is int else _FLOAT32
             if not low <= value <= high:
                 raise ConfigError(
                     f"loss scale: {short}={value:g} is outside what its"
-                    f" {'int32' if number is int else 'float32'} state holds, {low:g} .. {high:g}"
+                    f" {'int32' if number is int else 'float32'} state holds, {low:g} .. {high:g};"
+                    " give one inside"
                 )
             object.__setattr__(self, field, number(value))
         if self.growth_factor <= 1 or self.backoff_factor >= 1:
             raise ConfigError(
                 f"loss scale: growth={self.growth_factor} must be above 1 and"
-                f" backoff={self.backoff_factor} below 1"
+                f" backoff={self.backoff_factor} below 1; such as growth=2,backoff=0.5"
             )
         if self.kind == "dynamic" and not self.min_scale <= self.init <= self.max_scale:
             raise ConfigError(
@@ -106,7 +109,9 @@ class LossScaleSettings:
             try:
                 values[_SHORT[key]] = float(number)
             except ValueError:
-                raise ConfigError(f"loss scale: {key}={number!r} is not a number") from None
+                raise ConfigError(
+                    f"loss scale: {key}={number!r} is not a number; write {key}=1024"
+                ) from None
         if kind == "static" and not values:
             raise ConfigError("loss scale: static needs its scale, such as static:1024")
         return cls(kind, **values)  # type: ignore[arg-type]

@@ -148,7 +148,18 @@ def _from_dict(data: dict[str, Any]) -> dict[str, Any]:
     if set(data) != known:
         odd = " ".join(sorted(set(data) ^ known))
         raise ConfigError(f"precision: JSON must have exactly {' '.join(sorted(known))}; see {odd}")
-    rules = tuple(Rule(p, parse_policy(text), bool(user)) for p, text, user in data["rules"])
+    for key in sorted(known - {"rules"}):
+        if not isinstance(data[key], str):
+            raise ConfigError(f"precision: JSON field {key} is {data[key]!r}; write it as a text")
+    try:
+        rules = tuple(Rule(p, parse_policy(text), bool(user)) for p, text, user in data["rules"])
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"precision: JSON field rules is {data['rules']!r}; write [PATTERN, POLICY, true]"
+            " for each"
+        ) from None
     return {"name": data["name"], "rules": rules} | parse_options(data)
 
 
@@ -224,7 +235,9 @@ def get_precision(
         try:
             fields = _from_dict(json.loads(value))
         except json.JSONDecodeError as error:
-            raise ConfigError(f"precision: malformed JSON: {error}") from None
+            raise ConfigError(
+                f"precision: malformed JSON: {error}; write what Precision.to_json gives"
+            ) from None
     else:
         fields = _from_text(value)
     fields["rules"] = (*map(parse_rule, rules), *fields["rules"])

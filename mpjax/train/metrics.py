@@ -65,6 +65,20 @@ def _keep_until(path: Path, step: int) -> None:
     os.replace(fresh, path)
 
 
+def import_wandb() -> Any:
+    """Returns the module wandb.
+
+    Raises:
+      ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise ConfigError(
+            "wandb: not installed; pip install 'mpjax[wandb]' or leave --wandb out"
+        ) from None
+
+
 class MetricsWriter:
     """Writes one record a step to `metrics.jsonl` and every few steps to TensorBoard.
 
@@ -90,12 +104,7 @@ class MetricsWriter:
     ) -> None:
         self._wandb: Any = None
         if wandb:
-            try:
-                self._wandb = importlib.import_module("wandb")
-            except ImportError:
-                raise ConfigError(
-                    "wandb: not installed; pip install 'mpjax[wandb]' or leave --wandb out"
-                ) from None
+            self._wandb = import_wandb()
             self._wandb.init(project=wandb, config=dict(settings), dir=str(out))
         from tensorboardX import SummaryWriter  # here: 0.3 s that `--help` need not wait for
         from tensorboardX.proto.summary_pb2 import Summary

@@ -47,14 +47,19 @@ def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
       1
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict.fromkeys(AXES, 1)
+    given: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
         if axis not in AXES:
             raise ConfigError(f"mesh: unknown axis {axis!r} in {text!r}; known: {' '.join(AXES)}")
         if not size.isdigit() or int(size) < 1:
-            raise ConfigError(f"mesh: {axis}={size!r} in {text!r} is not a positive whole number")
-        sizes[axis] = int(size)
+            raise ConfigError(
+                f"mesh: {axis}={size!r} in {text!r} is not a positive whole number; write {axis}=2"
+            )
+        if axis in given:
+            raise ConfigError(f"mesh: axis {axis!r} stands twice in {text!r}; keep one")
+        given[axis] = int(size)
+    sizes = dict.fromkeys(AXES, 1) | given
     if not text:
         sizes["data"] = len(devices)
     if math.prod(sizes.values()) != len(devices):
