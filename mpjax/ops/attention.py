@@ -19,6 +19,29 @@ from mpjax.precision import dtype_name, wider
 KERNELS = ("auto", "xla", "cudnn")
 
 
+def _scores(q_BTGRK: Any, k_BSGK: Any, full: Any, wide: Any) -> Any:
+    """Products of queries and keys, emitted in a dtype that may be wider than theirs."""
+    return jnp.einsum(
+        "BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, precision=full, preferred_element_type=wide
+    )
+
+
+def _scores_fwd(q_BTGRK: Any, k_BSGK: Any, full: Any, wide: Any) -> Any:
+    return _scores(q_BTGRK, k_BSGK, full, wide), (q_BTGRK, k_BSGK)
+
+
+def _scores_bwd(full: Any, wide: Any, kept: Any, d_BGRTS: Any) -> Any:
+    del wide  # the cotangent has this dtype; left so, both products below would run in it
+    q_BTGRK, k_BSGK = kept
+    d_BGRTS = d_BGRTS.astype(q_BTGRK.dtype)
+    dq = jnp.einsum("BGRTS,BSGK->BTGRK", d_BGRTS, k_BSGK, precision=full)
+    return dq, jnp.einsum("BGRTS,BTGRK->BSGK", d_BGRTS, q_BTGRK, precision=full)
+
+
+_score = jax.custom_vjp(_scores, nondiff_argnums=(2, 3))
+_score.defvjp(_scores_fwd, _scores_bwd)
+
+
 def attention(
     q_BTHK: Float[Array, "B T H K"],
     k_BSGK: Float[Array, "B S G K"],
@@ -76,9 +99,7 @@ def attention(
     q_BTGRK = (q * K**-0.5).reshape(B, T, G, H // G, K)
     wide: Any = wider(compute, softmax.compute_dtype)
     full = lax.Precision.HIGHEST if compute == jnp.float32 else None
-    scores = jnp.einsum(
-        "BTGRK,BSGK->BGRTS", q_BTGRK, k, precision=full, preferred_element_type=wide
-    ).astype(softmax.compute_dtype)
+    scores = _score(q_BTGRK, k, full, wide).astype(softmax.compute_dtype)
     seen_TS = jnp.arange(T)[:, None] + first >= jnp.arange(S)[None, :]
     lowest = jnp.finfo(scores.dtype).min  # finite: a row of -inf would be NaN
     probs = jax.nn.softmax(jnp.where(seen_TS[None, None, None], scores, lowest), axis=-1)

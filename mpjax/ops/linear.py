@@ -24,8 +24,8 @@ def _dot(a: Any, b: Any, contract: tuple[int, int], out: Any) -> Any:
     return lax.dot_general(a, b, dims, precision=full, preferred_element_type=out)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _product(x_ND: Any, w: Any, policy: jmp.Policy, gradient_dtype: Any, tied: bool) -> Any:
+def _multiply(x_ND: Any, w: Any, policy: jmp.Policy, gradient_dtype: Any, tied: bool) -> Any:
+    del gradient_dtype  # of the backward pass
     compute = policy.compute_dtype
     out = wider(compute, policy.output_dtype)  # never emit less than is asked for
     y = _dot(x_ND.astype(compute), w.astype(compute), (1, int(tied)), out)
@@ -33,7 +33,8 @@ def _product(x_ND: Any, w: Any, policy: jmp.Policy, gradient_dtype: Any, tied: b
 
 
 def _product_fwd(x_ND: Any, w: Any, policy: Any, gradient_dtype: Any, tied: bool) -> Any:
-    y = _product(x_ND, w, policy, gradient_dtype, tied)
+    # Not _product: a remat policy that saves products must see the product itself.
+    y = _multiply(x_ND, w, policy, gradient_dtype, tied)
     # x is kept as the product used it; the weight's cast is repeated, which costs no memory.
     return y, (x_ND.astype(policy.compute_dtype), w, jnp.zeros(0, x_ND.dtype))
 
@@ -50,6 +51,7 @@ def _product_bwd(policy: Any, gradient_dtype: Any, tied: bool, kept: Any, dy_NF:
     return dx.astype(like.dtype), dw.astype(w.dtype)
 
 
+_product = jax.custom_vjp(_multiply, nondiff_argnums=(2, 3, 4))
 _product.defvjp(_product_fwd, _product_bwd)
 
 

@@ -25,6 +25,10 @@ def small(precision: Any = "fp32", kind: str = "llama", **changes: Any) -> Model
     return decoder("tiny", precision, **(SIZE | KINDS[kind] | changes))
 
 
+# Half the compile time; what LLVM does to the code is not what these tests are about.
+FAST = {"xla_backend_optimization_level": 0}
+
+
 @functools.cache
 def stirred(model: Model, seed: int = 1) -> Any:
     """Parameters with biases and scales away from 0 and 1, where mistakes in them would hide."""
@@ -40,17 +44,19 @@ def stirred(model: Model, seed: int = 1) -> Any:
 
         return jax.tree.unflatten(structure, [stir(*p) for p in zip(leaves, keys, strict=True)])
 
-    return jax.jit(draw)()
+    return jax.jit(draw, compiler_options=FAST)()
 
 
 def logits(model: Model, params: Any, ids: Any) -> np.ndarray:
     """Logits in float32."""
-    return np.asarray(jax.jit(lambda p, i: model.apply(p, i)[0])(params, ids), np.float32)
+    return np.asarray(
+        jax.jit(lambda p, i: model.apply(p, i)[0], compiler_options=FAST)(params, ids), np.float32
+    )
 
 
 def judged(model: Model, params: Any) -> float:
     """Loss of BATCH in evaluation."""
-    return float(jax.jit(lambda p: model.loss(p, BATCH)[0])(params))
+    return float(jax.jit(lambda p: model.loss(p, BATCH)[0], compiler_options=FAST)(params))
 
 
 def _training_loss(model: Model) -> Any:
@@ -60,7 +66,9 @@ def _training_loss(model: Model) -> Any:
 @functools.cache
 def loss_and_gradients(model: Model, seed: int = 1) -> Any:
     """Loss and gradients of BATCH in training at `stirred` parameters."""
-    return jax.jit(jax.value_and_grad(_training_loss(model)))(stirred(model, seed))
+    return jax.jit(jax.value_and_grad(_training_loss(model)), compiler_options=FAST)(
+        stirred(model, seed)
+    )
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import pytest
 
 from mpjax.models import Model
 from mpjax.precision import get_precision
-from tests.models.shapes import IDS, logits, small, stirred
+from tests.models.shapes import FAST, IDS, logits, small, stirred
 
 # relative to the largest logit; products of other shapes sum in another order before they round
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 4e-3}
@@ -19,7 +19,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 4e-3}
 
 def _decode(model: Model, params: Any, *ways: list[int]) -> list[np.ndarray]:
     """Logits of IDS for each way of giving them to the model in parts."""
-    step = jax.jit(lambda ids, state: model.apply(params, ids, state=state))
+    step = jax.jit(lambda ids, state: model.apply(params, ids, state=state), compiler_options=FAST)
     results = []
     for parts in ways:
         state, out, at = model.init_cache(IDS.shape[0], 12), [], 0

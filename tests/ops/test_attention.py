@@ -97,9 +97,14 @@ def test_the_softmax_has_its_own_policy(softmax: str, exp: str, scores: str) -> 
 
     assert dtypes("exp", call, *args) == {exp}
     assert dtypes("reduce_max", call, *args) == {exp}
-    products = [e for e in equations(call, *args) if e.primitive.name == "dot_general"]
-    assert [e.outvars[0].aval.dtype.name for e in products] == [scores, "bfloat16"]
-    assert {v.aval.dtype.name for e in products for v in e.invars} == {"bfloat16"}
+
+    def products(fn: Any) -> list[Any]:
+        return [e for e in equations(fn, *args) if e.primitive.name == "dot_general"]
+
+    assert [e.outvars[0].aval.dtype.name for e in products(call)] == [scores, "bfloat16"]
+    backward = jax.grad(lambda *a: jnp.sum(call(*a).astype(jnp.float32)), argnums=(0, 1, 2))
+    assert len(products(backward)) == 6
+    assert {v.aval.dtype.name for e in products(backward) for v in e.invars} == {"bfloat16"}
 
 
 def test_float32_scores_keep_what_bfloat16_loses() -> None:
