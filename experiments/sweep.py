@@ -176,9 +176,8 @@ def run_arm(
         settings = dataclasses.asdict(work) | {
             "lr": arm.lr, "stress": arm.stress, "seed": seed, "out": str(folder),
         }  # fmt: skip
-        write_manifest(
-            folder, manifest(arm.precision, json.loads(json.dumps(settings, default=str)))
-        )
+        values = json.loads(json.dumps(settings, default=str))
+        write_manifest(folder, manifest(arm.precision, values, model.paths))
         writer = MetricsWriter(folder, settings | {"precision": arm.precision.to_text()})
         history: list[dict[str, Any]] = []
         label = f"{arm.label}, seed {seed}"

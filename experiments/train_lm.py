@@ -332,7 +332,7 @@ def main(config: Config) -> None:
     run = prepare(config)
     launch.writable(config.out)
     if jax.process_index() == 0:
-        write_manifest(config.out, manifest(run.precision, settings(config)))
+        write_manifest(config.out, manifest(run.precision, settings(config), run.model.paths))
         console.print(str(run.precision), highlight=False, markup=False)
         console.print(f"state: {formula(run.state)}\n{launch.machine()}", highlight=False)
     if run.start >= config.steps:

@@ -112,6 +112,13 @@ class Precision:
                     f"rule {str(rule)!r}: matches no path of the model; near misses:"
                     f" {' '.join(near_misses(rule.pattern, paths))}"
                 )
+            p = rule.policy
+            if weights.issuperset(mine) and not p.param_dtype == p.compute_dtype == p.output_dtype:
+                raise ConfigError(
+                    f"rule {str(rule)!r}: names weights only, for which only p= counts; write"
+                    f" {rule.pattern}=p={dtype_name(p.param_dtype)}, or name their module to set"
+                    " c= and o="
+                )
             deciding = [
                 next(n for n, other in enumerate(self.rules) if matches(other.pattern, path))
                 for path in mine

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,13 @@ def _commit() -> str:
         return "unknown"
 
 
-def manifest(precision: Precision, config: dict[str, Any]) -> dict[str, Any]:
+def manifest(precision: Precision, config: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
     """Returns what a run's outcome depends on.
 
     Args:
       precision: resolved; stands in it whole.
       config: every setting.
+      paths: of the model; each one's policy is written out.
 
     Returns:
       JSON-able: precision, its line of text, config, versions, commit, XLA flags, devices, command.
@@ -56,6 +58,7 @@ def manifest(precision: Precision, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "precision": precision.to_dict(),
         "precision_text": precision.to_text(),
+        "policies": precision.layout(paths),
         "config": config,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
         "commit": _commit(),
