@@ -1,6 +1,7 @@
 """Causal grouped-query attention with the softmax in its own policy.
 
-Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H/G, K head width.
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H/G, K head width,
+N = R times the queries of a block.
 """
 
 from __future__ import annotations
@@ -17,25 +18,27 @@ from mpjax.errors import ConfigError
 from mpjax.precision import dtype_name, wider
 
 KERNELS = ("auto", "xla", "cudnn")
+BLOCKS = 4  # of queries, each against the keys up to its end: 5/8 of the products and the softmax
+SHORTEST = 32  # queries a block: shorter ones cost more in calls than they save
 
 
-def _scores(q_BTGRK: Any, k_BSGK: Any, full: Any, wide: Any) -> Any:
+def _scores(q_BGNK: Any, k_BGSK: Any, full: Any, wide: Any) -> Any:
     """Products of queries and keys, emitted in a dtype that may be wider than theirs."""
     return jnp.einsum(
-        "BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, precision=full, preferred_element_type=wide
+        "BGNK,BGSK->BGNS", q_BGNK, k_BGSK, precision=full, preferred_element_type=wide
     )
 
 
-def _scores_fwd(q_BTGRK: Any, k_BSGK: Any, full: Any, wide: Any) -> Any:
-    return _scores(q_BTGRK, k_BSGK, full, wide), (q_BTGRK, k_BSGK)
+def _scores_fwd(q_BGNK: Any, k_BGSK: Any, full: Any, wide: Any) -> Any:
+    return _scores(q_BGNK, k_BGSK, full, wide), (q_BGNK, k_BGSK)
 
 
-def _scores_bwd(full: Any, wide: Any, kept: Any, d_BGRTS: Any) -> Any:
+def _scores_bwd(full: Any, wide: Any, kept: Any, d_BGNS: Any) -> Any:
     del wide  # the cotangent has this dtype; left so, both products below would run in it
-    q_BTGRK, k_BSGK = kept
-    d_BGRTS = d_BGRTS.astype(q_BTGRK.dtype)
-    dq = jnp.einsum("BGRTS,BSGK->BTGRK", d_BGRTS, k_BSGK, precision=full)
-    return dq, jnp.einsum("BGRTS,BTGRK->BSGK", d_BGRTS, q_BTGRK, precision=full)
+    q_BGNK, k_BGSK = kept
+    d_BGNS = d_BGNS.astype(q_BGNK.dtype)
+    dq = jnp.einsum("BGNS,BGSK->BGNK", d_BGNS, k_BGSK, precision=full)
+    return dq, jnp.einsum("BGNS,BGNK->BGSK", d_BGNS, q_BGNK, precision=full)
 
 
 _score = jax.custom_vjp(_scores, nondiff_argnums=(2, 3))
@@ -96,13 +99,28 @@ def attention(
         return out.astype(policy.output_dtype)
     B, T, H, K = q.shape
     S, G = k.shape[1], k.shape[2]
-    q_BTGRK = (q * K**-0.5).reshape(B, T, G, H // G, K)
+    R = H // G
+    # Heads that share keys are rows of one product: batch axes are B and G, and there is no third.
+    q_BGRTK = (q * K**-0.5).reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4)
+    k_BGSK, v_BGSK = (x.transpose(0, 2, 1, 3) for x in (k, v))
     wide: Any = wider(compute, softmax.compute_dtype)
     full = lax.Precision.HIGHEST if compute == jnp.float32 else None
-    scores = _score(q_BTGRK, k, full, wide).astype(softmax.compute_dtype)
-    seen_TS = jnp.arange(T)[:, None] + first >= jnp.arange(S)[None, :]
-    lowest = jnp.finfo(scores.dtype).min  # finite: a row of -inf would be NaN
-    probs = jax.nn.softmax(jnp.where(seen_TS[None, None, None], scores, lowest), axis=-1)
-    probs = probs.astype(softmax.output_dtype).astype(compute)
-    out = jnp.einsum("BGRTS,BSGK->BTGRK", probs, v, precision=full, preferred_element_type=compute)
+    blocks = BLOCKS if from_start and T == S and T % BLOCKS == 0 and T // BLOCKS >= SHORTEST else 1
+    outs = []
+    for start in range(0, T, T // blocks):
+        stop = start + T // blocks
+        end = stop if blocks > 1 else S
+        q_BGNK = q_BGRTK[:, :, :, start:stop].reshape(B, G, R * (stop - start), K)
+        scores = _score(q_BGNK, k_BGSK[:, :, :end], full, wide).astype(softmax.compute_dtype)
+        seen_TS = jnp.arange(start, stop)[:, None] + first >= jnp.arange(end)[None, :]
+        seen_NS = jnp.broadcast_to(seen_TS[None], (R, *seen_TS.shape)).reshape(-1, end)
+        lowest = jnp.finfo(scores.dtype).min  # finite: a row of -inf would be NaN
+        probs = jax.nn.softmax(jnp.where(seen_NS[None, None], scores, lowest), axis=-1)
+        probs = probs.astype(softmax.output_dtype).astype(compute)
+        out_BGNK = jnp.einsum(
+            "BGNS,BGSK->BGNK", probs, v_BGSK[:, :, :end], precision=full,
+            preferred_element_type=compute,
+        )  # fmt: skip
+        outs.append(out_BGNK.reshape(B, G, R, stop - start, K))
+    out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(B, T, H, K).astype(policy.output_dtype)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
-from mpjax.optim import Optimizer, OptState, wrap
+from mpjax.optim import Optimizer, OptState, select, wrap
 from mpjax.train.preflight import require_room
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
 
@@ -124,6 +124,8 @@ class TrainStep:
         Raises:
           ConfigError: the batch is not divided by the mesh and the microbatches.
         """
+        for rows in {x.shape[0] for x in jax.tree.leaves(batch)}:
+            self.check_batch(rows * jax.process_count())
         if self.mesh is None:
             return batch
         sharding = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
@@ -178,10 +180,7 @@ def make_train_step(
             grads, state.opt_state, state.params
         )
         if "finite" in metrics and state.model_state is not None:
-            keep = metrics["finite"]
-            model_state = jax.tree.map(
-                lambda new, old: jnp.where(keep, new, old), model_state, state.model_state
-            )
+            model_state = select(metrics["finite"], model_state, state.model_state)
         metrics = {
             "loss": loss.astype(jnp.float32),
             "loss_scale": state.opt_state.loss_scale.value,
