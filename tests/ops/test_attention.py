@@ -12,7 +12,7 @@ import pytest
 from mpjax.errors import ConfigError
 from mpjax.ops import attention
 from mpjax.precision import parse_policy
-from tests.ops.jaxprs import dtypes, equations
+from tests.ops.jaxprs import dtypes, equations, sizes
 from tests.ops.oracle import gradient, rounded
 
 F32 = parse_policy("f32")
@@ -47,6 +47,28 @@ def test_against_loops(heads: int, groups: int, first: int, T: int, S: int) -> N
     args[1:] = [x.at[:, first + T :].set(1e4) for x in args[1:]]
     traced = jax.jit(lambda first: attention(*args, F32, F32, first=first))(jnp.int32(first))
     np.testing.assert_allclose(np.asarray(traced), want, atol=2e-6)
+
+
+@pytest.mark.parametrize("groups", [4, 1])
+def test_long_sequences_are_cut_into_blocks_of_queries(groups: int) -> None:
+    T = 4 * 32
+    q, k, v = _qkv(4, groups, T, T)
+    args = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+
+    def loss(first: Any) -> Any:
+        return lambda *a: jnp.sum(jnp.sin(attention(*a, F32, F32, first=first)))
+
+    def largest(first: Any) -> int:
+        return max(sizes(loss(first), *args))
+
+    # A traced first takes the whole square at once: the reference, and the negative control.
+    assert largest(0) < largest(jnp.int32(0)) == 2 * 4 * T * T
+    np.testing.assert_allclose(
+        np.asarray(jax.jit(lambda *a: attention(*a, F32, F32))(*args)), oracle(q, k, v), atol=3e-6
+    )
+    both = [jax.jit(jax.grad(loss(first), argnums=(0, 1, 2)))(*args) for first in (0, jnp.int32(0))]
+    for ours, whole in zip(*both, strict=True):
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(whole), atol=1e-5)
 
 
 def test_the_oracle_tells_groupings_apart() -> None:
