@@ -138,6 +138,22 @@ def parse(config: type[Any]) -> Any:
         raise
 
 
+def _quiet_asyncio() -> None:
+    """Keeps what Orbax leaves behind on a full disk off the screen.
+
+    It closes its event loop at the first array that cannot be written; the writes of the others
+    then have nobody to report to, and each would print a traceback. The failure itself is raised
+    when the save is waited for.
+    """
+
+    def unraisable(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(found)
+
+    sys.unraisablehook = unraisable
+    logging.getLogger("asyncio").addFilter(lambda r: "never retrieved" not in r.getMessage())
+
+
 def command(main: Callable[[Any], None], config: type[Any]) -> None:
     """Runs an experiment from the command line; what the user can mend is one line, status 2."""
     logging.basicConfig(
@@ -146,6 +162,7 @@ def command(main: Callable[[Any], None], config: type[Any]) -> None:
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
     )
     logging.getLogger("mpjax").setLevel(logging.INFO)
+    _quiet_asyncio()
     arguments = parse(config)
     try:
         main(arguments)

@@ -1,0 +1,483 @@
+"""What a tired researcher types wrong: one line on stderr, status 2, and nothing is written.
+
+Most commands run in this process, by the same `launch.command` that the scripts call; some run as
+processes of their own. Every message must hold the field, the value (or path) and the remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "layers": "1", "width": "16", "heads": "2", "seq": "16", "batch": "8", "steps": "4",
+    "warmup": "1", "eval-batches": "1", "data": "{files}/text.txt", "out": "{out}",
+}  # fmt: skip
+BASE = {
+    "train_lm": TINY | {"sample": "0", "save-every": "2"},
+    "sweep": TINY | {"seeds": "1", "precision": "fp32", "lr": "1e-3"},
+    "compare_precisions": TINY | {"seeds": "1"},
+    "generate": {"run": "{run}", "tokens": "4", "prompt": "line"},
+    "bench_step": {},
+}
+
+
+class Done(NamedTuple):
+    code: Any
+    out: str
+    err: str
+
+
+def arguments(script: str, typed: str, **places: Any) -> list[str]:
+    """A small command that works, with what was typed in place of its own flags."""
+    words = shlex.split(typed)
+    flags = {f"--{key}": value for key, value in BASE[script].items() if f"--{key}" not in words}
+    line = [word for pair in flags.items() for word in pair] + words
+    return [fill(word, places) for word in line]
+
+
+def fill(word: str, places: dict[str, Any]) -> str:
+    for name, value in places.items():
+        word = word.replace("{" + name + "}", str(value))
+    return word
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder with its content; None is a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """The experiments as modules; what their import and `command` change is put back."""
+    level = logging.getLogger("mpjax").level
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(sys, "path", [*sys.path]),
+        mock.patch.object(sys, "unraisablehook"),
+    ):
+        sys.path.insert(0, str(ROOT / "experiments"))
+        names = ("launch", *BASE)
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    logging.getLogger("mpjax").setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def command(scripts):
+    """Runs an experiment's command line in this process, without the optional packages."""
+
+    def run(script: str, args: list[str]) -> Done:
+        module, code = getattr(scripts, script), 0
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.object(sys, "argv", [f"{script}.py", *args]),
+            mock.patch.dict(sys.modules, {"wandb": None, "datasets": None}),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                scripts.launch.command(module.main, module.Config)
+            except SystemExit as ended:
+                code = ended.code
+        return Done(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Texts, tables and tokenizers; good and bad ones."""
+    root = tmp_path_factory.mktemp("files")
+    text = "".join(f"line {i}: the quick brown fox and number {i * i}\n" for i in range(400))
+    content = {
+        "text.txt": text,
+        "empty.txt": "",
+        "short.txt": "ab\ncd\n",
+        "one.txt": "x",
+        "rows.jsonl": '{"text": "hello"}\n{"text": "world"}\n',
+        "numbers.jsonl": '{"text": 3}\n',
+        "broken.jsonl": '{"text": "a"}\n{oops\n',
+        "broken.parquet": "PAR",
+        "broken.json": '{"model"',
+        "other.json": '{"a": 1}',
+        "odd.json": '{"model": {"type": "Nope"}}',
+    }
+    for name, text in content.items():
+        (root / name).write_text(text)
+    (root / "binary.bin").write_bytes(bytes(range(256)) * 10)
+    (root / "emptydir").mkdir()
+    return root
+
+
+@pytest.fixture(scope="session")
+def run(command, files, tmp_path_factory):
+    """A run of four steps with checkpoints at 2 and 4; the control of all that follows."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = command("train_lm", arguments("train_lm", "", files=files, out=out))
+    assert done.code == 0, done.err
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["2", "4"]
+    return out
+
+
+def require_one_line(done: Done, parts: tuple[str, ...]) -> None:
+    lines = done.err.splitlines()
+    assert done.code == 2, done
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.err
+    assert "Traceback" not in done.out + done.err
+    for part in parts:
+        assert part in lines[0], f"{part!r} is not in {lines[0]!r}"
+
+
+LONG = "a prompt of more than sixteen tokens"
+# kind, script, what is typed, then parts of the message: the field, the value, the remedy.
+CASES = [
+    ("unknown preset", "train_lm", "--precision bff16", "precision", "'bff16'", "mean bf16"),
+    ("unknown preset", "train_lm", "--precision FP16", "precision", "'FP16'", "presets: fp32"),
+    ("unknown preset", "train_lm", "--precision O1", "precision", "O1", "O2 has"),
+    ("unknown preset", "train_lm", "--precision ''", "precision", "empty", "presets: fp32"),
+    ("unknown preset", "sweep", "--precision fp32 bff16", "precision", "'bff16'", "mean bf16"),
+    ("unknown preset", "sweep", "--precision", "precision", "empty", "give at least one"),
+    ("malformed policy", "train_lm", "--precision p=f32,q=bf16", "precision", "'q'", "write p="),
+    ("malformed policy", "train_lm", "--precision p=f32,p=bf16", "'p'", "twice", "keep one"),
+    ("malformed policy", "train_lm", "--precision 'bf16 foo=3'", "'foo=3'", "KEY=VALUE"),
+    ("malformed policy", "train_lm", "--precision '{oops'", "precision", "JSON", "to_json"),
+    ("malformed policy", "train_lm", """--precision '{"name": "x"}'""", "JSON", "moments", "rules"),
+    ("unknown dtype", "train_lm", "--precision c=bf17", "precision: c", "'bf17'", "mean bf16"),
+    ("unknown dtype", "train_lm", "--rule '**/mlp=fp33'", "rule", "'fp33'", "mean fp32"),
+    ("unknown dtype", "train_lm", "--gradient-dtype int8", "gradient_dtype", "'int8'", "float32"),
+    ("unknown dtype", "train_lm", "--gradient-dtype fp64", "float64", "JAX_ENABLE_X64=1"),
+    ("rule matches nothing", "train_lm", "--rule '**/nrom*=fp32'", "**/nrom*", "near", "**/norm"),
+    ("rule matches nothing", "train_lm", "--rule 'decoder/heed=bf16'", "heed", "near", "head"),
+    ("malformed rule", "train_lm", "--rule '**/norm*'", "rule", "'**/norm*'", "PATTERN=VALUE"),
+    ("malformed rule", "train_lm", "--rule '=fp32'", "rule", "'=fp32'", "PATTERN=VALUE"),
+    ("malformed rule", "train_lm", "--rule 'a b=fp32'", "rule", "'a b'", "PATTERN=VALUE"),
+    ("shadowed rule", "train_lm", "--rule '**=fp32' --rule '**/mlp=bf16'", "**/mlp", "move it up"),
+    ("path not covered", "train_lm", "--precision 'mine base:**/mlp=fp32'", "decoder/embed",
+     "'mine'", "add '**=POLICY'"),
+    ("path not covered", "train_lm", "--eval-precision 'mine base:'", "decoder/embed", "'mine'",
+     "add '**=POLICY'"),
+    ("eval precision", "train_lm", "--eval-precision fp23", "eval_precision", "'fp23'", "fp32"),
+    ("loss scale", "train_lm", "--loss-scale dynamci", "loss scale", "'dynamci'", "dynamic:init"),
+    ("loss scale", "train_lm", "--loss-scale static", "loss scale", "static", "static:1024"),
+    ("loss scale", "train_lm", "--loss-scale static:0", "loss scale", "init=0.0", "give one"),
+    ("loss scale", "train_lm", "--loss-scale static:big", "loss scale", "'big'", "init=1024"),
+    ("loss scale", "train_lm", "--loss-scale dynamic:grow=2", "'grow=2'", "KEY in init growth"),
+    ("loss scale", "train_lm", "--loss-scale dynamic:init=.5", "init=0.5", "min=1", "move init"),
+    ("loss scale", "train_lm", "--loss-scale dynamic:growth=.5", "growth=0.5", "growth=2"),
+    ("loss scale", "train_lm", "--loss-scale dynamic:interval=2.5", "interval=2.5", "round it"),
+    ("loss scale", "train_lm", "--loss-scale dynamic:init=nan", "init=nan", "finite", "give one"),
+    ("loss scale", "train_lm", "--loss-scale static:1e60", "init=1e+60", "float32", "inside"),
+    ("loss scale", "compare_precisions", "--loss-scale dynamci", "'dynamci'", "dynamic:init"),
+    ("update", "train_lm", "--update nearst", "update", "'nearst'", "nearest"),
+    ("update", "train_lm", "--update nearest", "update", "'nearest'", "p=bf16"),
+    ("update", "train_lm", "--precision p=bf16,c=bf16,o=bf16", "update", "bf16", "update=master"),
+    ("update", "train_lm", "--precision pure-bf16 --update none", "bf16", "update=master"),
+    ("moments", "train_lm", "--moments fp17", "moments", "'fp17'", "mean fp16"),
+    ("moments", "train_lm", "--moments thrid=bf16", "moments", "'thrid=bf16'", "second=DTYPE"),
+    ("moments", "train_lm", "--moments second=bf16 --optimizer sgd", "moments", "second",
+     "moments=f32"),
+    ("mesh", "train_lm", "--mesh dta=8", "mesh", "'dta'", "known: data fsdp tensor"),
+    ("mesh", "train_lm", "--mesh data=3", "mesh", "needs 3 devices, there are 8", "change"),
+    ("mesh", "train_lm", "--mesh data=two", "mesh", "'two'", "write data=2"),
+    ("mesh", "train_lm", "--mesh data=8,data=8", "mesh", "'data' stands twice", "keep one"),
+    ("batch does not divide", "train_lm", "--batch 12", "batch", "12", "take 8"),
+    ("batch does not divide", "train_lm", "--accumulate 3", "batch: 8", "24", "take 24"),
+    ("model", "train_lm", "--model gpt3", "model", "'gpt3'", "did you mean gpt2"),
+    ("model", "sweep", "--model gpt3", "model", "'gpt3'", "did you mean gpt2"),
+    ("sizes", "train_lm", "--width 15", "width=15", "heads=2", "change one"),
+    ("sizes", "train_lm", "--heads 4 --kv-heads 3", "heads=4", "kv_heads=3", "change one"),
+    ("sizes", "train_lm", "--width 6", "rotary", "width/heads=3", "position=learned"),
+    ("sizes", "train_lm", "--layers 0", "model", "layers=0", "raise it"),
+    ("sizes", "train_lm", "--norm batch", "norm='batch'", "known: layer rms"),
+    ("sizes", "train_lm", "--remat all", "remat='all'", "known: none full"),
+    ("sizes", "train_lm", "--dropout 1.5", "dropout=1.5", "lower it"),
+    ("sizes", "compare_precisions", "--heads 3", "width=16", "heads=3", "change one"),
+    ("vocabulary", "train_lm", "--vocabulary 100", "vocabulary: 100", "256", "make it larger"),
+    ("vocabulary", "train_lm", "--tokenizer bpe:100", "'bpe:100'", "too small", "at least 257"),
+    ("tokenizer", "train_lm", "--tokenizer bpe:4k", "tokenizer", "'bpe:4k'", "bpe:4096"),
+    ("tokenizer", "train_lm", "--tokenizer {files}/no.json", "tokenizer", "no.json", "a file"),
+    ("tokenizer", "train_lm", "--tokenizer {files}/broken.json", "broken.json", "a tokenizer.json"),
+    ("tokenizer", "train_lm", "--tokenizer {files}/other.json", "other.json", "a tokenizer.json"),
+    ("tokenizer", "train_lm", "--tokenizer {files}/odd.json", "odd.json", "save it again"),
+    ("tokenizer", "train_lm", "--tokenizer {files}/emptydir", "emptydir", "name a tokenizer.json"),
+    ("data", "train_lm", "--data {files}/none.txt", "data", "none.txt", "expected stdlib"),
+    ("data", "train_lm", "--data ''", "data", "''", "expected stdlib"),
+    ("data", "train_lm", "--data {files}/empty.txt", "empty.txt", "no text", "name a source"),
+    ("data", "train_lm", "--data {files}/binary.bin", "binary.bin", "convert it to UTF-8"),
+    ("data", "train_lm", "--data {files}/emptydir", "emptydir", "no text", "name a source"),
+    ("data", "train_lm", "--data {files}/one.txt", "one.txt", "1 character", "a longer text"),
+    ("data", "train_lm", "--data {files}/broken.parquet", "broken.parquet", "write it again"),
+    ("data", "train_lm", "--data hf:some/thing", "hf:some/thing", "pip install 'mpjax[hub]'"),
+    ("data", "sweep", "--data {files}/none.txt", "data", "none.txt", "expected stdlib"),
+    ("data", "compare_precisions", "--data {files}/none.txt", "none.txt", "expected stdlib"),
+    ("column", "train_lm", "--data {files}/rows.jsonl:body", "'body'", "there: text", "SOURCE:"),
+    ("column", "train_lm", "--data {files}/numbers.jsonl", "numbers.jsonl:1", "int", "FILE:column"),
+    ("column", "train_lm", "--data {files}/broken.jsonl", "line 2", "one JSON object a line"),
+    ("column", "train_lm", "--data {files}/text.txt:body", "'body'", "drop the column"),
+    ("text too short", "train_lm", "--data {files}/short.txt", "seq=16", "4 tokens", "lower seq"),
+    ("text too short", "train_lm", "--seq 100000", "seq=100000", "longer than", "lower seq"),
+    ("text too short", "train_lm", "--batch 4096", "batch=4096", "held-out", "lower batch"),
+    ("text too short", "sweep", "--batch 4096", "batch=4096", "held-out", "lower batch"),
+    ("context", "train_lm", "--context 8", "context: 8", "--seq 16", "raise it"),
+    ("number", "train_lm", "--steps 0", "steps: 0", "above 0"),
+    ("number", "train_lm", "--steps -3", "steps: -3", "above 0"),
+    ("number", "train_lm", "--batch 0", "batch: 0", "above 0"),
+    ("number", "train_lm", "--seq 0", "seq: 0", "above 0"),
+    ("number", "train_lm", "--accumulate 0", "accumulate: 0", "above 0"),
+    ("number", "train_lm", "--lr 0", "lr: 0.0", "above 0"),
+    ("number", "train_lm", "--lr -1e-3", "lr: -0.001", "above 0"),
+    ("number", "train_lm", "--clip -1", "clip: -1.0", "0 or above"),
+    ("number", "train_lm", "--weight-decay -1", "weight_decay: -1.0", "0 or above"),
+    ("number", "train_lm", "--eval-batches 0", "eval_batches: 0", "above 0"),
+    ("number", "train_lm", "--eval-every -1", "eval_every: -1", "0 or above"),
+    ("number", "train_lm", "--patience 0", "patience: 0", "above 0"),
+    ("number", "train_lm", "--keep 0", "keep: 0", "above 0"),
+    ("number", "train_lm", "--seed -1", "seed: -1", "0 or above"),
+    ("number", "train_lm", "--seed 99999999999", "seed: 99999999999", "at most 2147483647"),
+    ("number", "train_lm", "--held-out 0", "held_out=0.0", "above 0 and below 1"),
+    ("number", "train_lm", "--held-out 1.5", "held_out=1.5", "above 0 and below 1"),
+    ("number", "train_lm", "--kv-heads -1", "kv_heads=-1", "not be negative"),
+    ("number", "sweep", "--seeds 0", "seeds: 0", "above 0"),
+    ("number", "sweep", "--lr 1e-3 -1", "lr: -1.0", "above 0"),
+    ("number", "compare_precisions", "--stress 400", "stress", "400", "give 0 .. 100"),
+    ("number", "bench_step", "--rounds 0", "rounds: 0", "above 0"),
+    ("not finite", "train_lm", "--lr nan", "lr: nan", "finite number above 0"),
+    ("not finite", "train_lm", "--lr inf", "lr: inf", "finite number above 0"),
+    ("not finite", "train_lm", "--clip nan", "clip: nan", "finite number"),
+    ("not finite", "train_lm", "--held-out nan", "held_out=nan", "below 1"),
+    ("not finite", "train_lm", "--weight-decay inf", "weight_decay: inf", "finite number"),
+    ("not finite", "train_lm", "--logit-cap nan", "logit_cap=nan", "give a finite number"),
+    ("not finite", "train_lm", "--z-loss inf", "z_loss=inf", "give a finite number"),
+    ("not finite", "train_lm", "--epsilon nan", "epsilon=nan", "give a finite number"),
+    ("not finite", "sweep", "--lr nan", "lr: nan", "finite number above 0"),
+    ("warmup", "train_lm", "--warmup 4", "warmup: 4", "0..3", "change one"),
+    ("warmup", "sweep", "--warmup 9", "warmup: 9", "0..3", "change one"),
+    ("optimizer", "train_lm", "--optimizer adam", "optimizer", "'adam'", "did you mean adamw"),
+    ("optimizer", "sweep", "--optimizer adam", "optimizer", "'adam'", "did you mean adamw"),
+    ("schedule", "train_lm", "--schedule cosin", "schedule", "'cosin'", "did you mean cosine"),
+    ("nothing to resume", "train_lm", "--resume latest", "resume", "no checkpoint", "leave"),
+    ("nothing to resume", "train_lm", "--resume 5", "resume", "no checkpoint", "leave"),
+    ("nothing to start from", "train_lm", "--init-from {files}", "init_from", "{files}",
+     "give a run's folder"),
+    ("nothing to start from", "train_lm", "--init-from {files} --resume latest", "init_from",
+     "--resume", "leave one"),
+    ("out", "train_lm", "--out {files}/text.txt", "out", "text.txt", "choose another --out"),
+    ("out", "train_lm", "--out {files}/text.txt/run", "out", "text.txt/run", "another --out"),
+    ("out", "train_lm", "--out /proc/run", "out", "/proc/run", "choose another --out"),
+    ("out", "sweep", "--out {files}/text.txt", "out", "text.txt", "choose another --out"),
+    ("prompt", "train_lm", f"--position learned --context 16 --sample 5 --prompt '{LONG}'",
+     "prompt", "36 tokens", "shorten it"),
+    ("prompt", "train_lm", "--sample 5 --prompt ''", "prompt", "''", "give some text"),
+    ("wandb", "train_lm", "--wandb mine", "wandb", "not installed", "pip install"),
+    ("no run", "generate", "--run {files}", "run", "{files}", "give a folder of train_lm.py"),
+    ("no run", "generate", "--run {files}/text.txt", "text.txt", "give a folder of train_lm.py"),
+    ("command line", "train_lm", "--stesp 3", "--stesp", "see --steps INT"),
+    ("command line", "train_lm", "--lr fast", "--lr", "'fast'", "see --lr FLOAT"),
+    ("command line", "train_lm", "--batch 2.5", "--batch", "'2.5'", "see --batch INT"),
+    ("command line", "train_lm", "--tied maybe", "--tied", "'maybe'", "'True'"),
+    ("command line", "train_lm", "--keep", "--keep", "Missing value", "--help"),
+    ("command line", "train_lm", "text.txt", "text.txt", "Unrecognized", "--help"),
+    ("command line", "sweep", "--learning-rate 3", "--learning-rate", "--help"),
+    ("command line", "bench_step", "--layer 3", "--layer", "see --layers INT"),
+]  # fmt: skip
+KINDS = {kind for kind, *_ in CASES}
+
+
+def test_there_are_as_many_cases_and_kinds_as_promised():
+    assert len(CASES) >= 50 and len(KINDS) >= 14
+    assert len({(script, typed) for _, script, typed, *_ in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize(
+    ("script", "typed", "parts"),
+    [pytest.param(s, typed, parts, id=f"{kind}: {s} {typed}") for kind, s, typed, *parts in CASES],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    command, files, tmp_path, script, typed, parts
+):
+    out, before = tmp_path / "run", snapshot(files)
+    done = command(script, arguments(script, typed, files=files, out=out, run=tmp_path))
+    require_one_line(done, tuple(fill(part, {"files": files}) for part in parts))
+    assert not done.out, "nothing is shown before everything has been checked"
+    assert not out.exists() and snapshot(files) == before
+
+
+# What is typed, at a folder that holds a run of 4 steps with checkpoints at 2 and 4.
+RESUMED = [
+    ("", "out", "checkpoints at [2, 4]", "--resume latest", "another --out"),
+    ("--resume 3", "resume", "'3'", "2 4"),
+    ("--resume newest", "resume", "'newest'", "latest-good"),
+    ("--resume latest --lr 2e-3", "lr was 0.001", "is 0.002", "give the saved settings"),
+    ("--resume latest --seed 1", "seed was 0", "is 1", "give the saved settings"),
+    ("--resume latest --batch 16", "batch was 8", "is 16", "give the saved settings"),
+    ("--resume latest --precision fp32", 'precision was "bf16"', '"fp32"', "another --out"),
+    ("--resume latest --rule '**/mlp=fp32'", "rule was []", "**/mlp", "another --out"),
+    ("--resume latest --loss-scale static:8", "loss_scale was null", "static:8", "another --out"),
+    ("--resume latest --width 32", "shape.width was 16", "is 32", "another --out"),
+    ("--resume latest --dropout 0.1", "shape.dropout was", "is 0.1", "another --out"),
+    ("--resume latest --optimizer sgd", 'optimizer was "adamw"', '"sgd"', "another --out"),
+    ("--resume latest --steps 8", "schedule_steps was 4", "is 8", "give the saved settings"),
+    ("--resume latest --data {files}/rows.jsonl --held-out .5", "data was", "held_out was 0.05"),
+    ("--resume latest --tokenizer bpe:300", 'tokenizer was "bytes"', "bpe:300", "another --out"),
+    ("--resume latest --accumulate 8 --batch 64", "accumulate was 1", "is 8", "another --out"),
+]
+
+
+@pytest.mark.parametrize(("typed", "parts"), [(typed, parts) for typed, *parts in RESUMED])
+def test_a_wrong_resume_leaves_the_run_byte_identical(command, files, run, typed, parts):
+    before = snapshot(run)
+    done = command("train_lm", arguments("train_lm", typed, files=files, out=run))
+    require_one_line(done, tuple(parts))
+    assert snapshot(run) == before and len(before) > 20
+
+
+def test_changed_text_under_the_same_name_is_refused(command, files, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(files, tmp_path / "files")
+    text = tmp_path / "files" / "text.txt"
+    args = arguments("train_lm", "--resume latest", files=files, out=tmp_path / "run")
+    assert command("train_lm", args).code == 0, "the control: the text is the same"
+    before = snapshot(tmp_path / "run")
+    original = (files / "text.txt").read_text()
+    try:
+        (files / "text.txt").write_text(original.replace("quick", "brisk"))
+        done = command("train_lm", args)
+    finally:
+        shutil.copy(text, files / "text.txt")
+    require_one_line(done, ("data.sha256 was", "another --out"))
+    assert snapshot(tmp_path / "run") == before
+
+
+GENERATE = [
+    ("--step 3", "step", "at 3", "[2, 4]"),
+    ("--prompt ''", "prompt", "''", "give some text"),
+    ("--tokens 0", "tokens: 0", "above 0"),
+    ("--temperature -1", "temperature: -1.0", "0 or above"),
+    ("--temperature nan", "temperature: nan", "finite number"),
+    ("--top-k 999", "top_k=999", "0..256"),
+    ("--precision bff16", "precision", "'bff16'", "did you mean bf16"),
+    ("--precision 'bf16 rule:**/nrom=fp32'", "**/nrom", "near misses", "**/norm"),
+]
+
+
+@pytest.mark.parametrize(("typed", "parts"), [(typed, parts) for typed, *parts in GENERATE])
+def test_a_wrong_sample_is_one_line(command, run, typed, parts):
+    before = snapshot(run)
+    done = command("generate", arguments("generate", typed, run=run))
+    require_one_line(done, tuple(parts))
+    assert not done.out and snapshot(run) == before
+
+
+def test_the_same_commands_without_a_mistake_succeed(command, files, run, tmp_path):
+    done = command("generate", arguments("generate", "", run=run))
+    assert done.code == 0 and done.out.startswith("line") and not done.err
+    done = command("sweep", arguments("sweep", "", files=files, out=tmp_path / "sweep"))
+    assert done.code == 0 and (tmp_path / "sweep" / "report.md").is_file()
+    assert "Traceback" not in done.err
+
+
+def largest(step: Path) -> Path:
+    return max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_taken(
+    command, files, run, tmp_path, caplog
+):
+    shutil.copytree(run, tmp_path / "run")
+    torn = largest(tmp_path / "run" / "checkpoints" / "4")
+    torn.write_bytes(torn.read_bytes()[:-100])
+    before = snapshot(tmp_path / "run")
+    latest = arguments("train_lm", "--resume latest", files=files, out=tmp_path / "run")
+    done = command("train_lm", latest)
+    name = torn.relative_to(tmp_path / "run" / "checkpoints" / "4").as_posix()
+    require_one_line(done, ("step 4 is damaged", name, "--resume latest-good takes step 2"))
+    assert snapshot(tmp_path / "run") == before
+    done = command("generate", arguments("generate", "--step 4", run=tmp_path / "run"))
+    require_one_line(done, ("step 4 is damaged", name))
+    done = command("train_lm", [word.replace("latest", "latest-good") for word in latest])
+    assert done.code == 0 and "step 4 is damaged" in caplog.text
+    assert largest(tmp_path / "run" / "checkpoints" / "4").stat().st_size > 0
+    done = command("train_lm", latest)
+    assert done.code == 0 and "nothing left to train" in done.out, "step 4 is whole again"
+
+
+def test_a_run_whose_checkpoints_are_all_torn_is_one_line(command, files, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for step in (tmp_path / "run" / "checkpoints").iterdir():
+        largest(step).unlink()
+    before = snapshot(tmp_path / "run")
+    for mode in ("latest", "latest-good", "2"):
+        typed = f"--resume {mode}"
+        done = command("train_lm", arguments("train_lm", typed, files=files, out=tmp_path / "run"))
+        require_one_line(done, ("start without --resume",))
+    assert snapshot(tmp_path / "run") == before
+
+
+# As processes of their own: what the shell really sees.
+
+
+def process(script: str, args: list[str], kilobytes: int = 0) -> Done:
+    """Runs a script; a positive number is the largest file that the disk takes."""
+    words, environment = [sys.executable, f"experiments/{script}.py", *args], dict(os.environ)
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"  # compiles in less time
+    if kilobytes:
+        words = ["sh", "-c", f'ulimit -f {2 * kilobytes}; exec "$@"', "sh", *words]
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # its warning is not ours
+    done = subprocess.run(
+        words, capture_output=True, text=True, cwd=ROOT, timeout=300,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+SHELL = [
+    ("train_lm", "--precision bff16", "precision", "'bff16'", "mean bf16"),
+    ("train_lm", "--mesh data=3", "mesh", "needs 3 devices, there are 2", "change"),
+    ("train_lm", "--data {files}/binary.bin", "binary.bin", "convert it to UTF-8"),
+    ("train_lm", "--stesp 3", "--stesp", "see --steps INT"),
+    ("generate", "--run {files}", "run", "{files}", "give a folder of train_lm.py"),
+    ("bench_step", "--size smal", "model", "'smal'", "did you mean small"),
+]
+
+
+@pytest.mark.parametrize(("script", "typed", "parts"), [(s, t, parts) for s, t, *parts in SHELL])
+def test_a_process_ends_with_status_2_and_one_line(files, tmp_path, script, typed, parts):
+    done = process(script, arguments(script, typed, files=files, out=tmp_path / "run", run=files))
+    require_one_line(done, tuple(fill(part, {"files": files}) for part in parts))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints_whole(files, tmp_path):
+    out, steps = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    args = arguments("train_lm", "--schedule constant", files=files, out=out)
+    done = process("train_lm", args)
+    assert done.code == 0, done.err
+    before = snapshot(steps)
+    assert largest(steps).stat().st_size > 20_000, "or the limit below would not be felt"
+    more = arguments(
+        "train_lm", "--schedule constant --resume latest --steps 6", files=files, out=out
+    )
+    done = process("train_lm", more, kilobytes=20)
+    last = done.err.splitlines()[-1]
+    assert done.code == 2 and "Traceback" not in done.err, done.err
+    assert last.startswith("error: ") and done.err.count("error: ") == 1
+    for part in (str(steps), "no room for the checkpoint of step 6", "free some space"):
+        assert part in last
+    assert snapshot(steps) == before
