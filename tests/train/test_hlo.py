@@ -174,7 +174,9 @@ def test_a_wrapper_that_is_off_costs_nothing(precision: str) -> None:
     assert sum(n for k, n in ours.items() if k.startswith("dot")) == L * (6 * 3 + 6) + 3
     assert ours == theirs
     loss, mine = jax.jit(by_hand(low))(params, batch), jax.jit(model.loss)(state.params, batch)[0]
-    assert float(loss) == pytest.approx(float(mine), rel=1e-5)
+    # bfloat16: XLA keeps fused intermediates wider, here and there differently
+    tolerance = {"fp32": 1e-6, "bf16": 1e-3}[precision]
+    assert float(loss) == pytest.approx(float(mine), rel=tolerance)
     # the negative control: the same step in float16
     other = build(decoder(model.config, "fp16"), tx)[1]
     text = other.compiled.lower(jax.eval_shape(other.init, 0), batch).as_text()
