@@ -46,6 +46,36 @@ from mpjax.models import Model, decoder  # noqa: E402
 from mpjax.precision import Precision  # noqa: E402
 
 
+def join(processes: str) -> None:
+    """Makes this process one of several that train together; empty text does nothing.
+
+    Args:
+      processes: `auto`, or `COORDINATOR:PORT,INDEX,COUNT` with this process's index.
+
+    Raises:
+      ConfigError: malformed, or no cluster was found.
+    """
+    if not processes:
+        return
+    given = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", processes)
+    if processes != "auto" and (given is None or int(given[2]) >= int(given[3])):
+        raise ConfigError(
+            f"distributed: {processes!r} is malformed; write auto, or COORDINATOR:PORT,INDEX,COUNT"
+            " such as node0:1234,0,2"
+        )
+    try:
+        if given is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(given[1], int(given[3]), int(given[2]))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"distributed: {processes!r} does not start ({reason}); write"
+            " COORDINATOR:PORT,INDEX,COUNT such as node0:1234,0,2"
+        ) from None
+
+
 def machine() -> str:
     """Returns devices and flags in one line."""
     device = jax.devices()[0]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import typing
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.experimental import multihost_utils
 
 from mpjax.data import Corpus, Tokenizer, validation_batches
 from mpjax.errors import ConfigError
@@ -74,6 +77,25 @@ def eval_precision(text: str) -> Precision:
         return get_precision(text)
     except ConfigError as error:
         raise ConfigError(f"eval_{error}") from None
+
+
+def agreed(requested: Callable[[], str | None], every: int = 8) -> Callable[[], str | None]:
+    """Returns a question that all processes answer alike at the same step: is it time to stop?
+
+    A process that left alone would keep the others waiting for its part of a sum. They ask each
+    other every few steps only, since that waits for the devices.
+    """
+    if jax.process_count() == 1:
+        return requested
+    turn = itertools.count(1)
+
+    def stop() -> str | None:
+        if next(turn) % every:
+            return None
+        flags = multihost_utils.process_allgather(np.int32(requested() is not None))
+        return (requested() or "a signal to another process") if flags.any() else None
+
+    return stop
 
 
 class Judge:

@@ -25,6 +25,7 @@ from lm import (
     CHECKPOINTS,
     Judge,
     Shape,
+    agreed,
     eval_precision,
     lm_model,
     prompt_ids,
@@ -93,8 +94,8 @@ class Config:
     """What differs from the named model."""
     mesh: str = ""
     """Devices by axis, such as data=2,fsdp=2,tensor=2; all devices on data by default."""
-    distributed: bool = False
-    """Several processes (SLURM, TPU pods): calls jax.distributed.initialize first."""
+    distributed: str = ""
+    """Several processes: `auto` (SLURM, Open MPI, TPU pods) or COORDINATOR:PORT,INDEX,COUNT."""
 
     optimizer: str = "adamw"
     """`adamw`, `sgd`, `lion` or `adafactor`."""
@@ -319,16 +320,17 @@ def train(run: Run) -> tuple[TrainState, str | None]:
         state = fit(
             run.state, run.step, run.data, steps=config.steps, report=report,
             every=((config.eval_every, evaluate), (config.save_every, save)),
-            stop=lambda: interrupt.requested,
+            stop=agreed(lambda: interrupt.requested),
         )  # fmt: skip
-        return state, interrupt.requested
+        early = int(state.step) < config.steps  # what all processes agree on
+        return state, (interrupt.requested or "a signal") if early else None
 
 
 def main(config: Config) -> None:
     """Trains, validates, saves and samples."""
-    if config.distributed:
-        jax.distributed.initialize()
+    launch.join(config.distributed)
     console = launch.wide()
+    console.quiet = jax.process_index() != 0
     run = prepare(config)
     launch.writable(config.out)
     if jax.process_index() == 0:
