@@ -44,9 +44,12 @@ smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings
 
 check: lint types test notebooks smoke  ## all of the above, as CI does
 
-evidence: $(INSTALLED)  ## measure the README's figures again: the demo and the compiled step
-	$(PY) experiments/compare_precisions.py --out runs/evidence/demo
+evidence: $(INSTALLED)  ## measure the README's figures again, 40 minutes; pages in docs/evidence
+	$(PY) tests/evidence/state_bytes.py
+	$(PY) tests/evidence/loop_overhead.py
+	$(PY) tests/evidence/kill_resume.py
 	$(PY) experiments/bench_step.py
+	$(PY) experiments/compare_precisions.py --out runs/evidence/demo
 
 clean:  ## remove .venv, caches and builds; runs/ stays
 	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

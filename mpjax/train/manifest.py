@@ -36,6 +36,8 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
+        # An installed package may lie inside a repository that is not its own.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD") + (
             "+changes" if git("status", "--porcelain", "-uno") else ""
         )

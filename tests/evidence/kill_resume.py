@@ -5,8 +5,8 @@ Expected:  every trial ends in the same bits as the uninterrupted run; the contr
 
 `experiments/train_lm.py` runs as a process of its own on the standard library's source, in fp16
 with a dynamic loss scale that skips steps, with dropout and two microbatches, and saves after
-every step. The moments come from a seeded generator alone: uniform between the start of training
-and the expected end, measured once.
+every second step. The moments come from a seeded generator alone: uniform between the start of
+training and the expected end, measured once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mpjax.train.reader import CheckpointReader  # noqa: E402
 TRIALS, STEPS, SEED = 20, 40, 0
 SETTINGS = (
     "--precision fp16 --loss-scale dynamic:init=16777216,interval=6 --dropout 0.1 --accumulate 2"
-    " --layers 1 --width 256 --heads 4 --batch 8 --seq 64 --save-every 1 --keep 3 --eval-every 0"
+    " --layers 1 --width 256 --heads 4 --batch 8 --seq 64 --save-every 2 --keep 3 --eval-every 0"
     f" --eval-batches 2 --sample 0 --steps {STEPS}"
 ).split()
 
@@ -156,7 +156,7 @@ def experiment(work: Path) -> tuple[list[Trial], dict[str, Any]]:
     again = Run(work, "again")
     process = again.start()
     begun = again.wait_for(process, "metrics.jsonl")
-    first = again.wait_for(process, "checkpoints/1") - begun
+    first = again.wait_for(process, "checkpoints/2") - begun
     expected = again.wait_for(process, f"checkpoints/{STEPS}") - begun
     process.wait()
     facts: dict[str, Any] = {
@@ -183,9 +183,13 @@ def experiment(work: Path) -> tuple[list[Trial], dict[str, Any]]:
         run.finish("--resume", "latest")
         trials.append(
             Trial(
-                moment, committed, unfinished, logged,
-                different(run.final(), bits), run.numbers() == numbers,
-            )  # fmt: skip
+                moment=moment,
+                committed=committed,
+                unfinished=unfinished,
+                logged=logged,
+                leaves=different(run.final(), bits),
+                same_numbers=run.numbers() == numbers,
+            )
         )
         print(trials[-1], flush=True)
         shutil.rmtree(run.out)
@@ -232,21 +236,24 @@ def report(trials: list[Trial], facts: dict[str, Any]) -> bool:
         for i, t in enumerate(trials)
     ]  # fmt: skip
     verdicts = [(*bar[:3], "met" if bar[3] else "MISSED") for bar in bars]
-    late = facts["too late"]
-    body = f"""`python experiments/train_lm.py {" ".join(SETTINGS)} --out ...` is killed with SIGKILL at \
-{count} moments, drawn by `random.Random({SEED})` uniformly between the start of training (its \
-`metrics.jsonl` appears; tracing and loading of the compiled step follow) and its expected end, \
-measured once: {facts["expected"]:.1f} s, the first checkpoint after {facts["first"]:.1f} s. Nothing \
-watches for a save. Moments at which the process had ended by itself already, so that another was \
-drawn: {late}. Each is resumed by the same command with `--resume latest`, which starts at step 0 \
-when there is no checkpoint yet. The reference skips {facts["skipped"]} of its {STEPS} steps. A \
-checkpoint holds {facts["bytes"] / 1e6:.1f} MB; {facts["leaves"]} entries (every leaf of the state and \
-the data position) are compared byte by byte.
-
-{table(("what", "bar", "measured", "verdict"), verdicts)}
-
-{table(("trial", "killed after, s", "last committed step", "records in JSONL", "unfinished on disk",
-        "parameters", "whole state", "JSONL numbers"), rows)}"""
+    text = (
+        f"`python experiments/train_lm.py {' '.join(SETTINGS)} --out ...` is killed with SIGKILL"
+        f" at {count} moments, drawn by `random.Random({SEED})` uniformly between the start of"
+        " training (its `metrics.jsonl` appears; tracing and loading of the compiled step follow)"
+        f" and its expected end, measured once: {facts['expected']:.1f} s, the first checkpoint"
+        f" after {facts['first']:.1f} s. Nothing watches for a save. Moments at which the process"
+        f" had ended by itself already, so that another was drawn: {facts['too late']}. Each trial"
+        " is resumed by the same command with `--resume latest`, which starts at step 0 when there"
+        f" is no checkpoint yet. The reference skips {facts['skipped']} of its {STEPS} steps. A"
+        f" checkpoint holds {facts['bytes'] / 1e6:.1f} MB; {facts['leaves']} entries (every leaf"
+        " of the state and the data position) are compared byte by byte."
+    )
+    head = (
+        "trial", "killed after, s", "last committed step", "records in JSONL",
+        "unfinished on disk", "parameters", "whole state", "JSONL numbers",
+    )  # fmt: skip
+    summary = table(("what", "bar", "measured", "verdict"), verdicts)
+    body = f"{text}\n\n{summary}\n\n{table(head, rows)}"
     write("kill_resume", "kill -9 at random moments, then resume", body)
     return all(bar[3] for bar in bars)
 

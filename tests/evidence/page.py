@@ -20,15 +20,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def write(name: str, title: str, body: str) -> Path:
-    """Writes `docs/evidence/NAME.md` and prints it.
+def write(script: str, title: str, body: str) -> Path:
+    """Writes `docs/evidence/SCRIPT.md` and prints it.
 
     Args:
-      name: of the script and of its page.
+      script: its name, and that of its page.
       title: the claim in a few words.
       body: Markdown.
     """
-    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in _PACKAGES)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -37,7 +37,7 @@ def write(name: str, title: str, body: str) -> Path:
     now = datetime.datetime.now(datetime.UTC)
     text = f"""# {title}
 
-Written by `python tests/evidence/{name}.py` (`make evidence` runs all of them); do not edit.
+Written by `python tests/evidence/{script}.py` (`make evidence` runs all of them); do not edit.
 
 - date: {now:%Y-%m-%d %H:%M} UTC; commit: {commit or "unknown"}
 - machine: {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, CPU \
@@ -46,7 +46,7 @@ only; load average {os.getloadavg()[0]:.1f} at the end
 
 {body}
 """
-    path = ROOT / "docs" / "evidence" / f"{name}.md"
+    path = ROOT / "docs" / "evidence" / f"{script}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     print(text)
