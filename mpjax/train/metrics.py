@@ -12,7 +12,6 @@ from typing import Any
 
 from mpjax.errors import ConfigError
 
-
 # JSON has no such numbers; as text, as in Protocol Buffers' JSON, float() and pandas read them.
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
