@@ -54,12 +54,14 @@ log = logging.getLogger("mpjax.experiments")
 # What a resumed run may change: how long, how it is watched, and on which devices.
 MAY_CHANGE = (
     "steps", "out", "resume", "mesh", "eval_every", "eval_batches", "save_every", "keep",
-    "keep_best", "wandb", "prompt", "sample", "distributed", "init_from",
+    "keep_best", "wandb", "prompt", "sample", "distributed", "init_from", "recast",
 )  # fmt: skip
 
 OfPreset = Annotated[
     str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(default: the preset's)")
 ]
+
+PRECISION = ("precision", "rule", "loss_scale", "update", "moments", "gradient_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +137,10 @@ class Config:
     """Best checkpoints by validation loss to keep besides."""
     resume: str = ""
     """`latest`, `latest-good` (skips damaged checkpoints) or a step."""
+    recast: bool = False
+    """With --resume: go on in another Precision; what was cast is printed."""
     init_from: str = ""
-    """Run whose newest weights and moments to start from; prints what was cast."""
+    """Run whose newest weights a new run starts from; what was cast is printed."""
     out: Path = Path("runs/lm")
     """Folder of the run."""
     wandb: str = ""
@@ -218,6 +222,8 @@ def prepare(config: Config) -> Run:
     )  # fmt: skip
     if config.resume and config.init_from:
         raise ConfigError("init_from: cannot stand beside --resume; leave one of them out")
+    if config.recast and not config.resume:
+        raise ConfigError("recast: needs --resume; a new run takes weights with --init-from DIR")
     precision, mesh = config.resolved(), parse_mesh(config.mesh)
     eval_precision(config.eval_precision)
     check_batch(config.batch, config.accumulate, mesh)
@@ -237,6 +243,8 @@ def prepare(config: Config) -> Run:
     if start is not None:
         meta = saved.read_meta(start)
         may_change: tuple[str, ...] = MAY_CHANGE
+        if config.recast:
+            may_change += PRECISION
         if config.schedule == "constant":
             may_change += ("schedule_steps",)
         compare_settings(
@@ -264,14 +272,22 @@ def prepare(config: Config) -> Run:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
-        state, meta, _ = saved.restore(abstract, step=start)
+        if config.recast:
+            state, lines = restore_into(state, saved, start)
+            for line in lines:
+                log.info("recast: %s", line)
+        else:
+            state, meta, _ = saved.restore(abstract, step=start)
         data.set_state(meta["data"])
     elif config.init_from:
-        state, lines = restore_into(state, other, other.newest_good())
-        # The weights, moments and step count go on; the data begins anew in this run.
-        state = state._replace(step=jax.device_put(0 * state.step, state.step.sharding))
+        # Weights and their master copies; moments, counters and data begin anew.
+        fresh = {"params": state.params, "opt_state": {"weights": state.opt_state.weights}}
+        fresh, lines = restore_into(fresh, other, other.newest_good())
+        opt_state = state.opt_state._replace(weights=fresh["opt_state"]["weights"])
+        state = state._replace(params=fresh["params"], opt_state=opt_state)
         for line in lines:
-            log.info("init_from: %s", line)
+            if "only in the checkpoint" not in line:
+                log.info("init_from: %s", line)
     return Run(config, precision, corpus, model, state, step, data, judge, start or 0)
 
 
