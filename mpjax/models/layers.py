@@ -85,4 +85,6 @@ class Embed(Layer):
     def __call__(self, ids: Any) -> Any:
         init = nn.initializers.normal(0.02)
         table = self.weight("table", init, (self.rows, self.width), self.axes)
+        # Gathered over fsdp before it is read: rows cut by width would be repartitioned by batch.
+        table = self.context.shard(table, (self.axes[0], None))
         return ops.look_up(table, ids, self.policy().output_dtype, self.gradient_dtype)

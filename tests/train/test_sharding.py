@@ -16,19 +16,21 @@ from mpjax.errors import ConfigError
 from mpjax.precision import get_precision
 from mpjax.train import build, parse_mesh
 from mpjax.train.memory import bytes_per_parameter, formula, state_bytes
-from mpjax.train.sharding import partition
+from mpjax.train.sharding import ShardActivations, partition
 from tests.train.meshes import MESHES, batch, compiled, host, reductions, relative, small
 
 STEPS = 20
 
 
 def _first_gradients(mesh: str | None) -> tuple[float, Any]:
-    """Loss and gradients of the first step, read from what SGD at rate 1 did to the weights."""
-    state, step = build(small(), optax.sgd(1.0), mesh)
+    """Loss and gradients of the first step of SGD at rate 1, exactly as its momentum holds them."""
+    state, step = build(small(), optax.sgd(1.0, momentum=0.9), mesh)
     before = host(state.params)
     state, metrics = compiled(state, step)(state, batch())
-    after = host(state.params)
-    return float(metrics["loss"]), jax.tree.map(lambda a, b: a - b, before, after)
+    grads = host(state.opt_state.inner[0].trace)
+    moved = jax.tree.map(lambda b, g: b - g, before, grads)  # and the weights went by them
+    assert jax.tree.all(jax.tree.map(np.array_equal, moved, host(state.params)))
+    return float(metrics["loss"]), grads
 
 
 def _run(mesh: str | None) -> dict[str, Any]:
@@ -122,6 +124,23 @@ def test_gradients_are_summed_over_devices_in_float32(mesh: str) -> None:
     assert reductions(get_precision("bf16"), mesh) == {"f32"}
     narrow = get_precision("bf16", gradient_dtype="bf16")
     assert "bf16" in reductions(narrow, mesh)  # the negative control: as asked for
+
+
+@pytest.mark.parametrize("gathered", [True, False], ids=["ours", "control"])
+def test_no_activation_is_made_whole_to_be_cut_again(
+    gathered: bool, capfd: Any, monkeypatch: Any
+) -> None:
+    constrain = ShardActivations.__call__
+
+    def without_table(self: Any, x: Any, axes: Any) -> Any:
+        return x if axes == ("vocab", None) else constrain(self, x, axes)
+
+    if not gathered:
+        monkeypatch.setattr(ShardActivations, "__call__", without_table)
+    reductions.__wrapped__(get_precision("bf16"), "data=2,fsdp=2,tensor=2")
+    # The partitioner says so on standard error, and only there.
+    warned = "Involuntary full rematerialization" in capfd.readouterr().err
+    assert warned != gathered
 
 
 @pytest.mark.parametrize(
