@@ -74,7 +74,7 @@ def generate(
       >>> from mpjax.models import decoder
       >>> model = decoder("tiny", layers=1, width=16, heads=2)
       >>> params = model.init(jax.random.key(0))
-      >>> generate(model, params, jnp.zeros((1, 2), jnp.int32), new=3, temperature=0).shape
+      >>> generate(model, params, jnp.zeros((1, 2), jnp.int32), new=3, temperature=0.0).shape
       (1, 3)
     """
     if prompt.shape[1] < 1:
