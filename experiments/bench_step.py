@@ -283,7 +283,8 @@ def main(config: Config) -> None:
         f"jax {jax.__version__} on {jax.default_backend()}, XLA_FLAGS={os.environ['XLA_FLAGS']}"
     )
     for precision in ("fp32", "bf16"):
-        with jax.numpy_dtype_promotion("standard"):
+        # The textbook step broadcasts as textbooks do, whatever the settings here.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             steps, states, batch = programs(config, precision)
             lowered = {name: step.lower(states[name], batch) for name, step in steps.items()}
         counts = {name: products_and_casts(text.as_text()) for name, text in lowered.items()}

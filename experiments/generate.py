@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
+import tyro
 from lm import CHECKPOINTS, Shape, lm_model, sample
 
 from mpjax.data import Tokenizer
@@ -37,8 +39,10 @@ class Config:
     """Of the draws."""
     precision: str = ""
     """Precision to compute in; the run's own by default."""
-    step: int | None = None
-    """Checkpoint; the newest that is undamaged by default."""
+    step: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the newest)")
+    ] = None
+    """Checkpoint to read; damaged ones are passed over unless named."""
 
 
 def main(config: Config) -> None:

@@ -36,7 +36,17 @@ def set_flags() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "xla"))
 
 
+def set_log() -> None:
+    """Shows warnings on stderr; early, because some imports would set the log up otherwise."""
+    console = Console(stderr=True)
+    handler: logging.Handler = logging.StreamHandler()  # a pipe wants lines that are not wrapped
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+
+
 set_flags()
+set_log()
 
 import jax  # noqa: E402
 
@@ -186,11 +196,6 @@ def _quiet_asyncio() -> None:
 
 def command(main: Callable[[Any], None], config: type[Any]) -> None:
     """Runs an experiment from the command line; what the user can mend is one line, status 2."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
-    )
     logging.getLogger("mpjax").setLevel(logging.INFO)
     _quiet_asyncio()
     arguments = parse(config)

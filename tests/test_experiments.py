@@ -1,0 +1,335 @@
+"""Every experiment runs from its command line with tiny settings, and keeps what it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.smoke
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("train_lm", "generate", "sweep", "compare_precisions", "bench_step")
+FLAGS = (
+    "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
+    " loss-scale update moments steps batch seq accumulate eval-every eval-precision resume out"
+    " layers width heads kv-heads norm position activation tied dropout"
+).split()
+SMALL = "--layers 1 --width 32 --heads 2 --seq 32 --batch 8 --eval-batches 2 --warmup 2".split()
+# What could break a resume: a scale that moves, dropout keys, microbatches.
+HARD = [
+    *SMALL, *"--precision fp16 --loss-scale dynamic:init=16777216,interval=20".split(),
+    *"--dropout 0.1".split(),
+    *"--accumulate 2 --steps 400 --eval-every 100 --save-every 150 --sample 20 --lr 1e-2".split(),
+]  # fmt: skip
+
+
+def start(script: str, *args: Any, devices: int = 1, **env: str) -> subprocess.Popen[str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags, "COLUMNS": "100"} | env
+    return subprocess.Popen(
+        [sys.executable, f"experiments/{script}.py", *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+    """Waits; returns what it wrote to both streams."""
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == code, f"status {process.returncode}\n{out}\n{err}"
+    assert "Traceback" not in err
+    return out, err
+
+
+def run(script: str, *args: Any, devices: int = 1, code: int = 0) -> tuple[str, str]:
+    return finish(start(script, *args, devices=devices), code)
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(out: Path, *names: str) -> list[tuple[Any, ...]]:
+    """The step and other numbers of each step's record, in order."""
+    names = ("step", "loss", *names)
+    return [tuple(r[name] for name in names) for r in read(out) if "loss" in r]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = (f"line {i}: the quick brown fox and number {i * i}\n" for i in range(800))
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    """A run of 400 steps under the settings HARD, never stopped."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    stdout, stderr = run("train_lm", *HARD, "--data", text, "--prompt", "line 7", "--out", out)
+    return out, stdout, stderr
+
+
+# The command line.
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_readable(script):
+    out, err = run(script, "--help")
+    assert not err and all(len(line) <= 100 for line in out.splitlines() if "usage:" not in line)
+    assert "None" not in out, "defaults and types are words that a user knows"
+    flags = re.findall(r"^│ --([\w-]+)", out, re.MULTILINE)
+    assert len(flags) > 3 and not [flag for flag in flags if "." in flag]
+    if script == "train_lm":
+        assert not set(FLAGS) - set(flags)
+
+
+# What a run leaves behind.
+
+
+def test_metrics_hold_one_object_a_step(trained):
+    records = read(trained[0])
+    steps = [r for r in records if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 401))
+    for record in steps:
+        assert {"step", "loss", "tokens_per_s", "loss_scale", "skipped"} <= record.keys()
+        assert record["tokens_per_s"] > 0 and record["loss_scale"] > 0
+    scales = [r["loss_scale"] for r in steps]
+    assert steps[-1]["skipped"] > 0 and len(set(scales)) > 2, "the scale moved, or HARD is easy"
+    assert [r["step"] for r in records if "validation_loss" in r] == [100, 200, 300, 400]
+    assert steps[-1]["loss"] < 0.7 * steps[0]["loss"]
+
+
+def test_the_manifest_says_what_the_outcome_depends_on(trained):
+    manifest = json.loads((trained[0] / "manifest.json").read_text())
+    assert manifest["precision"]["name"] == "fp16" and manifest["precision"]["rules"]
+    assert manifest["precision"]["loss_scale"] == "dynamic:init=16777216,interval=20"
+    assert manifest["config"]["shape"]["width"] == 32 and manifest["config"]["lr"] == 1e-2
+    assert {"jax", "jaxlib", "flax", "optax", "mpjax", "python"} <= manifest["versions"].keys()
+    assert manifest["commit"] and "cpu" in manifest["device"]
+    assert "--xla_force_host_platform_device_count=1" in manifest["xla_flags"]
+    assert manifest["command"][0] == "train_lm.py" and "--dropout" in manifest["command"]
+
+
+def events(folder: Path) -> list[Any]:
+    """The records of TensorBoard files: length, its checksum, the event, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            found.append(Event.FromString(data[at + 12 : at + 12 + size]))
+            at += 16 + size
+    return found
+
+
+def test_tensorboard_holds_scalars_and_the_precision_as_hparam(trained):
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    values = [(e.step, v) for e in events(trained[0] / "tensorboard") for v in e.summary.value]
+    scalars = {v.tag for _, v in values if v.HasField("simple_value")}
+    assert {"loss", "loss_scale", "skipped", "validation_loss"} <= scalars
+    losses = dict(curve(trained[0]))
+    points = {s: v.simple_value for s, v in values if v.tag == "loss"}
+    assert len(points) >= 40 and all(p == pytest.approx(losses[s]) for s, p in points.items())
+    plugins = [v.metadata.plugin_data for _, v in values if v.metadata.plugin_data.content]
+    found = [HParamsPluginData.FromString(p.content) for p in plugins if p.plugin_name == "hparams"]
+    settings = next(p.session_start_info.hparams for p in found if p.HasField("session_start_info"))
+    assert settings["precision"].string_value.startswith("fp16 base:**/softmax=")
+    assert settings["width"].number_value == 32
+
+
+def test_the_screen_shows_precision_state_machine_and_sample(trained):
+    _, out, err = trained
+    assert "Precision fp16" in out and "XLA_FLAGS=" in out
+    assert "bytes / " in out and "validation loss" in out
+    assert "\nline 7" in out, "the sample begins with the prompt"
+    assert "loss" in err and "tokens/s" in err and "scale 2^" in err and "skipped" in err
+
+
+# Stopping and going on.
+
+
+def wait_for_steps(process: subprocess.Popen[str], out: Path, count: int) -> None:
+    path = out / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert process.poll() is None and time.monotonic() < until, "no steps"
+        time.sleep(0.002)
+
+
+def test_a_run_stopped_by_sigterm_resumes_to_the_same_bits(trained, text, tmp_path):
+    whole, at = trained[0], random.SystemRandom().randrange(5, 200)
+    args = [*HARD, "--data", text, "--prompt", "line 7", "--out", tmp_path / "run"]
+    process = start("train_lm", *args)
+    wait_for_steps(process, tmp_path / "run", at)
+    process.send_signal(signal.SIGTERM)
+    out, err = finish(process)
+    stopped = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert at <= stopped < 400, f"asked to stop at {at}, stopped at {stopped}"
+    assert "stopped by SIGTERM" in out and "--resume latest" in out and "SIGTERM: stopping" in err
+    assert curve(tmp_path / "run")[-1][0] == stopped
+    out, _ = run("train_lm", *args, "--resume", "latest")
+    names = ("loss_scale", "skipped", "grad_norm")
+    assert curve(tmp_path / "run", *names) == curve(whole, *names), f"stopped at {stopped}"
+    at_end = [[r for r in read(f) if "validation_loss" in r][-1] for f in (whole, tmp_path / "run")]
+    assert at_end[0] == at_end[1]
+    assert out[out.index("\nline 7") :] == trained[1][trained[1].index("\nline 7") :]
+
+
+def test_a_run_that_cannot_go_on_names_the_gradient(text, tmp_path):
+    args = [*SMALL, "--data", text, "--out", tmp_path / "run", "--patience", 3, "--steps", 50]
+    args += ["--precision", "pure-fp16", "--loss-scale", "static:16777216"]
+    _, err = run("train_lm", *args, code=2)
+    last = err.splitlines()[-1]
+    assert re.match(r"error: decoder/\S+: gradient is not finite, 3 steps in a row", last), err
+    assert "16777216" in last.replace("1.67772e+07", "16777216") and "--rule" in last
+    assert 3 <= len(curve(tmp_path / "run")) <= 4
+
+
+# Other starting points, other devices.
+
+
+def test_a_bf16_run_starts_one_stored_low_and_says_what_it_cast(text, tmp_path):
+    args = [*SMALL, "--data", text, "--sample", 0, "--lr", "1e-2"]
+    run("train_lm", *args, "--precision", "bf16", "--steps", 60, "--out", tmp_path / "bf16")
+    first, *_, last = curve(tmp_path / "bf16")
+    for precision, update in (("pure-bf16", "bfloat16"), ("O2", "float16")):
+        _, err = run(
+            "train_lm", *args, "--precision", precision, "--steps", 3, "--out",
+            tmp_path / precision, "--init-from", tmp_path / "bf16", "--lr", "1e-4",
+        )  # fmt: skip
+        shown = " ".join(err.split())
+        weight = "params/decoder/layers/mlp/up/kernel"
+        assert f"init_from: {weight}: float32 -> {update}" in shown
+        if precision == "O2":
+            assert f"master/decoder/layers/mlp/up/kernel: from {weight}" in shown
+        begin = curve(tmp_path / precision)[0]
+        assert begin[0] == 1 and abs(begin[1] - last[1]) < 0.3 * (first[1] - last[1])
+
+
+def test_a_mesh_of_eight_trains_and_resumes_onto_another(text, tmp_path):
+    args = [*SMALL, "--data", text, "--sample", 0, "--precision", "fp32", "--dropout", 0]
+    args += ["--schedule", "constant"]
+    mesh, one = tmp_path / "mesh", tmp_path / "one"
+    run("train_lm", *args, "--steps", 8, "--out", one)
+    cube = "data=2,fsdp=2,tensor=2"
+    out, _ = run("train_lm", *args, "--steps", 4, "--out", mesh, "--mesh", cube, devices=8)
+    assert "8 x cpu" in out
+    run("train_lm", *args, "--steps", 8, "--out", mesh, "--mesh", "data=2,fsdp=4", "--resume",
+        "latest", devices=8)  # fmt: skip
+    whole, cut = curve(one), curve(mesh)
+    assert [step for step, _ in cut] == list(range(1, 9))
+    assert cut[0][1] == pytest.approx(whole[0][1], rel=1e-5)  # one sum in another order
+    assert [x for _, x in cut] == pytest.approx([x for _, x in whole], rel=1e-3)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_are_one_process_of_two_devices(text, tmp_path):
+    args = [*SMALL, "--data", text, "--sample", 4, "--precision", "fp16"]
+    port, two, one = free_port(), tmp_path / "two", tmp_path / "one"
+    pair = [
+        start("train_lm", *args, "--steps", 6, "--out", two, "--distributed",
+              f"127.0.0.1:{port},{index},2")
+        for index in (0, 1)
+    ]  # fmt: skip
+    (out, _), (silent, _) = (finish(process) for process in pair)
+    assert "Precision fp16" in out and "Precision" not in silent, "the first process speaks"
+    run("train_lm", *args, "--steps", 6, "--out", one, devices=2)
+    assert curve(two, "loss_scale") == curve(one, "loss_scale") and len(curve(two)) == 6
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(text, tmp_path):
+    args = [*SMALL, "--data", text, "--sample", 4, "--steps", 5000, "--eval-every", 0]
+    port, folder = free_port(), tmp_path / "run"
+    pair = [
+        start("train_lm", *args, "--out", folder, "--distributed", f"127.0.0.1:{port},{index},2")
+        for index in (0, 1)
+    ]
+    wait_for_steps(pair[0], folder, 10)
+    pair[1].send_signal(signal.SIGTERM)
+    (out, _), _ = (finish(process) for process in pair)
+    step = curve(folder)[-1][0]
+    assert "stopped by a signal" in out and 10 <= step < 5000
+    assert str(step) in os.listdir(folder / "checkpoints")
+
+
+@pytest.mark.parametrize("given", ["node0:1234", "node0:1234,2,2", "auto"])
+def test_processes_that_cannot_be_joined_are_one_line(tmp_path, given):
+    _, err = run("train_lm", "--distributed", given, "--out", tmp_path / "run", code=2)
+    assert err.startswith(f"error: distributed: '{given}'") and len(err.splitlines()) == 1
+    assert "COORDINATOR:PORT,INDEX,COUNT" in err and not (tmp_path / "run").exists()
+
+
+# The other experiments.
+
+
+def test_sampling_is_deterministic_when_greedy_and_follows_its_seed(trained):
+    args = ["--run", trained[0], "--prompt", "line 12", "--tokens", 30]
+    greedy = [run("generate", *args, "--temperature", 0, "--seed", seed)[0] for seed in (0, 1)]
+    assert greedy[0] == greedy[1] and greedy[0].startswith("line 12")
+    other = run("generate", *args, "--temperature", 2, "--step", 150, "--precision", "fp32")[0]
+    assert other.startswith("line 12") and other != greedy[0]
+
+
+def require_report(out: Path, plots: tuple[str, ...], arms: tuple[str, ...]) -> None:
+    report = (out / "report.md").read_text()
+    for name in plots:
+        assert f"({name})" in report
+        data = (out / name).read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    for arm in arms:
+        assert f"| {arm} |" in report
+        runs = list((out / arm.replace(" ", "_")).iterdir())
+        assert runs and all((r / "metrics.jsonl").exists() for r in runs)
+        assert all((r / "manifest.json").exists() for r in runs)
+
+
+TINY = [*SMALL, "--steps", "4", "--seeds", "2"]
+
+
+def test_the_sweep_writes_its_report(text, tmp_path):
+    out, _ = run("sweep", *TINY, "--data", text, "--precision", "fp32", "bf16", "--lr", "1e-3",
+                 "1e-2", "--out", tmp_path)  # fmt: skip
+    arms = tuple(f"{p} lr={lr}" for p in ("fp32", "bf16") for lr in ("0.001", "0.01"))
+    require_report(tmp_path, ("loss.png", "loss_scale.png"), arms)
+    first, second = (curve(tmp_path / "bf16_lr=0.01" / f"seed{seed}") for seed in (0, 1))
+    paired = curve(tmp_path / "bf16_lr=0.001" / "seed0")
+    assert first[0] == paired[0] != second[0] and first != paired, "seeds are paired over arms"
+    assert "best: fp32 lr=0.01" in out and f"report: {tmp_path}" in out.replace("\n", "")
+
+
+def test_the_comparison_writes_its_report(text, tmp_path):
+    out, _ = run("compare_precisions", *TINY, "--data", text, "--seeds", 1, "--out", tmp_path)
+    arms = ("fp32", "bf16", "fp16", "fp32 lr=0.0002", "pure-bf16 lr=0.0002", "fp32 x 2^-8",
+            "fp16 x 2^-8", "fp16 unscaled x 2^-8")  # fmt: skip
+    require_report(tmp_path, ("loss.png", "loss_scale.png", "gradients.png"), arms)
+    assert "pure-bf16" in out
+
+
+def test_the_benchmark_finds_the_same_program():
+    args = "--size tiny --layers 1 --batch 2 --seq 128 --rounds 2".split()
+    out, _ = run("bench_step", *args)
+    assert out.count("same products and casts: yes") == 2 and "NO" not in out
+    assert out.count("time ours/careful") == 2 and "XLA_FLAGS=" in out
