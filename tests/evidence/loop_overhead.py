@@ -206,7 +206,8 @@ def main() -> bool:
                 (size, f"D={width} L={layers}, {batch} x {seq} tokens", f"{pairs} x {steps}",
                  f"{np.median(bare[:, 0]):.2f}", f"{np.median(full[:, 0]):.2f}",
                  f"{median:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{np.median(cpu):+.3f}",
-                 "met" if median <= 1 else "MISSED")
+                 f"{bare[:, 0].min():.2f}, {full[:, 0].min():.2f}",
+                 "met" if high <= 1 else "MISSED" if median > 1 else "met by the median alone")
             )  # fmt: skip
             blocks.append(f"{size}: " + " ".join(f"{d:+.2f}" for d in difference))
             print(rows[-1], blocks[-1], sep="\n", flush=True)
@@ -214,14 +215,14 @@ def main() -> bool:
     head = (
         "size", "model", "pairs x steps", "bare, ms", "fit, ms", "difference: median, ms",
         "its 95 % interval, ms", "processor time of all threads: median difference, ms",
-        "bar 1 ms",
+        "fastest block of each, ms", "bar 1 ms",
     )  # fmt: skip
     text = (
         "The bare loop is `for batch in ready: state, metrics = step(state, batch)`, waited for"
         " once a block. `fit` has grain, every step's metrics fetched one step late, JSONL,"
         " TensorBoard and a live bar. fp16 with a dynamic loss scale, dropout and clipping. Blocks"
         " in pairs of random order; what else runs on the machine (its load is above) widens the"
-        " interval. Processor time is not the bar, and does not suffer from that."
+        " interval. Processor time is not the bar; it and the fastest blocks suffer less from that."
     )
     listed = "\n".join(f"    {line}" for line in blocks)
     body = (
