@@ -22,7 +22,7 @@ from mpjax.precision.moments import Moments
 from mpjax.precision.policy import policy_text
 from mpjax.precision.rule import Rule, matches, near_misses, spellings
 
-OPTIONS = ("loss_scale", "update", "moments", "gradient_dtype", "export_dtype")
+OPTIONS = ("loss_scale", "update", "moments", "gradient_dtype")
 UPDATE_RULES = ("none", "master", "nearest")
 
 
@@ -39,7 +39,6 @@ class Precision:
       moments: storage dtypes of the optimizer state.
       gradient_dtype: dtype in which weight gradients leave their product and are summed over
         replicas.
-      export_dtype: dtype of exported weights; checkpoints are exact.
 
     Example:
       >>> from mpjax.precision import get_precision
@@ -56,7 +55,6 @@ class Precision:
     update: str = "none"
     moments: Moments = Moments()
     gradient_dtype: Any = jnp.float32
-    export_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
         if self.name.split() != [self.name] or self.name.startswith("{"):
@@ -148,7 +146,6 @@ class Precision:
             "update": self.update,
             "moments": str(self.moments),
             "gradient_dtype": dtype_name(self.gradient_dtype),
-            "export_dtype": dtype_name(self.export_dtype),
         }
 
     def to_json(self) -> str:
@@ -194,6 +191,5 @@ def parse_options(values: Mapping[str, Any]) -> dict[str, Any]:
         "update": str,
         "moments": lambda v: Moments.parse(v) if isinstance(v, str) else v,
         "gradient_dtype": lambda v: parse_dtype(v, "gradient_dtype"),
-        "export_dtype": lambda v: parse_dtype(v, "export_dtype"),
     }
     return {key: parse[key](values[key]) for key in OPTIONS if values.get(key) is not None}

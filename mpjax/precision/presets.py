@@ -196,7 +196,6 @@ def get_precision(
     update: str | None = None,
     moments: Any = None,
     gradient_dtype: Any = None,
-    export_dtype: Any = None,
 ) -> Precision:
     """Returns a Precision from a preset, a policy, a line of text, JSON or another Precision.
 
@@ -208,7 +207,6 @@ def get_precision(
       update: `none`, `master` or `nearest`.
       moments: a dtype, `first=DTYPE,second=DTYPE`, or Moments.
       gradient_dtype: dtype of weight gradients as they are summed over replicas.
-      export_dtype: dtype of exported weights.
 
     Raises:
       ConfigError: what cannot be read, with the nearest that can.
@@ -224,7 +222,6 @@ def get_precision(
             "update": update,
             "moments": moments,
             "gradient_dtype": gradient_dtype,
-            "export_dtype": export_dtype,
         }
     )
     if isinstance(value, Precision):

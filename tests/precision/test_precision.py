@@ -50,7 +50,6 @@ PRECISIONS = st.builds(
     st.sampled_from(UPDATE_RULES),
     st.builds(Moments, DTYPES, DTYPES),
     DTYPES,
-    DTYPES,
 )
 
 
@@ -208,7 +207,6 @@ def test_low_weights_need_an_update_rule(policy: str) -> None:
         ({"update": "stochastc"}, "update: unknown rule 'stochastc'; known: none master nearest"),
         ({"moments": "int3"}, "moments: unknown dtype 'int3'"),
         ({"gradient_dtype": "f64"}, "gradient_dtype: float64 needs 64-bit types"),
-        ({"export_dtype": "x"}, "export_dtype: unknown dtype 'x'"),
         ({"loss_scale": "dynamc"}, "loss scale: unknown kind 'dynamc'"),
     ],
 )

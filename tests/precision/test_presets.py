@@ -162,7 +162,6 @@ def test_options_as_objects_mean_what_they_mean_as_text() -> None:
         loss_scale=DynamicLossScale(init=8.0, hysteresis=2),
         moments=Moments(jnp.bfloat16, jnp.float32),
         gradient_dtype=jnp.bfloat16,
-        export_dtype="f16",
     )
     settings = LossScaleSettings("dynamic", init=8.0, hysteresis=2)
     assert objects.loss_scale == settings
@@ -171,10 +170,9 @@ def test_options_as_objects_mean_what_they_mean_as_text() -> None:
         loss_scale="dynamic:init=8,hysteresis=2",
         moments="first=bf16",
         gradient_dtype="bf16",
-        export_dtype=jnp.float16,
     )
     assert objects == get_precision(
-        "O2", loss_scale=settings, moments="first=bf16", gradient_dtype="bf16", export_dtype="fp16"
+        "O2", loss_scale=settings, moments="first=bf16", gradient_dtype="bf16"
     )
 
 
