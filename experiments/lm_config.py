@@ -1,0 +1,126 @@
+"""The settings of `train_lm.py`: its command line, and which of them a resumed run may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from lm import Shape, shape_changes
+
+from mpjax.precision import Precision, get_precision
+
+# What a resumed run may change: how long, how it is watched, and on which devices.
+MAY_CHANGE = (
+    "steps", "out", "resume", "mesh", "eval_every", "eval_batches", "save_every", "keep",
+    "keep_best", "wandb", "prompt", "sample", "distributed", "init_from", "recast",
+)  # fmt: skip
+
+OfPreset = Annotated[
+    str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(default: the preset's)")
+]
+
+PRECISION = ("precision", "rule", "loss_scale", "update", "moments", "gradient_dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train a decoder language model under a Precision."""
+
+    precision: str = "bf16"
+    """Preset (fp32 bf16 fp16 O2 ...), policy (p=f32,c=bf16,o=f32) or `Precision.to_text`."""
+    rule: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """PATTERN=POLICY before the preset's rules, such as '**/norm*=fp32'; repeatable."""
+    loss_scale: OfPreset = None
+    """`none`, `static:1024` or `dynamic:init=65536,interval=2000,hysteresis=1,min=1`."""
+    update: OfPreset = None
+    """How weights that are stored low take their update: `none`, `master` or `nearest`."""
+    moments: OfPreset = None
+    """Storage of the optimizer's moments: a dtype or `first=bf16,second=f32`."""
+    gradient_dtype: OfPreset = None
+    """Dtype in which weight gradients are summed over devices."""
+    eval_precision: str = "fp32"
+    """Precision of validation: results are judged in float32 unless asked otherwise."""
+
+    data: str = "stdlib"
+    """`stdlib`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME."""
+    tokenizer: str = "bytes"
+    """`bytes`, `bpe:SIZE` (trained on the data) or a tokenizer.json."""
+    held_out: float = 0.05
+    """Share of the documents kept for validation."""
+
+    model: str = "tiny"
+    """tiny small gpt2 gpt2-medium gpt2-large gpt2-xl llama-7b llama-13b llama3-8b."""
+    shape: tyro.conf.OmitArgPrefixes[Shape] = Shape()  # type: ignore[valid-type]
+    """What differs from the named model."""
+    mesh: str = ""
+    """Devices by axis, such as data=2,fsdp=2,tensor=2; all devices on data by default."""
+    distributed: str = ""
+    """Several processes: `auto` (SLURM, Open MPI, TPU pods) or COORDINATOR:PORT,INDEX,COUNT."""
+
+    optimizer: str = "adamw"
+    """`adamw`, `sgd`, `lion` or `adafactor`."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """`constant`, `linear`, `cosine` or `wsd`."""
+    warmup: int = 20
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    patience: int = 50
+    """Non-finite steps in a row at the smallest loss scale after which the run stops."""
+
+    steps: int = 200
+    """Steps of the whole run, those before a resume included."""
+    batch: int = 16
+    """Sequences a step, over all devices."""
+    seq: int = 128
+    """Tokens a sequence."""
+    accumulate: int = 1
+    """Microbatches a step; their gradients are summed in float32."""
+    seed: int = 0
+    """Of weights, batches and dropout."""
+
+    eval_every: int = 100
+    """Steps between validations; 0 only at the end."""
+    eval_batches: int = 16
+    """Batches of a validation, evenly spread over the held-out text."""
+    save_every: int = 100
+    """Steps between checkpoints; 0 only at the end."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    keep_best: int = 0
+    """Best checkpoints by validation loss to keep besides."""
+    resume: str = ""
+    """`latest`, `latest-good` (skips damaged checkpoints) or a step."""
+    recast: bool = False
+    """With --resume: go on in another Precision; what was cast is printed."""
+    init_from: str = ""
+    """Run whose newest weights a new run starts from; what was cast is printed."""
+    out: Path = Path("runs/lm")
+    """Folder of the run."""
+    wandb: str = ""
+    """Weights & Biases project, with the wandb extra."""
+    prompt: str = "def "
+    """Start of the sample at the end."""
+    sample: int = 200
+    """Tokens of the sample; 0 for none."""
+
+    def resolved(self) -> Precision:
+        """The Precision of the run."""
+        return get_precision(
+            self.precision, rules=self.rule, loss_scale=self.loss_scale, update=self.update,
+            moments=self.moments, gradient_dtype=self.gradient_dtype,
+        )  # fmt: skip
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """All settings as JSON-able values; the model's shape is written out."""
+    values = dataclasses.asdict(config) | {"out": str(config.out)}
+    values["shape"] = shape_changes(config.shape)
+    return json.loads(json.dumps(values))
