@@ -11,6 +11,7 @@ fetches every step's metrics, writes JSONL and TensorBoard and draws a live bar 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import os
@@ -49,22 +50,27 @@ SIZES = {
 Times = tuple[float, float]  # milliseconds a step: of the wall clock, of the host's processor
 
 
-def host_seconds() -> float:
-    """Processor time of all Python threads so far, as Linux counts it; XLA's are not among them."""
-    tasks = [Path(f"/proc/self/task/{thread.native_id}") for thread in threading.enumerate()]
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+def host_times() -> dict[int, int]:
+    """Processor time in ns of each Python thread, as Linux counts it; not XLA's."""
+    found = {}
+    for thread in threading.enumerate():
+        with contextlib.suppress(OSError):  # it has just ended
+            path = Path(f"/proc/self/task/{thread.native_id}/schedstat")
+            found[thread.native_id] = int(path.read_text().split()[0])
+    return found
 
 
 class Timer:
     """Times a block of steps."""
 
     def __init__(self) -> None:
-        self._wall, self._host = time.perf_counter(), host_seconds()
+        self._wall, self._host = time.perf_counter(), host_times()
 
     def each(self, steps: int) -> Times:
         """The times since the timer was made, for one of so many steps."""
-        wall, host = time.perf_counter() - self._wall, host_seconds() - self._host
-        return 1e3 * wall / steps, 1e3 * host / steps
+        wall = time.perf_counter() - self._wall
+        host = sum(now - self._host.get(thread, 0) for thread, now in host_times().items())
+        return 1e3 * wall / steps, host / 1e6 / steps
 
 
 class Loops:
