@@ -174,7 +174,10 @@ class Precision:
             dtypes = [dtype_name(d) for d in (p.param_dtype, p.compute_dtype, p.output_dtype)]
             table.add_row(rule.pattern, *dtypes, "user" if rule.user else "preset")
         widest = max((len(rule.pattern) for rule in self.rules), default=0)
-        console = Console(file=io.StringIO(), width=100 + widest)
+        # Plain text wherever it is printed: no HTML in a notebook, no colour codes in a file.
+        console = Console(
+            file=io.StringIO(), width=100 + widest, force_jupyter=False, force_terminal=False
+        )
         console.print(table)
         fields = self.to_dict()
         rest = " · ".join(f"{key.replace('_', ' ')} {fields[key]}" for key in OPTIONS)

@@ -220,3 +220,8 @@ def test_a_bad_option_is_named(options: dict[str, str], message: str) -> None:
 def test_a_name_is_one_word(name: str) -> None:
     with pytest.raises(ConfigError, match="is not one word"):
         Precision(name, ())
+
+
+def test_the_table_is_plain_text_whatever_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in str(get_precision("bf16"))
