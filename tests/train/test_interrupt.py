@@ -92,7 +92,10 @@ def test_sigterm_is_never_the_second_ctrl_c():
     assert (out, process.returncode) == ("left\n", 0)
 
 
-def test_handlers_come_back():
+def test_handlers_come_back(request):
+    # A shell that starts a job in the background lets it ignore SIGINT; pytest may be that job.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with Interrupt() as interrupt:
         inside = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
