@@ -39,7 +39,7 @@ class Config(sweep.Workload):
     """Learning rate of the pure-bf16 arm and its reference."""
     stress: int = 8
     """k: the stressed arms multiply the loss by 2^-k."""
-    loss_scale: str = "dynamic:init=1048576,interval=75"
+    loss_scale: str = "dynamic:init=1048576,interval=60"
     """Of the float16 arms; it begins too high, so that backing off and growing show."""
     seeds: int = 3
     """Seeds an arm."""

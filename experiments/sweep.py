@@ -59,7 +59,7 @@ class Workload:
     """Sequences a step."""
     seq: int = 128
     """Tokens a sequence."""
-    steps: int = 200
+    steps: int = 150
     """Steps a run."""
     optimizer: str = "adamw"
     """`adamw`, `sgd`, `lion` or `adafactor`."""
