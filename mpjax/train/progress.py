@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from types import TracebackType
 from typing import Any
 
@@ -56,8 +57,11 @@ class ProgressBar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[line]}"),
         )
-        # Twice a second: drawing more often takes time from a training step on a small machine.
-        self._bar = Progress(*columns, console=self._console, refresh_per_second=2)
+        # Drawn by `update`, twice a second: a thread of its own, woken more often, takes time from
+        # the training step on a small machine.
+        self._bar = Progress(*columns, console=self._console, auto_refresh=False)
+        self._last: dict[str, Any] | None = None
+        self._drawn = -math.inf
         self._task = self._bar.add_task(label, total=steps, completed=start, line="compiling")
 
     def __enter__(self) -> ProgressBar:
@@ -70,9 +74,17 @@ class ProgressBar:
         if "loss" not in record:
             return
         if self._live:
-            self._bar.update(self._task, completed=record["step"], line=describe(record))
+            self._last = record
+            if time.monotonic() - self._drawn >= 0.5:
+                self._draw()
         elif record["step"] % self._every == 0:
             self._console.print(f"{self._label} {record['step']} · {describe(record)}")
+
+    def _draw(self) -> None:
+        if self._last is not None:
+            step, line = self._last["step"], describe(self._last)
+            self._bar.update(self._task, completed=step, line=line, refresh=True)
+        self._drawn = time.monotonic()
 
     def __exit__(
         self,
@@ -81,4 +93,5 @@ class ProgressBar:
         trace: TracebackType | None,
     ) -> None:
         if self._live:
+            self._draw()  # the last step
             self._bar.stop()

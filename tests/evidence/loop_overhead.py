@@ -109,7 +109,7 @@ class Loops:
         writer = MetricsWriter(out, {"precision": "fp16"}, start=first)
         console = Console(file=io.StringIO(), force_terminal=True, width=120)
         data = self.data()
-        warm = next(data)  # grain's thread has started and filled its buffer, as in a long run
+        warm = next(data)  # the pipeline is open, as in a long run
         with ProgressBar(first + self.steps, first, console) as bar:
 
             def report(record: dict[str, Any]) -> None:
@@ -158,9 +158,7 @@ def parts(out: Path) -> list[tuple[str, str]]:
     every = MetricsWriter(out / "parts", {}, every=1)
     rarely = MetricsWriter(out / "parts", {}, every=10**9)
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    batch_ms = milliseconds(lambda: (next(data), time.sleep(0.002)), 200) - milliseconds(
-        lambda: time.sleep(0.002), 200
-    )
+    batch_ms = milliseconds(lambda: next(data))
 
     def fetch() -> None:
         fresh = {key: value + 0 for key, value in metrics.items()}
@@ -176,13 +174,13 @@ def parts(out: Path) -> list[tuple[str, str]]:
         update = milliseconds(lambda: bar.update(record))
         draw = milliseconds(bar._bar.refresh, 50)
     found = [
-        ("next batch from grain (its thread has it ready)", batch_ms),
+        ("next batch from grain", batch_ms),
         ("fetch five scalars that are ready", 1e3 * float(np.median(fetched))),
         ("JSONL line, flushed to the system", jsonl),
         ("TensorBoard event, a tenth of it as it is written every 10 steps",
          (milliseconds(lambda: every.write(record)) - jsonl) / 10),
         ("progress: new values", update),
-        ("progress: one drawing, in a thread of its own twice a second", draw),
+        ("progress: one drawing, twice a second", draw),
     ]  # fmt: skip
     every.close()
     rarely.close()
