@@ -204,7 +204,7 @@ def measure(size: str, out: Path) -> tuple[list[Times], list[Times]]:
 
 
 def main() -> bool:
-    """Measures both sizes; whether no interval lies above 1 ms."""
+    """Measures both sizes; whether both medians are at most 1 ms."""
     rows, blocks, met = [], [], True
     with tempfile.TemporaryDirectory() as folder:
         for i, (size, (width, layers, batch, seq, steps, pairs)) in enumerate(SIZES.items()):
@@ -213,13 +213,13 @@ def main() -> bool:
             bare, full = (np.array(found) for found in measure(size, out))
             difference, host = (full - bare).T
             median, low, high = median_interval(difference)
-            met &= low <= 1
+            met &= median <= 1
             rows.append(
                 (size, f"D={width} L={layers}, {batch} x {seq} tokens", f"{pairs} x {steps}",
                  f"{np.median(bare[:, 0]):.2f}", f"{np.median(full[:, 0]):.2f}",
                  f"{median:+.3f}", f"{low:+.3f} to {high:+.3f}", f"{np.median(host):+.3f}",
                  f"{bare[:, 0].min():.2f}, {full[:, 0].min():.2f}",
-                 "met" if high <= 1 else "MISSED" if low > 1 else "not resolved at this load")
+                 "met" if high <= 1 else "MISSED" if median > 1 else "met by the median alone")
             )  # fmt: skip
             blocks.append(f"{size}: " + " ".join(f"{d:+.2f}" for d in difference))
             print(rows[-1], blocks[-1], sep="\n", flush=True)
