@@ -57,8 +57,8 @@ class ProgressBar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[line]}"),
         )
-        # Drawn by `update`, twice a second: a thread of its own, woken more often, takes time from
-        # the training step on a small machine.
+        # Drawn by `update`, once a second: a drawing costs milliseconds, and a thread of its own takes
+        # them from the training step on a small machine.
         self._bar = Progress(*columns, console=self._console, auto_refresh=False)
         self._last: dict[str, Any] | None = None
         self._drawn = -math.inf
@@ -75,7 +75,7 @@ class ProgressBar:
             return
         if self._live:
             self._last = record
-            if time.monotonic() - self._drawn >= 0.5:
+            if time.monotonic() - self._drawn >= 1:
                 self._draw()
         elif record["step"] % self._every == 0:
             self._console.print(f"{self._label} {record['step']} · {describe(record)}")

@@ -180,7 +180,7 @@ def parts(out: Path) -> list[tuple[str, str]]:
         ("TensorBoard event, a tenth of it as it is written every 10 steps",
          (milliseconds(lambda: every.write(record)) - jsonl) / 10),
         ("progress: new values", update),
-        ("progress: one drawing, twice a second", draw),
+        ("progress: one drawing, once a second", draw),
     ]  # fmt: skip
     every.close()
     rarely.close()
