@@ -58,7 +58,7 @@ class ProgressBar:
             TextColumn("{task.fields[line]}"),
         )
         # Drawn by `update`, once a second: a drawing costs milliseconds, and a thread of its own
-        # would take them from the training step on a small machine.
+        # takes them from the training step on a small machine.
         self._bar = Progress(*columns, console=self._console, auto_refresh=False)
         self._last: dict[str, Any] | None = None
         self._drawn = -math.inf
