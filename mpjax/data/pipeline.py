@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from mpjax.errors import ConfigError
-
-if TYPE_CHECKING:
-    import grain
 
 Batch = dict[str, np.ndarray]
 
@@ -24,7 +20,7 @@ def batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
+) -> TrainingBatches:
     r"""Endless training batches of windows, in an order fixed by the seed.
 
     Window $i$ is the ids $[iT, iT + T]$, $T$ = `seq`: inputs its first $T$, targets its last $T$,
@@ -63,20 +59,54 @@ def batches(
     References:
         Brown et al., Language Models are Few-Shot Learners (2020), appendix B (packing).
     """
-    import grain  # here: half a second that `--help` and bad settings need not wait for
-
     rows = _rows(batch, process_index, process_count)
     count = _window_count(tokens, seq)
     if seed < 0:
         raise ConfigError(f"seed={seed}: expected 0 or above")
-    dataset = grain.MapDataset.source(_Shuffled(tokens, count, batch, seq, seed, rows))
-    # No threads: a batch costs 0.1 ms, which the loop spends while the devices are busy; a thread
-    # that keeps ahead costs the host three times as much.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    return TrainingBatches(tokens, count, batch, seq, seed, rows)
+
+
+class TrainingBatches(Iterator[Batch]):
+    """Endless batches whose position can be saved; made by `batches`.
+
+    grain hands over chunks of `CHUNK` batches, because its bookkeeping, and a gather from a text
+    that the caches do not hold, cost the host 0.5 ms a call, whatever the size.
+    """
+
+    CHUNK = 16
+
+    def __init__(
+        self, tokens: np.ndarray, count: int, batch: int, seq: int, seed: int, rows: slice
+    ):
+        import grain  # here: half a second that `--help` and bad settings need not wait for
+
+        source = _Shuffled(tokens, count, batch, seq, seed, rows)
+        dataset = grain.MapDataset.source(source)
+        # No threads: one that keeps ahead costs the host three times as much as the work itself.
+        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        self._chunks = iter(dataset.to_iter_dataset(options))
+        self._position = 0
+        self._chunk: Batch | None = None
+
+    def __next__(self) -> Batch:
+        place = self._position % self.CHUNK
+        if self._chunk is None or place == 0:
+            self._chunks.set_state({"next_index": self._position // self.CHUNK})
+            self._chunk = next(self._chunks)
+        self._position += 1
+        return {name: ids[place] for name, ids in self._chunk.items()}
+
+    def get_state(self) -> dict[str, int]:
+        """How many batches have been handed out, as ``{"next_index": count}``."""
+        return {"next_index": self._position}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Continues at a position; the next batch is the one that would have come there."""
+        self._position, self._chunk = int(state["next_index"]), None
 
 
 class _Shuffled:
-    """A grain source whose elements are whole batches, one epoch after the other.
+    """A grain source whose elements are chunks of whole batches, one epoch after the other.
 
     Whole, because a chain of grain's shuffle, repeat and batch costs every row as much as this
     costs a batch. The order is grain's global shuffle: a permutation computed index by index.
@@ -92,12 +122,15 @@ class _Shuffled:
         self._epoch_seed = (-1, 0)
 
     def __len__(self) -> int:
-        return sys.maxsize // self._batch  # endless
+        return sys.maxsize // (self._batch * TrainingBatches.CHUNK)  # endless
 
     def __getitem__(self, index: int) -> Batch:
-        first = index * self._batch
-        positions = range(first, first + self._batch)[self._rows]
-        return _gather(self._tokens, np.array([self._window(p) for p in positions]), self._seq)
+        first = index * TrainingBatches.CHUNK
+        windows = [
+            [self._window(number * self._batch + row) for row in range(self._batch)[self._rows]]
+            for number in range(first, first + TrainingBatches.CHUNK)
+        ]
+        return _gather(self._tokens, np.array(windows), self._seq)
 
     def _window(self, position: int) -> int:
         epoch, place = divmod(position, self._count)
@@ -182,9 +215,9 @@ def validation_batches(
 
 
 def _gather(tokens: np.ndarray, windows: np.ndarray, seq: int) -> Batch:
-    ids = tokens[windows[:, None] * seq + np.arange(seq + 1)]
+    ids = tokens[windows[..., None] * seq + np.arange(seq + 1)]
     # int32: what embedding lookup and cross-entropy index with.
-    return {"inputs": ids[:, :-1].astype(np.int32), "targets": ids[:, 1:].astype(np.int32)}
+    return {"inputs": ids[..., :-1].astype(np.int32), "targets": ids[..., 1:].astype(np.int32)}
 
 
 def _rows(batch: int, process_index: int, process_count: int) -> slice:

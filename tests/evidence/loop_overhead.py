@@ -44,7 +44,7 @@ from mpjax.train.progress import ProgressBar  # noqa: E402
 # label -> width, layers, batch, seq, steps a block, pairs of blocks
 SIZES = {
     "about 10 ms a step": (64, 1, 12, 64, 200, 20),
-    "about 100 ms a step": (128, 2, 8, 128, 20, 40),
+    "about 50 ms a step": (128, 2, 8, 128, 20, 150),
 }
 
 Times = tuple[float, float]  # milliseconds a step: of the wall clock, of the host's processor
