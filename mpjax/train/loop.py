@@ -1,4 +1,8 @@
-"""The training loop: dispatches step n + 1 before it reads the metrics of step n."""
+"""The training loop: dispatches step n + 1 before it reads the metrics of step n.
+
+Steps that take less than 0.2 s are reported several at a time: the host's caches are cold when a
+step has run, and reporting one step alone takes five times as long as the next.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ import numpy as np
 from mpjax.train.step import TrainState, TrainStep
 
 Action = Callable[[int, TrainState], None]
+_REPORT_SECONDS = 0.2
 
 
 def fit(
@@ -26,7 +31,8 @@ def fit(
 ) -> TrainState:
     """Trains until a number of steps is reached.
 
-    Metrics are fetched one step late, so that the devices never wait for the host.
+    Metrics are fetched at least one step late, so that the devices never wait for the host, and
+    at most 0.2 s later than that.
 
     Args:
       state: where to begin; `state.step` steps count as done.
@@ -45,39 +51,50 @@ def fit(
     Raises:
       TrainingStopped: the loss scale cannot fall and gradients stay non-finite.
     """
-    pending: tuple[int, Any, int] | None = None
-    clock = time.perf_counter()
+    running: tuple[int, Any, int] | None = None
+    done: list[tuple[int, Any, float]] = []
+    clock = reported = time.perf_counter()
 
-    def flush(restart: bool = False) -> None:
-        nonlocal pending, clock
-        if pending is not None:
-            number, metrics, tokens = pending
-            pending = None
+    def wait() -> None:
+        """Waits for the step before the one that was dispatched last."""
+        nonlocal running, clock
+        if running is not None:
+            number, metrics, tokens = running
+            metrics["loss"].block_until_ready()
+            now = time.perf_counter()
+            done.append((number, metrics, tokens / (now - clock)))
+            running, clock = None, now
+
+    def flush() -> None:
+        nonlocal reported
+        for number, metrics, tokens_per_s in done:
             # not jax.device_get, which takes the host four times as long for a few scalars
             host = {key: np.asarray(value).item() for key, value in metrics.items()}
-            now = time.perf_counter()
             stuck = host.pop("stuck")
-            report({"step": number, "tokens_per_s": tokens / (now - clock)} | host)
-            clock = now
+            report({"step": number, "tokens_per_s": tokens_per_s} | host)
             if stuck:
                 step.optimizer.check_alive(state.opt_state, state.params, stuck)
-        if restart:
-            clock = time.perf_counter()
+        done.clear()
+        reported = time.perf_counter()
 
     for number in range(int(state.step) + 1, steps + 1):
         batch = next(batches)
         tokens = int(np.size(jax.tree.leaves(batch)[0])) * jax.process_count()
         state, metrics = step(state, batch)
-        flush()
-        pending = (number, metrics, tokens)
+        wait()
+        if clock - reported >= _REPORT_SECONDS:
+            flush()
+        running = (number, metrics, tokens)
         reason = stop()
         due = [act for n, act in every if number == steps or reason or (n and number % n == 0)]
         if due:
+            wait()
             flush()
             for act in due:
                 act(number, state)
-            flush(restart=True)
+            clock = time.perf_counter()
         if reason:
             break
+    wait()
     flush()
     return state

@@ -32,8 +32,11 @@ class State(NamedTuple):
 class Metric:
     """A scalar on a device that says when it is fetched."""
 
-    def __init__(self, value: Any, fetched: Any) -> None:
-        self._value, self._fetched = value, fetched
+    def __init__(self, value: Any, fetched: Any, waited: Any = lambda: None) -> None:
+        self._value, self._fetched, self._waited = value, fetched, waited
+
+    def block_until_ready(self) -> None:
+        self._waited()
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
         self._fetched()
@@ -51,7 +54,11 @@ class Recorder:
         number = state.step + 1
         self.events.append(("dispatch", number))
         metrics = {
-            "loss": Metric(number / 2, lambda: self.events.append(("fetch", number))),
+            "loss": Metric(
+                number / 2,
+                lambda: self.events.append(("fetch", number)),
+                lambda: self.events.append(("wait", number)),
+            ),
             "stuck": np.int32(0),
         }
         return State(number), metrics
@@ -71,18 +78,35 @@ def run(step: Recorder, start: int = 0, steps: int = 5, **more: Any) -> State:
 
 
 def is_late_by_one(events: list[tuple[str, int]], steps: int) -> bool:
-    """Whether each step was dispatched before the metrics of the one before it were fetched."""
+    """Whether each step was dispatched before the one before it was waited for or fetched."""
     at = {event: place for place, event in enumerate(events)}
-    return all(at["dispatch", n + 1] < at["fetch", n] for n in range(1, steps))
+    return all(
+        at["dispatch", n + 1] < min(at["fetch", n], at.get(("wait", n), at["fetch", n]))
+        for n in range(1, steps)
+    )
 
 
-def test_the_next_step_is_dispatched_before_the_last_ones_metrics_are_fetched():
+def test_the_next_step_is_dispatched_before_the_last_ones_metrics_are_fetched(monkeypatch):
+    monkeypatch.setattr(loop, "_REPORT_SECONDS", 0)
     step = Recorder()
     run(step)
     assert is_late_by_one(step.events, 5)
-    # late by one and not by more: a run that dies has reported all but one step
+    # late by one and not by more: a run of long steps that dies has reported all but one
     at = {event: place for place, event in enumerate(step.events)}
     assert all(at["report", n] < at["dispatch", n + 2] for n in range(1, 4))
+
+
+def test_short_steps_are_reported_together_but_the_host_never_runs_ahead(monkeypatch):
+    monkeypatch.setattr(loop, "_REPORT_SECONDS", 1e9)
+    step = Recorder()
+    run(step, steps=6, every=((4, step.act("act")),))
+    assert is_late_by_one(step.events, 3)
+    at = {event: place for place, event in enumerate(step.events)}
+    # each is waited for before the next but one is dispatched: two steps are in flight at most
+    assert all(at["wait", n] < at["dispatch", n + 2] for n in range(1, 5))
+    assert step.of("report") == [1, 2, 3, 4, 5, 6]
+    assert at["dispatch", 4] < at["report", 1] < at["report", 4] < at["act", 4]
+    assert at["dispatch", 6] < at["report", 5]
 
 
 def test_a_loop_that_waits_for_each_step_is_not_late():
@@ -198,11 +222,11 @@ def test_tokens_per_second_leave_out_what_actions_take(monkeypatch):
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     class Timed(Recorder):
-        """The device needs 2 s a step, which pass when the host fetches."""
+        """The device needs 2 s a step, which pass while the host waits for it."""
 
         def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
             state, metrics = super().__call__(state, batch)
-            metrics["loss"] = Metric(0.0, lambda: now.__setitem__(0, now[0] + 2))
+            metrics["loss"] = Metric(0.0, lambda: None, lambda: now.__setitem__(0, now[0] + 2))
             return state, metrics
 
     def evaluate(number: int, state: State) -> None:
