@@ -1,5 +1,23 @@
-"""What a number is: the table of number formats."""
+"""What a number is: number formats, rounding to them, quantised arrays and what they lose."""
 
+from mpjax.formats.measures import max_error, saturation_rate, sqnr, underflow_rate
+from mpjax.formats.quantize import Quantized, fake_quantize, quantize
+from mpjax.formats.rounding import ROUNDINGS, check_rounding, round_to
+from mpjax.formats.scaling import Scaling, check_scaling
 from mpjax.formats.table import Format
 
-__all__ = ["Format"]
+__all__ = [
+    "ROUNDINGS",
+    "Format",
+    "Quantized",
+    "Scaling",
+    "check_rounding",
+    "check_scaling",
+    "fake_quantize",
+    "max_error",
+    "quantize",
+    "round_to",
+    "saturation_rate",
+    "sqnr",
+    "underflow_rate",
+]

@@ -1,41 +1,78 @@
-"""The table of floating-point formats: range and resolution from exponent and mantissa bits."""
+"""The table of number formats: floating point, integer, fixed point and power of two."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import re
+from typing import Any
+
+import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 
-# name -> exponent bits, mantissa bits, what the all-ones exponent means.
-# "ieee": inf and NaN; "nan": one NaN per sign, no inf; "none": every pattern is a number.
-# Source: OCP 8-bit Floating Point 1.0 (e4m3, e5m2), OCP Microscaling 1.0 (e3m2, e2m3, e2m1).
-_NAMED = {
-    "float64": (11, 52, "ieee"),
-    "float32": (8, 23, "ieee"),
-    "tf32": (8, 10, "ieee"),
-    "bfloat16": (8, 7, "ieee"),
-    "float16": (5, 10, "ieee"),
-    "e5m2": (5, 2, "ieee"),
-    "e4m3": (4, 3, "nan"),
-    "e3m2": (3, 2, "none"),
-    "e2m3": (2, 3, "none"),
-    "e2m1": (2, 1, "none"),
+# name -> exponent bits, mantissa bits, bias, which patterns are not numbers.
+# "ieee": the all-ones exponent is inf and NaN; "nan": one NaN per sign, no inf; "none": every
+# pattern is a number; "fnuz": one NaN in place of -0, no inf.
+# Source: OCP 8-bit Floating Point 1.0 (e4m3, e5m2), OCP Microscaling 1.0 (e3m2, e2m3, e2m1),
+# Noune et al. 2022 (fnuz).
+_FLOATS = {
+    "float64": (11, 52, 1023, "ieee"),
+    "float32": (8, 23, 127, "ieee"),
+    "tf32": (8, 10, 127, "ieee"),
+    "bfloat16": (8, 7, 127, "ieee"),
+    "float16": (5, 10, 15, "ieee"),
+    "e5m2": (5, 2, 15, "ieee"),
+    "e5m2fnuz": (5, 2, 16, "fnuz"),
+    "e4m3": (4, 3, 7, "nan"),
+    "e4m3fnuz": (4, 3, 8, "fnuz"),
+    "e4m3b11fnuz": (4, 3, 11, "fnuz"),
+    "e4m3ieee": (4, 3, 7, "ieee"),
+    "e3m2": (3, 2, 3, "none"),
+    "e2m3": (2, 3, 1, "none"),
+    "e2m1": (2, 1, 1, "none"),
 }
-_GENERIC = re.compile(r"e([2-9]|1[01])m([1-9]|[1-4][0-9]|5[0-2])")
+_INTEGERS = {"int16": 16, "int8": 8, "int4": 4, "int2": 2}
+_GENERIC = re.compile(r"e([2-9]|1[01])m([1-9]|[1-4][0-9]|5[0-2])(none)?")
+_FIXED = re.compile(r"q([1-9]|[12][0-9]|3[0-2])\.([0-9]|[12][0-9]|30)")
+# What JAX can hold in an array; float6 exists as values only.
+_DTYPES = {
+    "float64": "float64",
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "e5m2": "float8_e5m2",
+    "e5m2fnuz": "float8_e5m2fnuz",
+    "e4m3": "float8_e4m3fn",
+    "e4m3fnuz": "float8_e4m3fnuz",
+    "e4m3b11fnuz": "float8_e4m3b11fnuz",
+    "e4m3ieee": "float8_e4m3",
+    "e3m4": "float8_e3m4",
+    "e2m1": "float4_e2m1fn",
+    "e8m0": "float8_e8m0fnu",
+    "int16": "int16",
+    "int8": "int8",
+    "int4": "int4",
+    "int2": "int2",
+}
+_KNOWN = (*_FLOATS, "e8m0", *_INTEGERS)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Format:
-    r"""A binary floating-point format with sign, exponent and mantissa.
+    r"""A number format.
 
-    A normal number is $\pm 2^{e - b}(1 + f 2^{-M})$ with bias $b = 2^{E-1} - 1$, mantissa bits
-    $M$ and $0 \le f < 2^M$; a subnormal one is $\pm 2^{1-b} f 2^{-M}$.
+    Floating point (`kind` "float"): a normal number is $\pm 2^{e - b}(1 + f 2^{-M})$ with bias
+    $b$, mantissa bits $M$ and $0 \le f < 2^M$; a subnormal one is $\pm 2^{1-b} f 2^{-M}$.
+    Fixed point (`kind` "fixed", integers too): $k 2^{-F}$ with $-2^{I+F-1} \le k < 2^{I+F-1}$.
+    `e8m0` (`kind` "power"): $2^{k}$ with $-127 \le k \le 127$, no sign and no zero.
 
     Args:
-      name: `float64 float32 tf32 bfloat16 float16`, the OCP formats `e5m2 e4m3 e3m2 e2m3 e2m1`,
-        or any other `eXmY`, which is read as IEEE-like (all-ones exponent: inf and NaN).
+      name: `float64 float32 tf32 bfloat16 float16`; the OCP formats `e5m2 e4m3 e3m2 e2m3 e2m1
+        e8m0`; `e5m2fnuz e4m3fnuz e4m3b11fnuz e4m3ieee`; any other `eXmY`, which is read as
+        IEEE-like (all-ones exponent: inf and NaN), or `eXmYnone` where every pattern is a number;
+        `int16 int8 int4 int2`; `qI.F`, fixed point with I integer bits (sign included) and F
+        fraction bits.
 
     Raises:
       ConfigError: the name is none of these.
@@ -43,46 +80,57 @@ class Format:
     Example:
       >>> Format("e4m3").max, Format("float16").min_subnormal == 2.0**-24
       (448.0, True)
-      >>> Format("e4m4").max
-      248.0
+      >>> Format("e4m4").max, Format("q8.8").max, Format("int4").min
+      (248.0, 127.99609375, -8.0)
 
     References:
-      Open Compute Project, OFP8 1.0, table 1; Microscaling Formats (MX) 1.0, section 5.3.
+      Open Compute Project, OFP8 1.0, table 1; Microscaling Formats (MX) 1.0, sections 5.3, 5.4.
     """
 
     name: str
+    kind: str
     exponent_bits: int
-    mantissa_bits: int
+    mantissa_bits: int  # of fixed point: fraction bits
+    bias: int
     specials: str
 
     def __init__(self, name: str) -> None:
-        if name in _NAMED:
-            exponent_bits, mantissa_bits, specials = _NAMED[name]
+        kind = "float"
+        if name in _FLOATS:
+            exponent_bits, mantissa_bits, bias, specials = _FLOATS[name]
+        elif name == "e8m0":
+            kind, exponent_bits, mantissa_bits, bias, specials = "power", 8, 0, 127, "nan"
+        elif name in _INTEGERS:
+            kind, exponent_bits, mantissa_bits, bias, specials = "fixed", 0, 0, 0, "none"
         elif match := _GENERIC.fullmatch(name):
-            exponent_bits, mantissa_bits, specials = int(match[1]), int(match[2]), "ieee"
+            exponent_bits, mantissa_bits = int(match[1]), int(match[2])
+            bias, specials = 2 ** (exponent_bits - 1) - 1, match[3] or "ieee"
+        elif match := _FIXED.fullmatch(name):
+            kind, exponent_bits, mantissa_bits, bias, specials = (
+                "fixed",
+                0,
+                int(match[2]),
+                0,
+                "none",
+            )
         else:
-            near = difflib.get_close_matches(name, _NAMED, n=2)
+            near = difflib.get_close_matches(name, _KNOWN, n=2)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise ConfigError(
-                f"format: unknown name {name!r}; {hint}known: {' '.join(_NAMED)} and any eXmY"
-                " with X in 2..11 and Y in 1..52"
+                f"format: unknown name {name!r}; {hint}known: {' '.join(_KNOWN)}, any eXmY"
+                " with X in 2..11 and Y in 1..52, any qI.F with I in 1..32 and F in 0..30"
             )
-        for field, value in zip(
-            ("name", "exponent_bits", "mantissa_bits", "specials"),
-            (name, exponent_bits, mantissa_bits, specials),
-            strict=True,
-        ):
-            object.__setattr__(self, field, value)
+        found = (name, kind, exponent_bits, mantissa_bits, bias, specials)
+        for field, value in zip(dataclasses.fields(self), found, strict=True):
+            object.__setattr__(self, field.name, value)
 
     @property
     def bits(self) -> int:
         """Width in bits, sign included."""
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def bias(self) -> int:
-        """Exponent bias, $2^{E-1} - 1$."""
-        return 2 ** (self.exponent_bits - 1) - 1
+        if self.kind == "fixed":
+            match = _FIXED.fullmatch(self.name)
+            return _INTEGERS[self.name] if match is None else int(match[1]) + int(match[2])
+        return (self.kind == "float") + self.exponent_bits + self.mantissa_bits
 
     @property
     def epsilon(self) -> float:
@@ -92,16 +140,42 @@ class Format:
     @property
     def max(self) -> float:
         """Largest finite number."""
+        if self.kind == "power":
+            return 2.0**127
+        if self.kind == "fixed":
+            return 2.0 ** (self.bits - 1 - self.mantissa_bits) - self.epsilon
         top = 2**self.exponent_bits - (2 if self.specials == "ieee" else 1) - self.bias
         lost = 2 if self.specials == "nan" else 1  # the all-ones pattern is NaN
         return (2.0 - lost * self.epsilon) * 2.0**top
 
     @property
+    def min(self) -> float:
+        """Most negative finite number; the smallest one of `e8m0`."""
+        if self.kind == "power":
+            return 2.0**-127
+        return -self.max - self.epsilon if self.kind == "fixed" else -self.max
+
+    @property
     def min_normal(self) -> float:
-        """Smallest positive number with the full mantissa."""
-        return 2.0 ** (1 - self.bias)
+        """Smallest positive number with the full mantissa; of fixed point, the step."""
+        return self.min_subnormal if self.kind != "float" else 2.0 ** (1 - self.bias)
 
     @property
     def min_subnormal(self) -> float:
         """Smallest positive number."""
+        if self.kind == "power":
+            return 2.0**-127
+        if self.kind == "fixed":
+            return self.epsilon
         return 2.0 ** (1 - self.bias - self.mantissa_bits)
+
+    @property
+    def dtype(self) -> Any:
+        """The JAX dtype that holds exactly this format, or None."""
+        name = _DTYPES.get(self.name)
+        return None if name is None else jnp.dtype(name)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether it is `int16`, `int8`, `int4` or `int2`."""
+        return self.name in _INTEGERS

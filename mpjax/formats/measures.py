@@ -1,0 +1,69 @@
+"""Error measures: what a quantisation did to an array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mpjax.formats.quantize import Quantized, per_tile
+
+
+def _array(q: Any) -> Any:
+    return (q.dequantize(jnp.float32) if isinstance(q, Quantized) else q).astype(jnp.float32)
+
+
+def sqnr(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
+    r"""Returns the signal-to-quantisation-noise ratio in dB, inf where nothing was lost.
+
+    $$10 \log_{10} \frac{\sum x^2}{\sum (x - q)^2}$$
+
+    Args:
+      x: the array.
+      q: what it became: a Quantized or an array.
+
+    Example:
+      >>> sqnr(jnp.array([1.0, 1.0]), jnp.array([1.0, 0.9])).round(2).item()
+      23.01
+    """
+    wide = x.astype(jnp.float32)
+    # as an amplitude first: squares of small gradients would flush to zero
+    size = jnp.maximum(jnp.max(jnp.abs(wide)), jnp.float32(2.0**-126))
+    noise = jnp.sum(jnp.square((wide - _array(q)) / size))
+    return 10 * jnp.log10(jnp.sum(jnp.square(wide / size)) / noise)
+
+
+def max_error(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
+    """Returns the largest absolute error.
+
+    Example:
+      >>> max_error(jnp.array([1.0, 2.0]), jnp.array([1.0, 1.5])).item()
+      0.5
+    """
+    return jnp.max(jnp.abs(x.astype(jnp.float32) - _array(q)))
+
+
+def underflow_rate(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
+    """Returns the share of numbers that were not zero and became zero.
+
+    Example:
+      >>> underflow_rate(jnp.array([0.0, 1e-3, 1.0, 2.0]), jnp.array([0.0, 0.0, 1.0, 2.0])).item()
+      0.25
+    """
+    return jnp.mean(((x != 0) & (_array(q) == 0)).astype(jnp.float32))
+
+
+def saturation_rate(x: Float[Array, "*shape"], q: Quantized) -> Float[Array, ""]:
+    """Returns the share of numbers that lie beyond the format's largest at their scale.
+
+    Example:
+      >>> from mpjax.formats import quantize
+      >>> x = jnp.array([1.0, 600.0])
+      >>> saturation_rate(x, quantize(x, "e4m3", "none")).item()
+      0.5
+    """
+    scales = q.scales if q.tensor_scale is None else q.scales * q.tensor_scale
+    over = per_tile(x.astype(jnp.float32), scales, q.tile, lambda x, s: x / s)
+    beyond = (over > q.format.max) | (over < q.format.min)
+    return jnp.mean(beyond.astype(jnp.float32))

@@ -1,0 +1,217 @@
+"""Quantised arrays: values in a format, with the scales that they share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mpjax.errors import ConfigError
+from mpjax.formats.rounding import _round, check_rounding
+from mpjax.formats.scaling import Scaling, check_scaling, to_scale, two_level
+from mpjax.formats.table import Format
+
+
+def _split(x: Any, tile: tuple[int, ...]) -> Any:
+    """Cuts each axis into (groups, tile), after padding with zeros to whole tiles."""
+    pad = [(0, -n % t) for n, t in zip(x.shape, tile, strict=True)]
+    if any(after for _, after in pad):
+        x = jnp.pad(x, pad)
+    return x.reshape([k for n, t in zip(x.shape, tile, strict=True) for k in (n // t, t)])
+
+
+def _join(x: Any, shape: tuple[int, ...]) -> Any:
+    """Undoes `_split`."""
+    x = x.reshape([x.shape[2 * d] * x.shape[2 * d + 1] for d in range(len(shape))])
+    return x if x.shape == shape else x[tuple(slice(n) for n in shape)]
+
+
+def amax_of(x: Any, tile: tuple[int, ...]) -> Any:
+    """Returns the largest magnitude of each tile, float32, NaN where a tile holds one."""
+    parts = jnp.abs(_split(x, tile))
+    return jnp.max(parts, axis=tuple(range(1, parts.ndim, 2))).astype(jnp.float32)
+
+
+def per_tile(x: Any, scales: Any, tile: tuple[int, ...], work: Any) -> Any:
+    """Returns work(x, scales), scales repeated over the numbers of their tile."""
+    if scales.size == 1:
+        return work(x, scales.reshape((1,) * x.ndim))
+    if all(t in (1, n) for t, n in zip(tile, x.shape, strict=True)):
+        return work(x, scales)  # they broadcast as they are
+    wide = scales.reshape([k for n in scales.shape for k in (n, 1)])
+    return _join(work(_split(x, tile), wide), x.shape)
+
+
+def find_scales(
+    x: Any, format: Format, scaling: Scaling, tile: tuple[int, ...], scale_rounding: str
+) -> tuple[Any, Any]:
+    """Returns the scales of all tiles and the tensor's own scale, None but for nv."""
+    if scaling.kind == "none":
+        return jnp.ones((1,) * x.ndim, jnp.float32), None
+    amax = amax_of(x, tile)
+    if scaling.kind == "nv":
+        return two_level(amax, format, jnp.max(amax))
+    return to_scale(amax, format, scale_rounding), None
+
+
+def scaled_values(
+    x: Any, scales: Any, format: Format, tile: tuple[int, ...], rounding: str, key: Any
+) -> Any:
+    """Returns x / scales rounded to the format, float32; saturates, and NaN stays NaN."""
+    bits = jax.random.bits(key, x.shape, jnp.uint32) if rounding == "stochastic" else None
+    over = per_tile(x.astype(jnp.float32), scales, tile, lambda x, s: x / s)
+    return _round(over, bits, format, rounding, True)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("values", "scales", "tensor_scale"),
+    meta_fields=("format", "tile", "dtype"),
+)
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """An array in a format: `dequantize()` is values times scales.
+
+    Args:
+      values: in the dtype that holds the format where JAX has one, else in `dtype`.
+      scales: float32, one for each tile; numbers of e8m0 or e4m3 for mx and nv.
+      tensor_scale: nv's second scale, or None.
+      format: of the values.
+      tile: size of a tile along each axis.
+      dtype: of the array that was quantised.
+    """
+
+    values: Any
+    scales: Any
+    tensor_scale: Any
+    format: Format
+    tile: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.values.shape
+
+    def dequantize(self, dtype: Any = None) -> Any:
+        """Returns the array, in its own dtype or another."""
+        scales = self.scales
+        if self.tensor_scale is not None:
+            scales = scales * self.tensor_scale
+        values = self.values.astype(jnp.float32)
+        out = per_tile(values, scales, self.tile, lambda v, s: v * s)
+        return out.astype(self.dtype if dtype is None else dtype)
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes that values and scales take when each is stored in its format's bits."""
+        bits = self.values.size * self.format.bits + 8 * sum(
+            s.size * (1 if self.tensor_scale is not None else 4) for s in (self.scales,)
+        )
+        return bits / 8 + (0 if self.tensor_scale is None else 4)
+
+
+def quantize(
+    x: Float[Array, "*shape"],
+    format: str | Format,
+    scaling: str | Scaling = "tensor",
+    *,
+    axis: int | tuple[int, ...] = -1,
+    rounding: str = "nearest",
+    key: Any = None,
+    scale_rounding: str | None = None,
+) -> Quantized:
+    r"""Quantises an array: values $q = \mathrm{round}(x / s)$ and scales $s \approx amax / max$.
+
+    The last block of an axis may be shorter. A group of zeros has scale 1; a group that holds inf
+    or NaN becomes NaN.
+
+    Args:
+      x: float32, bfloat16 or float16.
+      format: of the values.
+      scaling: who shares a scale: `none`, `tensor`, `row`, `block(1x128)`, `block(128x128)`,
+        `mx(32)` (e8m0 scales), `nv(16)` (e4m3 scales and one of float32).
+      axis: the axis, or axes, over which a product will sum; rows and blocks lie along it.
+      rounding: of the values: `nearest`, `stochastic`, `floor`.
+      key: random key, for stochastic rounding.
+      scale_rounding: `none`, or to a power of two, `up` (nothing overflows) or `down` (OCP's
+        rule); by default `up` for mx, else `none`.
+
+    Raises:
+      ConfigError: names that are unknown or do not fit each other, or no key.
+
+    Example:
+      >>> q = quantize(jnp.array([[1.0, 2.0, 896.0]]), "e4m3")
+      >>> q.values.dtype.name, q.scales.item(), q.dequantize().tolist()
+      ('float8_e4m3fn', 2.0, [[1.0, 2.0, 896.0]])
+
+    References:
+      Open Compute Project, Microscaling Formats (MX) 1.0, section 6.3.
+    """
+    format = Format(format) if isinstance(format, str) else format
+    scaling = Scaling.parse(scaling)
+    x = jnp.asarray(x)
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ConfigError(
+            f"quantize: x is {x.dtype.name}; float32, bfloat16 and float16 can be quantised"
+        )
+    scale_rounding = scaling.default_rounding if scale_rounding is None else scale_rounding
+    check_scaling(format, scaling, scale_rounding, "quantize")
+    check_rounding(rounding, key, "quantize")
+    axes = tuple(sorted(_axis(a, x.ndim) for a in (axis if isinstance(axis, tuple) else (axis,))))
+    tile = scaling.tiles(x.shape, axes)
+    scales, whole = find_scales(x, format, scaling, tile, scale_rounding)
+    both = scales if whole is None else scales * whole
+    values = scaled_values(x, both, format, tile, rounding, key)
+    holder = format.dtype
+    if holder is None:
+        holder = x.dtype if scaling.kind == "none" else jnp.dtype(jnp.float32)
+    return Quantized(values.astype(holder), scales, whole, format, tile, x.dtype)
+
+
+def _axis(axis: int, ndim: int) -> int:
+    if not -ndim <= axis < max(ndim, 1):
+        raise ConfigError(f"quantize: axis {axis} of an array of {ndim} axes; give {-ndim} .. -1")
+    return axis % max(ndim, 1)
+
+
+def fake_quantize(
+    x: Float[Array, "*shape"],
+    format: str | Format,
+    scaling: str | Scaling = "tensor",
+    **options: Any,
+) -> Float[Array, "*shape"]:
+    """Returns `quantize(...).dequantize()`, straight-through: gradients pass unchanged.
+
+    Args:
+      x: see `quantize`, as all the rest.
+      format: of the values.
+      scaling: who shares a scale.
+      options: of `quantize`.
+
+    Example:
+      >>> jax.grad(lambda x: fake_quantize(x, "e2m1").sum())(jnp.ones(2)).tolist()
+      [1.0, 1.0]
+    """
+
+    @jax.custom_jvp
+    def pass_through(x: Any) -> Any:
+        return quantize(x, format, scaling, **options).dequantize()
+
+    pass_through.defjvp(lambda primals, tangents: (pass_through(*primals), tangents[0]))
+    return pass_through(x)
+
+
+def group_count(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
+    """Returns how many tiles an array has.
+
+    Example:
+      >>> group_count((3, 130), (1, 128))
+      6
+    """
+    return math.prod(-(-n // t) for n, t in zip(shape, tile, strict=True))

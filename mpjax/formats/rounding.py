@@ -1,0 +1,189 @@
+"""Rounding to a format, on integer bits, so that it is exact under `jit`.
+
+Jitted float32 arithmetic flushes subnormals to zero, and XLA may elide a narrowing cast that is
+cast back at once; integer operations on the float32 pattern suffer neither.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mpjax.errors import ConfigError
+from mpjax.formats.table import Format
+
+ROUNDINGS = ("nearest", "stochastic", "floor")
+_INF = 0x7F800000
+
+
+def _u(value: int) -> Any:
+    return jnp.uint32(value)
+
+
+def _pattern(value: float) -> int:
+    """The float32 pattern of the largest number of at most this size."""
+    rounded = np.float32(min(value, float(np.finfo(np.float32).max)))
+    if float(rounded) > value:
+        rounded = np.nextafter(rounded, np.float32(0))
+    return int(rounded.view(np.uint32))
+
+
+def _quantum(format: Format, e: Any, sig: Any, lsb: Any) -> Any:
+    """Exponent of the spacing of the format's numbers around sig * 2^lsb."""
+    if format.kind == "fixed":
+        return jnp.full_like(lsb, -format.mantissa_bits)
+    top = lsb + 23  # of a float32 subnormal too high, which counts only below
+    if format.exponent_bits > 8:  # float32's subnormals are normal numbers there
+        leading = 31 - jax.lax.clz(sig).astype(jnp.int32)
+        top = jnp.where(e == 0, lsb + leading, top)
+    return jnp.maximum(top, 1 - format.bias) - format.mantissa_bits
+
+
+def _random_up(sig: Any, low: Any, shift: Any, bits: Any) -> Any:
+    """Whether to round up, with probability (dropped bits) / 2^shift."""
+    s = jnp.clip(shift, 0, 56).astype(jnp.uint32)
+    dropped = jnp.where(s >= 25, sig, low)
+    # Compares as many random bits as are dropped, at most 32 (s = 0: 0 < 0 is never true).
+    drawn = (bits >> _u(1)) >> (_u(31) - jnp.minimum(s, _u(31)))
+    drawn = jnp.where(s >= 32, bits, drawn)
+    return drawn < (dropped >> (jnp.maximum(s, _u(32)) - _u(32)))
+
+
+def _round_pattern(u: Any, format: Format, rounding: str, bits: Any, saturate: bool) -> Any:
+    """The float32 pattern of a float32 pattern rounded to a format."""
+    sign, m = u & _u(0x80000000), u & _u(0x7FFFFFFF)
+    e = m >> _u(23)
+    # magnitude = sig * 2^lsb
+    sig = jnp.where(e == 0, m, (m & _u(0x7FFFFF)) | _u(0x800000))
+    base = jnp.maximum(e, _u(1)).astype(jnp.int32) - 1
+    lsb = base - 149
+    quantum = _quantum(format, e, sig, lsb)
+    shift = jnp.maximum(quantum - lsb, 0)
+    s = jnp.minimum(shift, 25).astype(jnp.uint32)  # sig has 24 bits
+    ones = (_u(1) << s) - _u(1)
+    if rounding == "nearest":
+        odd = (sig >> s) & _u(1) if format.kind != "power" else _u(1)  # e8m0's ties go up
+        kept = (sig + (ones >> _u(1)) + (odd & (ones & _u(1)))) >> s
+    elif rounding == "floor":
+        negative = sign != 0
+        kept = (sig >> s) + (negative & ((sig & ones) != 0)).astype(jnp.uint32)
+    else:
+        kept = (sig >> s) + _random_up(sig, sig & ones, shift, bits).astype(jnp.uint32)
+    # With base = exponent - 1, adding the significand adds its leading one to the exponent.
+    normal = (base.astype(jnp.uint32) << _u(23)) + (kept << s)
+    step = (jnp.maximum(quantum + 127, 0).astype(jnp.uint32)) << _u(23)  # kept is 1 there
+    out = jnp.where(kept == 0, _u(0), jnp.where(s == 25, step, normal))
+
+    top: Any = _u(_pattern(format.max))
+    if format.kind == "fixed":
+        top = jnp.where(sign != 0, _u(_pattern(-format.min)), top)
+    beyond = {"ieee": _u(_INF), "nan": _u(_INF + 1), "fnuz": _u(_INF + 1), "none": top}
+    out = jnp.where(out > top, top if saturate else beyond[format.specials], out)
+    out = jnp.where(m > _u(_INF), m, out)  # NaN stays, whatever the format
+    if format.kind == "fixed" or format.specials == "fnuz":
+        sign = jnp.where(out == 0, _u(0), sign)  # there is no -0
+    return out | sign
+
+
+def _power_pattern(u: Any, rounded: Any, rounding: str) -> Any:
+    """Rounding to e8m0 where the general way ends: below 2^-126, and at what is not positive."""
+    smallest = _u(0x00400000)  # 2^-127, a float32 subnormal
+    limit = {"nearest": 0x00600000, "floor": 0x00800000}.get(rounding, 0x00600000)
+    low = jnp.where(u < _u(limit), smallest, _u(0x00800000))
+    out = jnp.where(u < _u(0x00800000), low, rounded)
+    return jnp.where((u == 0) | (u >= _u(0x80000000)), _u(_INF + 1), out)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def _round(x: Any, bits: Any, format: Format, rounding: str, saturate: bool) -> Any:
+    u = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    out = _round_pattern(u, format, rounding, bits, saturate)
+    if format.kind == "power":
+        out = _power_pattern(u, out, rounding)
+    if x.dtype != jnp.float32 and format.max > float(jnp.finfo(x.dtype).max):
+        # x's dtype cannot hold the format's largest numbers; rounding x never makes one of them
+        # but by saturating, and saturating lands on what x's dtype holds.
+        top = _u(_pattern(float(jnp.finfo(x.dtype).max)))
+        m = out & _u(0x7FFFFFFF)
+        out = jnp.where((m > top) & (m < _u(_INF)), top | (out & _u(0x80000000)), out)
+    y = jax.lax.bitcast_convert_type(out, jnp.float32)
+    return y.astype(x.dtype)
+
+
+@_round.defjvp
+def _round_jvp(format: Any, rounding: Any, saturate: Any, primals: Any, tangents: Any) -> Any:
+    # Straight-through; `round_to` stops the gradient where it is not asked for.
+    return _round(*primals, format, rounding, saturate), tangents[0]
+
+
+def check_rounding(rounding: str, key: Any, where: str = "rounding") -> None:
+    """Checks a rounding's name and that it has a key if, and only if, it draws random bits.
+
+    Raises:
+      ConfigError: unknown rounding, or stochastic without a key.
+    """
+    if rounding not in ROUNDINGS:
+        raise ConfigError(f"{where}: unknown rounding {rounding!r}; known: {' '.join(ROUNDINGS)}")
+    if rounding == "stochastic" and key is None:
+        raise ConfigError(
+            f"{where}: stochastic rounding needs random bits; pass key=jax.random.key(...),"
+            " folded with step and place, or rounding='nearest'"
+        )
+
+
+def round_to(
+    x: Float[Array, "*shape"],
+    format: str | Format,
+    rounding: str = "nearest",
+    key: Any = None,
+    *,
+    saturate: bool = True,
+    straight_through: bool = False,
+) -> Float[Array, "*shape"]:
+    r"""Rounds to the numbers of a format; the result keeps the dtype of x.
+
+    Nearest rounds ties to even (`e8m0`: up, as XLA does); floor rounds towards $-\infty$;
+    stochastic rounds $x$ between neighbours $a < x < b$ to $b$ with probability
+    $(x - a) / (b - a)$, so that its mean is $x$.
+
+    Args:
+      x: float32, bfloat16 or float16.
+      format: a Format or its name.
+      rounding: `nearest`, `stochastic` or `floor`.
+      key: random key, for stochastic rounding.
+      saturate: whether what lies beyond the largest number, inf too, becomes that number;
+        otherwise it becomes inf where the format has one, else NaN, else still the largest
+        number. NaN stays NaN in every format.
+      straight_through: whether gradients pass as if nothing had been rounded; otherwise they are
+        zero.
+
+    Raises:
+      ConfigError: unknown format or rounding, stochastic without a key, or a dtype that is not
+        rounded.
+
+    Example:
+      >>> round_to(jnp.array([0.3, 500.0]), "e4m3").tolist()
+      [0.3125, 448.0]
+      >>> round_to(jnp.float32(500.0), "e4m3", saturate=False).item()
+      nan
+
+    References:
+      Gupta et al. 2015, Deep Learning with Limited Numerical Precision, section 3 (stochastic).
+    """
+    format = Format(format) if isinstance(format, str) else format
+    x = jnp.asarray(x)
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ConfigError(
+            f"round_to: x is {x.dtype.name}; float32, bfloat16 and float16 can be rounded, cast"
+            " it first"
+        )
+    check_rounding(rounding, key)
+    bits = jax.random.bits(key, x.shape, jnp.uint32) if rounding == "stochastic" else None
+    if not straight_through:
+        x = jax.lax.stop_gradient(x)
+    return _round(x, bits, format, rounding, saturate)
