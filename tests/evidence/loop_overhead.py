@@ -44,7 +44,7 @@ from mpjax.train.progress import ProgressBar  # noqa: E402
 # label -> width, layers, batch, seq, steps a block, pairs of blocks
 SIZES = {
     "about 10 ms a step": (64, 1, 12, 64, 200, 20),
-    "about 50 ms a step": (128, 2, 8, 128, 20, 150),
+    "about 50 ms a step": (128, 2, 8, 128, 20, 300),
 }
 
 Times = tuple[float, float]  # milliseconds a step: of the wall clock, of the host's processor
@@ -231,7 +231,8 @@ def main() -> bool:
     )  # fmt: skip
     text = (
         "The bare loop is `for batch in ready: state, metrics = step(state, batch)`, waited for"
-        " once a block. `fit` has grain, every step's metrics fetched one step late, JSONL,"
+        " once a block. `fit` has grain, every step's metrics fetched one step late (several"
+        " steps together while they take less than 0.2 s), JSONL,"
         " TensorBoard and a live bar. fp16 with a dynamic loss scale, dropout and clipping. Blocks"
         " in pairs of random order; what else runs on the machine (its load is above) widens the"
         " interval. The processor time that `fit` adds on all of Python's threads (XLA's are not"
