@@ -87,7 +87,7 @@ def is_late_by_one(events: list[tuple[str, int]], steps: int) -> bool:
 
 
 def test_the_next_step_is_dispatched_before_the_last_ones_metrics_are_fetched(monkeypatch):
-    monkeypatch.setattr(loop, "_REPORT_SECONDS", 0)
+    monkeypatch.setattr(loop, "_MOST_STEPS", 1)
     step = Recorder()
     run(step)
     assert is_late_by_one(step.events, 5)
@@ -96,17 +96,17 @@ def test_the_next_step_is_dispatched_before_the_last_ones_metrics_are_fetched(mo
     assert all(at["report", n] < at["dispatch", n + 2] for n in range(1, 4))
 
 
-def test_short_steps_are_reported_together_but_the_host_never_runs_ahead(monkeypatch):
-    monkeypatch.setattr(loop, "_REPORT_SECONDS", 1e9)
+def test_short_steps_go_in_bursts_that_end_at_an_action(monkeypatch):
+    monkeypatch.setattr(loop, "_MOST_STEPS", 3)
     step = Recorder()
-    run(step, steps=6, every=((4, step.act("act")),))
-    assert is_late_by_one(step.events, 3)
+    run(step, steps=12, every=((7, step.act("act")),))
+    assert is_late_by_one(step.events, 6)
     at = {event: place for place, event in enumerate(step.events)}
-    # each is waited for before the next but one is dispatched: two steps are in flight at most
-    assert all(at["wait", n] < at["dispatch", n + 2] for n in range(1, 5))
-    assert step.of("report") == [1, 2, 3, 4, 5, 6]
-    assert at["dispatch", 4] < at["report", 1] < at["report", 4] < at["act", 4]
-    assert at["dispatch", 6] < at["report", 5]
+    # step 1 alone, then three at a time; no more than four are in flight
+    assert at["dispatch", 2] < at["report", 1] < at["dispatch", 3]
+    assert at["dispatch", 5] < at["report", 2] < at["report", 4] < at["dispatch", 6]
+    assert at["report", 7] < at["act", 7] < at["dispatch", 8]
+    assert step.of("report") == list(range(1, 13)) and step.of("act") == [7, 12]
 
 
 def test_a_loop_that_waits_for_each_step_is_not_late():
