@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import jmp
 from flax import linen as nn
 
-from mpjax.precision import Precision
+from mpjax import ops
+from mpjax.formats.delayed import AmaxHistory
+from mpjax.precision import Precision, Recipe
 
 
 def unsharded(x: Any, axes: tuple[str | None, ...]) -> Any:
@@ -27,20 +29,28 @@ class Context:
       precision: the model's Precision.
       prefix: path of the part inside the model, such as ("decoder", "layers", "3").
       shard: constrains an activation to logical axes.
-      seen: collects every path that is asked for, and whether it is a weight's; None does not.
+      seen: collects every path that is asked for and what it is, `module`, `weight` or
+        `product`; None does not.
     """
 
     precision: Precision
     prefix: tuple[str, ...]
     shard: Callable[[Any, tuple[str | None, ...]], Any] = unsharded
-    seen: dict[str, bool] | None = dataclasses.field(default=None, compare=False)
+    seen: dict[str, str] | None = dataclasses.field(default=None, compare=False)
 
     def policy(self, path: tuple[str, ...], weight: bool = False) -> jmp.Policy:
         """Returns the policy of a module, operation or weight below this part."""
         full = "/".join((*self.prefix, *path))
         if self.seen is not None:
-            self.seen[full] = weight
+            self.seen.setdefault(full, "weight" if weight else "module")
         return self.precision.policy(full)
+
+    def recipe(self, path: tuple[str, ...]) -> Recipe | None:
+        """Returns the recipe of a matrix product below this part."""
+        full = "/".join((*self.prefix, *path))
+        if self.seen is not None:
+            self.seen[full] = "product"
+        return self.precision.recipe(full)
 
 
 class Layer(nn.Module):
@@ -60,6 +70,25 @@ class Layer(nn.Module):
             return init(key, shape, jnp.float32).astype(dtype)
 
         return self.param(name, nn.with_partitioning(draw, axes))
+
+    def multiply(self, x: Any, kernel: Any) -> Any:
+        """Returns x W under this module's policy and recipe; delayed scaling threads its state."""
+        recipe = self.context.recipe(self.path)
+        if recipe is None or self.is_initializing():
+            return ops.linear(x, kernel, self.policy(), gradient_dtype=self.gradient_dtype)
+        key = self.make_rng("rounding") if self.has_rng("rounding") else None
+        amax = None
+        if recipe.history and self.has_variable("amax", "kernel"):
+            amax = AmaxHistory(*self.get_variable("amax", "kernel"))
+        where = "/".join((*self.context.prefix, *self.path))
+        out = ops.linear(
+            x, kernel, self.policy(), recipe=recipe, key=key, amax=amax, where=where
+        )  # fmt: skip
+        if amax is None:
+            return out
+        y, amax = out
+        self.put_variable("amax", "kernel", amax)
+        return y
 
     @property
     def gradient_dtype(self) -> Any:

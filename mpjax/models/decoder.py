@@ -20,7 +20,8 @@ from mpjax.models.block import Block
 from mpjax.models.config import DecoderConfig, decoder_config
 from mpjax.models.context import Context, unsharded
 from mpjax.models.skeleton import init_boxed, outer_parts, part_key, paths
-from mpjax.precision import Precision, dtype_name, get_precision, wider
+from mpjax.formats.delayed import AmaxHistory
+from mpjax.precision import Precision, Recipe, dtype_name, get_precision, wider
 
 _REMAT = {
     "full": None,
@@ -44,9 +45,14 @@ class Model:
     shard: Any = unsharded
 
     def __post_init__(self) -> None:
-        weights = [path for path, weight in self._sites.items() if weight]
-        self.precision.check(self.paths, weights)
+        self.precision.check(self.paths, self._of("weight"), self._of("product"))
         self._check_storage()
+        head = self._recipes.get("decoder/head")
+        if head is not None and head.history:
+            raise ConfigError(
+                f"decoder/head: recipe {head.name!r} keeps an amax history, which the loss, taken in"
+                " chunks, cannot thread; take a recipe without history for the head, such as fp8"
+            )
 
     def _at(self, *prefix: str) -> Context:
         return Context(self.precision, ("decoder", *prefix), self.shard)
@@ -56,8 +62,11 @@ class Model:
         return dataclasses.replace(self, shard=shard)
 
     @functools.cached_property
-    def _sites(self) -> dict[str, bool]:
+    def _sites(self) -> dict[str, str]:
         return paths(self.config)
+
+    def _of(self, kind: str) -> list[str]:
+        return [path for path, found in self._sites.items() if found == kind]
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
@@ -70,7 +79,7 @@ class Model:
     def _check_storage(self) -> None:
         layers = [self._block_paths(i) for i in range(self.config.layers)]
         for same in zip(*layers, strict=True):
-            if not self._sites[same[0]]:
+            if self._sites[same[0]] != "weight":
                 continue
             dtypes = [self.precision.policy(path).param_dtype for path in same]
             for path, dtype in zip(same, dtypes, strict=True):
@@ -86,7 +95,8 @@ class Model:
         """Ranges of consecutive layers whose policies are equal: (start, stop)."""
 
         def policies(layer: int) -> list[Any]:
-            return [self.precision.policy(path) for path in self._block_paths(layer)]
+            found = self._block_paths(layer)
+            return [(self.precision.policy(path), self.precision.recipe(path)) for path in found]
 
         starts = [0] + [i for i in range(1, self.config.layers) if policies(i) != policies(i - 1)]
         return tuple(zip(starts, [*starts[1:], self.config.layers], strict=True))
@@ -114,12 +124,13 @@ class Model:
         c, p = self.config, params["decoder"]
         parts = outer_parts(c, self._at)
         T = ids_BT.shape[1]
-        if state is None and T > c.context and c.position == "learned":
+        decoding = state is not None and "position" in state
+        if not decoding and T > c.context and c.position == "learned":
             raise ConfigError(
                 f"model: sequence of {T} tokens is longer than context={c.context}; set"
                 f" context={T} or shorten it"
             )
-        positions_T = jnp.arange(T) + (0 if state is None else state["position"])
+        positions_T = jnp.arange(T) + (state["position"] if decoding else 0)
         x: Any = parts["embed"][0].apply({"params": p["embed"]}, ids_BT)
         if c.position == "learned":
             at: Any = parts["position"][0].apply({"params": p["position"]}, positions_T)
@@ -132,29 +143,44 @@ class Model:
             x = nn.Dropout(c.dropout, deterministic=False).apply(
                 {}, x, rngs={"dropout": part_key(key, "embed")}
             )
-        cache = None if state is None else state["layers"]
-        x, cache = self._layers(p["layers"], x, positions_T, cache, key if dropping else None)
+        x, state = self._layers(p["layers"], x, positions_T, state, key, dropping)
         x = parts["norm"][0].apply({"params": p["norm"]}, x)
-        return x, None if state is None else {"layers": cache, "position": state["position"] + T}
+        return x, state
 
-    def _layers(self, stacked: Any, x: Any, positions_T: Any, cache: Any, key: Any) -> Any:
-        c = self.config
+    def _layers(
+        self, stacked: Any, x: Any, positions_T: Any, state: Any, key: Any, dropping: bool
+    ) -> tuple[Any, Any]:
+        """The blocks; state holds `layers` (key/value cache), `position` and `amax`, or is None."""
+        c, state = self.config, state or {}
+        amax = state.get("amax", {}).get("layers", {})
         unroll = c.loop == "unroll" or (c.loop == "auto" and jax.default_backend() == "cpu")
-        caches = []
+        rounds = self._rounds
+        outputs = []
         for start, stop in self.segments:
             block = Block(self._at("layers", str(start)), c)
 
             def run(x: Any, one: Any, block: Block = block) -> tuple[Any, Any]:
-                params, cached, layer = one
-                rngs = {} if key is None else {"dropout": jax.random.fold_in(key, layer)}
-                return block.apply(
-                    {"params": params}, x, positions_T, cached, key is not None, rngs=rngs
-                )
+                params, cached, seen, layer = one
+                rngs = {}
+                if key is not None:
+                    own = jax.random.fold_in(key, layer)
+                    rngs = {"dropout": own} if dropping else {}
+                    if rounds:
+                        rngs["rounding"] = part_key(own, "rounding")
+                variables = {"params": params}
+                if not seen:
+                    out = block.apply(variables, x, positions_T, cached, dropping, rngs=rngs)
+                    return out[0], (out[1], seen)
+                out, updated = block.apply(
+                    variables | {"amax": seen}, x, positions_T, cached, dropping, rngs=rngs,
+                    mutable=["amax"],
+                )  # fmt: skip
+                return out[0], (out[1], updated["amax"])
 
             if c.remat != "none":
                 run = jax.checkpoint(run, policy=_REMAT[c.remat], prevent_cse=unroll)
             part = lambda a: a[start:stop] if (start, stop) != (0, c.layers) else a  # noqa: B023, E731
-            xs = jax.tree.map(part, (stacked, cache, jnp.arange(c.layers)))
+            xs = jax.tree.map(part, (stacked, state.get("layers"), amax, jnp.arange(c.layers)))
             if unroll:
                 outs = []
                 for one in _unstack(xs, stop - start):
@@ -163,18 +189,55 @@ class Model:
                 out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
             else:
                 x, out = jax.lax.scan(run, x, xs)
-            caches.append(out)
-        return x, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *caches)
+            outputs.append(out)
+        cache, amax = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
+        new = dict(state)
+        if "layers" in state:
+            new |= {"layers": cache, "position": state["position"] + x.shape[1]}
+        if amax:
+            new["amax"] = state["amax"] | {"layers": amax}
+        return x, new or None
 
-    def _unembed(self, params: Any, x: Any) -> Any:
+    @functools.cached_property
+    def _recipes(self) -> dict[str, Recipe]:
+        """Path of a product -> its recipe."""
+        found = {path: self.precision.recipe(path) for path in self._of("product")}
+        return {path: recipe for path, recipe in found.items() if recipe is not None}
+
+    @property
+    def _rounds(self) -> bool:
+        return any(recipe.uses_key for recipe in self._recipes.values())
+
+    def init_state(self) -> Any:
+        """Returns what training threads through the model: amax histories of delayed scaling.
+
+        None where no recipe keeps a history.
+        """
+        tree: dict[str, Any] = {}
+        for path, recipe in self._recipes.items():
+            if recipe.history:
+                bare = [part for part in path.split("/")[1:] if not part.isdigit()]
+                at = tree
+                for part in bare:
+                    at = at.setdefault(part, {})
+                layers = (self.config.layers,) if bare[0] == "layers" else ()
+                at["kernel"] = AmaxHistory.empty(recipe.history, layers)
+        return {"amax": tree} if tree else None
+
+    def _unembed(self, params: Any, x: Any, key: Any = None) -> Any:
         """Features to logits in the head's output dtype."""
         p = params["decoder"]
+        # One key for all chunks of a loss in chunks: each number is still rounded without bias.
+        key = None if key is None else part_key(key, "head")
         if not self.config.tied:
             head, _ = outer_parts(self.config, self._at)["head"]
-            return head.apply({"params": p["head"]}, x)
-        policy = self.precision.policy("decoder/head")
-        dtype = self.precision.gradient_dtype
-        return ops.linear(x, p["embed"]["table"], policy, gradient_dtype=dtype, transposed=True)
+            return head.apply({"params": p["head"]}, x, rngs={} if key is None else {"rounding": key})
+        path = "decoder/head"
+        return ops.linear(
+            x, p["embed"]["table"], self.precision.policy(path), transposed=True, where=path,
+            gradient_dtype=self.precision.gradient_dtype, recipe=self._recipes.get(path),
+            key=key,
+        )  # fmt: skip
 
     def apply(
         self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False
@@ -184,12 +247,12 @@ class Model:
         Args:
           params: from `init`.
           ids_BT: token ids.
-          state: a key/value cache from `init_cache`, or None.
-          key: of dropout, needed only with train.
+          state: a key/value cache from `init_cache`, amax histories from `init_state`, or None.
+          key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.
         """
         x, state = self.features(params, ids_BT, state=state, key=key, train=train)
-        logits = self._unembed(params, x)
+        logits = self._unembed(params, x, key)
         cap = self.config.logit_cap
         return (cap * jnp.tanh(logits / cap) if cap else logits), state
 
@@ -208,7 +271,7 @@ class Model:
         loss = ops.cross_entropy(
             x,
             targets,
-            functools.partial(self._unembed, params),
+            functools.partial(self._unembed, params, key=key),
             self.precision.policy("decoder/loss"),
             chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
             z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of what is judged

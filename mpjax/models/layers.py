@@ -30,7 +30,7 @@ class Linear(Layer):
         inputs = x.shape[-1]
         init = nn.initializers.normal(self.gain * inputs**-0.5)
         kernel = self.weight("kernel", init, (inputs, self.features), self.axes)
-        y = ops.linear(x, kernel, self.policy(), gradient_dtype=self.gradient_dtype)
+        y = self.multiply(x, kernel)
         if not self.bias:
             return y
         bias = self.weight("bias", nn.initializers.zeros, (self.features,), (self.axes[1],))

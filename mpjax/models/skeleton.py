@@ -50,20 +50,22 @@ def init_boxed(config: DecoderConfig, at: At, key: Any) -> Any:
     return {"decoder": tree}
 
 
-def paths(config: DecoderConfig) -> dict[str, bool]:
-    """Returns path -> whether it is a weight's, for all that take a policy; traces `init` once."""
-    seen: dict[str, bool] = {}
+def paths(config: DecoderConfig) -> dict[str, str]:
+    """Returns path -> `module`, `weight` or `product`, for all that take a policy.
+
+    Traces `init` once.
+    """
+    seen: dict[str, str] = {}
     covers_all = get_precision("fp32")
 
     def at(*prefix: str) -> Context:
         return Context(covers_all, ("decoder", *prefix), seen=seen)
 
     jax.eval_shape(lambda: init_boxed(config, at, jax.random.key(0)))
-    for name in ("head", "loss"):
-        seen[f"decoder/{name}"] = False
+    seen |= {"decoder/head": "product", "decoder/loss": "module"}
     zero = "decoder/layers/0/"
     return {
-        path.replace(zero, f"decoder/layers/{layer}/", 1): weight
-        for path, weight in seen.items()
+        path.replace(zero, f"decoder/layers/{layer}/", 1): kind
+        for path, kind in seen.items()
         for layer in range(config.layers if path.startswith(zero) else 1)
     }

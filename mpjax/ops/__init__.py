@@ -4,6 +4,8 @@ from mpjax.ops.attention import KERNELS, attention
 from mpjax.ops.cross_entropy import chunk_length, cross_entropy
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import norm
+from mpjax.ops.product import dot_general, hadamard
+from mpjax.ops.quantized import how_it_runs
 from mpjax.ops.rotary import rotary
 
 __all__ = [
@@ -11,6 +13,9 @@ __all__ = [
     "attention",
     "chunk_length",
     "cross_entropy",
+    "dot_general",
+    "hadamard",
+    "how_it_runs",
     "linear",
     "look_up",
     "norm",

@@ -14,7 +14,9 @@ import jmp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from mpjax.precision import wider
+from mpjax.formats.delayed import AmaxHistory
+from mpjax.ops.product import How, product
+from mpjax.precision import Recipe, wider
 
 
 def _dot(a: Any, b: Any, contract: tuple[int, int], out: Any) -> Any:
@@ -62,7 +64,11 @@ def linear(
     *,
     gradient_dtype: Any = jnp.float32,
     transposed: bool = False,
-) -> Float[Array, "... F"]:
+    recipe: Recipe | None = None,
+    key: Any = None,
+    amax: AmaxHistory | None = None,
+    where: str = "linear",
+) -> Any:
     r"""Multiplies by a matrix under a policy, $y = x W$.
 
     Operands are cast to the compute dtype, the result to the output dtype; the product emits the
@@ -75,9 +81,14 @@ def linear(
       policy: only compute and output dtype are used.
       gradient_dtype: dtype in which weight gradients are summed over tokens and replicas.
       transposed: whether kernel is (F, D), as a tied embedding table.
+      recipe: how the product is quantised, or None; weight gradients of a quantised product are
+        summed in float32.
+      key: random key, for recipes that draw.
+      amax: state of delayed scaling.
+      where: path of the module, for errors.
 
     Returns:
-      (..., F) in the output dtype.
+      (..., F) in the output dtype; with delayed scaling `(y, amax)`.
 
     Example:
       >>> from mpjax.precision import parse_policy
@@ -88,8 +99,14 @@ def linear(
       Micikevicius et al. 2018, Mixed Precision Training, section 3.3 (float32 accumulation).
     """
     x_ND = x.reshape(-1, x.shape[-1])  # 2-D products are faster than 3-D ones on CPU
-    y_NF = _product(x_ND, kernel, policy, jnp.dtype(gradient_dtype), transposed)
-    return y_NF.reshape(*x.shape[:-1], y_NF.shape[-1])
+    if recipe is None:
+        y_NF = _product(x_ND, kernel, policy, jnp.dtype(gradient_dtype), transposed)
+    else:
+        dims = (((1,), (int(transposed),)), ((), ()))
+        dtypes = jnp.dtype(policy.compute_dtype), jnp.dtype(policy.output_dtype)
+        y_NF, amax = product(x_ND, kernel, How(dims, recipe, *dtypes, where), key, amax)
+    y = y_NF.reshape(*x.shape[:-1], y_NF.shape[-1])
+    return y if amax is None else (y, amax)
 
 
 def _sum_tokens(x: Any, gradient_dtype: Any, like: Any) -> Any:

@@ -6,22 +6,34 @@ from mpjax.precision.moments import Moments
 from mpjax.precision.policy import parse_policy, policy_text
 from mpjax.precision.precision import UPDATE_RULES, Precision
 from mpjax.precision.presets import get_precision, parse_rule, preset_names, register_preset
+from mpjax.precision.recipe import (
+    Operand,
+    Recipe,
+    get_recipe,
+    recipe_names,
+    register_recipe,
+)
 from mpjax.precision.rule import Rule, matches
 
 __all__ = [
     "UPDATE_RULES",
     "LossScaleSettings",
     "Moments",
+    "Operand",
     "Precision",
+    "Recipe",
     "Rule",
     "dtype_name",
     "get_precision",
+    "get_recipe",
     "matches",
     "parse_dtype",
     "parse_policy",
     "parse_rule",
     "policy_text",
     "preset_names",
+    "recipe_names",
     "register_preset",
+    "register_recipe",
     "wider",
 ]

@@ -20,10 +20,11 @@ from mpjax.precision.dtypes import dtype_name, parse_dtype
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
 from mpjax.precision.policy import policy_text
+from mpjax.precision.recipe import Recipe
 from mpjax.precision.rule import Rule, matches, near_misses, spellings
 
 OPTIONS = ("loss_scale", "update", "moments", "gradient_dtype")
-UPDATE_RULES = ("none", "master", "nearest")
+UPDATE_RULES = ("none", "master", "nearest", "stochastic", "kahan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +33,13 @@ class Precision:
 
     Args:
       name: the preset or policy that it began with.
-      rules: path pattern -> policy, first match wins; the user's stand before the preset's.
+      rules: path pattern -> policy and recipe, first match wins; the user's stand before the
+        preset's.
       loss_scale: settings of the loss scale.
       update: how a low-precision weight takes its update: `none` (weights are float32), `master`
-        (float32 copy in the optimizer state) or `nearest` (rounded to nearest even).
+        (float32 copy in the optimizer state), `nearest` (rounded to nearest even), `stochastic`
+        (rounded at random, so that the mean is right) or `kahan` (what rounding lost is kept low
+        in the optimizer state).
       moments: storage dtypes of the optimizer state.
       gradient_dtype: dtype in which weight gradients leave their product and are summed over
         replicas.
@@ -63,13 +67,20 @@ class Precision:
             raise ConfigError(
                 f"update: unknown rule {self.update!r}; known: {' '.join(UPDATE_RULES)}"
             )
+        quantised = [rule for rule in self.rules if rule.recipe is not None]
+        if quantised and self.gradient_dtype != jnp.float32:
+            raise ConfigError(
+                f"gradient_dtype: {dtype_name(self.gradient_dtype)} with rule {quantised[0]}:"
+                " quantised products sum their weight gradients in float32; set gradient_dtype=f32"
+            )
         low = [
             rule for rule in self.rules if rule.policy.param_dtype in (jnp.bfloat16, jnp.float16)
         ]
         if low and self.update == "none":
             raise ConfigError(
                 f"update: rule {low[0]} stores weights in {dtype_name(low[0].policy.param_dtype)},"
-                " which needs an update rule; set update=master (float32 copy) or update=nearest"
+                " which needs an update rule; set update=master (float32 copy) or update=nearest,"
+                " stochastic or kahan"
             )
 
     @functools.cache  # noqa: B019 - frozen and few: one entry per path and Precision
@@ -87,17 +98,30 @@ class Precision:
             f" {' '.join(rule.pattern for rule in self.rules) or '(none)'}; add '**=POLICY'"
         )
 
-    def check(self, paths: Iterable[str], weights: Iterable[str] = ()) -> None:
+    @functools.cache  # noqa: B019 - as `policy`
+    def recipe(self, path: str) -> Recipe | None:
+        """Returns the recipe of a module's matrix product, None where it is not quantised."""
+        return next((rule.recipe for rule in self.rules if matches(rule.pattern, path)), None)
+
+    def check(
+        self,
+        paths: Iterable[str],
+        weights: Iterable[str] = (),
+        products: Iterable[str] | None = None,
+    ) -> None:
         """Checks the rules against all paths of a model.
 
         Args:
           paths: all paths: of modules, of operations in them and of weights.
           weights: those of them that are weights, module path and leaf.
+          products: those whose product a recipe can quantise; None does not check recipes.
 
         Raises:
-          ConfigError: a path that no rule covers, a user rule that decides no path, or one that
-            names weights only, which are stored and not computed, and gives compute or output.
+          ConfigError: a path that no rule covers, a user rule that decides no path, one that
+            names weights only, which are stored and not computed, and gives compute or output,
+            or one that gives a recipe to paths without a product.
         """
+        products = None if products is None else list(products)
         paths, weights = list(paths), set(weights)
         for path in paths:
             self.policy(path)
@@ -117,6 +141,17 @@ class Precision:
                     f" {rule.pattern}=p={dtype_name(p.param_dtype)}, or name their module to set"
                     " c= and o="
                 )
+            if (
+                rule.recipe is not None
+                and products is not None
+                and not any(matches(rule.pattern, path) for path in products)
+            ):
+                shown = sorted({f"**/{path.split('/')[-1]}" for path in products})
+                raise ConfigError(
+                    f"rule {str(rule)!r}: recipe {rule.recipe.name!r} quantises matrix products,"
+                    f" and {spellings(mine[0])[-1]} has none; it can be given to"
+                    f" {' '.join(shown)}"
+                )
             deciding = [
                 next(n for n, other in enumerate(self.rules) if matches(other.pattern, path))
                 for path in mine
@@ -129,11 +164,12 @@ class Precision:
                 )
 
     def layout(self, paths: Iterable[str]) -> dict[str, str]:
-        """Returns path -> policy text, layers of equal policy written once."""
+        """Returns path -> policy and recipe, layers of equal ones written once."""
         found: dict[str, str] = {}
         for path in paths:
             bare = spellings(path)[-1]
-            text = policy_text(self.policy(path))
+            self.policy(path)  # raises where no rule covers the path
+            text = next(rule.value for rule in self.rules if matches(rule.pattern, path))
             found[bare if found.get(bare, text) == text else path] = text
         return found
 
@@ -141,7 +177,7 @@ class Precision:
         """Returns the whole of it as JSON-able values; `from_dict` reads it."""
         return {
             "name": self.name,
-            "rules": [[r.pattern, policy_text(r.policy), r.user] for r in self.rules],
+            "rules": [[r.pattern, r.value, r.user] for r in self.rules],
             "loss_scale": str(self.loss_scale),
             "update": self.update,
             "moments": str(self.moments),
@@ -167,11 +203,14 @@ class Precision:
 
     def __str__(self) -> str:
         table = Table(box=box.SIMPLE, title=f"Precision {self.name}", title_justify="left")
-        for column in ("pattern", "param", "compute", "output", "from"):
+        recipes = {rule.recipe.name: rule.recipe for rule in self.rules if rule.recipe}
+        for column in ("pattern", "param", "compute", "output", *(["recipe"] * bool(recipes)), "from"):
             table.add_column(column, no_wrap=True)
         for rule in self.rules:
             p = rule.policy
             dtypes = [dtype_name(d) for d in (p.param_dtype, p.compute_dtype, p.output_dtype)]
+            if recipes:
+                dtypes.append("" if rule.recipe is None else rule.recipe.name)
             table.add_row(rule.pattern, *dtypes, "user" if rule.user else "preset")
         widest = max((len(rule.pattern) for rule in self.rules), default=0)
         # Plain text wherever it is printed: no HTML in a notebook, no colour codes in a file.
@@ -182,7 +221,9 @@ class Precision:
         fields = self.to_dict()
         rest = " · ".join(f"{key.replace('_', ' ')} {fields[key]}" for key in OPTIONS)
         lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        return "\n".join([*(line.rstrip() for line in lines if line.strip()), "  " + rest])
+        shown = [f"  {line}" for recipe in recipes.values() for line in str(recipe).splitlines()]
+        table_lines = [line.rstrip() for line in lines if line.strip()]
+        return "\n".join([*table_lines, "  " + rest, *shown])
 
 
 def parse_options(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import jmp
+
 from mpjax.errors import ConfigError
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.policy import parse_policy, policy_text
 from mpjax.precision.precision import OPTIONS, Precision, parse_options
+from mpjax.precision.recipe import Recipe, get_recipe, recipe_names
 from mpjax.precision.rule import Rule
 
 _DYNAMIC = LossScaleSettings("dynamic")
@@ -37,6 +40,12 @@ def _mixed(param: str, low: str) -> tuple[Rule, ...]:
 def _low(param: str, low: str) -> tuple[Rule, ...]:
     """Every operation low; only the mean over tokens, which the loss scale needs, is float32."""
     return _base(("**/loss", f"p=f32,c={low},o=f32"), ("**", f"p={param},c={low},o={low}"))
+
+
+def _quantised(recipe: Recipe) -> tuple[Rule, ...]:
+    """As bf16, with the products of the blocks quantised; head, norms and attention stay high."""
+    rules = _mixed("f32", "bf16")
+    return (*rules[:-1], dataclasses.replace(rules[-1], recipe=recipe))
 
 
 def register_preset(precision: Precision) -> None:
@@ -69,6 +78,8 @@ for _preset in (
     Precision("O0", _base(("**", "f32"))),
     Precision("O2", _mixed("f16", "f16"), _DYNAMIC, update="master"),
     Precision("O3", _low("f16", "f16"), update="nearest"),
+    # One for each recipe, whose source the table prints.
+    *(Precision(name, _quantised(get_recipe(name))) for name in recipe_names()),
 ):
     register_preset(_preset)
 
@@ -82,24 +93,54 @@ def parse_rule(text: str | Rule) -> Rule:
     """Reads `PATTERN=VALUE`, split at the first `=`.
 
     Args:
-      text: VALUE is a jmp policy or a preset's name, which stands for its default policy
-        (`bf16` is `p=f32,c=bf16,o=bf16`, while jmp's `bfloat16` stores in bfloat16 too).
+      text: VALUE is a jmp policy, `r=RECIPE` after it or alone, or a preset's name, which stands
+        for its default policy and recipe (`bf16` is `p=f32,c=bf16,o=bf16`, while jmp's `bfloat16`
+        stores in bfloat16 too). A recipe alone is used under `p=f32,c=bf16,o=bf16`.
 
     Raises:
-      ConfigError: no `=`, an empty side, or a VALUE that is neither.
+      ConfigError: no `=`, an empty side, or a VALUE that is none of these.
 
     Example:
       >>> str(parse_rule("**/norm*=fp32"))
       '**/norm*=p=f32,c=f32,o=f32'
+      >>> str(parse_rule("**/mlp=r=fp8-row"))
+      '**/mlp=p=f32,c=bf16,o=bf16,r=fp8-row'
     """
     if isinstance(text, Rule):
         return text
     pattern, equals, value = text.partition("=")
     if not equals or not pattern or not value:
         raise ConfigError(f"rule {text!r}: write PATTERN=VALUE, such as **/norm*=fp32")
+    return Rule(pattern, *_read(value, f"rule {text!r}"))
+
+
+def _read(value: str, where: str) -> tuple[jmp.Policy, Recipe | None]:
+    """Policy and recipe of a rule's VALUE."""
     if value in _PRESETS:
-        return Rule(pattern, _PRESETS[value].rules[-1].policy)
-    return Rule(pattern, parse_policy(value, f"rule {text!r}"))
+        last = _PRESETS[value].rules[-1]
+        return last.policy, last.recipe
+    if "=" not in value and _is_recipe(value):
+        value = f"r={value}"
+    policy, recipe = _split_recipe(value, where)
+    return parse_policy(policy or "p=f32,c=bf16,o=bf16", where), recipe
+
+
+def _split_recipe(value: str, where: str) -> tuple[str, Recipe | None]:
+    """The policy's text and the recipe that stands in it as `r=` or `recipe=`."""
+    recipe, rest = None, []
+    for part in value.split(","):
+        name, _, text = part.strip().partition("=")
+        if name not in ("r", "recipe"):
+            rest.append(part)
+        elif recipe is not None:
+            raise ConfigError(f"{where}: recipe stands twice in {value!r}; keep one")
+        else:
+            recipe = get_recipe(text, where)
+    return ",".join(rest), recipe
+
+
+def _is_recipe(text: str) -> bool:
+    return text in recipe_names() or text.startswith(("emulate(", "fixed-"))
 
 
 def _fields(precision: Precision) -> dict[str, Any]:
@@ -108,6 +149,11 @@ def _fields(precision: Precision) -> dict[str, Any]:
 
 def _from_policy(text: str) -> dict[str, Any]:
     """A policy for every path; norms, softmax, rotary angles and loss keep float32 inside."""
+    text, recipe = _split_recipe(text, "precision")
+    if not text:
+        raise ConfigError(
+            "precision: a recipe alone; write its name, such as fp8, or a policy before r="
+        )
     policy = parse_policy(text, "precision")
     full = policy_text(policy)
     param, _, out = full.split(",")
@@ -119,12 +165,17 @@ def _from_policy(text: str) -> dict[str, Any]:
         ("**/loss", "f32"),
         ("**", full),
     )
-    return {"name": full, "rules": rules}
+    if recipe is None:
+        return {"name": full, "rules": rules}
+    head, last = Rule("**/head", policy, user=False), dataclasses.replace(rules[-1], recipe=recipe)
+    return {"name": last.value, "rules": (*rules[:-1], head, last)}
 
 
 def _start(word: str) -> dict[str, Any]:
     if word in _PRESETS:
         return _fields(_PRESETS[word])
+    if _is_recipe(word):
+        return _fields(Precision(word, _quantised(get_recipe(word, "precision"))))
     if word == "O1":
         raise ConfigError(
             "precision: O1 patches functions, which needs autocast and is not here yet; O2 has"
@@ -152,7 +203,10 @@ def _from_dict(data: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(data[key], str):
             raise ConfigError(f"precision: JSON field {key} is {data[key]!r}; write it as a text")
     try:
-        rules = tuple(Rule(p, parse_policy(text), bool(user)) for p, text, user in data["rules"])
+        rules = tuple(
+            dataclasses.replace(parse_rule(f"{p}={text}"), user=bool(user))
+            for p, text, user in data["rules"]
+        )
     except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -12,6 +12,7 @@ import jmp
 
 from mpjax.errors import ConfigError
 from mpjax.precision.policy import policy_text
+from mpjax.precision.recipe import Recipe
 
 
 @functools.cache
@@ -75,11 +76,19 @@ def near_misses(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A pattern and its policy; `user` rules must match something, preset rules need not."""
+    """A pattern, its policy and the recipe of its products.
+
+    Args:
+      pattern: of paths.
+      policy: of the paths that it matches.
+      user: a user's rule must match something, a preset's need not.
+      recipe: how their matrix products are quantised, or None.
+    """
 
     pattern: str
     policy: jmp.Policy
     user: bool = True
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.pattern.split() != [self.pattern] or "=" in self.pattern:
@@ -88,5 +97,11 @@ class Rule:
                 " write PATTERN=VALUE, such as **/norm*=fp32"
             )
 
+    @property
+    def value(self) -> str:
+        """Policy and recipe as one text, `p=f32,c=bf16,o=bf16,r=fp8`."""
+        recipe = "" if self.recipe is None else f",r={self.recipe.name}"
+        return policy_text(self.policy) + recipe
+
     def __str__(self) -> str:
-        return f"{self.pattern}={policy_text(self.policy)}"
+        return f"{self.pattern}={self.value}"

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
-from mpjax.optim import Optimizer, OptState, select, wrap
+from mpjax.formats.delayed import begin_step, end_step, seen_of, with_seen
+from mpjax.optim import Optimizer, OptState, select, weight_view, wrap
 from mpjax.train.preflight import require_room
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
 
@@ -44,41 +45,47 @@ def init_state(
 ) -> TrainState:
     """Returns the state before the first step."""
     key = jax.random.key_data(jax.random.key(seed))
-    return TrainState(jnp.int32(0), params, optimizer.init(params), model_state, key)
+    return TrainState(jnp.int32(0), params, optimizer.init(params, seed), model_state, key)
 
 
 def _gradients(
     loss_fn: LossFn, state: TrainState, batch: Any, accumulate: int
 ) -> tuple[Any, Any, Any]:
     """Scaled gradients, mean loss and model state; microbatches are summed in float32."""
-    scale = state.opt_state.loss_scale
+    scale, weights = state.opt_state.loss_scale, weight_view(state.params)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-    def scaled(params: Any, micro: Any, model_state: Any, key: Any) -> tuple[Any, Any]:
+    begun = begin_step(state.model_state, scale.value)
+
+    def scaled(params: Any, seen: Any, micro: Any, model_state: Any, key: Any) -> tuple[Any, Any]:
+        model_state = with_seen(model_state, seen)
         loss, model_state = loss_fn(params, micro, state=model_state, key=key, train=True)
         return scale.scale(loss), (loss, model_state)
 
-    grad = jax.grad(scaled, has_aux=True)
+    # The amax of gradients leaves as the cotangent of `seen`; an empty list costs nothing.
+    grad = jax.grad(scaled, argnums=(0, 1), has_aux=True)
     if accumulate == 1:
-        grads, (loss, model_state) = grad(state.params, batch, state.model_state, key)
-        return grads, loss, model_state
+        (grads, amax), (loss, model_state) = grad(weights, seen_of(begun), batch, begun, key)
+        return grads, loss, end_step(model_state, state.model_state, amax, scale.value)
 
     def split(x: Any) -> Any:  # strided, so that a batch cut over devices stays cut evenly
         return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
     def body(carry: Any, part: Any) -> tuple[Any, None]:
-        total, total_loss, model_state = carry
+        total, total_loss, largest, model_state = carry
         index, micro = part
-        grads, (loss, model_state) = grad(
-            state.params, micro, model_state, jax.random.fold_in(key, index)
+        (grads, amax), (loss, model_state) = grad(
+            weights, seen_of(model_state), micro, model_state, jax.random.fold_in(key, index)
         )
         total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
-        return (total, total_loss + loss.astype(jnp.float32), model_state), None
+        largest = jax.tree.map(jnp.maximum, largest, amax)  # gradients add up, magnitudes do not
+        return (total, total_loss + loss.astype(jnp.float32), largest, model_state), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
-    carry = (zeros, jnp.float32(0), state.model_state)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
+    carry = (zeros, jnp.float32(0), jax.tree.map(jnp.zeros_like, seen_of(begun)), begun)
     parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
-    (grads, loss, model_state), _ = jax.lax.scan(body, carry, parts)
+    (grads, loss, amax, model_state), _ = jax.lax.scan(body, carry, parts)
+    model_state = end_step(model_state, state.model_state, amax, scale.value)
     return jax.tree.map(lambda g: g / accumulate, grads), loss / accumulate, model_state
 
 
@@ -252,7 +259,8 @@ def build(
         model = model.sharded(ShardActivations(mesh))
 
     def init(seed: Any) -> TrainState:
-        return init_state(model.init(jax.random.key(seed)), wrapped, seed=seed)
+        first = getattr(model, "init_state", lambda: None)()
+        return init_state(model.init(jax.random.key(seed)), wrapped, seed=seed, model_state=first)
 
     abstract = jax.eval_shape(init, seed)
     shardings = None if mesh is None else state_shardings(abstract, model.axes, mesh)

@@ -1,0 +1,99 @@
+"""Delayed scaling: the largest magnitudes of past steps, from which the next step's scales come."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class AmaxHistory(NamedTuple):
+    r"""What delayed scaling knows of a product's operands: x, W and dy, in this order.
+
+    A product takes its scales from `amax` and writes what it sees to `seen`: the amax of x and W on
+    the way forward, that of dy as the cotangent of `seen`, so that uses and microbatches are joined
+    by a maximum where gradients would be summed.
+
+    Args:
+      history: amax of the last steps, newest first, shape (..., 3, steps); dy's are divided by
+        the loss scale.
+      amax: what the scales come from, the maximum of the history, shape (..., 3); 0 while nothing
+        is known, and then the current tensor decides.
+      seen: amax of this step so far, shape (..., 3).
+    """
+
+    history: Float[Array, "*layers 3 steps"]
+    amax: Float[Array, "*layers 3"]
+    seen: Float[Array, "*layers 3"]
+
+    @classmethod
+    def empty(cls, steps: int, layers: tuple[int, ...] = ()) -> AmaxHistory:
+        """Returns the state before the first step.
+
+        Example:
+          >>> AmaxHistory.empty(16).history.shape
+          (3, 16)
+        """
+        zeros = jnp.zeros((*layers, 3), jnp.float32)
+        return cls(jnp.zeros((*layers, 3, steps), jnp.float32), zeros, zeros + 0)
+
+    def begin(self, loss_scale: Any) -> AmaxHistory:
+        """Returns the state for a step whose gradients are multiplied by the loss scale."""
+        factor = jnp.stack([jnp.float32(1), jnp.float32(1), loss_scale])
+        return self._replace(amax=self.amax * factor, seen=jnp.zeros_like(self.seen))
+
+    def end(self, before: AmaxHistory, gradient_amax: Any, loss_scale: Any) -> AmaxHistory:
+        """Returns the state after a step.
+
+        A magnitude that is zero or not finite teaches nothing: the scale stays.
+
+        Args:
+          before: the state before `begin`.
+          gradient_amax: the cotangent of `seen`, in units of the loss scale.
+          loss_scale: that of the step.
+        """
+        dy = gradient_amax[..., 2:] / loss_scale
+        now = jnp.concatenate([self.seen[..., :2], dy], axis=-1)
+        now = jnp.where(jnp.isfinite(now), now, jnp.float32(0))
+        history = jnp.concatenate([now[..., None], before.history[..., :-1]], axis=-1)
+        largest = jnp.max(history, axis=-1)
+        amax = jnp.where(largest > 0, largest, before.amax)
+        return AmaxHistory(history, amax, jnp.zeros_like(self.seen))
+
+
+def _is_history(x: Any) -> bool:
+    return isinstance(x, AmaxHistory)
+
+
+def map_histories(function: Any, tree: Any, *rest: Any) -> Any:
+    """Applies a function to each AmaxHistory of a tree and leaves all else as it is."""
+    return jax.tree.map(
+        lambda x, *others: function(x, *others) if _is_history(x) else x,
+        tree,
+        *rest,
+        is_leaf=_is_history,
+    )
+
+
+def seen_of(tree: Any) -> list[Any]:
+    """Returns `seen` of each AmaxHistory of a tree, in order; empty where there is none."""
+    return [x.seen for x in jax.tree.leaves(tree, is_leaf=_is_history) if _is_history(x)]
+
+
+def with_seen(tree: Any, seen: list[Any]) -> Any:
+    """Returns the tree with these in the place of `seen_of`."""
+    rest = iter(seen)
+    return map_histories(lambda x: x._replace(seen=next(rest)), tree)
+
+
+def begin_step(tree: Any, loss_scale: Any) -> Any:
+    """Returns a model's state for one step; see `AmaxHistory.begin`."""
+    return map_histories(lambda x: x.begin(loss_scale), tree)
+
+
+def end_step(tree: Any, before: Any, gradient_amax: list[Any], loss_scale: Any) -> Any:
+    """Returns a model's state after one step; see `AmaxHistory.end`."""
+    rest = iter(gradient_amax)
+    return map_histories(lambda x, old: x.end(old, next(rest), loss_scale), tree, before)

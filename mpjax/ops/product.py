@@ -1,0 +1,220 @@
+"""`dot_general` under a Recipe: one product and its two backward products, each quantised."""
+
+from __future__ import annotations
+
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mpjax.errors import ConfigError
+from mpjax.formats.delayed import AmaxHistory
+from mpjax.formats.quantize import amax_of
+from mpjax.ops.quantized import Dims, backward_dims, combine, encode, need_key
+from mpjax.precision import Recipe, get_recipe
+
+
+class How(NamedTuple):
+    """What is static about a product.
+
+    Args:
+      dims: dimension numbers of `lax.dot_general`.
+      recipe: how it is quantised.
+      compute: dtype of x and dy before they are quantised, and of operands that are not.
+      output: dtype of the result.
+      where: path of the module, for errors.
+    """
+
+    dims: Dims
+    recipe: Recipe
+    compute: Any
+    output: Any
+    where: str
+
+
+def _key(data: Any, number: int) -> Any:
+    return None if data is None else jax.random.fold_in(jax.random.wrap_key_data(data), number)
+
+
+def _part(amax: Any, number: int) -> Any:
+    return None if amax is None else amax[number]
+
+
+def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
+    recipe, (ca, cb) = how.recipe, how.dims[0]
+    need_key(recipe, key, False, how.where)
+    x = a.astype(how.compute)
+    left = encode(x, recipe.fprop[0], ca, _key(key, 0), how.compute, _part(amax, 0))
+    # a weight is quantised as it is stored: a cast before would round it twice
+    right = encode(b, recipe.fprop[1], cb, _key(key, 1), how.compute, _part(amax, 1))
+    y = combine(left, right, how.dims, recipe).astype(how.output)
+    if seen is not None:
+        now = [amax_of(v, v.shape).reshape(()) for v in (x, b)]
+        seen = jnp.maximum(seen, jnp.stack([*now, jnp.float32(0)]))
+    return y, seen
+
+
+_product = jax.custom_vjp(_forward, nondiff_argnums=(5,))
+
+
+def _product_fwd(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
+    out = _forward(a, b, key, amax, seen, how)
+    return out, (a.astype(how.compute), b, key, amax, jnp.zeros(0, a.dtype))
+
+
+def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
+    x, b, key, amax, like = kept
+    dy, gradient_seen = cotangents
+    recipe, compute = how.recipe, how.compute
+    need_key(recipe, key, True, how.where)
+    dy = dy.astype(compute)
+    (d_dims, d_order), (w_dims, w_order) = backward_dims(how.dims, x.ndim, b.ndim)
+    (dy_axes, b_axes), (x_axes, dy_tokens) = d_dims[0], w_dims[0]
+
+    left = encode(dy, recipe.dgrad[0], dy_axes, _key(key, 2), compute, _part(amax, 2))
+    right = encode(b, recipe.dgrad[1], b_axes, _key(key, 3), compute, _part(amax, 1))
+    dx = lax.transpose(combine(left, right, d_dims, recipe), d_order)
+
+    tokens, gradient = x, dy
+    if recipe.hadamard and x_axes:
+        signs = jax.random.rademacher(_key(key, 4), (recipe.hadamard,), jnp.float32)
+        tokens = hadamard(x, x_axes[-1], signs)
+        gradient = hadamard(dy, dy_tokens[-1], signs)
+    left = encode(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0))
+    right = encode(gradient, recipe.wgrad[1], dy_tokens, _key(key, 6), compute, _part(amax, 2))
+    db = lax.transpose(combine(left, right, w_dims, recipe), w_order)
+
+    if gradient_seen is not None:
+        now = amax_of(dy, dy.shape).reshape(())
+        zero = jnp.float32(0)
+        gradient_seen = jnp.maximum(gradient_seen, jnp.stack([zero, zero, now]))
+    return dx.astype(like.dtype), db.astype(b.dtype), None, None, gradient_seen
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _hadamard_matrix(size: int) -> np.ndarray:
+    """Sylvester's matrix over the square root of its size: orthogonal."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (matrix / np.sqrt(size)).astype(np.float32)
+
+
+def hadamard(x: Any, axis: int, signs: Any) -> Any:
+    r"""Returns $H \mathrm{diag}(s) x$ along an axis, in blocks as long as the signs.
+
+    $H \mathrm{diag}(s)$ is orthogonal, so a product over this axis of two arrays so transformed is
+    the product of the two; an outlier is spread over its block. The last block is filled with
+    zeros.
+
+    Args:
+      x: an array.
+      axis: the axis.
+      signs: +1 and -1, a power of two of them.
+
+    Example:
+      >>> hadamard(jnp.array([1.0, 0.0]), 0, jnp.ones(2)).round(3).tolist()
+      [0.7070000171661377, 0.7070000171661377]
+    """
+    size = signs.shape[0]
+    rows = jnp.moveaxis(x, axis, -1).astype(jnp.float32)
+    rows = jnp.pad(rows, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[axis] % size)])
+    blocks = (rows.reshape(*rows.shape[:-1], -1, size) * signs.reshape((1,) * x.ndim + (-1,)))
+    turned = jnp.matmul(blocks, _hadamard_matrix(size), precision=lax.Precision.HIGHEST)
+    return jnp.moveaxis(turned.reshape(rows.shape), -1, axis)
+
+
+def _key_data(key: Any) -> Any:
+    if key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(key)
+    return key
+
+
+def product(
+    a: Any, b: Any, how: How, key: Any = None, amax: AmaxHistory | None = None
+) -> tuple[Any, AmaxHistory | None]:
+    """Multiplies under a recipe; the callers are `dot_general` and `linear`.
+
+    Raises:
+      ConfigError: delayed scaling without its state, a state that the recipe does not use, or
+        operands that are not floating-point.
+    """
+    recipe = how.recipe
+    for name, x in (("left", a), ("right", b)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ConfigError(
+                f"{how.where}: recipe {recipe.name!r} quantises floating-point operands, the {name}"
+                f" one is {x.dtype.name}; cast it, or leave the recipe out"
+            )
+    if recipe.history and amax is None:
+        raise ConfigError(
+            f"{how.where}: recipe {recipe.name!r} takes its scales from past steps and has no"
+            " state; pass amax=AmaxHistory.empty(steps) (a model: state=model.init_state()), or"
+            f" take a recipe without history, such as fp8"
+        )
+    if amax is not None and not recipe.history:
+        raise ConfigError(
+            f"{how.where}: recipe {recipe.name!r} keeps no amax history; leave amax out, or take"
+            " fp8-delayed"
+        )
+    if amax is None:
+        return _product(a, b, _key_data(key), None, None, how)[0], None
+    y, seen = _product(a, b, _key_data(key), amax.amax, amax.seen, how)
+    return y, amax._replace(seen=seen)
+
+
+def dot_general(
+    a: Any,
+    b: Any,
+    dimension_numbers: Any,
+    recipe: str | Recipe,
+    *,
+    key: Any = None,
+    amax: AmaxHistory | None = None,
+    compute_dtype: Any = None,
+    preferred_element_type: Any = None,
+    where: str = "dot_general",
+) -> Any:
+    r"""`lax.dot_general` with operands, and those of both gradients, quantised by a recipe.
+
+    $$y = Q(a) Q(b), \qquad da = Q(dy) Q(b^T), \qquad db = Q(a^T) Q(dy)$$
+
+    Args:
+      a: the left operand: activations (x in a Recipe).
+      b: the right operand: weights (W).
+      dimension_numbers: `((a contracting, b contracting), (a batch, b batch))`.
+      recipe: a Recipe or its name.
+      key: random key, for recipes that draw (stochastic rounding, Hadamard).
+      amax: state of delayed scaling; its `seen` is threaded: use what is returned next.
+      compute_dtype: of operands that the recipe does not quantise; by default the dtype of a.
+      preferred_element_type: of the result; by default the dtype of a.
+      where: what to call the product in an error.
+
+    Returns:
+      The product, laid out as by `lax.dot_general`; with delayed scaling `(product, amax)`.
+
+    Raises:
+      ConfigError: unknown recipe, no key or no state where the recipe needs one, operands that
+        are not floating-point.
+
+    Example:
+      >>> x, w = jnp.ones((2, 3)), jnp.ones((3, 4))
+      >>> dot_general(x, w, (((1,), (0,)), ((), ())), "fp8").tolist()[0]
+      [3.0, 3.0, 3.0, 3.0]
+
+    References:
+      Micikevicius et al. 2022, FP8 Formats for Deep Learning.
+    """
+    recipe = get_recipe(recipe, where)
+    dims: Any = tuple(tuple(tuple(map(int, axes)) for axes in pair) for pair in dimension_numbers)
+    compute = jnp.dtype(a.dtype if compute_dtype is None else compute_dtype)
+    output = jnp.dtype(a.dtype if preferred_element_type is None else preferred_element_type)
+    y, amax = product(a, b, How(dims, recipe, compute, output, where), key, amax)
+    return y if amax is None else (y, amax)
+
+

@@ -1,0 +1,253 @@
+"""Matrix products whose operands are quantised by a Recipe, forward and backward.
+
+The values of each operand lie on its format's grid, so a unit of the hardware and an emulation in
+a wider dtype multiply the same numbers; they differ by the order of their sums alone.
+
+Qwix quantises whole models by interception and holds more inference schemes. It is not used
+here, because the rounding, the key and the amax of each of the three products have to be ours to
+be reported and tested, and an operand that it cannot quantise runs unquantised there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpjax.errors import ConfigError
+from mpjax.formats import Format, Scaling, round_to
+from mpjax.formats.quantize import amax_of, find_scales, per_tile, scaled_values
+from mpjax.formats.scaling import to_scale
+from mpjax.precision import Operand, Recipe
+
+Axes = tuple[int, ...]
+Dims = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
+_FLOAT8 = ("e4m3", "e5m2")
+_INT32_TERMS = (2**31 - 1) // 128**2  # so many products of two int8 an int32 can sum
+
+
+class Factor(NamedTuple):
+    """An operand as it enters a product.
+
+    Args:
+      values: numbers of the format in float32, or the operand in its compute dtype.
+      scales: what the values are to be multiplied by, or None.
+      tile: of the scales.
+      format: of the values, or None.
+      blocks: whether the scales change along the axes that are summed over.
+    """
+
+    values: Any
+    scales: Any
+    tile: Axes
+    format: Format | None
+    blocks: bool
+
+
+def encode(
+    x: Any, operand: Operand | None, axes: Axes, key: Any, compute: Any, amax: Any = None
+) -> Factor:
+    """Quantises an operand along the axes that its product sums over.
+
+    Args:
+      amax: of delayed scaling; where it is 0 the tensor's own is used.
+    """
+    if operand is None:
+        return Factor(x.astype(compute), None, x.shape, None, False)
+    format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
+    tile = scaling.tiles(x.shape, axes)
+    if amax is not None:
+        current = amax_of(x, tile)
+        scales: Any = to_scale(jnp.where(amax > 0, amax, current), format, operand.scales_rounded)
+    else:
+        scales, whole = find_scales(x, format, scaling, tile, operand.scales_rounded)
+        scales = scales if whole is None else scales * whole
+    values = scaled_values(x, scales, format, tile, operand.rounding, key)
+    if scaling.kind == "none":
+        return Factor(values, None, tile, format, False)
+    return Factor(values, scales, tile, format, scaling.blocks)
+
+
+def _fits_bfloat16(format: Format | None) -> bool:
+    if format is None:
+        return False
+    if format.kind == "fixed":
+        return format.bits <= 8
+    return format.mantissa_bits <= 7 and format.exponent_bits <= 8
+
+
+def native_unit(left: Format | None, right: Format | None, blocks: bool, terms: int) -> str:
+    """Returns which unit can multiply two formats: `int8`, `float8` or none (an empty text).
+
+    Args:
+      left: format of the left operand, None where it is not quantised.
+      right: of the right one.
+      blocks: whether a scale changes along the axes that are summed over.
+      terms: how many products are summed.
+    """
+    if left is None or right is None or blocks:
+        return ""
+    if all(f.is_integer and f.bits <= 8 for f in (left, right)) and terms <= _INT32_TERMS:
+        return "int8"
+    return "float8" if left.name in _FLOAT8 and right.name in _FLOAT8 else ""
+
+
+def _dot(a: Any, b: Any, dims: Dims) -> Any:
+    full = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, dims, precision=full, preferred_element_type=jnp.float32)
+
+
+def _multiply(a: Factor, b: Factor, dims: Dims) -> Any:
+    """The product of two factors' values, float32."""
+    terms = math.prod(a.values.shape[axis] for axis in dims[0][0])
+    unit = native_unit(a.format, b.format, False, terms)
+    if unit == "int8":
+        whole = lax.dot_general(
+            a.values.astype(jnp.int8), b.values.astype(jnp.int8), dims,
+            preferred_element_type=jnp.int32,
+        )  # fmt: skip
+        return whole.astype(jnp.float32)
+
+    def emulated(x: Any, y: Any) -> Any:
+        return _dot(x.astype(jnp.float32), y.astype(jnp.float32), dims)
+
+    def short(x: Any, y: Any) -> Any:  # exact: both fit bfloat16
+        return _dot(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), dims)
+
+    if not (_fits_bfloat16(a.format) and _fits_bfloat16(b.format)):
+        return emulated(a.values, b.values)
+    if unit != "float8":
+        return lax.platform_dependent(a.values, b.values, cpu=emulated, default=short)
+    kinds = [Format(_FLOAT8[0]).dtype if f.format is None else f.format.dtype for f in (a, b)]
+
+    def eight(x: Any, y: Any) -> Any:
+        return _dot(x.astype(kinds[0]), y.astype(kinds[1]), dims)
+
+    return lax.platform_dependent(a.values, b.values, cpu=emulated, cuda=eight, default=short)
+
+
+def _spread(scales: Any, batch: Axes, free: Axes, summed: Axes, before: int, after: int) -> Any:
+    """Scales of an operand, laid out as the product: batch, left free, right free axes."""
+    moved = jnp.transpose(scales, (*batch, *free, *summed))
+    shape = moved.shape[: len(batch) + len(free)]
+    split = len(batch)
+    return moved.reshape(*shape[:split], *(1,) * before, *shape[split:], *(1,) * after)
+
+
+def _free(ndim: int, *used: Axes) -> Axes:
+    return tuple(d for d in range(ndim) if not any(d in axes for axes in used))
+
+
+def _open(f: Factor) -> Any:
+    """A factor's numbers with their scales applied."""
+    if f.scales is None:
+        return f.values
+    return per_tile(f.values, f.scales, f.tile, lambda v, s: v * s)
+
+
+def _chunked(a: Any, b: Any, dims: Dims, accumulate: Format, chunk: int) -> Any:
+    """A product whose running sum is rounded to a format after each chunk of summands."""
+    (ca, cb), (ba, bb) = dims
+    fa, fb = _free(a.ndim, ca, ba), _free(b.ndim, cb, bb)
+    shape = [a.shape[d] for d in (*ba, *fa)] + [b.shape[d] for d in fb]
+    groups, terms = math.prod(a.shape[d] for d in ba), math.prod(a.shape[d] for d in ca)
+    pad = (0, -terms % chunk)
+
+    def lay_out(x: Any, *axes: Axes) -> Any:
+        flat = jnp.transpose(x, sum(axes, ())).reshape(groups, -1, terms)
+        parts = jnp.pad(flat, ((0, 0), (0, 0), pad)).reshape(groups, flat.shape[1], -1, chunk)
+        return jnp.moveaxis(parts, 2, 0).astype(jnp.float32)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        dims = (((2,), (2,)), ((0,), (0,)))
+        return round_to(total + _dot(*part, dims), accumulate, saturate=False), None
+
+    left, right = lay_out(a, ba, fa, ca), lay_out(b, bb, fb, cb)
+    zero = jnp.zeros((groups, left.shape[2], right.shape[2]), jnp.float32)
+    return lax.scan(add, zero, (left, right))[0].reshape(shape)
+
+
+def combine(a: Factor, b: Factor, dims: Dims, recipe: Recipe) -> Any:
+    """Returns the product of two factors, float32, in `lax.dot_general`'s layout."""
+    if recipe.accumulate != "float32":
+        return _chunked(_open(a), _open(b), dims, Format(recipe.accumulate), recipe.chunk)
+    if a.format is None and b.format is None:
+        return _dot(a.values, b.values, dims)
+    if a.blocks or b.blocks or a.format is None or b.format is None:
+        full = [_open(f).astype(jnp.float32) for f in (a, b)]
+        return _dot(*full, dims)
+    (ca, cb), (ba, bb) = dims
+    fa, fb = _free(a.values.ndim, ca, ba), _free(b.values.ndim, cb, bb)
+    y = _multiply(a, b, dims)
+    # one after the other: the product of two small scales may underflow
+    if a.scales is not None:
+        y = y * _spread(a.scales, ba, fa, ca, 0, len(fb))
+    if b.scales is not None:
+        y = y * _spread(b.scales, bb, fb, cb, len(fa), 0)
+    return y
+
+
+def backward_dims(dims: Dims, a_ndim: int, b_ndim: int) -> tuple[Any, Any]:
+    """Returns (dims, permutation) of dgrad, dy by b, and of wgrad, a by dy."""
+    (ca, cb), (ba, bb) = dims
+    fa, fb = _free(a_ndim, ca, ba), _free(b_ndim, cb, bb)
+    n = len(ba)
+    batch = tuple(range(n))
+    dy_a = tuple(range(n, n + len(fa)))
+    dy_b = tuple(range(n + len(fa), n + len(fa) + len(fb)))
+    to_a = (*ba, *fa, *(ca[cb.index(c)] for c in sorted(cb)))
+    to_b = (*bb, *(cb[ca.index(c)] for c in sorted(ca)), *fb)
+    dgrad = (((dy_b, fb), (batch, bb)), _inverse(to_a))
+    wgrad = (((fa, dy_a), (ba, batch)), _inverse(to_b))
+    return dgrad, wgrad
+
+
+def _inverse(axes: Axes) -> Axes:
+    return tuple(axes.index(d) for d in range(len(axes)))
+
+
+def how_it_runs(recipe: Recipe, platform: str, terms: int = 1) -> dict[str, str]:
+    """Returns for each product of a recipe what multiplies it on a platform.
+
+    Args:
+      recipe: the recipe.
+      platform: `cpu`, `cuda` or `tpu`.
+      terms: how many products are summed.
+
+    Example:
+      >>> from mpjax.precision import get_recipe
+      >>> how_it_runs(get_recipe("fp8"), "cuda")["dgrad"], how_it_runs(get_recipe("int8"), "cpu")["fprop"]
+      ('native float8 product', 'native int8 product')
+    """
+    found = {}
+    for name in ("fprop", "dgrad", "wgrad"):
+        left, right = getattr(recipe, name)
+        pair = [None if o is None else Format(o.format) for o in (left, right)]
+        blocks = any(o is not None and Scaling.parse(o.scaling).blocks for o in (left, right))
+        unit = native_unit(*pair, blocks, terms) if recipe.accumulate == "float32" else ""
+        if left is None and right is None:
+            found[name] = "not quantised: compute dtype"
+        elif unit == "int8" or (unit == "float8" and platform == "cuda"):
+            found[name] = f"native {unit} product"
+        elif platform != "cpu" and not blocks and all(map(_fits_bfloat16, pair)):
+            found[name] = "emulated: bfloat16 product of exact values"
+        else:
+            found[name] = "emulated: float32 product of exact values"
+    return found
+
+
+def need_key(recipe: Recipe, key: Any, backward: bool, where: str) -> None:
+    """Checks that a recipe that draws random numbers has a key.
+
+    Raises:
+      ConfigError: it has none.
+    """
+    uses = recipe.backward_uses_key if backward else recipe.forward_uses_key
+    if uses and key is None:
+        raise ConfigError(
+            f"{where}: recipe {recipe.name!r} draws random numbers (stochastic rounding or"
+            " Hadamard signs) and has no key; pass key=jax.random.key(...), folded with the step"
+        )
