@@ -1,16 +1,14 @@
 """How a weight learns: loss scale, finite gate, low-precision weights and moments."""
 
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
-from mpjax.optim.loss_scale import (
-    DynamicLossScale,
-    LossScale,
-    NoOpLossScale,
-    StaticLossScale,
-    make_loss_scale,
-)
+from mpjax.optim.leaf_scale import LeafLossScale, scale_gradient
+from mpjax.optim.logmax import LogMaxLossScale
+from mpjax.optim.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
+from mpjax.optim.losses import MultiLossScale, scaled_value_and_grads
 from mpjax.optim.moments import cast_moments
 from mpjax.optim.named import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
-from mpjax.optim.value_and_grad import scaled_value_and_grad
+from mpjax.optim.scales import make_loss_scale
+from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
 from mpjax.optim.wrap import Optimizer, OptState, apply_updates, global_norm, wrap
 
 __all__ = [
@@ -20,7 +18,10 @@ __all__ = [
     "make_schedule",
     "DynamicLossScale",
     "GateState",
+    "LeafLossScale",
+    "LogMaxLossScale",
     "LossScale",
+    "MultiLossScale",
     "NoOpLossScale",
     "OptState",
     "Optimizer",
@@ -32,7 +33,10 @@ __all__ = [
     "global_norm",
     "leaf_path",
     "make_loss_scale",
+    "scale_gradient",
+    "scaled_grad",
     "scaled_value_and_grad",
+    "scaled_value_and_grads",
     "select",
     "wrap",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, TypeVar
 
@@ -13,12 +12,34 @@ from jaxtyping import Array, Bool
 from mpjax.precision import LossScaleSettings
 
 Tree = TypeVar("Tree")
+Kind = TypeVar("Kind", bound=type)
 
 
 def _to_float32(x: Any) -> Any:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
+def as_pytree(kind: Kind) -> Kind:
+    """Registers a loss scale: its state are the leaves, its settings belong to the structure."""
+
+    def with_keys(x: Any) -> tuple[Any, LossScaleSettings]:
+        keys = map(jax.tree_util.GetAttrKey, kind.names)
+        return tuple(zip(keys, x.state, strict=True)), x.settings
+
+    jax.tree_util.register_pytree_with_keys(
+        kind, with_keys, functools.partial(rebuild, kind), lambda x: (x.state, x.settings)
+    )
+    return kind
+
+
+def rebuild(kind: type, settings: LossScaleSettings, state: tuple[Any, ...]) -> Any:
+    """Returns a loss scale of this kind with this state."""
+    out: Any = object.__new__(kind)
+    out.settings, out.state = settings, tuple(state)
+    return out
+
+
+@as_pytree
 class LossScale:
     """The protocol `scale / unscale / adjust`, as in jmp; also the scale that does nothing.
 
@@ -30,6 +51,7 @@ class LossScale:
       'float32'
     """
 
+    names: tuple[str, ...] = ()  # of the state's arrays
     settings: LossScaleSettings
     state: tuple[Array, ...]
 
@@ -49,23 +71,35 @@ class LossScale:
         """Returns gradients / scale in float32; exact where the scale is a power of two."""
         return jax.tree.map(_to_float32, tree)
 
-    def adjust(self, finite: Bool[Array, ""]) -> LossScale:
-        """Returns the loss scale of the next step."""
-        del finite
+    def adjust(self, finite: Bool[Array, ""], grads: Any = None) -> LossScale:
+        """Returns the loss scale of the next step.
+
+        Args:
+          finite: whether all gradients of this step were.
+          grads: these gradients, unscaled; some kinds read them.
+        """
+        del finite, grads
         return self
 
-    def at_minimum(self) -> Any:
-        """Returns whether a non-finite step can no longer lower the scale."""
+    def at_minimum(self, grads: Any = None) -> Any:
+        """Returns whether a step with these gradients can no longer lower the scale."""
+        del grads
         return jnp.bool_(True)
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns scalars worth a curve: `loss_scale`, and what else this kind knows."""
+        return {"loss_scale": self.value}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings}, state={self.state})"
 
 
+@as_pytree
 class NoOpLossScale(LossScale):
     """No scale."""
 
 
+@as_pytree
 class StaticLossScale(LossScale):
     r"""A constant scale $s$: gradients of $s L$, divided by $s$.
 
@@ -79,6 +113,8 @@ class StaticLossScale(LossScale):
       >>> StaticLossScale(8.0).scale(jnp.float16(2.0)).item()
       16.0
     """
+
+    names = ("scale",)
 
     def __init__(self, scale: int | float) -> None:
         self.settings = LossScaleSettings("static", init=scale)
@@ -95,6 +131,31 @@ class StaticLossScale(LossScale):
         return jax.tree.map(lambda x: x.astype(jnp.float32) / self.value, tree)
 
 
+def step_dynamic(
+    settings: LossScaleSettings, state: tuple[Any, Any, Any], finite: Any
+) -> tuple[Any, Any, Any]:
+    """Returns the next (scale, good steps, hysteresis left), of one scale or of a vector of them.
+
+    Args:
+      settings: factors, interval, hysteresis and bounds.
+      state: of this step.
+      finite: bool, of the scale's shape.
+    """
+    s = settings
+    scale, good, left = state
+    good = jnp.where(finite, good + 1, 0)
+    grow = good == s.growth_interval  # never at a non-finite step: good is 0, interval >= 1
+    back_off = ~finite & (left == 1)
+    grown = jnp.minimum(scale * s.growth_factor, s.max_scale)
+    lowered = jnp.maximum(scale * s.backoff_factor, s.min_scale)
+    return (
+        jnp.where(grow, grown, jnp.where(back_off, lowered, scale)),
+        jnp.where(grow, 0, good),
+        jnp.where(grow, s.hysteresis, jnp.where(finite | back_off, left, left - 1)),
+    )
+
+
+@as_pytree
 class DynamicLossScale(StaticLossScale):
     r"""A scale that grows after a run of finite steps and backs off at a non-finite one.
 
@@ -127,6 +188,8 @@ class DynamicLossScale(StaticLossScale):
       Micikevicius et al. 2018, section 3.2; hysteresis as in DeepSpeed's DynamicLossScaler.
     """
 
+    names = ("scale", "good_steps", "hysteresis_left")
+
     def __init__(
         self,
         init: int | float = 2.0**16,
@@ -149,58 +212,11 @@ class DynamicLossScale(StaticLossScale):
         )
         self.state = (jnp.float32(init), jnp.int32(0), jnp.int32(hysteresis))
 
-    def adjust(self, finite: Bool[Array, ""]) -> DynamicLossScale:
-        scale, good, left = self.state
-        s = self.settings
-        good = jnp.where(finite, good + 1, 0)
-        grow = good == s.growth_interval  # never at a non-finite step: good is 0, interval >= 1
-        back_off = ~finite & (left == 1)
-        grown = jnp.minimum(scale * s.growth_factor, s.max_scale)
-        lowered = jnp.maximum(scale * s.backoff_factor, s.min_scale)
-        state = (
-            jnp.where(grow, grown, jnp.where(back_off, lowered, scale)),
-            jnp.where(grow, 0, good),
-            jnp.where(grow, s.hysteresis, jnp.where(finite | back_off, left, left - 1)),
-        )
-        return _rebuild(type(self), s, state)
+    def adjust(self, finite: Bool[Array, ""], grads: Any = None) -> DynamicLossScale:
+        del grads
+        state = step_dynamic(self.settings, self.state, finite)  # type: ignore[arg-type]
+        return rebuild(type(self), self.settings, state)
 
-    def at_minimum(self) -> Any:
+    def at_minimum(self, grads: Any = None) -> Any:
+        del grads
         return self.value <= self.settings.min_scale
-
-
-def _rebuild(kind: type, settings: LossScaleSettings, state: tuple[Any, ...]) -> Any:
-    out: Any = object.__new__(kind)
-    out.settings, out.state = settings, tuple(state)
-    return out
-
-
-_NAMES = ("scale", "good_steps", "hysteresis_left")
-
-
-def _flatten_with_keys(x: LossScale) -> tuple[Any, LossScaleSettings]:
-    keys = map(jax.tree_util.GetAttrKey, _NAMES)
-    return tuple(zip(keys, x.state, strict=False)), x.settings
-
-
-for _kind in (NoOpLossScale, StaticLossScale, DynamicLossScale):
-    jax.tree_util.register_pytree_with_keys(
-        _kind,
-        _flatten_with_keys,
-        functools.partial(_rebuild, _kind),
-        lambda x: (x.state, x.settings),
-    )
-
-
-def make_loss_scale(settings: LossScaleSettings) -> LossScale:
-    """Returns the loss scale that settings describe.
-
-    Example:
-      >>> make_loss_scale(LossScaleSettings.parse("static:128")).value.item()
-      128.0
-    """
-    if settings.kind == "none":
-        return NoOpLossScale()
-    if settings.kind == "static":
-        return StaticLossScale(settings.init)
-    fields = dataclasses.asdict(settings)
-    return DynamicLossScale(**{key: value for key, value in fields.items() if key != "kind"})

@@ -7,7 +7,47 @@ from typing import Any
 
 import jax
 
+from mpjax.errors import ConfigError
 from mpjax.optim.gate import all_finite
+from mpjax.optim.leaf_scale import LeafLossScale
+
+
+def scaled_grad(
+    loss_scale: Any, fn: Callable[..., tuple[Any, Any]], argnums: int | tuple[int, int] = 0
+) -> Callable[..., tuple[Any, Any]]:
+    """Returns the function that gives the scaled gradients of a loss.
+
+    Args:
+      loss_scale: of this step.
+      fn: `fn(params, *args) -> (loss, aux)`.
+      argnums: 0, or (0, 1) for the cotangent of a second argument too.
+
+    Returns:
+      `grad(params, *args) -> (gradients, aux)`; the gradients are to be unscaled.
+
+    Raises:
+      ConfigError: a second argument that is not empty under a `LeafLossScale` (at the call).
+    """
+    if not isinstance(loss_scale, LeafLossScale):
+
+        def scaled(*args: Any) -> tuple[Any, Any]:
+            loss, aux = fn(*args)
+            return loss_scale.scale(loss), aux
+
+        return jax.grad(scaled, argnums, has_aux=True)
+    if argnums == 0:
+        return loss_scale.grad(fn)
+
+    def grad(params: Any, seen: Any, *args: Any) -> tuple[Any, Any]:
+        if jax.tree.leaves(seen):
+            raise ConfigError(
+                "loss scale: leaf pulls gradients at several scales, and delayed scaling keeps"
+                " their amax at one; take loss_scale=dynamic or a recipe with current scaling"
+            )
+        grads, aux = loss_scale.grad(lambda params, *args: fn(params, seen, *args))(params, *args)
+        return (grads, seen), aux
+
+    return grad
 
 
 def scaled_value_and_grad(
@@ -39,12 +79,11 @@ def scaled_value_and_grad(
     """
 
     def fn(loss_scale: Any, params: Any, *args: Any) -> tuple[Any, Any, Any]:
-        def scaled(params: Any) -> tuple[Any, Any]:
+        def loss_and_out(params: Any) -> tuple[Any, Any]:
             out = loss_fn(params, *args)
-            loss = out[0] if has_aux else out
-            return loss_scale.scale(loss), out
+            return (out[0] if has_aux else out), out
 
-        grads, out = jax.grad(scaled, has_aux=True)(params)
+        grads, out = scaled_grad(loss_scale, loss_and_out)(params)
         grads = loss_scale.unscale(grads)
         loss = (out[0] if has_aux else out).astype("float32")
         return ((loss, out[1]) if has_aux else loss), grads, all_finite(grads)

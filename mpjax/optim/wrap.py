@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.optim import weights as weight
 from mpjax.optim.gate import GateState, bits, choose, finite_by_leaf, leaf_path, record, select
-from mpjax.optim.loss_scale import LossScale, make_loss_scale
+from mpjax.optim.loss_scale import LossScale
 from mpjax.optim.moments import cast_moments
+from mpjax.optim.scales import make_loss_scale
 from mpjax.precision import Precision
 
 
@@ -64,13 +65,13 @@ class Optimizer:
         return OptState(
             inner=self.inner.init(weight.view(params, weights)),
             weights=weights,
-            loss_scale=make_loss_scale(self.precision.loss_scale),
+            loss_scale=make_loss_scale(self.precision.loss_scale, params),
             gate=GateState.zero(),
         )
 
     def _advance(self, scaled: Any, state: OptState, params: Any) -> tuple[Any, Any, OptState, Any]:
         metrics = {}
-        grads = state.loss_scale.unscale(scaled)
+        grads = unscaled = state.loss_scale.unscale(scaled)
         finite_leaves = finite_by_leaf(grads) if self.gate else None
         if self.clip is not None:
             norm = global_norm(grads)
@@ -90,8 +91,8 @@ class Optimizer:
             # -0.0 is the update that leaves every weight's bits alone, -0.0 included.
             nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
             new = select(finite, new, (params, nothing, state.inner, state.weights))
-            gate = record(state.gate, finite_leaves, state.loss_scale.at_minimum())
-            state = state._replace(gate=gate, loss_scale=state.loss_scale.adjust(finite))
+            gate = record(state.gate, finite_leaves, state.loss_scale.at_minimum(unscaled))
+            state = state._replace(gate=gate, loss_scale=state.loss_scale.adjust(finite, unscaled))
             metrics["finite"] = finite
         new_params, updates, inner, weights = new
         state = state._replace(inner=inner, weights=weights)
@@ -200,10 +201,10 @@ def wrap(
         raise ConfigError(f"clip: {clip} is not positive; leave it out to train without clipping")
     if patience < 1:
         raise ConfigError(f"patience: {patience} is not positive; give at least 1")
-    if not gate and precision.loss_scale.kind == "dynamic":
+    if not gate and precision.loss_scale.kind not in ("none", "static"):
         raise ConfigError(
-            "gate: a dynamic loss scale needs the finite gate; leave gate on or set"
-            " loss_scale=static:SCALE"
+            f"gate: a {precision.loss_scale.kind} loss scale needs the finite gate; leave gate on"
+            " or set loss_scale=static:SCALE"
         )
     return Optimizer(cast_moments(optimizer, precision.moments), precision, clip, gate, patience)
 

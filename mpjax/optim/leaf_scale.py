@@ -1,0 +1,265 @@
+"""One dynamic loss scale a group of weights, and the marker that rescales cotangents on their way.
+
+Two ways to give a group's gradients their own scale, for any function:
+
+1. `LeafLossScale.grad` pulls the loss back once a group, each time from the group's own scale.
+   Nothing in the model changes. The whole way from the loss to a group's weights runs at that
+   group's scale, so an underflow on the way is cured as well; what must fit in the format at one
+   scale is one group's way, no longer all groups' ways together. Each group costs a backward pass
+   (XLA drops what a pass does not need: the layers before the group's first).
+2. `scale_gradient` markers around a segment of the model: one backward pass. A cotangent that
+   has underflowed before it reaches the segment is lost: no factor restores a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from mpjax.errors import ConfigError
+from mpjax.optim.loss_scale import LossScale, as_pytree, rebuild, step_dynamic
+from mpjax.precision import LossScaleSettings, matches
+
+Tree = TypeVar("Tree")
+
+
+def _mark(x: Any, scale: Any) -> Any:
+    del scale
+    return x
+
+
+def _mark_fwd(x: Any, scale: Any) -> Any:
+    return x, scale
+
+
+def _mark_bwd(scale: Any, ct: Any) -> Any:
+    # The product is float32: the factor may lie outside the cotangent's format, its result not.
+    scaled = (ct.astype(jnp.float32) * scale).astype(ct.dtype)
+    return scaled, jnp.zeros_like(scale)
+
+
+_marked = jax.custom_vjp(_mark)
+_marked.defvjp(_mark_fwd, _mark_bwd)
+
+
+def scale_gradient(x: Tree, scale: Any) -> Tree:
+    r"""Returns x; its cotangent is multiplied by the scale.
+
+    Around a segment $y = f(x, W)$, `scale_gradient(f(scale_gradient(x, 1 / s), W), s)` leaves
+    $\partial L / \partial x$ as it is, while all cotangents inside, and $\partial L / \partial W$,
+    are $s$ times as large. Between two segments write one marker with the quotient of their
+    scales: two in a row would round in between.
+
+    Args:
+      x: a tree of floating-point arrays.
+      scale: a number or float32 scalar, which gets no gradient of its own.
+
+    Returns:
+      x.
+
+    Example:
+      >>> jax.grad(lambda w: jnp.sum(scale_gradient(w, 8.0)))(jnp.ones(2)).tolist()
+      [8.0, 8.0]
+
+    References:
+      Zhao et al. 2019, Adaptive Loss Scaling for Mixed Precision Training (a scale for each
+      layer, multiplied in between the layers).
+    """
+    factor = jnp.asarray(scale, jnp.float32)
+    return jax.tree.map(lambda leaf: _marked(leaf, factor), x)
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """Returns the path of each leaf, joined by `/`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    # A tree that is one array has an empty path, which is no pattern.
+    return [jax.tree_util.keystr(p, simple=True, separator="/") or "params" for p, _ in leaves]
+
+
+@as_pytree
+class LeafLossScale(LossScale):
+    r"""A dynamic scale $s_k$ for each group $k$ of weights.
+
+    $$g_k = \frac{1}{s_k} \left(\nabla_{W_k} (s_k L)\right)$$ Each $s_k$ grows and backs off as
+    `DynamicLossScale` does, by the finiteness of its own group; the step is skipped if any group
+    is not finite. A step that is not finite for another reason backs off all of them.
+
+    Args:
+      groups: patterns of weight paths, as in rules; a leaf belongs to the first that matches.
+      init: first scale of every group.
+      growth_factor: as in `DynamicLossScale`, and so are the following.
+      backoff_factor: at a non-finite step of the group.
+      growth_interval: finite steps of the group between growths.
+      hysteresis: non-finite steps until the first backoff.
+      min_scale: lower bound.
+      max_scale: upper bound.
+
+    Raises:
+      ConfigError: no group, a value outside its range, a leaf without a group or a group without
+        a leaf (at the first use).
+
+    Example:
+      >>> scale = LeafLossScale(["a", "**"], init=8.0)
+      >>> fn = lambda p: (jnp.sum(p["a"]) + jnp.sum(p["b"]), None)
+      >>> grads, _ = scale.grad(fn)({"a": jnp.ones(1), "b": jnp.ones(1)})
+      >>> grads["a"].item(), scale.unscale(grads)["a"].item()
+      (8.0, 1.0)
+
+    References:
+      Zhao et al. 2019, Adaptive Loss Scaling for Mixed Precision Training.
+    """
+
+    names = ("scale", "good_steps", "hysteresis_left")
+
+    def __init__(
+        self,
+        groups: Sequence[str],
+        init: int | float = 2.0**16,
+        growth_factor: int | float = 2.0,
+        backoff_factor: int | float = 0.5,
+        growth_interval: int = 2000,
+        hysteresis: int = 1,
+        min_scale: int | float = 1.0,
+        max_scale: int | float = 2.0**24,
+    ) -> None:
+        self.settings = LossScaleSettings(
+            "leaf",
+            init,
+            growth_factor,
+            backoff_factor,
+            growth_interval,
+            hysteresis,
+            min_scale,
+            max_scale,
+            groups=tuple(groups),
+        )
+        count = len(self.settings.groups)
+        if not count:
+            raise ConfigError(
+                "loss scale: leaf has no groups; give patterns such as ['**/embed', '**'], or"
+                " make_loss_scale(settings, params) for one a leaf"
+            )
+        self.state = (
+            jnp.full(count, self.settings.init, jnp.float32),
+            jnp.zeros(count, jnp.int32),
+            jnp.full(count, hysteresis, jnp.int32),
+        )
+
+    @property
+    def value(self) -> Any:
+        """The smallest of the scales, float32."""
+        return jnp.min(self.state[0])
+
+    def at(self, group: str) -> Any:
+        """Returns the scale of one group, by its pattern.
+
+        Raises:
+          ConfigError: there is no such group.
+        """
+        groups = self.settings.groups
+        if group not in groups:
+            raise ConfigError(f"loss scale: no group {group!r}; there are {' '.join(groups)}")
+        return self.state[0][groups.index(group)]
+
+    def group_of(self, tree: Any) -> list[int]:
+        """Returns the index of the group of each leaf.
+
+        Raises:
+          ConfigError: a leaf without a group, or a group without a leaf.
+        """
+        groups, found = self.settings.groups, []
+        for path in leaf_paths(tree):
+            mine = [i for i, group in enumerate(groups) if matches(group, path)]
+            if not mine:
+                raise ConfigError(
+                    f"{path}: no group of the loss scale covers this weight; there are"
+                    f" {' '.join(groups)}; add '**' as the last"
+                )
+            found.append(mine[0])
+        for i, group in enumerate(groups):
+            if i not in found:
+                raise ConfigError(
+                    f"loss scale: the group {group!r} has no weight (the first pattern that matches"
+                    f" takes it); weights are {' '.join(leaf_paths(tree)[:8])} ...; drop or move it"
+                )
+        return found
+
+    def grad(self, fn: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+        """Returns the function that gives the scaled gradients: one backward pass a group.
+
+        Args:
+          fn: `fn(params, *args) -> (loss, aux)`.
+
+        Returns:
+          `grad(params, *args) -> (scaled gradients, aux)`, to be unscaled by `unscale`.
+        """
+
+        def grad(params: Any, *args: Any) -> tuple[Any, Any]:
+            def in_float32(params: Any) -> tuple[Any, Any]:
+                loss, aux = fn(params, *args)
+                return loss.astype(jnp.float32), aux
+
+            _, pull, aux = jax.vjp(in_float32, params, has_aux=True)
+            scales = self.state[0]
+            count = len(self.settings.groups)
+            pulled = [jax.tree.leaves(pull(scales[i])[0]) for i in range(count)]
+            own = [pulled[group][leaf] for leaf, group in enumerate(self.group_of(params))]
+            return jax.tree.unflatten(jax.tree.structure(params), own), aux
+
+        return grad
+
+    def scale(self, tree: Tree) -> Tree:
+        """Raises ConfigError: one scaled loss cannot hold the scales of several groups."""
+        raise ConfigError(
+            "loss scale: leaf scales each group's gradients, not the loss; take"
+            " scaled_value_and_grad(loss_fn), or scale.grad(fn) in place of jax.grad"
+        )
+
+    def unscale(self, tree: Tree) -> Tree:
+        """Returns each leaf / its group's scale in float32."""
+        leaves, structure = jax.tree.flatten(tree)
+        scales = self.state[0]
+        return jax.tree.unflatten(
+            structure,
+            [
+                leaf.astype(jnp.float32) / scales[group]
+                for leaf, group in zip(leaves, self.group_of(tree), strict=True)
+            ],
+        )
+
+    def finite_groups(self, grads: Any) -> Bool[Array, " K"]:
+        """Returns for each group whether all its gradients are finite."""
+        leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(grads)]
+        owner = self.group_of(grads)
+        return jnp.stack(
+            [
+                jnp.all(jnp.stack([ok for ok, o in zip(leaves, owner, strict=True) if o == group]))
+                for group in range(len(self.settings.groups))
+            ]
+        )
+
+    def adjust(self, finite: Bool[Array, ""], grads: Any = None) -> LeafLossScale:
+        if grads is None:
+            raise ConfigError(
+                "loss scale: leaf reads the gradients; write scale.adjust(finite, grads) with the"
+                " unscaled ones"
+            )
+        own = self.finite_groups(grads)
+        own = jnp.where(jnp.all(own), finite, own)  # not finite for another reason: all back off
+        state = step_dynamic(self.settings, self.state, own)  # type: ignore[arg-type]
+        return rebuild(type(self), self.settings, state)
+
+    def at_minimum(self, grads: Any = None) -> Any:
+        low = self.state[0] <= self.settings.min_scale
+        if grads is None:
+            return jnp.all(low)
+        own = self.finite_groups(grads)
+        return jnp.where(jnp.all(own), jnp.all(low), jnp.any(low & ~own))
+
+    def metrics(self) -> dict[str, Any]:
+        each = zip(self.settings.groups, self.state[0], strict=True)
+        return {"loss_scale": self.value} | {f"loss_scale/{name}": s for name, s in each}

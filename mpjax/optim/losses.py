@@ -1,0 +1,146 @@
+"""Several losses that share parameters, each with its own scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from mpjax.errors import ConfigError
+from mpjax.optim.gate import all_finite
+from mpjax.optim.loss_scale import LossScale
+
+
+class MultiLossScale:
+    """One loss scale a loss, for `scaled_value_and_grads`.
+
+    Args:
+      scales: static, dynamic or no-op loss scales in the order of the losses; each is copied, so
+        that `[DynamicLossScale()] * 3` are three.
+
+    Raises:
+      ConfigError: no scale, or one that needs more of a step than whether it was finite.
+
+    Example:
+      >>> from mpjax.optim import DynamicLossScale
+      >>> scale = MultiLossScale([DynamicLossScale(1024.0)] * 2)
+      >>> scale.adjust(jnp.array([True, False])).value.tolist()
+      [1024.0, 512.0]
+
+    References:
+      NVIDIA Apex, amp.initialize(num_losses=...) and amp.scale_loss(loss_id=...).
+    """
+
+    scales: tuple[LossScale, ...]
+
+    def __init__(self, scales: Sequence[LossScale]) -> None:
+        if not scales:
+            raise ConfigError("loss scale: no scale for any loss; give a sequence of loss scales")
+        for scale in scales:
+            kind = scale.settings.kind
+            if kind not in ("none", "static", "dynamic"):
+                raise ConfigError(
+                    f"loss scale: {kind} reads the gradients of one loss and several are summed;"
+                    " take DynamicLossScale or StaticLossScale for each loss"
+                )
+        self.scales = tuple(jax.tree.map(jnp.copy, scale) for scale in scales)
+
+    @property
+    def settings(self) -> Any:
+        """Raises ConfigError: a Precision holds the scale of one loss."""
+        raise ConfigError(
+            "loss scale: a Precision trains one loss; give it loss_scale=none and take"
+            " MultiLossScale with scaled_value_and_grads"
+        )
+
+    @property
+    def value(self) -> Any:
+        """The scales, float32, one a loss."""
+        return jnp.stack([scale.value for scale in self.scales])
+
+    def adjust(self, finite: Bool[Array, " losses"]) -> MultiLossScale:
+        """Returns the scales of the next step, each by the finiteness of its own loss."""
+        each = zip(self.scales, finite, strict=True)
+        return _of(tuple(scale.adjust(ok) for scale, ok in each))
+
+    def __repr__(self) -> str:
+        return f"MultiLossScale({list(self.scales)})"
+
+
+def _of(scales: tuple[Any, ...]) -> MultiLossScale:
+    out = object.__new__(MultiLossScale)
+    out.scales = tuple(scales)
+    return out
+
+
+jax.tree_util.register_pytree_with_keys(
+    MultiLossScale,
+    lambda x: ([(jax.tree_util.SequenceKey(i), s) for i, s in enumerate(x.scales)], None),
+    lambda _, scales: _of(scales),
+    lambda x: (x.scales, None),
+)
+
+
+def scaled_value_and_grads(
+    loss_fn: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any, Any]]:
+    r"""Transforms a function with several losses into their sum's unscaled gradients.
+
+    $$g = \sum_i \frac{1}{s_i} \nabla_\theta\,(s_i L_i(\theta))$$ Each loss has a backward pass of
+    its own, so that none meets another's scale or another's NaN; the sum is in float32. The
+    function is called once a loss; XLA merges the equal forward passes outside of loops.
+
+    Args:
+      loss_fn: `loss_fn(params, *args) -> losses` or `(losses, aux)`; a tuple of scalar losses.
+      has_aux: whether it returns `(losses, aux)`.
+
+    Returns:
+      `fn(scale, params, *args) -> (value, grads, finite)` with a `MultiLossScale` of as many
+      scales; value is the tuple of float32 losses, or `(losses, aux)`; grads are float32 with the
+      structure of params; finite is a bool for each loss: skip the step unless all are true, then
+      `scale.adjust(finite)`.
+
+    Raises:
+      ConfigError: as many scales as losses are needed (at the call).
+
+    Example:
+      >>> from mpjax.optim import StaticLossScale
+      >>> fn = scaled_value_and_grads(lambda w: (jnp.sum(w), jnp.sum(w * w)))
+      >>> scale = MultiLossScale([StaticLossScale(8.0), StaticLossScale(64.0)])
+      >>> losses, grads, finite = fn(scale, jnp.ones(2, jnp.float16))
+      >>> grads.tolist(), finite.tolist()
+      ([3.0, 3.0], [True, True])
+
+    References:
+      Micikevicius et al. 2018, Mixed Precision Training, section 3.2; NVIDIA Apex, num_losses.
+    """
+
+    def fn(scale: MultiLossScale, params: Any, *args: Any) -> tuple[Any, Any, Any]:
+        def of(index: int) -> Callable[[Any], tuple[Any, Any]]:
+            def scaled(params: Any) -> tuple[Any, Any]:
+                out = loss_fn(params, *args)
+                losses = out[0] if has_aux else out
+                if not isinstance(losses, tuple | list) or len(losses) != len(scale.scales):
+                    count = len(losses) if isinstance(losses, tuple | list) else "no tuple of"
+                    raise ConfigError(
+                        f"losses: the function returns {count} losses and there are"
+                        f" {len(scale.scales)} scales; return a tuple with one loss a scale"
+                    )
+                return scale.scales[index].scale(losses[index]), out
+
+            return scaled
+
+        total: Any = None
+        finite = []
+        for index, one in enumerate(scale.scales):
+            grads, out = jax.grad(of(index), has_aux=True)(params)
+            grads = one.unscale(grads)
+            finite.append(all_finite(grads))
+            total = grads if index == 0 else jax.tree.map(lambda t, g: t + g, total, grads)
+        losses = tuple(loss.astype(jnp.float32) for loss in (out[0] if has_aux else out))
+        return ((losses, out[1]) if has_aux else losses), total, jnp.stack(finite)
+
+    return fn
