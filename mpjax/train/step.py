@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import begin_step, end_step, seen_of, with_seen
-from mpjax.optim import Optimizer, OptState, select, weight_view, wrap
+from mpjax.optim import Optimizer, OptState, scaled_grad, select, weight_view, wrap
 from mpjax.train.preflight import require_room
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
 
@@ -57,13 +57,13 @@ def _gradients(
 
     begun = begin_step(state.model_state, scale.value)
 
-    def scaled(params: Any, seen: Any, micro: Any, model_state: Any, key: Any) -> tuple[Any, Any]:
+    def loss_of(params: Any, seen: Any, micro: Any, model_state: Any, key: Any) -> tuple[Any, Any]:
         model_state = with_seen(model_state, seen)
         loss, model_state = loss_fn(params, micro, state=model_state, key=key, train=True)
-        return scale.scale(loss), (loss, model_state)
+        return loss, (loss, model_state)
 
     # The amax of gradients leaves as the cotangent of `seen`; an empty list costs nothing.
-    grad = jax.grad(scaled, argnums=(0, 1), has_aux=True)
+    grad = scaled_grad(scale, loss_of, argnums=(0, 1))
     if accumulate == 1:
         (grads, amax), (loss, model_state) = grad(weights, seen_of(begun), batch, begun, key)
         return grads, loss, end_step(model_state, state.model_state, amax, scale.value)
@@ -190,7 +190,7 @@ def make_train_step(
             model_state = select(metrics["finite"], model_state, state.model_state)
         metrics = {
             "loss": loss.astype(jnp.float32),
-            "loss_scale": state.opt_state.loss_scale.value,
+            **state.opt_state.loss_scale.metrics(),
             "skipped": opt_state.gate.skipped,
             "stuck": opt_state.gate.stuck,
             **{key: value for key, value in metrics.items() if key != "finite"},
