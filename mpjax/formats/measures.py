@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpjax.formats.quantize import Quantized, per_tile
+
+
+def _nonzero(x: Any) -> Any:
+    """Whether numbers are not zero; on bits, for compiled comparisons flush subnormals."""
+    return (jax.lax.bitcast_convert_type(x, jnp.uint32) << jnp.uint32(1)) != 0
 
 
 def _array(q: Any) -> Any:
@@ -24,14 +30,15 @@ def sqnr(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
       q: what it became: a Quantized or an array.
 
     Example:
-      >>> sqnr(jnp.array([1.0, 1.0]), jnp.array([1.0, 0.9])).round(2).item()
-      23.01
+      >>> f"{sqnr(jnp.array([1.0, 1.0]), jnp.array([1.0, 0.9])):.2f} dB"
+      '23.01 dB'
     """
     wide = x.astype(jnp.float32)
     # as an amplitude first: squares of small gradients would flush to zero
     size = jnp.maximum(jnp.max(jnp.abs(wide)), jnp.float32(2.0**-126))
     noise = jnp.sum(jnp.square((wide - _array(q)) / size))
-    return 10 * jnp.log10(jnp.sum(jnp.square(wide / size)) / noise)
+    ratio = 10 * jnp.log10(jnp.sum(jnp.square(wide / size)) / noise)
+    return jnp.where(noise == 0, jnp.float32(jnp.inf), ratio)
 
 
 def max_error(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
@@ -51,7 +58,8 @@ def underflow_rate(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
       >>> underflow_rate(jnp.array([0.0, 1e-3, 1.0, 2.0]), jnp.array([0.0, 0.0, 1.0, 2.0])).item()
       0.25
     """
-    return jnp.mean(((x != 0) & (_array(q) == 0)).astype(jnp.float32))
+    lost = _nonzero(x.astype(jnp.float32)) & ~_nonzero(_array(q))
+    return jnp.mean(lost.astype(jnp.float32))
 
 
 def saturation_rate(x: Float[Array, "*shape"], q: Quantized) -> Float[Array, ""]:
@@ -65,5 +73,7 @@ def saturation_rate(x: Float[Array, "*shape"], q: Quantized) -> Float[Array, ""]
     """
     scales = q.scales if q.tensor_scale is None else q.scales * q.tensor_scale
     over = per_tile(x.astype(jnp.float32), scales, q.tile, lambda x, s: x / s)
-    beyond = (over > q.format.max) | (over < q.format.min)
+    largest = float(jnp.finfo(jnp.float32).max)
+    low, high = max(q.format.min, -largest), min(q.format.max, largest)
+    beyond = (over > high) | (over < low)
     return jnp.mean(beyond.astype(jnp.float32))

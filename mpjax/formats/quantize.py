@@ -71,7 +71,7 @@ def scaled_values(
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scales", "tensor_scale"),
-    meta_fields=("format", "tile", "dtype"),
+    meta_fields=("format", "tile", "dtype", "scale_bits"),
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
@@ -84,6 +84,7 @@ class Quantized:
       format: of the values.
       tile: size of a tile along each axis.
       dtype: of the array that was quantised.
+      scale_bits: bits that a scale takes in its own format, 0 where all are 1.
     """
 
     values: Any
@@ -92,6 +93,7 @@ class Quantized:
     format: Format
     tile: tuple[int, ...]
     dtype: Any
+    scale_bits: int = 32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,9 +112,7 @@ class Quantized:
     @property
     def nbytes(self) -> float:
         """Bytes that values and scales take when each is stored in its format's bits."""
-        bits = self.values.size * self.format.bits + 8 * sum(
-            s.size * (1 if self.tensor_scale is not None else 4) for s in (self.scales,)
-        )
+        bits = self.values.size * self.format.bits + self.scales.size * self.scale_bits
         return bits / 8 + (0 if self.tensor_scale is None else 4)
 
 
@@ -128,8 +128,10 @@ def quantize(
 ) -> Quantized:
     r"""Quantises an array: values $q = \mathrm{round}(x / s)$ and scales $s \approx amax / max$.
 
-    The last block of an axis may be shorter. A group of zeros has scale 1; a group that holds inf
-    or NaN becomes NaN.
+    The last block of an axis may be shorter. A group of zeros has scale 1 (with nv its block has
+    e4m3's smallest); a group that holds inf or NaN becomes NaN, and with nv the whole array.
+    Without scaling, inf saturates and NaN stays alone, or where the format has no NaN makes the
+    whole array NaN. No gradient passes; see `fake_quantize`.
 
     Args:
       x: float32, bfloat16 or float16.
@@ -143,7 +145,8 @@ def quantize(
         rule); by default `up` for mx, else `none`.
 
     Raises:
-      ConfigError: names that are unknown or do not fit each other, or no key.
+      ConfigError: names that are unknown or do not fit each other, no key, or an array that has
+        no such axis or no elements.
 
     Example:
       >>> q = quantize(jnp.array([[1.0, 2.0, 896.0]]), "e4m3")
@@ -155,7 +158,7 @@ def quantize(
     """
     format = Format(format) if isinstance(format, str) else format
     scaling = Scaling.parse(scaling)
-    x = jnp.asarray(x)
+    x = jax.lax.stop_gradient(jnp.asarray(x))
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ConfigError(
             f"quantize: x is {x.dtype.name}; float32, bfloat16 and float16 can be quantised"
@@ -163,21 +166,31 @@ def quantize(
     scale_rounding = scaling.default_rounding if scale_rounding is None else scale_rounding
     check_scaling(format, scaling, scale_rounding, "quantize")
     check_rounding(rounding, key, "quantize")
-    axes = tuple(sorted(_axis(a, x.ndim) for a in (axis if isinstance(axis, tuple) else (axis,))))
-    tile = scaling.tiles(x.shape, axes)
+    if x.size == 0:
+        raise ConfigError(f"quantize: x of shape {x.shape} has no elements; leave it out")
+    tile = x.shape
+    if scaling.kind not in ("none", "tensor"):
+        given = axis if isinstance(axis, tuple) else (axis,)
+        tile = scaling.tiles(x.shape, tuple(_axis(a, x.ndim) for a in given))
     scales, whole = find_scales(x, format, scaling, tile, scale_rounding)
     both = scales if whole is None else scales * whole
     values = scaled_values(x, both, format, tile, rounding, key)
     holder = format.dtype
-    if holder is None:
+    if holder is None or holder.itemsize > 4:  # float64 takes what float32 holds
         holder = x.dtype if scaling.kind == "none" else jnp.dtype(jnp.float32)
-    return Quantized(values.astype(holder), scales, whole, format, tile, x.dtype)
+    elif scaling.kind == "none" and format.specials == "none":
+        scales = jnp.where(jnp.any(jnp.isnan(x)), jnp.float32(jnp.nan), scales)
+    return Quantized(
+        values.astype(holder), scales, whole, format, tile, x.dtype, scaling.scale_bits
+    )
 
 
 def _axis(axis: int, ndim: int) -> int:
-    if not -ndim <= axis < max(ndim, 1):
-        raise ConfigError(f"quantize: axis {axis} of an array of {ndim} axes; give {-ndim} .. -1")
-    return axis % max(ndim, 1)
+    if not -ndim <= axis < ndim:
+        raise ConfigError(
+            f"quantize: axis {axis} of an array of {ndim} axes; give one of {-ndim} .. {ndim - 1}"
+        )
+    return axis % ndim
 
 
 def fake_quantize(

@@ -7,6 +7,7 @@ cast back at once; integer operations on the float32 pattern suffer neither.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -19,18 +20,24 @@ from mpjax.formats.table import Format
 
 ROUNDINGS = ("nearest", "stochastic", "floor")
 _INF = 0x7F800000
+_NAN = 0x7FC00000
 
 
 def _u(value: int) -> Any:
     return jnp.uint32(value)
 
 
-def _pattern(value: float) -> int:
-    """The float32 pattern of the largest number of at most this size."""
-    rounded = np.float32(min(value, float(np.finfo(np.float32).max)))
-    if float(rounded) > value:
-        rounded = np.nextafter(rounded, np.float32(0))
-    return int(rounded.view(np.uint32))
+def _top(limit: float, format: Format, dtype: Any) -> int:
+    """The float32 pattern of the largest number within a limit that format and dtype both hold."""
+    info = jnp.finfo(dtype)
+    limit = min(limit, float(info.max))
+    exponent = math.floor(math.log2(limit))
+    step = 2.0 ** (exponent - info.nmant)
+    if format.kind == "fixed":
+        step = max(step, format.epsilon)
+    else:
+        step = max(step, 2.0 ** (exponent - format.mantissa_bits))
+    return int(np.float32(math.floor(limit / step) * step).view(np.uint32))
 
 
 def _quantum(format: Format, e: Any, sig: Any, lsb: Any) -> Any:
@@ -54,8 +61,10 @@ def _random_up(sig: Any, low: Any, shift: Any, bits: Any) -> Any:
     return drawn < (dropped >> (jnp.maximum(s, _u(32)) - _u(32)))
 
 
-def _round_pattern(u: Any, format: Format, rounding: str, bits: Any, saturate: bool) -> Any:
-    """The float32 pattern of a float32 pattern rounded to a format."""
+def _round_pattern(
+    u: Any, format: Format, rounding: str, bits: Any, saturate: bool, dtype: Any
+) -> Any:
+    """The float32 pattern of a float32 pattern rounded to a format, for a result in dtype."""
     sign, m = u & _u(0x80000000), u & _u(0x7FFFFFFF)
     e = m >> _u(23)
     # magnitude = sig * 2^lsb
@@ -79,38 +88,39 @@ def _round_pattern(u: Any, format: Format, rounding: str, bits: Any, saturate: b
     step = (jnp.maximum(quantum + 127, 0).astype(jnp.uint32)) << _u(23)  # kept is 1 there
     out = jnp.where(kept == 0, _u(0), jnp.where(s == 25, step, normal))
 
-    top: Any = _u(_pattern(format.max))
-    if format.kind == "fixed":
-        top = jnp.where(sign != 0, _u(_pattern(-format.min)), top)
-    beyond = {"ieee": _u(_INF), "nan": _u(_INF + 1), "fnuz": _u(_INF + 1), "none": top}
-    out = jnp.where(out > top, top if saturate else beyond[format.specials], out)
+    if saturate or format.specials == "none":
+        edge: Any = _u(_top(format.max, format, dtype))
+        if format.kind == "fixed":
+            edge = jnp.where(sign != 0, _u(_top(-format.min, format, dtype)), edge)
+        out = jnp.minimum(out, edge)
+    else:
+        edge = _u(_top(format.max, format, jnp.float32))
+        out = jnp.where(out > edge, _u(_INF if format.specials == "ieee" else _NAN), out)
     out = jnp.where(m > _u(_INF), m, out)  # NaN stays, whatever the format
     if format.kind == "fixed" or format.specials == "fnuz":
         sign = jnp.where(out == 0, _u(0), sign)  # there is no -0
     return out | sign
 
 
-def _power_pattern(u: Any, rounded: Any, rounding: str) -> Any:
+def _power_pattern(u: Any, rounded: Any, rounding: str, bits: Any) -> Any:
     """Rounding to e8m0 where the general way ends: below 2^-126, and at what is not positive."""
-    smallest = _u(0x00400000)  # 2^-127, a float32 subnormal
-    limit = {"nearest": 0x00600000, "floor": 0x00800000}.get(rounding, 0x00600000)
-    low = jnp.where(u < _u(limit), smallest, _u(0x00800000))
-    out = jnp.where(u < _u(0x00800000), low, rounded)
-    return jnp.where((u == 0) | (u >= _u(0x80000000)), _u(_INF + 1), out)
+    smallest, next_one = _u(0x00400000), _u(0x00800000)  # 2^-127, a float32 subnormal, and 2^-126
+    if rounding == "stochastic":
+        limit = smallest + (bits >> _u(10)) + _u(1)
+    else:
+        # as XLA and ml_dtypes: nearest takes all between these two up
+        limit = smallest + _u(1) if rounding == "nearest" else next_one
+    low = jnp.where(u < limit, smallest, next_one)
+    out = jnp.where(u < next_one, low, rounded)
+    return jnp.where((u == 0) | (u >= _u(0x80000000)), _u(_NAN), out)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 def _round(x: Any, bits: Any, format: Format, rounding: str, saturate: bool) -> Any:
     u = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    out = _round_pattern(u, format, rounding, bits, saturate)
+    out = _round_pattern(u, format, rounding, bits, saturate, x.dtype)
     if format.kind == "power":
-        out = _power_pattern(u, out, rounding)
-    if x.dtype != jnp.float32 and format.max > float(jnp.finfo(x.dtype).max):
-        # x's dtype cannot hold the format's largest numbers; rounding x never makes one of them
-        # but by saturating, and saturating lands on what x's dtype holds.
-        top = _u(_pattern(float(jnp.finfo(x.dtype).max)))
-        m = out & _u(0x7FFFFFFF)
-        out = jnp.where((m > top) & (m < _u(_INF)), top | (out & _u(0x80000000)), out)
+        out = _power_pattern(u, out, rounding, bits)
     y = jax.lax.bitcast_convert_type(out, jnp.float32)
     return y.astype(x.dtype)
 
@@ -122,7 +132,7 @@ def _round_jvp(format: Any, rounding: Any, saturate: Any, primals: Any, tangents
 
 
 def check_rounding(rounding: str, key: Any, where: str = "rounding") -> None:
-    """Checks a rounding's name and that it has a key if, and only if, it draws random bits.
+    """Checks a rounding's name and that it has a key where it draws random bits.
 
     Raises:
       ConfigError: unknown rounding, or stochastic without a key.
@@ -147,7 +157,8 @@ def round_to(
 ) -> Float[Array, "*shape"]:
     r"""Rounds to the numbers of a format; the result keeps the dtype of x.
 
-    Nearest rounds ties to even (`e8m0`: up, as XLA does); floor rounds towards $-\infty$;
+    Nearest rounds ties to even (`e8m0`: up, and so all below its second number $2^{-126}$, as XLA
+    and ml_dtypes do; zero and negative numbers become NaN there); floor rounds towards $-\infty$;
     stochastic rounds $x$ between neighbours $a < x < b$ to $b$ with probability
     $(x - a) / (b - a)$, so that its mean is $x$.
 

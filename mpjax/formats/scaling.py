@@ -7,12 +7,12 @@ amax / max: the largest magnitude of the group goes to the format's largest numb
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpjax.errors import ConfigError
 from mpjax.formats.rounding import round_to
@@ -71,6 +71,11 @@ class Scaling:
     def blocks(self) -> bool:
         """Whether the scale changes along the contracted axis."""
         return self.columns > 0
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of a scale: of float32, of e8m0 (mx), of e4m3 (nv); 0 without scales."""
+        return {"none": 0, "mx": 8, "nv": 8}.get(self.kind, 32)
 
     @property
     def default_rounding(self) -> str:
@@ -132,21 +137,26 @@ def check_scaling(format: Format, scaling: Scaling, scale_rounding: str, where: 
         raise ConfigError(f"{where}{scaling} rounds its scales to e4m3; leave scale_rounding out")
 
 
-def power_of_two(scale: Any, up: bool) -> Any:
-    """Returns positive normal float32 scales rounded up or down to powers of two, on bits."""
-    u = jax.lax.bitcast_convert_type(scale, jnp.uint32)
-    if up:
-        u = u + jnp.uint32(0x7FFFFF)
-    out = jnp.minimum(u & jnp.uint32(0x7F800000), jnp.uint32(0x7F000000))  # 2^127 at most
-    finite = jax.lax.bitcast_convert_type(out, jnp.float32)
-    return jnp.where(jnp.isfinite(scale), finite, scale)
+def _power_of_two(amax: Any, limit: np.float32, up: bool) -> Any:
+    """Returns powers of two for finite amax: 2^ceil(log2(amax / limit)), or floors of both logs.
+
+    On bits: under `jit` amax / limit is amax times a rounded 1 / limit, and may end just above a
+    power of two that it equals.
+    """
+    u = jax.lax.bitcast_convert_type(amax, jnp.uint32)
+    largest = int(limit.view(np.uint32))
+    if up:  # carries into the exponent where amax has the larger mantissa
+        u = u + jnp.uint32(0x7FFFFF - (largest & 0x7FFFFF))
+    exponent = (u >> jnp.uint32(23)).astype(jnp.int32) - jnp.int32((largest >> 23) - 127)
+    field = jnp.clip(exponent, 1, 254).astype(jnp.uint32)  # 2^-126 .. 2^127
+    return jax.lax.bitcast_convert_type(field << jnp.uint32(23), jnp.float32)
 
 
 def to_scale(amax: Any, format: Format, scale_rounding: str) -> Any:
     """Returns the scale of groups from their largest magnitudes, float32.
 
-    1 where amax is 0, so that nothing is divided by zero; not finite where amax is not, so that
-    every number of the group becomes NaN and the step is skipped.
+    1 where amax is 0, so that nothing is divided by zero; NaN where amax is not finite, so that
+    every number of the group becomes NaN and the step is skipped; at least 2^-126.
 
     Args:
       amax: largest magnitudes, float32.
@@ -154,15 +164,13 @@ def to_scale(amax: Any, format: Format, scale_rounding: str) -> Any:
       scale_rounding: `none`; `up` to a power of two, so that nothing overflows; `down`, the OCP
         rule $2^{\\lfloor \\log_2 amax \\rfloor - e_{max}}$, under which the largest may saturate.
     """
-    if scale_rounding == "down":
-        amax = power_of_two(jnp.maximum(amax, _TINY), up=False) * jnp.float32(amax > 0)
-        scale = amax / jnp.float32(2.0 ** math.floor(math.log2(format.max)))
+    limit = np.float32(min(format.max, float(np.finfo(np.float32).max)))
+    if scale_rounding == "none":
+        scale = jnp.maximum(amax / limit, jnp.float32(_TINY))
     else:
-        scale = amax / jnp.float32(format.max)
-    scale = jnp.where(scale < _TINY, jnp.float32(_TINY), scale)  # NaN stays
-    if scale_rounding == "up":
-        scale = power_of_two(scale, up=True)
-    return jnp.where(amax == 0, jnp.float32(1), scale)
+        scale = _power_of_two(amax, limit, scale_rounding == "up")
+    scale = jnp.where(amax == 0, jnp.float32(1), scale)
+    return jnp.where(jnp.isfinite(amax), scale, jnp.float32(jnp.nan))
 
 
 def two_level(amax: Any, format: Format, tensor_amax: Any) -> tuple[Any, Any]:
@@ -170,11 +178,14 @@ def two_level(amax: Any, format: Format, tensor_amax: Any) -> tuple[Any, Any]:
 
     $$s = amax / (448\\,max),\\qquad s_b = e4m3(amax_b / (max\\,s))$$
 
+    A block of zeros has e4m3's smallest number; s is at least 2^-117, so that s s_b is normal.
+
     References:
       NVIDIA 2025, Pretraining Large Language Models with NVFP4, appendix B.
     """
     e4m3 = Format("e4m3")
     whole = to_scale(tensor_amax / jnp.float32(e4m3.max), format, "none")
+    whole = jnp.maximum(whole, jnp.float32(_TINY / e4m3.min_subnormal))
     block = round_to(amax / jnp.float32(format.max) / whole, e4m3)
     # a block whose scale rounds to zero would be 0 / 0
     return jnp.maximum(block, jnp.float32(e4m3.min_subnormal)), whole

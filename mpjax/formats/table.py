@@ -33,7 +33,8 @@ _FLOATS = {
     "e2m1": (2, 1, 1, "none"),
 }
 _INTEGERS = {"int16": 16, "int8": 8, "int4": 4, "int2": 2}
-_GENERIC = re.compile(r"e([2-9]|1[01])m([1-9]|[1-4][0-9]|5[0-2])(none)?")
+# float64 holds all figures of these: no e11m..none, no more than 53 bits of fixed point
+_GENERIC = re.compile(r"(?!e11.*none)e([2-9]|1[01])m([1-9]|[1-4][0-9]|5[0-2])(none)?")
 _FIXED = re.compile(r"q([1-9]|[12][0-9]|3[0-2])\.([0-9]|[12][0-9]|30)")
 # What JAX can hold in an array; float6 exists as values only.
 _DTYPES = {
@@ -105,7 +106,7 @@ class Format:
         elif match := _GENERIC.fullmatch(name):
             exponent_bits, mantissa_bits = int(match[1]), int(match[2])
             bias, specials = 2 ** (exponent_bits - 1) - 1, match[3] or "ieee"
-        elif match := _FIXED.fullmatch(name):
+        elif (match := _FIXED.fullmatch(name)) and int(match[1]) + int(match[2]) <= 53:
             kind, exponent_bits, mantissa_bits, bias, specials = (
                 "fixed",
                 0,
@@ -118,7 +119,8 @@ class Format:
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise ConfigError(
                 f"format: unknown name {name!r}; {hint}known: {' '.join(_KNOWN)}, any eXmY"
-                " with X in 2..11 and Y in 1..52, any qI.F with I in 1..32 and F in 0..30"
+                " with X in 2..11 and Y in 1..52, any eXmYnone with X in 2..10, any qI.F with I in"
+                " 1..32, F in 0..30 and I + F <= 53"
             )
         found = (name, kind, exponent_bits, mantissa_bits, bias, specials)
         for field, value in zip(dataclasses.fields(self), found, strict=True):

@@ -3,50 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format
+from tests.formats.oracle import DTYPES, SMALL, Grid
 
-# Our name -> the dtype that holds it. `e4m3` is the OCP one, ml_dtypes' `float8_e4m3fn`.
-NAMED = {
-    "float64": np.float64,
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "e5m2": ml_dtypes.float8_e5m2,
-    "e4m3": ml_dtypes.float8_e4m3fn,
-    "e3m2": ml_dtypes.float6_e3m2fn,
-    "e2m3": ml_dtypes.float6_e2m3fn,
-    "e2m1": ml_dtypes.float4_e2m1fn,
-}
+NAMED = {"float64": np.float64, "float32": np.float32, **DTYPES}
 # The same numbers through the IEEE-like `eXmY` reading.
 GENERIC = {
     "e11m52": np.float64,
     "e8m23": np.float32,
     "e5m10": np.float16,
     "e8m7": ml_dtypes.bfloat16,
-    "e3m4": ml_dtypes.float8_e3m4,
 }
 CASES = [*NAMED.items(), *GENERIC.items()]
-# Formats of ml_dtypes that have no sign-exponent-mantissa shape of ours: without -0 (fnuz, b11) or
-# without mantissa (e8m0); and the IEEE-like e4m3, whose name means the OCP one here.
-ELSEWHERE = {
-    "float8_e4m3b11fnuz",
-    "float8_e4m3fnuz",
-    "float8_e5m2fnuz",
-    "float8_e8m0fnu",
-    "float8_e4m3",
+INTEGERS = {"int16": np.int16, "int8": np.int8, "int4": ml_dtypes.int4, "int2": ml_dtypes.int2}
+ABSENT = {
+    "int1": "one bit holds -1 and 0: no sign symmetry, and no recipe uses it",
+    "uint1": "values of a training tensor have a sign",
+    "uint2": "values of a training tensor have a sign",
+    "uint4": "values of a training tensor have a sign",
+    "complex32": "a pair of float16: round its parts",
+    "bcomplex32": "a pair of bfloat16: round its parts",
 }
 
 
 def figures(format_: Format) -> dict[str, float]:
     return {
         "max": format_.max,
-        "min": -format_.max,
+        "min": format_.min,
         "smallest_normal": format_.min_normal,
         "smallest_subnormal": format_.min_subnormal,
         "eps": format_.epsilon,
@@ -61,11 +53,12 @@ def expected(dtype: type) -> dict[str, float]:
     return {name: float(getattr(info, name)) for name in names}
 
 
-def positive_values(dtype: type) -> np.ndarray:
-    """All finite positive numbers of a dtype of at most 8 bits, from its bit patterns."""
+def all_values(name: str) -> np.ndarray:
+    """All finite numbers of a format of at most 8 bits, from ml_dtypes' bit patterns."""
+    dtype = DTYPES[name]
     patterns = np.arange(2 ** ml_dtypes.finfo(dtype).bits, dtype=np.uint8)
     values = patterns.view(dtype).astype(np.float64)
-    return np.unique(values[np.isfinite(values) & (values > 0)])
+    return np.unique(values[np.isfinite(values)])
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=[name for name, _ in CASES])
@@ -73,23 +66,75 @@ def test_figures_equal_finfo(name: str, dtype: type) -> None:
     assert figures(Format(name)) == expected(dtype)
 
 
-def test_every_float_of_ml_dtypes_is_compared_or_named_as_absent() -> None:
-    floats = {name for name in dir(ml_dtypes) if name.startswith(("float", "bfloat"))}
-    compared = {dtype.__name__ for _, dtype in CASES if dtype.__module__ == "ml_dtypes"}
-    assert floats == compared | ELSEWHERE
+@pytest.mark.parametrize(("name", "dtype"), INTEGERS.items(), ids=INTEGERS)
+def test_integers_equal_iinfo(name: str, dtype: type) -> None:
+    info, format_ = ml_dtypes.iinfo(dtype), Format(name)
+    assert (format_.min, format_.max, format_.bits) == (info.min, info.max, info.bits)
+    assert format_.epsilon == format_.min_subnormal == format_.min_normal == 1
+    assert format_.is_integer and format_.dtype == jnp.dtype(dtype)
 
 
-@pytest.mark.parametrize("name", ["e5m2", "e4m3", "e3m2", "e2m3", "e2m1", "e3m4"])
+def test_every_format_of_ml_dtypes_is_compared_or_named_as_absent() -> None:
+    theirs = {x for x in ml_dtypes.__all__ if isinstance(getattr(ml_dtypes, x), type)}
+    compared = {dtype.__name__ for dtype in (*NAMED.values(), *INTEGERS.values())}
+    assert theirs - compared - {"finfo", "iinfo"} == set(ABSENT)
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_figures_equal_those_of_all_bit_patterns(name: str) -> None:
-    format_, dtype = Format(name), (NAMED | GENERIC)[name]
-    values = positive_values(dtype)
-    assert values[-1] == format_.max
-    assert values[0] == format_.min_subnormal
-    assert values[values > 1][0] - 1 == format_.epsilon
+    format_, values = Format(name), all_values(name)
+    assert (values[0], values[-1]) == (format_.min, format_.max)
+    positive = values[values > 0]
+    assert positive[0] == format_.min_subnormal
+    assert positive[positive > 1][0] - 1 == format_.epsilon
+    if name == "e8m0":
+        np.testing.assert_array_equal(positive[1:] / positive[:-1], np.full(254, 2.0))
+        return
     # Below the smallest normal number the spacing stops shrinking.
-    below = values[values <= format_.min_normal]
+    below = positive[positive <= format_.min_normal]
     np.testing.assert_array_equal(np.diff(below), np.full(len(below) - 1, format_.min_subnormal))
     assert len(below) == 2**format_.mantissa_bits
+    # What is left of 2^bits patterns: the two zeros are one number here, fnuz has no -0.
+    lost = {"ieee": 2 * 2**format_.mantissa_bits + 1, "nan": 3, "fnuz": 1, "none": 1}
+    assert len(values) == 2**format_.bits - lost[format_.specials]
+
+
+@pytest.mark.parametrize("name", [*NAMED, *INTEGERS])
+def test_dtype_is_the_one_that_holds_the_format_where_jax_has_it(name: str) -> None:
+    dtype = np.dtype((NAMED | INTEGERS)[name])
+    if name in ("e3m2", "e2m3"):  # JAX has no arrays of float6
+        assert Format(name).dtype is None
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Invalid XLA PrimitiveType"):
+            jnp.zeros(1, dtype)
+        return
+    assert Format(name).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high", "step", "bits"),
+    [
+        ("q8.8", -128, 128 - 2**-8, 2**-8, 16),
+        ("q16.16", -32768, 32768 - 2**-16, 2**-16, 32),
+        ("q4.4", -8, 8 - 2**-4, 2**-4, 8),
+        ("q1.15", -1, 1 - 2**-15, 2**-15, 16),
+        ("q32.21", -(2**31), 2**31 - 2**-21, 2**-21, 53),
+    ],
+)
+def test_fixed_point(name: str, low: float, high: float, step: float, bits: int) -> None:
+    f = Format(name)
+    assert (f.min, f.max, f.min_subnormal, f.bits) == (low, high, step, bits)
+    assert f.epsilon == f.min_normal == step and f.dtype is None and not f.is_integer
+
+
+@pytest.mark.parametrize("name", ["e4m4", "e5m3", "e2m1none", "e5m2none", "e9m4", "e10m9none"])
+def test_generic_formats_are_ieee_like_or_without_inf_and_nan(name: str) -> None:
+    digits = re.fullmatch(r"e(\d+)m(\d+)(none)?", name)
+    grid = (Grid.full if digits[3] else Grid.ieee)(int(digits[1]), int(digits[2]))
+    f = Format(name)
+    assert (f.max, f.min) == (grid.max, grid.min)
+    assert (f.min_normal, f.epsilon) == (2.0**grid.least, 2.0**-grid.mantissa)
+    assert f.min_subnormal == f.min_normal * f.epsilon
+    assert f.bits == 1 + int(digits[1]) + int(digits[2]) and f.dtype is None
 
 
 @pytest.mark.parametrize(
@@ -120,7 +165,9 @@ def test_equal_names_are_equal_and_a_format_does_not_change() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "fp8", "e4", "e1m2", "e12m3", "e4m0", "e4m53", "E4M3", "e4m3 ", "float8_e4m3fn"]
+    "name",
+    ["", "fp8", "e4", "e1m2", "e12m3", "e4m0", "e4m53", "E4M3", "e4m3 ", "float8_e4m3fn"]
+    + ["e11m5none", "e4m3fn", "int3", "q0.8", "q33.0", "q8.31", "q30.24", "q8"],
 )
 def test_unknown_name_is_one_line_that_lists_the_known(name: str) -> None:
     with pytest.raises(ConfigError, match="known: float64 float32 tf32") as error:
