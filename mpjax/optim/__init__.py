@@ -8,6 +8,7 @@ from mpjax.optim.losses import MultiLossScale, scaled_value_and_grads
 from mpjax.optim.moments import cast_moments
 from mpjax.optim.named import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 from mpjax.optim.scales import make_loss_scale
+from mpjax.optim.storage import store_weights, weight_view
 from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
 from mpjax.optim.wrap import Optimizer, OptState, apply_updates, global_norm, wrap
 
@@ -38,5 +39,7 @@ __all__ = [
     "scaled_value_and_grad",
     "scaled_value_and_grads",
     "select",
+    "store_weights",
+    "weight_view",
     "wrap",
 ]

@@ -2,63 +2,162 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
+from mpjax.formats import Format, Quantized, round_to
+from mpjax.optim.storage import compensation, is_quantized, rewrite
 from mpjax.precision import dtype_name
+
+# update rule -> what its state holds
+_STATE: dict[str, set[str]] = {
+    "none": set(),
+    "nearest": set(),
+    "master": {"master"},
+    "stochastic": {"draws", "key"},
+    "kahan": {"kahan"},
+}
+_PRNG = "threefry2x32"  # its bits do not depend on how an array is cut over devices
 
 
 def is_low(leaf: Any) -> bool:
-    """Returns whether a leaf is a floating-point array of less than 32 bits."""
+    """Returns whether a weight is stored in less than 32 bits: a low array or a Quantized."""
+    if isinstance(leaf, Quantized):
+        return True
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and leaf.dtype.itemsize < 4
 
 
-def init_weights(params: Any, update: str) -> dict[str, Any]:
-    """Returns the state of an update rule: `{"master": ...}` holds float32 copies of low leaves.
+def map_weights(fn: Any, params: Any, *rest: Any) -> Any:
+    """Returns fn of each weight, a Quantized being one, and of what stands there in `rest`."""
+    return jax.tree.map(fn, params, *rest, is_leaf=is_quantized)
+
+
+def init_weights(params: Any, update: str, seed: Any = 0) -> dict[str, Any]:
+    """Returns the state of an update rule.
 
     Args:
       params: the weights as stored.
-      update: `none`, `master` or `nearest`.
+      update: `none` and `nearest` have no state; `master` has `{"master": float32 copies}`,
+        `kahan` has `{"kahan": compensations}`, None for float32 leaves; `stochastic` has
+        `{"draws": steps that drew, "key": raw key data}`.
+      seed: of the random bits of `stochastic`.
 
     Raises:
-      ConfigError: low weights without an update rule, or `nearest` with float32 weights only.
+      ConfigError: low weights without an update rule, or one that rounds with float32 weights
+        only.
     """
-    low = [leaf for leaf in jax.tree.leaves(params) if is_low(leaf)]
+    low = [p for p in jax.tree.leaves(params, is_leaf=is_quantized) if is_low(p)]
     if low and update == "none":
+        name = low[0].format.name if is_quantized(low[0]) else dtype_name(low[0].dtype)
         raise ConfigError(
-            f"update: weights are stored in {dtype_name(low[0].dtype)}, which needs an update"
-            " rule; set update=master (float32 copy) or update=nearest"
+            f"update: weights are stored in {name}, which needs an update"
+            " rule; set update=master (float32 copy) or update=nearest, stochastic or kahan"
         )
-    if update == "nearest" and not low:
+    if update not in ("none", "master") and not low:
         raise ConfigError(
-            "update: 'nearest' needs weights stored low, all are float32 and are their own master;"
-            " store them in p=bf16 or set update=none"
+            f"update: {update!r} needs weights stored low, all are float32 and are their own"
+            " master; store them in p=bf16 or set update=none"
         )
-    if update != "master":
-        return {}
-    copy = jax.tree.map(lambda p: p.astype(jnp.float32) if is_low(p) else None, params)
-    return {"master": copy}
+    if update == "master":
+        return {"master": map_weights(lambda p: _wide(p) if is_low(p) else None, params)}
+    if update == "kahan":
+        return {"kahan": map_weights(lambda p: compensation(p) if is_low(p) else None, params)}
+    if update == "stochastic":
+        key = jax.random.fold_in(jax.random.key(seed, impl=_PRNG), zlib.crc32(b"update"))
+        return {"draws": jnp.int32(0), "key": jax.random.key_data(key)}
+    return {}
+
+
+def _wide(p: Any) -> Any:
+    """A weight in float32."""
+    if is_quantized(p):
+        return p.dequantize(jnp.float32)
+    return p.astype(jnp.float32) if is_low(p) else p
 
 
 def view(params: Any, weights: dict[str, Any]) -> Any:
     """Returns the float32 weights that the optimizer sees: the master copy where there is one."""
-    full = jax.tree.map(lambda p: p.astype(jnp.float32) if is_low(p) else p, params)
     if "master" not in weights:
+        return map_weights(_wide, params)
+    return map_weights(lambda p, m: _wide(p) if m is None else m, params, weights["master"])
+
+
+def _write(p: Any, full: Any, rounding: str = "nearest", key: Any = None) -> Any:
+    """A float32 value in the storage of weight p, rounded on integer bits."""
+    if is_quantized(p):
+        return rewrite(p, full, rounding, key)
+    if not is_low(p):
         return full
-    return jax.tree.map(
-        lambda copy, p: p if copy is None else copy,
-        weights["master"],
-        full,
-        is_leaf=lambda x: x is None,
-    )
+    rounded = round_to(full, Format(p.dtype.name), rounding, key, saturate=False)
+    return rounded.astype(p.dtype)  # exact: it is one of that dtype's numbers
 
 
-def store(full: Any, params: Any, weights: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the weights as stored (rounded to nearest even) and the update rule's state."""
-    stored = jax.tree.map(lambda f, p: f.astype(p.dtype), full, params)
-    if "master" not in weights:
-        return stored, weights
-    return stored, {"master": jax.tree.map(lambda f, p: f if is_low(p) else None, full, params)}
+def _kahan(p: Any, w: Any, u: Any, c: Any) -> tuple[Any, Any]:
+    """y = u - c; s = low(w + y); c = low(low(s - w) - y)."""
+    if c is None:
+        return w + u, None
+    low = Format(c.dtype.name)
+    y = u - c.astype(jnp.float32)
+    s = _write(p, w + y)
+    gained = round_to(_wide(s) - w, low, saturate=False)
+    return s, round_to(gained - y, low, saturate=False).astype(c.dtype)
+
+
+def take(
+    updates: Any, full: Any, params: Any, weights: dict[str, Any], update: str
+) -> tuple[Any, dict[str, Any]]:
+    r"""Returns the weights after their updates, as stored, and the update rule's state.
+
+    `nearest` and `master` store $\mathrm{low}(w + u)$, the latter with a float32 $w$;
+    `stochastic` rounds $w + u$ up or down at random so that its mean is $w + u$; `kahan` carries
+    what rounding lost: $y = u - c,\ s = \mathrm{low}(w + y),\ c = \mathrm{low}(\mathrm{low}(s - w)
+    - y)$.
+
+    Args:
+      updates: float32.
+      full: the weights from `view`.
+      params: the weights as stored.
+      weights: the update rule's state.
+      update: the update rule.
+
+    Raises:
+      ConfigError: the state is that of another update rule.
+
+    References:
+      Gupta et al. 2015, Deep Learning with Limited Numerical Precision, section 3; Zamirai et al.
+      2020, Revisiting BFloat16 Training, algorithms 2 and 3.
+    """
+    if set(weights) != _STATE[update]:
+        held = next(rule for rule, names in _STATE.items() if names == set(weights))
+        raise ConfigError(
+            f"update: the optimizer state is one of update={held}, the optimizer has"
+            f" update={update}; make the state with this optimizer's init"
+        )
+    if update == "kahan":
+        pairs = map_weights(_kahan, params, full, updates, weights["kahan"])
+        stored = map_weights(lambda _, pair: pair[0], params, pairs)
+        return stored, {"kahan": map_weights(lambda _, pair: pair[1], params, pairs)}
+    new = jax.tree.map(lambda w, u: w + u, full, updates)
+    if update == "stochastic":
+        key = jax.random.wrap_key_data(weights["key"], impl=_PRNG)
+        key = jax.random.fold_in(key, weights["draws"])
+
+        def draw(path: Any, p: Any, f: Any) -> Any:
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            # by path and not by index: another leaf that comes or goes changes no bits here
+            return _write(p, f, "stochastic", jax.random.fold_in(key, zlib.crc32(where.encode())))
+
+        stored = jax.tree_util.tree_map_with_path(draw, params, new, is_leaf=is_quantized)
+        return stored, weights | {"draws": weights["draws"] + 1}
+    stored = map_weights(_nearest, params, new)
+    if update == "master":
+        return stored, {"master": map_weights(lambda p, f: f if is_low(p) else None, params, new)}
+    return stored, weights
+
+
+def _nearest(p: Any, full: Any) -> Any:
+    return rewrite(p, full) if is_quantized(p) else full.astype(p.dtype)

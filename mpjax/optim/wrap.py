@@ -16,6 +16,7 @@ from mpjax.optim.gate import GateState, bits, choose, finite_by_leaf, leaf_path,
 from mpjax.optim.loss_scale import LossScale
 from mpjax.optim.moments import cast_moments
 from mpjax.optim.scales import make_loss_scale
+from mpjax.optim.storage import is_quantized
 from mpjax.precision import Precision
 
 
@@ -24,7 +25,7 @@ class OptState(NamedTuple):
 
     Args:
       inner: the optax optimizer's state, moments in their storage dtypes.
-      weights: the update rule's state, `{"master": float32 copies}` or empty.
+      weights: the update rule's state: float32 copies, a count of draws, compensations, or empty.
       loss_scale: the loss scale; its settings are static.
       gate: skip counters.
     """
@@ -54,16 +55,29 @@ class Optimizer:
     clip: float | None
     gate: bool
     patience: int
+    seed: int = 0
 
-    def init(self, params: Any) -> OptState:
+    def init(self, params: Any, seed: Any = None) -> OptState:
         """Returns the state for these weights.
 
+        Args:
+          params: weights as stored.
+          seed: of stochastic rounding, if it is to be another than `wrap` was given.
+
         Raises:
-          ConfigError: the weights' storage dtypes do not fit the update rule.
+          ConfigError: the weights' storage dtypes do not fit the update rule, or a wrapped
+            optimizer lies inside this one.
         """
-        weights = weight.init_weights(params, self.precision.update)
+        seed = self.seed if seed is None else seed
+        weights = weight.init_weights(params, self.precision.update, seed)
+        inner = self.inner.init(weight.view(params, weights))
+        if any(map(_is_state, jax.tree.leaves(inner, is_leaf=_is_state))):
+            raise ConfigError(
+                "optimizer: a part of it is wrapped already; pass the raw optax optimizer, chained"
+                " first and wrapped once"
+            )
         return OptState(
-            inner=self.inner.init(weight.view(params, weights)),
+            inner=inner,
             weights=weights,
             loss_scale=make_loss_scale(self.precision.loss_scale, params),
             gate=GateState.zero(),
@@ -83,8 +97,9 @@ class Optimizer:
         # refuses; it is relaxed around this one call.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             updates, inner = self.inner.update(grads, state.inner, full)
-        new_full = jax.tree.map(lambda w, u: w + u, full, updates)
-        new_params, weights = weight.store(new_full, params, state.weights)
+        new_params, weights = weight.take(
+            updates, full, params, state.weights, self.precision.update
+        )
         new = (new_params, updates, inner, weights)
         if finite_leaves is not None:
             finite = jnp.all(finite_leaves)
@@ -131,8 +146,13 @@ class Optimizer:
         def update(grads: Any, state: OptState, params: Any = None) -> tuple[Any, OptState]:
             if params is None:
                 raise ConfigError("update: params are missing; call update(grads, state, params)")
+            if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+                raise ConfigError(
+                    "as_optax: weights stored in fp8 have scales, which no delta can renew; use"
+                    " Optimizer.step"
+                )
             new_params, updates, state, _ = self._advance(grads, state, params)
-            if "master" in state.weights:  # the weight follows its master, not its own update
+            if state.weights:  # the weight does not follow its own update, rounded to nearest
                 updates = jax.tree.map(_delta, new_params, params, updates)
             return updates, state
 
@@ -151,7 +171,7 @@ class Optimizer:
         """
         stuck = int(state.gate.stuck) if stuck is None else stuck
         if self.gate and stuck >= self.patience:
-            path = leaf_path(params, int(state.gate.bad_leaf))
+            path = leaf_path(weight.map_weights(lambda _: 0, params), int(state.gate.bad_leaf))
             raise TrainingStopped(
                 f"{path}: gradient is not finite, {stuck} steps in a row, and the loss scale"
                 f" {float(state.loss_scale.value):g} cannot fall further; lower the learning rate"
@@ -166,12 +186,13 @@ def wrap(
     clip: float | None = None,
     gate: bool = True,
     patience: int = 50,
+    seed: int = 0,
 ) -> Optimizer:
     r"""Wraps an optax optimizer once: unscale -> finite gate -> clip -> optimizer -> weights.
 
     All in float32: $g \leftarrow g / s$; if any $g$ is not finite the step is skipped;
     $g \leftarrow g \min(1, c / \|g\|_2)$; the optimizer's update is added to the float32 view of
-    the weights, which is then rounded to its storage dtype.
+    the weights, and the update rule writes them in their storage dtype.
 
     Args:
       optimizer: a raw optax optimizer, schedule included.
@@ -179,6 +200,7 @@ def wrap(
       clip: largest global gradient norm $c$, or None.
       gate: whether a non-finite step is skipped.
       patience: non-finite steps in a row, at the smallest scale, after which `check_alive` raises.
+      seed: of stochastic rounding.
 
     Raises:
       ConfigError: an optimizer that is wrapped already, a clip that is not positive, or a dynamic
@@ -206,7 +228,12 @@ def wrap(
             f"gate: a {precision.loss_scale.kind} loss scale needs the finite gate; leave gate on"
             " or set loss_scale=static:SCALE"
         )
-    return Optimizer(cast_moments(optimizer, precision.moments), precision, clip, gate, patience)
+    inner = cast_moments(optimizer, precision.moments)
+    return Optimizer(inner, precision, clip, gate, patience, seed)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, OptState)
 
 
 def _delta(new: Any, old: Any, update: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from mpjax.formats import Quantized
 from mpjax.train.step import TrainState
 
 
@@ -24,8 +25,9 @@ def state_bytes(state: TrainState) -> dict[str, int]:
       state: real arrays.
 
     Returns:
-      `params`, `moments` (the optimizer's own state), `master` (float32 copies), `rest` (loss
-      scale, counters, keys), `total`, and `device`, the largest sum on one device.
+      `params`, `moments` (the optimizer's own state), `master` (float32 copies, or whatever the
+      update rule keeps), `rest` (loss scale, counters, keys), `total`, and `device`, the largest
+      sum on one device.
     """
     kinds = {
         "params": state.params,
@@ -50,13 +52,18 @@ def state_bytes(state: TrainState) -> dict[str, int]:
     return sizes | {"total": sum(sizes.values()), "device": max(devices.values())}
 
 
+def _weights(state: TrainState) -> int:
+    leaves = jax.tree.leaves(state.params, is_leaf=lambda x: isinstance(x, Quantized))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
 def bytes_per_parameter(state: TrainState) -> float:
     r"""Returns bytes of weights and optimizer state per weight, $(P + M + W + r) / n$.
 
     $P$ weights, $M$ moments, $W$ master copies, $r$ scales and counters, $n$ weights counted once.
     float32 Adam is 4 + 8 + 0 = 12; on several devices, copies that they share count each time.
     """
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    count = _weights(state)
     return state_bytes(state)["total"] / count
 
 
@@ -72,6 +79,6 @@ def formula(state: TrainState) -> str:
       (32960 params + 0 moments + 0 maste
     """
     size = state_bytes(state)
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    count = _weights(state)
     parts = " + ".join(f"{size[kind]} {kind}" for kind in ("params", "moments", "master", "rest"))
     return f"({parts}) bytes / {count} parameters = {size['total'] / count:.3f}"

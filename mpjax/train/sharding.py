@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mpjax.errors import ConfigError
+from mpjax.formats import Quantized
 
 log = logging.getLogger("mpjax.train")
 
@@ -28,6 +29,8 @@ TABLE: dict[str | None, tuple[str, ...]] = {
     "layers": (),
     None: (),
 }
+
+_BLOCKWISE = ("codes", "absmax")  # the arrays of `mpjax.optim.Blockwise`
 
 
 def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
@@ -111,12 +114,27 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Moves each mesh axis that does not divide its dimension to the largest that it divides."""
+    cuts: list[list[str]] = [[] for _ in shape]
+    order = sorted(range(len(shape)), key=lambda d: -shape[d])
+    for first, entry in enumerate(spec):
+        for name in (entry,) if isinstance(entry, str) else entry or ():
+            for d in (first, *order):
+                if shape[d] % math.prod(mesh.shape[axis] for axis in (*cuts[d], name)) == 0:
+                    cuts[d].append(name)
+                    break
+    return PartitionSpec(*(tuple(c) if len(c) > 1 else c[0] if c else None for c in cuts))
+
+
 def state_shardings(state: Any, axes: Any, mesh: Mesh) -> Any:
     """Returns the sharding of each leaf of a train state.
 
     A weight is cut by its logical axes. A leaf of the optimizer state whose path ends in a
-    weight's path and that has its shape (a moment, a master copy) is cut like the weight; all
-    others are whole on every device.
+    weight's path and that has its shape (a moment, a master copy) is cut like the weight, and so
+    are the values of a Quantized and the codes of a Blockwise moment. Its absmax is cut by the same
+    mesh axes, along another dimension where a block reaches over the cut. All others, the scales
+    of a Quantized too, are whole on every device.
 
     Args:
       state: a TrainState, abstract or real.
@@ -130,17 +148,22 @@ def state_shardings(state: Any, axes: Any, mesh: Mesh) -> Any:
     specs: dict[str, tuple[Any, tuple[int, ...]]] = {}
     if axes is not None:
         named = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
-        leaves = jax.tree_util.tree_leaves_with_path(state.params)
-        for (path, names), (_, leaf) in zip(named, leaves, strict=True):
+        leaves = jax.tree.leaves(state.params, is_leaf=lambda x: isinstance(x, Quantized))
+        for (path, names), leaf in zip(named, leaves, strict=True):
             where = _name(path)
             specs[where] = (partition(names, leaf.shape, mesh, where), leaf.shape)
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         parts = _name(path).split("/")
         for start in range(len(parts)):
-            spec, shape = specs.get("/".join(parts[start:]), (None, None))
+            ending = "/".join(parts[start:])
+            found = specs.get(ending) or specs.get(ending.removesuffix("/values"))
+            spec, shape = found or (None, None)
             if spec is not None and shape == leaf.shape:
                 return NamedSharding(mesh, spec)
+            spec, shape = specs.get("/".join(parts[start:-1]), (None, ()))
+            if spec is not None and parts[-1] in _BLOCKWISE and len(shape) == leaf.ndim:
+                return NamedSharding(mesh, _fitted(spec, leaf.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, state)

@@ -115,6 +115,8 @@ def test_float32_leaves_keep_no_copy() -> None:
         ("none", jnp.bfloat16, "weights are stored in bf16, which needs an update rule; set"),
         ("none", jnp.float16, "weights are stored in f16, which needs an update rule; set"),
         ("nearest", jnp.float32, "'nearest' needs weights stored low, all are float32"),
+        ("stochastic", jnp.float32, "'stochastic' needs weights stored low, all are float32"),
+        ("kahan", jnp.float32, "'kahan' needs weights stored low, all are float32"),
     ],
 )
 def test_storage_and_update_rule_must_fit(update: str, dtype: Any, message: str) -> None:
@@ -127,3 +129,62 @@ def test_float32_weights_are_their_own_master() -> None:
     opt = wrap(optax.sgd(0.5), weights("master"))
     w = {"w": jnp.ones(1)}
     assert opt.step({"w": jnp.ones(1)}, opt.init(w), w)[0]["w"].tolist() == [0.5]
+
+
+@pytest.mark.parametrize("update", ["stochastik", "kahan,master", "master+stochastic", ""])
+def test_one_known_rule_is_named(update: str) -> None:
+    with pytest.raises(ConfigError, match="known: none master nearest stochastic kahan$"):
+        weights(update)
+
+
+@pytest.mark.parametrize("held", ["master", "nearest", "stochastic", "kahan"])
+@pytest.mark.parametrize("update", ["master", "nearest", "stochastic", "kahan"])
+def test_the_state_of_another_rule_is_refused(held: str, update: str) -> None:
+    low = params()
+    state = wrap(optax.sgd(1.0), weights(held)).init(low)
+    opt = wrap(optax.sgd(1.0), weights(update))
+    if held == update:
+        opt.step(grads(0), state, low)
+        return
+    shown = "none" if held == "nearest" else held
+    with pytest.raises(ConfigError) as error:
+        opt.step(grads(0), state, low)
+    assert str(error.value).startswith(f"update: the optimizer state is one of update={shown}, the")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("update", ["stochastic", "kahan"])
+def test_a_wrapped_optimizer_inside_another_is_refused(update: str) -> None:
+    inner = wrap(optax.sgd(1.0), weights("none")).as_optax()
+    with pytest.raises(ConfigError, match="a part of it is wrapped already; pass the raw optax"):
+        wrap(optax.chain(optax.scale(2.0), inner), weights(update)).init(params())
+
+
+@pytest.mark.parametrize("update", ["stochastic", "kahan"])
+def test_donated_in_a_jitted_step_with_clip(update: str) -> None:
+    opt, low = wrap(optax.adam(1e-2), weights(update), clip=0.5), params()
+    once, _ = jax.jit(opt.step)(grads(0), opt.init(low), low)
+    donated, state = jax.jit(opt.step, donate_argnums=(1, 2))(grads(0), opt.init(low), params())
+    assert all((bits(once[k]) == bits(donated[k])).all() for k in SHAPES)
+    # twice the gradient is the same step after the clip; the control without is another
+    doubled = jax.tree.map(lambda g: 2 * g, grads(0))
+    sgd = wrap(optax.sgd(0.5), weights(update), clip=0.5)
+    a, b = (jax.jit(sgd.step)(g, sgd.init(low), low)[0] for g in (grads(0), doubled))
+    assert all(np.allclose(np.float32(a[k]), np.float32(b[k]), atol=2.0**-7) for k in SHAPES)
+    assert state.gate.skipped == 0
+
+
+@pytest.mark.parametrize("update", ["stochastic", "kahan"])
+def test_a_checkpoint_goes_on_bit_for_bit(update: str, tmp_path: Any) -> None:
+    from mpjax.train.checkpoint import Checkpointer
+
+    opt, low = wrap(optax.adam(1e-2), weights(update)), params()
+    step = jax.jit(opt.step)
+    low, state = step(grads(0), opt.init(low), low)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, (low, state), {})
+        abstract = jax.eval_shape(lambda: (params(), opt.init(params())))
+        (low2, state2), _, _ = checkpointer.restore(abstract)
+    raw = lambda t: [np.asarray(x).tobytes() for x in jax.tree.leaves(t)]  # noqa: E731
+    assert raw((low2, state2)) == raw((low, state))
+    assert raw(step(grads(1), state2, low2)) == raw(step(grads(1), state, low))

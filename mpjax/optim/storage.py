@@ -1,0 +1,131 @@
+"""Weights stored in fp8: float8 values with the scales that rows or blocks of them share.
+
+Scales are powers of two, so that values times scales are exact in float32 and a change of scale
+moves no number but those that fall among the format's subnormals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.errors import ConfigError
+from mpjax.formats import Format, Quantized, Scaling, quantize
+from mpjax.formats.quantize import amax_of, scaled_values
+from mpjax.formats.scaling import to_scale
+from mpjax.precision import matches
+from mpjax.precision.rule import near_misses
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Returns whether a leaf is a Quantized."""
+    return isinstance(leaf, Quantized)
+
+
+def _storage_format(format: str | Format) -> Format:
+    format = Format(format) if isinstance(format, str) else format
+    if format.kind != "float" or format.bits != 8 or format.dtype is None:
+        raise ConfigError(
+            f"store_weights: {format.name} is no 8-bit floating-point format that JAX stores;"
+            " take e4m3 or e5m2, or store bf16 and f16 weights as arrays of that dtype"
+        )
+    return format
+
+
+def store_weights(
+    params: Any,
+    format: str | Format = "e4m3",
+    scaling: str | Scaling = "row",
+    where: str | Sequence[str] | Callable[[str], bool] = "**",
+) -> Any:
+    r"""Returns the weights with some of them stored in fp8, as Quantized leaves.
+
+    A weight is $w = s\,v$ with $v$ in the format and $s = 2^{\lceil \log_2 (amax / max) \rceil}$.
+    Only an update rule writes them: take gradients with respect to `weight_view(params)` and give
+    both to `Optimizer.step`.
+
+    Args:
+      params: float32, bfloat16 or float16 weights; the view keeps their dtype.
+      format: an 8-bit floating-point format, such as `e4m3` or `e5m2`.
+      scaling: `tensor`, `row` (along the last axis), `block(RxC)` or `mx(N)`.
+      where: which weights: path patterns (see `mpjax.precision.matches`), or a function of the
+        path.
+
+    Raises:
+      ConfigError: a format or scaling that weights are not stored in, or a pattern that matches
+        no weight.
+
+    Example:
+      >>> params = {"mlp": {"up": jnp.array([[1.0, 0.3]])}, "norm": jnp.ones(2)}
+      >>> stored = store_weights(params, where="mlp")
+      >>> stored["mlp"]["up"].values.dtype.name, stored["norm"].dtype.name
+      ('float8_e4m3fn', 'float32')
+      >>> weight_view(stored)["mlp"]["up"].tolist()
+      [[1.0, 0.3125]]
+
+    References:
+      Peng et al. 2023, FP8-LM: Training FP8 Large Language Models, section 2.2 (scaled weights).
+    """
+    format, scaling = _storage_format(format), Scaling.parse(scaling)
+    if scaling.kind in ("none", "nv"):
+        raise ConfigError(
+            f"store_weights: scaling={scaling} has no scales that an update can renew; take tensor,"
+            " row, block(128x128) or mx(32)"
+        )
+    named, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
+    if callable(where):
+        chosen = [where(path) for path in paths]
+    else:
+        patterns = [where] if isinstance(where, str) else list(where)
+        for pattern in patterns:
+            if not any(matches(pattern, path) for path in paths):
+                raise ConfigError(
+                    f"store_weights: {pattern!r} matches no weight; near misses:"
+                    f" {' '.join(near_misses(pattern, paths))}"
+                )
+        chosen = [any(matches(pattern, path) for pattern in patterns) for path in paths]
+    leaves = []
+    for path, take, (_, p) in zip(paths, chosen, named, strict=True):
+        if take and (is_quantized(p) or not jnp.issubdtype(p.dtype, jnp.floating)):
+            what = f"stored in {p.format.name}" if is_quantized(p) else f"{p.dtype.name} numbers"
+            raise ConfigError(
+                f"store_weights: {path} is {what}; choose floating-point arrays with where="
+            )
+        leaves.append(quantize(p, format, scaling, scale_rounding="up") if take else p)
+    return jax.tree.unflatten(tree, leaves)
+
+
+def weight_view(params: Any) -> Any:
+    """Returns weights that a forward pass can use: Quantized leaves dequantised, others as is.
+
+    Example:
+      >>> weight_view({"w": jnp.ones(2)})["w"].tolist()
+      [1.0, 1.0]
+    """
+    return jax.tree.map(
+        lambda p: p.dequantize() if is_quantized(p) else p, params, is_leaf=is_quantized
+    )
+
+
+def compensation(p: Any) -> Any:
+    """Returns a low weight's first Kahan compensation: zeros in its dtype, bfloat16 for fp8."""
+    return jnp.zeros(p.shape, jnp.bfloat16 if is_quantized(p) else p.dtype)
+
+
+def rewrite(p: Quantized, full: Any, rounding: str = "nearest", key: Any = None) -> Quantized:
+    """Returns float32 numbers in the storage of p, rounded on integer bits.
+
+    A group keeps its scale while its largest number lies between a quarter of what the scale can
+    hold and all of it; so numbers that do not change keep their bits.
+    """
+    amax = amax_of(full, p.tile)
+    top = p.scales * p.format.max
+    keep = (amax == 0) | ((amax <= top) & (4 * amax >= top))
+    scales = jnp.where(keep, p.scales, to_scale(amax, p.format, "up"))
+    values = scaled_values(full, scales, p.format, p.tile, rounding, key)
+    return dataclasses.replace(p, values=values.astype(p.values.dtype), scales=scales)
