@@ -190,7 +190,7 @@ CASES = [
     ("update", "train_lm", "--precision p=bf16,c=bf16,o=bf16", "update", "bf16", "update=master"),
     ("update", "train_lm", "--precision pure-bf16 --update none", "bf16", "update=master"),
     ("moments", "train_lm", "--moments fp17", "moments", "'fp17'", "mean fp16"),
-    ("moments", "train_lm", "--moments thrid=bf16", "moments", "'thrid=bf16'", "second=DTYPE"),
+    ("moments", "train_lm", "--moments thrid=bf16", "moments", "'thrid=bf16'", "second=FORMAT"),
     ("moments", "train_lm", "--moments second=bf16 --optimizer sgd", "moments", "second",
      "moments=f32"),
     ("mesh", "train_lm", "--mesh dta=8", "mesh", "'dta'", "known: data fsdp tensor"),

@@ -1,11 +1,12 @@
 """How a weight learns: loss scale, finite gate, low-precision weights and moments."""
 
+from mpjax.optim.blockwise import Blockwise, quantize_blocks
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
 from mpjax.optim.leaf_scale import LeafLossScale, scale_gradient
 from mpjax.optim.logmax import LogMaxLossScale
 from mpjax.optim.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
 from mpjax.optim.losses import MultiLossScale, scaled_value_and_grads
-from mpjax.optim.moments import cast_moments
+from mpjax.optim.moments import quantize_moments
 from mpjax.optim.named import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 from mpjax.optim.scales import make_loss_scale
 from mpjax.optim.storage import store_weights, weight_view
@@ -17,6 +18,7 @@ __all__ = [
     "SCHEDULES",
     "make_optimizer",
     "make_schedule",
+    "Blockwise",
     "DynamicLossScale",
     "GateState",
     "LeafLossScale",
@@ -29,11 +31,12 @@ __all__ = [
     "StaticLossScale",
     "all_finite",
     "apply_updates",
-    "cast_moments",
     "finite_by_leaf",
     "global_norm",
     "leaf_path",
     "make_loss_scale",
+    "quantize_blocks",
+    "quantize_moments",
     "scale_gradient",
     "scaled_grad",
     "scaled_value_and_grad",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from mpjax.errors import ConfigError
-from mpjax.precision import Moments
+from mpjax.optim.blockwise import Blockwise, quantize_blocks
+from mpjax.precision import Moments, matches
+from mpjax.precision.moments import MomentFormat
+from mpjax.precision.rule import near_misses
 
 # Field names of optax's states: adam and lion call the mean mu, sgd trace, adafactor ema.
 _FIRST = dict.fromkeys(("mu", "m", "trace", "momentum", "ema"), "first")
@@ -17,55 +21,120 @@ _SECOND = dict.fromkeys(("nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"
 _MOMENTS = _FIRST | _SECOND
 
 
-def _moment(path: tuple[Any, ...]) -> str | None:
-    names = (getattr(key, "name", None) for key in path)
-    # The state's field stands before those of a parameter tree of attributes.
-    return next((_MOMENTS[name] for name in names if name in _MOMENTS), None)
+def _moment(path: tuple[Any, ...]) -> tuple[str | None, str]:
+    """Which moment a leaf of the state belongs to, and the path of its weight."""
+    for place, key in enumerate(path):
+        # The state's field stands before those of a parameter tree of attributes.
+        kind = _MOMENTS.get(getattr(key, "name", None))
+        if kind is not None:
+            return kind, jax.tree_util.keystr(path[place + 1 :], simple=True, separator="/")
+    return None, ""
 
 
-def cast_moments(
-    optimizer: optax.GradientTransformation, moments: Moments
+def quantize_moments(
+    optimizer: optax.GradientTransformation,
+    *,
+    first: str | MomentFormat = "f32",
+    second: str | MomentFormat = "f32",
+    keep: Sequence[str] = (),
+    min_size: int = 0,
 ) -> optax.GradientTransformation:
-    """Returns an optimizer that stores its moments in other dtypes.
+    r"""Returns an optimizer that stores its moments in other formats.
+
+    Each step makes them float32, runs the optimizer, and stores them again:
+    $m = \hat b_{code}\,\max_{block}|m|$ for formats with blocks.
 
     Args:
       optimizer: any optax optimizer with moments (adam, lion, sgd with momentum, adafactor ...).
-      moments: the storage dtypes; float32 for both returns the optimizer as it is.
+      first: of the gradient's running mean; a dtype, or `int8@256 int4@128 e4m3@256 ...`, see
+        `mpjax.precision.Moments`.
+      second: of its running square, which is never negative.
+      keep: path patterns of weights whose moments stay float32, such as `**/embed`.
+      min_size: moments of fewer numbers stay float32.
+
+    Returns:
+      The optimizer; one whose moments are all float32 is returned as it is. Low moments of its
+      state are arrays, or `Blockwise` nodes of arrays in their place.
 
     Raises:
-      ConfigError: at init, when the optimizer keeps no moment of a kind that is to be low.
+      ConfigError: settings that cannot be read; at init, when the optimizer keeps no moment of a
+        kind that is to be low, or a pattern of `keep` matches no weight.
 
     Example:
-      >>> tx = cast_moments(optax.adam(1e-3), Moments.parse("first=bf16"))
-      >>> tx.init({"w": jnp.ones(2)})[0].mu["w"].dtype.name
-      'bfloat16'
+      >>> tx = quantize_moments(optax.adam(1e-3), first="int8@256", second="bf16")
+      >>> state = tx.init({"w": jnp.ones(2)})
+      >>> state[0].mu["w"].codes.dtype.name, state[0].nu["w"].dtype.name
+      ('uint8', 'bfloat16')
+
+    References:
+      Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization.
+      Li et al. 2023, Memory Efficient Optimizers with 4-bit States.
     """
-    wanted = {"first": jnp.dtype(moments.first), "second": jnp.dtype(moments.second)}
-    low = {kind for kind, dtype in wanted.items() if dtype != jnp.float32}
+    moments = Moments(first, second, tuple(keep), min_size)
+    formats = {"first": moments.first, "second": moments.second}
+    low = {kind for kind, format in formats.items() if format.dtype != jnp.float32}
     if not low:
         return optimizer
 
-    def cast(state: Any, store: bool) -> Any:
+    def is_low(kind: str | None, where: str, x: Any) -> bool:
+        if kind not in low or not jnp.issubdtype(x.dtype, jnp.floating):
+            return False
+        kept = any(matches(pattern, where) for pattern in moments.keep)
+        return not kept and x.size >= max(1, moments.min_size)
+
+    def store(state: Any) -> Any:
         def leaf(path: Any, x: Any) -> Any:
-            kind = _moment(path)
+            kind, where = _moment(path)
             if kind is None or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
-            return x.astype(wanted[kind] if store else jnp.float32)
+            format = formats[kind] if is_low(kind, where, x) else MomentFormat()
+            if format.dtype is not None:
+                return x.astype(format.dtype)
+            return quantize_blocks(x, format, signed=kind == "first")
 
         return jax.tree_util.tree_map_with_path(leaf, state)
 
+    def load(state: Any) -> Any:
+        def leaf(path: Any, x: Any) -> Any:
+            if isinstance(x, Blockwise):
+                return x.dequantize()
+            is_moment = _moment(path)[0] and jnp.issubdtype(x.dtype, jnp.floating)
+            return x.astype(jnp.float32) if is_moment else x
+
+        return jax.tree_util.tree_map_with_path(
+            leaf, state, is_leaf=lambda x: isinstance(x, Blockwise)
+        )
+
+    def check(state: Any) -> None:
+        leaves = [(*_moment(p), x) for p, x in jax.tree_util.tree_leaves_with_path(state)]
+        missing = low - {kind for kind, _, _ in leaves}
+        if missing:
+            rest = sorted(low - missing)
+            cure = f"write moments={rest[0]}={formats[rest[0]]}" if rest else "set moments=f32"
+            raise ConfigError(
+                f"moments: {' and '.join(sorted(missing))} moment is to be stored low, but"
+                f" this optimizer keeps none; {cure} or choose another optimizer"
+            )
+        paths = sorted({where for kind, where, _ in leaves if kind in low})
+        for pattern in moments.keep:
+            if not any(matches(pattern, path) for path in paths):
+                raise ConfigError(
+                    f"moments: keep={pattern} matches no weight of the optimizer state; near"
+                    f" misses: {' '.join(near_misses(pattern, paths))}"
+                )
+        if not any(is_low(*leaf) for leaf in leaves):
+            raise ConfigError(
+                f"moments: {moments} stores no moment low, because keep= and min= exclude all;"
+                " exclude fewer or set moments=f32"
+            )
+
     def init(params: Any) -> Any:
         state = optimizer.init(params)
-        found = {_moment(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)}
-        if low - found:
-            raise ConfigError(
-                f"moments: {' and '.join(sorted(low - found))} moment is to be stored low, but"
-                " this optimizer keeps none; set moments=f32 or choose another optimizer"
-            )
-        return cast(state, store=True)
+        check(state)
+        return store(state)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = optimizer.update(grads, cast(state, store=False), params)
-        return updates, cast(state, store=True)
+        updates, state = optimizer.update(grads, load(state), params)
+        return updates, store(state)
 
     return optax.GradientTransformation(init, update)

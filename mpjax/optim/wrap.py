@@ -14,7 +14,7 @@ from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.optim import weights as weight
 from mpjax.optim.gate import GateState, bits, choose, finite_by_leaf, leaf_path, record, select
 from mpjax.optim.loss_scale import LossScale
-from mpjax.optim.moments import cast_moments
+from mpjax.optim.moments import quantize_moments
 from mpjax.optim.scales import make_loss_scale
 from mpjax.optim.storage import is_quantized
 from mpjax.precision import Precision
@@ -228,7 +228,10 @@ def wrap(
             f"gate: a {precision.loss_scale.kind} loss scale needs the finite gate; leave gate on"
             " or set loss_scale=static:SCALE"
         )
-    inner = cast_moments(optimizer, precision.moments)
+    m = precision.moments
+    inner = quantize_moments(
+        optimizer, first=m.first, second=m.second, keep=m.keep, min_size=m.min_size
+    )
     return Optimizer(inner, precision, clip, gate, patience, seed)
 
 

@@ -1,49 +1,169 @@
-"""Settings of the optimizer state's storage dtypes."""
+"""Settings of the optimizer state: in which format each moment is stored, and which leaves not."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from mpjax.errors import ConfigError
 from mpjax.precision.dtypes import dtype_name, parse_dtype
 
+# name -> the block that it has when none is given; 0 is the whole tensor.
+_BLOCKS = {"int8": 256, "int4": 128, "e4m3": 256, "e5m2": 256, "int8-linear": 0}
+# A word for both moments: the second needs range more than digits.
+_PAIRS = {"fp8": ("e4m3", "e5m2")}
+_DTYPES = ("f32", "bf16", "f16", "fp32", "fp16", "float32", "bfloat16", "float16", "f64", "float64")
+_HELP = (
+    "write FORMAT for both or first=FORMAT,second=FORMAT, then keep=PATTERN and min=NUMBER, with"
+    " FORMAT a dtype (bf16) or int8@256 int4@128 fp8@256 e4m3@256 e5m2@256 int8-linear"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MomentFormat:
+    """How one moment is stored: a dtype, or codes with a float32 absmax for each block.
+
+    Args:
+      name: `float32 bfloat16 float16 float64`; `int8` (Dettmers' dynamic tree code book), `int4`
+        (Li's: dynamic exponent for the first moment, linear without zero for the second),
+        `e4m3`, `e5m2`, or `int8-linear` (equal steps: the negative control).
+      block: numbers that share an absmax; 0 is the whole tensor; None for a dtype.
+
+    Example:
+      >>> MomentFormat.parse("int8"), str(MomentFormat.parse("bfloat16"))
+      (MomentFormat(name='int8', block=256), 'bf16')
+    """
+
+    name: str = "float32"
+    block: int | None = None
+
+    @classmethod
+    def parse(cls, value: Any, where: str = "moments", second: bool = False) -> MomentFormat:
+        """Reads a format's name, `NAME@BLOCK` or `NAME@tensor`; `second` decides what fp8 is.
+
+        Raises:
+          ConfigError: unknown name, a block that is not a positive number, or one for a dtype.
+        """
+        if isinstance(value, MomentFormat):
+            return value
+        if not isinstance(value, str):
+            return cls(np.dtype(parse_dtype(value, where)).name)
+        name, at, block = value.partition("@")
+        name = _PAIRS[name][second] if name in _PAIRS else name
+        if name not in _BLOCKS:
+            known = (*_BLOCKS, *_PAIRS, *_DTYPES)
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise ConfigError(f"{where}: unknown format {name!r}; {hint}{_HELP}")
+            if at:
+                raise ConfigError(
+                    f"{where}: {value!r} gives a block to a dtype, which needs none; write {name}"
+                )
+            return cls(np.dtype(parse_dtype(name, where)).name)
+        if not at:
+            return cls(name, _BLOCKS[name])
+        if block != "tensor" and not (block.isascii() and block.isdigit() and int(block) > 0):
+            raise ConfigError(
+                f"{where}: the block {block!r} of {value!r} is not a positive whole number; write"
+                f" {name}@{_BLOCKS[name] or 256}, or {name}@tensor for one block"
+            )
+        return cls(name, 0 if block == "tensor" else int(block))
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of a moment that is stored as it is, None of one stored as codes."""
+        return None if self.block is not None else parse_dtype(self.name)
+
+    def __str__(self) -> str:
+        if self.block is None:
+            return dtype_name(self.name)
+        return f"{self.name}@{self.block or 'tensor'}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """In which dtype the optimizer's moments are stored; they are always updated in float32.
+    """In which format the optimizer's moments are stored; they are always updated in float32.
 
     Args:
-      first: dtype of the gradient's running mean (Adam's m, momentum).
-      second: dtype of its running square (Adam's v).
+      first: of the gradient's running mean (Adam's m, momentum): a MomentFormat, its text or a
+        dtype.
+      second: of its running square (Adam's v).
+      keep: path patterns of weights whose moments stay float32, such as `**/embed`. Nothing is
+        kept by default; Dettmers et al. keep embeddings.
+      min_size: moments of fewer numbers stay float32. 0 by default: small leaves cost little
+        either way; bitsandbytes has 4096.
+
+    Raises:
+      ConfigError: unknown formats, or exclusions where nothing is stored low.
 
     Example:
-      >>> str(Moments.parse("first=bf16")), str(Moments.parse("bf16"))
-      ('first=bf16,second=f32', 'bf16')
+      >>> str(Moments.parse("first=bf16")), str(Moments.parse("int8,keep=**/embed,min=4096"))
+      ('first=bf16,second=f32', 'int8@256,keep=**/embed,min=4096')
+      >>> str(Moments.parse("fp8"))
+      'first=e4m3@256,second=e5m2@256'
+
+    References:
+      Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, sections 2 and 3.
+      Li et al. 2023, Memory Efficient Optimizers with 4-bit States, section 4.
     """
 
-    first: Any = jnp.float32
-    second: Any = jnp.float32
+    first: Any = MomentFormat()
+    second: Any = MomentFormat()
+    keep: tuple[str, ...] = ()
+    min_size: int = 0
+
+    def __post_init__(self) -> None:
+        first = MomentFormat.parse(self.first, "moments: first")
+        second = MomentFormat.parse(self.second, "moments: second", second=True)
+        object.__setattr__(self, "first", first)
+        object.__setattr__(self, "second", second)
+        if isinstance(self.keep, str):
+            raise ConfigError(f"moments: keep={self.keep!r} is one text; give a tuple of patterns")
+        object.__setattr__(self, "keep", tuple(self.keep))
+        for pattern in self.keep:
+            if not pattern or set(pattern) & set(" ,=\t\n"):
+                raise ConfigError(
+                    f"moments: keep={pattern!r} is empty or holds a blank, ',' or '='; write a path"
+                    " pattern such as keep=**/embed"
+                )
+        if not isinstance(self.min_size, int) or self.min_size < 0:
+            raise ConfigError(
+                f"moments: min={self.min_size!r} is not a number of elements; write min=4096"
+            )
+        plain = first.dtype == second.dtype == jnp.float32
+        if plain and (self.keep or self.min_size):
+            raise ConfigError(
+                "moments: keep= and min= exclude leaves from a low format, but both moments are"
+                " float32; give a format, such as int8@256, or drop them"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Moments:
-        """Reads a dtype for both, or `first=DTYPE`, `second=DTYPE`, or both with a comma."""
-        if "=" not in text:
-            dtype = parse_dtype(text, "moments")
-            return cls(dtype, dtype)
-        found = {}
+        """Reads a format for both or `first=FORMAT,second=FORMAT`, then `keep=` and `min=`."""
+        found: dict[str, Any] = {}
+        keep: list[str] = []
         for part in text.split(","):
-            key, _, value = part.partition("=")
-            if key not in ("first", "second") or key in found:
-                raise ConfigError(
-                    f"moments: bad field {part!r} in {text!r}; write DTYPE or"
-                    " first=DTYPE,second=DTYPE"
-                )
-            found[key] = parse_dtype(value, f"moments: {key}")
-        return cls(**found)
+            key, equals, value = part.partition("=")
+            if not equals and not {"first", "second"} & set(found):
+                found["first"] = MomentFormat.parse(part)
+                found["second"] = MomentFormat.parse(part, second=True)
+            elif equals and key in ("first", "second") and key not in found:
+                found[key] = MomentFormat.parse(value, f"moments: {key}", key == "second")
+            elif equals and key == "keep":
+                keep.append(value)
+            elif key == "min" and "min_size" not in found and value.isascii() and value.isdigit():
+                found["min_size"] = int(value)
+            else:
+                raise ConfigError(f"moments: bad field {part!r} in {text!r}; {_HELP}")
+        return cls(**found, keep=tuple(keep))
 
     def __str__(self) -> str:
-        first, second = dtype_name(self.first), dtype_name(self.second)
-        return first if first == second else f"first={first},second={second}"
+        first, second = str(self.first), str(self.second)
+        words = [first if first == second else f"first={first},second={second}"]
+        words += [f"keep={pattern}" for pattern in self.keep]
+        return ",".join(words + [f"min={self.min_size}"] * (self.min_size > 0))

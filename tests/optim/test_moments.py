@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.optim import cast_moments, wrap
+from mpjax.optim import quantize_moments, wrap
 from mpjax.precision import Moments, get_precision
 
 W = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)}
@@ -57,7 +57,7 @@ def test_each_moment_is_stored_in_its_dtype(name: str) -> None:
         jnp.bfloat16 if "first" in kinds.values() else jnp.float32,
         jnp.float16 if "second" in kinds.values() else jnp.float32,
     )
-    low = cast_moments(tx, moments)
+    low = quantize_moments(tx, first=moments.first, second=moments.second)
     expected = {field: wanted[kind] for field, kind in kinds.items()}
     state = low.init(W)
     assert dtypes(state) == expected
@@ -81,12 +81,12 @@ def test_first_and_second_apart(text: str, expected: dict[str, str]) -> None:
 
 def test_float32_moments_leave_the_optimizer_alone() -> None:
     tx = optax.adam(0.1)
-    assert cast_moments(tx, Moments()) is tx
+    assert quantize_moments(tx) is tx
 
 
 def test_values_are_the_float32_update_of_what_was_stored_rounded() -> None:
     """m <- bf16(0.9 m + 0.1 g), v <- bf16(0.999 v + 0.001 g^2), by hand in float32."""
-    tx = cast_moments(optax.adam(0.1), Moments.parse("bf16"))
+    tx = quantize_moments(optax.adam(0.1), first="bf16", second="bf16")
     state, bf16, f32 = tx.init(W), ml_dtypes.bfloat16, np.float32
     m = v = np.zeros((4, 6), bf16)
     exact = np.zeros((4, 6), f32)
@@ -104,7 +104,7 @@ def test_values_are_the_float32_update_of_what_was_stored_rounded() -> None:
 
 
 def test_the_update_itself_is_computed_in_float32() -> None:
-    tx = cast_moments(optax.adam(0.1), Moments.parse("bf16"))
+    tx = quantize_moments(optax.adam(0.1), first="bf16", second="bf16")
     updates, _ = step(tx, tx.init(W), G[0])
     expected, _ = step(optax.adam(0.1), optax.adam(0.1).init(W), G[0])
     assert np.array_equal(updates["w"], expected["w"])  # from zero moments nothing was rounded yet
@@ -136,6 +136,6 @@ def test_parameters_that_are_called_like_moments_are_not_moments() -> None:
         v: Any
 
     weights = Params(jnp.ones(2), jnp.ones(2))
-    state = cast_moments(optax.adam(0.1), Moments.parse("second=bf16")).init(weights)
+    state = quantize_moments(optax.adam(0.1), second="bf16").init(weights)
     assert state[0].mu.v.dtype == state[0].mu.m.dtype == jnp.float32
     assert state[0].nu.v.dtype == state[0].nu.m.dtype == jnp.bfloat16

@@ -29,8 +29,8 @@ def test_a_field_left_out_is_float32() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int3", "moments: unknown dtype 'int3'"),
-        ("first=bf17", "moments: first: unknown dtype 'bf17'; did you mean"),
+        ("int3", "moments: unknown format 'int3'"),
+        ("first=bf17", "moments: first: unknown format 'bf17'; did you mean"),
         ("frist=bf16", "bad field 'frist=bf16'"),
         ("first=bf16,first=f32", "bad field 'first=f32'"),
         ("first=bf16,", "bad field ''"),

@@ -205,7 +205,7 @@ def test_low_weights_need_an_update_rule(policy: str) -> None:
     ("options", "message"),
     [
         ({"update": "stochastc"}, "update: unknown rule 'stochastc'; known: none master nearest"),
-        ({"moments": "int3"}, "moments: unknown dtype 'int3'"),
+        ({"moments": "int3"}, "moments: unknown format 'int3'"),
         ({"gradient_dtype": "f64"}, "gradient_dtype: float64 needs 64-bit types"),
         ({"loss_scale": "dynamc"}, "loss scale: unknown kind 'dynamc'"),
     ],

@@ -1,0 +1,214 @@
+"""Arrays stored as 8- or 4-bit codes, one float32 absmax for each block of numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.formats import Format, round_to
+from mpjax.formats.quantize import amax_of, per_tile
+from mpjax.precision.moments import MomentFormat
+
+_BITS = {"int8": 8, "int4": 4, "int8-linear": 8}
+
+
+Runs = list[tuple[float, float, int]]  # first number, step, how many
+
+
+def tree_runs(bits: int, signed: bool) -> Runs:
+    r"""Returns the positive numbers of the dynamic tree data type as runs of equal steps.
+
+    After the sign, $e$ zeros, an indicator bit and $F - e$ bits of a fraction $k$ mean the centre
+    of the $k$-th of $2^{F-e}$ equal parts of $[0.1, 1]$, times $10^{-e}$. Without a sign each
+    fraction has one bit more, and the range stays. The last pattern means 1.
+
+    Args:
+      bits: of a code.
+      signed: whether one of them is the sign.
+
+    References:
+      Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, section 1.3 and
+      appendix F.
+    """
+    runs = []
+    for e in reversed(range(bits - 1)):
+        count = 2 ** (bits - 1 - signed - e)
+        step = 10.0**-e * 0.9 / count
+        runs.append((10.0**-e * 0.1 + step / 2, step, count))
+    return [*runs, (1.0, 1.0, 1)]
+
+
+def _runs(name: str, signed: bool) -> tuple[Runs, int]:
+    """The positive numbers of a book and the place of the first: 1, or 0 if there is no zero."""
+    if name == "int8-linear":
+        count = 127 if signed else 255
+        return [(1 / count, 1 / count, count)], 1
+    if name == "int4" and not signed:
+        # Without zero: a second moment of zero would divide the first by epsilon alone.
+        return [(1 / 16, 1 / 16, 16)], 0
+    return tree_runs(_BITS[name], signed), 1
+
+
+@functools.cache
+def code_book(name: str, signed: bool) -> np.ndarray:
+    """Returns the number in [-1, 1] that each code means, float32.
+
+    A code counts the numbers from zero up, and down from zero modulo 2^bits, as two's complement
+    does; the highest positive number takes the place of the lowest negative one (-1 has no code
+    in a tree).
+
+    Args:
+      name: `int8`, `int4` or `int8-linear`.
+      signed: which of its two books.
+
+    Example:
+      >>> code_book("int4", True)[:9].astype(float).round(4).tolist()
+      [0.0, 0.0055, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1.0]
+    """
+    runs, place = _runs(name, signed)
+    book = np.zeros(2 ** _BITS[name])
+    for first, step, count in runs:
+        book[place : place + count] = first + step * np.arange(count)
+        place += count
+    if signed:
+        book[len(book) // 2 + 1 :] = -book[1 : len(book) // 2][::-1]
+    return book.astype(np.float32)
+
+
+def encode(x: Any, name: str, signed: bool) -> Any:
+    """Returns the codes of the nearest numbers of a book, uint8; ties go towards zero.
+
+    The place in a run of equal steps is computed, which is faster than a search, so that numbers
+    within a float32 rounding of a tie may go either way.
+
+    Args:
+      x: float32 in [-1, 1].
+      name: `int8`, `int4` or `int8-linear`.
+      signed: which of its two books.
+    """
+    size = 2 ** _BITS[name]
+    book = code_book(name, signed)
+    magnitude = jnp.abs(x) if signed else x
+    runs, start = _runs(name, signed)
+    place = jnp.zeros(x.shape, jnp.int32)
+    for first, step, count in runs:
+        steps = jnp.ceil((magnitude - np.float32(first)) * np.float32(1 / step) - 0.5)
+        inside = jnp.clip(steps, 0, count - 1).astype(jnp.int32) + start
+        tie = np.float32((book[start - 1] + book[start]) / 2) if start else np.float32(-np.inf)
+        place = jnp.where(magnitude > tie, inside, place)
+        start += count
+    if signed:
+        place = jnp.where(x < 0, size - jnp.minimum(place, size // 2 - 1), place)
+    return (place & (size - 1)).astype(jnp.uint8)
+
+
+def decode(codes: Any, name: str, signed: bool) -> Any:
+    """Returns the numbers that codes mean, float32."""
+    book = jnp.asarray(code_book(name, signed))
+    return book.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def tile_of(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
+    """Returns the block as a tile of the array: at most so many numbers, no axis flattened.
+
+    It takes equal parts of the last axis, whole rows where they fit, and then of the axis before:
+    codes keep the shape of the weight, and both codes and absmax can be cut over devices like it.
+
+    Args:
+      shape: of the array.
+      block: largest number of elements; 0 is all of them.
+
+    Example:
+      >>> tile_of((512, 128), 256), tile_of((512, 384), 256), tile_of((3, 5, 7), 0)
+      ((2, 128), (1, 192), (3, 5, 7))
+    """
+    room, tile = block or max(1, math.prod(shape)), []
+    for size in reversed(shape):
+        parts = -(-size // room)
+        tile.append(-(-size // max(1, parts)) or 1)
+        room = room // size if tile[-1] == size else 1
+    return tuple(reversed(tile))
+
+
+def _pack(codes: Any) -> Any:
+    """Two 4-bit codes a byte, along the last axis."""
+    if codes.shape[-1] % 2:
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def _unpack(packed: Any, size: int) -> Any:
+    pairs = jnp.stack([packed & 15, packed >> 4], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1)[..., :size]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "absmax"),
+    meta_fields=("format", "signed", "shape"),
+)
+@dataclasses.dataclass(frozen=True)
+class Blockwise:
+    """A moment stored as codes; `dequantize()` is the code's number times its block's absmax.
+
+    Args:
+      codes: uint8 or float8, shape of the moment; 4-bit codes lie two a byte along the last axis.
+      absmax: float32, one for each block.
+      format: what the codes mean.
+      signed: whether they can be negative.
+      shape: of the moment.
+    """
+
+    codes: Any
+    absmax: Any
+    format: MomentFormat
+    signed: bool
+    shape: tuple[int, ...]
+
+    def dequantize(self) -> Any:
+        """Returns the moment, float32."""
+        name, codes = self.format.name, self.codes
+        shape = self.shape or (1,)
+        if name in _BITS:
+            codes = _unpack(codes, shape[-1]) if _BITS[name] == 4 else codes
+            numbers = decode(codes, name, self.signed)
+        else:
+            numbers = codes.astype(jnp.float32) / Format(name).max
+        tile = tile_of(shape, self.format.block or 0)
+        return per_tile(numbers, self.absmax, tile, lambda n, a: n * a).reshape(self.shape)
+
+
+def quantize_blocks(x: Any, format: MomentFormat, signed: bool) -> Blockwise:
+    """Returns a moment as codes of the nearest numbers, $x \\approx b_{code} \\max_{block} |x|$.
+
+    A block of zeros has absmax 0 and stays zero. A block that holds inf or NaN becomes non-finite
+    as a whole: its absmax is.
+
+    Args:
+      x: float32.
+      format: with a block.
+      signed: False for a moment that is never negative.
+
+    Example:
+      >>> q = quantize_blocks(jnp.array([0.0, 3.0, -1.5]), MomentFormat.parse("int8"), True)
+      >>> q.codes.dtype.name, q.absmax.tolist(), q.dequantize().round(2).tolist()
+      ('uint8', [3.0], [0.0, 3.0, -1.5])
+    """
+    wide = x.astype(jnp.float32).reshape(x.shape or (1,))
+    tile = tile_of(wide.shape, format.block or 0)
+    absmax = amax_of(wide, tile)
+    # A division, because 1 / absmax overflows where absmax is subnormal.
+    unit = per_tile(wide, jnp.where(absmax > 0, absmax, 1.0), tile, lambda n, a: n / a)
+    if format.name in _BITS:
+        codes = encode(unit, format.name, signed)
+        codes = _pack(codes) if _BITS[format.name] == 4 else codes
+    else:
+        number = Format(format.name)
+        codes = round_to(unit * number.max, number).astype(number.dtype)
+    return Blockwise(codes, absmax, format, signed, x.shape)
