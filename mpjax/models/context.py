@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from mpjax import ops
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.precision import Precision, Recipe
+from mpjax.precision import Precision, Recipe, is_fp8
 
 
 def unsharded(x: Any, axes: tuple[str | None, ...]) -> Any:
@@ -63,11 +63,14 @@ class Layer(nn.Module):
         return self.context.policy((*self.path, *operation))
 
     def weight(self, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]):
-        """Declares a weight: drawn in float32, so that Precisions pair, then stored by its rule."""
+        """Declares a weight: drawn in float32, so that Precisions pair, then stored by its rule.
+
+        One stored in fp8 stays float32 here, where it is the view of what `Model.init` stores.
+        """
         dtype = self.context.policy((*self.path, name), weight=True).param_dtype
 
         def draw(key: Any) -> Any:
-            return init(key, shape, jnp.float32).astype(dtype)
+            return init(key, shape, jnp.float32).astype(jnp.float32 if is_fp8(dtype) else dtype)
 
         return self.param(name, nn.with_partitioning(draw, axes))
 

@@ -16,18 +16,13 @@ from flax import linen as nn
 
 from mpjax import ops
 from mpjax.errors import ConfigError
-from mpjax.models.block import Block
+from mpjax.formats import weight_view
+from mpjax.formats.delayed import AmaxHistory
 from mpjax.models.config import DecoderConfig, decoder_config
 from mpjax.models.context import Context, unsharded
-from mpjax.models.skeleton import init_boxed, outer_parts, part_key, paths
-from mpjax.formats.delayed import AmaxHistory
+from mpjax.models.skeleton import init_boxed, outer_parts, part_key, paths, stored
+from mpjax.models.stack import Stack
 from mpjax.precision import Precision, Recipe, dtype_name, get_precision, wider
-
-_REMAT = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +45,8 @@ class Model:
         head = self._recipes.get("decoder/head")
         if head is not None and head.history:
             raise ConfigError(
-                f"decoder/head: recipe {head.name!r} keeps an amax history, which the loss, taken in"
-                " chunks, cannot thread; take a recipe without history for the head, such as fp8"
+                f"decoder/head: recipe {head.name!r} keeps an amax history, which a loss taken in"
+                " chunks cannot thread; take a recipe without history for the head, such as fp8"
             )
 
     def _at(self, *prefix: str) -> Context:
@@ -115,13 +110,13 @@ class Model:
 
     def init(self, key: Any) -> Any:
         """Returns new parameters; equal keys give equal float32 draws under every Precision."""
-        return nn.unbox(init_boxed(self.config, self._at, key))
+        return stored(nn.unbox(init_boxed(self.config, self._at, key)), self.precision)
 
     def features(
         self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:
         """Returns the normalised features (B, T, D) and the new state (key/value cache)."""
-        c, p = self.config, params["decoder"]
+        c, p = self.config, weight_view(params)["decoder"]
         parts = outer_parts(c, self._at)
         T = ids_BT.shape[1]
         decoding = state is not None and "position" in state
@@ -143,60 +138,10 @@ class Model:
             x = nn.Dropout(c.dropout, deterministic=False).apply(
                 {}, x, rngs={"dropout": part_key(key, "embed")}
             )
-        x, state = self._layers(p["layers"], x, positions_T, state, key, dropping)
+        stack = Stack(c, self._at, self.segments, rounding=self._rounds)
+        x, state = stack(p["layers"], x, positions_T, state, key, dropping)
         x = parts["norm"][0].apply({"params": p["norm"]}, x)
         return x, state
-
-    def _layers(
-        self, stacked: Any, x: Any, positions_T: Any, state: Any, key: Any, dropping: bool
-    ) -> tuple[Any, Any]:
-        """The blocks; state holds `layers` (key/value cache), `position` and `amax`, or is None."""
-        c, state = self.config, state or {}
-        amax = state.get("amax", {}).get("layers", {})
-        unroll = c.loop == "unroll" or (c.loop == "auto" and jax.default_backend() == "cpu")
-        rounds = self._rounds
-        outputs = []
-        for start, stop in self.segments:
-            block = Block(self._at("layers", str(start)), c)
-
-            def run(x: Any, one: Any, block: Block = block) -> tuple[Any, Any]:
-                params, cached, seen, layer = one
-                rngs = {}
-                if key is not None:
-                    own = jax.random.fold_in(key, layer)
-                    rngs = {"dropout": own} if dropping else {}
-                    if rounds:
-                        rngs["rounding"] = part_key(own, "rounding")
-                variables = {"params": params}
-                if not seen:
-                    out = block.apply(variables, x, positions_T, cached, dropping, rngs=rngs)
-                    return out[0], (out[1], seen)
-                out, updated = block.apply(
-                    variables | {"amax": seen}, x, positions_T, cached, dropping, rngs=rngs,
-                    mutable=["amax"],
-                )  # fmt: skip
-                return out[0], (out[1], updated["amax"])
-
-            if c.remat != "none":
-                run = jax.checkpoint(run, policy=_REMAT[c.remat], prevent_cse=unroll)
-            part = lambda a: a[start:stop] if (start, stop) != (0, c.layers) else a  # noqa: B023, E731
-            xs = jax.tree.map(part, (stacked, state.get("layers"), amax, jnp.arange(c.layers)))
-            if unroll:
-                outs = []
-                for one in _unstack(xs, stop - start):
-                    x, out = run(x, one)
-                    outs.append(out)
-                out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-            else:
-                x, out = jax.lax.scan(run, x, xs)
-            outputs.append(out)
-        cache, amax = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
-        new = dict(state)
-        if "layers" in state:
-            new |= {"layers": cache, "position": state["position"] + x.shape[1]}
-        if amax:
-            new["amax"] = state["amax"] | {"layers": amax}
-        return x, new or None
 
     @functools.cached_property
     def _recipes(self) -> dict[str, Recipe]:
@@ -226,12 +171,14 @@ class Model:
 
     def _unembed(self, params: Any, x: Any, key: Any = None) -> Any:
         """Features to logits in the head's output dtype."""
-        p = params["decoder"]
+        p = weight_view(params)["decoder"]
         # One key for all chunks of a loss in chunks: each number is still rounded without bias.
         key = None if key is None else part_key(key, "head")
         if not self.config.tied:
             head, _ = outer_parts(self.config, self._at)["head"]
-            return head.apply({"params": p["head"]}, x, rngs={} if key is None else {"rounding": key})
+            return head.apply(
+                {"params": p["head"]}, x, rngs={} if key is None else {"rounding": key}
+            )
         path = "decoder/head"
         return ops.linear(
             x, p["embed"]["table"], self.precision.policy(path), transposed=True, where=path,
@@ -296,13 +243,6 @@ class Model:
             "layers": (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
             "position": jnp.int32(0),
         }
-
-
-def _unstack(tree: Any, count: int) -> list[Any]:
-    """Layers of a stacked tree; the gradient of a split is one concatenation, not L additions."""
-    leaves, structure = jax.tree.flatten(tree)
-    parts = [[p[0] for p in jax.lax.split(leaf, [1] * count, axis=0)] for leaf in leaves]
-    return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
 
 
 def decoder(

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mpjax.formats import quantize
 from mpjax.models.block import Block
 from mpjax.models.config import DecoderConfig
 from mpjax.models.context import Context
 from mpjax.models.layers import Embed, Linear, Norm
-from mpjax.precision import get_precision
+from mpjax.precision import Precision, dtype_name, get_precision, is_fp8
 
 At = Callable[..., Context]  # path prefix below "decoder" -> context
 
@@ -48,6 +49,19 @@ def init_boxed(config: DecoderConfig, at: At, key: Any) -> Any:
     keys = jnp.stack([jax.random.fold_in(first, layer) for layer in range(config.layers)])
     tree["layers"] = jax.vmap(lambda key: block.init(key, x, t)["params"])(keys)
     return {"decoder": tree}
+
+
+def stored(params: Any, precision: Precision) -> Any:
+    """Returns drawn weights as stored: those of an fp8 rule as Quantized, a scale for each row."""
+
+    def leaf(path: Any, w: Any) -> Any:
+        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if parts[1] == "layers":
+            parts.insert(2, "0")  # all layers are stored alike
+        dtype = precision.policy("/".join(parts)).param_dtype
+        return quantize(w, dtype_name(dtype), "row", scale_rounding="up") if is_fp8(dtype) else w
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def paths(config: DecoderConfig) -> dict[str, str]:

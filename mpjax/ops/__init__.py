@@ -1,6 +1,7 @@
 """The numerically delicate operations, each under its policy."""
 
 from mpjax.ops.attention import KERNELS, attention
+from mpjax.ops.conv import conv_general_dilated
 from mpjax.ops.cross_entropy import chunk_length, cross_entropy
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import norm
@@ -12,6 +13,7 @@ __all__ = [
     "KERNELS",
     "attention",
     "chunk_length",
+    "conv_general_dilated",
     "cross_entropy",
     "dot_general",
     "hadamard",

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.ops.product import How, product
+from mpjax.ops.product import Dot, How, product
 from mpjax.precision import Recipe, wider
 
 
@@ -104,7 +104,7 @@ def linear(
     else:
         dims = (((1,), (int(transposed),)), ((), ()))
         dtypes = jnp.dtype(policy.compute_dtype), jnp.dtype(policy.output_dtype)
-        y_NF, amax = product(x_ND, kernel, How(dims, recipe, *dtypes, where), key, amax)
+        y_NF, amax = product(x_ND, kernel, How(Dot(dims), recipe, *dtypes, where), key, amax)
     y = y_NF.reshape(*x.shape[:-1], y_NF.shape[-1])
     return y if amax is None else (y, amax)
 

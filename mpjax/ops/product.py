@@ -1,9 +1,8 @@
-"""`dot_general` under a Recipe: one product and its two backward products, each quantised."""
+"""A product under a Recipe, `dot_general` first: forward and both ways backward."""
 
 from __future__ import annotations
 
-
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +12,67 @@ from jax import lax
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.formats.quantize import amax_of
-from mpjax.ops.quantized import Dims, backward_dims, combine, encode, need_key
+from mpjax.ops.quantized import Axes, Dims, Factor, backward_dims, combine, encode, need_key
 from mpjax.precision import Recipe, get_recipe
+
+
+class Bilinear(Protocol):
+    """An operation linear in x and in W; hashable. Axes are those that a product sums over."""
+
+    def axes(self, x: Any, w: Any) -> tuple[tuple[Axes, Axes], ...]:
+        """Axes of (x, W), (dy, W) and (x, dy) in fprop, dgrad and wgrad."""
+
+    def fprop(self, x: Factor, w: Factor, recipe: Recipe) -> Any:
+        """The result, float32."""
+
+    def dgrad(self, dy: Factor, w: Factor, recipe: Recipe, x: Any) -> Any:
+        """The gradient of x, float32."""
+
+    def wgrad(self, x: Factor, dy: Factor, recipe: Recipe, w: Any) -> Any:
+        """The gradient of W, float32."""
+
+
+class Dot(NamedTuple):
+    """`lax.dot_general`.
+
+    Args:
+      dims: its dimension numbers.
+    """
+
+    dims: Dims
+
+    def axes(self, x: Any, w: Any) -> tuple[tuple[Axes, Axes], ...]:
+        """See `Bilinear`."""
+        (d_dims, _), (w_dims, _) = backward_dims(self.dims, x.ndim, w.ndim)
+        return self.dims[0], d_dims[0], w_dims[0]
+
+    def fprop(self, x: Factor, w: Factor, recipe: Recipe) -> Any:
+        """See `Bilinear`."""
+        return combine(x, w, self.dims, recipe)
+
+    def dgrad(self, dy: Factor, w: Factor, recipe: Recipe, x: Any) -> Any:
+        """See `Bilinear`."""
+        (dims, order), _ = backward_dims(self.dims, x.ndim, w.values.ndim)
+        return lax.transpose(combine(dy, w, dims, recipe), order)
+
+    def wgrad(self, x: Factor, dy: Factor, recipe: Recipe, w: Any) -> Any:
+        """See `Bilinear`."""
+        _, (dims, order) = backward_dims(self.dims, x.values.ndim, w.ndim)
+        return lax.transpose(combine(x, dy, dims, recipe), order)
 
 
 class How(NamedTuple):
     """What is static about a product.
 
     Args:
-      dims: dimension numbers of `lax.dot_general`.
+      op: the operation.
       recipe: how it is quantised.
       compute: dtype of x and dy before they are quantised, and of operands that are not.
       output: dtype of the result.
       where: path of the module, for errors.
     """
 
-    dims: Dims
+    op: Bilinear
     recipe: Recipe
     compute: Any
     output: Any
@@ -44,13 +88,13 @@ def _part(amax: Any, number: int) -> Any:
 
 
 def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
-    recipe, (ca, cb) = how.recipe, how.dims[0]
+    recipe, ((x_axes, w_axes), *_) = how.recipe, how.op.axes(a, b)
     need_key(recipe, key, False, how.where)
     x = a.astype(how.compute)
-    left = encode(x, recipe.fprop[0], ca, _key(key, 0), how.compute, _part(amax, 0))
+    left = encode(x, recipe.fprop[0], x_axes, _key(key, 0), how.compute, _part(amax, 0))
     # a weight is quantised as it is stored: a cast before would round it twice
-    right = encode(b, recipe.fprop[1], cb, _key(key, 1), how.compute, _part(amax, 1))
-    y = combine(left, right, how.dims, recipe).astype(how.output)
+    right = encode(b, recipe.fprop[1], w_axes, _key(key, 1), how.compute, _part(amax, 1))
+    y = how.op.fprop(left, right, recipe).astype(how.output)
     if seen is not None:
         now = [amax_of(v, v.shape).reshape(()) for v in (x, b)]
         seen = jnp.maximum(seen, jnp.stack([*now, jnp.float32(0)]))
@@ -71,12 +115,11 @@ def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
     recipe, compute = how.recipe, how.compute
     need_key(recipe, key, True, how.where)
     dy = dy.astype(compute)
-    (d_dims, d_order), (w_dims, w_order) = backward_dims(how.dims, x.ndim, b.ndim)
-    (dy_axes, b_axes), (x_axes, dy_tokens) = d_dims[0], w_dims[0]
+    _, (dy_axes, b_axes), (x_axes, dy_tokens) = how.op.axes(x, b)
 
     left = encode(dy, recipe.dgrad[0], dy_axes, _key(key, 2), compute, _part(amax, 2))
     right = encode(b, recipe.dgrad[1], b_axes, _key(key, 3), compute, _part(amax, 1))
-    dx = lax.transpose(combine(left, right, d_dims, recipe), d_order)
+    dx = how.op.dgrad(left, right, recipe, x)
 
     tokens, gradient = x, dy
     if recipe.hadamard and x_axes:
@@ -85,7 +128,7 @@ def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
         gradient = hadamard(dy, dy_tokens[-1], signs)
     left = encode(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0))
     right = encode(gradient, recipe.wgrad[1], dy_tokens, _key(key, 6), compute, _part(amax, 2))
-    db = lax.transpose(combine(left, right, w_dims, recipe), w_order)
+    db = how.op.wgrad(left, right, recipe, b)
 
     if gradient_seen is not None:
         now = amax_of(dy, dy.shape).reshape(())
@@ -124,7 +167,7 @@ def hadamard(x: Any, axis: int, signs: Any) -> Any:
     size = signs.shape[0]
     rows = jnp.moveaxis(x, axis, -1).astype(jnp.float32)
     rows = jnp.pad(rows, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[axis] % size)])
-    blocks = (rows.reshape(*rows.shape[:-1], -1, size) * signs.reshape((1,) * x.ndim + (-1,)))
+    blocks = rows.reshape(*rows.shape[:-1], -1, size) * signs.reshape((1,) * x.ndim + (-1,))
     turned = jnp.matmul(blocks, _hadamard_matrix(size), precision=lax.Precision.HIGHEST)
     return jnp.moveaxis(turned.reshape(rows.shape), -1, axis)
 
@@ -204,7 +247,7 @@ def dot_general(
 
     Example:
       >>> x, w = jnp.ones((2, 3)), jnp.ones((3, 4))
-      >>> dot_general(x, w, (((1,), (0,)), ((), ())), "fp8").tolist()[0]
+      >>> dot_general(x, w, (((1,), (0,)), ((), ())), "mxfp8").tolist()[0]
       [3.0, 3.0, 3.0, 3.0]
 
     References:
@@ -214,7 +257,5 @@ def dot_general(
     dims: Any = tuple(tuple(tuple(map(int, axes)) for axes in pair) for pair in dimension_numbers)
     compute = jnp.dtype(a.dtype if compute_dtype is None else compute_dtype)
     output = jnp.dtype(a.dtype if preferred_element_type is None else preferred_element_type)
-    y, amax = product(a, b, How(dims, recipe, compute, output, where), key, amax)
+    y, amax = product(a, b, How(Dot(dims), recipe, compute, output, where), key, amax)
     return y if amax is None else (y, amax)
-
-

@@ -16,10 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mpjax.errors import ConfigError
-from mpjax.precision.dtypes import dtype_name, parse_dtype
+from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
-from mpjax.precision.policy import policy_text
 from mpjax.precision.recipe import Recipe
 from mpjax.precision.rule import Rule, matches, near_misses, spellings
 
@@ -46,8 +45,8 @@ class Precision:
 
     Example:
       >>> from mpjax.precision import get_precision
-      >>> policy_text(get_precision("bf16", rules=["**/head=fp32"]).policy("decoder/head"))
-      'p=f32,c=f32,o=f32'
+      >>> get_precision("bf16", rules=["**/head=fp32"]).layout(["decoder/head"])
+      {'decoder/head': 'p=f32,c=f32,o=f32'}
 
     References:
       Micikevicius et al. 2018, Mixed Precision Training.
@@ -74,7 +73,9 @@ class Precision:
                 " quantised products sum their weight gradients in float32; set gradient_dtype=f32"
             )
         low = [
-            rule for rule in self.rules if rule.policy.param_dtype in (jnp.bfloat16, jnp.float16)
+            rule
+            for rule in self.rules
+            if (dtype := rule.policy.param_dtype) in (jnp.bfloat16, jnp.float16) or is_fp8(dtype)
         ]
         if low and self.update == "none":
             raise ConfigError(
@@ -135,7 +136,8 @@ class Precision:
                     f" {' '.join(near_misses(rule.pattern, paths))}"
                 )
             p = rule.policy
-            if weights.issuperset(mine) and not p.param_dtype == p.compute_dtype == p.output_dtype:
+            follows = jnp.float32 if is_fp8(p.param_dtype) else p.param_dtype
+            if weights.issuperset(mine) and not follows == p.compute_dtype == p.output_dtype:
                 raise ConfigError(
                     f"rule {str(rule)!r}: names weights only, for which only p= counts; write"
                     f" {rule.pattern}=p={dtype_name(p.param_dtype)}, or name their module to set"
@@ -204,7 +206,14 @@ class Precision:
     def __str__(self) -> str:
         table = Table(box=box.SIMPLE, title=f"Precision {self.name}", title_justify="left")
         recipes = {rule.recipe.name: rule.recipe for rule in self.rules if rule.recipe}
-        for column in ("pattern", "param", "compute", "output", *(["recipe"] * bool(recipes)), "from"):
+        for column in (
+            "pattern",
+            "param",
+            "compute",
+            "output",
+            *(["recipe"] * bool(recipes)),
+            "from",
+        ):
             table.add_column(column, no_wrap=True)
         for rule in self.rules:
             p = rule.policy

@@ -111,7 +111,8 @@ def parse_rule(text: str | Rule) -> Rule:
     pattern, equals, value = text.partition("=")
     if not equals or not pattern or not value:
         raise ConfigError(f"rule {text!r}: write PATTERN=VALUE, such as **/norm*=fp32")
-    return Rule(pattern, *_read(value, f"rule {text!r}"))
+    policy, recipe = _read(value, f"rule {text!r}")
+    return Rule(pattern, policy, recipe=recipe)
 
 
 def _read(value: str, where: str) -> tuple[jmp.Policy, Recipe | None]:

@@ -159,7 +159,7 @@ class Recipe:
         if self.hadamard:
             extra.append(f"wgrad through a random Hadamard transform of {self.hadamard}")
         if self.history:
-            extra.append(f"delayed: scales from the last {self.history} steps, margin {self.margin}")
+            extra.append(f"scales from the last {self.history} steps, margin {self.margin}")
         if self.accumulate != "float32":
             extra.append(f"sums rounded to {self.accumulate} every {self.chunk} summands")
         lines = [f"Recipe {self.name}" + (f" ({self.source})" if self.source else "")]

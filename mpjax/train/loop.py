@@ -1,7 +1,8 @@
 """The training loop: dispatches step n + 1 before it reads the metrics of step n.
 
-Steps that take less than 0.2 s are dispatched and reported in bursts of about that time: the host's
-caches are cold when a step has run, and what it does for one step alone takes several times as long.
+Steps that take less than 0.2 s are dispatched and reported in bursts of about that time: the
+host's caches are cold when a step has run, and what it does for one step alone takes several times
+as long.
 """
 
 from __future__ import annotations
