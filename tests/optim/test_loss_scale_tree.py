@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec
 from mpjax.errors import ConfigError
 from mpjax.optim import (
     DynamicLossScale,
+    LeafLossScale,
+    LogMaxLossScale,
     LossScale,
     NoOpLossScale,
     StaticLossScale,
@@ -28,13 +30,17 @@ SCALES = {
     "none": NoOpLossScale(),
     "static": StaticLossScale(2.0**10),
     "dynamic": DynamicLossScale(2.0**5, 3.0, 0.25, 7, 3, 2.0**-3, 2.0**9),
+    "logmax": LogMaxLossScale("e5m2", 3.0, 0.9, 2.0**5, 3.0, 0.25, 7, 2.0**-3, 2.0**9, False),
+    "leaf": LeafLossScale(["a", "**"], 2.0**5, 3.0, 0.25, 7, 3, 2.0**-3, 2.0**9),
 }
+GRADS = {"a": jnp.array([2.0**9, 1.0]), "b": jnp.array([0.25])}
 
 
 def moved(scale: LossScale) -> LossScale:
     """After steps that leave every part of a dynamic state off its start."""
     for finite in (True, False, True, True):
-        scale = scale.adjust(jnp.bool_(finite))
+        bad = jnp.where(jnp.bool_(finite), 0, jnp.nan)
+        scale = scale.adjust(jnp.bool_(finite), GRADS | {"b": GRADS["b"] + bad})
     return scale
 
 
@@ -44,7 +50,7 @@ def test_jit_keeps_every_setting_and_state(name: str) -> None:
     out = jax.jit(lambda s: s)(scale)
     assert type(out) is type(scale)
     assert out.settings == scale.settings
-    assert [x.item() for x in out.state] == [x.item() for x in scale.state]
+    assert [x.tolist() for x in out.state] == [x.tolist() for x in scale.state]
     assert jax.tree.structure(out) == jax.tree.structure(scale)
 
 
@@ -64,12 +70,13 @@ def test_any_leaf_may_take_the_place_of_an_array(name: str) -> None:
     specs = jax.tree.map(lambda _: PartitionSpec(), scale)
     assert type(specs) is type(scale) and specs.settings == scale.settings
     assert all(spec == PartitionSpec() for spec in specs.state)
-    assert len(specs.state) == {"none": 0, "static": 1, "dynamic": 3}[name]
-    shapes = jax.eval_shape(lambda s: s.adjust(jnp.bool_(True)), scale)
+    count = {"none": 0, "static": 1, "dynamic": 3, "logmax": 6, "leaf": 3}[name]
+    assert len(specs.state) == count
+    shapes = jax.eval_shape(lambda s: s.adjust(jnp.bool_(True), GRADS), scale)
     assert shapes.settings == scale.settings
     assert [x.dtype for x in shapes.state] == [x.dtype for x in scale.state]
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(scale)]
-    assert paths == [".scale", ".good_steps", ".hysteresis_left"][: len(paths)]
+    assert paths == [f".{name}" for name in scale.names] and len(set(paths)) == count
 
 
 def test_donation_takes_the_old_state_and_keeps_the_settings() -> None:
@@ -81,7 +88,7 @@ def test_donation_takes_the_old_state_and_keeps_the_settings() -> None:
     assert new.settings == old.settings
 
 
-@pytest.mark.parametrize("name", ["static", "dynamic"])
+@pytest.mark.parametrize("name", ["static", "dynamic", "logmax", "leaf"])
 def test_orbax_restores_the_state_into_the_settings_of_its_target(
     name: str, tmp_path: Path
 ) -> None:
@@ -93,11 +100,10 @@ def test_orbax_restores_the_state_into_the_settings_of_its_target(
         out = checkpointer.restore(tmp_path / "scale", jax.eval_shape(lambda: {"scale": fresh}))
     assert [x.tolist() for x in out["scale"].state] == [x.tolist() for x in scale.state]
     assert out["scale"].settings == scale.settings
-    if name == "dynamic":
+    if name != "static":
         assert [x.tolist() for x in fresh.state] != [x.tolist() for x in scale.state]
-        assert jnp.array_equal(
-            out["scale"].adjust(jnp.bool_(False)).value, scale.adjust(jnp.bool_(False)).value
-        )
+        nexts = [s.adjust(jnp.bool_(False), GRADS).state for s in (out["scale"], scale)]
+        assert [x.tolist() for x in nexts[0]] == [x.tolist() for x in nexts[1]]
 
 
 def test_a_float16_loss_is_scaled_in_float32() -> None:
@@ -130,6 +136,14 @@ def test_no_scale_only_casts() -> None:
     assert NoOpLossScale().value == 1.0
 
 
+def test_a_fresh_scale_of_any_kind_can_be_donated() -> None:
+    """Its arrays are apart: one buffer twice cannot be."""
+    for scale in SCALES.values():
+        fresh = make_loss_scale(scale.settings, GRADS)
+        out = jax.jit(lambda s: s.adjust(jnp.bool_(True), GRADS), donate_argnums=0)(fresh)
+        assert out.settings == scale.settings
+
+
 @pytest.mark.parametrize(
     ("scale", "minimum"),
     [
@@ -146,9 +160,9 @@ def test_at_minimum_is_where_the_scale_can_no_longer_fall(scale: LossScale, mini
 
 def test_make_loss_scale_gives_the_kind_and_all_settings() -> None:
     for scale in SCALES.values():
-        made = make_loss_scale(scale.settings)
+        made = make_loss_scale(scale.settings, GRADS)
         assert type(made) is type(scale) and made.settings == scale.settings
-        assert [x.item() for x in made.state] == [x.item() for x in scale.state]
+        assert [x.tolist() for x in made.state] == [x.tolist() for x in scale.state]
 
 
 def test_a_bad_setting_is_refused_where_it_is_given() -> None:

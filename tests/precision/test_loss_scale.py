@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpjax.errors import ConfigError
-from mpjax.precision import LossScaleSettings
+from mpjax.precision import LossScaleSettings, get_precision
 
 SCALE = st.floats(2.0**-20, 2.0**20)
 
@@ -27,6 +27,36 @@ def test_dynamic_text_round_trips(kind, init, growth, backoff, interval, hystere
     assert LossScaleSettings.parse(str(settings)) == settings
     static = LossScaleSettings("static", init)
     assert LossScaleSettings.parse(str(static)) == static
+
+
+WORDS = st.text("abcz/*?_0", min_size=1, max_size=8)
+
+
+@given(
+    st.sampled_from(["float16", "e5m2", "e4m3", "bfloat16", "e3m4"]),
+    st.floats(2.0**-6, 2.0**6),
+    st.floats(0, 0.999999),
+    SCALE,
+    st.booleans(),
+    st.lists(WORDS, unique=True, max_size=3),
+)
+def test_logmax_and_leaf_text_round_trips(name, c, decay, init, pow2, groups) -> None:
+    fields = dict(init=init, min_scale=init / 2, max_scale=init * 2)
+    logmax = LossScaleSettings(
+        "logmax", **fields, format=name, deviations=c, decay=decay, power_of_two=pow2
+    )
+    leaf = LossScaleSettings("leaf", **fields, hysteresis=2, groups=tuple(groups))
+    for settings in (logmax, leaf):
+        assert LossScaleSettings.parse(str(settings)) == settings
+        precision = get_precision("fp16", loss_scale=str(settings))
+        assert precision.loss_scale == settings and str(settings) in str(precision)
+        assert get_precision(precision.to_text()) == precision == get_precision(precision.to_json())
+
+
+def test_short_texts_stay_short() -> None:
+    for text in ("logmax", "logmax:format=e5m2,c=3", "leaf", "leaf:groups=**/embed|**"):
+        assert str(LossScaleSettings.parse(text)) == text
+    assert LossScaleSettings.parse("logmax").init == 1 and LossScaleSettings("leaf").init == 2**16
 
 
 def test_defaults_are_those_of_torch_with_the_bounds_of_apex_and_jmp() -> None:
@@ -52,6 +82,17 @@ def test_defaults_are_those_of_torch_with_the_bounds_of_apex_and_jmp() -> None:
         ("dynamic:64", "unknown field '64'"),
         ("dynamic:int=64", "with KEY in init growth backoff interval hysteresis min max"),
         ("dynamic:init=big", "init='big' is not a number"),
+        ("logmax:format=float61", "format: unknown name 'float61'; did you mean"),
+        ("logmax:format=int8", "format=int8 is not a floating-point format"),
+        ("logmax:c=0", "c=0.0 is not a positive finite number"),
+        ("logmax:c=x", "c='x' is not a number; write c=4"),
+        ("logmax:decay=1", "decay=1.0 is not in 0 .. 0.999999; write decay=0.99"),
+        ("logmax:pow2=2", "pow2=2.0 is neither 0 nor 1"),
+        ("logmax:hysteresis=2", "KEY in init growth backoff interval min max format c decay pow2"),
+        ("logmax:init=0.5", "init=0.5 lies outside min=1 .."),
+        ("leaf:c=4", "init growth backoff interval hysteresis min max groups"),
+        ("leaf:groups=a|a", "the group 'a' is empty, stands twice"),
+        ("leaf:groups=a||b", "the group '' is empty"),
         ("dynamic:interval=2.5", "interval=2.5 is not a whole number"),
         ("dynamic:hysteresis=0", "hysteresis=0.0 is not a positive finite number"),
         ("dynamic:growth=1", "growth=1.0 must be above 1"),
@@ -66,6 +107,24 @@ def test_defaults_are_those_of_torch_with_the_bounds_of_apex_and_jmp() -> None:
     ],
 )
 def test_what_cannot_be_is_refused_on_one_line(text: str, message: str) -> None:
-    with pytest.raises(ConfigError, match="^loss scale: ") as error:
+    with pytest.raises(ConfigError, match="^(loss scale|format): ") as error:
         LossScaleSettings.parse(text)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (
+            "dynamic",
+            {"format": "e5m2"},
+            "dynamic does not read format=e5m2; leave it out or choose",
+        ),
+        ("static", {"growth_interval": 3}, "static does not read interval=3"),
+        ("logmax", {"groups": ("a",)}, "does not read groups=.*or choose leaf"),
+        ("leaf", {"power_of_two": False}, "does not read pow2=False.*or choose logmax"),
+    ],
+)
+def test_a_setting_that_its_kind_does_not_read_is_refused(kind, fields, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LossScaleSettings(kind, **fields)
