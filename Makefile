@@ -6,6 +6,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
+GPU_VENV ?= .venv-gpu
 WORKERS ?= 2
 
 PY := $(VENV)/bin/python
@@ -15,10 +16,10 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help venv demo test lint types notebooks smoke check evidence clean
+.PHONY: help venv demo test lint types notebooks smoke check evidence verify-gpu clean
 
 help:  ## print this list
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1|/' | \
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | \
 	  awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
 venv: $(INSTALLED)  ## make .venv and install mpjax into it
@@ -51,8 +52,11 @@ evidence: $(INSTALLED)  ## measure the README's figures again, 40 minutes; pages
 	$(PY) experiments/bench_step.py
 	$(PY) experiments/compare_precisions.py --out runs/evidence/demo
 
-clean:  ## remove .venv, caches and builds; runs/ stays
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+verify-gpu: $(GPU_VENV)/.installed  ## compile for an H100 without one, 6 GB, once; page in docs/evidence
+	$(GPU_VENV)/bin/python tests/gpu/verify.py
+
+clean:  ## remove both environments, caches and builds; runs/ stays
+	rm -rf $(VENV) $(GPU_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find mpjax experiments tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(FRESH):
@@ -76,4 +80,15 @@ $(INSTALLED): $(PINS) | $(FRESH)
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "installing what the tests need into $(VENV)"
 	@$(PIP) install -c constraints.txt -e '.[dev,parquet]'
+	@touch $@
+
+$(GPU_VENV)/.installed: $(PINS)
+	@room=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); \
+	if [ ! -d $(GPU_VENV) ] && [ "$$room" -lt 12 ]; then echo "verify-gpu: $$room GB are free, \
+	NVIDIA's libraries need 6 GB and as much again while they are unpacked; free some or set \
+	GPU_VENV=/another/disk/venv" >&2; exit 1; fi
+	@echo "installing mpjax with NVIDIA's libraries into $(GPU_VENV): about 6 GB, once"
+	@[ -x $(GPU_VENV)/bin/python ] || $(PYTHON) -m venv $(GPU_VENV)
+	@$(GPU_VENV)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt \
+	  -e '.[cuda12]'
 	@touch $@

@@ -20,14 +20,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def write(script: str, title: str, body: str) -> Path:
+def write(script: str, title: str, body: str, command: str = "") -> Path:
     """Writes `docs/evidence/SCRIPT.md` and prints it.
 
     Args:
       script: its name, and that of its page.
       title: the claim in a few words.
       body: Markdown.
+      command: that writes it, where that is not `python tests/evidence/SCRIPT.py`.
     """
+    written = (
+        f"`{command}`"
+        if command
+        else (f"`python tests/evidence/{script}.py` (`make evidence` runs all of them)")
+    )
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
@@ -37,7 +43,7 @@ def write(script: str, title: str, body: str) -> Path:
     now = datetime.datetime.now(datetime.UTC)
     text = f"""# {title}
 
-Written by `python tests/evidence/{script}.py` (`make evidence` runs all of them); do not edit.
+Written by {written}; do not edit.
 
 - date: {now:%Y-%m-%d %H:%M} UTC; commit: {commit or "unknown"}
 - machine: {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, CPU \
