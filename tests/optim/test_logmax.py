@@ -69,7 +69,9 @@ class Scaler:
         self.near = s.power_of_two and abs(target - round(target)) < 1e-3
         wanted = 2.0 ** (math.floor(target) if s.power_of_two else target)
         self.scale = min(max(wanted, s.min_scale), s.max_scale)
-        self.seen_kinds["cap" if wanted > s.max_scale else "floor" if wanted < s.min_scale else ""] += 1
+        self.seen_kinds[
+            "cap" if wanted > s.max_scale else "floor" if wanted < s.min_scale else ""
+        ] += 1
         return self.scale
 
 
@@ -133,7 +135,9 @@ def test_ten_thousand_random_steps_agree(name: str) -> None:
     settings = SETTINGS[name]
     finite, amax = path(len(name))
     oracle = Scaler(settings)
-    worst = compare(settings, run(settings, finite, amax), oracle, list(zip(finite, amax, strict=True)))
+    worst = compare(
+        settings, run(settings, finite, amax), oracle, list(zip(finite, amax, strict=True))
+    )
     assert worst <= (0 if settings.power_of_two else 1e-3)
     assert {"backoff", "release", "zero", ""} <= {k for k, n in oracle.seen_kinds.items() if n > 30}
     if name != "bfloat16":
