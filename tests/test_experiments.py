@@ -19,7 +19,7 @@ import pytest
 
 pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train_lm", "generate", "sweep", "compare_precisions", "bench_step")
+SCRIPTS = ("train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "bench_step")
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
     " loss-scale update moments steps batch seq accumulate eval-every eval-precision resume out"
@@ -326,6 +326,16 @@ def test_the_comparison_writes_its_report(text, tmp_path):
             "fp16 x 2^-8", "fp16 unscaled x 2^-8")  # fmt: skip
     require_report(tmp_path, ("loss.png", "loss_scale.png", "gradients.png"), arms)
     assert "pure-bf16" in out
+
+
+def test_the_update_rules_write_their_report(text, tmp_path):
+    out, _ = run("low_bit_weights", *TINY, "--data", text, "--update", "nearest", "stochastic",
+                 "--out", tmp_path)  # fmt: skip
+    arms = ("fp32", "bf16 nearest", "bf16 stochastic", "e4m3 nearest", "e4m3 stochastic")
+    require_report(tmp_path, ("loss.png",), arms)
+    assert out.count("% of the gap between fp32 and") == 2
+    _, err = run("low_bit_weights", "--storage", "e3m2", "--data", text, "--out", tmp_path, code=2)
+    assert err.startswith("error: rule '**/kernel=p=e3m2'") and len(err.splitlines()) == 1
 
 
 def test_the_benchmark_finds_the_same_program():

@@ -5,6 +5,7 @@ from mpjax.formats.quantize import Quantized, fake_quantize, quantize
 from mpjax.formats.rounding import ROUNDINGS, check_rounding, round_to
 from mpjax.formats.scaling import Scaling, check_scaling
 from mpjax.formats.table import Format
+from mpjax.formats.view import is_quantized, weight_view
 
 __all__ = [
     "ROUNDINGS",
@@ -14,10 +15,12 @@ __all__ = [
     "check_rounding",
     "check_scaling",
     "fake_quantize",
+    "is_quantized",
     "max_error",
     "quantize",
     "round_to",
     "saturation_rate",
     "sqnr",
     "underflow_rate",
+    "weight_view",
 ]

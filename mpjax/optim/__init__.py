@@ -1,5 +1,6 @@
 """How a weight learns: loss scale, finite gate, low-precision weights and moments."""
 
+from mpjax.formats import weight_view
 from mpjax.optim.blockwise import Blockwise, quantize_blocks
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
 from mpjax.optim.leaf_scale import LeafLossScale, scale_gradient
@@ -9,7 +10,7 @@ from mpjax.optim.losses import MultiLossScale, scaled_value_and_grads
 from mpjax.optim.moments import quantize_moments
 from mpjax.optim.named import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 from mpjax.optim.scales import make_loss_scale
-from mpjax.optim.storage import store_weights, weight_view
+from mpjax.optim.storage import store_weights
 from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
 from mpjax.optim.wrap import Optimizer, OptState, apply_updates, global_norm, wrap
 

@@ -14,16 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.formats import Format, Quantized, Scaling, quantize
+from mpjax.formats import Format, Quantized, Scaling, is_quantized, quantize
 from mpjax.formats.quantize import amax_of, scaled_values
 from mpjax.formats.scaling import to_scale
 from mpjax.precision import matches
 from mpjax.precision.rule import near_misses
-
-
-def is_quantized(leaf: Any) -> bool:
-    """Returns whether a leaf is a Quantized."""
-    return isinstance(leaf, Quantized)
 
 
 def _storage_format(format: str | Format) -> Format:
@@ -64,7 +59,7 @@ def store_weights(
       >>> stored = store_weights(params, where="mlp")
       >>> stored["mlp"]["up"].values.dtype.name, stored["norm"].dtype.name
       ('float8_e4m3fn', 'float32')
-      >>> weight_view(stored)["mlp"]["up"].tolist()
+      >>> stored["mlp"]["up"].dequantize().tolist()
       [[1.0, 0.3125]]
 
     References:
@@ -98,18 +93,6 @@ def store_weights(
             )
         leaves.append(quantize(p, format, scaling, scale_rounding="up") if take else p)
     return jax.tree.unflatten(tree, leaves)
-
-
-def weight_view(params: Any) -> Any:
-    """Returns weights that a forward pass can use: Quantized leaves dequantised, others as is.
-
-    Example:
-      >>> weight_view({"w": jnp.ones(2)})["w"].tolist()
-      [1.0, 1.0]
-    """
-    return jax.tree.map(
-        lambda p: p.dequantize() if is_quantized(p) else p, params, is_leaf=is_quantized
-    )
 
 
 def compensation(p: Any) -> Any:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.formats import Format, Quantized, round_to
-from mpjax.optim.storage import compensation, is_quantized, rewrite
+from mpjax.formats import Format, Quantized, is_quantized, round_to
+from mpjax.optim.storage import compensation, rewrite
 from mpjax.precision import dtype_name
 
 # update rule -> what its state holds

@@ -11,12 +11,12 @@ import optax
 from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, TrainingStopped
+from mpjax.formats import is_quantized
 from mpjax.optim import weights as weight
 from mpjax.optim.gate import GateState, bits, choose, finite_by_leaf, leaf_path, record, select
 from mpjax.optim.loss_scale import LossScale
 from mpjax.optim.moments import quantize_moments
 from mpjax.optim.scales import make_loss_scale
-from mpjax.optim.storage import is_quantized
 from mpjax.precision import Precision
 
 

@@ -1,6 +1,6 @@
 """Who gets which format: policies, rules and the Precision that holds them."""
 
-from mpjax.precision.dtypes import dtype_name, parse_dtype, wider
+from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype, wider
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
 from mpjax.precision.policy import parse_policy, policy_text
@@ -26,6 +26,7 @@ __all__ = [
     "dtype_name",
     "get_precision",
     "get_recipe",
+    "is_fp8",
     "matches",
     "parse_dtype",
     "parse_policy",

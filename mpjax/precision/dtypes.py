@@ -15,28 +15,50 @@ from mpjax.errors import ConfigError
 # jmp knows full/f32/float32, f16/float16, bf16/bfloat16, f64/float64 and half (per backend).
 _EXTRA = {"fp32": "f32", "fp16": "f16", "fp64": "f64", "single": "f32", "double": "f64"}
 _KNOWN = ("float32", "bfloat16", "float16", "float64")
+_STORED = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}  # weights only, with scales
 _NAMES = ("f32", "bf16", "f16", "f64", "full", "half", *_KNOWN, *_EXTRA)
 
 
-def parse_dtype(text: Any, where: str = "dtype") -> Any:
+def is_fp8(dtype: Any) -> bool:
+    """Returns whether a dtype is one of those that only weights are stored in.
+
+    Example:
+      >>> is_fp8(jnp.float8_e4m3fn), is_fp8(jnp.bfloat16)
+      (True, False)
+    """
+    return dtype in _STORED.values()
+
+
+def parse_dtype(text: Any, where: str = "dtype", stored: bool = False) -> Any:
     """Returns the jax scalar type that a dtype name means.
 
     Args:
       text: a name of jmp's (`f32 bf16 f16 float32 full half ...`), one of `fp32 fp16 fp64 single
         double`, or a dtype.
       where: what to call the setting in an error.
+      stored: whether weights are meant, which may also be `e4m3` or `e5m2`.
 
     Returns:
-      `jnp.float32`, `jnp.bfloat16`, `jnp.float16` or `jnp.float64`.
+      `jnp.float32`, `jnp.bfloat16`, `jnp.float16` or `jnp.float64`; for weights also
+      `jnp.float8_e4m3fn` or `jnp.float8_e5m2`.
 
     Raises:
-      ConfigError: unknown name, or float64 while JAX has 64-bit types switched off.
+      ConfigError: unknown name, fp8 for what is not stored, or float64 while JAX has 64-bit types
+        switched off.
 
     Example:
       >>> parse_dtype("fp16") is jnp.float16
       True
     """
     name = text if isinstance(text, str) else np.dtype(text).name
+    short = next((key for key, d in _STORED.items() if name in (key, np.dtype(d).name)), None)
+    if short is not None:
+        if stored:
+            return _STORED[short]
+        raise ConfigError(
+            f"{where}: {short} is a format of weights, which have scales; write p={short},c=bf16 to"
+            " store them, and give products a recipe, such as r=fp8, to compute in fp8"
+        )
     try:
         dtype = jmp.get_policy(_EXTRA.get(name, name)).param_dtype if "=" not in name else None
     except ValueError:
@@ -53,7 +75,7 @@ def parse_dtype(text: Any, where: str = "dtype") -> Any:
 
 
 def dtype_name(dtype: Any) -> str:
-    """Returns the short name of a dtype: `f32`, `bf16`, `f16`, `f64`.
+    """Returns the short name of a dtype: `f32`, `bf16`, `f16`, `f64`; of weights `e4m3`, `e5m2`.
 
     Raises:
       ConfigError: another dtype.
@@ -63,6 +85,7 @@ def dtype_name(dtype: Any) -> str:
       'bf16'
     """
     short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+    short |= {np.dtype(d).name: key for key, d in _STORED.items()}
     name = np.dtype(dtype).name
     if name not in short:
         raise ConfigError(f"dtype: a policy cannot hold {name}; known: {' '.join(_KNOWN)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jmp
 
 from mpjax.errors import ConfigError
-from mpjax.precision.dtypes import dtype_name, parse_dtype
+from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype
 
 _FIELDS = {"p": "p", "params": "p", "c": "c", "compute": "c", "o": "o", "output": "o"}
 
@@ -14,7 +14,8 @@ def parse_policy(text: str | jmp.Policy, where: str = "policy") -> jmp.Policy:
     """Returns the policy that a string of jmp's grammar means.
 
     Fields that are left out follow jmp: param is float32, compute follows param, output follows
-    compute. A dtype alone means all three.
+    compute. A dtype alone means all three. Weights may be stored in fp8 (`p=e4m3`), which is not
+    computed in: compute is then float32 unless given.
 
     Args:
       text: `p=f32,c=bf16,o=f32`, `params=float32,compute=half`, `bfloat16`; jmp's names and
@@ -46,9 +47,9 @@ def parse_policy(text: str | jmp.Policy, where: str = "policy") -> jmp.Policy:
             )
         if _FIELDS[key] in found:
             raise ConfigError(f"{where}: field {key!r} stands twice in {text!r}; keep one")
-        found[_FIELDS[key]] = parse_dtype(value, f"{where}: {key}")
+        found[_FIELDS[key]] = parse_dtype(value, f"{where}: {key}", stored=_FIELDS[key] == "p")
     param = found.get("p", parse_dtype("f32"))
-    compute = found.get("c", param)
+    compute = found.get("c", parse_dtype("f32") if is_fp8(param) else param)
     return jmp.Policy(param, compute, found.get("o", compute))
 
 
