@@ -67,7 +67,7 @@ def attention(
         wider), in which the softmax runs; probabilities have its output dtype.
       first: position of the first query.
       kernel: `xla`; `cudnn`, the fused kernel of GPUs (16-bit operands, float32 softmax, first
-        = 0); or `auto`, cudnn on a GPU where it serves, else xla.
+        = 0, K a multiple of 8 up to 128); or `auto`, cudnn on a GPU where it serves, else xla.
 
     Raises:
       ConfigError: `cudnn` where it does not serve.
@@ -86,18 +86,19 @@ def attention(
     q, k, v = (x.astype(compute) for x in (q_BTHK, k_BSGK, v_BSGK))
     from_start = isinstance(first, int) and first == 0
     fits = compute != jnp.float32 and softmax.compute_dtype == jnp.float32 and from_start
-    fits = fits and jax.default_backend() == "gpu"
+    K = q.shape[-1]
+    fits = fits and K % 8 == 0 and K <= 128 and jax.default_backend() == "gpu"
     if kernel == "cudnn" and not fits:
         raise ConfigError(
-            "attention: kernel 'cudnn' needs a GPU, bfloat16 or float16 operands, a float32 softmax"
-            f" and no cache; here: {jax.default_backend()}, {dtype_name(compute)} operands,"
-            f" {dtype_name(softmax.compute_dtype)} softmax, {'no ' * from_start}cache;"
-            " use kernel 'xla' or 'auto'"
+            "attention: kernel 'cudnn' needs a GPU, bfloat16 or float16 operands, a float32"
+            f" softmax, heads of 8, 16 .. 128 and no cache; here: {jax.default_backend()},"
+            f" {dtype_name(compute)} operands, {dtype_name(softmax.compute_dtype)} softmax, heads"
+            f" of {K}, {'no ' * from_start}cache; use kernel 'xla' or 'auto'"
         )
     if kernel in ("cudnn", "auto") and fits:
         out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         return out.astype(policy.output_dtype)
-    B, T, H, K = q.shape
+    B, T, H, _ = q.shape
     S, G = k.shape[1], k.shape[2]
     R = H // G
     # Heads that share keys are rows of one product: batch axes are B and G, and there is no third.

@@ -151,6 +151,22 @@ def test_float32_scores_keep_what_bfloat16_loses() -> None:
     ],
 )
 def test_cudnn_is_refused_where_it_does_not_serve(policy: str, softmax: str, first: Any) -> None:
-    args = [jnp.asarray(x, parse_policy(policy).compute_dtype) for x in _qkv(4, 2)]
+    heads_of_8 = [np.tile(x, 2) for x in _qkv(4, 2)]
+    args = [jnp.asarray(x, parse_policy(policy).compute_dtype) for x in heads_of_8]
     with pytest.raises(ConfigError, match="kernel 'cudnn' .*; use kernel 'xla' or 'auto'"):
         attention(*args, parse_policy(policy), parse_policy(softmax), first=first, kernel="cudnn")
+
+
+def test_auto_leaves_heads_that_cudnn_lacks_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = jnp.ones((1, 4, 1, 12), jnp.bfloat16)
+    policies = parse_policy("bf16"), parse_policy("c=f32,o=bf16")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention(x, x, x, *policies, kernel="auto").shape == x.shape
+    with pytest.raises(ConfigError, match="heads of 12"):
+        attention(x, x, x, *policies, kernel="cudnn")
+    asked = []  # the control: 16 goes to cuDNN
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, *_, **how: asked.append(how) or q
+    )
+    attention(*[jnp.ones((1, 4, 1, 16), jnp.bfloat16)] * 3, *policies, kernel="auto")
+    assert asked == [{"is_causal": True, "implementation": "cudnn"}]
