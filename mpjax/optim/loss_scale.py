@@ -12,14 +12,13 @@ from jaxtyping import Array, Bool
 from mpjax.precision import LossScaleSettings
 
 Tree = TypeVar("Tree")
-Kind = TypeVar("Kind", bound=type)
 
 
 def _to_float32(x: Any) -> Any:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def as_pytree(kind: Kind) -> Kind:
+def as_pytree(kind: Any) -> Any:
     """Registers a loss scale: its state are the leaves, its settings belong to the structure."""
 
     def with_keys(x: Any) -> tuple[Any, LossScaleSettings]:
@@ -114,7 +113,7 @@ class StaticLossScale(LossScale):
       16.0
     """
 
-    names = ("scale",)
+    names: tuple[str, ...] = ("scale",)
 
     def __init__(self, scale: int | float) -> None:
         self.settings = LossScaleSettings("static", init=scale)

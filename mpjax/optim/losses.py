@@ -72,14 +72,14 @@ class MultiLossScale:
 
 def _of(scales: tuple[Any, ...]) -> MultiLossScale:
     out = object.__new__(MultiLossScale)
-    out.scales = tuple(scales)
+    out.scales = scales
     return out
 
 
 jax.tree_util.register_pytree_with_keys(
     MultiLossScale,
     lambda x: ([(jax.tree_util.SequenceKey(i), s) for i, s in enumerate(x.scales)], None),
-    lambda _, scales: _of(scales),
+    lambda _, scales: _of(tuple(scales)),
     lambda x: (x.scales, None),
 )
 
