@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mpjax.formats.quantize import Quantized, per_tile
+from mpjax.formats.quantize import Quantized, amax_of, scale_down
 
 
 def _nonzero(x: Any) -> Any:
@@ -42,13 +42,14 @@ def sqnr(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
 
 
 def max_error(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
-    """Returns the largest absolute error.
+    """Returns the largest absolute error, NaN where one is.
 
     Example:
       >>> max_error(jnp.array([1.0, 2.0]), jnp.array([1.0, 1.5])).item()
       0.5
     """
-    return jnp.max(jnp.abs(x.astype(jnp.float32) - _array(q)))
+    error = x.astype(jnp.float32) - _array(q)
+    return amax_of(error, error.shape).reshape(())
 
 
 def underflow_rate(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
@@ -72,8 +73,9 @@ def saturation_rate(x: Float[Array, "*shape"], q: Quantized) -> Float[Array, ""]
       0.5
     """
     scales = q.scales if q.tensor_scale is None else q.scales * q.tensor_scale
-    over = per_tile(x.astype(jnp.float32), scales, q.tile, lambda x, s: x / s)
+    over = scale_down(x, scales, q.tile)
     largest = float(jnp.finfo(jnp.float32).max)
-    low, high = max(q.format.min, -largest), min(q.format.max, largest)
+    slack = 1 + 2.0**-21  # the scale and x / scale are rounded
+    low, high = max(q.format.min * slack, -largest), min(q.format.max * slack, largest)
     beyond = (over > high) | (over < low)
     return jnp.mean(beyond.astype(jnp.float32))

@@ -33,8 +33,19 @@ def _join(x: Any, shape: tuple[int, ...]) -> Any:
 
 def amax_of(x: Any, tile: tuple[int, ...]) -> Any:
     """Returns the largest magnitude of each tile, float32, NaN where a tile holds one."""
-    parts = jnp.abs(_split(x, tile))
-    return jnp.max(parts, axis=tuple(range(1, parts.ndim, 2))).astype(jnp.float32)
+    parts = _split(x, tile)
+    return _largest(parts, tuple(range(1, parts.ndim, 2)))
+
+
+def _largest(x: Any, axes: tuple[int, ...]) -> Any:
+    """Returns the largest magnitude along axes, float32.
+
+    On bits, where magnitudes are ordered as their numbers and NaN is above inf: on CPU a compiled
+    maximum of floats passes over a NaN.
+    """
+    whole = jnp.uint32 if x.dtype == jnp.float32 else jnp.uint16
+    u = jax.lax.bitcast_convert_type(x, whole) & whole(jnp.iinfo(whole).max >> 1)
+    return jax.lax.bitcast_convert_type(jnp.max(u, axis=axes), x.dtype).astype(jnp.float32)
 
 
 def per_tile(x: Any, scales: Any, tile: tuple[int, ...], work: Any) -> Any:
@@ -55,8 +66,13 @@ def find_scales(
         return jnp.ones((1,) * x.ndim, jnp.float32), None
     amax = amax_of(x, tile)
     if scaling.kind == "nv":
-        return two_level(amax, format, jnp.max(amax))
+        return two_level(amax, format, _largest(amax, tuple(range(amax.ndim))))
     return to_scale(amax, format, scale_rounding), None
+
+
+def scale_down(x: Any, scales: Any, tile: tuple[int, ...]) -> Any:
+    """Returns x times 1 / scales, float32: what XLA makes of a division by repeated numbers."""
+    return per_tile(x.astype(jnp.float32), 1 / scales, tile, lambda x, s: x * s)
 
 
 def scaled_values(
@@ -64,7 +80,7 @@ def scaled_values(
 ) -> Any:
     """Returns x / scales rounded to the format, float32; saturates, and NaN stays NaN."""
     bits = jax.random.bits(key, x.shape, jnp.uint32) if rounding == "stochastic" else None
-    over = per_tile(x.astype(jnp.float32), scales, tile, lambda x, s: x / s)
+    over = scale_down(x, scales, tile)
     return _round(over, bits, format, rounding, True)
 
 

@@ -137,11 +137,23 @@ def check_scaling(format: Format, scaling: Scaling, scale_rounding: str, where: 
         raise ConfigError(f"{where}{scaling} rounds its scales to e4m3; leave scale_rounding out")
 
 
+def _limit(format: Format) -> np.float32:
+    """What a group's largest magnitude goes to: the format's largest number, 2^125 at most.
+
+    Beyond that its reciprocal would be a subnormal float32, which compiled arithmetic flushes.
+    """
+    return np.float32(min(format.max, 2.0**125))
+
+
+def _quotient(x: Any, by: np.float32) -> Any:
+    """Returns x times the rounded 1 / by: what XLA makes of a division by a constant, at times."""
+    return x * (np.float32(1) / by)
+
+
 def _power_of_two(amax: Any, limit: np.float32, up: bool) -> Any:
     """Returns powers of two for finite amax: 2^ceil(log2(amax / limit)), or floors of both logs.
 
-    On bits: under `jit` amax / limit is amax times a rounded 1 / limit, and may end just above a
-    power of two that it equals.
+    On bits: a rounded quotient may end just beside a power of two that the true one equals.
     """
     u = jax.lax.bitcast_convert_type(amax, jnp.uint32)
     largest = int(limit.view(np.uint32))
@@ -164,9 +176,9 @@ def to_scale(amax: Any, format: Format, scale_rounding: str) -> Any:
       scale_rounding: `none`; `up` to a power of two, so that nothing overflows; `down`, the OCP
         rule $2^{\\lfloor \\log_2 amax \\rfloor - e_{max}}$, under which the largest may saturate.
     """
-    limit = np.float32(min(format.max, float(np.finfo(np.float32).max)))
+    limit = _limit(format)
     if scale_rounding == "none":
-        scale = jnp.maximum(amax / limit, jnp.float32(_TINY))
+        scale = jnp.maximum(_quotient(amax, limit), jnp.float32(_TINY))
     else:
         scale = _power_of_two(amax, limit, scale_rounding == "up")
     scale = jnp.where(amax == 0, jnp.float32(1), scale)
@@ -184,8 +196,9 @@ def two_level(amax: Any, format: Format, tensor_amax: Any) -> tuple[Any, Any]:
       NVIDIA 2025, Pretraining Large Language Models with NVFP4, appendix B.
     """
     e4m3 = Format("e4m3")
-    whole = to_scale(tensor_amax / jnp.float32(e4m3.max), format, "none")
-    whole = jnp.maximum(whole, jnp.float32(_TINY / e4m3.min_subnormal))
-    block = round_to(amax / jnp.float32(format.max) / whole, e4m3)
+    least = jnp.float32(_TINY / e4m3.min_subnormal)
+    whole = jnp.maximum(_quotient(to_scale(tensor_amax, format, "none"), _limit(e4m3)), least)
+    whole = jnp.where(tensor_amax == 0, jnp.float32(1), whole)
+    block = round_to(_quotient(amax, _limit(format)) * (1 / whole), e4m3)
     # a block whose scale rounds to zero would be 0 / 0
     return jnp.maximum(block, jnp.float32(e4m3.min_subnormal)), whole

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import fractions
+import math
 from typing import Any
 
 import ml_dtypes
@@ -161,6 +163,65 @@ KNOWN = {
     "e2m1": Grid.full(2, 1),
     "q8.8": GRIDS["q8.8"],
 }
+
+
+def groups(shape: tuple[int, int], scaling: str) -> list[tuple[slice, slice]]:
+    """Which numbers of a matrix share a scale, when its last axis is the contracted one."""
+    rows, columns = shape
+    name, _, size = scaling.rstrip(")").partition("(")
+    if name == "tensor":
+        height, width = rows, columns
+    elif name == "row":
+        height, width = 1, columns
+    else:
+        height, width = map(int, size.split("x")) if "x" in size else (1, int(size))
+    return [
+        (slice(r, r + height), slice(c, c + width))
+        for r in range(0, rows, height)
+        for c in range(0, columns, width)
+    ]
+
+
+def slow_scale(amax: np.float32, top: float, scale_rounding: str) -> np.float32:
+    """A group's scale from its largest magnitude; powers of two in exact arithmetic."""
+    one = np.float32(1)
+    if amax == 0:
+        return np.float32(1)
+    if scale_rounding == "none":
+        return np.maximum(np.float32(amax) * (one / np.float32(top)), np.float32(2.0**-126))
+    if scale_rounding == "up":  # the least power of two under which nothing overflows
+        power = math.frexp(amax)[1] - math.frexp(top)[1] - 2
+        while fractions.Fraction(2) ** power * fractions.Fraction(top) < fractions.Fraction(
+            float(amax)
+        ):
+            power += 1
+    else:  # OCP Microscaling 1.0, section 6.3
+        power = (math.frexp(amax)[1] - 1) - (math.frexp(top)[1] - 1)
+    return np.float32(2.0 ** max(power, -126))
+
+
+def slow_quantize(
+    x: np.ndarray, name: str, scaling: str, scale_rounding: str
+) -> tuple[np.ndarray, list[np.float32]]:
+    """What a float32 matrix becomes, and the scales of its groups, one after the other."""
+    grid, out, scales = (GRIDS | KNOWN)[name], np.empty_like(x), []
+    whole = one = np.float32(1)
+    if scaling.startswith("nv") and np.abs(x).max() > 0:
+        whole = slow_scale(np.abs(x).max(), grid.max, "none") * (one / np.float32(448))
+        whole = np.maximum(whole, np.float32(2.0**-117))
+    for place in groups(x.shape, scaling):
+        amax = np.abs(x[place]).max()
+        if scaling.startswith("nv"):
+            wanted = np.float32(amax) * (one / np.float32(grid.max)) * (one / whole)
+            wanted = np.clip(wanted, 2.0**-9, 448).astype(ml_dtypes.float8_e4m3fn)
+            scales.append(np.float32(wanted))
+            scale = scales[-1] * whole
+        else:
+            scale = slow_scale(amax, grid.max, scale_rounding)
+            scales.append(scale)
+        values = grid.round(x[place] * (one / scale)).astype(np.float32)
+        out[place] = values * scale
+    return out, scales
 
 
 def random_patterns(count: int, seed: int) -> np.ndarray:

@@ -5,6 +5,8 @@ The full run, 10^7 float32 patterns a format and 10^6 draws a value, is tests/ev
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -14,9 +16,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, round_to
+from mpjax.formats.rounding import _round
 from tests.formats.oracle import (
     DTYPES,
     GRIDS,
@@ -278,3 +282,98 @@ def test_bad_input_is_named() -> None:
         with pytest.raises(ConfigError) as error:
             call()
         assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+# --- stochastic ----------------------------------------------------------------------------------
+
+
+def binades(name: str) -> np.ndarray:
+    """A float32 in every binade of a format, subnormal ones too, that its numbers miss."""
+    f, grid = Format(name), KNOWN[name]
+    powers = np.arange(math.floor(math.log2(f.min_subnormal)) - 1, math.floor(math.log2(f.max)) + 1)
+    if name == "bfloat16":
+        powers = powers[(powers % 16 == 0) | (powers < -123) | (powers > 124)]
+    rng = np.random.default_rng(8)
+    points = np.ldexp(1 + rng.uniform(0.05, 0.95, powers.size), powers)
+    low, high = grid.neighbours(points)
+    points = low + (high - low) * rng.uniform(0.1, 0.9, powers.size)
+    points = np.where(points > f.max, (f.max + grid.neighbours(f.max * 0.99)[0]) / 2, points)
+    return (points * rng.choice([-1, 1], powers.size)).astype(np.float32)
+
+
+def share_up(x: np.ndarray, name: str, draws: int, mask: int = 0xFFFFFFFF) -> np.ndarray:
+    """How often each x went to its upper neighbour; every result is one of the two neighbours."""
+    low, high = KNOWN[name].neighbours(x.astype(np.float64))
+    y = np.asarray(stochastic(x, name, draws, mask))
+    up, down = (y == n.astype(np.float32)[:, None] for n in (high, low))
+    assert (up | down).all()
+    return up.mean(axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def stochastic(x: Any, name: str, draws: int, mask: int) -> Any:
+    """Each x rounded with so many draws of random bits, of which a mask leaves some."""
+    bits = jax.random.bits(jax.random.key(3), (x.shape[0], draws), jnp.uint32) & jnp.uint32(mask)
+    wide = jnp.broadcast_to(x[:, None], bits.shape)
+    return _round(wide, bits, Format(name), "stochastic", True)
+
+
+def deviation(x: np.ndarray, name: str, share: np.ndarray, draws: int) -> np.ndarray:
+    """|mean - x| in units of sigma / sqrt(draws)."""
+    wide = x.astype(np.float64)
+    low, high = KNOWN[name].neighbours(wide)
+    p = (wide - low) / (high - low)
+    return np.abs(share - p) / np.sqrt(p * (1 - p) / draws)
+
+
+STOCHASTIC = ["e4m3", "e5m2", "e2m1", "bfloat16", "q8.8"]
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_rounding_has_the_right_mean_in_every_binade(name: str) -> None:
+    x, draws = binades(name), 20_000
+    assert (np.abs(x) < Format(name).min_subnormal).any()
+    assert deviation(x, name, share_up(x, name, draws), draws).max() < 4
+    # the controls: 3 random bits instead of all that are dropped, and nearest
+    few = share_up(x, name, draws, mask=0xE0000000)
+    assert deviation(x, name, few, draws).max() > 10
+    low, high = KNOWN[name].neighbours(x.astype(np.float64))
+    nearest = ours(x, name).astype(np.float64) == high
+    assert deviation(x, name, nearest, draws).min() > 10
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_stochastic_rounding_leaves_the_formats_numbers_alone(name: str) -> None:
+    x = expected(inputs(name, np.float32), name, "nearest", True)
+    x = x[~np.isnan(x)]
+    got = np.asarray(rounded(x, name, "stochastic", jax.random.key(0)))
+    assert same(got, x).all()
+
+
+def test_stochastic_e8m0_has_the_right_mean_below_its_second_number_too() -> None:
+    x = np.full(20_000, 1.25 * 2.0**-127, np.float32)
+    got = np.asarray(rounded(x, "e8m0", "stochastic", jax.random.key(0)))
+    bits = got.view(np.uint32)  # arithmetic would flush 2^-127
+    up = (bits == 0x00800000).mean()
+    assert set(np.unique(bits)) == {0x00400000, 0x00800000} and abs(up - 0.25) < 4 * 0.0031
+
+
+def test_stochastic_rounding_is_a_function_of_its_key_alone() -> None:
+    x = jnp.linspace(-3, 3, 64 * 8, dtype=jnp.float32).reshape(64, 8)
+    key, other = jax.random.split(jax.random.key(5))
+
+    def draw(v: Any, k: Any) -> Any:
+        return round_to(v, "e4m3", "stochastic", k)
+
+    want = draw(x, key)
+    np.testing.assert_array_equal(jax.jit(draw)(x, key), want)
+    assert not np.array_equal(draw(x, other), want)
+    keys = jax.random.split(key, 3)
+    each = np.stack([draw(x, k) for k in keys])
+    np.testing.assert_array_equal(jax.vmap(draw, (None, 0))(x, keys), each)
+    np.testing.assert_array_equal(jax.lax.scan(lambda c, k: (c, draw(x, k)), 0, keys)[1], each)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    for spec in (PartitionSpec("x"), PartitionSpec(None, "x")):
+        spread = jax.device_put(x, NamedSharding(mesh, spec))
+        assert len(spread.addressable_shards) == 8
+        np.testing.assert_array_equal(jax.jit(draw)(spread, key), want)
