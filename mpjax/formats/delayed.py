@@ -41,8 +41,8 @@ class AmaxHistory(NamedTuple):
 
     def begin(self, loss_scale: Any) -> AmaxHistory:
         """Returns the state for a step whose gradients are multiplied by the loss scale."""
-        factor = jnp.stack([jnp.float32(1), jnp.float32(1), loss_scale])
-        return self._replace(amax=self.amax * factor, seen=jnp.zeros_like(self.seen))
+        amax = self.amax.at[..., 2].multiply(loss_scale)
+        return self._replace(amax=amax, seen=jnp.zeros_like(self.seen))
 
     def end(self, before: AmaxHistory, gradient_amax: Any, loss_scale: Any) -> AmaxHistory:
         """Returns the state after a step.

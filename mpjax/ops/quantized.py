@@ -61,6 +61,8 @@ def encode(
     if amax is not None:
         current = amax_of(x, tile)
         scales: Any = to_scale(jnp.where(amax > 0, amax, current), format, operand.scales_rounded)
+        # inf would saturate to a finite number, and the step would not be skipped
+        scales = jnp.where(jnp.isfinite(current), scales, jnp.float32(jnp.nan))
     else:
         scales, whole = find_scales(x, format, scaling, tile, operand.scales_rounded)
         scales = scales if whole is None else scales * whole

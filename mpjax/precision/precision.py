@@ -149,9 +149,10 @@ class Precision:
                 and not any(matches(rule.pattern, path) for path in products)
             ):
                 shown = sorted({f"**/{path.split('/')[-1]}" for path in products})
+                modules = [path for path in mine if path not in weights] or mine
                 raise ConfigError(
                     f"rule {str(rule)!r}: recipe {rule.recipe.name!r} quantises matrix products,"
-                    f" and {spellings(mine[0])[-1]} has none; it can be given to"
+                    f" and {spellings(modules[0])[-1]} has none; it can be given to"
                     f" {' '.join(shown)}"
                 )
             deciding = [

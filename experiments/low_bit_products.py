@@ -1,0 +1,151 @@
+"""Can the matrix products of training run in 8 or 4 bits? One decoder, paired seeds.
+
+Each recipe quantises the linear products of the blocks, forward and backward; head, norms,
+attention and the update stay high. The control casts the same operands to e4m3 without a scale.
+
+Run:       python experiments/low_bit_products.py
+Expected:  fp8, fp8-delayed, fp8-block, mxfp8, int8 and int8-switchback within 0.25 % of fp32; the
+           unscaled cast at least 10 % worse; mxfp4 at most 3 % worse, nvfp4 by at most 60 % of
+           what mxfp4 loses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import launch  # sets XLA flags before JAX starts
+import sweep
+
+import jax  # isort: skip
+import numpy as np
+from scipy import stats
+
+from mpjax.data import load_corpus
+from mpjax.errors import ConfigError
+from mpjax.models import Model
+from mpjax.ops import how_it_runs
+from mpjax.precision import get_precision, get_recipe
+from mpjax.report import Outcome, plot_loss, rich_table, write_report
+
+UNSCALED = "emulate(e4m3)"
+RECIPES = (
+    "fp8", "fp8-delayed", "fp8-row", "fp8-block", "mxfp8", "int8", "int8-switchback", "mxfp4",
+    "nvfp4", UNSCALED,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(sweep.Workload):
+    """Compare recipes of quantised products on one small decoder."""
+
+    recipe: tuple[str, ...] = RECIPES
+    """Recipes by name, each compared with fp32."""
+    steps: int = 200
+    """Steps a run."""
+    lr: float = 2e-3
+    """Peak learning rate, the best of fp32 for this model."""
+    seeds: int = 5
+    """Seeds an arm."""
+    out: Path = Path("runs/low_bit_products")
+    """Folder of the report and of all runs."""
+
+
+def gaps(outcome: Outcome, reference: Outcome) -> np.ndarray:
+    """Paired differences of the validation loss in percent, one a seed."""
+    losses = np.array(outcome.validation_loss), np.array(reference.validation_loss)
+    return 100 * (losses[0] / losses[1] - 1)
+
+
+def interval_90(values: Any) -> tuple[float, float, float]:
+    """Mean and 90 % confidence interval (Student's t)."""
+    values = np.asarray(values)
+    half = stats.t.ppf(0.95, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    mean = float(np.mean(values))
+    return mean, mean - float(half), mean + float(half)
+
+
+def quantised_share(model: Model, seq: int) -> float:
+    """The share of a step's product FLOPs that a recipe quantises.
+
+    A product with a kernel costs two FLOPs a number of the kernel and token, thrice (forward and
+    twice backward); so do scores and their sum over values, causal, with seq / 2 keys a token.
+    """
+    c = model.config
+    shapes = jax.eval_shape(model.init, jax.random.key(0))["decoder"]
+    kernels = {
+        jax.tree_util.keystr(path[:-1], simple=True, separator="/"): leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["layers"])
+        if path[-1].key == "kernel"
+    }
+    low = high = 0.0
+    for name, size in kernels.items():
+        for layer in range(c.layers):
+            recipe = model.precision.recipe(f"decoder/layers/{layer}/{name}")
+            low += (size / c.layers) * (recipe is not None)
+            high += (size / c.layers) * (recipe is None)
+    head = c.vocabulary * c.width
+    if model.precision.recipe("decoder/head") is None:
+        high += head
+    else:
+        low += head
+    high += c.layers * 2 * (seq / 2) * c.heads * c.head_width
+    return low / (low + high)
+
+
+def compare(config: Config) -> tuple[list[Outcome], list[str]]:
+    """Trains all arms and writes the report; returns outcomes, fp32 first, and notes."""
+    start = time.perf_counter()
+    names = [get_recipe(name).name for name in config.recipe]
+    arms = [
+        sweep.Arm(name, get_precision(name), config.lr, "fp32") for name in ("fp32", "bf16", *names)
+    ]
+    outcomes = sweep.run_arms(arms, config, config.seeds, config.out)
+    title = "Recipes of quantised products"
+    launch.wide().print(rich_table(outcomes, title))
+    corpus = load_corpus(config.data, config.tokenizer)
+    notes = []
+    for name, outcome in zip(names, outcomes[2:], strict=True):
+        mean, low, high = interval_90(gaps(outcome, outcomes[0]))
+        model = launch.make_decoder(config, corpus, get_precision(name))
+        how = "; ".join(f"{product}: {text}" for product, text in runs(name, config).items())
+        notes.append(
+            f"{name}: {mean:+.3f} % of fp32's loss, 90 % interval {low:+.3f} to {high:+.3f};"
+            f" {100 * quantised_share(model, config.seq):.0f} % of the product FLOPs quantised"
+            f" ({how})."
+        )
+    if {"mxfp4", "nvfp4"} <= set(names):
+        four = [gaps(outcomes[2 + names.index(name)], outcomes[0]) for name in ("nvfp4", "mxfp4")]
+        share = 100 * np.mean(four[0]) / np.mean(four[1])
+        notes.append(f"nvfp4 loses {share:.0f} % of what mxfp4 loses (ratio of the mean gaps).")
+    launch.wide().print("\n".join(notes))
+    notes.append(
+        f"{config.seeds} seeds, {config.steps} steps of {config.batch} x {config.seq} tokens,"
+        f" {config.layers} layers of width {config.width}, lr {config.lr:g} {config.schedule},"
+        f" {config.data} as {config.tokenizer}."
+        f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}."
+    )
+    plot_loss(outcomes).savefig(config.out / "loss.png")
+    launch.wide().print(f"report: {write_report(config.out, title, outcomes, notes, ['loss.png'])}")
+    return outcomes, notes
+
+
+def main(config: Config) -> None:
+    """Runs the comparison and writes its report."""
+    launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds")
+    if not config.recipe:
+        raise ConfigError("recipe: empty; give at least one, or leave --recipe out")
+    if config.seeds < 2:
+        raise ConfigError("seeds: 1 gives no interval; give at least 2")
+    compare(config)
+
+
+def runs(name: str, config: Config) -> dict[str, str]:
+    """What multiplies each product of a recipe here."""
+    return how_it_runs(get_recipe(name), jax.default_backend(), config.batch * config.seq)
+
+
+if __name__ == "__main__":
+    launch.command(main, Config)
