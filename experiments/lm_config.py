@@ -38,7 +38,7 @@ class Config:
     update: OfPreset = None
     """How weights that are stored low take their update: `none`, `master` or `nearest`."""
     moments: OfPreset = None
-    """Storage of the optimizer's moments: a dtype or `first=bf16,second=f32`."""
+    """Storage of Adam's moments: bf16, int8@256, int4@128, fp8, first=bf16, int8,keep=**/embed."""
     gradient_dtype: OfPreset = None
     """Dtype in which weight gradients are summed over devices."""
     eval_precision: str = "fp32"

@@ -19,7 +19,10 @@ import pytest
 
 pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "bench_step")
+SCRIPTS = (
+    "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
+    "bench_step",
+)  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
     " loss-scale update moments steps batch seq accumulate eval-every eval-precision resume out"
@@ -336,6 +339,14 @@ def test_the_update_rules_write_their_report(text, tmp_path):
     assert out.count("% of the gap between fp32 and") == 2
     _, err = run("low_bit_weights", "--storage", "e3m2", "--data", text, "--out", tmp_path, code=2)
     assert err.startswith("error: rule '**/kernel=p=e3m2'") and len(err.splitlines()) == 1
+
+
+def test_low_bit_states_write_their_report(text, tmp_path):
+    out, _ = run("low_bit_adam", *TINY, "--data", text, "--seeds", 1, "--out", tmp_path)
+    arms = ("Adam f32", "Adam int8@256", "Adam int8-linear", "Adam int4@128", "lion first=int8@256",
+            "sgd first=int8@256", "adafactor second=int8@256")  # fmt: skip
+    require_report(tmp_path, ("loss.png",), arms)
+    assert "Bytes of optimizer state" in (tmp_path / "report.md").read_text() and "fp8" in out
 
 
 def test_the_benchmark_finds_the_same_program():

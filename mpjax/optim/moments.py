@@ -118,9 +118,10 @@ def quantize_moments(
         paths = sorted({where for kind, where, _ in leaves if kind in low})
         for pattern in moments.keep:
             if not any(matches(pattern, path) for path in paths):
+                parents = {path.rpartition("/")[0] for path in paths} - {""}
                 raise ConfigError(
                     f"moments: keep={pattern} matches no weight of the optimizer state; near"
-                    f" misses: {' '.join(near_misses(pattern, paths))}"
+                    f" misses: {' '.join(near_misses(pattern, [*parents, *paths]))}"
                 )
         if not any(is_low(*leaf) for leaf in leaves):
             raise ConfigError(
@@ -129,7 +130,8 @@ def quantize_moments(
             )
 
     def init(params: Any) -> Any:
-        state = optimizer.init(params)
+        # XLA would fold the codes of constant zeros, which takes it a second for 100 000 numbers.
+        state = jax.lax.optimization_barrier(optimizer.init(params))
         check(state)
         return store(state)
 
