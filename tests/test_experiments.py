@@ -21,7 +21,7 @@ pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
-    "bench_step",
+    "bench_step", "formats",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -354,3 +354,19 @@ def test_the_benchmark_finds_the_same_program():
     out, _ = run("bench_step", *args)
     assert out.count("same products and casts: yes") == 2 and "NO" not in out
     assert out.count("time ours/careful") == 2 and "XLA_FLAGS=" in out
+
+
+def test_the_formats_write_their_report(tmp_path):
+    args = "--longest 6 --rows 8 --channels 128 --tokens 16 --seeds 2 --size 1 100 10000".split()
+    names = ("int8-block", "int8-tensor", "e4m3-block", "e4m3-tensor")
+    out, _ = run("formats", *args, "--recipe", "fp8", "mxfp4", "--pair", *names, "--out", tmp_path)
+    require_report(tmp_path, ("sqnr_length.png", "sqnr_outliers.png", "distinct.png"), ())
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"| {name} |" in report for name in ("fp8", "mxfp4", *names))
+    assert "| > 20 dB |" in report and "| >= 10 dB |" in report and "int8" in out
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert len(found["lengths"]) == 2 * 3 * 3 and len(found["distinct"]) == 2 * 6
+    _, err = run("formats", "--recipe", "fp9", "--out", tmp_path / "none", code=2)
+    assert err.startswith("error: recipe: unknown recipe 'fp9'; did you mean fp8") and (
+        not (tmp_path / "none").exists()
+    )
