@@ -20,14 +20,16 @@ from tests.formats.oracle import groups, slow_quantize
 
 SCALINGS = ["tensor", "row", "block(1x128)", "block(128x128)", "mx(32)", "nv(16)", "nv(16x16)"]
 FORMATS = ["e4m3", "e5m2", "e2m1", "e3m2", "int8", "int4"]
-PAIRS = [(f, s) for f in FORMATS for s in SCALINGS if not (s.startswith("nv") and "int" in f)]
+# each scaling with three formats, each format with one scaling; nv takes no integers
+PAIRS = [(f, s) for f in ("e4m3", "e2m1") for s in SCALINGS]
+PAIRS += [("int8", s) for s in SCALINGS[:5]] + [("e5m2", "row"), ("e3m2", "row"), ("int4", "row")]
 quantized = jax.jit(
     formats.quantize, static_argnames=("format", "scaling", "axis", "rounding", "scale_rounding")
 )
 
 
 def quantize(x: Any, *args: Any, **options: Any) -> Any:
-    return formats.quantize(jnp.asarray(x), *args, **options)
+    return quantized(jnp.asarray(x), *args, **options)
 
 
 def round_to(x: Any, name: str) -> np.ndarray:
@@ -56,14 +58,14 @@ def by_group(x: np.ndarray, scaling: str) -> list[np.ndarray]:
 def test_equals_the_loop_over_groups(name: str, scaling: str) -> None:
     roundings: list[str | None] = [None] if scaling[:2] in ("mx", "nv") else ["none", "up"]
     roundings += [] if scaling.startswith("nv") else ["down"]
-    for x in (matrix(), matrix(130, 260) if scaling == "block(128x128)" else matrix(3, 50)):
-        for scale_rounding in roundings:
-            q = quantized(x, name, scaling, scale_rounding=scale_rounding)
-            rule = scale_rounding or ("up" if scaling.startswith("mx") else "none")
-            want, scales = slow_quantize(x, name, scaling, rule)
-            np.testing.assert_array_equal(np.asarray(q.scales).ravel(), scales)
-            np.testing.assert_array_equal(values_of(q), want)
-            assert len(scales) == len(groups(x.shape, scaling))
+    x = matrix(130, 260) if scaling == "block(128x128)" else matrix()
+    for scale_rounding in roundings:
+        q = quantized(x, name, scaling, scale_rounding=scale_rounding)
+        rule = scale_rounding or ("up" if scaling.startswith("mx") else "none")
+        want, scales = slow_quantize(x, name, scaling, rule)
+        np.testing.assert_array_equal(np.asarray(q.scales).ravel(), scales)
+        np.testing.assert_array_equal(values_of(q), want)
+        assert len(scales) == len(groups(x.shape, scaling))
 
 
 def test_the_loop_tells_scalings_and_formats_apart() -> None:
@@ -79,7 +81,7 @@ def test_groups_lie_along_the_contracted_axis(scaling: str) -> None:
     np.testing.assert_array_equal(values_of(across), values_of(along).T)
     np.testing.assert_array_equal(across.scales, along.scales.T)
     other = quantize(x, "e4m3", scaling, axis=-1)
-    if scaling != "tensor":
+    if scaling not in ("tensor", "block(128x128)", "nv(16x16)"):  # these are symmetric
         assert not np.array_equal(values_of(across), values_of(other))
 
 
@@ -226,7 +228,7 @@ def test_without_scaling_nan_is_never_lost() -> None:
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_jit_vmap_and_scan_give_the_same_bits(scaling: str) -> None:
     x = np.stack([matrix(4, 40, seed) for seed in range(3)])
-    plain = [quantize(one, "e4m3", scaling) for one in x]
+    plain = [formats.quantize(jnp.asarray(one), "e4m3", scaling) for one in x]
     want = np.stack([values_of(q) for q in plain])
     scan = jax.jit(
         lambda v: jax.lax.scan(lambda c, one: (c, quantize(one, "e4m3", scaling)), 0, v)[1]
