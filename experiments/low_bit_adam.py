@@ -19,20 +19,11 @@ from pathlib import Path
 import launch  # sets XLA flags before JAX starts
 import sweep
 
+from mpjax.errors import ConfigError
 from mpjax.precision import get_precision
 from mpjax.report import plot_loss, rich_table, write_report
 
 REFERENCE = "Adam f32"
-# label -> moments
-ADAM = {
-    REFERENCE: "f32",
-    "Adam int8@256": "int8@256",
-    "Adam int8@256, embeddings f32": "int8@256,keep=**/embed",
-    "Adam int8-linear": "int8-linear",
-    "Adam first=bf16": "first=bf16",
-    "Adam fp8": "fp8",
-    "Adam int4@128": "int4@128",
-}
 # optimizer -> its peak learning rate as a multiple of Adam's, and its own moments in 8 bits
 OTHERS = {
     "lion": (0.1, "first=int8@256"),
@@ -51,6 +42,12 @@ class Config(sweep.Workload):
     """Peak learning rate of Adam."""
     precision: str = "fp32"
     """Of everything but the moments: a preset, a policy or a line of text."""
+    moments: tuple[str, ...] = (
+        "int8@256", "int8@256,keep=**/embed", "int8-linear", "first=bf16", "fp8", "int4@128",
+    )  # fmt: skip
+    """Of Adam, each compared with float32 ones."""
+    others: tuple[str, ...] = tuple(OTHERS)
+    """Optimizers besides Adam, among `lion`, `sgd` and `adafactor`."""
     seeds: int = 3
     """Seeds an arm; the n-th seed has the same initial weights and batches in every arm."""
     other_seeds: int = 1
@@ -62,8 +59,13 @@ class Config(sweep.Workload):
 def adam(config: Config) -> list[sweep.Arm]:
     """The arms under Adam."""
     return [
-        sweep.Arm(label, get_precision(config.precision, moments=text), config.lr, REFERENCE)
-        for label, text in ADAM.items()
+        sweep.Arm(
+            f"Adam {text}".replace("**/", ""),
+            get_precision(config.precision, moments=text),
+            config.lr,
+            REFERENCE,
+        )
+        for text in ("f32", *config.moments)
     ]
 
 
@@ -85,11 +87,14 @@ def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds")
     launch.positive(config, "other_seeds")
+    for name in config.others:
+        if name not in OTHERS:
+            raise ConfigError(f"others: unknown optimizer {name!r}; known: {' '.join(OTHERS)}")
     start = time.perf_counter()
     outcomes = sweep.run_arms(adam(config), config, config.seeds, config.out)
     others = [
         outcome
-        for name in OTHERS
+        for name in config.others
         for outcome in sweep.run_arms(
             other(config, name), dataclasses.replace(config, optimizer=name),
             config.other_seeds, config.out,
