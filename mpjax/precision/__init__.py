@@ -5,7 +5,8 @@ from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
 from mpjax.precision.policy import parse_policy, policy_text
 from mpjax.precision.precision import UPDATE_RULES, Precision
-from mpjax.precision.presets import get_precision, parse_rule, preset_names, register_preset
+from mpjax.precision.presets import preset_names, register_preset
+from mpjax.precision.reading import get_precision, parse_rule
 from mpjax.precision.recipe import (
     Operand,
     Recipe,

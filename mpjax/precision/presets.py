@@ -1,19 +1,14 @@
-"""Precision presets by name, and `get_precision`, which reads any way of writing one."""
+"""Precision presets by name."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-from collections.abc import Sequence
-from typing import Any
-
-import jmp
 
 from mpjax.errors import ConfigError
 from mpjax.precision.loss_scale import LossScaleSettings
-from mpjax.precision.policy import parse_policy, policy_text
-from mpjax.precision.precision import OPTIONS, Precision, parse_options
+from mpjax.precision.moments import Moments
+from mpjax.precision.policy import parse_policy
+from mpjax.precision.precision import Precision
 from mpjax.precision.recipe import Recipe, get_recipe, recipe_names
 from mpjax.precision.rule import Rule
 
@@ -21,13 +16,14 @@ _DYNAMIC = LossScaleSettings("dynamic")
 _PRESETS: dict[str, Precision] = {}
 
 
-def _base(*rules: tuple[str, str]) -> tuple[Rule, ...]:
+def base_rules(*rules: tuple[str, str]) -> tuple[Rule, ...]:
+    """Rules of a preset, from patterns and policies."""
     return tuple(Rule(pattern, parse_policy(text), user=False) for pattern, text in rules)
 
 
 def _mixed(param: str, low: str) -> tuple[Rule, ...]:
     """Products low; softmax, norms, rotary angles, logits and loss in float32."""
-    return _base(
+    return base_rules(
         ("**/softmax", f"p=f32,c=f32,o={low}"),
         ("**/norm*", f"p=f32,c=f32,o={low}"),
         ("**/rotary", f"p=f32,c=f32,o={low}"),
@@ -39,10 +35,10 @@ def _mixed(param: str, low: str) -> tuple[Rule, ...]:
 
 def _low(param: str, low: str) -> tuple[Rule, ...]:
     """Every operation low; only the mean over tokens, which the loss scale needs, is float32."""
-    return _base(("**/loss", f"p=f32,c={low},o=f32"), ("**", f"p={param},c={low},o={low}"))
+    return base_rules(("**/loss", f"p=f32,c={low},o=f32"), ("**", f"p={param},c={low},o={low}"))
 
 
-def _quantised(recipe: Recipe) -> tuple[Rule, ...]:
+def quantised_rules(recipe: Recipe) -> tuple[Rule, ...]:
     """As bf16, with the products of the blocks quantised; head, norms and attention stay high."""
     rules = _mixed("f32", "bf16")
     return (*rules[:-1], dataclasses.replace(rules[-1], recipe=recipe))
@@ -63,7 +59,7 @@ def register_preset(precision: Precision) -> None:
 
 
 for _preset in (
-    Precision("fp32", _base(("**", "f32"))),
+    Precision("fp32", base_rules(("**", "f32"))),
     # Mixed: Micikevicius et al. 2018; for bfloat16 Kalamkar et al. 2019 (no loss scale).
     Precision("bf16", _mixed("f32", "bf16")),
     Precision("fp16", _mixed("f32", "f16"), _DYNAMIC),
@@ -75,11 +71,16 @@ for _preset in (
     Precision("pure-fp16", _low("f16", "f16"), _DYNAMIC, update="nearest"),
     # Apex's optimisation levels (O1 patches functions: it needs autocast). O2 keeps batch norms,
     # which we read as all norms, in float32 and float32 master weights; O3 is all float16.
-    Precision("O0", _base(("**", "f32"))),
+    Precision("O0", base_rules(("**", "f32"))),
     Precision("O2", _mixed("f16", "f16"), _DYNAMIC, update="master"),
     Precision("O3", _low("f16", "f16"), update="nearest"),
+    # Stochastic rounding: Zamirai et al. 2020, Revisiting BFloat16 Training; Kahan likewise.
+    Precision("pure-bf16-sr", _low("bf16", "bf16"), update="stochastic"),
+    Precision("pure-bf16-kahan", _low("bf16", "bf16"), update="kahan"),
+    # Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization: embeddings stay 32-bit.
+    Precision("adam8bit", _mixed("f32", "bf16"), moments=Moments.parse("int8@256,keep=**/embed")),
     # One for each recipe, whose source the table prints.
-    *(Precision(name, _quantised(get_recipe(name))) for name in recipe_names()),
+    *(Precision(name, quantised_rules(get_recipe(name))) for name in recipe_names()),
 ):
     register_preset(_preset)
 
@@ -89,208 +90,6 @@ def preset_names() -> tuple[str, ...]:
     return tuple(_PRESETS)
 
 
-def parse_rule(text: str | Rule) -> Rule:
-    """Reads `PATTERN=VALUE`, split at the first `=`.
-
-    Args:
-      text: VALUE is a jmp policy, `r=RECIPE` after it or alone, or a preset's name, which stands
-        for its default policy and recipe (`bf16` is `p=f32,c=bf16,o=bf16`, while jmp's `bfloat16`
-        stores in bfloat16 too). A recipe alone is used under `p=f32,c=bf16,o=bf16`.
-
-    Raises:
-      ConfigError: no `=`, an empty side, or a VALUE that is none of these.
-
-    Example:
-      >>> str(parse_rule("**/norm*=fp32"))
-      '**/norm*=p=f32,c=f32,o=f32'
-      >>> str(parse_rule("**/mlp=r=fp8-row"))
-      '**/mlp=p=f32,c=bf16,o=bf16,r=fp8-row'
-    """
-    if isinstance(text, Rule):
-        return text
-    pattern, equals, value = text.partition("=")
-    if not equals or not pattern or not value:
-        raise ConfigError(f"rule {text!r}: write PATTERN=VALUE, such as **/norm*=fp32")
-    policy, recipe = _read(value, f"rule {text!r}")
-    return Rule(pattern, policy, recipe=recipe)
-
-
-def _read(value: str, where: str) -> tuple[jmp.Policy, Recipe | None]:
-    """Policy and recipe of a rule's VALUE."""
-    if value in _PRESETS:
-        last = _PRESETS[value].rules[-1]
-        return last.policy, last.recipe
-    if "=" not in value and _is_recipe(value):
-        value = f"r={value}"
-    policy, recipe = _split_recipe(value, where)
-    return parse_policy(policy or "p=f32,c=bf16,o=bf16", where), recipe
-
-
-def _split_recipe(value: str, where: str) -> tuple[str, Recipe | None]:
-    """The policy's text and the recipe that stands in it as `r=` or `recipe=`."""
-    recipe, rest = None, []
-    for part in value.split(","):
-        name, _, text = part.strip().partition("=")
-        if name not in ("r", "recipe"):
-            rest.append(part)
-        elif recipe is not None:
-            raise ConfigError(f"{where}: recipe stands twice in {value!r}; keep one")
-        else:
-            recipe = get_recipe(text, where)
-    return ",".join(rest), recipe
-
-
-def _is_recipe(text: str) -> bool:
-    return text in recipe_names() or text.startswith(("emulate(", "fixed-"))
-
-
-def _fields(precision: Precision) -> dict[str, Any]:
-    return {f.name: getattr(precision, f.name) for f in dataclasses.fields(precision)}
-
-
-def _from_policy(text: str) -> dict[str, Any]:
-    """A policy for every path; norms, softmax, rotary angles and loss keep float32 inside."""
-    text, recipe = _split_recipe(text, "precision")
-    if not text:
-        raise ConfigError(
-            "precision: a recipe alone; write its name, such as fp8, or a policy before r="
-        )
-    policy = parse_policy(text, "precision")
-    full = policy_text(policy)
-    param, _, out = full.split(",")
-    inner = f"{param},c=f32,{out}"
-    rules = _base(
-        ("**/softmax", inner),
-        ("**/norm*", inner),
-        ("**/rotary", inner),
-        ("**/loss", "f32"),
-        ("**", full),
-    )
-    if recipe is None:
-        return {"name": full, "rules": rules}
-    head, last = Rule("**/head", policy, user=False), dataclasses.replace(rules[-1], recipe=recipe)
-    return {"name": last.value, "rules": (*rules[:-1], head, last)}
-
-
-def _start(word: str) -> dict[str, Any]:
-    if word in _PRESETS:
-        return _fields(_PRESETS[word])
-    if _is_recipe(word):
-        return _fields(Precision(word, _quantised(get_recipe(word, "precision"))))
-    if word == "O1":
-        raise ConfigError(
-            "precision: O1 patches functions, which needs autocast and is not here yet; O2 has"
-            " float16 weights with float32 master copies, fp16 is the mixed policy"
-        )
-    try:
-        return _from_policy(word)
-    except ConfigError as error:
-        if "=" in word:
-            raise
-        near = difflib.get_close_matches(word, _PRESETS, n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(
-            f"precision: unknown preset {word!r}; {hint}presets: {' '.join(_PRESETS)}; or a policy"
-            " such as p=f32,c=bf16,o=f32"
-        ) from error
-
-
-def _from_dict(data: dict[str, Any]) -> dict[str, Any]:
-    known = {"name", "rules", *OPTIONS}
-    if set(data) != known:
-        odd = " ".join(sorted(set(data) ^ known))
-        raise ConfigError(f"precision: JSON must have exactly {' '.join(sorted(known))}; see {odd}")
-    for key in sorted(known - {"rules"}):
-        if not isinstance(data[key], str):
-            raise ConfigError(f"precision: JSON field {key} is {data[key]!r}; write it as a text")
-    try:
-        rules = tuple(
-            dataclasses.replace(parse_rule(f"{p}={text}"), user=bool(user))
-            for p, text, user in data["rules"]
-        )
-    except (TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"precision: JSON field rules is {data['rules']!r}; write [PATTERN, POLICY, true]"
-            " for each"
-        ) from None
-    return {"name": data["name"], "rules": rules} | parse_options(data)
-
-
-def _from_text(text: str) -> dict[str, Any]:
-    words = text.split()
-    if not words:
-        raise ConfigError(f"precision: empty; presets: {' '.join(_PRESETS)}")
-    rules: list[Rule] = []
-    complete = any(word.startswith("base:") for word in words[1:])
-    options: dict[str, str] = {}
-    for word in words[1:]:
-        kind, _, rest = word.partition(":")
-        key, equals, option = word.partition("=")
-        if kind in ("rule", "base") and rest:
-            rules.append(dataclasses.replace(parse_rule(rest), user=kind == "rule"))
-        elif word == "base:":
-            continue  # says that there are no preset rules
-        elif key in OPTIONS and equals:
-            options[key] = option
-        else:
-            raise ConfigError(
-                f"precision: bad word {word!r}; write rule:PATTERN=VALUE or KEY=VALUE with KEY in"
-                f" {' '.join(OPTIONS)}"
-            )
-    start = {"name": words[0], "rules": ()} if complete else _start(words[0])
-    return start | {"rules": (*rules, *start["rules"])} | parse_options(options)
-
-
-def get_precision(
-    value: str | dict[str, Any] | Precision,
-    *,
-    rules: Sequence[str | Rule] = (),
-    loss_scale: Any = None,
-    update: str | None = None,
-    moments: Any = None,
-    gradient_dtype: Any = None,
-) -> Precision:
-    """Returns a Precision from a preset, a policy, a line of text, JSON or another Precision.
-
-    Args:
-      value: a preset (`bf16`), a jmp policy (`p=f32,c=bf16,o=f32`: norms, softmax and loss keep
-        float32 inside; no loss scale), a line of `Precision.to_text`, JSON or a Precision.
-      rules: `PATTERN=VALUE` in order; they come before those of `value`.
-      loss_scale: `none`, `static:1024`, `dynamic:init=65536`, settings, or a loss scale.
-      update: `none`, `master` or `nearest`.
-      moments: a dtype, `first=DTYPE,second=DTYPE`, or Moments.
-      gradient_dtype: dtype of weight gradients as they are summed over replicas.
-
-    Raises:
-      ConfigError: what cannot be read, with the nearest that can.
-
-    Example:
-      >>> p = get_precision("fp16", rules=["**/norm*=fp32"], loss_scale="dynamic:init=1024")
-      >>> get_precision(p.to_text()) == p == get_precision(p.to_json())
-      True
-    """
-    options = parse_options(
-        {
-            "loss_scale": loss_scale,
-            "update": update,
-            "moments": moments,
-            "gradient_dtype": gradient_dtype,
-        }
-    )
-    if isinstance(value, Precision):
-        fields = _fields(value)
-    elif isinstance(value, dict):
-        fields = _from_dict(value)
-    elif value.lstrip().startswith("{"):
-        try:
-            fields = _from_dict(json.loads(value))
-        except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"precision: malformed JSON: {error}; write what Precision.to_json gives"
-            ) from None
-    else:
-        fields = _from_text(value)
-    fields["rules"] = (*map(parse_rule, rules), *fields["rules"])
-    return Precision(**(fields | options))
+def find_preset(name: str) -> Precision | None:
+    """Returns a preset by its name, None where there is none."""
+    return _PRESETS.get(name)

@@ -19,6 +19,7 @@ from mpjax.precision import (
     get_precision,
     parse_policy,
     policy_text,
+    recipe_names,
     preset_names,
     register_preset,
 )
@@ -38,6 +39,10 @@ TABLE = {
     "O0": ("f32", "f32", "f32", "f32", "none", "none"),
     "O2": ("f16", "f16", "f32", "f32", "dynamic", "master"),
     "O3": ("f16", "f16", "f16", "f16", "none", "nearest"),
+    "pure-bf16-sr": ("bf16", "bf16", "bf16", "bf16", "none", "stochastic"),
+    "pure-bf16-kahan": ("bf16", "bf16", "bf16", "bf16", "none", "kahan"),
+    "adam8bit": ("f32", "bf16", "f32", "f32", "none", "none"),
+    **{name: ("f32", "bf16", "f32", "f32", "none", "none") for name in recipe_names()},
 }
 
 
