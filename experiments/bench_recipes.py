@@ -79,7 +79,8 @@ def measure(config: Config) -> list[Row]:
     rows: list[Row] = []
     for name in ("fp32", *config.recipe):
         program = Program(config, name)
-        ours, theirs = [], []
+        ours: list[float] = []
+        theirs: list[float] = []
         for turn in range(config.rounds):
             for times, one in ((ours, program), (theirs, reference))[:: 1 if turn % 2 else -1]:
                 times.append(one.seconds())

@@ -26,7 +26,8 @@ WEIGHT, GRADIENT = 2.0**-6, 2.0**-12  # standard deviations
 
 def plain(name: str, format: str, scaling: str) -> Recipe:
     """A recipe that quantises all operands alike."""
-    return Recipe(name, *3 * [2 * (Operand(format, scaling),)])
+    pair = (Operand(format, scaling), Operand(format, scaling))
+    return Recipe(name, pair, pair, pair)
 
 
 # Beside the registered ones: who shares a scale, and nothing else, differs within each pair.

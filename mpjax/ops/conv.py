@@ -137,7 +137,7 @@ def conv_general_dilated(
                 (kernel.shape, numbers.rhs_spec, dilations[1]),
             )
         ]
-        padding = lax.padtype_to_pads(*spans, window_strides, padding)
+        padding = lax.padtype_to_pads(spans[0], spans[1], window_strides, padding)
     op = Conv(
         tuple(window_strides), tuple((int(a), int(b)) for a, b in padding), dilations, numbers,
         feature_group_count,

@@ -164,7 +164,8 @@ def _chunked(a: Any, b: Any, dims: Dims, accumulate: Format, chunk: int) -> Any:
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
         dims = (((2,), (2,)), ((0,), (0,)))
-        return round_to(total + _dot(*part, dims), accumulate, saturate=False), None
+        left, right = part
+        return round_to(total + _dot(left, right, dims), accumulate, saturate=False), None
 
     left, right = lay_out(a, ba, fa, ca), lay_out(b, bb, fb, cb)
     zero = jnp.zeros((groups, left.shape[2], right.shape[2]), jnp.float32)
@@ -178,8 +179,7 @@ def combine(a: Factor, b: Factor, dims: Dims, recipe: Recipe) -> Any:
     if a.format is None and b.format is None:
         return _dot(a.values, b.values, dims)
     if a.blocks or b.blocks or a.format is None or b.format is None:
-        full = [opened(f).astype(jnp.float32) for f in (a, b)]
-        return _dot(*full, dims)
+        return _dot(opened(a).astype(jnp.float32), opened(b).astype(jnp.float32), dims)
     (ca, cb), (ba, bb) = dims
     fa, fb = _free(a.values.ndim, ca, ba), _free(b.values.ndim, cb, bb)
     y = _multiply(a, b, dims)
@@ -226,9 +226,11 @@ def how_it_runs(recipe: Recipe, platform: str, terms: int = 1) -> dict[str, str]
     found = {}
     for name in ("fprop", "dgrad", "wgrad"):
         left, right = getattr(recipe, name)
-        pair = [None if o is None else Format(o.format) for o in (left, right)]
+        pair = tuple(None if o is None else Format(o.format) for o in (left, right))
         blocks = any(o is not None and Scaling.parse(o.scaling).blocks for o in (left, right))
-        unit = native_unit(*pair, blocks, terms) if recipe.accumulate == "float32" else ""
+        unit = (
+            native_unit(pair[0], pair[1], blocks, terms) if recipe.accumulate == "float32" else ""
+        )
         if left is None and right is None:
             found[name] = "not quantised: compute dtype"
         elif unit == "int8" or (unit == "float8" and platform == "cuda"):

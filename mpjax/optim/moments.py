@@ -25,7 +25,7 @@ def _moment(path: tuple[Any, ...]) -> tuple[str | None, str]:
     """Which moment a leaf of the state belongs to, and the path of its weight."""
     for place, key in enumerate(path):
         # The state's field stands before those of a parameter tree of attributes.
-        kind = _MOMENTS.get(getattr(key, "name", None))
+        kind = _MOMENTS.get(str(getattr(key, "name", "")))
         if kind is not None:
             return kind, jax.tree_util.keystr(path[place + 1 :], simple=True, separator="/")
     return None, ""

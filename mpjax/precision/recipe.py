@@ -167,13 +167,15 @@ class Recipe:
         return "\n".join([*lines, *(f"  {line}" for line in extra)])
 
 
-def _same(left: Operand, right: Operand, gradient: Operand | None = None) -> tuple[Pair, ...]:
+def _same(
+    left: Operand, right: Operand, gradient: Operand | None = None
+) -> tuple[Pair, Pair, Pair]:
     """Activations, weights and gradients quantised alike in all three products."""
     gradient = gradient or left
     return (left, right), (gradient, right), (left, gradient)
 
 
-def _hybrid() -> tuple[Pair, ...]:
+def _hybrid() -> tuple[Pair, Pair, Pair]:
     return _same(Operand("e4m3"), Operand("e4m3"), Operand("e5m2"))
 
 

@@ -19,8 +19,8 @@ from mpjax.precision import (
     get_precision,
     parse_policy,
     policy_text,
-    recipe_names,
     preset_names,
+    recipe_names,
     register_preset,
 )
 from mpjax.precision import presets as module
