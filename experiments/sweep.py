@@ -177,7 +177,8 @@ def run_arm(
             "lr": arm.lr, "stress": arm.stress, "seed": seed, "out": str(folder),
         }  # fmt: skip
         values = json.loads(json.dumps(settings, default=str))
-        write_manifest(folder, manifest(arm.precision, values, model.paths))
+        products = launch.products(model, work.batch * work.seq)
+        write_manifest(folder, manifest(arm.precision, values, model.paths, products))
         writer = MetricsWriter(folder, settings | {"precision": arm.precision.to_text()})
         history: list[dict[str, Any]] = []
         label = f"{arm.label}, seed {seed}"

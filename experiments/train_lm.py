@@ -226,8 +226,13 @@ def main(config: Config) -> None:
     run = prepare(config)
     launch.writable(config.out)
     if jax.process_index() == 0:
-        write_manifest(config.out, manifest(run.precision, settings(config), run.model.paths))
+        products = launch.products(run.model, config.batch * config.seq)
+        values = settings(config)
+        write_manifest(config.out, manifest(run.precision, values, run.model.paths, products))
         console.print(str(run.precision), highlight=False, markup=False)
+        for name, found in products.items():
+            lines = "; ".join(f"{product}: {how}" for product, how in found.items())
+            console.print(f"recipe {name} here: {lines}", highlight=False, markup=False)
         console.print(f"state: {formula(run.state)}\n{launch.machine()}", highlight=False)
     if run.start >= config.steps:
         console.print(f"step {run.start} of {config.steps}: nothing left to train; raise --steps")

@@ -10,37 +10,67 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mpjax.errors import ConfigError, TrainingStopped
-from mpjax.formats import Format
+from mpjax.formats import Format, Quantized, fake_quantize, quantize, round_to, sqnr
+from mpjax.ops import conv_general_dilated, dot_general
 from mpjax.optim import (
     DynamicLossScale,
+    LeafLossScale,
+    LogMaxLossScale,
+    MultiLossScale,
     NoOpLossScale,
     StaticLossScale,
     scaled_value_and_grad,
+    scaled_value_and_grads,
 )
-from mpjax.precision import Precision, get_precision, register_preset
+from mpjax.precision import (
+    Operand,
+    Precision,
+    Recipe,
+    get_precision,
+    get_recipe,
+    register_preset,
+    register_recipe,
+)
 
 if TYPE_CHECKING:
-    from mpjax import data, models, optim, precision, report, train
+    from mpjax import data, formats, models, ops, optim, precision, report, train
 
 # Imported at first use, so that someone who takes only the loss scale pays for nothing else.
-_PARTS = ("data", "models", "optim", "precision", "report", "train")
+_PARTS = ("data", "formats", "models", "ops", "optim", "precision", "report", "train")
 
 __all__ = [
     "ConfigError",
     "DynamicLossScale",
     "Format",
+    "LeafLossScale",
+    "LogMaxLossScale",
+    "MultiLossScale",
     "NoOpLossScale",
+    "Operand",
     "Precision",
+    "Quantized",
+    "Recipe",
     "StaticLossScale",
     "TrainingStopped",
+    "conv_general_dilated",
     "data",
+    "dot_general",
+    "fake_quantize",
+    "formats",
     "get_precision",
+    "get_recipe",
     "models",
+    "ops",
     "optim",
     "precision",
+    "quantize",
     "register_preset",
+    "register_recipe",
     "report",
+    "round_to",
     "scaled_value_and_grad",
+    "scaled_value_and_grads",
+    "sqnr",
     "train",
 ]
 

@@ -42,7 +42,7 @@ class Model:
     def __post_init__(self) -> None:
         self.precision.check(self.paths, self._of("weight"), self._of("product"))
         self._check_storage()
-        head = self._recipes.get("decoder/head")
+        head = self.recipes.get("decoder/head")
         if head is not None and head.history:
             raise ConfigError(
                 f"decoder/head: recipe {head.name!r} keeps an amax history, which a loss taken in"
@@ -144,14 +144,14 @@ class Model:
         return x, state
 
     @functools.cached_property
-    def _recipes(self) -> dict[str, Recipe]:
+    def recipes(self) -> dict[str, Recipe]:
         """Path of a product -> its recipe."""
         found = {path: self.precision.recipe(path) for path in self._of("product")}
         return {path: recipe for path, recipe in found.items() if recipe is not None}
 
     @property
     def _rounds(self) -> bool:
-        return any(recipe.uses_key for recipe in self._recipes.values())
+        return any(recipe.uses_key for recipe in self.recipes.values())
 
     def init_state(self) -> Any:
         """Returns what training threads through the model: amax histories of delayed scaling.
@@ -159,7 +159,7 @@ class Model:
         None where no recipe keeps a history.
         """
         tree: dict[str, Any] = {}
-        for path, recipe in self._recipes.items():
+        for path, recipe in self.recipes.items():
             if recipe.history:
                 bare = [part for part in path.split("/")[1:] if not part.isdigit()]
                 at = tree
@@ -182,7 +182,7 @@ class Model:
         path = "decoder/head"
         return ops.linear(
             x, p["embed"]["table"], self.precision.policy(path), transposed=True, where=path,
-            gradient_dtype=self.precision.gradient_dtype, recipe=self._recipes.get(path),
+            gradient_dtype=self.precision.gradient_dtype, recipe=self.recipes.get(path),
             key=key,
         )  # fmt: skip
 

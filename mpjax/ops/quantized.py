@@ -37,6 +37,7 @@ class Factor(NamedTuple):
       tile: of the scales.
       format: of the values, or None.
       blocks: whether the scales change along the axes that are summed over.
+      short: whether bfloat16 holds the values exactly, with their scales where these are blocks'.
     """
 
     values: Any
@@ -44,6 +45,7 @@ class Factor(NamedTuple):
     tile: Axes
     format: Format | None
     blocks: bool
+    short: bool
 
 
 def encode(
@@ -55,7 +57,7 @@ def encode(
       amax: of delayed scaling; where it is 0 the tensor's own is used.
     """
     if operand is None:
-        return Factor(x.astype(compute), None, x.shape, None, False)
+        return Factor(x.astype(compute), None, x.shape, None, False, False)
     format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
     tile = scaling.tiles(x.shape, axes)
     if amax is not None:
@@ -67,14 +69,19 @@ def encode(
         scales, whole = find_scales(x, format, scaling, tile, operand.scales_rounded)
         scales = scales if whole is None else scales * whole
     values = scaled_values(x, scales, format, tile, operand.rounding, key)
+    short = is_short(operand)
     if scaling.kind == "none":
-        return Factor(values, None, tile, format, False)
-    return Factor(values, scales, tile, format, scaling.blocks)
+        return Factor(values, None, tile, format, False, short)
+    return Factor(values, scales, tile, format, scaling.blocks, short)
 
 
-def _fits_bfloat16(format: Format | None) -> bool:
-    if format is None:
+def is_short(operand: Operand | None) -> bool:
+    """Returns whether bfloat16 holds exactly what an operand enters its product as."""
+    if operand is None:
         return False
+    format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
+    if scaling.blocks and operand.scales_rounded == "none":
+        return False  # its numbers are multiplied by scales of 24 bits before the product
     if format.kind == "fixed":
         return format.bits <= 8
     return format.mantissa_bits <= 7 and format.exponent_bits <= 8
@@ -112,22 +119,20 @@ def _multiply(a: Factor, b: Factor, dims: Dims) -> Any:
         )  # fmt: skip
         return whole.astype(jnp.float32)
 
-    def emulated(x: Any, y: Any) -> Any:
-        return _dot(x.astype(jnp.float32), y.astype(jnp.float32), dims)
+    if not (a.short and b.short):
+        return _dot(a.values.astype(jnp.float32), b.values.astype(jnp.float32), dims)
 
-    def short(x: Any, y: Any) -> Any:  # exact: both fit bfloat16
+    def short(x: Any, y: Any) -> Any:  # exact, and the faster one wherever bfloat16 has a unit
         return _dot(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), dims)
 
-    if not (_fits_bfloat16(a.format) and _fits_bfloat16(b.format)):
-        return emulated(a.values, b.values)
     if unit != "float8":
-        return lax.platform_dependent(a.values, b.values, cpu=emulated, default=short)
-    kinds = [Format(_FLOAT8[0]).dtype if f.format is None else f.format.dtype for f in (a, b)]
+        return short(a.values, b.values)
+    left, right = (f.format.dtype for f in (a, b) if f.format is not None)
 
     def eight(x: Any, y: Any) -> Any:
-        return _dot(x.astype(kinds[0]), y.astype(kinds[1]), dims)
+        return _dot(x.astype(left), y.astype(right), dims)
 
-    return lax.platform_dependent(a.values, b.values, cpu=emulated, cuda=eight, default=short)
+    return lax.platform_dependent(a.values, b.values, cuda=eight, default=short)
 
 
 def _spread(scales: Any, batch: Axes, free: Axes, summed: Axes, before: int, after: int) -> Any:
@@ -179,7 +184,8 @@ def combine(a: Factor, b: Factor, dims: Dims, recipe: Recipe) -> Any:
     if a.format is None and b.format is None:
         return _dot(a.values, b.values, dims)
     if a.blocks or b.blocks or a.format is None or b.format is None:
-        return _dot(opened(a).astype(jnp.float32), opened(b).astype(jnp.float32), dims)
+        wide = jnp.bfloat16 if a.short and b.short else jnp.float32
+        return _dot(opened(a).astype(wide), opened(b).astype(wide), dims)
     (ca, cb), (ba, bb) = dims
     fa, fb = _free(a.values.ndim, ca, ba), _free(b.values.ndim, cb, bb)
     y = _multiply(a, b, dims)
@@ -235,7 +241,7 @@ def how_it_runs(recipe: Recipe, platform: str, terms: int = 1) -> dict[str, str]
             found[name] = "not quantised: compute dtype"
         elif unit == "int8" or (unit == "float8" and platform == "cuda"):
             found[name] = f"native {unit} product"
-        elif platform != "cpu" and not blocks and all(map(_fits_bfloat16, pair)):
+        elif recipe.accumulate == "float32" and is_short(left) and is_short(right):
             found[name] = "emulated: bfloat16 product of exact values"
         else:
             found[name] = "emulated: float32 product of exact values"

@@ -55,7 +55,9 @@ numbers. They differ by the order of their sums alone. Ask for any recipe with
 _PRESETS = """## Presets that change weights and optimizer states
 
 A recipe leaves the stored weights and the optimizer in float32. These presets do not; the fields
-combine freely with any recipe: `get_precision("fp8", moments="int8@256")`."""
+combine freely with any recipe: `get_precision("fp8", moments="int8@256")`. Sources: Zamirai et al.
+2020, Revisiting BFloat16 Training (stochastic rounding, Kahan summation); Dettmers et al. 2022,
+8-bit Optimizers via Block-wise Quantization; NVIDIA Apex (O2, O3)."""
 
 _OWN = """## Your own recipe
 

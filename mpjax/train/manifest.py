@@ -45,13 +45,19 @@ def _commit() -> str:
         return "unknown"
 
 
-def manifest(precision: Precision, config: dict[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+def manifest(
+    precision: Precision,
+    config: dict[str, Any],
+    paths: Iterable[str],
+    products: dict[str, dict[str, str]],
+) -> dict[str, Any]:
     """Returns what a run's outcome depends on.
 
     Args:
       precision: resolved; stands in it whole.
       config: every setting.
       paths: of the model; each one's policy is written out.
+      products: recipe -> product -> what multiplies it here.
 
     Returns:
       JSON-able: precision, its line of text, config, versions, commit, XLA flags, devices, command.
@@ -61,6 +67,7 @@ def manifest(precision: Precision, config: dict[str, Any], paths: Iterable[str])
         "precision": precision.to_dict(),
         "precision_text": precision.to_text(),
         "policies": precision.layout(paths),
+        "products": products,
         "config": config,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
         "commit": _commit(),

@@ -25,8 +25,8 @@ def main() -> bool:
         "Training steps of a 12.3M-parameter GPT (6 layers, width 384, 8 x 256 tokens), each"
         f" taken in turn with the bf16 step, {config.rounds} rounds; the ratio is the centre of the"
         " paired ratios with its 95 % interval. On this CPU bf16 products run as float32 products"
-        " with converts around them, so a recipe whose emulation multiplies float32 saves those. The bar"
-        f" for fp8 is 1.6: {fp8:.3f}, {'met' if fp8 <= 1.6 else 'MISSED'}."
+        " with converts around them, so a recipe whose emulation multiplies float32 saves those."
+        f" The bar for fp8 is 1.6: {fp8:.3f}, {'met' if fp8 <= 1.6 else 'MISSED'}."
     )
     head = ("precision", "median s", "time / bf16", "what multiplies")
     write("recipe_cost", "What emulating a recipe costs", f"{text}\n\n{table(head, rows)}")

@@ -22,7 +22,7 @@ PATHS = ["decoder/layers/norm_mlp", "decoder/layers/mlp/up"]
 
 
 def test_it_survives_json_and_gives_the_precision_back():
-    content = json.loads(json.dumps(manifest(PRECISION, {"lr": 1e-3}, PATHS)))
+    content = json.loads(json.dumps(manifest(PRECISION, {"lr": 1e-3}, PATHS, {})))
     assert get_precision(content["precision"]) == PRECISION
     assert get_precision(content["precision_text"]) == PRECISION
     assert content["config"] == {"lr": 1e-3}
@@ -33,8 +33,9 @@ def test_it_survives_json_and_gives_the_precision_back():
 def test_it_says_what_the_outcome_depends_on(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--some_flag=1")
     monkeypatch.setattr(sys, "argv", ["/somewhere/train_lm.py", "--lr", "0.1"])
-    content = manifest(PRECISION, {}, PATHS)
+    content = manifest(PRECISION, {}, PATHS, {"fp8": {"fprop": "emulated"}})
     assert content["xla_flags"] == "--some_flag=1"
+    assert content["products"]["fp8"] == {"fprop": "emulated"}
     assert content["command"] == ["train_lm.py", "--lr", "0.1"]
     assert content["device"] == f"{jax.device_count()} x cpu (cpu)"
     assert content["versions"]["jax"] == jax.__version__
