@@ -45,11 +45,17 @@ smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings
 
 check: lint types test notebooks smoke  ## all of the above, as CI does
 
-evidence: $(INSTALLED)  ## measure the README's figures again, 40 minutes; pages in docs/evidence
+evidence: $(INSTALLED)  ## measure the README's figures again, two hours; pages in docs/evidence
 	$(PY) tests/evidence/state_bytes.py
 	$(PY) tests/evidence/loop_overhead.py
 	$(PY) tests/evidence/kill_resume.py
+	$(PY) tests/evidence/rounding.py
+	$(PY) tests/evidence/recipes.py
+	$(PY) tests/evidence/recipe_cost.py
+	$(PY) tests/evidence/low_bit_products.py
+	$(PY) tests/evidence/low_bit_adam.py
 	$(PY) experiments/bench_step.py
+	$(PY) experiments/low_bit_weights.py --out runs/evidence/low_bit_weights
 	$(PY) experiments/compare_precisions.py --out runs/evidence/demo
 
 verify-gpu: $(GPU_VENV)/.installed  ## compile for an H100 without one, 6 GB, once; page in docs/evidence
