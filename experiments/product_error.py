@@ -140,19 +140,21 @@ def against_length(
     shapes = ((rows, longest, rows), (rows, rows, longest), (longest, rows, rows))
     data = [operands(rng, *shape) for shape in shapes]
     past = largest(*operands(rng, rows, longest, rows))  # as an earlier step saw them
+    cases = []
+    for which, product in enumerate(PRODUCTS):
+        for length in lengths:
+            inputs = [shortened(v, longest, length) for v in data[which]]
+            cases.append((which, product, length, inputs, exact_products(*inputs)[which]))
     found = []
     for name in names:
         three = products(find(name), compute)
-        for which, product in enumerate(PRODUCTS):
-            for length in lengths:
-                x, w, dy = (shortened(v, longest, length) for v in data[which])
-                got = np.asarray(three(x, w, dy, jax.random.key(length), past)[which], np.float64)
-                exact = exact_products(x, w, dy)[which]
-                worst = np.max(np.abs(exact - got)) / np.sqrt(np.mean(np.square(exact)))
-                found.append(
-                    {"recipe": name, "product": product, "length": length,
-                     "sqnr": decibels(exact, got), "max_error": float(worst)}
-                )  # fmt: skip
+        for which, product, length, inputs, exact in cases:
+            got = np.asarray(three(*inputs, jax.random.key(length), past)[which], np.float64)
+            worst = np.max(np.abs(exact - got)) / np.sqrt(np.mean(np.square(exact)))
+            found.append(
+                {"recipe": name, "product": product, "length": length,
+                 "sqnr": decibels(exact, got), "max_error": float(worst)}
+            )  # fmt: skip
     return found
 
 
@@ -193,6 +195,16 @@ def with_outliers(names: Sequence[str], outliers: Outliers, compute: Any) -> lis
       One record a recipe, seed, size and place; "x in output" is x as the output's product takes
       it, "ordinary" leaves the multiplied channels out.
     """
+    cases = []
+    for seed in range(outliers.seeds):
+        rng = np.random.default_rng(100 + seed)
+        normal, w, dy = operands(rng, outliers.tokens, outliers.channels, outliers.outputs)
+        chosen = outliers.choose(rng)
+        ordinary = np.setdiff1d(np.arange(outliers.channels), chosen)
+        for size in outliers.sizes:
+            x = normal.copy()
+            x[:, chosen] *= np.float32(size)
+            cases.append((seed, size, ordinary, (x, w, dy), exact_products(x, w, dy)))
     found = []
     for name in names:
         recipe = find(name)
@@ -204,31 +216,23 @@ def with_outliers(names: Sequence[str], outliers: Outliers, compute: Any) -> lis
             factors = [encode(x.astype(compute), o, (axis,), key, compute) for o, axis in pairs]
             return [opened(f).astype(jnp.float32) for f in factors]
 
-        for seed in range(outliers.seeds):
-            rng = np.random.default_rng(100 + seed)
-            normal, w, dy = operands(rng, outliers.tokens, outliers.channels, outliers.outputs)
-            chosen = outliers.choose(rng)
-            ordinary = np.setdiff1d(np.arange(outliers.channels), chosen)
-            for size in outliers.sizes:
-                x = normal.copy()
-                x[:, chosen] *= np.float32(size)
-                key = jax.random.key(seed)
-                forward, backward = map(np.asarray, seen(x, key))
-                y, _, dw = map(np.asarray, three(x, w, dy, key, largest(x, w, dy)))
-                exact_y, _, exact_dw = exact_products(x, w, dy)
-                wide = x.astype(np.float64)
-                places = {
-                    "x in output": (wide, forward),
-                    "output": (exact_y, y),
-                    "x in output, ordinary": (wide[:, ordinary], forward[:, ordinary]),
-                    "x in wgrad": (wide, backward),
-                    "wgrad": (exact_dw, dw),
-                    "x in wgrad, ordinary": (wide[:, ordinary], backward[:, ordinary]),
-                    "wgrad, ordinary": (exact_dw[ordinary], dw[ordinary]),
-                }
-                for place, (exact, got) in places.items():
-                    found.append({"recipe": name, "place": place, "size": size, "seed": seed,
-                                  "sqnr": decibels(exact, got)})  # fmt: skip
+        for seed, size, ordinary, inputs, (exact_y, _, exact_dw) in cases:
+            key = jax.random.key(seed)
+            forward, backward = map(np.asarray, seen(inputs[0], key))
+            y, _, dw = map(np.asarray, three(*inputs, key, largest(*inputs)))
+            x = inputs[0].astype(np.float64)
+            places = {
+                "x in output": (x, forward),
+                "output": (exact_y, y),
+                "x in output, ordinary": (x[:, ordinary], forward[:, ordinary]),
+                "x in wgrad": (x, backward),
+                "wgrad": (exact_dw, dw),
+                "x in wgrad, ordinary": (x[:, ordinary], backward[:, ordinary]),
+                "wgrad, ordinary": (exact_dw[ordinary], dw[ordinary]),
+            }
+            for place, (exact, got) in places.items():
+                found.append({"recipe": name, "place": place, "size": size, "seed": seed,
+                              "sqnr": decibels(exact, got)})  # fmt: skip
     return found
 
 
