@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,19 @@ class Config(sweep.Workload):
     lr: float = 2e-3
     """Peak learning rate, the best of fp32 for this model."""
     seeds: int = 5
-    """Seeds an arm."""
+    """Fewest seeds an arm."""
+    most_seeds: int = 40
+    """Most seeds an arm; so many of fp32 are trained."""
+    within: float = 0.25
+    """Seeds are added until the 90 % interval of the gap is inside of ± so many percent, or out."""
     out: Path = Path("runs/low_bit_products")
     """Folder of the report and of all runs."""
 
 
 def gaps(outcome: Outcome, reference: Outcome) -> np.ndarray:
     """Paired differences of the validation loss in percent, one a seed."""
-    losses = np.array(outcome.validation_loss), np.array(reference.validation_loss)
-    return 100 * (losses[0] / losses[1] - 1)
+    losses = np.array(outcome.validation_loss)
+    return 100 * (losses / np.array(reference.validation_loss)[: len(losses)] - 1)
 
 
 def interval_90(values: Any) -> tuple[float, float, float]:
@@ -65,6 +70,12 @@ def interval_90(values: Any) -> tuple[float, float, float]:
     half = stats.t.ppf(0.95, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     mean = float(np.mean(values))
     return mean, mean - float(half), mean + float(half)
+
+
+def decided(gaps: Any, within: float) -> bool:
+    """Whether the 90 % interval lies inside of ± within, or outside of it."""
+    _, low, high = interval_90(gaps)
+    return (-within <= low and high <= within) or low > within or high < -within
 
 
 def quantised_share(model: Model, seq: int) -> float:
@@ -102,7 +113,16 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
     arms = [
         sweep.Arm(name, get_precision(name), config.lr, "fp32") for name in ("fp32", "bf16", *names)
     ]
-    outcomes = sweep.run_arms(arms, config, config.seeds, config.out)
+    reference: list[float] = []
+
+    def enough(label: str, losses: Sequence[float]) -> bool:
+        if label == "fp32":
+            reference[:] = losses
+            return False
+        found = 100 * (np.array(losses) / np.array(reference[: len(losses)]) - 1)
+        return len(losses) >= config.seeds and decided(found, config.within)
+
+    outcomes = sweep.run_arms(arms, config, config.most_seeds, config.out, enough=enough)
     title = "Recipes of quantised products"
     launch.wide().print(rich_table(outcomes, title))
     corpus = load_corpus(config.data, config.tokenizer)
@@ -112,17 +132,19 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
         model = launch.make_decoder(config, corpus, get_precision(name))
         how = "; ".join(f"{product}: {text}" for product, text in runs(name, config).items())
         notes.append(
-            f"{name}: {mean:+.3f} % of fp32's loss, 90 % interval {low:+.3f} to {high:+.3f};"
+            f"{name}: {mean:+.3f} % of fp32's loss, 90 % interval {low:+.3f} to {high:+.3f} over"
+            f" {len(outcome.validation_loss)} seeds;"
             f" {100 * quantised_share(model, config.seq):.0f} % of the product FLOPs quantised"
             f" ({how})."
         )
     if {"mxfp4", "nvfp4"} <= set(names):
-        four = [gaps(outcomes[2 + names.index(name)], outcomes[0]) for name in ("nvfp4", "mxfp4")]
-        share = 100 * np.mean(four[0]) / np.mean(four[1])
-        notes.append(f"nvfp4 loses {share:.0f} % of what mxfp4 loses (ratio of the mean gaps).")
+        share, seeds = four_bit_share(outcomes)
+        notes.append(
+            f"nvfp4 loses {share:.0f} % of what mxfp4 loses (mean gaps of {seeds} shared seeds)."
+        )
     launch.wide().print("\n".join(notes))
     notes.append(
-        f"{config.seeds} seeds, {config.steps} steps of {config.batch} x {config.seq} tokens,"
+        f"{config.seeds} to {config.most_seeds} seeds, {config.steps} steps of {config.batch} x {config.seq} tokens,"
         f" {config.layers} layers of width {config.width}, lr {config.lr:g} {config.schedule},"
         f" {config.data} as {config.tokenizer}."
         f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}."
@@ -132,13 +154,27 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
     return outcomes, notes
 
 
+def four_bit_share(outcomes: Sequence[Outcome]) -> tuple[float, int]:
+    """Returns nvfp4's mean gap in percent of mxfp4's over the seeds of both, and their number."""
+    by_label = {outcome.label: outcome for outcome in outcomes}
+    four = [gaps(by_label[name], by_label["fp32"]) for name in ("nvfp4", "mxfp4")]
+    seeds = min(map(len, four))
+    return 100 * float(np.mean(four[0][:seeds]) / np.mean(four[1][:seeds])), seeds
+
+
 def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
-    launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds")
+    launch.positive(
+        config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds", "within"
+    )
     if not config.recipe:
         raise ConfigError("recipe: empty; give at least one, or leave --recipe out")
     if config.seeds < 2:
         raise ConfigError("seeds: 1 gives no interval; give at least 2")
+    if config.most_seeds < config.seeds:
+        raise ConfigError(
+            f"most_seeds: {config.most_seeds} is less than seeds={config.seeds}; raise it"
+        )
     compare(config)
 
 

@@ -152,6 +152,7 @@ def run_arm(
     out: Path,
     evaluate: Callable[[Any], float],
     keep: Callable[[str, int, Any, Any], None] = lambda *_: None,
+    enough: Callable[[str, Sequence[float]], bool] = lambda *_: False,
 ) -> Outcome:
     """Trains one arm under each seed and returns its outcome; the step is compiled once.
 
@@ -163,6 +164,7 @@ def run_arm(
       out: folder in which each run gets its own.
       evaluate: weights -> validation loss.
       keep: called with (label, seed, weights, a batch) at the end of each run.
+      enough: asked with (label, losses so far) after each seed; True leaves out the rest.
     """
     model = launch.make_decoder(work, corpus, arm.precision)
     tx, objective = stressed(arm.stress, work, optimizer(arm, work))
@@ -201,6 +203,8 @@ def run_arm(
         scales.append(float(state.opt_state.loss_scale.value))
         speeds += [record["tokens_per_s"] for record in history[2:]]
         records.append(history)
+        if enough(arm.label, losses):
+            break
     return Outcome(
         arm.label, arm.reference, tuple(losses), float(np.median(speeds)), per_parameter,
         tuple(skipped), tuple(scales), tuple(records),

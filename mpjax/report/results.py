@@ -61,8 +61,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def gap(outcome: Outcome, reference: Outcome) -> tuple[float, float]:
     """Returns mean and half-width of the gap in percent, seed paired with seed.
 
+    The reference may have seeds beyond those of the arm; they are left out.
+
     Raises:
-      ConfigError: the arms have different numbers of seeds.
+      ConfigError: the reference has fewer seeds than the arm.
 
     Example:
       >>> a = Outcome("a", "b", (1.1, 2.2), 1.0, 1.0, (0, 0), (1.0, 1.0), ([], []))
@@ -70,10 +72,10 @@ def gap(outcome: Outcome, reference: Outcome) -> tuple[float, float]:
       >>> round(gap(a, b)[0], 6)
       10.0
     """
-    if len(outcome.validation_loss) != len(reference.validation_loss):
+    if len(outcome.validation_loss) > len(reference.validation_loss):
         raise ConfigError(
             f"report: {outcome.label} has {len(outcome.validation_loss)} seeds,"
             f" {reference.label} {len(reference.validation_loss)}; seeds must pair"
         )
-    pairs = zip(outcome.validation_loss, reference.validation_loss, strict=True)
+    pairs = zip(outcome.validation_loss, reference.validation_loss, strict=False)
     return interval([100 * (a / b - 1) for a, b in pairs])
