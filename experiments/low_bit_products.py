@@ -144,7 +144,8 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
         )
     launch.wide().print("\n".join(notes))
     notes.append(
-        f"{config.seeds} to {config.most_seeds} seeds, {config.steps} steps of {config.batch} x {config.seq} tokens,"
+        f"{config.seeds} to {config.most_seeds} seeds, {config.steps} steps of {config.batch} x"
+        f" {config.seq} tokens,"
         f" {config.layers} layers of width {config.width}, lr {config.lr:g} {config.schedule},"
         f" {config.data} as {config.tokenizer}."
         f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}."
