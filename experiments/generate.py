@@ -67,16 +67,20 @@ def main(config: Config) -> None:
         saved["model"], Shape(**saved["shape"]), get_precision(meta["precision"]),
         tokenizer.vocab_size, saved["seq"],
     )  # fmt: skip
-    shapes = jax.eval_shape(stored.init, jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: {"params": stored.init(key), "model_state": stored.init_state()},
+        jax.random.key(0),
+    )
     names = {
-        f"params/{jax.tree_util.keystr(path, simple=True, separator='/')}": leaf
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }
     leaves = reader.read(names, step)
-    params = jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in names])
+    tree = jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in names])
+    params, state = tree["params"], None if config.precision else tree["model_state"]
     text = sample(
         model, params, tokenizer, config.prompt, config.tokens, temperature=config.temperature,
-        top_k=config.top_k, seed=config.seed,
+        top_k=config.top_k, seed=config.seed, state=state,
     )  # fmt: skip
     launch.wide().print(text, highlight=False, markup=False)
 

@@ -147,13 +147,13 @@ def prompt_ids(model: Model, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
 
 def sample(
     model: Model, params: Any, tokenizer: Tokenizer, prompt: str, new: int, *,
-    temperature: float = 0.8, top_k: int = 0, seed: int = 0,
+    temperature: float = 0.8, top_k: int = 0, seed: int = 0, state: Any = None,
 ) -> str:  # fmt: skip
     """Returns a prompt and its continuation as text."""
     ids = prompt_ids(model, tokenizer, prompt)
     room = model.config.context - ids.shape[1] if model.config.position == "learned" else new
     out = generate(
         model, params, jnp.asarray(ids), new=min(new, room), key=jax.random.key(seed),
-        temperature=temperature, top_k=top_k,
+        temperature=temperature, top_k=top_k, state=state,
     )  # fmt: skip
     return prompt + tokenizer.decode(np.asarray(out[0]))

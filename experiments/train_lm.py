@@ -243,7 +243,10 @@ def main(config: Config) -> None:
     if signal:
         console.print(f"stopped by {signal}; the same command with --resume latest goes on")
     elif config.sample:
-        text = sample(run.model, state.params, run.corpus.tokenizer, config.prompt, config.sample)
+        text = sample(
+            run.model, state.params, run.corpus.tokenizer, config.prompt, config.sample,
+            state=state.model_state,
+        )  # fmt: skip
         console.print(text, highlight=False, markup=False)
 
 

@@ -28,10 +28,12 @@ def _pick(logits_BV: Any, key: Any, temperature: float, top_k: int) -> Any:
 
 @functools.partial(jax.jit, static_argnames=("model", "new", "temperature", "top_k"))
 def _generate(
-    model: Model, params: Any, prompt_BT: Any, key: Any, new: int, temperature: float, top_k: int
-) -> Any:
+    model: Model, params: Any, prompt_BT: Any, key: Any, state: Any, new: int, temperature: float,
+    top_k: int,
+) -> Any:  # fmt: skip
     B, T = prompt_BT.shape
-    logits, state = model.apply(params, prompt_BT, state=model.init_cache(B, T + new))
+    state = (state or {}) | model.init_cache(B, T + new)
+    logits, state = model.apply(params, prompt_BT, state=state)
 
     def body(carry: Any, key: Any) -> tuple[Any, Any]:
         last_BV, state = carry
@@ -52,6 +54,7 @@ def generate(
     key: Any = None,
     temperature: float = 1.0,
     top_k: int = 0,
+    state: Any = None,
 ) -> Int[Array, "B N"]:
     """Continues prompts of equal length.
 
@@ -63,6 +66,8 @@ def generate(
       key: of the draws; may be left out when temperature is 0.
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: draws among the k likeliest tokens; 0 among all.
+      state: amax histories of a training with delayed scaling; without them the current tensors
+        decide.
 
     Returns:
       The new token ids.
@@ -88,4 +93,5 @@ def generate(
         if temperature:
             raise ConfigError("generate: sampling needs a key; pass key= or temperature=0")
         key = jax.random.key(0)
-    return _generate(model, params, prompt, key, new, temperature, top_k)
+    state = model.init_state() if state is None else state
+    return _generate(model, params, prompt, key, state, new, temperature, top_k)

@@ -67,6 +67,12 @@ class Precision:
                 f"update: unknown rule {self.update!r}; known: {' '.join(UPDATE_RULES)}"
             )
         quantised = [rule for rule in self.rules if rule.recipe is not None]
+        delayed = [rule for rule in quantised if rule.recipe is not None and rule.recipe.history]
+        if delayed and self.loss_scale.kind == "leaf":
+            raise ConfigError(
+                f"loss_scale: leaf pulls gradients at several scales, and rule {delayed[0]} keeps"
+                " their amax at one; take loss_scale=dynamic or a recipe with current scaling"
+            )
         if quantised and self.gradient_dtype != jnp.float32:
             raise ConfigError(
                 f"gradient_dtype: {dtype_name(self.gradient_dtype)} with rule {quantised[0]}:"

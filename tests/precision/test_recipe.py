@@ -106,6 +106,9 @@ MISTAKES = {
     "name is empty or holds": lambda: Recipe("a b", *pairs(Operand("int8"))),
     "unknown recipe 'mxfp9'; did you mean mxfp8": lambda: parse_rule("a=r=mxfp9"),
     "recipe stands twice": lambda: get_precision("bf16", rules=["a=r=fp8,r=fp8"]),
+    "leaf pulls gradients at several scales": lambda: get_precision(
+        "fp8-delayed", loss_scale="leaf"
+    ),
     "sum their weight gradients in float32": lambda: get_precision("fp8", gradient_dtype="bf16"),
     "decoder/norm has none; it can be given to \\*\\*/down": lambda: decoder(
         "tiny", get_precision("bf16", rules=["**/norm*=r=fp8"]), layers=1
