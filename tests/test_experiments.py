@@ -21,7 +21,7 @@ pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
-    "bench_step", "formats",
+    "bench_step", "formats", "low_bit_products", "bench_recipes",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -347,6 +347,23 @@ def test_low_bit_states_write_their_report(text, tmp_path):
     arms = ("Adam f32", "Adam int8-linear", "Adam int4,keep=embed", "lion first=int8@256")
     require_report(tmp_path, ("loss.png",), arms)
     assert "Bytes of optimizer state" in (tmp_path / "report.md").read_text() and "lion" in out
+
+
+def test_the_recipes_write_their_report(text, tmp_path):
+    out, _ = run("low_bit_products", *TINY, "--data", text, "--seeds", 2, "--most-seeds", 2,
+                 "--recipe", "fp8-delayed", "int8", "--out", tmp_path)  # fmt: skip
+    assert "of the product FLOPs quantised" in out and "native int8 product" in out
+    assert (tmp_path / "report.md").exists() and (tmp_path / "loss.png").exists()
+    manifest = json.loads((tmp_path / "int8" / "seed1" / "manifest.json").read_text())
+    assert manifest["products"]["int8"]["wgrad"] == "native int8 product"
+    _, err = run("low_bit_products", "--recipe", "fp9", "--data", text, "--out", tmp_path, code=2)
+    assert "unknown recipe 'fp9'" in err
+
+
+def test_the_cost_of_a_recipe_is_a_ratio_to_bf16():
+    args = ("--recipe", "fp8", "--size", "tiny", "--layers", 1, "--batch", 1, "--seq", 16)
+    out, _ = run("bench_recipes", *args, "--rounds", 2)
+    assert "time / bf16" in out and "bfloat16 product of exact values" in out.replace("\n", " ")
 
 
 def test_the_benchmark_finds_the_same_program():

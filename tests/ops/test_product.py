@@ -15,6 +15,8 @@ from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops import conv_general_dilated, dot_general, hadamard, how_it_runs
 from mpjax.precision import Operand, Recipe, get_recipe, recipe_names
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 MATRIX = (((1,), (0,)), ((), ()))
 CURRENT = [
     name for name in recipe_names() if not get_recipe(name).uses_key and name != "fp8-delayed"

@@ -18,6 +18,8 @@ from mpjax.ops import dot_general
 from mpjax.ops.quantized import Factor, encode, opened
 from mpjax.precision import Recipe, get_recipe, recipe_names
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 MATMUL = (((1,), (0,)), ((), ()))
 

@@ -25,6 +25,8 @@ from mpjax.optim import (
 from mpjax.precision import LossScaleSettings, get_precision
 from mpjax.train import build
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 SMALL, LARGE = 2.0**-30, 2.0**10  # gradients of "small" and of "large": 40 binades, float16 has 40
 PARAMS = {"large": jnp.ones(3, jnp.float16), "small": jnp.ones(3, jnp.float16)}
 

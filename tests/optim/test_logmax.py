@@ -26,6 +26,8 @@ from mpjax.optim import (
 from mpjax.precision import LossScaleSettings, get_precision
 from mpjax.train import build
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 STEPS = 10_000
 
 

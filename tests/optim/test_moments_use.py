@@ -20,6 +20,8 @@ from mpjax.precision import get_precision
 from mpjax.train import init_state, parse_mesh, state_shardings
 from mpjax.train.checkpoint import Checkpointer
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 def weights(seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)

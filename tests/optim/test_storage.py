@@ -23,6 +23,8 @@ from mpjax.train import build, init_state, make_train_step
 from mpjax.train.memory import bytes_per_parameter
 from mpjax.train.sharding import state_shardings
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 RULES = ("master", "nearest", "stochastic", "kahan")
 
 
