@@ -22,7 +22,6 @@ from bench_step import ratio
 from rich.console import Console
 from rich.table import Table
 
-from mpjax.errors import ConfigError
 from mpjax.models import decoder
 from mpjax.ops import how_it_runs
 from mpjax.precision import get_precision, get_recipe, recipe_names
@@ -62,7 +61,7 @@ class Program:
             0, model.config.vocabulary, (config.batch, config.seq + 1), np.int32
         )
         self._batch = {"inputs": jnp.asarray(ids[:, :-1]), "targets": jnp.asarray(ids[:, 1:])}
-        self.first = self.seconds()
+        self.seconds()
         self.compile_seconds = time.perf_counter() - start
 
     def seconds(self) -> float:
@@ -97,8 +96,7 @@ def measure(config: Config) -> list[Row]:
 def main(config: Config) -> None:
     """Prints the comparison."""
     launch.positive(config, "layers", "batch", "seq", "rounds")
-    if not config.recipe:
-        raise ConfigError("recipe: empty; give at least one, or leave --recipe out")
+    launch.not_empty(config, "recipe")
     rows = measure(config)
     table = Table("precision", "median s", "time / bf16", "what multiplies")
     for row in rows:

@@ -108,8 +108,7 @@ def main(config: Config) -> None:
         f"Loss x 2^-{config.stress} is the stress test: gradients are multiplied by"
         f" 2^{config.stress} afterwards, so an arithmetic with enough range does not notice."
         " The gradient histogram is taken after training, from the fp32 weights of seed 0.",
-        f"{config.seeds} seeds, {config.steps} steps of {config.batch} x {config.seq} tokens,"
-        f" {config.layers} layers of width {config.width}, {config.data} as {config.tokenizer}."
+        f"{config.seeds} seeds, {config.extent}, {config.data} as {config.tokenizer}."
         f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}.",
     ]
     plots = ["loss.png", "loss_scale.png", "gradients.png"]

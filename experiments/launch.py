@@ -130,6 +130,17 @@ def not_negative(config: Any, *names: str) -> None:
     _check(config, names, "of 0 or above", lambda number: number >= 0)
 
 
+def not_empty(config: Any, *names: str) -> None:
+    """Checks that settings with several values have at least one.
+
+    Raises:
+      ConfigError: one has none.
+    """
+    for name in names:
+        if not getattr(config, name):
+            raise ConfigError(f"{name}: empty; give at least one, or leave --{name} out")
+
+
 def writable(out: Path) -> None:
     """Makes the folder of a run, or says why it cannot be written.
 

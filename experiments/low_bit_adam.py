@@ -106,8 +106,7 @@ def main(config: Config) -> None:
     state = ", ".join(f"{o.label} {o.bytes_per_parameter - 4:.3f}" for o in [*outcomes, *others])
     notes = [
         f"Bytes of optimizer state a parameter, weights not counted: {state}.",
-        f"{config.steps} steps of {config.batch} x {config.seq} tokens, {config.layers} layers of"
-        f" width {config.width}, {config.data} as {config.tokenizer}."
+        f"{config.extent}, {config.data} as {config.tokenizer}."
         f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}.",
     ]
     path = write_report(config.out, title, [*outcomes, *others], notes, ["loss.png"])

@@ -15,21 +15,18 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import launch  # sets XLA flags before JAX starts
 import sweep
 
 import jax  # isort: skip
-import numpy as np
-from scipy import stats
 
 from mpjax.data import load_corpus
 from mpjax.errors import ConfigError
 from mpjax.models import Model
 from mpjax.ops import how_it_runs
 from mpjax.precision import get_precision, get_recipe
-from mpjax.report import Outcome, plot_loss, rich_table, write_report
+from mpjax.report import Outcome, gaps, interval, plot_loss, rich_table, write_report
 
 UNSCALED = "emulate(e4m3)"
 RECIPES = (
@@ -58,23 +55,15 @@ class Config(sweep.Workload):
     """Folder of the report and of all runs."""
 
 
-def gaps(outcome: Outcome, reference: Outcome) -> np.ndarray:
-    """Paired differences of the validation loss in percent, one a seed."""
-    losses = np.array(outcome.validation_loss)
-    return 100 * (losses / np.array(reference.validation_loss)[: len(losses)] - 1)
+def interval_90(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 90 % confidence interval."""
+    mean, half = interval(values, 0.9)
+    return mean, mean - half, mean + half
 
 
-def interval_90(values: Any) -> tuple[float, float, float]:
-    """Mean and 90 % confidence interval (Student's t)."""
-    values = np.asarray(values)
-    half = stats.t.ppf(0.95, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    mean = float(np.mean(values))
-    return mean, mean - float(half), mean + float(half)
-
-
-def decided(gaps: Any, within: float) -> bool:
+def decided(values: Sequence[float], within: float) -> bool:
     """Whether the 90 % interval lies inside of ± within, or outside of it."""
-    _, low, high = interval_90(gaps)
+    _, low, high = interval_90(values)
     return (-within <= low and high <= within) or low > within or high < -within
 
 
@@ -119,16 +108,17 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
         if label == "fp32":
             reference[:] = losses
             return False
-        found = 100 * (np.array(losses) / np.array(reference[: len(losses)]) - 1)
+        found = gaps(losses, reference)
         return len(losses) >= config.seeds and decided(found, config.within)
 
     outcomes = sweep.run_arms(arms, config, config.most_seeds, config.out, enough=enough)
     title = "Recipes of quantised products"
     launch.wide().print(rich_table(outcomes, title))
     corpus = load_corpus(config.data, config.tokenizer)
-    notes = []
+    notes, found = [], {}
     for name, outcome in zip(names, outcomes[2:], strict=True):
-        mean, low, high = interval_90(gaps(outcome, outcomes[0]))
+        found[name] = gaps(outcome.validation_loss, outcomes[0].validation_loss)
+        mean, low, high = interval_90(found[name])
         model = launch.make_decoder(config, corpus, get_precision(name))
         how = "; ".join(f"{product}: {text}" for product, text in runs(name, config).items())
         notes.append(
@@ -138,16 +128,14 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
             f" ({how})."
         )
     if {"mxfp4", "nvfp4"} <= set(names):
-        share, seeds = four_bit_share(outcomes)
+        share, seeds = percent_of(found["nvfp4"], found["mxfp4"])
         notes.append(
             f"nvfp4 loses {share:.0f} % of what mxfp4 loses (mean gaps of {seeds} shared seeds)."
         )
     launch.wide().print("\n".join(notes))
     notes.append(
-        f"{config.seeds} to {config.most_seeds} seeds, {config.steps} steps of {config.batch} x"
-        f" {config.seq} tokens,"
-        f" {config.layers} layers of width {config.width}, lr {config.lr:g} {config.schedule},"
-        f" {config.data} as {config.tokenizer}."
+        f"{config.seeds} to {config.most_seeds} seeds, {config.extent},"
+        f" lr {config.lr:g} {config.schedule}, {config.data} as {config.tokenizer}."
         f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}."
     )
     plot_loss(outcomes).savefig(config.out / "loss.png")
@@ -155,12 +143,10 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
     return outcomes, notes
 
 
-def four_bit_share(outcomes: Sequence[Outcome]) -> tuple[float, int]:
-    """Returns nvfp4's mean gap in percent of mxfp4's over the seeds of both, and their number."""
-    by_label = {outcome.label: outcome for outcome in outcomes}
-    four = [gaps(by_label[name], by_label["fp32"]) for name in ("nvfp4", "mxfp4")]
-    seeds = min(map(len, four))
-    return 100 * float(np.mean(four[0][:seeds]) / np.mean(four[1][:seeds])), seeds
+def percent_of(gaps: Sequence[float], others: Sequence[float]) -> tuple[float, int]:
+    """Returns a mean gap in percent of another over the seeds of both, and their number."""
+    seeds = min(len(gaps), len(others))
+    return 100 * sum(gaps[:seeds]) / sum(others[:seeds]), seeds
 
 
 def main(config: Config) -> None:
@@ -168,8 +154,7 @@ def main(config: Config) -> None:
     launch.positive(
         config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds", "within"
     )
-    if not config.recipe:
-        raise ConfigError("recipe: empty; give at least one, or leave --recipe out")
+    launch.not_empty(config, "recipe")
     if config.seeds < 2:
         raise ConfigError("seeds: 1 gives no interval; give at least 2")
     if config.most_seeds < config.seeds:

@@ -19,7 +19,6 @@ from pathlib import Path
 import launch  # sets XLA flags before JAX starts
 import sweep
 
-from mpjax.errors import ConfigError
 from mpjax.precision import get_precision
 from mpjax.report import Outcome, interval, plot_loss, rich_table, write_report
 
@@ -53,9 +52,7 @@ def closed(outcome: Outcome, worst: Outcome, best: Outcome) -> tuple[float, floa
 def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds")
-    for name in ("update", "storage"):
-        if not getattr(config, name):
-            raise ConfigError(f"{name}: empty; give at least one, or leave --{name} out")
+    launch.not_empty(config, "update", "storage")
     start = time.perf_counter()
     arms = [sweep.Arm("fp32", get_precision("fp32"), config.lr, "fp32")]
     for storage in config.storage:
@@ -77,8 +74,7 @@ def main(config: Config) -> None:
             )
     launch.wide().print("\n".join(notes))
     notes.append(
-        f"{config.seeds} seeds, {config.steps} steps of {config.batch} x {config.seq} tokens,"
-        f" {config.layers} layers of width {config.width}, lr {config.lr:g} {config.schedule},"
+        f"{config.seeds} seeds, {config.extent}, lr {config.lr:g} {config.schedule},"
         f" {config.data} as {config.tokenizer}."
         f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}."
     )

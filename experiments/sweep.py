@@ -24,7 +24,6 @@ import optax
 from rich.console import Console
 
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
-from mpjax.errors import ConfigError
 from mpjax.models import Model, decoder
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import Precision, get_precision
@@ -73,6 +72,14 @@ class Workload:
     """Largest global gradient norm, in every arm at natural scale."""
     eval_batches: int = 32
     """Batches of held-out text that judge a run, evenly spread."""
+
+    @property
+    def extent(self) -> str:
+        """Steps, batch and model in words."""
+        return (
+            f"{self.steps} steps of {self.batch} x {self.seq} tokens, {self.layers} layers of width"
+            f" {self.width}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +242,7 @@ def best(outcomes: Sequence[Outcome], labels: Sequence[str]) -> str:
 def main(config: Config) -> None:
     """Runs the sweep and writes its report."""
     launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds")
-    for name in ("precision", "lr"):
-        if not getattr(config, name):
-            raise ConfigError(f"{name}: empty; give at least one, or leave --{name} out")
+    launch.not_empty(config, "precision", "lr")
     start = time.perf_counter()
     precisions = {text: get_precision(text) for text in config.precision}
     arms = [

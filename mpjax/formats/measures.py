@@ -72,8 +72,7 @@ def saturation_rate(x: Float[Array, "*shape"], q: Quantized) -> Float[Array, ""]
       >>> saturation_rate(x, quantize(x, "e4m3", "none")).item()
       0.5
     """
-    scales = q.scales if q.tensor_scale is None else q.scales * q.tensor_scale
-    over = scale_down(x, scales, q.tile)
+    over = scale_down(x, q.full_scales, q.tile)
     largest = float(jnp.finfo(jnp.float32).max)
     slack = 1 + 2.0**-21  # the scale and x / scale are rounded
     low, high = max(q.format.min * slack, -largest), min(q.format.max * slack, largest)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -116,13 +115,15 @@ class Quantized:
         """Shape of the array."""
         return self.values.shape
 
+    @property
+    def full_scales(self) -> Any:
+        """What the values of each tile are multiplied by: the scales, times nv's second one."""
+        return self.scales if self.tensor_scale is None else self.scales * self.tensor_scale
+
     def dequantize(self, dtype: Any = None) -> Any:
         """Returns the array, in its own dtype or another."""
-        scales = self.scales
-        if self.tensor_scale is not None:
-            scales = scales * self.tensor_scale
         values = self.values.astype(jnp.float32)
-        out = per_tile(values, scales, self.tile, lambda v, s: v * s)
+        out = per_tile(values, self.full_scales, self.tile, lambda v, s: v * s)
         return out.astype(self.dtype if dtype is None else dtype)
 
     @property
@@ -234,13 +235,3 @@ def fake_quantize(
 
     pass_through.defjvp(lambda primals, tangents: (pass_through(*primals), tangents[0]))
     return pass_through(x)
-
-
-def group_count(shape: tuple[int, ...], tile: tuple[int, ...]) -> int:
-    """Returns how many tiles an array has.
-
-    Example:
-      >>> group_count((3, 130), (1, 128))
-      6
-    """
-    return math.prod(-(-n // t) for n, t in zip(shape, tile, strict=True))

@@ -1,12 +1,13 @@
 """What a comparison of runs shows: a table and plots."""
 
 from mpjax.report.plots import plot_gradients, plot_loss, plot_loss_scale
-from mpjax.report.results import Outcome, gap, interval
+from mpjax.report.results import Outcome, gap, gaps, interval
 from mpjax.report.table import markdown_table, rich_table, write_report
 
 __all__ = [
     "Outcome",
     "gap",
+    "gaps",
     "interval",
     "markdown_table",
     "plot_gradients",

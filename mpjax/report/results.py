@@ -40,10 +40,10 @@ class Outcome:
     records: tuple[list[dict[str, Any]], ...] = dataclasses.field(repr=False)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    r"""Returns mean and half-width of the 95 % confidence interval of the mean.
+def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    r"""Returns mean and half-width of the confidence interval of the mean, 95 % by default.
 
-    $$\bar x \pm t_{0.975,\,n-1}\, s / \sqrt n$$ with Student's t; the half-width of one value is
+    $$\bar x \pm t_{(1+c)/2,\,n-1}\, s / \sqrt n$$ with Student's t; the half-width of one value is
     NaN.
 
     Example:
@@ -54,14 +54,24 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     x = np.asarray(values, np.float64)
     if len(x) < 2:
         return float(x.mean()), math.nan
-    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 1))
+    t = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1))
     return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(len(x)))
 
 
-def gap(outcome: Outcome, reference: Outcome) -> tuple[float, float]:
-    """Returns mean and half-width of the gap in percent, seed paired with seed.
+def gaps(losses: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Returns the gap of each seed in percent, paired with the same seed of the reference.
 
     The reference may have seeds beyond those of the arm; they are left out.
+
+    Example:
+      >>> [round(gap, 6) for gap in gaps([1.1, 2.2], [1.0, 2.0, 3.0])]
+      [10.0, 10.0]
+    """
+    return [100 * (a / b - 1) for a, b in zip(losses, reference, strict=False)]
+
+
+def gap(outcome: Outcome, reference: Outcome) -> tuple[float, float]:
+    """Returns mean and half-width of the gap in percent, seed paired with seed; see `gaps`.
 
     Raises:
       ConfigError: the reference has fewer seeds than the arm.
@@ -77,5 +87,4 @@ def gap(outcome: Outcome, reference: Outcome) -> tuple[float, float]:
             f"report: {outcome.label} has {len(outcome.validation_loss)} seeds,"
             f" {reference.label} {len(reference.validation_loss)}; seeds must pair"
         )
-    pairs = zip(outcome.validation_loss, reference.validation_loss, strict=False)
-    return interval([100 * (a / b - 1) for a, b in pairs])
+    return interval(gaps(outcome.validation_loss, reference.validation_loss))

@@ -30,8 +30,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from page import table, write  # noqa: E402
-from scipy import stats  # noqa: E402
 
+from mpjax import report  # noqa: E402
 from mpjax.optim import quantize_blocks, quantize_moments  # noqa: E402
 from mpjax.precision import Moments  # noqa: E402
 from mpjax.report import Outcome  # noqa: E402
@@ -43,10 +43,10 @@ SEEDS = (3, 6, 12)
 
 def interval(outcome: Outcome, reference: Outcome) -> tuple[float, float, float]:
     """Mean of the paired gaps in percent, and the 90 % confidence interval's ends."""
-    pairs = zip(outcome.validation_loss, reference.validation_loss, strict=True)
-    gaps = np.array([100 * (a / b - 1) for a, b in pairs])
-    half = float(stats.t.ppf(0.95, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps)))
-    return float(gaps.mean()), float(gaps.mean()) - half, float(gaps.mean()) + half
+    mean, half = report.interval(
+        report.gaps(outcome.validation_loss, reference.validation_loss), 0.9
+    )
+    return mean, mean - half, mean + half
 
 
 def train(out: Path) -> tuple[list[tuple[Outcome, Outcome]], bool]:

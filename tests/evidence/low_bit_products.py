@@ -23,6 +23,7 @@ import low_bit_products as experiment  # noqa: E402
 
 from mpjax.data import load_corpus  # noqa: E402
 from mpjax.precision import get_precision  # noqa: E402
+from mpjax.report import gaps  # noqa: E402
 from mpjax.train.metrics import read_metrics  # noqa: E402
 
 CLOSE = ("fp8", "fp8-delayed", "fp8-block", "mxfp8", "int8", "int8-switchback")
@@ -88,20 +89,18 @@ def main() -> bool:
         if len(values) < 2:
             rows.append((name, "not measured", "", len(values), "", "", "MISSED: not measured"))
             continue
-        gaps = [100 * (a / b - 1) for a, b in zip(values, found["fp32"], strict=False)]
-        mean, low, high = experiment.interval_90(gaps)
-        by_name[name] = gaps
+        own = by_name[name] = gaps(values, found["fp32"])
+        mean, low, high = experiment.interval_90(own)
         model = experiment.launch.make_decoder(config, corpus, get_precision(name))
         share_of = 100 * experiment.quantised_share(model, config.seq)
         how = "" if name == "bf16" else experiment.runs(name, config)["dgrad"]
         rows.append(
-            (name, f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", len(gaps), f"{share_of:.0f} %",
+            (name, f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", len(own), f"{share_of:.0f} %",
              how, judge(name, low, mean, high))
         )  # fmt: skip
     verdict = "nvfp4's share of mxfp4's gap: MISSED: not measured"
     if {"nvfp4", "mxfp4"} <= set(by_name):
-        seeds = min(len(by_name["nvfp4"]), len(by_name["mxfp4"]))
-        ratio = 100 * sum(by_name["nvfp4"][:seeds]) / sum(by_name["mxfp4"][:seeds])
+        ratio, seeds = experiment.percent_of(by_name["nvfp4"], by_name["mxfp4"])
         verdict = f"nvfp4 loses {ratio:.0f} % of what mxfp4 loses, {seeds} seeds; the bar is 60 %: "
         verdict += "met" if ratio <= 60 else "MISSED"
     head = (
@@ -116,7 +115,7 @@ def main() -> bool:
         f" inside ±{config.within} % or outside of it."
     )
     each = "\n".join(
-        f"    {name}: {' '.join(f'{gap:+.2f}' for gap in gaps)}" for name, gaps in by_name.items()
+        f"    {name}: {' '.join(f'{gap:+.2f}' for gap in own)}" for name, own in by_name.items()
     )
     body = f"{text}\n\n{table(head, rows)}\n\n{verdict}\n\nEach seed's gap, %:\n\n{each}"
     write("low_bit_products", "What quantised products cost in quality", body)
