@@ -47,6 +47,8 @@ class Config(sweep.Workload):
     """Peak learning rate, the best of fp32 for this model."""
     seeds: int = 5
     """Fewest seeds an arm."""
+    first_seed: int = 0
+    """The first of them; another one adds runs to a comparison that is there already."""
     most_seeds: int = 40
     """Most seeds an arm; so many of fp32 are trained."""
     within: float = 0.25
@@ -111,7 +113,9 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
         found = gaps(losses, reference)
         return len(losses) >= config.seeds and decided(found, config.within)
 
-    outcomes = sweep.run_arms(arms, config, config.most_seeds, config.out, enough=enough)
+    outcomes = sweep.run_arms(
+        arms, config, config.most_seeds, config.out, enough=enough, first=config.first_seed
+    )
     title = "Recipes of quantised products"
     launch.wide().print(rich_table(outcomes, title))
     corpus = load_corpus(config.data, config.tokenizer)
@@ -157,6 +161,8 @@ def main(config: Config) -> None:
     launch.not_empty(config, "recipe")
     if config.seeds < 2:
         raise ConfigError("seeds: 1 gives no interval; give at least 2")
+    if config.first_seed < 0:
+        raise ConfigError(f"first_seed: {config.first_seed} is negative; the first seed is 0")
     if config.most_seeds < config.seeds:
         raise ConfigError(
             f"most_seeds: {config.most_seeds} is less than seeds={config.seeds}; raise it"

@@ -160,6 +160,7 @@ def run_arm(
     evaluate: Callable[[Any], float],
     keep: Callable[[str, int, Any, Any], None] = lambda *_: None,
     enough: Callable[[str, Sequence[float]], bool] = lambda *_: False,
+    first: int = 0,
 ) -> Outcome:
     """Trains one arm under each seed and returns its outcome; the step is compiled once.
 
@@ -172,6 +173,7 @@ def run_arm(
       evaluate: weights -> validation loss.
       keep: called with (label, seed, weights, a batch) at the end of each run.
       enough: asked with (label, losses so far) after each seed; True leaves out the rest.
+      first: the first seed.
     """
     model = launch.make_decoder(work, corpus, arm.precision)
     tx, objective = stressed(arm.stress, work, optimizer(arm, work))
@@ -179,7 +181,7 @@ def run_arm(
     assert step.init is not None
     losses, skipped, scales, speeds, records = [], [], [], [], []
     per_parameter = 0.0
-    for seed in range(seeds):
+    for seed in range(first, first + seeds):
         folder = out / arm.label.replace(" ", "_") / f"seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         settings = dataclasses.asdict(work) | {

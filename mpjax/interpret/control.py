@@ -1,0 +1,395 @@
+"""Equations that hold jaxprs, rebuilt around what a transform makes of those jaxprs.
+
+Each rule keeps the primitive and its settings (donation, shardings, remat policy, unrolling) and
+puts new jaxprs in. A transform may change dtypes: carries of loops then take the widest of what
+goes in and comes out, and the branches of a conditional agree on the widest of theirs. It may also
+record values: what is recorded in a scan is stacked, in a loop folded, in a branch that does not
+run zero, in a `shard_map` one for each shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun, mapped_aval
+from jax.sharding import PartitionSpec
+
+from mpjax.interpret.walker import bind
+
+Records = dict[Any, Any]
+Fold = Callable[[Any, Any, Any], Any]  # so far, of this iteration, its number -> so far
+
+
+class Result(NamedTuple):
+    """What a jaxpr or an equation gave.
+
+    Args:
+      outs: its outputs.
+      records: what was recorded in it, by key.
+      note: what the transform wants to know about the outputs at trace time.
+    """
+
+    outs: list[Any]
+    records: Records = {}
+    note: Any = None
+
+
+# Evaluates one of an equation's jaxprs: of a `while` the test is 0 and the body 1, of a `cond` its
+# number is the branch's.
+Run = Callable[[ClosedJaxpr, Sequence[Any], int], Result]
+
+
+def is_float(x: Any) -> bool:
+    """Returns whether a value or aval is a real floating-point array."""
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def cast(x: Any, dtype: Any) -> Any:
+    """Returns a floating-point value in another dtype; everything else as it is."""
+    if x.dtype == dtype or not is_float(x):
+        return x
+    return lax.convert_element_type(x, dtype)
+
+
+def widest(*dtypes: Any) -> Any:
+    """Returns the dtype that holds all of them; bfloat16 and float16 meet in float32.
+
+    Example:
+      >>> widest(jnp.bfloat16, jnp.float32), widest(jnp.bfloat16, jnp.float16)
+      (dtype('float32'), dtype('float32'))
+    """
+    first, *rest = dict.fromkeys(map(jnp.dtype, dtypes))
+    for dtype in rest:
+        first = jnp.promote_types(first, dtype)
+    return jnp.dtype(first)
+
+
+class Traced(NamedTuple):
+    """A jaxpr after a transform.
+
+    Args:
+      closed: it, with the recorded values behind its own outputs.
+      consts: values that became its first inputs.
+      keys: names of the recorded values.
+      note: what the transform noted.
+    """
+
+    closed: ClosedJaxpr
+    consts: tuple[Any, ...]
+    keys: tuple[Any, ...]
+    note: Any
+
+    @property
+    def own(self) -> int:
+        """How many of the outputs are its own."""
+        return len(self.closed.out_avals) - len(self.keys)
+
+    def split(self, outs: Sequence[Any]) -> Result:
+        """Returns the outputs with what was recorded by name."""
+        records = dict(zip(self.keys, outs[self.own :], strict=True))
+        return Result(list(outs[: self.own]), records, self.note)
+
+
+def retrace(fn: Callable[..., Result], avals: Sequence[Any]) -> Traced:
+    """Traces a function of values at their avals, which keep sharding and varying axes."""
+    seen: list[tuple[tuple[Any, ...], Any]] = []
+
+    def flat(*args: Any) -> list[Any]:
+        outs, records, note = fn(*args)
+        seen.append((tuple(records), note))
+        return [*outs, *records.values()]
+
+    closed = jax.make_jaxpr(flat)(*avals)
+    jaxpr, consts = closed.jaxpr, tuple(closed.consts)
+    if consts:
+        info = jaxpr.debug_info.with_unknown_names()
+        jaxpr = jaxpr.replace(
+            constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=info
+        )
+        closed = ClosedJaxpr(jaxpr, ())
+    return Traced(closed, consts, *seen[0])
+
+
+class Rebind:
+    """Runs equations that hold jaxprs, with each of those evaluated by a transform.
+
+    Args:
+      fold: how a `while` loop adds what an iteration records to what was recorded before, which
+        starts at zero. With it `jit` and custom rules are evaluated in place, which a transform
+        that is never differentiated can do. Without it nothing may be recorded in a `while` or a
+        `jit`, and custom rules are left to the transform.
+    """
+
+    def __init__(self, fold: Fold | None = None) -> None:
+        self._fold = fold
+        self._known: dict[Any, tuple[Traced, ClosedJaxpr]] = {}
+
+    def __call__(
+        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable = None
+    ) -> Result | None:
+        """Runs an equation.
+
+        Args:
+          eqn: the equation.
+          args: its arguments, floating-point ones perhaps in other dtypes than recorded.
+          run: evaluates one of its jaxprs. It may be called more than once.
+          tag: what decides, beside jaxpr and avals, what `run` makes of a jaxpr; a jaxpr that is
+            met again under the same tag is not evaluated again. None: always evaluated.
+
+        Returns:
+          Its results; None for an equation that holds no jaxpr or is not to be looked into.
+        """
+        name = eqn.primitive.name
+        if self._fold is not None and name in _IN_PLACE_WHEN_FOLDED:
+            return _in_place(eqn, args, run)
+        rule = _RULES.get(name)
+        return rule(self, eqn, args, run, tag) if rule else None
+
+    def traced(
+        self,
+        held: ClosedJaxpr,
+        avals: Sequence[Any],
+        fn: Callable[..., Result],
+        tag: Hashable,
+    ) -> Traced:
+        """Traces `fn`, which evaluates `held`, or takes what it gave the last time."""
+        if tag is None:
+            return retrace(fn, avals)
+        key = (id(held.jaxpr), tag, tuple(avals))
+        if key not in self._known:
+            self._known[key] = retrace(fn, avals), held  # held, so that its id stays its own
+        return self._known[key][0]
+
+    def _jit(
+        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
+    ) -> Result:
+        p = eqn.params
+        new = self.traced(
+            p["jaxpr"], _avals(args), lambda *xs: run(p["jaxpr"], xs, 0), _also(tag, "jit")
+        )
+        n = len(new.consts)
+        changed = {
+            "jaxpr": new.closed,
+            "donated_invars": (*[False] * n, *p["donated_invars"]),
+            "in_shardings": (*p["in_shardings"][:1] * n, *p["in_shardings"]),
+            "in_layouts": (*[None] * n, *p["in_layouts"]),
+        }
+        return new.split(bind(eqn, [*new.consts, *args], **changed))
+
+    def _scan(
+        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
+    ) -> Result:
+        p = eqn.params
+        n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
+        consts, carry, xs = list(args[:n]), list(args[n:m]), list(args[m:])
+
+        def body(*values: Any) -> Result:
+            outs, records, note = run(p["jaxpr"], values, 0)
+            return Result(_at_least(outs, values[n:m]), records, note)
+
+        while True:
+            avals = _avals([*consts, *carry])
+            avals += [mapped_aval(p["length"], 0, aval) for aval in _avals(xs)]
+            new = self.traced(p["jaxpr"], avals, body, _also(tag, n, m))
+            if not _widen(carry, new):
+                break
+        changed = {"jaxpr": new.closed, "num_consts": n + len(new.consts)}
+        if "linear" in p:
+            changed["linear"] = (*[False] * len(new.consts), *p["linear"])
+        return new.split(bind(eqn, [*new.consts, *consts, *carry, *xs], **changed))
+
+    def _while(
+        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
+    ) -> Result:
+        p = eqn.params
+        n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+        tests, consts, carry = list(args[:n]), list(args[n:m]), list(args[m:])
+
+        def body(*values: Any) -> Result:
+            outs, records, note = run(p["body_jaxpr"], values, 1)
+            return Result(_at_least(outs, values[m - n :]), records, note)
+
+        while True:
+            new = self.traced(
+                p["body_jaxpr"], _avals([*consts, *carry]), body, _also(tag, "body", m - n)
+            )
+            if not _widen(carry, new):
+                break
+        if new.keys:
+            return self._recording_while(p["cond_jaxpr"], tests, [*new.consts, *consts], carry, new)
+        test = self.traced(
+            p["cond_jaxpr"],
+            _avals([*tests, *carry]),
+            lambda *values: run(p["cond_jaxpr"], values, 0),
+            _also(tag, "test"),
+        )
+        changed = {
+            "cond_jaxpr": test.closed,
+            "body_jaxpr": new.closed,
+            "cond_nconsts": n + len(test.consts),
+            "body_nconsts": m - n + len(new.consts),
+        }
+        return new.split(
+            bind(eqn, [*test.consts, *tests, *new.consts, *consts, *carry], **changed)
+        )
+
+    def _recording_while(
+        self,
+        test: ClosedJaxpr,
+        tests: list[Any],
+        consts: list[Any],
+        carry: list[Any],
+        body: Traced,
+    ) -> Result:
+        if self._fold is None:
+            raise TypeError("a while loop cannot hand out what is recorded in it without a fold")
+        fold, size = self._fold, len(carry)
+        State = tuple[list[Any], list[Any], Any]
+
+        def more(state: State) -> Any:
+            return jaxpr_as_fun(test)(*tests, *state[0])[0]
+
+        def once(state: State) -> State:
+            outs = jaxpr_as_fun(body.closed)(*consts, *state[0])
+            found = [fold(old, x, state[2]) for old, x in zip(state[1], outs[size:], strict=True)]
+            return list(outs[:size]), found, state[2] + 1
+
+        empty = [jnp.zeros(a.shape, a.dtype) for a in body.closed.out_avals[size:]]
+        outs, found, _ = lax.while_loop(more, once, (carry, empty, jnp.int32(0)))
+        return body.split([*outs, *found])
+
+    def _cond(
+        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
+    ) -> Result:
+        operands = list(args[1:])
+        avals = _avals(operands)
+        first = [
+            self.traced(b, avals, lambda *xs, b=b, i=i: run(b, xs, i), _also(tag, "branch", i))  # type: ignore[misc]
+            for i, b in enumerate(eqn.params["branches"])
+        ]
+        dtypes = [
+            widest(*[a.dtype for a in outs]) if is_float(outs[0]) else outs[0].dtype
+            for outs in zip(*[t.closed.out_avals[: t.own] for t in first], strict=True)
+        ]
+        shapes = {
+            key: aval
+            for t in first
+            for key, aval in zip(t.keys, t.closed.out_avals[t.own :], strict=True)
+        }
+        hoisted = [x for t in first for x in t.consts]
+
+        def aligned(t: Traced, start: int) -> Traced:
+            def branch(*xs: Any) -> Result:
+                mine = xs[start : start + len(t.consts)]
+                own, records, note = t.split(
+                    jaxpr_as_fun(t.closed)(*mine, *xs[len(hoisted) :])
+                )
+                # A dict of all keys in one order: what this branch does not record is zero.
+                filled = {k: records.get(k, jnp.zeros(a.shape, a.dtype)) for k, a in shapes.items()}
+                outs = [cast(x, dtype) for x, dtype in zip(own, dtypes, strict=True)]
+                return Result(outs, filled, note)
+
+            return retrace(branch, [*_avals(hoisted), *avals])
+
+        final, start = [], 0
+        for t in first:
+            same = not hoisted and t.keys == tuple(shapes)
+            same = same and [a.dtype for a in t.closed.out_avals[: t.own]] == dtypes
+            final.append(t if same else aligned(t, start))
+            start += len(t.consts)
+        outs = bind(
+            eqn, [args[0], *hoisted, *operands], branches=tuple(t.closed for t in final)
+        )
+        return final[0].split(outs)
+
+    def _remat(
+        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
+    ) -> Result:
+        held = ClosedJaxpr(eqn.params["jaxpr"], ())
+        new = self.traced(held, _avals(args), lambda *xs: run(held, xs, 0), _also(tag, "remat"))
+        changed: dict[str, Any] = {"jaxpr": new.closed.jaxpr}
+        if isinstance(eqn.params["prevent_cse"], tuple):
+            changed["prevent_cse"] = (*[False] * len(new.consts), *eqn.params["prevent_cse"])
+        return new.split(bind(eqn, [*new.consts, *args], **changed))
+
+    def _shard_map(
+        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
+    ) -> Result:
+        p, notes = eqn.params, []
+        axes = tuple(sorted(p["newly_manual_axes"]))
+        held = p["jaxpr"] if isinstance(p["jaxpr"], ClosedJaxpr) else ClosedJaxpr(p["jaxpr"], ())
+
+        def of_shard(x: Any) -> Any:
+            missing = tuple(a for a in axes if a not in jax.typeof(x).vma) if p["check_vma"] else ()
+            return (lax.pcast(x, missing, to="varying") if missing else x)[None]
+
+        def inner(*xs: Any) -> tuple[tuple[Any, ...], Records]:
+            outs, records, note = run(held, xs, 0)
+            notes.append(note)
+            return tuple(outs), {key: of_shard(x) for key, x in records.items()}
+
+        outs, records = jax.shard_map(
+            inner,
+            mesh=p["mesh"],
+            in_specs=tuple(p["in_specs"]),
+            out_specs=(tuple(p["out_specs"]), PartitionSpec(axes)),
+            axis_names=set(axes),
+            check_vma=p["check_vma"],
+        )(*args)
+        return Result(list(outs), records, notes[0])
+
+
+def _avals(values: Sequence[Any]) -> list[Any]:
+    return [jax.typeof(x) for x in values]
+
+
+def _also(tag: Hashable, *more: Hashable) -> Hashable:
+    return None if tag is None else (tag, *more)
+
+
+def _at_least(outs: Sequence[Any], carry: Sequence[Any]) -> list[Any]:
+    """The outputs that are carried, at least as wide as the carry came in; the others as is."""
+    kept = [
+        cast(x, widest(x.dtype, c.dtype)) if is_float(x) else x
+        for x, c in zip(outs, carry, strict=False)
+    ]
+    return [*kept, *outs[len(kept) :]]
+
+
+def _widen(carry: list[Any], body: Traced) -> bool:
+    """Casts a loop's carry to what its body gives; whether that changed anything."""
+    wanted = [aval.dtype for aval in body.closed.out_avals[: len(carry)]]
+    changed = wanted != [c.dtype for c in carry]
+    carry[:] = [cast(c, dtype) for c, dtype in zip(carry, wanted, strict=True)]
+    return changed
+
+
+def _in_place(eqn: JaxprEqn, args: Sequence[Any], run: Run, *_: Any) -> Result:
+    held = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    held = held if isinstance(held, ClosedJaxpr) else ClosedJaxpr(held, ())
+    outs, records, note = run(held, args, 0)
+    shardings = eqn.params.get("out_shardings", (None,) * len(outs))
+    kept = [
+        lax.with_sharding_constraint(x, s) if isinstance(s, jax.sharding.Sharding) else x
+        for x, s in zip(outs, shardings, strict=True)
+    ]
+    return Result(kept, records, note)
+
+
+_IN_PLACE_WHEN_FOLDED = frozenset({"jit", "pjit", "custom_jvp_call", "custom_vjp_call"})
+_RULES: dict[str, Callable[..., Result]] = {
+    "jit": Rebind._jit,
+    "pjit": Rebind._jit,
+    "closed_call": lambda self, *rest: _in_place(*rest),
+    "core_call": lambda self, *rest: _in_place(*rest),
+    "scan": Rebind._scan,
+    "while": Rebind._while,
+    "cond": Rebind._cond,
+    "remat2": Rebind._remat,
+    "checkpoint": Rebind._remat,
+    "shard_map": Rebind._shard_map,
+}

@@ -1,0 +1,118 @@
+"""Custom derivative rules under a transform: the user's rule is kept, at the dtypes that come in.
+
+Replacing only the function of a `custom_jvp` or `custom_vjp` would undo a transform under `grad`:
+the rule would still run as it was traced. So function and rule are both evaluated by the transform
+and joined anew. What leaves a rule is cast to the dtypes that its function has at the boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, JaxprEqn
+
+from mpjax.interpret.control import Result, Run, cast
+
+
+RULES = ("custom_jvp_call", "custom_vjp_call")
+
+
+def can_rebuild(eqn: JaxprEqn) -> bool:
+    """Returns whether the rule can be evaluated by a transform (symbolic zeros cannot)."""
+    return not eqn.params.get("symbolic_zeros", False)
+
+
+def rebuild(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
+    """Runs a custom rule's function by a transform, with its rule for later differentiation.
+
+    Args:
+      eqn: a `custom_jvp_call` or `custom_vjp_call`.
+      args: its arguments, floating-point ones perhaps in other dtypes than recorded.
+      run: evaluates a jaxpr; records nothing.
+    """
+    if eqn.primitive.name == "custom_jvp_call":
+        return _jvp(eqn, args, run)
+    return _vjp(eqn, args, run)
+
+
+def _jvp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
+    p, notes = eqn.params, []
+    skip = p["num_consts"]
+
+    @jax.custom_jvp
+    def function(*values: Any) -> list[Any]:
+        outs, _, note = run(p["call_jaxpr"], values, 0)
+        notes.append(note)
+        return outs
+
+    @function.defjvp
+    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        jaxpr, consts, zeros = p["jvp_jaxpr_fun"].call_wrapped(*[False] * (len(args) - skip))
+        mine = [*primals[skip:], *tangents[skip:]]
+        outs = run(ClosedJaxpr(jaxpr, consts), mine, 1).outs
+        primals_out = run(p["call_jaxpr"], primals, 0).outs  # its dtypes are the boundary's
+        given = iter(outs[len(zeros) :])
+        kept = [cast(x, y.dtype) for x, y in zip(outs, primals_out, strict=False)]
+        tangents_out = [
+            jnp.zeros(jnp.shape(y), jax.typeof(y).to_tangent_aval().dtype)
+            if zero
+            else cast(next(given), y.dtype)
+            for zero, y in zip(zeros, kept, strict=True)
+        ]
+        return kept, tangents_out
+
+    return Result(list(function(*args)), {}, notes[0])
+
+
+def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
+    p, notes = eqn.params, []
+    skip, recorded = p["num_consts"], p["call_jaxpr"].in_avals
+
+    @jax.custom_vjp
+    def function(*values: Any) -> list[Any]:
+        outs, _, note = run(p["call_jaxpr"], values, 0)
+        notes.append(note)
+        return outs
+
+    def forward(*values: Any) -> tuple[list[Any], list[Any]]:
+        jaxpr, consts = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * (len(values) - skip))
+        outs = run(ClosedJaxpr(jaxpr, consts), values[skip:], 1).outs
+        _, tree, sources = p["out_trees"]()
+        own = tree.num_leaves - sum(source is not None for source in sources)
+        saved = iter(outs[:own])
+        residuals = [next(saved) if s is None else values[skip + s] for s in sources]
+        wanted = run(p["call_jaxpr"], values, 0).outs  # its dtypes are the boundary's
+        results = [cast(x, y.dtype) for x, y in zip(outs[own:], wanted, strict=True)]
+        # The dtypes of the arguments, for their cotangents; empty, so that nothing is kept alive.
+        return results, [residuals, [jnp.zeros((0,), v.dtype) for v in values]]
+
+    def backward(saved: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
+        residuals, like = saved
+        jaxpr, consts = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * (len(like) - skip))
+        _, tree, sources = p["out_trees"]()
+        own = tree.num_leaves - sum(source is not None for source in sources)
+        fwd = iter([v.aval for v in jaxpr.outvars[:own]])
+        avals = [next(fwd) if s is None else recorded[skip + s] for s in sources]
+        avals += [v.aval.to_tangent_aval() for v in jaxpr.outvars[own:]]
+        missing: list[bool] = []
+
+        def traced(*values: Any) -> list[Any]:
+            given = list(p["bwd"].call_wrapped(*values))
+            missing[:] = [type(x).__name__ in ("Zero", "NoneType") for x in given]
+            return [x for x, none in zip(given, missing, strict=True) if not none]
+
+        # As the rule was written, so at the dtypes that it was written for; then evaluated low.
+        closed = jax.make_jaxpr(traced)(*avals)
+        outs = iter(run(closed, [*residuals, *cotangents], 2).outs)
+        found = [None if none else next(outs) for none in missing]
+        cast_back = [
+            None if x is None else cast(x, y.dtype)
+            for x, y in zip(found, like[skip:], strict=True)
+        ]
+        return (*[None] * skip, *cast_back)
+
+    function.defvjp(forward, backward)
+    return Result(list(function(*args)), {}, notes[0])

@@ -1,0 +1,168 @@
+"""Which operations autocast runs low, which in float32: lists after PyTorch's, for JAX's names.
+
+An operation is known by the name of its primitive, or of the function that JAX keeps as one call
+(`jit[name=log_softmax]`, a custom rule). What JAX leaves no name of (softmax, logsumexp, norms) is
+covered by the primitives in it and by demand (see `demand`).
+
+References:
+  PyTorch documentation, Automatic Mixed Precision package, Autocast Op Reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+
+from mpjax.errors import ConfigError
+
+LOW = frozenset(
+    {
+        "dot_general",
+        "conv_general_dilated",
+        "ragged_dot",
+        "ragged_dot_general",
+        "scaled_matmul",
+    }
+)
+FULL_CUDA = frozenset(
+    {
+        # primitives
+        *("acos", "asin", "cosh", "sinh", "tan", "erf_inv", "exp", "expm1", "log", "log1p"),
+        *("pow", "rsqrt", "reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp"),
+        # functions
+        *("softplus", "softmax", "log_softmax", "logsumexp", "logmeanexp", "standardize"),
+        *("norm", "weighted_logsoftmax", "logaddexp", "logaddexp2", "xlogy", "xlog1py", "entr"),
+    }
+)
+FULL_CPU = frozenset(
+    {
+        *("reduce_prod", "cumprod", "fft", "quantile", "nanquantile", "percentile", "median"),
+        *("cholesky", "lu", "householder_product", "qr", "svd", "eigh", "triangular_solve"),
+        "weighted_logsoftmax",
+    }
+)
+# Computed in float32 inside, given in the dtype of the input: what a kernel would do.
+WIDE = frozenset({"_var", "_std"})
+# One operation to a reader: its parts follow the input, whatever the lists say of them.
+WHOLE = frozenset(
+    {
+        *("elu", "celu", "selu", "silu", "swish", "log_sigmoid", "leaky_relu", "glu"),
+        *("hard_tanh", "hard_sigmoid", "hard_silu", "squareplus", "mish", "sparse_plus"),
+        *("sparse_sigmoid", "relu", "relu6", "gelu", "sigmoid"),
+    }
+)
+
+# Run in the widest dtype of their inputs, value by value.
+ELEMENTWISE = frozenset(
+    {
+        *("abs", "acosh", "add", "add_any", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil"),
+        *("clamp", "copy", "copy_p", "cos", "digamma", "div", "erf", "erfc", "exp2", "floor"),
+        *("integer_pow", "is_finite", "lgamma", "logistic", "max", "min", "mul", "name", "neg"),
+        *("bessel_i0e", "bessel_i1e", "nextafter", "rem", "round", "select_n", "sign", "sin"),
+        *("sqrt", "square", "sub", "tanh", "pvary", "mul_add", "reduce_precision"),
+    }
+)
+SHAPE = frozenset(
+    {
+        *("broadcast_in_dim", "concatenate", "dynamic_slice", "dynamic_update_slice"),
+        *("expand_dims", "gather", "pad", "reshape", "rev", "slice", "split", "squeeze"),
+        *("transpose", "tile", "unstack", "stack", "sharding_constraint", "reshard"),
+    }
+)
+COMPARE = frozenset({"eq", "ne", "ge", "gt", "le", "lt"})
+SCATTER = frozenset({"scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max"})
+FOLLOW = (
+    ELEMENTWISE
+    | SHAPE
+    | COMPARE
+    | SCATTER
+    | {
+        *("reduce_max", "reduce_min", "argmax", "argmin", "cummax", "cummin"),
+        *("reduce_window_max", "reduce_window_min", "reduce_window_sum"),
+        *("select_and_scatter_add", "select_and_gather_add"),
+        *("psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant"),
+        *("reduce_scatter", "all_to_all", "ppermute", "pbroadcast", "psum_scatter"),
+    }
+)
+# Each value keeps its own dtype.
+APART = frozenset({"sort", "top_k", "optimization_barrier", "device_put"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Lists:
+    """Names of operations by the dtype that autocast gives them.
+
+    Args:
+      low: run in the low dtype.
+      full: run in float32.
+      widest: run in the widest dtype of their inputs.
+    """
+
+    low: frozenset[str] = LOW
+    full: frozenset[str] = FULL_CUDA
+    widest: frozenset[str] = FOLLOW
+
+    def kind(self, name: str) -> str | None:
+        """`low`, `full` or `widest`; None for a name on no list."""
+        if name in self.low:
+            return "low"
+        if name in self.full:
+            return "full"
+        return "widest" if name in self.widest else None
+
+
+LISTS = {"cuda": Lists(), "cpu": Lists(full=FULL_CPU)}
+_KNOWN = LOW | FULL_CUDA | FULL_CPU | FOLLOW | WIDE | WHOLE
+
+
+def make_lists(
+    base: str, low: Iterable[str], full: Iterable[str], widest: Iterable[str]
+) -> Lists:
+    """Returns a base list with some operations moved.
+
+    Args:
+      base: `cuda` or `cpu`.
+      low: names to run low, beside the base's.
+      full: names to run in float32.
+      widest: names to run in the widest dtype of their inputs.
+
+    Raises:
+      ConfigError: an unknown base, a name that no operation has, or one named in two lists.
+    """
+    if base not in LISTS:
+        raise ConfigError(f"autocast: unknown lists {base!r}; known: {' '.join(LISTS)}")
+    named: dict[str, str] = {}
+    for kind, names in (("low", low), ("full", full), ("widest", widest)):
+        if isinstance(names, str):
+            raise ConfigError(f"autocast: {kind}={names!r} is one text; write {kind}=[{names!r}]")
+        for name in names:
+            if named.setdefault(name, kind) != kind:
+                raise ConfigError(
+                    f"autocast: {name!r} stands in {named[name]} and in {kind}; keep one"
+                )
+            if name not in _KNOWN and not _is_operation(name):
+                near = difflib.get_close_matches(name, sorted(_KNOWN), n=3, cutoff=0.5)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                raise ConfigError(f"autocast: {kind} names no operation {name!r}{hint}")
+    moved = {
+        kind: frozenset(n for n, k in named.items() if k == kind)
+        for kind in ("low", "full", "widest")
+    }
+    start = LISTS[base]
+    return Lists(
+        *(
+            (getattr(start, kind) - frozenset(named)) | moved[kind]
+            for kind in ("low", "full", "widest")
+        )
+    )
+
+
+def _is_operation(name: str) -> bool:
+    """Whether a primitive or a public function of JAX has this name."""
+    import jax
+
+    places = (jax.numpy, jax.nn, jax.lax, jax.numpy.linalg, jax.scipy.special, jax.extend.core)
+    return any(hasattr(place, name) for place in places) or hasattr(
+        jax.extend.core.primitives, f"{name.replace('-', '_')}_p"
+    )

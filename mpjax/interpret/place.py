@@ -1,0 +1,117 @@
+"""Where an equation of a jaxpr stands: module path, direction and the user's source line."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sysconfig
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.extend import source_info_util
+from jax.extend.core import JaxprEqn
+
+# A scope that `einsum` opens is named by its specification: no module.
+_EINSUM = re.compile(r"^[\w.]*(,[\w.]*)*->[\w.]*$|^[\w.]*(,[\w.]*)+$")
+_FRAME = re.compile(r"^(?P<file>.*?):(?P<line>\d+)(?::\d+)? \((?P<function>.*)\)$")
+_LIBRARY = tuple(
+    {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
+)
+_OWN = str(Path(__file__).parent)
+_MANY_FRAMES = 60  # deep enough to leave any library
+
+# Scopes that mark a region instead of naming a module.
+RECOMPUTED = "rematted_computation"
+UNTOUCHED = "mpjax.no_autocast"
+
+
+class Place(NamedTuple):
+    """Where an equation stands.
+
+    Args:
+      path: the module path, joined by `/`; empty outside every module.
+      backward: it came from a transposition.
+      tangent: it came from a differentiation; neither makes it part of the plain forward pass.
+      recomputed: `jax.checkpoint` runs it a second time.
+      untouched: it stands in a region of `no_autocast`.
+      line: the user's source line, `file.py:12 (function)`; of the enclosing equation where the
+        traceback was cut.
+      loops: how often it runs in one call: the lengths of the scans around it, multiplied.
+    """
+
+    path: str = ""
+    backward: bool = False
+    tangent: bool = False
+    recomputed: bool = False
+    untouched: bool = False
+    line: str = ""
+    loops: int = 1
+
+    @property
+    def direction(self) -> str:
+        """`backward`, or `forward` for everything that is not."""
+        return "backward" if self.backward else "forward"
+
+
+@functools.lru_cache(maxsize=65536)
+def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bool]:
+    """Module names, backward, tangent, recomputed and untouched of a name stack's elements."""
+    names: list[str] = []
+    backward = tangent = recomputed = untouched = False
+    for element in stack:
+        kind, name = type(element).__name__, element.name
+        if kind == "Transform":
+            backward |= name == "transpose"
+            tangent |= name == "jvp"
+        elif name == RECOMPUTED:
+            recomputed = True
+        elif name == UNTOUCHED:
+            untouched = True
+        elif not _EINSUM.match(name):
+            names += [part for part in name.split("/") if part]
+    return tuple(names), backward, tangent, recomputed, untouched
+
+
+def _root(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names without the class of the root module, which says nothing about where."""
+    return names[1:] if names and names[0][:1].isupper() and "_" not in names[0] else names
+
+
+@functools.lru_cache(maxsize=65536)
+def _line(traceback: Any, outer: str) -> str:
+    info = source_info_util.SourceInfo(traceback, source_info_util.NameStack())
+    text = source_info_util.summarize(info, num_frames=_MANY_FRAMES)
+    frames = [_FRAME.match(line) for line in reversed(text.splitlines())]  # innermost first
+    known = [frame for frame in frames if frame and not frame["file"].startswith(_OWN)]
+    mine = [f for f in known if not f["file"].startswith(_LIBRARY) or "/mpjax/" in f["file"]]
+    if not mine and outer:
+        return outer
+    best = (mine or known or [None])[0]
+    if best is None:
+        return ""
+    return f"{best['file']}:{best['line']} ({best['function'].split('.<locals>.')[-1]})"
+
+
+def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
+    """Returns where an equation stands.
+
+    Args:
+      eqn: the equation; its name stack is relative to the jaxpr that holds it.
+      outer: where the equation that holds this jaxpr stands.
+      line: whether to look the source line up, which costs more than the rest.
+    """
+    names, backward, tangent, recomputed, untouched = _read(eqn.source_info.name_stack.stack)
+    if not outer.path:
+        names = _root(names)
+    path = "/".join(names)
+    if outer.path and path:
+        path = f"{outer.path}/{path}"
+    return Place(
+        path or outer.path,
+        backward or outer.backward,
+        tangent or outer.tangent,
+        recomputed or outer.recomputed,
+        untouched or outer.untouched,
+        _line(eqn.source_info.traceback, outer.line) if line else outer.line,
+        outer.loops,
+    )

@@ -1,0 +1,106 @@
+"""A function of any pytrees as a jaxpr: the one way into every transform."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from mpjax.errors import ConfigError
+
+# What a tracer cannot give: its value, while the function is looked at.
+_NOT_TRACEABLE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+def is_array(leaf: Any) -> bool:
+    """Returns whether a leaf is traced; what is not (a flag, a function, a name) stays as it is."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+class Program(NamedTuple):
+    """A function, traced.
+
+    Args:
+      closed: its jaxpr.
+      args: the arrays among its arguments, flat.
+      names: of these arrays, such as `args[0]['w']`.
+      rebuild: puts flat outputs back into the structure that the function returned.
+    """
+
+    closed: ClosedJaxpr
+    args: list[Any]
+    names: list[str]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+
+def trace(what: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Program:
+    """Returns a function's jaxpr at given arguments.
+
+    Args:
+      what: name of the transform, for errors.
+      fn: the function; it is traced anew at every call, so what it closes over may change.
+      args: its arguments: any pytrees. Leaves that are not arrays stay what they are.
+      kwargs: its arguments by name.
+
+    Raises:
+      ConfigError: the function is none, cannot be traced, or an argument was donated before.
+    """
+    if not callable(fn):
+        raise ConfigError(f"{what}: {fn!r} is not a function; pass the function to transform")
+    paths, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    kept = [(path, leaf) for path, leaf in paths if is_array(leaf)]
+    names = [_spell(path) for path, _ in kept]
+    for name, (_, leaf) in zip(names, kept, strict=True):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            if leaf.is_deleted():
+                raise ConfigError(
+                    f"{what}: {name} was donated to an earlier call and is gone; pass a copy, or"
+                    " call that step without donate_argnums"
+                )
+    out: dict[str, Any] = {}
+
+    def flat(*arrays: Any) -> list[Any]:
+        left = iter(arrays)
+        leaves = [next(left) if is_array(leaf) else leaf for _, leaf in paths]
+        inner_args, inner_kwargs = jax.tree.unflatten(tree, leaves)
+        leaves, out["tree"] = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
+        out["leaves"] = [None if is_array(leaf) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if is_array(leaf)]
+
+    arrays = [leaf for _, leaf in kept]
+    try:
+        closed = jax.make_jaxpr(flat)(*arrays)
+    except _NOT_TRACEABLE as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{what}: {_called(fn)} cannot be traced, because it asks for the value of an array:"
+            f" {first} Use jax.lax.cond, jnp.where or a Python number there."
+        ) from error
+
+    def rebuild(outs: Sequence[Any]) -> Any:
+        left = iter(outs)
+        leaves = [next(left) if leaf is None else leaf for leaf in out["leaves"]]
+        return jax.tree.unflatten(out["tree"], leaves)
+
+    return Program(closed, arrays, names, rebuild)
+
+
+def _spell(path: Sequence[Any]) -> str:
+    """`args[0]['w']` of a path into `(args, kwargs)`."""
+    first, rest = path[0].idx, list(itertools.islice(path, 1, None))
+    if first == 0:
+        return "args" + jax.tree_util.keystr(tuple(rest))
+    return f"{rest[0].key}{jax.tree_util.keystr(tuple(rest[1:]))}"
+
+
+def _called(fn: Any) -> str:
+    return getattr(fn, "__qualname__", None) or type(fn).__name__

@@ -1,0 +1,147 @@
+"""The one walk over a jaxpr: equation by equation, with module path and source line at hand.
+
+`walk` evaluates and `equations` only looks; what happens at an equation is the caller's `visit`.
+Equations that hold jaxprs of their own are rebuilt by `control.rebind`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+
+from mpjax.interpret.place import Place, place_of
+
+Visit = Callable[[JaxprEqn, Place, list[Any]], Sequence[Any]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
+    """Index of an equation -> the variables that nobody reads after it."""
+    last: dict[Var, int] = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        for atom in (*eqn.invars, *eqn.outvars):
+            if isinstance(atom, Var):
+                last[atom] = index
+    for atom in jaxpr.outvars:
+        if isinstance(atom, Var):
+            last.pop(atom, None)
+    found: dict[int, list[Var]] = {}
+    for var, index in last.items():
+        found.setdefault(index, []).append(var)
+    return found
+
+
+def bind(eqn: JaxprEqn, args: Sequence[Any], **changed: Any) -> list[Any]:
+    """Runs an equation's primitive on new arguments, with some of its parameters changed."""
+    params = eqn.primitive.get_bind_params(eqn.params | changed)
+    outs = eqn.primitive.bind(*args, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def walk(
+    closed: ClosedJaxpr,
+    args: Sequence[Any],
+    visit: Visit,
+    outer: Place = Place(),
+    *,
+    lines: bool = True,
+) -> list[Any]:
+    """Evaluates a jaxpr, each equation by `visit`.
+
+    Args:
+      closed: the jaxpr with its constants.
+      args: one value for each of its inputs.
+      visit: gets the equation, its place and its arguments, returns its results.
+      outer: the place of the equation that holds this jaxpr.
+      lines: whether places carry the source line.
+
+    Returns:
+      One value for each output.
+    """
+    jaxpr, env = closed.jaxpr, {}
+    env |= dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    env |= dict(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    last, before = _last_uses(jaxpr), source_info_util.current_name_stack()
+    for index, eqn in enumerate(jaxpr.eqns):
+        info = eqn.source_info
+        with (
+            source_info_util.user_context(info.traceback, name_stack=before + info.name_stack),
+            eqn.ctx.manager,
+        ):
+            outs = visit(eqn, place_of(eqn, outer, line=lines), [read(a) for a in eqn.invars])
+        env.update(zip(eqn.outvars, outs, strict=True))
+        for var in last.get(index, ()):
+            env.pop(var, None)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+class Site(NamedTuple):
+    """An equation, its place and the jaxpr that holds it.
+
+    Args:
+      eqn: the equation.
+      place: where it stands; `place.loops` counts how often it runs.
+      holder: the jaxpr that it is an equation of.
+      depth: how many equations hold it.
+    """
+
+    eqn: JaxprEqn
+    place: Place
+    holder: Jaxpr
+    depth: int
+
+
+# Jaxprs in these say how to combine two numbers; they are no part of the program's own equations.
+SCALAR = frozenset(
+    {
+        "scatter",
+        "scatter-add",
+        "scatter-mul",
+        "scatter-min",
+        "scatter-max",
+        "reduce",
+        "reduce_window",
+        "select_and_scatter",
+        "argmin",
+        "argmax",
+    }
+)
+
+
+def inner_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
+    """Returns the jaxprs that an equation runs, in order; of a custom rule its plain function."""
+    if eqn.primitive.name in SCALAR:
+        return []
+    if "call_jaxpr" in eqn.params:  # beside it stand the rule's thunks
+        held = [eqn.params["call_jaxpr"]]
+    else:
+        held = list(jaxprs_in_params(eqn.params))
+    return [j if isinstance(j, ClosedJaxpr) else ClosedJaxpr(j, ()) for j in held]
+
+
+def equations(
+    closed: ClosedJaxpr, outer: Place = Place(), *, lines: bool = True, depth: int = 0
+) -> Iterator[Site]:
+    """Yields every equation of a program, those inside control flow after the one that holds them.
+
+    Args:
+      closed: the program.
+      outer: where it stands.
+      lines: whether places carry the source line.
+      depth: how many equations hold it already.
+    """
+    for eqn in closed.jaxpr.eqns:
+        place = place_of(eqn, outer, line=lines)
+        yield Site(eqn, place, closed.jaxpr, depth)
+        within = place._replace(loops=place.loops * int(eqn.params.get("length", 1) or 1))
+        within = within if eqn.primitive.name == "scan" else place
+        for inner in inner_jaxprs(eqn):
+            yield from equations(inner, within, lines=lines, depth=depth + 1)
