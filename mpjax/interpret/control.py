@@ -10,7 +10,7 @@ run zero, in a `shard_map` one for each shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,100 +18,15 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun, mapped_aval
 from jax.sharding import PartitionSpec
 
+from mpjax.interpret.retrace import Records, Result, Traced, cast, is_float, retrace, widest
 from mpjax.interpret.walker import bind
 
-Records = dict[Any, Any]
 Fold = Callable[[Any, Any, Any], Any]  # so far, of this iteration, its number -> so far
-
-
-class Result(NamedTuple):
-    """What a jaxpr or an equation gave.
-
-    Args:
-      outs: its outputs.
-      records: what was recorded in it, by key.
-      note: what the transform wants to know about the outputs at trace time.
-    """
-
-    outs: list[Any]
-    records: Records = {}
-    note: Any = None
 
 
 # Evaluates one of an equation's jaxprs: of a `while` the test is 0 and the body 1, of a `cond` its
 # number is the branch's.
 Run = Callable[[ClosedJaxpr, Sequence[Any], int], Result]
-
-
-def is_float(x: Any) -> bool:
-    """Returns whether a value or aval is a real floating-point array."""
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def cast(x: Any, dtype: Any) -> Any:
-    """Returns a floating-point value in another dtype; everything else as it is."""
-    if x.dtype == dtype or not is_float(x):
-        return x
-    return lax.convert_element_type(x, dtype)
-
-
-def widest(*dtypes: Any) -> Any:
-    """Returns the dtype that holds all of them; bfloat16 and float16 meet in float32.
-
-    Example:
-      >>> widest(jnp.bfloat16, jnp.float32), widest(jnp.bfloat16, jnp.float16)
-      (dtype('float32'), dtype('float32'))
-    """
-    first, *rest = dict.fromkeys(map(jnp.dtype, dtypes))
-    for dtype in rest:
-        first = jnp.promote_types(first, dtype)
-    return jnp.dtype(first)
-
-
-class Traced(NamedTuple):
-    """A jaxpr after a transform.
-
-    Args:
-      closed: it, with the recorded values behind its own outputs.
-      consts: values that became its first inputs.
-      keys: names of the recorded values.
-      note: what the transform noted.
-    """
-
-    closed: ClosedJaxpr
-    consts: tuple[Any, ...]
-    keys: tuple[Any, ...]
-    note: Any
-
-    @property
-    def own(self) -> int:
-        """How many of the outputs are its own."""
-        return len(self.closed.out_avals) - len(self.keys)
-
-    def split(self, outs: Sequence[Any]) -> Result:
-        """Returns the outputs with what was recorded by name."""
-        records = dict(zip(self.keys, outs[self.own :], strict=True))
-        return Result(list(outs[: self.own]), records, self.note)
-
-
-def retrace(fn: Callable[..., Result], avals: Sequence[Any]) -> Traced:
-    """Traces a function of values at their avals, which keep sharding and varying axes."""
-    seen: list[tuple[tuple[Any, ...], Any]] = []
-
-    def flat(*args: Any) -> list[Any]:
-        outs, records, note = fn(*args)
-        seen.append((tuple(records), note))
-        return [*outs, *records.values()]
-
-    closed = jax.make_jaxpr(flat)(*avals)
-    jaxpr, consts = closed.jaxpr, tuple(closed.consts)
-    if consts:
-        info = jaxpr.debug_info.with_unknown_names()
-        jaxpr = jaxpr.replace(
-            constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=info
-        )
-        closed = ClosedJaxpr(jaxpr, ())
-    return Traced(closed, consts, *seen[0])
 
 
 class Rebind:
@@ -164,9 +79,7 @@ class Rebind:
             self._known[key] = retrace(fn, avals), held  # held, so that its id stays its own
         return self._known[key][0]
 
-    def _jit(
-        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
-    ) -> Result:
+    def _jit(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
         p = eqn.params
         new = self.traced(
             p["jaxpr"], _avals(args), lambda *xs: run(p["jaxpr"], xs, 0), _also(tag, "jit")
@@ -180,9 +93,7 @@ class Rebind:
         }
         return new.split(bind(eqn, [*new.consts, *args], **changed))
 
-    def _scan(
-        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
-    ) -> Result:
+    def _scan(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
         p = eqn.params
         n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
         consts, carry, xs = list(args[:n]), list(args[n:m]), list(args[m:])
@@ -202,9 +113,7 @@ class Rebind:
             changed["linear"] = (*[False] * len(new.consts), *p["linear"])
         return new.split(bind(eqn, [*new.consts, *consts, *carry, *xs], **changed))
 
-    def _while(
-        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
-    ) -> Result:
+    def _while(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
         p = eqn.params
         n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
         tests, consts, carry = list(args[:n]), list(args[n:m]), list(args[m:])
@@ -233,9 +142,7 @@ class Rebind:
             "cond_nconsts": n + len(test.consts),
             "body_nconsts": m - n + len(new.consts),
         }
-        return new.split(
-            bind(eqn, [*test.consts, *tests, *new.consts, *consts, *carry], **changed)
-        )
+        return new.split(bind(eqn, [*test.consts, *tests, *new.consts, *consts, *carry], **changed))
 
     def _recording_while(
         self,
@@ -262,13 +169,11 @@ class Rebind:
         outs, found, _ = lax.while_loop(more, once, (carry, empty, jnp.int32(0)))
         return body.split([*outs, *found])
 
-    def _cond(
-        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
-    ) -> Result:
+    def _cond(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
         operands = list(args[1:])
         avals = _avals(operands)
         first = [
-            self.traced(b, avals, lambda *xs, b=b, i=i: run(b, xs, i), _also(tag, "branch", i))  # type: ignore[misc]
+            self.traced(b, avals, lambda *xs, b=b, i=i: run(b, xs, i), _also(tag, "branch", i))
             for i, b in enumerate(eqn.params["branches"])
         ]
         dtypes = [
@@ -285,9 +190,7 @@ class Rebind:
         def aligned(t: Traced, start: int) -> Traced:
             def branch(*xs: Any) -> Result:
                 mine = xs[start : start + len(t.consts)]
-                own, records, note = t.split(
-                    jaxpr_as_fun(t.closed)(*mine, *xs[len(hoisted) :])
-                )
+                own, records, note = t.split(jaxpr_as_fun(t.closed)(*mine, *xs[len(hoisted) :]))
                 # A dict of all keys in one order: what this branch does not record is zero.
                 filled = {k: records.get(k, jnp.zeros(a.shape, a.dtype)) for k, a in shapes.items()}
                 outs = [cast(x, dtype) for x, dtype in zip(own, dtypes, strict=True)]
@@ -301,14 +204,10 @@ class Rebind:
             same = same and [a.dtype for a in t.closed.out_avals[: t.own]] == dtypes
             final.append(t if same else aligned(t, start))
             start += len(t.consts)
-        outs = bind(
-            eqn, [args[0], *hoisted, *operands], branches=tuple(t.closed for t in final)
-        )
+        outs = bind(eqn, [args[0], *hoisted, *operands], branches=tuple(t.closed for t in final))
         return final[0].split(outs)
 
-    def _remat(
-        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
-    ) -> Result:
+    def _remat(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
         held = ClosedJaxpr(eqn.params["jaxpr"], ())
         new = self.traced(held, _avals(args), lambda *xs: run(held, xs, 0), _also(tag, "remat"))
         changed: dict[str, Any] = {"jaxpr": new.closed.jaxpr}
@@ -316,9 +215,7 @@ class Rebind:
             changed["prevent_cse"] = (*[False] * len(new.consts), *eqn.params["prevent_cse"])
         return new.split(bind(eqn, [*new.consts, *args], **changed))
 
-    def _shard_map(
-        self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable
-    ) -> Result:
+    def _shard_map(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
         p, notes = eqn.params, []
         axes = tuple(sorted(p["newly_manual_axes"]))
         held = p["jaxpr"] if isinstance(p["jaxpr"], ClosedJaxpr) else ClosedJaxpr(p["jaxpr"], ())

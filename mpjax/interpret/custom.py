@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from mpjax.interpret.control import Result, Run, cast
-
+from mpjax.interpret.control import Run
+from mpjax.interpret.retrace import cast
 
 RULES = ("custom_jvp_call", "custom_vjp_call")
 
@@ -25,7 +25,7 @@ def can_rebuild(eqn: JaxprEqn) -> bool:
     return not eqn.params.get("symbolic_zeros", False)
 
 
-def rebuild(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
+def rebuild(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
     """Runs a custom rule's function by a transform, with its rule for later differentiation.
 
     Args:
@@ -38,24 +38,30 @@ def rebuild(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
     return _vjp(eqn, args, run)
 
 
-def _jvp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
-    p, notes = eqn.params, []
+def _boundary(function: ClosedJaxpr, args: Sequence[Any], run: Run) -> list[Any]:
+    """Dtypes of what the plain function gives: those of its rule's results too."""
+    shapes = jax.eval_shape(lambda *values: run(function, values, 0).outs, *args)
+    return [shape.dtype for shape in shapes]
+
+
+def _jvp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
+    p = eqn.params
     skip = p["num_consts"]
 
     @jax.custom_jvp
     def function(*values: Any) -> list[Any]:
-        outs, _, note = run(p["call_jaxpr"], values, 0)
-        notes.append(note)
-        return outs
+        return run(p["call_jaxpr"], values, 0).outs
 
     @function.defjvp
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         jaxpr, consts, zeros = p["jvp_jaxpr_fun"].call_wrapped(*[False] * (len(args) - skip))
         mine = [*primals[skip:], *tangents[skip:]]
         outs = run(ClosedJaxpr(jaxpr, consts), mine, 1).outs
-        primals_out = run(p["call_jaxpr"], primals, 0).outs  # its dtypes are the boundary's
         given = iter(outs[len(zeros) :])
-        kept = [cast(x, y.dtype) for x, y in zip(outs, primals_out, strict=False)]
+        kept = [
+            cast(x, dtype)
+            for x, dtype in zip(outs, _boundary(p["call_jaxpr"], primals, run), strict=False)
+        ]
         tangents_out = [
             jnp.zeros(jnp.shape(y), jax.typeof(y).to_tangent_aval().dtype)
             if zero
@@ -64,18 +70,16 @@ def _jvp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
         ]
         return kept, tangents_out
 
-    return Result(list(function(*args)), {}, notes[0])
+    return list(function(*args))
 
 
-def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
-    p, notes = eqn.params, []
+def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
+    p = eqn.params
     skip, recorded = p["num_consts"], p["call_jaxpr"].in_avals
 
     @jax.custom_vjp
     def function(*values: Any) -> list[Any]:
-        outs, _, note = run(p["call_jaxpr"], values, 0)
-        notes.append(note)
-        return outs
+        return run(p["call_jaxpr"], values, 0).outs
 
     def forward(*values: Any) -> tuple[list[Any], list[Any]]:
         jaxpr, consts = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * (len(values) - skip))
@@ -84,8 +88,8 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
         own = tree.num_leaves - sum(source is not None for source in sources)
         saved = iter(outs[:own])
         residuals = [next(saved) if s is None else values[skip + s] for s in sources]
-        wanted = run(p["call_jaxpr"], values, 0).outs  # its dtypes are the boundary's
-        results = [cast(x, y.dtype) for x, y in zip(outs[own:], wanted, strict=True)]
+        wanted = _boundary(p["call_jaxpr"], values, run)
+        results = [cast(x, dtype) for x, dtype in zip(outs[own:], wanted, strict=True)]
         # The dtypes of the arguments, for their cotangents; empty, so that nothing is kept alive.
         return results, [residuals, [jnp.zeros((0,), v.dtype) for v in values]]
 
@@ -109,10 +113,9 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
         outs = iter(run(closed, [*residuals, *cotangents], 2).outs)
         found = [None if none else next(outs) for none in missing]
         cast_back = [
-            None if x is None else cast(x, y.dtype)
-            for x, y in zip(found, like[skip:], strict=True)
+            None if x is None else cast(x, y.dtype) for x, y in zip(found, like[skip:], strict=True)
         ]
         return (*[None] * skip, *cast_back)
 
     function.defvjp(forward, backward)
-    return Result(list(function(*args)), {}, notes[0])
+    return list(function(*args))

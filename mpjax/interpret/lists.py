@@ -14,6 +14,11 @@ import dataclasses
 import difflib
 from collections.abc import Iterable
 
+import jax
+import jax.numpy
+import jax.scipy.special
+from jax.extend.core import primitives
+
 from mpjax.errors import ConfigError
 
 LOW = frozenset(
@@ -25,14 +30,20 @@ LOW = frozenset(
         "scaled_matmul",
     }
 )
-FULL_CUDA = frozenset(
+# `reciprocal` is what autocast calls a division of a number and a power below zero.
+_TAILS = frozenset(
     {
-        # primitives
         *("acos", "asin", "cosh", "sinh", "tan", "erf_inv", "exp", "expm1", "log", "log1p"),
-        *("pow", "rsqrt", "reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp"),
-        # functions
+        *("pow", "rsqrt", "reciprocal"),
+    }
+)
+_SUMS = frozenset({"reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp"})
+FULL_CUDA = (
+    _TAILS
+    | _SUMS
+    | {
         *("softplus", "softmax", "log_softmax", "logsumexp", "logmeanexp", "standardize"),
-        *("norm", "weighted_logsoftmax", "logaddexp", "logaddexp2", "xlogy", "xlog1py", "entr"),
+        *("norm", "weighted_logsoftmax"),
     }
 )
 FULL_CPU = frozenset(
@@ -43,13 +54,18 @@ FULL_CPU = frozenset(
     }
 )
 # Computed in float32 inside, given in the dtype of the input: what a kernel would do.
-WIDE = frozenset({"_var", "_std"})
+WIDE = frozenset(
+    {
+        *("_var", "_std", "logaddexp", "logaddexp2", "xlogy", "xlog1py", "_xlogx", "logit"),
+        *("i0", "i1", "_i0", "_i1", "log_ndtr"),
+    }
+)
 # One operation to a reader: its parts follow the input, whatever the lists say of them.
 WHOLE = frozenset(
     {
         *("elu", "celu", "selu", "silu", "swish", "log_sigmoid", "leaky_relu", "glu"),
         *("hard_tanh", "hard_sigmoid", "hard_silu", "squareplus", "mish", "sparse_plus"),
-        *("sparse_sigmoid", "relu", "relu6", "gelu", "sigmoid"),
+        *("sparse_sigmoid", "relu", "relu6", "gelu", "sigmoid", "diagonal"),
     }
 )
 
@@ -60,7 +76,7 @@ ELEMENTWISE = frozenset(
         *("clamp", "copy", "copy_p", "cos", "digamma", "div", "erf", "erfc", "exp2", "floor"),
         *("integer_pow", "is_finite", "lgamma", "logistic", "max", "min", "mul", "name", "neg"),
         *("bessel_i0e", "bessel_i1e", "nextafter", "rem", "round", "select_n", "sign", "sin"),
-        *("sqrt", "square", "sub", "tanh", "pvary", "mul_add", "reduce_precision"),
+        *("sqrt", "square", "stop_gradient", "sub", "tanh", "pvary", "mul_add", "reduce_precision"),
     }
 )
 SHAPE = frozenset(
@@ -77,6 +93,8 @@ FOLLOW = (
     | SHAPE
     | COMPARE
     | SCATTER
+    | _TAILS
+    | _SUMS
     | {
         *("reduce_max", "reduce_min", "argmax", "argmin", "cummax", "cummin"),
         *("reduce_window_max", "reduce_window_min", "reduce_window_sum"),
@@ -96,29 +114,30 @@ class Lists:
     Args:
       low: run in the low dtype.
       full: run in float32.
-      widest: run in the widest dtype of their inputs.
+      wide: run in float32, with the result in the widest dtype of their inputs.
+      widest: run in the widest dtype of their inputs; a name on a list before this one is not.
     """
 
     low: frozenset[str] = LOW
     full: frozenset[str] = FULL_CUDA
+    wide: frozenset[str] = WIDE
     widest: frozenset[str] = FOLLOW
 
     def kind(self, name: str) -> str | None:
-        """`low`, `full` or `widest`; None for a name on no list."""
-        if name in self.low:
-            return "low"
-        if name in self.full:
-            return "full"
-        return "widest" if name in self.widest else None
+        """`low`, `full`, `wide` or `widest`; None for a name on no list."""
+        for kind in ("low", "full", "wide", "widest"):
+            if name in getattr(self, kind):
+                return kind
+        return None
 
 
-LISTS = {"cuda": Lists(), "cpu": Lists(full=FULL_CPU)}
+LISTS = {"cuda": Lists(), "cpu": Lists(full=FULL_CPU, wide=WIDE | (_SUMS - FULL_CPU))}
+# Inside a function that is one operation.
+PLAIN = Lists(low=frozenset(), full=frozenset(), wide=frozenset())
 _KNOWN = LOW | FULL_CUDA | FULL_CPU | FOLLOW | WIDE | WHOLE
 
 
-def make_lists(
-    base: str, low: Iterable[str], full: Iterable[str], widest: Iterable[str]
-) -> Lists:
+def make_lists(base: str, low: Iterable[str], full: Iterable[str], widest: Iterable[str]) -> Lists:
     """Returns a base list with some operations moved.
 
     Args:
@@ -145,24 +164,17 @@ def make_lists(
                 near = difflib.get_close_matches(name, sorted(_KNOWN), n=3, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
                 raise ConfigError(f"autocast: {kind} names no operation {name!r}{hint}")
-    moved = {
-        kind: frozenset(n for n, k in named.items() if k == kind)
-        for kind in ("low", "full", "widest")
-    }
-    start = LISTS[base]
+    start = dataclasses.asdict(LISTS[base])
     return Lists(
-        *(
-            (getattr(start, kind) - frozenset(named)) | moved[kind]
-            for kind in ("low", "full", "widest")
-        )
+        **{
+            kind: (old - frozenset(named)) | {n for n, k in named.items() if k == kind}
+            for kind, old in start.items()
+        }
     )
 
 
 def _is_operation(name: str) -> bool:
     """Whether a primitive or a public function of JAX has this name."""
-    import jax
-
-    places = (jax.numpy, jax.nn, jax.lax, jax.numpy.linalg, jax.scipy.special, jax.extend.core)
-    return any(hasattr(place, name) for place in places) or hasattr(
-        jax.extend.core.primitives, f"{name.replace('-', '_')}_p"
-    )
+    places = (jax.numpy, jax.nn, jax.lax, jax.numpy.linalg, jax.scipy.special)
+    primitive = f"{name.replace('-', '_')}_p"
+    return any(hasattr(place, name) for place in places) or hasattr(primitives, primitive)

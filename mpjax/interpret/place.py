@@ -13,6 +13,8 @@ from jax.extend.core import JaxprEqn
 
 # A scope that `einsum` opens is named by its specification: no module.
 _EINSUM = re.compile(r"^[\w.]*(,[\w.]*)*->[\w.]*$|^[\w.]*(,[\w.]*)+$")
+# Equinox names a module of its own by its class: what it is, not where.
+_CLASS = re.compile(r"^eqx\.nn\.\w+$")
 _FRAME = re.compile(r"^(?P<file>.*?):(?P<line>\d+)(?::\d+)? \((?P<function>.*)\)$")
 _LIBRARY = tuple(
     {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
@@ -53,6 +55,9 @@ class Place(NamedTuple):
         return "backward" if self.backward else "forward"
 
 
+NOWHERE = Place()
+
+
 @functools.lru_cache(maxsize=65536)
 def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bool]:
     """Module names, backward, tangent, recomputed and untouched of a name stack's elements."""
@@ -69,6 +74,7 @@ def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bo
             untouched = True
         elif not _EINSUM.match(name):
             names += [part for part in name.split("/") if part]
+    names = [name for name in names if not _CLASS.match(name)] or names
     return tuple(names), backward, tangent, recomputed, untouched
 
 
@@ -86,7 +92,7 @@ def _line(traceback: Any, outer: str) -> str:
     mine = [f for f in known if not f["file"].startswith(_LIBRARY) or "/mpjax/" in f["file"]]
     if not mine and outer:
         return outer
-    best = (mine or known or [None])[0]
+    best: re.Match[str] | None = next(iter(mine or known), None)
     if best is None:
         return ""
     return f"{best['file']}:{best['line']} ({best['function'].split('.<locals>.')[-1]})"
@@ -103,6 +109,8 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
     names, backward, tangent, recomputed, untouched = _read(eqn.source_info.name_stack.stack)
     if not outer.path:
         names = _root(names)
+    elif names and _CLASS.match(names[0]):
+        names = ()
     path = "/".join(names)
     if outer.path and path:
         path = f"{outer.path}/{path}"
@@ -115,3 +123,18 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
         _line(eqn.source_info.traceback, outer.line) if line else outer.line,
         outer.loops,
     )
+
+
+def called(eqn: JaxprEqn) -> list[str]:
+    """Returns the names of the library functions that made an equation, innermost first.
+
+    They say what the user's line asked for: `astype` is a cast that stands in the source,
+    `_operator_mul` a product that promoted its operands.
+    """
+    names: list[str] = []
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if not frame.file_name.startswith((*_LIBRARY, _OWN, "<")):
+            break
+        names.append(frame.function_name.split(".")[-1])
+    return names

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from mpjax.errors import ConfigError
-from mpjax.interpret.control import cast
 from mpjax.interpret.place import Place
 from mpjax.interpret.region import Region
+from mpjax.interpret.retrace import cast
 from mpjax.interpret.walker import bind
 from mpjax.ops import conv_general_dilated, dot_general
 
@@ -43,7 +43,7 @@ def product(eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -> A
 def _asked(eqn: JaxprEqn) -> Any:
     """The dtype that the function asked a product for; None where it only followed."""
     preferred = eqn.params.get("preferred_element_type")
-    operands = {v.aval.dtype for v in eqn.invars[:2]}
+    operands = {getattr(v.aval, "dtype", None) for v in eqn.invars[:2]}
     return None if preferred is None or {jnp.dtype(preferred)} == operands else preferred
 
 
@@ -69,7 +69,8 @@ def _quantised(eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -
     p = eqn.params
     if eqn.primitive.name == "dot_general":
         return dot_general(
-            *values,
+            values[0],
+            values[1],
             p["dimension_numbers"],
             recipe,
             preferred_element_type=jnp.float32,
@@ -81,7 +82,8 @@ def _quantised(eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -
             " this path to bf16"
         )
     return conv_general_dilated(
-        *values,
+        values[0],
+        values[1],
         p["window_strides"],
         p["padding"],
         recipe,

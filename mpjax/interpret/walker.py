@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
-from mpjax.interpret.place import Place, place_of
+from mpjax.interpret.place import NOWHERE, Place, place_of
 
 Visit = Callable[[JaxprEqn, Place, list[Any]], Sequence[Any]]
 
@@ -46,7 +46,7 @@ def walk(
     closed: ClosedJaxpr,
     args: Sequence[Any],
     visit: Visit,
-    outer: Place = Place(),
+    outer: Place = NOWHERE,
     *,
     lines: bool = True,
 ) -> list[Any]:
@@ -62,8 +62,8 @@ def walk(
     Returns:
       One value for each output.
     """
-    jaxpr, env = closed.jaxpr, {}
-    env |= dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    jaxpr = closed.jaxpr
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env |= dict(zip(jaxpr.invars, args, strict=True))
 
     def read(atom: Any) -> Any:
@@ -128,7 +128,7 @@ def inner_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
 
 
 def equations(
-    closed: ClosedJaxpr, outer: Place = Place(), *, lines: bool = True, depth: int = 0
+    closed: ClosedJaxpr, outer: Place = NOWHERE, *, lines: bool = True, depth: int = 0
 ) -> Iterator[Site]:
     """Yields every equation of a program, those inside control flow after the one that holds them.
 

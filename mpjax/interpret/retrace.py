@@ -1,0 +1,105 @@
+"""A jaxpr traced again, through a transform, at other dtypes and with recorded values behind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import ClosedJaxpr
+
+Records = dict[Any, Any]
+
+
+class Result(NamedTuple):
+    """What a jaxpr or an equation gave.
+
+    Args:
+      outs: its outputs.
+      records: what was recorded in it, by key.
+      note: what the transform wants to know about the outputs at trace time.
+    """
+
+    outs: list[Any]
+    records: Records = {}
+    note: Any = None
+
+
+def is_float(x: Any) -> bool:
+    """Returns whether a value or aval is a real floating-point array."""
+    return _floating(x.dtype)
+
+
+@functools.cache
+def _floating(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)  # slow, and asked of every argument
+
+
+def cast(x: Any, dtype: Any) -> Any:
+    """Returns a floating-point value in another dtype; everything else as it is."""
+    if x.dtype == dtype or not is_float(x):
+        return x
+    return lax.convert_element_type(x, dtype)
+
+
+def widest(*dtypes: Any) -> Any:
+    """Returns the dtype that holds all of them; bfloat16 and float16 meet in float32.
+
+    Example:
+      >>> widest(jnp.bfloat16, jnp.float32), widest(jnp.bfloat16, jnp.float16)
+      (dtype('float32'), dtype('float32'))
+    """
+    # not jnp.promote_types, which refuses under strict promotion
+    several = {jnp.dtype(dtype) for dtype in dtypes}
+    most = max(dtype.itemsize for dtype in several)
+    top = [dtype for dtype in several if dtype.itemsize == most]
+    return top[0] if len(top) == 1 else jnp.dtype(jnp.float32)
+
+
+class Traced(NamedTuple):
+    """A jaxpr after a transform.
+
+    Args:
+      closed: it, with the recorded values behind its own outputs.
+      consts: values that became its first inputs.
+      keys: names of the recorded values.
+      note: what the transform noted.
+    """
+
+    closed: ClosedJaxpr
+    consts: tuple[Any, ...]
+    keys: tuple[Any, ...]
+    note: Any
+
+    @property
+    def own(self) -> int:
+        """How many of the outputs are its own."""
+        return len(self.closed.out_avals) - len(self.keys)
+
+    def split(self, outs: Sequence[Any]) -> Result:
+        """Returns the outputs with what was recorded by name."""
+        records = dict(zip(self.keys, outs[self.own :], strict=True))
+        return Result(list(outs[: self.own]), records, self.note)
+
+
+def retrace(fn: Callable[..., Result], avals: Sequence[Any]) -> Traced:
+    """Traces a function of values at their avals, which keep sharding and varying axes."""
+    seen: list[tuple[tuple[Any, ...], Any]] = []
+
+    def flat(*args: Any) -> list[Any]:
+        outs, records, note = fn(*args)
+        seen.append((tuple(records), note))
+        return [*outs, *records.values()]
+
+    closed = jax.make_jaxpr(flat)(*avals)
+    jaxpr, consts = closed.jaxpr, tuple(closed.consts)
+    if consts:
+        info = jaxpr.debug_info.with_unknown_names()
+        jaxpr = jaxpr.replace(
+            constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=info
+        )
+        closed = ClosedJaxpr(jaxpr, ())
+    return Traced(closed, consts, *seen[0])
