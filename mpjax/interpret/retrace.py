@@ -42,7 +42,13 @@ def cast(x: Any, dtype: Any) -> Any:
     """Returns a floating-point value in another dtype; everything else as it is."""
     if x.dtype == dtype or not is_float(x):
         return x
-    return lax.convert_element_type(x, dtype)
+    return _convert(jnp.dtype(dtype))(x)
+
+
+@functools.cache
+def _convert(dtype: Any) -> Callable[[Any], Any]:
+    """A cast whose derivative JAX keeps."""
+    return jax.jit(lambda x: lax.convert_element_type(x, dtype), inline=True)
 
 
 def widest(*dtypes: Any) -> Any:

@@ -10,11 +10,22 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+from jax.core import Tracer
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jax.extend.core import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Primitive,
+    Var,
+    jaxprs_in_params,
+)
 
 from mpjax.interpret.place import NOWHERE, Place, place_of
 
+_STAGED = "DynamicJaxprTracer"  # written into a jaxpr, as under jit: nothing to work out
 Visit = Callable[[JaxprEqn, Place, list[Any]], Sequence[Any]]
 
 
@@ -35,11 +46,29 @@ def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
     return found
 
 
+@functools.lru_cache(maxsize=4096)
+def _operation(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """A primitive as a function whose derivative JAX keeps, as it does for those of jax.numpy."""
+    return jax.jit(lambda *args: primitive.bind(*args, **dict(params)), inline=True)
+
+
 def bind(eqn: JaxprEqn, args: Sequence[Any], **changed: Any) -> list[Any]:
     """Runs an equation's primitive on new arguments, with some of its parameters changed."""
-    params = eqn.primitive.get_bind_params(eqn.params | changed)
-    outs = eqn.primitive.bind(*args, **params)
-    return list(outs) if eqn.primitive.multiple_results else [outs]
+    primitive, given = eqn.primitive, eqn.params | changed
+    if primitive.multiple_results:
+        return list(primitive.bind(*args, **primitive.get_bind_params(given)))
+    return [run(primitive, args, given)]
+
+
+def run(primitive: Primitive, args: Sequence[Any], params: dict[str, Any]) -> Any:
+    """Runs a primitive of one result; under differentiation its rule is worked out only once."""
+    if any(isinstance(x, Tracer) and type(x).__name__ != _STAGED for x in args):
+        try:
+            operation = _operation(primitive, tuple(params.items()))
+        except TypeError:  # a parameter that cannot be a key
+            return primitive.bind(*args, **params)
+        return operation(*args)
+    return primitive.bind(*args, **params)
 
 
 def walk(
