@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sysconfig
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,7 @@ NOWHERE = Place()
 def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bool]:
     """Module names, backward, tangent, recomputed and untouched of a name stack's elements."""
     names: list[str] = []
+    before = ""
     backward = tangent = recomputed = untouched = False
     for element in stack:
         kind, name = type(element).__name__, element.name
@@ -72,8 +74,9 @@ def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bo
             recomputed = True
         elif name == UNTOUCHED:
             untouched = True
-        elif not _EINSUM.match(name):
+        elif not _EINSUM.match(name) and not (before and name.startswith(f"{before}.")):
             names += [part for part in name.split("/") if part]
+            before = name  # Linen names a module's method `module.method`, inside `module`
     names = [name for name in names if not _CLASS.match(name)] or names
     return tuple(names), backward, tangent, recomputed, untouched
 
@@ -125,16 +128,29 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
     )
 
 
-def called(eqn: JaxprEqn) -> list[str]:
+def called(eqn: JaxprEqn) -> tuple[str, ...]:
     """Returns the names of the library functions that made an equation, innermost first.
 
     They say what the user's line asked for: `astype` is a cast that stands in the source,
     `_operator_mul` a product that promoted its operands.
     """
+    return _frames(eqn.source_info.traceback)[0]
+
+
+def written(eqn: JaxprEqn) -> Hashable:
+    """Returns what equations that come from one expression share, its gradients' ones too."""
+    return _frames(eqn.source_info.traceback)[1]
+
+
+@functools.lru_cache(maxsize=65536)
+def _frames(traceback: Any) -> tuple[tuple[str, ...], Hashable]:
+    """Names of the library's functions up to the user's line, and what identifies that line."""
     names: list[str] = []
-    traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback else ():
-        if not frame.file_name.startswith((*_LIBRARY, _OWN, "<")):
-            break
-        names.append(frame.function_name.split(".")[-1])
-    return names
+    user: list[Hashable] = []
+    # Two products on one line differ in the instruction of the code that called them.
+    for code, instruction in zip(*traceback.raw_frames(), strict=True) if traceback else ():
+        if not code.co_filename.startswith((*_LIBRARY, _OWN, "<")):
+            user.append((code.co_filename, code.co_name, code.co_firstlineno, instruction))
+        elif not user:
+            names.append(code.co_name)
+    return tuple(names), tuple(user) or id(traceback)

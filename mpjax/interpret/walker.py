@@ -20,7 +20,6 @@ from jax.extend.core import (
     Literal,
     Primitive,
     Var,
-    jaxprs_in_params,
 )
 
 from mpjax.interpret.place import NOWHERE, Place, place_of
@@ -152,7 +151,9 @@ def inner_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
     if "call_jaxpr" in eqn.params:  # beside it stand the rule's thunks
         held = [eqn.params["call_jaxpr"]]
     else:
-        held = list(jaxprs_in_params(eqn.params))
+        # Not jaxprs_in_params, which drops the constants that a closed jaxpr holds.
+        values = (v if isinstance(v, tuple | list) else (v,) for v in eqn.params.values())
+        held = [j for each in values for j in each if isinstance(j, Jaxpr | ClosedJaxpr)]
     return [j if isinstance(j, ClosedJaxpr) else ClosedJaxpr(j, ()) for j in held]
 
 

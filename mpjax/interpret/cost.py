@@ -1,0 +1,80 @@
+"""What an operation costs: floating-point operations and bytes, before any fusion."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from jax.extend.core import JaxprEqn
+
+from mpjax.interpret.control import is_float
+from mpjax.interpret.lists import LOW, SHAPE
+
+PRODUCTS = LOW
+# They move or make values and compute none.
+_FREE = SHAPE | frozenset(
+    {
+        *("convert_element_type", "copy", "copy_p", "iota", "name", "optimization_barrier"),
+        *("stop_gradient", "device_put", "pvary", "squeeze", "select_n", "sort", "argsort"),
+    }
+)
+# Views of memory: they neither read nor write.
+MOVES = frozenset(
+    {"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "name", "stop_gradient", "pvary"}
+)
+_SUMS = frozenset(
+    {
+        *("reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce", "argmax", "argmin"),
+        *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
+    }
+)
+
+
+def is_product(eqn: JaxprEqn) -> bool:
+    """Returns whether an equation is a matrix product or convolution of floating-point arrays."""
+    return eqn.primitive.name in PRODUCTS and all(is_float(atom.aval) for atom in eqn.invars[:2])
+
+
+def contracted(eqn: JaxprEqn) -> int:
+    """Returns how many products each number of a product's result sums."""
+    a, b = (_shape(atom) for atom in eqn.invars[:2])
+    p = eqn.params
+    if eqn.primitive.name == "conv_general_dilated":
+        out = p["dimension_numbers"].rhs_spec[0]
+        return math.prod(b) // b[out]
+    if eqn.primitive.name == "scaled_matmul":
+        return int(a[-1])
+    if eqn.primitive.name in ("ragged_dot", "ragged_dot_general"):
+        (axes, _), _ = p["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    else:
+        (axes, _), _ = p["dimension_numbers"]
+    return math.prod(a[axis] for axis in axes)
+
+
+def operations(eqn: JaxprEqn) -> int:
+    """Returns the floating-point operations of an equation that holds no jaxpr, run once.
+
+    A product takes two for each number that it multiplies; a reduction one for each number that
+    it reads; what only moves values none; everything else one for each number of its result.
+    """
+    floats = [_shape(var) for var in eqn.outvars if is_float(var.aval)]
+    name = eqn.primitive.name
+    if not floats or name in _FREE:
+        return 0
+    size = math.prod(floats[0])
+    if name in PRODUCTS:
+        return 2 * size * contracted(eqn)
+    if name in _SUMS:
+        return math.prod(_shape(eqn.invars[0]))
+    return size
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    shape: tuple[int, ...] = atom.aval.shape
+    return shape
+
+
+def size_in_bytes(aval: Any) -> int:
+    """Returns what an array takes; 0 for what is none (a token, a key)."""
+    dtype = getattr(aval, "dtype", None)
+    return math.prod(aval.shape) * dtype.itemsize if dtype is not None else 0

@@ -1,0 +1,257 @@
+"""What an audit counts: FLOPs, bytes, casts, sums and donation; and how it prints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from mpjax.errors import ConfigError
+from mpjax.interpret.audit import audit
+from mpjax.interpret.hlo import read
+from tests.interpret.leaky import LOW, PLANTS, W, X, wide
+from tests.interpret.stablehlo import product_flops
+from tests.models.shapes import BATCH, small
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+F32 = jnp.float32
+
+
+def low(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, LOW)
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes", "flops"),
+    [
+        (lambda x, w: x @ w, ((3, 4), (4, 5)), 2 * 3 * 4 * 5),
+        (lambda x, w: jnp.einsum("bij,bjk->bik", x, w), ((2, 3, 4), (2, 4, 5)), 2 * 2 * 3 * 4 * 5),
+        (lambda x, w: jnp.einsum("i,j->ij", x, w), ((3,), (4,)), 2 * 3 * 4),
+        (
+            lambda x, w: lax.conv_general_dilated(
+                x, w, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            ),
+            ((2, 6, 7, 4), (3, 2, 4, 5)),
+            2 * (2 * 4 * 6 * 5) * (3 * 2 * 4),
+        ),
+        (
+            lambda x, w: lax.conv_general_dilated(
+                x, w, (2,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=2
+            ),
+            ((2, 7, 4), (3, 2, 6)),
+            2 * (2 * 3 * 6) * (3 * 2),
+        ),
+        (
+            lambda x, w: lax.ragged_dot(x, w, jnp.array([1, 2], jnp.int32)),
+            ((3, 4), (2, 4, 5)),
+            2 * 3 * 4 * 5,
+        ),
+    ],
+)
+def test_product_flops(fn: Any, shapes: Any, flops: int) -> None:
+    report = audit(fn, *(low(*shape) for shape in shapes))
+    assert report.flops == report.by_dtype["bfloat16"].products == flops
+    assert [p.operands for p in report.products] == [("bfloat16", "bfloat16")]
+
+
+def test_flops_of_a_decoder_are_those_of_its_stablehlo() -> None:
+    model = small("bf16", loss_chunk=8)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    step = jax.value_and_grad(lambda p: model.loss(p, BATCH)[0])
+    report = audit(step, params)
+    counted = product_flops(jax.jit(step).lower(params).as_text())
+    assert sum(counted.values()) == report.flops
+    assert counted["bf16", "bf16"] == report.by_dtype["bfloat16"].products
+    layers = [p for p in report.by_path if p.startswith("decoder/layers/")]
+    assert len({p.split("/")[2] for p in layers}) == 2
+    sums = [sum(c.products for c in dtypes.values()) for dtypes in report.by_path.values()]
+    assert sum(sums) == report.flops
+
+
+def test_loops_count_as_often_as_they_run() -> None:
+    def inner(x: Any, w: Any) -> Any:
+        return lax.scan(lambda x, _: (x @ w, None), x, None, length=3)[0]
+
+    def outer(x: Any, ws: Any) -> Any:
+        return lax.scan(jax.checkpoint(lambda x, w: (inner(x, w), None)), x, ws)[0]
+
+    one, x = 2 * 4 * 8 * 8, low(4, 8)
+    assert audit(outer, x, low(5, 8, 8)).flops == 15 * one
+    report = audit(lambda x, ws: jax.grad(lambda ws: jnp.sum(outer(x, ws)))(ws), x, low(5, 8, 8))
+    times = {d: sum(p.times for p in report.products if p.direction == d) for d in
+             ("forward", "recomputed", "backward")}  # fmt: skip
+    assert times == {"forward": 15, "recomputed": 15, "backward": 30}
+
+
+def test_branches_whiles_and_shards_say_how_they_count() -> None:
+    w = low(8, 8)
+    both = audit(lambda w: lax.cond(w[0, 0] > 0, lambda w: w @ w, lambda w: w @ w.T, w), w)
+    assert both.flops == 2 * 2 * 8**3
+    assert any("branch" in note for note in both.notes)
+    loop = audit(lambda w: lax.while_loop(lambda w: w[0, 0] > 0, lambda w: w @ w, w), w)
+    assert loop.flops == 2 * 8**3
+    assert any("while" in note for note in loop.notes)
+    mesh = jax.make_mesh((4,), ("data",), (jax.sharding.AxisType.Auto,))
+    by = PartitionSpec("data")
+    sharded = jax.shard_map(lambda x: x @ jnp.ones((8, 8), LOW), mesh=mesh, in_specs=by,
+                            out_specs=by)  # fmt: skip
+    assert audit(sharded, low(16, 8)).flops == 2 * 16 * 8 * 8
+
+
+def test_bytes_are_counted_by_the_dtype_of_each_array() -> None:
+    report = audit(lambda x: x.astype(F32) * 2.0, low(3, 4))
+    assert report.by_dtype["bfloat16"].bytes == 12 * 2  # read by the cast
+    assert report.by_dtype["float32"].bytes == 12 * 4 * 3 + 4  # cast written, read, product, 2.0
+    assert report.by_dtype["float32"].others == 12
+
+
+def test_output_is_the_dtype_in_which_a_product_goes_on() -> None:
+    def model(x: Any, w: Any) -> Any:
+        y = lax.dot(x, w, preferred_element_type=F32)
+        return y.astype(LOW)
+
+    (product,) = audit(model, low(2, 3), low(3, 4)).products
+    assert (product.accumulation, product.output) == ("float32", "bfloat16")
+
+
+def test_double_casts() -> None:
+    def model(x: Any, y: Any) -> Any:
+        rounded = x.astype(LOW).astype(F32)
+        widened = y.astype(F32).reshape(4, 3).astype(LOW)
+        return rounded, widened, jnp.sin(x.astype(jnp.float16)), jnp.cos(x.astype(jnp.float16))
+
+    def clean(x: Any, y: Any) -> Any:
+        return jnp.sin(x.astype(LOW)).astype(F32), jnp.sin(y.astype(F32)).astype(LOW)
+
+    found = [f.what for f in audit(model, wide(3, 4), low(3, 4)).double_casts]
+    assert found[:2] == ["float32 -> bfloat16 -> float32", "bfloat16 -> float32 -> bfloat16"]
+    assert "float32 -> float16, made before" in found[2]
+    assert len(found) == 3
+    assert audit(clean, wide(3, 4), low(3, 4)).double_casts == ()
+
+
+def test_dead_casts() -> None:
+    def model(x: Any) -> Any:
+        x.astype(F32)
+        back = x.astype(jnp.float64 if jax.config.jax_enable_x64 else F32).astype(LOW)
+        used = jnp.exp(x).astype(F32)
+        return back, used, used.astype(LOW)
+
+    found = audit(model, low(3)).dead_casts
+    assert [f.what for f in found] == [
+        "bfloat16 -> float32, never used",
+        "bfloat16 -> float32, cast straight back",
+    ]
+    lines = [int(f.line.split(".py:")[1].split(" ")[0]) for f in found]
+    assert lines[1] == lines[0] + 1
+
+
+def test_low_reductions() -> None:
+    def model(x: Any) -> Any:
+        low_sum = lax.reduce_sum_p.bind(x, axes=(0,), out_sharding=None)
+        return low_sum, lax.cumsum(x), jnp.sum(x), jnp.mean(x), jnp.max(x)
+
+    def bias(x: Any, b: Any) -> Any:
+        return jnp.sum((x + jnp.broadcast_to(b, x.shape)).astype(F32))
+
+    found = audit(model, low(4, 3)).low_reductions
+    assert [f.what for f in found] == ["reduce_sum in bfloat16", "cumsum in bfloat16"]
+    gradient = audit(jax.grad(bias, argnums=1), low(4, 3), low(1, 3)).low_reductions
+    assert [(f.what, f.direction) for f in gradient] == [("reduce_sum in bfloat16", "backward")]
+
+
+def test_missing_donation() -> None:
+    big, small_one = wide(512, 1024), wide(4)
+
+    def step(params: Any, opt: Any, batch: Any) -> Any:
+        return params + batch[0], opt + batch[0]
+
+    named = audit(jax.jit(step), big, big, small_one).missing_donation
+    assert [(d.name, d.array, d.size) for d in named] == [
+        ("args[0]", "float32[512,1024]", 2**21),
+        ("args[1]", "float32[512,1024]", 2**21),
+    ]
+    half = audit(jax.jit(step, donate_argnums=0), big, big, small_one).missing_donation
+    assert [d.name for d in half] == ["args[1]"]
+    both = jax.jit(step, donate_argnums=(0, 1))
+    assert audit(both, big, big, small_one).missing_donation == ()
+    assert audit(step, big, big, small_one).missing_donation == ()
+    assert audit(jax.jit(step), wide(8), wide(8), small_one).missing_donation == ()  # small
+
+
+def leaky_report(**options: Any) -> Any:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return audit(PLANTS["forgetful_norm"].fn, PLANTS["forgetful_norm"].weights, X, **options)
+
+
+def test_it_prints_plain_text_and_markdown() -> None:
+    report = leaky_report()
+    text, markdown = str(report), report.to_markdown()
+    assert "\x1b" not in text
+    assert text.startswith("Audit: 0.0% of the product FLOPs in bfloat16; 1 leaks")
+    for section in ("Leaks", "By dtype", "By module path", "Products"):
+        assert section in text
+        assert f"## {section}" in markdown
+    assert "leaky.py:" in text
+    assert "/leaky.py" not in text.split("Products")[0]  # folders would fill the table
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows)
+
+
+def test_the_dictionary_is_json() -> None:
+    report = leaky_report()
+    found = json.loads(json.dumps(report.to_dict()))
+    assert found["leaks"][0]["mechanism"] == "cast"
+    assert found["leaks"][0]["products"][0]["operands"] == ["float32", "bfloat16"]
+    assert found["by_dtype"]["float32"]["products"] == report.flops
+    assert found["compiled"] is None
+
+
+def test_compiled_reads_the_optimised_program() -> None:
+    report = leaky_report(compiled=True)
+    assert report.compiled is not None
+    assert report.compiled.backend == "cpu"
+    assert sum(report.compiled.products.values()) >= 2
+    assert "no oracle of dtype" in str(report)
+    assert "Optimised HLO on cpu" in report.to_markdown()
+
+
+def test_hlo_is_read_with_operand_dtypes() -> None:
+    text = """ENTRY %main (a: bf16[4,4], b: f32[4,4]) -> f32[4,4] {
+      %a = bf16[4,4]{1,0} parameter(0)
+      %b = f32[4,4]{1,0} parameter(1)
+      %c = f32[4,4]{1,0} convert(%a)
+      %i = s32[4,4]{1,0} convert(%b)
+      %g = bf16[4,4]{1,0} custom-call(%a, %a), custom_call_target="__cublas$gemm"
+      ROOT %d = f32[4,4]{1,0} dot(%c, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+    }"""
+    found = read(text, "gpu")
+    assert found.products == {"bf16 x bf16 -> bf16": 1, "f32 x f32 -> f32": 1}
+    assert found.converts == {"bf16 -> f32": 1}
+    assert found.dtypes == {"bf16": 2, "f32": 3, "s32": 1}
+
+
+def test_arguments_may_be_anything_that_a_function_takes() -> None:
+    def model(params: Any, x: Any, *, scale: float, compute: str) -> Any:
+        return x.astype(compute) @ params["w"].astype(compute) * scale
+
+    report = audit(model, {"w": W}, X, scale=2.0, compute="bfloat16")
+    assert report.share("bfloat16") == 1.0
+    report = audit(lambda compiled_by: compiled_by @ compiled_by, compiled_by=W)
+    assert len(report.products) == 1
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ConfigError, match="audit: 3 is not a function"):
+        audit(3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="audit: .*cannot be traced"):
+        audit(lambda x: x if x[0, 0] > 0 else -x, W)
+    gone = jnp.ones(3)
+    gone.delete()
+    with pytest.raises(ConfigError, match=r"audit: args\[0\] was donated"):
+        audit(lambda x: x, gone)
