@@ -24,6 +24,7 @@ def no_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
         autocast.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> keep = no_autocast(lambda x, w: x @ w)
       >>> f = autocast(lambda x, w: (x @ w, keep(x, w)), "bf16", restore_dtypes=False)
       >>> [y.dtype.name for y in f(jnp.ones((2, 2)), jnp.ones((2, 2)))]
@@ -83,6 +84,7 @@ def autocast(
         alone cannot honour; when called, a function that cannot be traced.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> f = autocast(lambda x, w: jax.nn.softmax(x @ w), "bf16")
       >>> jaxpr = jax.make_jaxpr(f)(jnp.ones((2, 3)), jnp.ones((3, 4)))
       >>> [v.aval.dtype.name for e in jaxpr.eqns if e.primitive.name == "dot_general"

@@ -13,15 +13,14 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from mpjax.interpret import custom
 from mpjax.interpret.control import Rebind
 from mpjax.interpret.demand import demanded
-from mpjax.interpret.lists import APART, SCATTER, WHOLE, WIDE, Lists
+from mpjax.interpret.lists import APART, PLAIN, SCATTER, WHOLE, Lists
 from mpjax.interpret.place import Place, place_of
 from mpjax.interpret.products import product
 from mpjax.interpret.region import UNTOUCHED, Region, Regions
 from mpjax.interpret.retrace import Result, cast, is_float, widest
 from mpjax.interpret.walker import bind, walk
-from mpjax.interpret.weak import Weak
+from mpjax.interpret.weak import Weak, is_number
 
-_PLAIN = Lists(low=frozenset(), full=frozenset())
 _SHORT = 8  # equations
 _NARROW = 4  # bytes: what is at least as wide is not cast to float32
 
@@ -33,6 +32,10 @@ def _name(eqn: JaxprEqn) -> str:
         return str(eqn.params["name"])
     if name in ("custom_jvp_call", "custom_vjp_call"):
         return str(eqn.params["call_jaxpr"].jaxpr.debug_info.func_name)
+    if name == "integer_pow" and eqn.params["y"] < 0:
+        return "reciprocal"
+    if name == "div" and isinstance(eqn.invars[0], Literal):
+        return "reciprocal"
     return name
 
 
@@ -83,11 +86,8 @@ class _Frame:
         self.demanded = {id(closed.jaxpr.eqns[index]) for index in wanted}
 
     def _is_full(self, eqn: JaxprEqn) -> bool:
-        name = _name(eqn)
-        if name in WIDE or self.lists.kind(name) == "full":
+        if self.lists.kind(_name(eqn)) in ("full", "wide"):
             return True
-        if name == "integer_pow" and eqn.params["y"] < 0:
-            return True  # a reciprocal
         if not self.caster.regions.by_path:
             return False
         return self._region(place_of(eqn, self.outer, line=False)) is UNTOUCHED
@@ -127,13 +127,10 @@ class _Frame:
             return self._untouched(eqn, args, place)
         if name in WHOLE and eqn.primitive.name != name:
             return self._whole(eqn, self._following(eqn, args), place)
-        if name in WIDE:
-            outs = self._whole(eqn, self._at_least_full(eqn, args), place)
-            followed = [x.dtype for x in args if is_float(x)]
-            return [cast(x, widest(*followed)) for x in outs]
         kind = self.lists.kind(name)
-        if name == "integer_pow" and eqn.params["y"] < 0 and self.lists.full:
-            kind = "full"
+        if kind == "wide":
+            outs, dtype = self._full(eqn, args, place), self._followed(eqn, args)
+            return [x if dtype is None else cast(x, dtype) for x in outs]
         if kind == "full" or id(eqn) in self.demanded:
             return self._full(eqn, args, place)
         if kind == "low":
@@ -158,15 +155,17 @@ class _Frame:
 
     def _following(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
         """Arguments in the widest dtype of those that are not weak."""
-        mine = [
-            (x.dtype, self.weak.bound(atom) is not None)
+        dtype = self._followed(eqn, args)
+        return list(args) if dtype is None else self._all(eqn, args, dtype)
+
+    def _followed(self, eqn: JaxprEqn, args: Sequence[Any]) -> Any:
+        """The widest dtype of the arguments that are not weak; None without any."""
+        strong = [
+            x.dtype
             for atom, x in zip(eqn.invars, args, strict=True)
-            if hasattr(x, "dtype") and is_float(x)
+            if hasattr(x, "dtype") and is_float(x) and self.weak.bound(atom) is None
         ]
-        strong = [dtype for dtype, weak in mine if not weak]
-        if not strong:
-            return list(args)
-        return self._all(eqn, args, widest(*strong))
+        return widest(*strong) if strong else None
 
     def _widest(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
         self.weak.follow(eqn, args)
@@ -192,7 +191,7 @@ class _Frame:
         recorded = [_dtype(atom) for atom in eqn.invars]
         if [x.dtype for x in values] == recorded:
             return bind(eqn, values)
-        return self._inside(eqn, values, place, _PLAIN)
+        return self._inside(eqn, values, place, PLAIN)
 
     def _low(self, eqn: JaxprEqn, args: list[Any], region: Region, place: Place) -> list[Any]:
         if not any(is_float(x) for x in args) or not all(_may_change(x) for x in args[:2]):
@@ -207,6 +206,8 @@ class _Frame:
         if not is_float(x):
             if x.dtype == jnp.bool_:
                 self.weak.mark(eqn.outvars[0], 1.0)
+            elif atom.aval.weak_type:  # a Python integer
+                self.weak.mark(eqn.outvars[0], abs(float(x)) if is_number(x) else float("inf"))
             return bind(eqn, args)
         wanted = eqn.params["new_dtype"]
         if self.weak.bound(atom) is not None:

@@ -43,7 +43,7 @@ FULL_CUDA = (
     | _SUMS
     | {
         *("softplus", "softmax", "log_softmax", "logsumexp", "logmeanexp", "standardize"),
-        *("norm", "weighted_logsoftmax"),
+        *("norm", "_var", "_std", "weighted_logsoftmax"),
     }
 )
 FULL_CPU = frozenset(
@@ -56,8 +56,8 @@ FULL_CPU = frozenset(
 # Computed in float32 inside, given in the dtype of the input: what a kernel would do.
 WIDE = frozenset(
     {
-        *("_var", "_std", "logaddexp", "logaddexp2", "xlogy", "xlog1py", "_xlogx", "logit"),
-        *("i0", "i1", "_i0", "_i1", "log_ndtr"),
+        *("logaddexp", "logaddexp2", "xlogy", "xlog1py", "_xlogx", "logit"),
+        *("i0", "_i0", "log_ndtr", "diagonal"),
     }
 )
 # One operation to a reader: its parts follow the input, whatever the lists say of them.
@@ -65,7 +65,7 @@ WHOLE = frozenset(
     {
         *("elu", "celu", "selu", "silu", "swish", "log_sigmoid", "leaky_relu", "glu"),
         *("hard_tanh", "hard_sigmoid", "hard_silu", "squareplus", "mish", "sparse_plus"),
-        *("sparse_sigmoid", "relu", "relu6", "gelu", "sigmoid", "diagonal"),
+        *("sparse_sigmoid", "relu", "relu6", "gelu", "sigmoid"),
     }
 )
 
@@ -131,7 +131,10 @@ class Lists:
         return None
 
 
-LISTS = {"cuda": Lists(), "cpu": Lists(full=FULL_CPU, wide=WIDE | (_SUMS - FULL_CPU))}
+LISTS = {
+    "cuda": Lists(),
+    "cpu": Lists(full=FULL_CPU, wide=WIDE | {"_var", "_std"} | (_SUMS - FULL_CPU)),
+}
 # Inside a function that is one operation.
 PLAIN = Lists(low=frozenset(), full=frozenset(), wide=frozenset())
 _KNOWN = LOW | FULL_CUDA | FULL_CPU | FOLLOW | WIDE | WHOLE

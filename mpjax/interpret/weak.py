@@ -87,4 +87,4 @@ class Weak:
 
 def is_number(x: Any) -> bool:
     """Returns whether a value is a number that is known while tracing."""
-    return isinstance(x, np.ndarray | np.generic | float) and not np.ndim(x)
+    return isinstance(x, np.ndarray | np.generic | float | int) and not np.ndim(x)

@@ -13,7 +13,6 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax, nn
 from jax.scipy import special
@@ -21,8 +20,8 @@ from jax.scipy import special
 LOW = "low"  # operands and result in bfloat16 or float16
 FULL = "float32"  # operands and result in float32
 WIDEST = "widest"  # operands and result in the widest dtype of the operands
+FIRST = "first"  # operands and result in the dtype of the first operand
 FOLLOWS = "follows"  # not listed: its inputs', which promote to the widest by themselves
-INSIDE = "inside"  # float32 inside, the result in the widest dtype of the operands
 
 
 class Row(NamedTuple):
@@ -44,10 +43,18 @@ class Row(NamedTuple):
 
 
 # u: (0, 1); s: signed; b: above 1; v: a signed vector; c: three columns; t: a batch of matrices;
-# i: indices; m: a mask; w n d: 1-, 2- and 3-d images; k l o: their kernels; h: heads
+# p: a positive matrix; i: indices; m: a mask; w n d: 1-, 2- and 3-d images; k l o: their kernels;
+# h: heads
 OPERANDS = {
     **{"u": (4, 4), "s": (4, 4), "b": (4, 4), "v": (4,), "c": (4, 3), "t": (2, 4, 4)},
-    **{"i": (4, 4), "m": (4, 4), "w": (1, 2, 6), "n": (1, 2, 6, 6), "d": (1, 2, 4, 4, 4)},
+    **{
+        "p": (4, 4),
+        "i": (4, 4),
+        "m": (4, 4),
+        "w": (1, 2, 6),
+        "n": (1, 2, 6, 6),
+        "d": (1, 2, 4, 4, 4),
+    },
     **{"k": (3, 2, 3), "l": (3, 2, 3, 3), "o": (3, 2, 2, 2, 2), "h": (1, 4, 2, 4)},
 }
 
@@ -101,7 +108,7 @@ _LOW = [
     _row(LOW, "nl", "conv_transpose2d", "lax.conv_transpose",
          lambda x, w: lax.conv_transpose(x, w, **_TRANSPOSED)),
     _row(LOW, "ssv", "linear", "x @ w + b", lambda x, w, b: x @ w + b[None]),
-    _row(LOW, "sss", "addmm", "c + x @ y", lambda c, x, y: c + x @ y),
+    _row(LOW, "sss", "addmm", "x @ y + c", lambda x, y, c: x @ y + c),
     _row(LOW, "su", "prelu", "jnp.where(x > 0, x, a * x)", lambda x, a: jnp.where(x > 0, x, a * x)),
 ]  # fmt: skip
 
@@ -152,8 +159,10 @@ _WIDEST = [
     *_same(jnp, "jnp", WIDEST, "vv", "dot vdot:dot inner:dot"),
     _row(WIDEST, "sss", "addcmul", "x + y * z", lambda x, y, z: x + y * z),
     _row(WIDEST, "ssb", "addcdiv", "x + y / z", lambda x, y, z: x + y / z),
-    _row(WIDEST, "ss", "index_put", "x.at[i].set(y)", lambda x, y: x.at[jnp.array([2, 0])].set(y[:2])),
-    _row(WIDEST, "ss", "scatter_add", "x.at[i].add(y)", lambda x, y: x.at[jnp.array([2, 2])].add(y[:2])),
+    _row(WIDEST, "ss", "index_put", "x.at[i].set(y)",
+         lambda x, y: x.at[jnp.array([2, 0])].set(y[:2])),
+    _row(WIDEST, "ss", "scatter_add", "x.at[i].add(y)",
+         lambda x, y: x.at[jnp.array([2, 2])].add(y[:2])),
     _row(WIDEST, "ss", "index_put", "x.at[1:3].set(y)", lambda x, y: x.at[1:3].set(y[:2])),
 ]  # fmt: skip
 
@@ -201,7 +210,8 @@ _MOVES = [
     _row(FOLLOWS, "s", "index_select", "jnp.take", lambda x: jnp.take(x, jnp.array([1, 1]), 0)),
     _row(FOLLOWS, "si", "gather", "jnp.take_along_axis",
          lambda x, i: jnp.take_along_axis(x, i, -1)),
-    _row(FOLLOWS, "s", "narrow", "lax.dynamic_slice", lambda x: lax.dynamic_slice(x, (1, 0), (2, 2))),
+    _row(FOLLOWS, "s", "narrow", "lax.dynamic_slice",
+         lambda x: lax.dynamic_slice(x, (1, 0), (2, 2))),
     _row(FOLLOWS, "s", "clamp", "jnp.clip", lambda x: jnp.clip(x, -0.5, 0.5)),
     _row(FOLLOWS, "s", "embedding", "x[i]", lambda x: x[jnp.array([3, 1])]),
 ]  # fmt: skip
@@ -217,11 +227,74 @@ _REDUCES = [
          lambda x: lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")),
     _row(FOLLOWS, "n", "avg_pool2d", "lax.reduce_window, add",
          lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 1, 2, 2), (1, 1, 2, 2), "VALID") / 4),
-    _row(FOLLOWS, "b", "linalg_cholesky", "jnp.linalg.cholesky",
-         lambda x: jnp.linalg.cholesky(x @ x.T + 9 * jnp.eye(4, dtype=x.dtype))),
-    _row(FOLLOWS, "b", "linalg_inv", "jnp.linalg.inv", lambda x: jnp.linalg.inv(x)),
+    *_same(jnp.linalg, "jnp.linalg", FOLLOWS, "p", "cholesky:linalg_cholesky inv:linalg_inv"),
 ]  # fmt: skip
 
 ROWS = [*_LOW, *_FULL, *_WIDEST, *_UNARY, *_BINARY, *_MOVES, *_REDUCES]
 
-DEVIATES: dict[str, tuple[str, str]] = {}
+
+def _attention(q: Any, k: Any, v: Any, low: Any) -> Any:
+    q, k, v = q.astype(low), k.astype(low), v.astype(low)
+    logits = jnp.einsum("bthd,bshd->bhts", q, k) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    weights = nn.softmax(logits.astype(jnp.float32)).astype(q.dtype)
+    return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+
+def _linear(x: Any, w: Any, b: Any, low: Any) -> Any:
+    return x.astype(low) @ w.astype(low) + b.reshape(-1, w.shape[1])
+
+
+class Deviation(NamedTuple):
+    """What autocast does instead.
+
+    Args:
+      kind: as in a row.
+      why: the reason.
+      by_hand: the function with hand-written casts, of operands as they come and the low dtype;
+        None where casting the operands is all.
+      same_bits: whether there is a hand-written function to compare with.
+    """
+
+    kind: str
+    why: str
+    by_hand: Callable[..., Any] | None = None
+    same_bits: bool = True
+
+
+def _deviate(kind: str, why: str, *names: str, same_bits: bool = True) -> dict[str, Deviation]:
+    return {name: Deviation(kind, why, None, same_bits) for name in names}
+
+
+FLOAT32_ONLY = (
+    *("jnp.linalg.cholesky", "jnp.linalg.inv"),
+    *("special.ndtr", "special.log_ndtr", "special.ndtri"),
+)
+_NO_LOW = "JAX has it in float32 only"
+DEVIATES: dict[str, Deviation] = {
+    **_deviate(LOW, "every inner product is one primitive, dot_general",
+               "jnp.tensordot", "jnp.dot", "jnp.vdot", "jnp.inner"),
+    **_deviate(FOLLOWS, "a whole power is a product; where only float32 reads it, it is in float32",
+               "x ** 2", "x ** 3"),
+    **_deviate(FULL, "JAX keeps only its parts, and sums are listed",
+               "jnp.mean", "jnp.average", "jnp.nanmean", "jnp.nansum", "jnp.trace", "jnp.var",
+               "jnp.std"),
+    **_deviate(FULL, "JAX keeps only its parts, and exp and log are listed",
+               "nn.logsumexp", "special.logsumexp", "lax.cumlogsumexp"),
+    **_deviate(FULL, "JAX keeps only its parts, and exp is listed",
+               "special.i0", "special.i1", same_bits=False),
+    **_deviate(FULL, _NO_LOW, "jnp.linalg.cholesky", "jnp.linalg.inv"),
+    **_deviate(FULL, f"{_NO_LOW}, and keeps only its parts", "special.ndtri", same_bits=False),
+    **_deviate(FOLLOWS, f"{_NO_LOW}, and keeps only its parts", "special.ndtr", same_bits=False),
+    **_deviate(FIRST, "the second operand only gives signs", "jnp.copysign"),
+    **_deviate(WIDEST, "JAX keeps only its parts", "jnp.where(x > 0, x, a * x)"),
+    "nn.dot_product_attention": Deviation(
+        LOW, "its logits are a product of their own, which leaves low", _attention),
+    "x @ w + b": Deviation(WIDEST, "the bias is an addition of its own", _linear),
+    "x @ y + c": Deviation(WIDEST, "the addition is an operation of its own", _linear),
+}  # fmt: skip
+
+# In the dtype of the reference, with the digits of float32 inside.
+FLOAT32_INSIDE = (
+    *("jnp.i0", "jnp.diagonal", "jnp.logaddexp", "jnp.logaddexp2"),
+    *("special.logit", "special.log_ndtr", "special.entr", "special.xlogy", "special.xlog1py"),
+)
