@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 from mpjax.interpret.control import is_float
 from mpjax.interpret.place import Place
 from mpjax.interpret.trace import Program
-from mpjax.interpret.walker import SCALAR, inner_jaxprs, walk
+from mpjax.interpret.walker import SCALAR, inner_jaxprs, scan_sizes, walk
 
 WIDE = 4  # bytes: float32 and float64; narrower floats are low
 
@@ -143,7 +143,8 @@ class Flow:
 
     def _scan(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
         p = eqn.params
-        n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
+        n, size = scan_sizes(eqn)
+        m = n + size
         inner = p["jaxpr"].jaxpr
         given = [
             x if i < n else _join(var.aval, x)

@@ -144,6 +144,14 @@ SCALAR = frozenset(
 )
 
 
+def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
+    """Returns how many inputs of a scan are constants of its body, and how many are carried."""
+    if "ft_in" in eqn.params:  # JAX 0.12
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
 def inner_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
     """Returns the jaxprs that an equation runs, in order; of a custom rule its plain function."""
     if eqn.primitive.name in SCALAR:
