@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from mpjax.interpret import custom
 from mpjax.interpret.control import Rebind
 from mpjax.interpret.demand import demanded
-from mpjax.interpret.lists import APART, PLAIN, SCATTER, WHOLE, Lists
+from mpjax.interpret.lists import APART, PLAIN, SCATTER, WHOLE, Lists, operation
 from mpjax.interpret.place import Place, place_of
 from mpjax.interpret.products import product
 from mpjax.interpret.region import UNTOUCHED, Region, Regions
@@ -23,20 +23,6 @@ from mpjax.interpret.weak import Weak, is_number
 
 _SHORT = 8  # equations
 _NARROW = 4  # bytes: what is at least as wide is not cast to float32
-
-
-def _name(eqn: JaxprEqn) -> str:
-    """The operation that an equation is to a reader: a kept function's name, or its primitive."""
-    name = eqn.primitive.name
-    if name in ("jit", "pjit"):
-        return str(eqn.params["name"])
-    if name in ("custom_jvp_call", "custom_vjp_call"):
-        return str(eqn.params["call_jaxpr"].jaxpr.debug_info.func_name)
-    if name == "integer_pow" and eqn.params["y"] < 0:
-        return "reciprocal"
-    if name == "div" and isinstance(eqn.invars[0], Literal):
-        return "reciprocal"
-    return name
 
 
 class Caster:
@@ -62,7 +48,8 @@ class Caster:
         lists: Lists | None = None,
     ) -> Result:
         """Evaluates a jaxpr; the note is, for each output, its bound if it is a weak constant."""
-        frame = _Frame(self, closed, weak, outer, self.lists if lists is None else lists)
+        lists = self.lists if lists is None else lists
+        frame = _Frame(self, closed, args, weak, outer, lists)
         outs = walk(closed, args, frame.visit, outer, lines=False)
         note = [frame.weak.bound(atom) for atom in closed.jaxpr.outvars]
         return Result(list(outs), {}, note)
@@ -75,6 +62,7 @@ class _Frame:
         self,
         caster: Caster,
         closed: ClosedJaxpr,
+        args: Sequence[Any],
         weak: Sequence[float | None],
         outer: Place,
         lists: Lists,
@@ -82,15 +70,21 @@ class _Frame:
         self.caster, self.lists, self.outer = caster, lists, outer
         self.weak = Weak(closed.jaxpr.invars, weak)
         self.low: dict[tuple[Var, Any], Any] = {}  # casts of one value are shared
-        wanted = demanded(closed.jaxpr, self._is_full) if lists.full else frozenset()
+        wide = [
+            var
+            for var, x, bound in zip(closed.jaxpr.invars, args, weak, strict=True)
+            if bound is None and x.dtype == jnp.float32
+        ]
+        wide += [var for var in closed.jaxpr.constvars if _dtype(var) == jnp.float32]
+        wanted = demanded(closed.jaxpr, self._kind, wide) if lists.full else frozenset()
         self.demanded = {id(closed.jaxpr.eqns[index]) for index in wanted}
 
-    def _is_full(self, eqn: JaxprEqn) -> bool:
-        if self.lists.kind(_name(eqn)) in ("full", "wide"):
-            return True
-        if not self.caster.regions.by_path:
-            return False
-        return self._region(place_of(eqn, self.outer, line=False)) is UNTOUCHED
+    def _kind(self, eqn: JaxprEqn) -> str | None:
+        """The list that an equation is on; `full` where it stays as it was traced."""
+        by_path = self.caster.regions.by_path
+        if by_path and self._region(place_of(eqn, self.outer, line=False)) is UNTOUCHED:
+            return "full"
+        return self.lists.kind(operation(eqn))
 
     def _region(self, place: Place) -> Region:
         return UNTOUCHED if place.untouched else self.caster.regions.at(place.path)
@@ -122,17 +116,17 @@ class _Frame:
     def visit(self, eqn: JaxprEqn, place: Place, args: list[Any]) -> list[Any]:
         """Runs an equation in the dtype that is its own."""
         self.caster.paths[place.path] = None
-        name, region = _name(eqn), self._region(place)
+        name, region = operation(eqn), self._region(place)
         if region is UNTOUCHED:
             return self._untouched(eqn, args, place)
+        kind = self.lists.kind(name)
+        if kind == "full" or id(eqn) in self.demanded:
+            return self._full(eqn, args, place)
         if name in WHOLE and eqn.primitive.name != name:
             return self._whole(eqn, self._following(eqn, args), place)
-        kind = self.lists.kind(name)
         if kind == "wide":
             outs, dtype = self._full(eqn, args, place), self._followed(eqn, args)
             return [x if dtype is None else cast(x, dtype) for x in outs]
-        if kind == "full" or id(eqn) in self.demanded:
-            return self._full(eqn, args, place)
         if kind == "low":
             return self._low(eqn, args, region, place)
         if name == "convert_element_type":

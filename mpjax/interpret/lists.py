@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy
 import jax.scipy.special
-from jax.extend.core import primitives
+from jax.extend.core import JaxprEqn, Literal, primitives
 
 from mpjax.errors import ConfigError
 
@@ -105,6 +105,20 @@ FOLLOW = (
 )
 # Each value keeps its own dtype.
 APART = frozenset({"sort", "top_k", "optimization_barrier", "device_put"})
+
+
+def operation(eqn: JaxprEqn) -> str:
+    """The operation that an equation is to a reader: a kept function's name, or its primitive."""
+    name = eqn.primitive.name
+    if name in ("jit", "pjit"):
+        return str(eqn.params["name"])
+    if name in ("custom_jvp_call", "custom_vjp_call"):
+        return str(eqn.params["call_jaxpr"].jaxpr.debug_info.func_name)
+    if name == "integer_pow" and eqn.params["y"] < 0:
+        return "reciprocal"
+    if name == "div" and isinstance(eqn.invars[0], Literal):
+        return "reciprocal"
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
