@@ -21,7 +21,7 @@ pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
-    "bench_step", "formats", "low_bit_products", "bench_recipes",
+    "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -387,3 +387,22 @@ def test_the_formats_write_their_report(tmp_path):
     assert err.startswith("error: recipe: unknown recipe 'fp9'; did you mean fp8") and (
         not (tmp_path / "none").exists()
     )
+
+
+def test_models_of_other_libraries_train_as_they_are(text, tmp_path):
+    args = "--layers 1 --width 16 --heads 2 --seq 16 --batch 4 --steps 4 --eval-batches 2".split()
+    args += ["--data", text, "--precision", "bf16"]
+    out, _ = run("autocast_any", *args, "--rule", "**/attention=fp32")
+    rows = [[c.strip() for c in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    assert [row[:2] for row in rows] == [
+        [model, precision] for model in ("equinox", "nnx") for precision in ("fp32", "bf16")
+    ]
+    shares = [float(row[5].removesuffix("%")) for row in rows]
+    assert shares[0] == shares[2] == 0 and 60 < shares[1] < 95 and 60 < shares[3] < 95
+    _, err = run("autocast_any", *args, "--rule", "**/atention=fp32", "--model", "nnx", code=2)
+    assert err.startswith("error: autocast: rule") and "matches no path" in err
+    (tmp_path / "equinox.py").write_text("raise ModuleNotFoundError('absent', name='equinox')")
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    _, err = finish(start("autocast_any", *args, PYTHONPATH=path), code=2)
+    assert err.startswith("error: model: equinox needs a package") and len(err.splitlines()) == 1
+    assert "pip install equinox, or run --model nnx" in err

@@ -94,6 +94,8 @@ def _is_module(node: Any) -> bool:
     # An array with a label (NNX) is callable too.
     if not hasattr(node, "__dict__") or hasattr(node, "get_metadata"):
         return False
+    if isinstance(node, functools.partial | dict | list | tuple):  # not laid out as plain objects
+        return False
     if callable(node):
         return True
     # Modules of Equinox and NNX need not be callable; lists and dicts of NNX are no modules.
@@ -170,6 +172,11 @@ class _Naming:
     def _copy(self, node: Any, path: str) -> Any:
         children, tree = _one_level(node)
         if _is_leaf(children):
+            if hasattr(node, "_graph_node_flatten"):
+                raise ConfigError(
+                    f"named: {path or 'the model'}: {type(node).__name__} is an NNX module with"
+                    " pytree=False, which cannot be copied as a pytree; leave pytree=False out"
+                )
             return node
         below = ["/".join(filter(None, (path, *map(_spell, keys)))) for keys, _ in children]
         made = tree.unflatten(

@@ -303,7 +303,21 @@ def test_a_module_of_bare_jax_is_named() -> None:
     assert sorted(paths(jax.grad(loss), model, X)) == ["0", "0", "1", "1", "1"]
 
 
+def test_a_partial_is_gone_through() -> None:
+    model = named({"run": jax.tree_util.Partial(run, eqx.nn.Linear(4, 4, key=KEY))})
+    assert paths(lambda m, x: m["run"](x), model, X) == ["run/0/0"]  # of its arguments the first
+    assert type(model["run"]) is jax.tree_util.Partial
+
+
+def run(layer: Any, x: Any) -> Any:
+    return layer(x)
+
+
 # What cannot be named.
+
+
+class Unregistered(nnx.Module, pytree=False):
+    pass
 
 
 @pytest.mark.parametrize(
@@ -313,6 +327,7 @@ def test_a_module_of_bare_jax_is_named() -> None:
         (hk.transform(lambda x: x), "named: Transformed is of Haiku, whose modules have paths"),
         (eqx.nn.MLP, "named: MLP is a class; pass an instance of it"),
         (jnp.sin, "named: .* holds no modules .*; open jax.named_scope"),
+        ({"a": Unregistered()}, "named: a: Unregistered is an NNX module with pytree=False, which"),
         ({"w": jnp.ones(2)}, "named: dict holds no modules .*; open jax.named_scope"),
     ],
 )

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from mpjax.interpret.audit import audit
 from mpjax.interpret.autocast import autocast
 from mpjax.interpret.named import named
 from tests.interpret.stablehlo import low_share, product_flops
@@ -62,7 +63,11 @@ def test_every_product_of_a_step_runs_low(name: str) -> None:
     loss = loss_of(apply)
     assert counted(loss, weights) == {("f32", "f32"): by_hand()}, "the count sees all products"
     for precision, dtypes in LOW.items():
-        assert counted(autocast(loss, precision), weights) == {dtypes: by_hand()}
+        low = autocast(loss, precision)
+        assert counted(low, weights) == {dtypes: by_hand()}
+        report = audit(jax.value_and_grad(low), weights, *batch())
+        assert report.flops == by_hand() and report.share(report.low) == 1 and not report.leaks
+        assert report.low == {"bf16": "bfloat16", "fp16": "float16"}[precision]
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
