@@ -99,7 +99,7 @@ class Cost:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Audit:
     """What a program really runs; `str` gives a table.
 
@@ -152,15 +152,16 @@ class Audit:
     def __str__(self) -> str:
         return as_text(self._sections(), self._summary())
 
+    __repr__ = __str__  # of use at a prompt, where thousands of products are not
+
     def _summary(self) -> list[str]:
-        if not self.products:
-            said = "no product of floating-point arrays"
-        elif not self.low:
-            said = "no low product: a program in " + " and ".join(
-                dtype for dtype, cost in self.by_dtype.items() if cost.products
-            )
-        else:
-            said = f"{self.share(self.low):.1%} of the product FLOPs in {self.low}"
+        shares = ", ".join(
+            f"{self.share(dtype):.1%} {dtype}"
+            for dtype, cost in sorted(self.by_dtype.items(), key=lambda item: -item[1].products)
+            if cost.products
+        )
+        said = f"product FLOPs {shares}" if shares else "no product of floating-point arrays"
+        said = said if self.low or not shares else f"no low product: {said}"
         counts = [
             f"{len(found)} {name}"
             for name, found in (

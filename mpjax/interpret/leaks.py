@@ -16,7 +16,7 @@ from typing import Any
 from mpjax.interpret.cost import contracted, is_product, operations
 from mpjax.interpret.flow import Flow, Step, Value
 from mpjax.interpret.place import called, written
-from mpjax.interpret.provenance import behind, is_argument, origin, readers
+from mpjax.interpret.provenance import Makers, is_argument, origin, readers
 
 # A cause that reaches less than this share of a program's product FLOPs is minor.
 MINOR = 0.001
@@ -69,6 +69,7 @@ class Leaks:
 
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
+        self._makers = Makers(flow, _makes)
         self._forward: dict[Hashable, list[Step]] = {}
         self._narrowed: set[Hashable] = set()  # casts down in the forward pass
         for step in flow.steps:
@@ -105,6 +106,7 @@ class Leaks:
         outer = all(contracted(s.eqn) == 1 for s in products)
         return share < MINOR or (outer and share < MINOR_OUTER)
 
+    @functools.cache  # noqa: B019 - one entry a step, and the object lives for one audit
     def _causes(self, product: Step) -> dict[Cause, bool]:
         """Causes of a wide product; whether a low value took part without being asked."""
         twins = self._forward.get(written(product.eqn), []) if product.transposed else []
@@ -115,7 +117,7 @@ class Leaks:
             return {c: i for twin in wide for c, i in self._causes(twin).items()}
         causes: dict[Cause, bool] = {}
         operands = [x for x in product.ins[:2] if x.wide]
-        makers = [step for x in operands for step in self._makers(x)]
+        makers = [step for x in operands for step in self._makers.behind(x)]
         if len(operands) == 1:  # it meets a low operand in the product itself
             makers.append(product)
         for step in makers:
@@ -131,16 +133,6 @@ class Leaks:
     def _is_transposed_cast(self, step: Step) -> bool:
         return _is_cast(step) and step.transposed and written(step.eqn) in self._narrowed
 
-    @functools.cache  # noqa: B019 - one entry a value, and the object lives for one audit
-    def _makers(self, value: Value) -> tuple[Step, ...]:
-        """Steps behind a wide value that made a wide value of low ones."""
-        found: dict[Step, None] = {}
-        for step in behind(value):
-            wide = any(x.wide and not x.number for x in step.ins)
-            if any(x.low for x in step.ins) and (is_product(step.eqn) or not wide):
-                found[step] = None
-        return tuple(found)
-
     def _partners(self, step: Step) -> list[list[Value]]:
         """The wide values that a low one met where it was promoted, for each who reads it."""
         if is_product(step.eqn):
@@ -151,12 +143,11 @@ class Leaks:
             if step.transposed or not reader.transposed  # a gradient reads what it is given
         ]
 
-    @functools.cache  # noqa: B019 - as `_makers`
+    @functools.cache  # noqa: B019 - as `_causes`
     def _is_consequence(self, step: Step) -> bool:
         """Whether a step only follows what was wide already."""
         met = [
-            any(maker.order < step.order for x in partners for maker in self._makers(x))
-            for partners in self._partners(step)
+            any(self._makers.before(step, x) for x in partners) for partners in self._partners(step)
         ]
         if not _asked(step):
             return any(met)
@@ -176,6 +167,13 @@ class Leaks:
                 return _of("cast", step, step.outs[0], f"a cast of {source}")
             return _of("product", step, step.outs[0], f"a product of {source}")
         return _met(step, next((p for p in partners if not p.number), partners[0]))
+
+
+def _makes(step: Step) -> bool:
+    """Whether a step makes a wide value of low ones."""
+    wide = any(x.wide and not x.number for x in step.ins)
+    low = any(x.low for x in step.ins) and any(x.wide for x in step.outs)
+    return low and (is_product(step.eqn) or not wide)
 
 
 def _is_gradient_of(cause: Cause, forward: Cause) -> bool:

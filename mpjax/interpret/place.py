@@ -83,7 +83,10 @@ def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bo
 
 def _root(names: tuple[str, ...]) -> tuple[str, ...]:
     """The names without the class of the root module, which says nothing about where."""
-    return names[1:] if names and names[0][:1].isupper() and "_" not in names[0] else names
+    if not names or not names[0][:1].isupper() or "_" in names[0]:
+        return names
+    # What `jax.checkpoint` runs again stands in the root's scope twice.
+    return names[2:] if names[1:2] == names[:1] else names[1:]
 
 
 @functools.lru_cache(maxsize=65536)

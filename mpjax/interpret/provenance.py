@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mpjax.interpret.flow import Step, Value
+from mpjax.interpret.flow import Flow, Step, Value
 from mpjax.interpret.lists import SHAPE
 
 
@@ -28,6 +28,7 @@ def origin(value: Value) -> Origin:
     queue: list[tuple[Value, Step | None]] = [(value, None)]
     seen: set[Value] = set()
     made: Step | None = None
+    shape = _shape(value)
     for value, reader in queue:  # grows while it is read
         if value in seen or not value.wide:
             continue
@@ -40,10 +41,13 @@ def origin(value: Value) -> Origin:
             return Origin("argument", f"{value.origin} ({_shape(value)})", reader)
         queue += [(x, reader) for x in value.same]
         if value.step is not None:
+            wide = [x for x in value.step.ins if x.wide and not x.number]
+            if not wide and not any(x.low for x in value.step.ins):
+                return Origin("made", f"{shape} made there", value.step)
             made = value.step
-            queue += [(x, made) for x in made.ins if not x.number]
+            queue += [(x, made) for x in wide]
     assert made is not None  # it is wide, so something made it
-    return Origin("made", f"{_shape(made.outs[0])} of {made.name}", made)
+    return Origin("made", f"{shape} made there", made)
 
 
 def is_argument(value: Value) -> bool:
@@ -58,18 +62,53 @@ def is_argument(value: Value) -> bool:
     return True
 
 
-def behind(value: Value) -> Iterator[Step]:
-    """Yields the steps that a wide value was computed by, through wide values only."""
-    stack, seen = [value], set()
-    while stack:
-        value = stack.pop()
-        if value in seen or not value.wide:
-            continue
-        seen.add(value)
-        stack += value.same
-        if value.step is not None:
-            yield value.step
-            stack += [x for x in value.step.ins if not x.number]
+class Makers:
+    """The steps that made wide values of low ones, behind every wide value of a program.
+
+    Args:
+      flow: the program.
+      makes: whether a step is one.
+    """
+
+    def __init__(self, flow: Flow, makes: Callable[[Step], bool]) -> None:
+        self._steps = [step for step in flow.steps if makes(step)]
+        own = {step: 1 << number for number, step in enumerate(self._steps)}
+        self._found: dict[Step, int] = {}  # their numbers as bits, in program order
+        changed = True
+        while changed:  # once more for each loop in a loop
+            changed = False
+            for step in flow.steps:
+                bits = own.get(step, 0)
+                for value in step.ins:
+                    bits |= self._bits(value)
+                changed |= bits != self._found.get(step, 0)
+                self._found[step] = bits
+
+    def _bits(self, value: Value) -> int:
+        """Of the makers behind a value, through wide values only."""
+        if value.step is not None or not value.wide:
+            return self._found.get(value.step, 0) if value.step and value.wide else 0
+        bits, stack, seen = 0, list(value.same), {value}
+        while stack:
+            value = stack.pop()
+            if value not in seen and value.wide:
+                seen.add(value)
+                stack += value.same
+                bits |= self._found.get(value.step, 0) if value.step else 0
+        return bits
+
+    def behind(self, value: Value) -> list[Step]:
+        """Returns them in program order."""
+        bits, found = self._bits(value), []
+        while bits:
+            found.append(self._steps[(bits & -bits).bit_length() - 1])
+            bits &= bits - 1
+        return found
+
+    def before(self, step: Step, value: Value) -> bool:
+        """Returns whether one of them stands before a step."""
+        bits = self._bits(value)
+        return bits > 0 and self._steps[(bits & -bits).bit_length() - 1].order < step.order
 
 
 def readers(value: Value) -> Iterator[tuple[Step, set[Value]]]:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from mpjax.errors import ConfigError
 from mpjax.interpret.audit import audit
 from mpjax.interpret.hlo import read
+from tests.interpret.clean import linen_encoder
 from tests.interpret.leaky import LOW, PLANTS, W, X, wide
 from tests.interpret.stablehlo import product_flops
 from tests.models.shapes import BATCH, small
@@ -71,6 +72,17 @@ def test_flops_of_a_decoder_are_those_of_its_stablehlo() -> None:
     assert len({p.split("/")[2] for p in layers}) == 2
     sums = [sum(c.products for c in dtypes.values()) for dtypes in report.by_path.values()]
     assert sum(sums) == report.flops
+
+
+def test_paths_are_the_same_forward_recomputed_and_backward() -> None:
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        fn, args = linen_encoder()
+        products = audit(fn, *args).products
+    paths: dict[str, set[str]] = {}
+    for product in products:
+        paths.setdefault(product.direction, set()).add(product.path)
+    assert len(paths["forward"]) == 2 * 6 + 1
+    assert paths["backward"] == paths["forward"] > paths["recomputed"]
 
 
 def test_loops_count_as_often_as_they_run() -> None:
@@ -193,7 +205,7 @@ def test_it_prints_plain_text_and_markdown() -> None:
     report = leaky_report()
     text, markdown = str(report), report.to_markdown()
     assert "\x1b" not in text
-    assert text.startswith("Audit: 0.0% of the product FLOPs in bfloat16; 1 leaks")
+    assert text.startswith("Audit: product FLOPs 100.0% float32; 1 leaks")
     for section in ("Leaks", "By dtype", "By module path", "Products"):
         assert section in text
         assert f"## {section}" in markdown
