@@ -180,11 +180,12 @@ class Model:
                 {"params": p["head"]}, x, rngs={} if key is None else {"rounding": key}
             )
         path = "decoder/head"
-        return ops.linear(
-            x, p["embed"]["table"], self.precision.policy(path), transposed=True, where=path,
-            gradient_dtype=self.precision.gradient_dtype, recipe=self.recipes.get(path),
-            key=key,
-        )  # fmt: skip
+        with jax.named_scope(path):
+            return ops.linear(
+                x, p["embed"]["table"], self.precision.policy(path), transposed=True, where=path,
+                gradient_dtype=self.precision.gradient_dtype, recipe=self.recipes.get(path),
+                key=key,
+            )  # fmt: skip
 
     def apply(
         self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False

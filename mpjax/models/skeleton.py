@@ -28,13 +28,19 @@ def outer_parts(config: DecoderConfig, at: At) -> dict[str, tuple[nn.Module, Any
     """Returns the modules outside the blocks, each with an example of its input."""
     c = config
     ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, c.width))
-    embed = Embed(at("embed"), c.vocabulary, c.width, ("vocab", "embed"))
+    # Named as their paths: what a traced program calls them.
+    name = "decoder/{}".format
+    embed = Embed(at("embed"), c.vocabulary, c.width, ("vocab", "embed"), name=name("embed"))
     parts: dict[str, tuple[nn.Module, Any]] = {"embed": (embed, ids)}
     if c.position == "learned":
-        parts["position"] = (Embed(at("position"), c.context, c.width, (None, "embed")), ids)
-    parts["norm"] = (Norm(at("norm"), c.norm, c.bias, c.epsilon), x)
+        table = Embed(
+            at("position"), c.context, c.width, (None, "embed"), name=name("position")
+        )
+        parts["position"] = (table, ids)
+    parts["norm"] = (Norm(at("norm"), c.norm, c.bias, c.epsilon, name=name("norm")), x)
     if not c.tied:
-        parts["head"] = (Linear(at("head"), c.vocabulary, ("embed", "vocab")), x)
+        head = Linear(at("head"), c.vocabulary, ("embed", "vocab"), name=name("head"))
+        parts["head"] = (head, x)
     return parts
 
 

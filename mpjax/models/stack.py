@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -53,10 +54,11 @@ class Stack:
         unroll = c.loop == "unroll" or (c.loop == "auto" and jax.default_backend() == "cpu")
         outputs = []
         for start, stop in self.segments:
-            block = Block(self.at("layers", str(start)), c)
+            context = self.at("layers", str(start))
 
-            def run(x: Any, one: Any, block: Block = block) -> tuple[Any, Any]:
+            def run(x: Any, one: Any, name: str, context: Any = context) -> tuple[Any, Any]:
                 params, cached, seen, layer = one
+                block = Block(context, c, name=name)
                 rngs = {}
                 if key is not None:
                     own = jax.random.fold_in(key, layer)
@@ -73,18 +75,22 @@ class Stack:
                 )  # fmt: skip
                 return out[0], (out[1], updated["amax"])
 
-            if c.remat != "none":
-                run = jax.checkpoint(run, policy=_REMAT[c.remat], prevent_cse=unroll)
+            def named(name: str, run: Any = run) -> Any:
+                one = functools.partial(run, name=name)
+                if c.remat == "none":
+                    return one
+                return jax.checkpoint(one, policy=_REMAT[c.remat], prevent_cse=unroll)
+
             part = lambda a: a[start:stop] if (start, stop) != (0, c.layers) else a  # noqa: B023, E731
             xs = jax.tree.map(part, (stacked, state.get("layers"), amax, jnp.arange(c.layers)))
             if unroll:
                 outs = []
-                for one in _unstack(xs, stop - start):
-                    x, out = run(x, one)
+                for layer, one in enumerate(_unstack(xs, stop - start), start):
+                    x, out = named(f"decoder/layers/{layer}")(x, one)
                     outs.append(out)
                 out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
             else:
-                x, out = jax.lax.scan(run, x, xs)
+                x, out = jax.lax.scan(named("decoder/layers"), x, xs)
             outputs.append(out)
         cache, amax = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
         new = dict(state)
