@@ -235,7 +235,8 @@ def train(
     @jax.jit
     def step(scale: Any, weights: Any, state: Any, batch: Any) -> Any:
         _, grads, finite = value_and_grad(scale, weights, batch)
-        updates, new = tx.update(grads, state, weights)
+        with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction needs it
+            updates, new = tx.update(grads, state, weights)
         kept = select(finite, (apply_updates(weights, updates), new), (weights, state))
         return scale.adjust(finite), *kept, ~finite
 
