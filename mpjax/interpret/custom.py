@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
+from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 from mpjax.interpret.control import Run
 from mpjax.interpret.retrace import cast
@@ -44,6 +45,20 @@ def _boundary(function: ClosedJaxpr, args: Sequence[Any], run: Run) -> list[Any]
     return [shape.dtype for shape in shapes]
 
 
+def _closed_over(consts: Sequence[Any], eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """What a rule closes over, as values of today.
+
+    A rule is traced when it is differentiated, and meets tracers of the trace that the equation
+    came from, which is over. Their variables are the equation's first inputs.
+    """
+    known = dict(zip(eqn.invars, values, strict=False))
+    variables = [c.val if isinstance(c, DynamicJaxprTracer) else None for c in consts]
+    return [
+        known.get(var, c) if isinstance(var, Var) else c
+        for c, var in zip(consts, variables, strict=True)
+    ]
+
+
 def _jvp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
     p = eqn.params
     skip = p["num_consts"]
@@ -55,6 +70,7 @@ def _jvp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
     @function.defjvp
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         jaxpr, consts, zeros = p["jvp_jaxpr_fun"].call_wrapped(*[False] * (len(args) - skip))
+        consts = _closed_over(consts, eqn, primals[:skip])
         mine = [*primals[skip:], *tangents[skip:]]
         outs = run(ClosedJaxpr(jaxpr, consts), mine, 1).outs
         given = iter(outs[len(zeros) :])
@@ -83,23 +99,25 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
 
     def forward(*values: Any) -> tuple[list[Any], list[Any]]:
         jaxpr, consts = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * (len(values) - skip))
+        consts = _closed_over(consts, eqn, values[:skip])
         outs = run(ClosedJaxpr(jaxpr, consts), values[skip:], 1).outs
         _, tree, sources = p["out_trees"]()
         own = tree.num_leaves - sum(source is not None for source in sources)
         saved = iter(outs[:own])
-        residuals = [next(saved) if s is None else values[skip + s] for s in sources]
+        residuals = [next(saved) if s is None else values[s] for s in sources]
         wanted = _boundary(p["call_jaxpr"], values, run)
         results = [cast(x, dtype) for x, dtype in zip(outs[own:], wanted, strict=True)]
         # The dtypes of the arguments, for their cotangents; empty, so that nothing is kept alive.
-        return results, [residuals, [jnp.zeros((0,), v.dtype) for v in values]]
+        like = [jnp.zeros((0,), v.dtype) for v in values[skip:]]
+        return results, [residuals, list(values[:skip]), like]
 
     def backward(saved: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
-        residuals, like = saved
-        jaxpr, consts = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * (len(like) - skip))
+        residuals, outside, like = saved
+        jaxpr, _ = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * len(like))
         _, tree, sources = p["out_trees"]()
         own = tree.num_leaves - sum(source is not None for source in sources)
         fwd = iter([v.aval for v in jaxpr.outvars[:own]])
-        avals = [next(fwd) if s is None else recorded[skip + s] for s in sources]
+        avals = [next(fwd) if s is None else recorded[s] for s in sources]
         avals += [v.aval.to_tangent_aval() for v in jaxpr.outvars[own:]]
         missing: list[bool] = []
 
@@ -110,10 +128,11 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
 
         # As the rule was written, so at the dtypes that it was written for; then evaluated low.
         closed = jax.make_jaxpr(traced)(*avals)
+        closed = ClosedJaxpr(closed.jaxpr, _closed_over(closed.consts, eqn, outside))
         outs = iter(run(closed, [*residuals, *cotangents], 2).outs)
         found = [None if none else next(outs) for none in missing]
         cast_back = [
-            None if x is None else cast(x, y.dtype) for x, y in zip(found, like[skip:], strict=True)
+            None if x is None else cast(x, y.dtype) for x, y in zip(found, like, strict=True)
         ]
         return (*[None] * skip, *cast_back)
 

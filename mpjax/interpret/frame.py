@@ -200,7 +200,7 @@ class _Frame:
         if not is_float(x):
             if x.dtype == jnp.bool_:
                 self.weak.mark(eqn.outvars[0], 1.0)
-            elif atom.aval.weak_type:  # a Python integer
+            elif is_number(x) or getattr(atom.aval, "weak_type", False):
                 self.weak.mark(eqn.outvars[0], abs(float(x)) if is_number(x) else float("inf"))
             return bind(eqn, args)
         wanted = eqn.params["new_dtype"]
