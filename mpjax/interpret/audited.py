@@ -233,7 +233,7 @@ class Audit:
             )
             rows.append((total, (path or "(none)", count(total.products), shares,
                                  count(total.others), count(total.bytes))))  # fmt: skip
-        rows.sort(key=lambda row: -row[0].bytes)
+        rows.sort(key=lambda row: (-row[0].products, -row[0].bytes))
         columns = ("path", "product FLOPs", "in", "other FLOPs", "bytes")
         return Section("By module path", columns, [row for _, row in rows], SHOWN)
 

@@ -160,13 +160,16 @@ class Leaks:
     def _cause(self, step: Step) -> Cause:
         if not _is_cast(step) and not is_product(step.eqn):
             return _of("operation", step, step.outs[0], step.name)
-        partners = [x for each in self._partners(step) for x in each]
-        if _asked(step) or not partners:
+        partners = self._partners(step)
+        # Not what is wide through this step alone; nor a number, if others read the step too.
+        met = [x for each in partners for x in each if x.number or origin(x).kind != "cast"]
+        best = [x for x in met if not x.number] or (met if len(partners) == 1 else [])
+        if _asked(step) or not best:
             source = _dtype(step.ins[0])
             if _is_cast(step):
                 return _of("cast", step, step.outs[0], f"a cast of {source}")
             return _of("product", step, step.outs[0], f"a product of {source}")
-        return _met(step, next((p for p in partners if not p.number), partners[0]))
+        return _met(step, best[0])
 
 
 def _makes(step: Step) -> bool:
@@ -205,7 +208,10 @@ def _met(step: Step, partner: Value) -> Cause:
     if is_product(step.eqn):  # nothing is promoted: the place is that of the wide operand
         cause = _of(kind, source or step, partner, text)
         return dataclasses.replace(cause, low=_of(kind, step, partner, text).low)
-    return _of(kind, step, partner, f"{text} at {source.place.line}" if source else text)
+    line = source.place.line if source else ""
+    return _of(
+        kind, step, partner, f"{text} at {line}" if line not in ("", step.place.line) else text
+    )
 
 
 def _cotangent(product: Step) -> Cause:

@@ -13,7 +13,8 @@ class Origin(NamedTuple):
     """What a wide value is made of: the first argument, constant or new array behind it.
 
     Args:
-      kind: `argument`, `constant`, `number` or `made`.
+      kind: `argument`, `constant`, `number` or `made`; `cast` if there is none, so that all of it
+        was low before.
       text: such as `args[0]['w'] (float32[8,8])`.
       step: the operation that reads or makes it; None for the value itself.
     """
@@ -43,11 +44,10 @@ def origin(value: Value) -> Origin:
         if value.step is not None:
             wide = [x for x in value.step.ins if x.wide and not x.number]
             if not wide and not any(x.low for x in value.step.ins):
-                return Origin("made", f"{shape} made there", value.step)
+                return Origin("made", f"{shape}, made by the function", value.step)
             made = value.step
             queue += [(x, made) for x in wide]
-    assert made is not None  # it is wide, so something made it
-    return Origin("made", f"{shape} made there", made)
+    return Origin("cast", f"{shape} cast up", made)
 
 
 def is_argument(value: Value) -> bool:

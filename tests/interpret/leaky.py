@@ -58,10 +58,10 @@ def plant(mechanism: str, weights: Any = W, *data: Any, gradient: bool = False) 
     return register
 
 
-def line_of(name: str) -> str:
+def line_of(name: str, what: str = "leak") -> str:
     """`file:line` of the statement that plants a leak."""
     lines = Path(__file__).read_text().splitlines()
-    (number,) = [i for i, line in enumerate(lines, 1) if line.endswith(f"# leak: {name}")]
+    (number,) = [i for i, line in enumerate(lines, 1) if line.endswith(f"# {what}: {name}")]
     return f"{__file__}:{number}"
 
 
@@ -118,7 +118,8 @@ def forgetful_norm(params: Any, x: Any) -> Any:
 
 @plant("made")
 def rope_table(w: Any, x: Any) -> Any:
-    angle = jnp.arange(T, dtype=jnp.float32)[:, None] * 0.01 ** jnp.linspace(0, 1, D // 2)[None]
+    position = jnp.arange(T, dtype=jnp.float32)[:, None]  # origin: rope_table
+    angle = position * 0.01 ** jnp.arange(0, 1, 2 / D)[None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x @ w, 2, axis=-1)
     a, b = a * cos - b * sin, b * cos + a * sin  # leak: rope_table
@@ -171,7 +172,7 @@ def wide_probabilities(w: Any, x: Any) -> Any:
 
 @plant("made", W, X)
 def scan_carry(w: Any, x: Any) -> Any:
-    start = jnp.zeros((B, D))
+    start = jnp.zeros((B, D))  # origin: scan_carry
 
     def cell(carry: Any, x_BD: Any) -> Any:
         carry = 0.9 * carry + x_BD  # leak: scan_carry

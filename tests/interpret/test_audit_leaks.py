@@ -58,6 +58,12 @@ def test_a_leak_is_found_at_its_line(name: str) -> None:
     check(PLANTS[name].fn, name)
 
 
+@pytest.mark.parametrize("name", ["scan_carry", "rope_table"])
+def test_a_leak_names_the_line_that_made_what_was_wide(name: str) -> None:
+    (leak,) = audit(PLANTS[name].fn, PLANTS[name].weights, *PLANTS[name].data).leaks
+    assert f"made by the function at {line_of(name, 'origin')} " in leak.origin
+
+
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_gradient_leaks_where_its_function_does(name: str) -> None:
     check(gradient(PLANTS[name].fn), name)
