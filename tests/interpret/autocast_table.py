@@ -298,3 +298,16 @@ FLOAT32_INSIDE = (
     *("jnp.i0", "jnp.diagonal", "jnp.logaddexp", "jnp.logaddexp2"),
     *("special.logit", "special.log_ndtr", "special.entr", "special.xlogy", "special.xlog1py"),
 )
+
+# Of the CPU lists: what the reference says of some rows with bfloat16 operands.
+CPU = {
+    **dict.fromkeys(("x @ y", "jnp.matmul", "lax.conv", "nn.dot_product_attention"), LOW),
+    **dict.fromkeys(("jnp.prod", "jnp.quantile", "jnp.trace"), FULL),
+    **dict.fromkeys(("jnp.linalg.cholesky", "jnp.linalg.inv"), FULL),
+    **dict.fromkeys(("jnp.exp", "jnp.log", "jnp.log1p", "jnp.power", "jnp.tan", "1 / x"), FOLLOWS),
+    **dict.fromkeys(("jnp.sum", "jnp.cumsum", "jnp.cumprod", "jnp.mean", "jnp.var"), FOLLOWS),
+    **dict.fromkeys(("nn.softmax", "nn.log_softmax", "nn.softplus", "nn.logsumexp"), FOLLOWS),
+    **dict.fromkeys(("nn.gelu", "jnp.add", "jnp.concatenate"), FOLLOWS),
+    # Not listed, and in float32 all the same: the squares under a sum are, by demand.
+    **dict.fromkeys(("jnp.linalg.norm", "layer norm by hand"), FULL),
+}

@@ -69,7 +69,7 @@ def _wanted(row: Row, pattern: str, low: Any) -> Any:
     return {LOW: low, FULL: jnp.float32, FIRST: first}.get(_kind(row), followed)
 
 
-def _cast(row: Row, pattern: str, low: Any, operands: list[jax.Array]) -> Any:
+def _cast(row: Row, pattern: str, low: Any, operands: list[jax.Array], lists: str = "cuda") -> Any:
     """The function as autocast runs it."""
     are_low = _which(row, pattern)
     if pattern == "arguments":
@@ -80,7 +80,7 @@ def _cast(row: Row, pattern: str, low: Any, operands: list[jax.Array]) -> Any:
             xs = tuple(_made_low(x) if mine else x for x, mine in zip(xs, are_low, strict=True))
         return row.fn(*xs)
 
-    return autocast(fn, low, restore_dtypes=False)(*operands)
+    return autocast(fn, low, lists=lists, restore_dtypes=False)(*operands)
 
 
 def _by_hand(row: Row, pattern: str, low: Any, operands: list[jax.Array]) -> Any:
@@ -170,6 +170,22 @@ def test_the_table_is_what_it_claims():
         deviation = table.DEVIATES.get(row.name)
         if deviation is not None and deviation.kind == row.kind:
             assert deviation.by_hand is not None or not deviation.same_bits
+
+
+@pytest.mark.parametrize("name", table.CPU)
+def test_function_runs_in_the_dtype_of_the_cpu_reference(name):
+    row = next(row for row in ROWS if row.name == name)
+    operands = [_operand(letter, n, jnp.bfloat16) for n, letter in enumerate(row.takes)]
+    got = jax.eval_shape(lambda *xs: _cast(row, "low", jnp.bfloat16, list(xs), "cpu"), *operands)
+    assert got.dtype == (jnp.float32 if table.CPU[name] == FULL else jnp.bfloat16)
+
+
+def test_cpu_sums_keep_the_digits_inside():
+    """The dtype of a sum follows its operand; what it adds up is float32."""
+    row = next(row for row in ROWS if row.name == "jnp.sum")
+    x = _operand("u", 0, jnp.bfloat16)
+    got = _cast(row, "low", jnp.bfloat16, [x], "cpu")
+    np.testing.assert_array_equal(got, jnp.sum(x).astype(jnp.bfloat16), strict=True)
 
 
 LOW_ARGUMENTS = ("exp", "expm1", "log", "log1p", "sinh", "cosh", "tan", "arccos", "reciprocal")
