@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn
 
+from mpjax.precision.policy import CARRIED
+
 # A scope that `einsum` opens is named by its specification: no module.
 _EINSUM = re.compile(r"^[\w.]*(,[\w.]*)*->[\w.]*$|^[\w.]*(,[\w.]*)+$")
 # Equinox names a module of its own by its class: what it is, not where.
@@ -37,6 +39,7 @@ class Place(NamedTuple):
       tangent: it came from a differentiation; neither makes it part of the plain forward pass.
       recomputed: `jax.checkpoint` runs it a second time.
       untouched: it stands in a region of `no_autocast`.
+      carried: it belongs to a model that takes its policies by path already.
       line: the user's source line, `file.py:12 (function)`; of the enclosing equation where the
         traceback was cut.
       loops: how often it runs in one call: the lengths of the scans around it, multiplied.
@@ -47,6 +50,7 @@ class Place(NamedTuple):
     tangent: bool = False
     recomputed: bool = False
     untouched: bool = False
+    carried: bool = False
     line: str = ""
     loops: int = 1
 
@@ -60,11 +64,11 @@ NOWHERE = Place()
 
 
 @functools.lru_cache(maxsize=65536)
-def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bool]:
-    """Module names, backward, tangent, recomputed and untouched of a name stack's elements."""
+def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bool, bool]:
+    """Module names of a name stack's elements, and the flags of a Place in their order."""
     names: list[str] = []
     before = ""
-    backward = tangent = recomputed = untouched = False
+    backward = tangent = recomputed = untouched = carried = False
     for element in stack:
         kind, name = type(element).__name__, element.name
         if kind == "Transform":
@@ -74,11 +78,13 @@ def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bo
             recomputed = True
         elif name == UNTOUCHED:
             untouched = True
+        elif name == CARRIED:
+            carried = True
         elif not _EINSUM.match(name) and not (before and name.startswith(f"{before}.")):
             names += [part for part in name.split("/") if part]
             before = name  # Linen names a module's method `module.method`, inside `module`
     names = [name for name in names if not _CLASS.match(name)] or names
-    return tuple(names), backward, tangent, recomputed, untouched
+    return tuple(names), backward, tangent, recomputed, untouched, carried
 
 
 def _root(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -112,7 +118,7 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
       outer: where the equation that holds this jaxpr stands.
       line: whether to look the source line up, which costs more than the rest.
     """
-    names, backward, tangent, recomputed, untouched = _read(eqn.source_info.name_stack.stack)
+    names, backward, tangent, recomputed, untouched, carried = _read(eqn.source_info.name_stack.stack)
     if not outer.path:
         names = _root(names)
     elif names and _CLASS.match(names[0]):
@@ -126,6 +132,7 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
         tangent or outer.tangent,
         recomputed or outer.recomputed,
         untouched or outer.untouched,
+        carried or outer.carried,
         _line(eqn.source_info.traceback, outer.line) if line else outer.line,
         outer.loops,
     )

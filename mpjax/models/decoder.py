@@ -23,6 +23,7 @@ from mpjax.models.context import Context, unsharded
 from mpjax.models.skeleton import init_boxed, outer_parts, part_key, paths, stored
 from mpjax.models.stack import Stack
 from mpjax.precision import Precision, Recipe, dtype_name, get_precision, wider
+from mpjax.precision.policy import CARRIED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Model:
         """Returns new parameters; equal keys give equal float32 draws under every Precision."""
         return stored(nn.unbox(init_boxed(self.config, self._at, key)), self.precision)
 
+    @jax.named_scope(CARRIED)
     def features(
         self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:

@@ -7,6 +7,8 @@ import jmp
 from mpjax.errors import ConfigError
 from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype
 
+# The name scope of what takes its policies by path already: autocast refuses to cast it again.
+CARRIED = "mpjax.policies"
 _FIELDS = {"p": "p", "params": "p", "c": "c", "compute": "c", "o": "o", "output": "o"}
 
 

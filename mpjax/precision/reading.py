@@ -109,8 +109,9 @@ def _start(word: str) -> dict[str, Any]:
         return _fields(Precision(word, quantised_rules(get_recipe(word, "precision"))))
     if word == "O1":
         raise ConfigError(
-            "precision: O1 patches functions, which needs autocast and is not here yet; O2 has"
-            " float16 weights with float32 master copies, fp16 is the mixed policy"
+            "precision: O1 casts inside functions and not by path: for any model take"
+            " mpjax.autocast(fn, 'fp16') and a DynamicLossScale; for a model of mpjax, fp16 is the"
+            " same, and O2 has float16 weights with float32 master copies"
         )
     try:
         return _from_policy(word)
