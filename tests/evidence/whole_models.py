@@ -109,7 +109,8 @@ def main() -> bool:
         rows += found
         met = met and good
     head = ("library", "precision", "validation loss", "gap to fp32 (95 %)", "each seed, %",
-            "under autocast", "first gradient off by", "low by StableHLO", "low by audit", "skipped")  # fmt: skip
+            "under autocast", "first gradient off by", "low by StableHLO", "low by audit",
+            "skipped")  # fmt: skip
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     text = (
         f"{WORK.layers} layers of width {WORK.width}, {WORK.heads} heads, {WORK.steps} steps of"
@@ -117,8 +118,8 @@ def main() -> bool:
         f" {SEEDS} seeds with the same first weights and batches in each precision. Weights and"
         " optimizer are float32; fp16 has a dynamic loss scale that starts at 2^16. Loss is judged"
         " in float32, and once more under autocast itself. How far the first gradient is from"
-        " float32's (norm of the difference over norm) shows that the roundings are there. The share of product FLOPs is that of"
-        f" one step, forward and backward. {versions}; took {time.perf_counter() - begin:.0f} s."
+        " float32's (norm of the difference over norm) shows that the roundings are there. The"
+        f" share of product FLOPs is that of one step, forward and backward. {versions}; took {time.perf_counter() - begin:.0f} s."
         f"\n\nBars: at least {SHARE:.0%} of the product FLOPs in 16 bits by both counts, and every"
         f" seed's loss within {GAP} % of float32's, judged either way:"
         f" {'met' if met else 'MISSED'}."
