@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
+from mpjax.errors import ConfigError
 from mpjax.interpret import custom
 from mpjax.interpret.control import Rebind
 from mpjax.interpret.demand import demanded
@@ -116,6 +117,12 @@ class _Frame:
     def visit(self, eqn: JaxprEqn, place: Place, args: list[Any]) -> list[Any]:
         """Runs an equation in the dtype that is its own."""
         self.caster.paths[place.path] = None
+        if place.carried and not place.untouched:
+            raise ConfigError(
+                f"autocast: {place.path or 'the model'} carries its own Precision, whose policies"
+                " would apply twice; give the Precision to the model, as in"
+                " mpjax.models.decoder('small', 'bf16'), and leave autocast out"
+            )
         name, region = operation(eqn), self._region(place)
         if region is UNTOUCHED:
             return self._untouched(eqn, args, place)

@@ -118,7 +118,9 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
       outer: where the equation that holds this jaxpr stands.
       line: whether to look the source line up, which costs more than the rest.
     """
-    names, backward, tangent, recomputed, untouched, carried = _read(eqn.source_info.name_stack.stack)
+    names, backward, tangent, recomputed, untouched, carried = _read(
+        eqn.source_info.name_stack.stack
+    )
     if not outer.path:
         names = _root(names)
     elif names and _CLASS.match(names[0]):
