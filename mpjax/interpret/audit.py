@@ -120,21 +120,21 @@ def _audit(fn: Any, program: Program, flow: Flow, optimised: hlo.Optimised | Non
     for step, product in products.items():
         lows.update({str(x.aval.dtype): product.flops for x in step.ins[:2] if x.low})
     low = lows.most_common(1)[0][0] if lows else ""
-    leaks, found = Leaks(flow), ([], [])  # type: tuple[Leaks, tuple[list[Leak], list[Leak]]]
-    for cause, steps in leaks.found().items():
+    found = Leaks(flow)
+    leaks: list[Leak] = []
+    minor: list[Leak] = []
+    for cause, steps in found.by_cause().items():
         low = low or cause.low  # a promotion may have left no product a low operand
         leak = _leak(cause, [products[step] for step in steps], total, low)
-        found[leaks.is_minor(steps, total)].append(leak)
-    for each in found:
-        each.sort(key=lambda leak: -leak.flops)
+        (minor if found.is_minor(steps, total) else leaks).append(leak)
     by_dtype, by_path = _costs(flow)
     return Audit(
         low=low,
         by_dtype=by_dtype,
         by_path=by_path,
         products=tuple(products.values()),
-        leaks=tuple(found[False]),
-        minor=tuple(found[True]),
+        leaks=tuple(sorted(leaks, key=lambda leak: -leak.flops)),
+        minor=tuple(sorted(minor, key=lambda leak: -leak.flops)),
         double_casts=double_casts(flow),
         dead_casts=dead_casts(flow),
         low_reductions=low_reductions(flow),

@@ -80,7 +80,7 @@ class Leaks:
             if _is_cast(step) and step.ins[0].wide and step.outs[0].low:
                 self._narrowed.add(written(step.eqn))
 
-    def found(self) -> dict[Cause, list[Step]]:
+    def by_cause(self) -> dict[Cause, list[Step]]:
         """Returns each cause with the products that it reaches; none in a float32 program."""
         reached: dict[Cause, list[Step]] = {}
         low = False
@@ -159,7 +159,8 @@ class Leaks:
 
     def _cause(self, step: Step) -> Cause:
         if not _is_cast(step) and not is_product(step.eqn):
-            return _of("operation", step, step.outs[0], step.name)
+            wide = next(x for x in step.outs if x.wide)
+            return _of("operation", step, wide, step.name)
         partners = self._partners(step)
         # Not what is wide through this step alone; nor a number, if others read the step too.
         met = [x for each in partners for x in each if x.number or origin(x).kind != "cast"]
