@@ -114,10 +114,25 @@ def _named_class(cls: Any, path: str) -> Any:
 
         return method
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _restore, (_plain(self, cls), path)
+
     body: dict[str, Any] = {name: in_scope(name) for name in _methods(cls)}
     body |= {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    made = type(cls)(cls.__name__, (cls,), body | {"_unnamed": cls})
+    body |= {"_unnamed": cls, "__reduce_ex__": reduce}  # pickle would look for the class by name
+    made = type(cls)(cls.__name__, (cls,), body)
     return made
+
+
+def _plain(node: Any, parent: Any) -> Any:
+    """A named module as an instance of the class that it had before."""
+    plain = object.__new__(parent)
+    vars(plain).update(vars(node))
+    return plain
+
+
+def _restore(plain: Any, path: str) -> Any:
+    return _as_kind(plain, _named_class(type(plain), path))
 
 
 def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
@@ -139,9 +154,7 @@ def _register(kind: Any, parent: Any) -> None:
     """Makes a class a pytree as its parent is, where subclassing does not."""
 
     def flatten(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
-        plain = object.__new__(parent)
-        vars(plain).update(vars(node))
-        children, tree = _one_level(plain)
+        children, tree = _one_level(_plain(node, parent))
         return [(keys[0], child) for keys, child in children], tree
 
     jax.tree_util.register_pytree_with_keys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -272,6 +273,15 @@ def test_the_same_names_make_the_same_structure(library: str) -> None:
     assert found[0].startswith("student/blocks/0/attention/query") and found[-1] == "student/head"
 
 
+@pytest.mark.parametrize(
+    "model", [[eqx.nn.LayerNorm(4), eqx.nn.Linear(4, 4, key=KEY)], Stateful(nnx.Rngs(0))]
+)
+def test_a_copy_is_pickled(model: Any) -> None:
+    again = pickle.loads(pickle.dumps(named(model)))
+    assert jax.tree.structure(again) == jax.tree.structure(named(model))
+    assert bits(again) == bits(model)
+
+
 @jax.tree_util.register_pytree_with_keys_class
 class Own:
     """A module of bare JAX."""
@@ -301,6 +311,7 @@ def test_a_module_of_bare_jax_is_named() -> None:
     assert [m.name for m in grads] == ["a", "b"] and isinstance(grads[0], Own)
     assert paths(loss, model, X) == ["0", "1"]
     assert sorted(paths(jax.grad(loss), model, X)) == ["0", "0", "1", "1", "1"]
+    assert paths(loss, pickle.loads(pickle.dumps(model)), X) == ["0", "1"]
 
 
 def test_a_partial_is_gone_through() -> None:
