@@ -3,100 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from mpjax.errors import ConfigError
 from mpjax.interpret.control import Rebind
+from mpjax.interpret.measure import Candidate, Pair, as_stored, candidates, fold, measure, merge
+from mpjax.interpret.monitored import KINDS, Monitored
 from mpjax.interpret.place import Place
 from mpjax.interpret.retrace import Records, Result
-from mpjax.interpret.statistics import (
-    Candidate,
-    Pair,
-    Statistics,
-    candidates,
-    fold,
-    measure,
-    merge,
-)
-from mpjax.interpret.tensors import Leaf, Mark, Tensors, find_tensors
+from mpjax.interpret.statistics import Statistics
+from mpjax.interpret.tensors import Mark, Tensors, find_tensors
 from mpjax.interpret.trace import trace
 from mpjax.interpret.walker import bind, walk
+from mpjax.interpret.weights import Leaf
 from mpjax.precision.rule import matches, near_misses
 
-KINDS = ("weights", "activations", "gradients", "activation_gradients", "updates")
 _AT_ONCE = 2**26  # numbers that may wait for each other: 256 MiB
 FORMATS = ("e4m3", "e5m2", "bf16", "fp16")
-
-
-class Monitored(NamedTuple):
-    """What `monitor` saw: name -> statistics, by kind; a pytree.
-
-    Names are module paths; behind a colon stands which tensor of the module it is (`lhs`, `rhs`
-    and `product` of a product, numbered where there are several; `operand`, the gradient of an
-    operand; `output`). Weights, gradients and updates have the paths of the weights.
-
-    Args:
-      weights: as stored.
-      activations: of the forward pass.
-      gradients: of weights, as the backward pass leaves them, so scaled by the loss scale.
-      activation_gradients: of the backward pass, scaled likewise.
-      updates: new weights minus old ones.
-      unchanged: share of a weight's numbers whose bits an update does not move.
-      logit_max: largest number that goes into a softmax behind a product.
-      gradient_ratio: root mean square of g / sqrt(v), as Adam's step divides.
-    """
-
-    weights: dict[str, Statistics]
-    activations: dict[str, Statistics]
-    gradients: dict[str, Statistics]
-    activation_gradients: dict[str, Statistics]
-    updates: dict[str, Statistics]
-    unchanged: dict[str, Any]
-    logit_max: dict[str, Any]
-    gradient_ratio: dict[str, Any]
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields a flat record for each tensor and layer, with Python numbers.
-
-        Keys: `kind`, `name`, `layer` (None where there is but one), `size`, `amax`, `max`, `mean`,
-        `rms`, `zeros`, `subnormal`, `infinite`, `nan`, for each format `underflow/F`, `overflow/F`
-        and `sqnr/F` (with ` scaled` behind F for one scale a tensor); where known `unchanged`,
-        `logit_max` and `gradient_ratio`.
-        """
-        host = jax.device_get(self)
-        for kind in KINDS:
-            for name, found in getattr(host, kind).items():
-                for layer, values in _layers(found.layers, _columns(found)):
-                    row = {"kind": kind, "name": name, "layer": layer} | values
-                    yield row
-        for kind in ("unchanged", "logit_max", "gradient_ratio"):
-            for name, value in getattr(host, kind).items():
-                for layer, values in _layers(np.shape(value), {kind: value}):
-                    yield {"kind": kind, "name": name, "layer": layer} | values
-
-
-def _columns(found: Statistics) -> dict[str, Any]:
-    names = ("size", "amax", "max", "mean", "rms", "zeros", "subnormal", "infinite", "nan")
-    columns = {name: getattr(found, name) for name in names}
-    for c in found.formats:
-        label = f"{c.name} scaled" if c.scaled else c.name
-        columns[f"underflow/{label}"] = found.underflow(c.name, c.scaled)
-        columns[f"overflow/{label}"] = found.overflow(c.name, c.scaled)
-        columns[f"sqnr/{label}"] = found.sqnr(c.name, c.scaled)
-    return columns
-
-
-def _layers(shape: Sequence[int], columns: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    for index in np.ndindex(*shape):
-        layer = None if not index else int(np.ravel_multi_index(index, tuple(shape)))
-        yield layer, {key: np.asarray(value)[index].item() for key, value in columns.items()}
 
 
 class Pending(NamedTuple):
@@ -129,7 +57,7 @@ class _Monitor:
             found[kind][name] = Statistics(*pair, self._formats if kind in KINDS else ())
         for leaf in self._tensors.weights:
             if leaf.new is not None and "updates" in self._what and self._wants(leaf.name):
-                same = _same_bits(args[leaf.index], outs[leaf.new]).astype(jnp.float32)
+                same = _same_bits(args[leaf.argument], outs[leaf.new]).astype(jnp.float32)
                 along = tuple(range(int(leaf.layered), same.ndim))
                 found["unchanged"][leaf.name] = jnp.mean(same, axis=along)
         found["logit_max"] = {name: s.max for name, s in found["logit_max"].items()}
@@ -159,7 +87,7 @@ class _Monitor:
                         pair = inner[kind, name, call, part], inner[kind, name, call, "reals"]
                         _put(records, kind, name, pair)
             for mark in self._tensors.marks.get(id(eqn), ()):
-                x = values[mark.index] if mark.index >= 0 else outs[-1 - mark.index]
+                x = values[mark.at] if mark.at >= 0 else outs[-1 - mark.at]
                 self._record(mark, place.path, x, pending, squares)
             if sum(p.x.size for p in pending) > _AT_ONCE:
                 self._measure(pending, records)
@@ -176,9 +104,7 @@ class _Monitor:
         """Measures what waits for it: tensors for the formats, and numbers of other kinds."""
         for tensors in (True, False):
             mine = [p for p in pending if (p.kind in KINDS) == tensors]
-            pairs = measure(
-                [(p.x, p.layered) for p in mine], self._formats if tensors else ()
-            )
+            pairs = measure([(p.x, p.layered) for p in mine], self._formats if tensors else ())
             for p, pair in zip(mine, pairs, strict=True):
                 _put(records, p.kind, p.name, pair)
         pending.clear()
@@ -191,7 +117,8 @@ class _Monitor:
         if eqn.primitive.name != "scan":
             return eqn.primitive.name != "shard_map"
         taken = eqn.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :]
-        return any(v.aval.ndim > 1 and v.aval.shape in self._tensors.shapes for v in taken)
+        shapes = [tuple(getattr(v.aval, "shape", ())) for v in taken]
+        return any(len(shape) > 1 and shape in self._tensors.shapes for shape in shapes)
 
     def _record(
         self, mark: Mark, path: str, x: Any, pending: list[Pending], squares: dict[str, Any]
@@ -215,9 +142,9 @@ class _Monitor:
         """Measures a weight and what the program returns for it."""
         if not self._wants(leaf.name):
             return
-        found = {"weights": args[leaf.index]}
+        found = {"weights": args[leaf.argument]}
         if leaf.new is not None:
-            old, new = args[leaf.index], outs[leaf.new]
+            old, new = args[leaf.argument], as_stored(outs[leaf.new])
             found["updates"] = new.astype(jnp.float32) - old.astype(jnp.float32)
         if leaf.gradient is not None:
             found["gradients"] = outs[leaf.gradient]

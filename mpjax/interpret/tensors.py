@@ -14,26 +14,17 @@ A value is looked at once: operands that are an earlier tensor cast or reshaped 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from mpjax.interpret.flow import Flow, Step, Value
-from mpjax.interpret.lists import LOW, SHAPE
+from mpjax.interpret.lists import LOW
 from mpjax.interpret.retrace import is_float
 from mpjax.interpret.trace import Program
+from mpjax.interpret.weights import RENAMES, Leaf, behind, find_weights, sources_of
 
-_RENAMES = SHAPE | {"copy", "copy_p", "convert_element_type", "optimization_barrier", "pvary"}
-# What a new weight is made of its old one by: a sum, a choice, a cast, and the bits of a rounding.
-_ADDS = _RENAMES | {
-    *("add", "sub", "select_n", "bitcast_convert_type", "reduce_precision", "clamp", "max", "min"),
-    *("and", "or", "xor", "not", "shift_left", "shift_right_logical", "shift_right_arithmetic"),
-}
-_PARTS = ("split", "slice", "dynamic_slice", "squeeze")
 _SQUARES, _ROOTS = ("square", "integer_pow", "mul"), ("sqrt", "rsqrt")
-_KEY = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([^.\[\]]+)")
+_PARTS = ("split", "slice", "dynamic_slice", "squeeze")
 
 
 class Mark(NamedTuple):
@@ -41,35 +32,17 @@ class Mark(NamedTuple):
 
     Args:
       kind: `activations`, `gradients`, `activation_gradients`, `logits`, `squares` or `roots`.
-      index: of an operand, or that of a result as -1 - index.
+      at: index of an operand, or that of a result as -1 - index.
       role: what it is to its module.
       name: of the weight that it belongs to; empty where the equation's module names it.
       layered: whether its first axis is that of layers.
     """
 
     kind: str
-    index: int
+    at: int
     role: str = ""
     name: str = ""
     layered: bool = False
-
-
-class Leaf(NamedTuple):
-    """A weight among the arguments of a program.
-
-    Args:
-      name: its path, such as `decoder/mlp/up/kernel`.
-      index: of the argument.
-      layered: whether its first axis is that of layers.
-      new: index of the output that is the new weight, or None.
-      gradient: index of the output that is its gradient, or None.
-    """
-
-    name: str
-    index: int
-    layered: bool
-    new: int | None
-    gradient: int | None
 
 
 class Tensors(NamedTuple):
@@ -93,8 +66,7 @@ class Tensors(NamedTuple):
 def find_tensors(program: Program) -> Tensors:
     """Returns the tensors of a traced function."""
     flow = Flow(program)
-    outs = _outputs(program)
-    weights = _weights(program, flow, outs)
+    weights = find_weights(program, flow)
     marks: dict[int, list[Mark]] = {}
 
     def mark(step: Step, found: Mark) -> None:
@@ -103,140 +75,9 @@ def find_tensors(program: Program) -> Tensors:
             mine.append(found)
 
     gradients = _mark_gradients(flow, weights, mark)
-    _mark_products(flow, {flow.args[leaf.index] for leaf in weights}, gradients, mark)
-    shapes = frozenset(flow.args[leaf.index].aval.shape for leaf in weights)
+    _mark_products(flow, {flow.args[leaf.argument] for leaf in weights}, gradients, mark)
+    shapes = frozenset(flow.args[leaf.argument].aval.shape for leaf in weights)
     return Tensors(marks, weights, list(flow.paths), shapes, flow)
-
-
-def _keys(name: str) -> tuple[str, ...]:
-    """The parts of `args[0].params['mlp']['up']`."""
-    return tuple(next(filter(None, groups), "") for groups in _KEY.findall(name))
-
-
-def _outputs(program: Program) -> list[tuple[str, ...]]:
-    """The path of each output array."""
-    count = len(program.closed.jaxpr.outvars)
-    tree = program.rebuild([_Number(i) for i in range(count)])
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    found = {leaf: _keys(jax.tree_util.keystr(p)) for p, leaf in leaves if isinstance(leaf, _Number)}
-    return [found[i] for i in sorted(found)]
-
-
-class _Number(int):
-    """The number of an output, in its place."""
-
-
-def _weights(program: Program, flow: Flow, outs: list[tuple[str, ...]]) -> list[Leaf]:
-    avals = [value.aval for value in flow.args]
-    paths = [_keys(name) for name in program.names]
-    named = [i for i, path in enumerate(paths) if "params" in path]
-    first = [i for i, path in enumerate(paths) if path[:1] == ("0",)]
-    found = {}
-    for i in named or first:
-        path = paths[i]
-        cut = path.index("params") + 1 if "params" in path else 1
-        while cut < len(path) and path[cut] == "params":  # Linen's own collection
-            cut += 1
-        if is_float(avals[i]):
-            found[i] = path[cut:]
-    new, gradient = _returned(flow, found, outs)
-    return [
-        Leaf(
-            "/".join(rest) or program.names[i], i, _is_layered(flow.args[i]), new.get(i),
-            gradient.get(i),
-        )
-        for i, rest in found.items()
-    ]  # fmt: skip
-
-
-def _returned(
-    flow: Flow, weights: dict[int, tuple[str, ...]], outs: list[tuple[str, ...]]
-) -> tuple[dict[int, int], dict[int, int]]:
-    """Which output is the new value of a weight, and which its gradient."""
-    at = {path: i for i, path in enumerate(outs)}
-    prefixes: dict[tuple[str, ...], None] = {}
-    for rest in weights.values():
-        for path in outs:
-            if rest == path[len(path) - len(rest) :]:
-                prefixes[path[: len(path) - len(rest)]] = None
-    complete = []
-    for prefix in prefixes:
-        mirror = {i: at.get((*prefix, *rest)) for i, rest in weights.items()}
-        shaped = {
-            i: j
-            for i, j in mirror.items()
-            if j is not None and flow.outs[j].aval.shape == flow.args[i].aval.shape
-        }
-        if len(shaped) == len(weights):
-            complete.append((prefix, shaped))
-    for prefix, shaped in complete:
-        olds = {i: flow.args[i] for i in shaped}
-        if prefix[-1:] == ("params",) or any(_adds(flow.outs[j], olds[i]) for i, j in shaped.items()):
-            return shaped, {}
-    for _, shaped in complete:
-        if any(_sources(flow.outs[j])[0] for j in shaped.values()):
-            return {}, shaped
-    return {}, {}
-
-
-def _behind(value: Value) -> Iterator[Value]:
-    """What a value is made of, one step back; itself only where it is a join."""
-    if value.same:
-        yield from value.same
-    elif value.step is not None:
-        yield from value.step.ins
-
-
-def _adds(new: Value, old: Value) -> bool:
-    """Whether a value comes from another one through sums, choices and casts alone."""
-    seen, todo = set(), [new]
-    while todo:
-        value = todo.pop()
-        if value is old:
-            return True
-        if value in seen or (value.step is not None and value.step.name not in _ADDS):
-            continue
-        seen.add(value)
-        todo += [v for v in _behind(value) if v.aval.shape == old.aval.shape]
-    return False
-
-
-def _sources(value: Value) -> tuple[list[Step], list[Step]]:
-    """The backward steps that a value comes from, value by value, and the steps on the way."""
-    seen, todo = set(), [value]
-    sources: list[Step] = []
-    between: list[Step] = []
-    while todo:
-        value = todo.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        if value.step is not None and (value.step.transposed or value.step.name == "add_any"):
-            sources.append(value.step)
-            continue
-        if value.step is not None:
-            between.append(value.step)
-        size = value.aval.size
-        todo += [v for v in _behind(value) if value.same or getattr(v.aval, "size", 0) == size]
-    return sources, between
-
-
-def _is_layered(value: Value) -> bool:
-    """Whether a program takes a weight apart along its first axis."""
-    shape = value.aval.shape
-    if len(shape) < 2:
-        return False
-    for _ in range(4):  # through a view or a cast
-        parts = [v.aval.shape for v in value.joins]
-        parts += [v.aval.shape[1:] for s in value.readers if s.name == "split" for v in s.outs]
-        parts += [s.outs[0].aval.shape[1:] for s in value.readers if s.name == "slice"]
-        if shape[1:] in parts:
-            return True
-        ahead = [s.outs[0] for s in value.readers if s.outs and s.outs[0].aval.shape == shape]
-        if len(ahead) != 1:
-            return False
-        value = ahead[0]
-    return False
 
 
 def _mark_gradients(flow: Flow, weights: Sequence[Leaf], mark: Any) -> set[Value]:
@@ -246,11 +87,11 @@ def _mark_gradients(flow: Flow, weights: Sequence[Leaf], mark: Any) -> set[Value
         index = leaf.new if leaf.new is not None else leaf.gradient
         if index is None:
             continue
-        sources, between = _sources(flow.outs[index])
+        sources, between = sources_of(flow.outs[index])
         for step in sources:
             found.update(step.outs)
             if leaf.gradient is None:
-                whole = step.outs[0].aval.shape == flow.args[leaf.index].aval.shape
+                whole = step.outs[0].aval.shape == flow.args[leaf.argument].aval.shape
                 mark(step, Mark("gradients", -1, "", leaf.name, leaf.layered and whole))
         if leaf.new is None:
             continue
@@ -275,7 +116,7 @@ def _renamed(value: Value) -> Value:
             value = value.same[0]
         elif (
             value.step is not None
-            and value.step.name in _RENAMES
+            and value.step.name in RENAMES
             and value.step.ins[0].aval.size == value.aval.size
         ):
             value = value.step.ins[0]
@@ -294,7 +135,7 @@ def _is_weight(value: Value, weights: set[Value]) -> bool:
             continue
         seen.add(value)
         if value.step is None or value.step.name in _PARTS:
-            todo += [v for v in _behind(value)][:1] if value.step else value.same
+            todo += [v for v in behind(value)][:1] if value.step else value.same
             continue
         ins = [v for v in value.step.ins if getattr(v.aval, "size", 0) == value.aval.size]
         ins = [v for v in ins if v.step is None or v.step.name != "broadcast_in_dim"]
@@ -350,8 +191,7 @@ def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark:
 
 
 def _is_batched(step: Step) -> bool:
-    numbers = step.eqn.params.get("dimension_numbers")
-    return step.name == "dot_general" and bool(numbers[1][0])
+    return step.name == "dot_general" and bool(step.eqn.params["dimension_numbers"][1][0])
 
 
 def _leaves(value: Value, step: Step) -> bool:
@@ -393,11 +233,12 @@ def _feeds_softmax(step: Step) -> bool:
                     todo += reader.outs
         return found
 
-    moves = _RENAMES | {"stop_gradient", "max", "select_n", "custom_jvp_call"}
+    moves = RENAMES | {"stop_gradient", "max", "select_n", "custom_jvp_call"}
     subtracted = passes(step.outs[0], "sub", moves)
-    if not any(passes(s.outs[0], "exp", _RENAMES) for s in subtracted):
+    if not any(passes(s.outs[0], "exp", RENAMES) for s in subtracted):
         return False
-    seen, todo = set(), [step.ins[0]]
+    seen: set[Value] = set()
+    todo = [step.ins[0]]
     while todo:
         value = todo.pop()
         if value in seen or len(seen) > 64:
@@ -406,5 +247,5 @@ def _feeds_softmax(step: Step) -> bool:
         if value.step is not None and value.step.name in LOW:
             return True
         size = value.aval.size
-        todo += [v for v in _behind(value) if getattr(v.aval, "size", 0) == size]
+        todo += [v for v in behind(value) if getattr(v.aval, "size", 0) == size]
     return False

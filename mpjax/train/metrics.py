@@ -56,7 +56,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def _keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int) -> None:
     """Drops the records after a step: a resumed run writes them again."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     fresh = path.with_suffix(".tmp")
@@ -111,7 +111,7 @@ class MetricsWriter:
 
         path = Path(out) / "metrics.jsonl"
         if path.exists():
-            _keep_until(path, start)
+            keep_until(path, start)
         self._every = every
         self._file = path.open("a")
         # 10 s, not 120: what a kill may cost, and how late the curves are on the screen
