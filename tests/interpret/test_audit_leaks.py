@@ -64,6 +64,31 @@ def test_a_leak_names_the_line_that_made_what_was_wide(name: str) -> None:
     assert f"made by the function at {line_of(name, 'origin')} " in leak.origin
 
 
+def late_in_a_scan(w: Any, x: Any) -> Any:
+    def cell(carry: Any, x_BD: Any) -> Any:
+        y = jnp.tanh(carry) @ w
+        return x_BD.astype(jnp.float32), y.astype(LOW)
+
+    return lax.scan(cell, x[:, 0].astype(jnp.float32), jnp.swapaxes(x, 0, 1))[1]
+
+
+def late_in_a_while(w: Any, x: Any) -> Any:
+    def body(carry: Any) -> Any:
+        wide, h = carry
+        h = (jnp.tanh(wide) @ w).astype(LOW)
+        return h.astype(jnp.float32), h
+
+    start = x.astype(jnp.float32), x
+    return lax.while_loop(lambda carry: carry[1][0, 0, 0] > 0, body, start)[1]
+
+
+@pytest.mark.parametrize("model", [late_in_a_scan, late_in_a_while])
+def test_what_a_loop_makes_wide_at_its_end_is_wide_at_its_start(model: Any) -> None:
+    leaks = audit(model, W, X).leaks
+    assert [leak.mechanism for leak in leaks] == ["cast", "cast"]
+    assert len({leak.line for leak in leaks}) == 2  # before the loop, and at its end
+
+
 @pytest.mark.parametrize("name", PLANTS)
 def test_a_gradient_leaks_where_its_function_does(name: str) -> None:
     check(gradient(PLANTS[name].fn), name)
