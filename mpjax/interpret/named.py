@@ -132,7 +132,8 @@ def _plain(node: Any, parent: Any) -> Any:
 
 
 def _restore(plain: Any, path: str) -> Any:
-    return _as_kind(plain, _named_class(type(plain), path))
+    parent: Any = type(plain)
+    return _as_kind(plain, _named_class(parent, path))
 
 
 def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
