@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from mpjax.interpret.lists import ELEMENTWISE, SHAPE, WHOLE, WIDE, operation
@@ -47,6 +48,9 @@ class _Plan:
                     self.readers.setdefault(atom, []).append(index)
         self.leaves = {atom for atom in jaxpr.outvars if isinstance(atom, Var)}
         self.wide: set[Any] = set(wide)
+        for var in jaxpr.constvars:
+            if getattr(var.aval, "dtype", None) == jnp.float32:
+                self.wide.add(var)
         self.weak: set[Any] = set()
 
     def sweep(self, wanted: Callable[[int, list[int]], bool]) -> None:
@@ -89,7 +93,9 @@ class _Plan:
             ]
             if self.kinds[index] == "full" or index in self.found:
                 self.wide.update(outs)
-            elif self.follows[index] or self.kinds[index] == "wide":
+            elif self.kinds[index] == "wide" or (
+                self.follows[index] and self.kinds[index] != "bias"
+            ):
                 if not strong:
                     self.weak.update(outs)
                 elif any(atom in self.wide for atom in strong):
@@ -110,7 +116,8 @@ def demanded(
 
     Args:
       jaxpr: its equations.
-      kind: the list that an equation is on: `full` and `wide` compute in float32 by themselves.
+      kind: the list that an equation is on: `full` and `wide` compute in float32 by themselves;
+        `bias` takes the dtype of a product.
       wide: those of its inputs that come in float32.
     """
     plan = _Plan(jaxpr, kind, wide)

@@ -16,7 +16,7 @@ from mpjax.interpret.control import Rebind
 from mpjax.interpret.demand import demanded
 from mpjax.interpret.lists import APART, PLAIN, SCATTER, WHOLE, Lists, operation
 from mpjax.interpret.place import Place, place_of
-from mpjax.interpret.products import product
+from mpjax.interpret.products import add_bias, biases, product
 from mpjax.interpret.region import UNTOUCHED, Region, Regions
 from mpjax.interpret.retrace import Result, cast, is_float, widest
 from mpjax.interpret.walker import bind, walk
@@ -71,13 +71,13 @@ class _Frame:
         self.caster, self.lists, self.outer = caster, lists, outer
         self.weak = Weak(closed.jaxpr.invars, weak)
         self.low: dict[tuple[Var, Any], Any] = {}  # casts of one value are shared
-        wide = [
+        self.biases = biases(closed.jaxpr)
+        strong = [
             var
             for var, x, bound in zip(closed.jaxpr.invars, args, weak, strict=True)
             if bound is None and x.dtype == jnp.float32
         ]
-        wide += [var for var in closed.jaxpr.constvars if _dtype(var) == jnp.float32]
-        wanted = demanded(closed.jaxpr, self._kind, wide) if lists.full else frozenset()
+        wanted = demanded(closed.jaxpr, self._kind, strong) if lists.full else frozenset()
         self.demanded = {id(closed.jaxpr.eqns[index]) for index in wanted}
 
     def _kind(self, eqn: JaxprEqn) -> str | None:
@@ -85,7 +85,8 @@ class _Frame:
         by_path = self.caster.regions.by_path
         if by_path and self._region(place_of(eqn, self.outer, line=False)) is UNTOUCHED:
             return "full"
-        return self.lists.kind(operation(eqn))
+        kind = self.lists.kind(operation(eqn))
+        return "bias" if kind == "widest" and id(eqn) in self.biases else kind
 
     def _region(self, place: Place) -> Region:
         return UNTOUCHED if place.untouched else self.caster.regions.at(place.path)
@@ -170,6 +171,8 @@ class _Frame:
 
     def _widest(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
         self.weak.follow(eqn, args)
+        if id(eqn) in self.biases:
+            return add_bias(eqn, args, self.biases[id(eqn)])
         return _bind(eqn, self._following(eqn, args))
 
     def _at_least_full(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from mpjax.errors import ConfigError
 from mpjax.interpret.place import Place
@@ -38,6 +39,65 @@ def product(eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -> A
     if "preferred_element_type" not in eqn.params:
         return cast(bind(eqn, values)[0], wanted)
     return bind(eqn, values, preferred_element_type=jnp.dtype(wanted))[0]
+
+
+def biases(jaxpr: Jaxpr) -> dict[int, int]:
+    """Returns the additions of a bias to a product, by `id`, with the number of the product.
+
+    A bias is a vector, or an array of the right operand's free axes, with axes of length one put
+    before it. A model's `x @ w + b` so stays in the dtype of its product; otherwise a bias of
+    float32 would widen it.
+    """
+    made: dict[Any, int] = {}  # a product, perhaps transposed -> free axes of its right operand
+    given: dict[Any, JaxprEqn] = {}
+    found: dict[int, int] = {}
+    for eqn in jaxpr.eqns:
+        name, first = eqn.primitive.name, eqn.invars[0] if eqn.invars else None
+        if name == "dot_general":
+            contracted, batch = eqn.params["dimension_numbers"]
+            right: Any = eqn.invars[1].aval
+            made[eqn.outvars[0]] = right.ndim - len(contracted[1]) - len(batch[1])
+        elif name == "conv_general_dilated":
+            made[eqn.outvars[0]] = 1
+        elif name == "transpose" and not isinstance(first, Literal) and first in made:
+            made[eqn.outvars[0]] = 1
+        elif name in ("reshape", "broadcast_in_dim"):
+            given[eqn.outvars[0]] = eqn
+        elif name == "add" and not any(isinstance(atom, Literal) for atom in eqn.invars):
+            for side in (0, 1):
+                product, bias = (eqn.invars[i] for i in (side, 1 - side))
+                if product in made and bias in given and _is_bias(given[bias], made[product]):
+                    found[id(eqn)] = side
+    return found
+
+
+def add_bias(eqn: JaxprEqn, args: Sequence[Any], side: int) -> list[Any]:
+    """Adds a bias in the dtype of its product.
+
+    Args:
+      eqn: the addition.
+      args: its operands.
+      side: which of them is the product.
+    """
+    product, bias = args[side], args[1 - side]
+    if bias.dtype != product.dtype:
+        # Broadcast first: the gradient of a bias, a sum over all tokens, so adds up in float32.
+        bias = cast(jnp.broadcast_to(bias, product.shape), product.dtype)
+    return bind(eqn, [product, bias] if side == 0 else [bias, product])
+
+
+def _is_bias(eqn: JaxprEqn, free: int) -> bool:
+    source: Any = eqn.invars[0].aval
+    given: Any = eqn.outvars[0].aval
+    shape, rank = given.shape, source.ndim
+    if not 0 < rank < len(shape) or rank not in (1, free):
+        return False
+    if eqn.primitive.name == "reshape":  # which only put axes of length one in
+        if [n for n in shape if n > 1] != [n for n in source.shape if n > 1]:
+            return False
+        return rank == 1 or shape[-rank:] == source.shape
+    last = tuple(range(len(shape) - rank, len(shape)))
+    return rank == 1 or eqn.params["broadcast_dimensions"] == last
 
 
 def _asked(eqn: JaxprEqn) -> Any:

@@ -314,6 +314,31 @@ def test_no_autocast_leaves_a_region_forward_and_backward():
         assert _dots(grad, X, W, WS[0]) == {"bfloat16": 3, "float32": 3}
 
 
+def test_bias_stays_in_the_dtype_of_its_product():
+    """As in PyTorch's linear; the sum over tokens of its gradient is in float32."""
+    narrow, rows = jnp.ones((1, D)) / 3, 3000
+
+    def fn(x: Any, w: Any, b: Any) -> Any:
+        return x @ w + b[None]
+
+    for bias in (C[0], C[0] * 0):
+        got = autocast(fn, "bf16", restore_dtypes=False)(X, W, bias)
+        _same(got, _low(X) @ _low(W) + _low(bias)[None])
+    grad = jax.grad(lambda *a: jnp.mean(autocast(fn, "bf16")(*a) * narrow), 2)
+    got = grad(jnp.ones((rows, D)), W, C[0])
+    cotangent = float(jnp.asarray(1 / 3 / rows / D, BF16)) * rows
+    np.testing.assert_allclose(got, cotangent, rtol=1e-4)
+
+
+def test_other_additions_to_a_product_widen():
+    for fn in (
+        lambda x, w, c: x @ w + c,  # a residual
+        lambda x, w, c: x[None] @ w + c[None],  # positions
+        lambda x, w, c: x[:1] @ w + c[:1],  # a residual of one token
+    ):
+        assert autocast(fn, "bf16", restore_dtypes=False)(X, W, C).dtype == F32
+
+
 def _model(x: Any, up: Any, head: Any) -> Any:
     with jax.named_scope("mlp"):
         x = jnp.tanh(x @ up)
