@@ -130,6 +130,13 @@ def test_output_is_the_dtype_in_which_a_product_goes_on() -> None:
     (product,) = audit(model, low(2, 3), low(3, 4)).products
     assert (product.accumulation, product.output) == ("float32", "bfloat16")
 
+    def both(x: Any, w: Any) -> Any:
+        y = lax.dot(x, w, preferred_element_type=F32)
+        return y, y.astype(LOW)
+
+    (product,) = audit(both, low(2, 3), low(3, 4)).products
+    assert (product.accumulation, product.output) == ("float32", "float32")
+
 
 def test_double_casts() -> None:
     def model(x: Any, y: Any) -> Any:
@@ -154,6 +161,10 @@ def test_dead_casts() -> None:
         used = jnp.exp(x).astype(F32)
         return back, used, used.astype(LOW)
 
+    def rounded(x: Any) -> Any:
+        return x.astype(LOW).astype(F32)  # this changes numbers, so it is not dead
+
+    assert audit(rounded, wide(3)).dead_casts == ()
     found = audit(model, low(3)).dead_casts
     assert [f.what for f in found] == [
         "bfloat16 -> float32, never used",
@@ -194,6 +205,13 @@ def test_missing_donation() -> None:
     assert audit(both, big, big, small_one).missing_donation == ()
     assert audit(step, big, big, small_one).missing_donation == ()
     assert audit(jax.jit(step), wide(8), wide(8), small_one).missing_donation == ()  # small
+
+    def merge(a: Any, b: Any) -> Any:
+        return a + b
+
+    one = audit(jax.jit(merge), big, big).missing_donation
+    assert [d.name for d in one] == ["args[0]"]  # one output takes one input's memory
+    assert audit(jax.jit(merge, donate_argnums=1), big, big).missing_donation == ()
 
 
 def leaky_report(**options: Any) -> Any:

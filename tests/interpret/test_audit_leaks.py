@@ -138,6 +138,12 @@ def test_a_float32_program_says_that_it_is_one() -> None:
         assert_low_precision(gradient(lambda w, x: jnp.tanh(x @ w) @ w), wide(D, D), wide(B, T, D))
 
 
+def test_a_program_may_have_lost_all_of_its_low_products() -> None:
+    report = audit(lambda w, x: (x * np.ones(D, np.float32)) @ w.astype(jnp.float32), W, X)
+    assert (report.low, report.share("float32")) == ("bfloat16", 1.0)
+    assert {leak.mechanism for leak in report.leaks} == {"constant"}
+
+
 def test_wide_sums_are_no_leak_until_they_feed_a_product() -> None:
     def model(w: Any, x: Any) -> Any:
         y = jnp.einsum("btd,df->btf", x, w, preferred_element_type=jnp.float32)
