@@ -15,7 +15,7 @@ from mpjax.precision import Precision, get_precision
 # What a resumed run may change: how long, how it is watched, and on which devices.
 MAY_CHANGE = (
     "steps", "out", "resume", "mesh", "eval_every", "eval_batches", "save_every", "keep",
-    "keep_best", "wandb", "prompt", "sample", "distributed", "init_from", "recast",
+    "keep_best", "monitor_every", "wandb", "prompt", "sample", "distributed", "init_from", "recast",
 )  # fmt: skip
 
 OfPreset = Annotated[
@@ -96,6 +96,8 @@ class Config:
     """Newest checkpoints to keep."""
     keep_best: int = 0
     """Best checkpoints by validation loss to keep besides."""
+    monitor_every: int = 0
+    """Steps between measurements of all tensors (monitor.jsonl, monitor.png); 0 for none."""
     resume: str = ""
     """`latest`, `latest-good` (skips damaged checkpoints) or a step."""
     recast: bool = False

@@ -26,6 +26,7 @@ from mpjax.data import Corpus, Tokenizer, batches, load_corpus
 from mpjax.errors import ConfigError
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision
+from mpjax.report.heatmap import plot_heatmap
 from mpjax.train import TrainState, TrainStep, build, parse_mesh
 from mpjax.train.checkpoint import Checkpointer
 from mpjax.train.interrupt import Interrupt
@@ -37,6 +38,7 @@ from mpjax.train.progress import ProgressBar
 from mpjax.train.reader import CheckpointReader
 from mpjax.train.restore import compare_settings, restore_into
 from mpjax.train.step import check_batch
+from mpjax.train.tensors import TensorWriter, watched
 
 log = logging.getLogger("mpjax.experiments")
 
@@ -94,7 +96,7 @@ def prepare(config: Config) -> Run:
     )
     launch.not_negative(
         config, "warmup", "eval_every", "save_every", "keep_best", "sample", "clip", "seed",
-        "weight_decay",
+        "weight_decay", "monitor_every",
     )  # fmt: skip
     if config.resume and config.init_from:
         raise ConfigError("init_from: cannot stand beside --resume; leave one of them out")
@@ -167,6 +169,25 @@ def prepare(config: Config) -> Run:
     return Run(config, precision, corpus, model, state, step, data, judge, start or 0)
 
 
+def monitored(run: Run, stack: contextlib.ExitStack) -> TrainStep:
+    """The train step, with its tensors measured if that is asked for."""
+    config = run.config
+    if not config.monitor_every:
+        return run.step
+    writer = TensorWriter(config.out, start=run.start) if jax.process_index() == 0 else None
+
+    def draw() -> None:
+        if writer and writer.last:
+            title = f"What each format would lose: {run.precision.name}, step {writer.last_step}"
+            plot_heatmap(writer.last, title=title).savefig(config.out / "monitor.png")
+
+    if writer:
+        stack.callback(writer.close)
+        stack.callback(draw)
+    report = writer.write if writer else lambda number, seen: None
+    return watched(run.step, report, every=config.monitor_every, start=run.start)
+
+
 def train(run: Run) -> tuple[TrainState, str | None]:
     """Trains to the end or to a signal; checkpoints either way."""
     config, first = run.config, jax.process_index() == 0
@@ -210,7 +231,7 @@ def train(run: Run) -> tuple[TrainState, str | None]:
             checkpoints.save(number, state, meta | {"data": run.data.get_state()}, metrics=metrics)  # type: ignore[attr-defined]
 
         state = fit(
-            run.state, run.step, run.data, steps=config.steps, report=report,
+            run.state, monitored(run, stack), run.data, steps=config.steps, report=report,
             every=((config.eval_every, evaluate), (config.save_every, save)),
             stop=agreed(lambda: interrupt.requested),
         )  # fmt: skip

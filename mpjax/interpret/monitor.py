@@ -232,6 +232,7 @@ def monitor(
         function that cannot be traced.
 
     Example:
+      >>> import jax
       >>> loss = lambda params, x: jnp.sum(jnp.tanh(x @ params["w"]))
       >>> params, x = {"w": jnp.full((3, 2), 1e-6)}, jnp.ones((4, 3))
       >>> (value, stats), grads = jax.value_and_grad(monitor(loss), has_aux=True)(params, x)

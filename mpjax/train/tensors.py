@@ -36,7 +36,7 @@ def watched(
     Args:
       step: from `build` or `make_train_step`.
       report: called with the number of the step that was measured and what was seen, on the
-        devices; one step late, so that the devices need not wait for the host.
+        devices; that step is on its way by then, so that they need not wait for the host.
       every: steps between measurements; the run's first step is measured too.
       start: steps that were taken already.
       options: of `mpjax.interpret.monitor.monitor`: `where`, `what`, `formats`.
@@ -49,16 +49,17 @@ def watched(
     function = monitor(step.function, **options)
     look = jax.jit(lambda state, batch: function(state, batch)[1])
     number = start
-    waiting: list[tuple[int, Monitored]] = []
 
     def compiled(state: Any, batch: Any) -> Any:
         nonlocal number
         number += 1
-        if waiting:
-            report(*waiting.pop())
+        seen = None
         if number % every == 0 or number == start + 1:
-            waiting.append((number, look(state, batch)))
-        return step.compiled(state, batch)
+            seen = look(state, batch)
+        out = step.compiled(state, batch)
+        if seen is not None:
+            report(number, seen)
+        return out
 
     return dataclasses.replace(step, compiled=compiled)
 
