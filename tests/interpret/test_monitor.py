@@ -305,6 +305,10 @@ def test_training_is_the_same_bits_and_nothing_is_compiled_again(tmp_path: Path)
     assert set(sizes) == {1}
     assert seen == [1, 2, 4]
     writer.close()
+    (events,) = (tmp_path / "tensorboard" / "tensors").iterdir()
+    raw = events.read_bytes()
+    weight = b"weights/decoder/layers/mlp/up/kernel/0"
+    assert all(weight + end in raw for end in (b"/amax", b"/underflow/e4m3", b"/log2"))
     records = read_metrics(tmp_path / "monitor.jsonl")
     assert {r["step"] for r in records} == {1, 2, 4}
     names = {r["name"] for r in records if r["kind"] == "activations"}
