@@ -4,13 +4,16 @@ Run:       python experiments/train_lm.py --precision bf16 --steps 500 --out run
            python experiments/train_lm.py --rule '**/norm*=fp32' --rule 'decoder/head=fp32' \
                --precision low-bf16 --model small --tokenizer bpe:4096 --mesh data=2,fsdp=2,tensor=2
 Resume:    the same command with --resume latest; results are the same bits as without the stop.
-Output:    manifest.json, metrics.jsonl, tensorboard/ and checkpoints/ in --out, and a sample.
+Output:    manifest.json, metrics.jsonl, tensorboard/ and checkpoints/ in --out, and a sample. A run
+           that stops on gradients that are not finite prints what broke, and leaves replay/ for
+           `python -m mpjax.replay OUT`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +31,7 @@ from mpjax.optim import make_optimizer
 from mpjax.precision import Precision
 from mpjax.report.heatmap import plot_heatmap
 from mpjax.train import TrainState, TrainStep, build, parse_mesh
+from mpjax.train.bundle import explain, save_bundle
 from mpjax.train.checkpoint import Checkpointer
 from mpjax.train.interrupt import Interrupt
 from mpjax.train.loop import fit
@@ -89,6 +93,22 @@ class Run:
     start: int
 
 
+def optimizer_settings(config: Config) -> dict[str, Any]:
+    """The arguments of `make_optimizer`."""
+    return {
+        "name": config.optimizer, "lr": config.lr, "schedule": config.schedule,
+        "steps": config.steps, "warmup": config.warmup, "weight_decay": config.weight_decay,
+    }  # fmt: skip
+
+
+def build_settings(config: Config) -> dict[str, Any]:
+    """The arguments of `build` behind the mesh."""
+    return {
+        "seed": config.seed, "clip": config.clip or None, "patience": config.patience,
+        "accumulate": config.accumulate,
+    }  # fmt: skip
+
+
 def prepare(config: Config) -> Run:
     """Builds everything, and restores; nothing is written before all of it has been checked."""
     launch.positive(
@@ -107,10 +127,7 @@ def prepare(config: Config) -> Run:
     check_batch(config.batch, config.accumulate, mesh)
     if config.wandb:
         import_wandb()
-    raw = make_optimizer(
-        config.optimizer, config.lr, schedule=config.schedule, steps=config.steps,
-        warmup=config.warmup, weight_decay=config.weight_decay,
-    )  # fmt: skip
+    raw = make_optimizer(**optimizer_settings(config))
     other = CheckpointReader(Path(config.init_from) / CHECKPOINTS)
     if config.init_from and not other.steps():
         raise ConfigError(f"init_from: {config.init_from} holds no checkpoint; give a run's folder")
@@ -141,10 +158,7 @@ def prepare(config: Config) -> Run:
         corpus.train, batch=config.batch, seq=config.seq, seed=config.seed,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
-    state, step = build(
-        model, raw, mesh, seed=config.seed, clip=config.clip or None, patience=config.patience,
-        accumulate=config.accumulate,
-    )  # fmt: skip
+    state, step = build(model, raw, mesh, **build_settings(config))
     judge = Judge(model, config.eval_precision, corpus, config, step)
     if start is not None:
         abstract = jax.tree.map(
@@ -233,10 +247,27 @@ def train(run: Run) -> tuple[TrainState, str | None]:
         state = fit(
             run.state, monitored(run, stack), run.data, steps=config.steps, report=report,
             every=((config.eval_every, evaluate), (config.save_every, save)),
-            stop=agreed(lambda: interrupt.requested),
+            stop=agreed(lambda: interrupt.requested), stuck=functools.partial(leave_bundle, run),
         )  # fmt: skip
         early = int(state.step) < config.steps  # what all processes agree on
         return state, (interrupt.requested or "a signal") if early else None
+
+
+def leave_bundle(run: Run, number: int, state: TrainState, batch: Any) -> None:
+    """Writes what `python -m mpjax.replay` needs, and prints what broke."""
+    config = run.config
+    meta = {
+        "model": dataclasses.asdict(run.model.config), "precision": run.precision.to_dict(),
+        "optimizer": optimizer_settings(config), "build": build_settings(config),
+        "mesh": config.mesh, "devices": jax.device_count(), "config": settings(config),
+    }  # fmt: skip
+    folder = save_bundle(config.out, number, state, batch, meta)
+    if jax.process_count() > 1:  # one process alone cannot run the others' part of a step
+        log.warning("stopped; python -m mpjax.replay %s says what broke", config.out)
+        return
+    log.warning("stopped; looking for what broke, which compiles the step a few times")
+    log.warning("%s", explain(run.step, state, batch, folder))
+    log.warning("python -m mpjax.replay %s runs it again", config.out)
 
 
 def main(config: Config) -> None:

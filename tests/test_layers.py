@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "data": set(),
     "train": {"formats", "precision", "optim", "interpret", "data"},
     "report": {"formats"},  # reads what runs wrote and draws it
+    "replay": {"train", "models", "optim", "precision"},  # rebuilds a run's step
     "probe": set(),
     "doctor": {"probe"},  # it stays light: a broken part must not keep it from starting
 }

@@ -18,7 +18,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun, mapped_aval
 from jax.sharding import PartitionSpec
 
-from mpjax.interpret.retrace import Records, Result, Traced, cast, is_float, retrace, widest
+from mpjax.interpret.retrace import Result, Traced, cast, is_float, retrace, widest
 from mpjax.interpret.walker import bind
 
 Fold = Callable[[Any, Any, Any], Any]  # so far, of this iteration, its number -> so far
@@ -165,7 +165,10 @@ class Rebind:
             found = [fold(old, x, state[2]) for old, x in zip(state[1], outs[size:], strict=True)]
             return list(outs[:size]), found, state[2] + 1
 
-        empty = [jnp.zeros(a.shape, a.dtype) for a in body.closed.out_avals[size:]]
+        empty = [
+            _varying(jnp.zeros(a.shape, a.dtype), sorted(a.manual_axis_type.varying))
+            for a in body.closed.out_avals[size:]
+        ]
         outs, found, _ = lax.while_loop(more, once, (carry, empty, jnp.int32(0)))
         return body.split([*outs, *found])
 
@@ -216,20 +219,17 @@ class Rebind:
         return new.split(bind(eqn, [*new.consts, *args], **changed))
 
     def _shard_map(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
-        p, notes = eqn.params, []
-        axes = tuple(sorted(p["newly_manual_axes"]))
+        p, seen = eqn.params, []
+        axes = tuple(axis for axis in p["mesh"].axis_names if axis in p["newly_manual_axes"])
         held = p["jaxpr"] if isinstance(p["jaxpr"], ClosedJaxpr) else ClosedJaxpr(p["jaxpr"], ())
 
-        def of_shard(x: Any) -> Any:
-            missing = tuple(a for a in axes if a not in jax.typeof(x).vma) if p["check_vma"] else ()
-            return (lax.pcast(x, missing, to="varying") if missing else x)[None]
-
-        def inner(*xs: Any) -> tuple[tuple[Any, ...], Records]:
+        def inner(*xs: Any) -> tuple[tuple[Any, ...], list[Any]]:
             outs, records, note = run(held, xs, 0)
-            notes.append(note)
-            return tuple(outs), {key: of_shard(x) for key, x in records.items()}
+            seen.append((tuple(records), note))
+            varying = axes if p["check_vma"] else ()
+            return tuple(outs), [_varying(x, varying)[None] for x in records.values()]
 
-        outs, records = jax.shard_map(
+        outs, recorded = jax.shard_map(
             inner,
             mesh=p["mesh"],
             in_specs=tuple(p["in_specs"]),
@@ -237,11 +237,18 @@ class Rebind:
             axis_names=set(axes),
             check_vma=p["check_vma"],
         )(*args)
-        return Result(list(outs), records, notes[0])
+        keys, note = seen[0]
+        return Result(list(outs), dict(zip(keys, recorded, strict=True)), note)
 
 
 def _avals(values: Sequence[Any]) -> list[Any]:
     return [jax.typeof(x) for x in values]
+
+
+def _varying(x: Any, axes: Sequence[str]) -> Any:
+    """A value that differs between the shards of a `shard_map` along these axes."""
+    missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _also(tag: Hashable, *more: Hashable) -> Hashable:

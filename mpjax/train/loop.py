@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from mpjax.errors import TrainingStopped
 from mpjax.train.step import TrainState, TrainStep
 
 Action = Callable[[int, TrainState], None]
+Stuck = Callable[[int, TrainState, Any], None]
 _BURST_SECONDS, _MOST_STEPS = 0.2, 16
 
 
@@ -29,6 +31,7 @@ def fit(
     report: Callable[[dict[str, Any]], None],
     every: Sequence[tuple[int, Action]] = (),
     stop: Callable[[], str | None] = lambda: None,
+    stuck: Stuck = lambda number, state, batch: None,
 ) -> TrainState:
     """Trains until a number of steps is reached.
 
@@ -45,6 +48,8 @@ def fit(
       every: (n, action) pairs: `action(step, state)` after every n-th step and after the last;
         all earlier steps have been reported by then. The action must not keep the state.
       stop: asked after each step; a reason (a signal's name) ends the run early, actions run.
+      stuck: called with the number of the last step, its state and its host batch before
+        TrainingStopped is raised; the gate has kept the state as it was before that step.
 
     Returns:
       The last state.
@@ -70,10 +75,14 @@ def fit(
         for number, metrics, _ in done:
             # not jax.device_get, which takes the host four times as long for a few scalars
             host = {key: np.asarray(value).item() for key, value in metrics.items()}
-            stuck = host.pop("stuck")
+            bad = host.pop("stuck")
             report({"step": number, "tokens_per_s": tokens_per_s} | host)
-            if stuck:
-                step.optimizer.check_alive(state.opt_state, state.params, stuck)
+            if bad:
+                try:
+                    step.optimizer.check_alive(state.opt_state, state.params, bad)
+                except TrainingStopped:
+                    stuck(int(state.step), state, batch)
+                    raise
 
     for number in range(int(state.step) + 1, steps + 1):
         batch = next(batches)
