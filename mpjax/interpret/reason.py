@@ -67,7 +67,8 @@ def reason(eqn: JaxprEqn, kind: str, ranges: Sequence[Range]) -> str:
       ranges: of its floating-point inputs.
     """
     name = eqn.primitive.name
-    dtype = eqn.outvars[0].aval.dtype
+    aval: Any = eqn.outvars[0].aval
+    dtype = aval.dtype
     infinite = any(math.isinf(r.min) or math.isinf(r.max) for r in ranges)
     if name == "div" and len(ranges) == 2 and ranges[1].min <= 0 <= ranges[1].max:
         return "0 / 0" if kind == "nan" and not infinite else "a division by 0"
