@@ -60,7 +60,7 @@ def first_culprit(closed: ClosedJaxpr, args: Sequence[Any], shards: bool) -> Cul
     if not found:
         return None
     records, felt = watch(args)
-    if felt == healthy:
+    if felt == healthy and not any(nan for _, nan in felt):
         return None
     # no fault alone is felt, together they are
     return _alone(plain, watch, args, found[0].key, records)
