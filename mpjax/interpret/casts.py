@@ -6,9 +6,9 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from mpjax.interpret.control import is_float
 from mpjax.interpret.flow import Flow, Step, Value
 from mpjax.interpret.lists import SHAPE
+from mpjax.interpret.retrace import is_float
 
 # They add up in the dtype of their operand (a psum on the wire).
 _SUMS = frozenset(

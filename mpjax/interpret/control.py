@@ -16,17 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun, mapped_aval
-from jax.sharding import PartitionSpec
 
-from mpjax.interpret.retrace import Result, Traced, cast, is_float, retrace, widest
-from mpjax.interpret.walker import bind
+from mpjax.interpret.retrace import Result, Run, Traced, cast, is_float, retrace, widest
+from mpjax.interpret.shards import run_shards, varying
+from mpjax.interpret.walker import bind, scan_sizes
 
 Fold = Callable[[Any, Any, Any], Any]  # so far, of this iteration, its number -> so far
-
-
-# Evaluates one of an equation's jaxprs: of a `while` the test is 0 and the body 1, of a `cond` its
-# number is the branch's.
-Run = Callable[[ClosedJaxpr, Sequence[Any], int], Result]
 
 
 class Rebind:
@@ -95,7 +90,8 @@ class Rebind:
 
     def _scan(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
         p = eqn.params
-        n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
+        n, size = scan_sizes(eqn)
+        m = n + size
         consts, carry, xs = list(args[:n]), list(args[n:m]), list(args[m:])
 
         def body(*values: Any) -> Result:
@@ -108,6 +104,8 @@ class Rebind:
             new = self.traced(p["jaxpr"], avals, body, _also(tag, n, m))
             if not _widen(carry, new):
                 break
+        if "num_consts" not in p:  # JAX 0.12 spells it in private trees
+            return _public_scan(eqn, new, [*new.consts, *consts], carry, xs)
         changed = {"jaxpr": new.closed, "num_consts": n + len(new.consts)}
         if "linear" in p:
             changed["linear"] = (*[False] * len(new.consts), *p["linear"])
@@ -166,7 +164,7 @@ class Rebind:
             return list(outs[:size]), found, state[2] + 1
 
         empty = [
-            _varying(jnp.zeros(a.shape, a.dtype), sorted(a.manual_axis_type.varying))
+            varying(jnp.zeros(a.shape, a.dtype), sorted(a.manual_axis_type.varying))
             for a in body.closed.out_avals[size:]
         ]
         outs, found, _ = lax.while_loop(more, once, (carry, empty, jnp.int32(0)))
@@ -218,37 +216,24 @@ class Rebind:
             changed["prevent_cse"] = (*[False] * len(new.consts), *eqn.params["prevent_cse"])
         return new.split(bind(eqn, [*new.consts, *args], **changed))
 
-    def _shard_map(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
-        p, seen = eqn.params, []
-        axes = tuple(axis for axis in p["mesh"].axis_names if axis in p["newly_manual_axes"])
-        held = p["jaxpr"] if isinstance(p["jaxpr"], ClosedJaxpr) else ClosedJaxpr(p["jaxpr"], ())
 
-        def inner(*xs: Any) -> tuple[tuple[Any, ...], list[Any]]:
-            outs, records, note = run(held, xs, 0)
-            seen.append((tuple(records), note))
-            varying = axes if p["check_vma"] else ()
-            return tuple(outs), [_varying(x, varying)[None] for x in records.values()]
+def _public_scan(
+    eqn: JaxprEqn, body: Traced, consts: list[Any], carry: list[Any], xs: list[Any]
+) -> Result:
+    size, p = len(carry), eqn.params
 
-        outs, recorded = jax.shard_map(
-            inner,
-            mesh=p["mesh"],
-            in_specs=tuple(p["in_specs"]),
-            out_specs=(tuple(p["out_specs"]), PartitionSpec(axes)),
-            axis_names=set(axes),
-            check_vma=p["check_vma"],
-        )(*args)
-        keys, note = seen[0]
-        return Result(list(outs), dict(zip(keys, recorded, strict=True)), note)
+    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = jaxpr_as_fun(body.closed)(*consts, *carry, *x)
+        return outs[:size], outs[size:]
+
+    last, ys = lax.scan(
+        step, carry, xs, length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    )
+    return body.split([*last, *ys])
 
 
 def _avals(values: Sequence[Any]) -> list[Any]:
     return [jax.typeof(x) for x in values]
-
-
-def _varying(x: Any, axes: Sequence[str]) -> Any:
-    """A value that differs between the shards of a `shard_map` along these axes."""
-    missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
-    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def _also(tag: Hashable, *more: Hashable) -> Hashable:
@@ -295,5 +280,5 @@ _RULES: dict[str, Callable[..., Result]] = {
     "cond": Rebind._cond,
     "remat2": Rebind._remat,
     "checkpoint": Rebind._remat,
-    "shard_map": Rebind._shard_map,
+    "shard_map": lambda self, eqn, args, run, tag: run_shards(eqn, args, run),
 }

@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn
 
-from mpjax.interpret.control import is_float
 from mpjax.interpret.lists import LOW, SHAPE
+from mpjax.interpret.retrace import is_float
 
 PRODUCTS = LOW
 # They move or make values and compute none.

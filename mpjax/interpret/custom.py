@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
 from jax.interpreters.partial_eval import DynamicJaxprTracer
 
-from mpjax.interpret.control import Run
-from mpjax.interpret.retrace import cast
+from mpjax.interpret.retrace import Run, cast
 
 RULES = ("custom_jvp_call", "custom_vjp_call")
 

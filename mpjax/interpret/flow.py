@@ -12,8 +12,8 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from mpjax.interpret.control import is_float
 from mpjax.interpret.place import Place
+from mpjax.interpret.retrace import is_float
 from mpjax.interpret.trace import Program
 from mpjax.interpret.walker import SCALAR, inner_jaxprs, scan_sizes, walk
 

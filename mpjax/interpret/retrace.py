@@ -28,6 +28,11 @@ class Result(NamedTuple):
     note: Any = None
 
 
+# Evaluates one of an equation's jaxprs: of a `while` the test is 0 and the body 1, of a `cond` its
+# number is the branch's.
+Run = Callable[[ClosedJaxpr, Sequence[Any], int], Result]
+
+
 def is_float(x: Any) -> bool:
     """Returns whether a value or aval is a real floating-point array."""
     return _floating(x.dtype)

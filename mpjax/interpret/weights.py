@@ -105,10 +105,10 @@ def _returned(
         if len(shaped) == len(weights):
             complete.append((prefix, shaped))
     for prefix, shaped in complete:
-        olds = {i: flow.args[i] for i in shaped}
-        if prefix[-1:] == ("params",) or any(
-            _adds(flow.outs[j], olds[i]) for i, j in shaped.items()
-        ):
+        added = any(_adds(flow.outs[j], flow.args[i]) for i, j in shaped.items())
+        # Linen's gradients lie below `params` too.
+        bare = any(_leaves_backward(flow.outs[j]) for j in shaped.values())
+        if added or (prefix[-1:] == ("params",) and not bare):
             return shaped, {}
     for _, shaped in complete:
         if any(sources_of(flow.outs[j])[0] for j in shaped.values()):
@@ -136,6 +136,15 @@ def _adds(new: Value, old: Value) -> bool:
         seen.add(value)
         todo += [v for v in behind(value) if v.aval.shape == old.aval.shape]
     return False
+
+
+def _leaves_backward(value: Value) -> bool:
+    """Whether a value is what the backward pass gave, at most cast or laid out anew."""
+    while value.step is not None and not value.step.transposed:
+        if value.step.name not in RENAMES or not value.step.ins:
+            return False
+        value = value.step.ins[0]
+    return value.step is not None
 
 
 def sources_of(value: Value) -> tuple[list[Step], list[Step]]:

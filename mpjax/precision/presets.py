@@ -69,8 +69,8 @@ for _preset in (
     # Pure: weights too are stored low and updated with rounding to nearest.
     Precision("pure-bf16", _low("bf16", "bf16"), update="nearest"),
     Precision("pure-fp16", _low("f16", "f16"), _DYNAMIC, update="nearest"),
-    # Apex's optimisation levels (O1 casts inside functions: see mpjax.autocast). O2 keeps batch norms,
-    # which we read as all norms, in float32 and float32 master weights; O3 is all float16.
+    # Apex's optimisation levels (O1 casts inside functions, as mpjax.autocast does). O2 keeps batch
+    # norms, which we read as all norms, in float32 and float32 master weights; O3 is all float16.
     Precision("O0", base_rules(("**", "f32"))),
     Precision("O2", _mixed("f16", "f16"), _DYNAMIC, update="master"),
     Precision("O3", _low("f16", "f16"), update="nearest"),

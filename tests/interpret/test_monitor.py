@@ -382,3 +382,19 @@ def test_other_errors() -> None:
         stats.weights["up"].sqnr("bf16", scaled=True)
     with pytest.raises(ConfigError, match="monitor_every: 0 must be at least 1"):
         watched(trained("scan")[1], print, every=0)
+
+
+def test_gradients_in_linens_collection_are_no_new_weights() -> None:
+    params = {"params": {"w": jnp.ones((3, 2))}}
+
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.square(x @ params["params"]["w"]).sum()
+
+    def step(params: Any, x: Any) -> Any:
+        grads = jax.grad(loss)(params, x)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+
+    for fn, updates in ((jax.grad(loss), []), (step, ["w"])):
+        _, stats = monitor(fn)(params, jnp.ones((4, 3)))
+        assert list(stats.updates) == updates
+        assert list(stats.gradients) == ["w"]

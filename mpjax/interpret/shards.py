@@ -1,0 +1,43 @@
+"""A `shard_map` around what a transform makes of its body."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.sharding import PartitionSpec
+
+from mpjax.interpret.retrace import Result, Run
+
+
+def varying(x: Any, axes: Sequence[str]) -> Any:
+    """Returns a value as one that differs between the shards of a `shard_map` along these axes."""
+    missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def run_shards(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
+    """Runs a `shard_map` with its jaxpr evaluated by `run`, and records of each shard."""
+    p, seen = eqn.params, []
+    axes = tuple(axis for axis in p["mesh"].axis_names if axis in p["newly_manual_axes"])
+    held = p["jaxpr"] if isinstance(p["jaxpr"], ClosedJaxpr) else ClosedJaxpr(p["jaxpr"], ())
+
+    def inner(*xs: Any) -> tuple[tuple[Any, ...], list[Any]]:
+        outs, records, note = run(held, xs, 0)
+        seen.append((tuple(records), note))
+        differ = axes if p["check_vma"] else ()
+        return tuple(outs), [varying(x, differ)[None] for x in records.values()]
+
+    outs, recorded = jax.shard_map(
+        inner,
+        mesh=p["mesh"],
+        in_specs=tuple(p["in_specs"]),
+        out_specs=(tuple(p["out_specs"]), PartitionSpec(axes)),
+        axis_names=set(axes),
+        check_vma=p["check_vma"],
+    )(*args)
+    keys, note = seen[0]
+    return Result(list(outs), dict(zip(keys, recorded, strict=True)), note)
