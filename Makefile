@@ -45,7 +45,7 @@ smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings
 
 check: lint types test notebooks smoke  ## all of the above, as CI does
 
-evidence: $(INSTALLED)  ## measure the README's figures again, two hours; pages in docs/evidence
+evidence: $(INSTALLED_DEV)  ## measure the README's figures again, two hours; pages in docs/evidence
 	$(PY) tests/evidence/state_bytes.py
 	$(PY) tests/evidence/loop_overhead.py
 	$(PY) tests/evidence/kill_resume.py
@@ -54,6 +54,12 @@ evidence: $(INSTALLED)  ## measure the README's figures again, two hours; pages 
 	$(PY) tests/evidence/recipe_cost.py
 	$(PY) tests/evidence/low_bit_products.py
 	$(PY) tests/evidence/low_bit_adam.py
+	$(PY) tests/evidence/autocast_table.py
+	$(PY) tests/evidence/autocast_cost.py
+	$(PY) tests/evidence/whole_models.py
+	$(PY) tests/evidence/audit.py
+	$(PY) tests/evidence/monitor.py
+	$(PY) tests/evidence/nonfinite.py
 	$(PY) experiments/bench_step.py
 	$(PY) experiments/low_bit_weights.py --out runs/evidence/low_bit_weights
 	$(PY) experiments/compare_precisions.py --out runs/evidence/demo

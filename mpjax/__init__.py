@@ -1,7 +1,8 @@
 """Mixed- and low-precision training of Transformers on JAX.
 
 Say in one object in which format each tensor is stored, computed, updated and communicated
-(`get_precision`), train with it, and see what that did.
+(`get_precision`), train with it, and see what that did; or cast, audit and watch any JAX function
+(`autocast`, `audit`, `monitor`, `trace_nonfinite`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.formats import Format, Quantized, fake_quantize, quantize, round_to, sqnr
+from mpjax.interpret import (
+    assert_low_precision,
+    audit,
+    autocast,
+    monitor,
+    named,
+    no_autocast,
+    trace_nonfinite,
+)
 from mpjax.ops import conv_general_dilated, dot_general
 from mpjax.optim import (
     DynamicLossScale,
@@ -33,10 +43,10 @@ from mpjax.precision import (
 )
 
 if TYPE_CHECKING:
-    from mpjax import data, formats, models, ops, optim, precision, report, train
+    from mpjax import data, formats, interpret, models, ops, optim, precision, report, train
 
 # Imported at first use, so that someone who takes only the loss scale pays for nothing else.
-_PARTS = ("data", "formats", "models", "ops", "optim", "precision", "report", "train")
+_PARTS = ("data", "formats", "interpret", "models", "ops", "optim", "precision", "report", "train")
 
 __all__ = [
     "ConfigError",
@@ -52,6 +62,9 @@ __all__ = [
     "Recipe",
     "StaticLossScale",
     "TrainingStopped",
+    "assert_low_precision",
+    "audit",
+    "autocast",
     "conv_general_dilated",
     "data",
     "dot_general",
@@ -59,7 +72,11 @@ __all__ = [
     "formats",
     "get_precision",
     "get_recipe",
+    "interpret",
     "models",
+    "monitor",
+    "named",
+    "no_autocast",
     "ops",
     "optim",
     "precision",
@@ -71,6 +88,7 @@ __all__ = [
     "scaled_value_and_grad",
     "scaled_value_and_grads",
     "sqnr",
+    "trace_nonfinite",
     "train",
 ]
 

@@ -33,9 +33,7 @@ def outer_parts(config: DecoderConfig, at: At) -> dict[str, tuple[nn.Module, Any
     embed = Embed(at("embed"), c.vocabulary, c.width, ("vocab", "embed"), name=name("embed"))
     parts: dict[str, tuple[nn.Module, Any]] = {"embed": (embed, ids)}
     if c.position == "learned":
-        table = Embed(
-            at("position"), c.context, c.width, (None, "embed"), name=name("position")
-        )
+        table = Embed(at("position"), c.context, c.width, (None, "embed"), name=name("position"))
         parts["position"] = (table, ids)
     parts["norm"] = (Norm(at("norm"), c.norm, c.bias, c.epsilon, name=name("norm")), x)
     if not c.tied:
