@@ -125,8 +125,8 @@ def main() -> bool:
         f" {config.seq} tokens of {config.data} as {config.tokenizer}, AdamW at {config.lr:g}"
         f" ({config.schedule}), judged in float32; gaps are paired (same initial weights, same"
         " batches). How many seeds was fixed after a first look at 5 to 32: 64 for fp8 and"
-        " fp8-delayed, 32 for the other arms with a bar of ±0.25 %, 16 for the rest; where there are"
-        " fewer, they were not trained."
+        " fp8-delayed, 32 for the other arms with a bar of ±0.25 %, 16 for the rest; where there"
+        " are fewer, they were not trained."
     )
     each = "\n".join(
         f"    {name}: {' '.join(f'{gap:+.2f}' for gap in own.values())}"
