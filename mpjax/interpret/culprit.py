@@ -1,8 +1,10 @@
 """The first fault that matters, among all that a program makes.
 
 An infinity that nobody feels is no fault: `where(x > 0, log(x), 0)` at 0, `minimum(1, 1 / norm)` at
-norm 0. Whether one is felt is tried: in a program in which every fault is repaired (the nearest
-finite number in its place) one of them is let through. If an output changes, it matters.
+norm 0. One matters that comes through to an output, or to what a gate asks whether it is finite,
+see `reach`. If none does, one may matter that left finite numbers behind, as in 1 / (1 + inf).
+That is tried: in a program in which every fault is repaired (the nearest finite number in its
+place) one of them is let through. If an output changes, it matters.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from mpjax.interpret.fault import can_make, is_number
+from mpjax.interpret.reach import Reach
 from mpjax.interpret.sites import SEEN, Found, Key
 from mpjax.interpret.watch import Watch
 
@@ -23,13 +28,15 @@ class Culprit(NamedTuple):
 
     Args:
       found: the site and when it broke.
-      others: sites that are not finite without it too.
+      others: sites that are not finite for other reasons.
+      reached: whether it came through to an output, not only finite numbers that it left behind.
       watch: the plain run.
-      records: of the run in which it alone was let through.
+      records: of the run in which it was looked at.
     """
 
     found: Found
     others: frozenset[Key]
+    reached: bool
     watch: Watch
     records: dict[Any, Any]
 
@@ -44,10 +51,13 @@ def first_culprit(closed: ClosedJaxpr, args: Sequence[Any], shards: bool) -> Cul
     """
     plain = Watch(closed)
     records, _ = plain(args)
-    bad, checked, watch, healthy = plain.found(records), [], plain, None
-    while new := [f.key for f in bad if f.key not in checked][:_AT_ONCE]:
+    checked: list[Key] = []
+    bad, watch, healthy = plain.found(records), plain, None
+    while new := [f.key for f in bad if _is_new(f, plain, checked)][:_AT_ONCE]:
         checked += new
         watch = Watch(closed, checked=tuple(checked), shards=shards)
+        if culprit := _felt(plain, watch, args):
+            return culprit
         records, healthy = watch(args, checked)
         bad = watch.found(records)
     # All others are finite by now, or not finite for a reason that is no fault.
@@ -60,10 +70,28 @@ def first_culprit(closed: ClosedJaxpr, args: Sequence[Any], shards: bool) -> Cul
     if not found:
         return None
     records, felt = watch(args)
-    if felt == healthy and not any(nan for _, nan in felt):
+    given = any(is_number(x) and bool(jnp.any(jnp.isnan(x))) for x in args)
+    if felt == healthy and (given or not any(nan for _, nan in felt)):
         return None
     # no fault alone is felt, together they are
     return _alone(plain, watch, args, found[0].key, records)
+
+
+def _is_new(found: Found, plain: Watch, checked: Sequence[Key]) -> bool:
+    return found.key not in checked and can_make(plain.sites[found.key].eqn)
+
+
+def _felt(plain: Watch, watch: Watch, args: Sequence[Any]) -> Culprit | None:
+    """The first fault that comes through, with nothing repaired."""
+    records, _ = watch(args)
+    found = watch.found(records)
+    bad = frozenset(f.key for f in found)
+    for one in found:
+        if one.code < SEEN:
+            reach = Reach(plain.closed, {one.key}, watch.sites, bad)
+            if reach.felt:
+                return Culprit(one, bad - reach.touched, True, plain, records)
+    return None
 
 
 def _alone(
@@ -72,4 +100,4 @@ def _alone(
     (found,) = [f for f in watch.found(records) if f.key == key]
     without, _ = watch(args, [key])
     others = frozenset(f.key for f in watch.found(without)) - {key}
-    return Culprit(found, others, plain, records)
+    return Culprit(found, others, False, plain, records)

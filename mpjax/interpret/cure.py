@@ -12,6 +12,7 @@ import numpy as np
 
 from mpjax.interpret.culprit import Culprit
 from mpjax.interpret.place import Place
+from mpjax.interpret.reach import Reach
 from mpjax.interpret.sites import Key
 from mpjax.interpret.trace import Program
 from mpjax.interpret.watch import Watch, any_low
@@ -52,7 +53,12 @@ def _cured(program: Program, culprit: Culprit, wide: Callable[[Key, Place], bool
 
 def _is_clean(watch: Watch, args: Sequence[Any], culprit: Culprit) -> bool:
     records, _ = watch(args)
-    return {f.key for f in watch.found(records)} <= culprit.others
+    bad = {f.key for f in watch.found(records)}
+    left = bad - culprit.others
+    if not culprit.reached or (len(watch.closed.jaxpr.eqns),) in left:  # an output does not fit
+        return not left
+    # An infinity may remain that nobody feels, as in 1 / (1 + inf).
+    return not Reach(watch.closed, left, watch.sites, bad).felt
 
 
 def _around(path: str) -> Iterator[str]:

@@ -39,6 +39,7 @@ _MOVES = (
         *("pbroadcast", "optimization_barrier", "device_put", "iota", "random_bits"),
     }
 )
+_STOPS = frozenset({"select_n", "max", "min", "clamp", "slice", "dynamic_slice"})
 _BY_VALUE = (ELEMENTWISE | FULL_CUDA | {"convert_element_type"}) - {
     *("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp"),
 }
@@ -54,6 +55,11 @@ def can_make(eqn: JaxprEqn) -> bool:
     if eqn.primitive.name in _MOVES:
         return False
     return any(is_number(var.aval) and getattr(var.aval, "size", 0) for var in eqn.outvars)
+
+
+def can_stop(eqn: JaxprEqn) -> bool:
+    """Returns whether an operation makes none but may leave one behind, such as `where`."""
+    return eqn.primitive.name in _STOPS and any(is_number(var.aval) for var in eqn.outvars)
 
 
 def _exact(x: Any) -> Any:

@@ -27,6 +27,7 @@ from mpjax.interpret.fault import (
     INFINITY,
     all_finite,
     can_make,
+    can_stop,
     faults,
     is_number,
     repaired,
@@ -177,14 +178,14 @@ class Watch:
                 dtypes = [getattr(atom.aval, "dtype", None) for atom in eqn.invars]
                 args, lost = self._narrowed(args, dtypes)
             outs = bind(eqn, args)
-        if not can_make(eqn) and lost is None:
+        if not (can_make(eqn) or can_stop(eqn) or lost is not None):
             return Result(outs)
         self.sites[key] = Site(eqn, place, levels)
         if key in self.checked:
             outs, code, records = self._check(eqn, args, outs, key, levels)
         else:
             numbers = [out for out in outs if is_number(out) and out.size]
-            fine = [all_finite(out) for out in numbers if can_make(eqn)]
+            fine = [all_finite(out) for out in numbers if can_make(eqn) or can_stop(eqn)]
             code, records = jnp.int32(FINE), {}
             if fine:
                 code = jnp.where(functools.reduce(operator.and_, fine), code, jnp.int32(SEEN))
