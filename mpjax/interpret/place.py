@@ -67,12 +67,13 @@ NOWHERE = Place()
 def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bool, bool]:
     """Module names of a name stack's elements, and the flags of a Place in their order."""
     names: list[str] = []
-    before = ""
+    before, again = "", 0
     backward = tangent = recomputed = untouched = carried = False
     for element in stack:
         kind, name = type(element).__name__, element.name
         if kind == "Transform":
-            backward |= name == "transpose"
+            if name == "transpose":
+                backward, again = True, len(names)
             tangent |= name == "jvp"
         elif name == RECOMPUTED:
             recomputed = True
@@ -83,6 +84,8 @@ def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bo
         elif not _EINSUM.match(name) and not (before and name.startswith(f"{before}.")):
             names += [part for part in name.split("/") if part]
             before = name  # Linen names a module's method `module.method`, inside `module`
+    if names[again : 2 * again] == names[:again]:
+        names = names[again:]  # a rule within the gradient of a rule names its scopes from the root
     names = [name for name in names if not _CLASS.match(name)] or names
     return tuple(names), backward, tangent, recomputed, untouched, carried
 

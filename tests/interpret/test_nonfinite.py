@@ -24,7 +24,7 @@ FAULTS = (
     Fault(planted.untaken_branch, planted.plain, "backward"),
     Fault(planted.half_cotangent, planted.in_custom_vjp, "backward"),
     Fault(planted.power_at_zero, planted.sharded, "backward"),
-    Fault(planted.by_hand, planted.plain, "backward"),
+    Fault(planted.by_hand, planted.in_custom_vjp, "backward"),
     Fault(planted.negative_moment, planted.plain, "optimizer"),
     Fault(planted.no_epsilon, planted.in_while, "optimizer"),
     Fault(planted.half_square, planted.in_scan, "optimizer"),
