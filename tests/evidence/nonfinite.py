@@ -64,9 +64,9 @@ def main() -> bool:
     body = (
         f"{len(faults)} faults, the black squares of a grid of {mechanisms} mechanisms in the"
         " places below (`tests/interpret/planted.py`); each is one marked line, found by"
-        " `inspect`, and breaks in one layer of four and one row of eight. No derivative goes through"
-        " a `while` loop, so none is planted backward there. Right means: module path, layer,"
-        " direction, file and line, and the shard where rows lie on 8 devices.\n\n"
+        " `inspect`, and breaks in one layer of four and one row of eight. No derivative goes"
+        " through a `while` loop, so none is planted backward there. Right means: module path,"
+        " layer, direction, file and line, and the shard where rows lie on 8 devices.\n\n"
         f"{table(('planted', *names), rows)}\n\n"
         f"Right: {len(faults) - len(missed)} of {len(faults)} (bar: 99). False reports on {CLEAN}"
         f" clean steps with masks of -inf: {len(false)} (bar: 0).\n\n"
