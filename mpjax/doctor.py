@@ -44,7 +44,7 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "wandb": ("wandb",),
     "dev": ("pytest", "xdist", "hypothesis", "beartype", "ruff", "mypy", "pre_commit",
-            "nbclient", "ipykernel", "nbformat"),
+            "nbclient", "ipykernel", "nbformat", "equinox", "haiku"),
 }  # fmt: skip
 PACKAGES = (
     "mpjax jax jaxlib flax optax jmp orbax-checkpoint grain tokenizers numpy ml_dtypes".split()

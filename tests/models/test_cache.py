@@ -13,6 +13,8 @@ from mpjax.models import Model
 from mpjax.precision import get_precision
 from tests.models.shapes import FAST, IDS, logits, small, stirred
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 # relative to the largest logit; products of other shapes sum in another order before they round
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 4e-3}
 

@@ -14,6 +14,8 @@ from mpjax.models import Model, decoder
 from mpjax.precision import get_precision
 from tests.models.shapes import FAST, SIZE, loss_and_gradients, small
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 # Differs from the other layers in a field that no operation reads: a segment of its own, with
 # equal numbers.
 SPLIT = get_precision(

@@ -13,6 +13,8 @@ from mpjax.errors import ConfigError
 from tests.models import oracle
 from tests.models.shapes import BATCH, T, judged, logits, loss_and_gradients, small, stirred
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 INPUTS, TARGETS = BATCH["inputs"], BATCH["targets"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt": dict(kind="gpt"),

@@ -22,6 +22,8 @@ from mpjax.report.formats import (
     positive_numbers,
 )
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 ORACLE = {
     "e5m2": ml_dtypes.float8_e5m2,
     "e4m3": ml_dtypes.float8_e4m3fn,
