@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +30,7 @@ from mpjax.train import digest, leaves, store
 from mpjax.train.reader import CheckpointReader
 
 _log = logging.getLogger("mpjax.train")
+_TRIES, _PAUSE = 50, 0.1  # seconds: a failed save is cleared away while its threads end
 
 
 class Checkpointer(CheckpointReader):
@@ -249,9 +251,16 @@ class Checkpointer(CheckpointReader):
         digest.write(self._root / f"{self._at}{store.TEMPORARY}")
 
     def _fail(self, error: BaseException) -> NoReturn:
-        step, self._same, self._writer = self._same, None, None
-        with contextlib.suppress(OSError):  # what stays is removed at the next start
-            self._remove_unfinished()
+        step, writer, self._same, self._writer = self._same, self._writer, None, None
+        with contextlib.suppress(*store.ERRORS):  # its other threads may be writing yet
+            if writer is not None:
+                writer.close()
+        for _ in range(_TRIES):  # what stays is removed at the next start
+            with contextlib.suppress(OSError):
+                self._remove_unfinished()
+            if not list(self._root.glob(f"*{store.TEMPORARY}*")):
+                break
+            time.sleep(_PAUSE)
         self._at = max(self.steps(), default=None)
         if store.is_full(error):
             free = shutil.disk_usage(self._root).free / 1e6
