@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun, mapped_aval
 
 from mpjax.interpret.retrace import Result, Run, Traced, cast, is_float, retrace, widest
 from mpjax.interpret.shards import run_shards, varying
-from mpjax.interpret.walker import bind, scan_sizes
+from mpjax.interpret.walker import CUSTOM_RULES, bind, scan_sizes
 
 Fold = Callable[[Any, Any, Any], Any]  # so far, of this iteration, its number -> so far
 
@@ -269,7 +269,7 @@ def _in_place(eqn: JaxprEqn, args: Sequence[Any], run: Run, *_: Any) -> Result:
     return Result(kept, records, note)
 
 
-_IN_PLACE_WHEN_FOLDED = frozenset({"jit", "pjit", "custom_jvp_call", "custom_vjp_call"})
+_IN_PLACE_WHEN_FOLDED = CUSTOM_RULES | {"jit", "pjit"}
 _RULES: dict[str, Callable[..., Result]] = {
     "jit": Rebind._jit,
     "pjit": Rebind._jit,
@@ -282,3 +282,4 @@ _RULES: dict[str, Callable[..., Result]] = {
     "checkpoint": Rebind._remat,
     "shard_map": lambda self, eqn, args, run, tag: run_shards(eqn, args, run),
 }
+REBUILT = frozenset(_RULES)  # names of the equations that `Rebind` knows

@@ -17,8 +17,6 @@ from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 from mpjax.interpret.retrace import Run, cast
 
-RULES = ("custom_jvp_call", "custom_vjp_call")
-
 
 def can_rebuild(eqn: JaxprEqn) -> bool:
     """Returns whether the rule can be evaluated by a transform (symbolic zeros cannot)."""
@@ -88,6 +86,12 @@ def _jvp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
     return list(function(*args))
 
 
+def _residuals(params: dict[str, Any]) -> tuple[int, list[int | None]]:
+    """How many residuals a rule gives itself, and for each of all which argument it is, or None."""
+    _, tree, sources = params["out_trees"]()
+    return tree.num_leaves - sum(source is not None for source in sources), sources
+
+
 def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
     p = eqn.params
     skip, recorded = p["num_consts"], p["call_jaxpr"].in_avals
@@ -100,8 +104,7 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
         jaxpr, consts = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * (len(values) - skip))
         consts = _closed_over(consts, eqn, values[:skip])
         outs = run(ClosedJaxpr(jaxpr, consts), values[skip:], 1).outs
-        _, tree, sources = p["out_trees"]()
-        own = tree.num_leaves - sum(source is not None for source in sources)
+        own, sources = _residuals(p)
         saved = iter(outs[:own])
         residuals = [next(saved) if s is None else values[s] for s in sources]
         wanted = _boundary(p["call_jaxpr"], values, run)
@@ -113,8 +116,7 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
     def backward(saved: list[Any], cotangents: list[Any]) -> tuple[Any, ...]:
         residuals, outside, like = saved
         jaxpr, _ = p["fwd_jaxpr_thunk"].call_wrapped(*[True] * len(like))
-        _, tree, sources = p["out_trees"]()
-        own = tree.num_leaves - sum(source is not None for source in sources)
+        own, sources = _residuals(p)
         fwd = iter([v.aval for v in jaxpr.outvars[:own]])
         avals = [next(fwd) if s is None else recorded[s] for s in sources]
         avals += [v.aval.to_tangent_aval() for v in jaxpr.outvars[own:]]

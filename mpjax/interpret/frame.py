@@ -7,19 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from mpjax.errors import ConfigError
 from mpjax.interpret import custom
-from mpjax.interpret.control import Rebind
+from mpjax.interpret.control import REBUILT, Rebind
 from mpjax.interpret.demand import demanded
-from mpjax.interpret.lists import APART, PLAIN, SCATTER, WHOLE, Lists, operation
+from mpjax.interpret.lists import APART, PLAIN, WHOLE, Lists, operation
 from mpjax.interpret.place import Place, place_of
 from mpjax.interpret.products import add_bias, biases, product
 from mpjax.interpret.region import UNTOUCHED, Region, Regions
 from mpjax.interpret.retrace import Result, cast, is_float, widest
-from mpjax.interpret.walker import bind, walk
+from mpjax.interpret.walker import CALLS, CUSTOM_RULES, bind, walk
 from mpjax.interpret.weak import Weak, is_number
 
 _SHORT = 8  # equations
@@ -173,7 +172,7 @@ class _Frame:
         self.weak.follow(eqn, args)
         if id(eqn) in self.biases:
             return add_bias(eqn, args, self.biases[id(eqn)])
-        return _bind(eqn, self._following(eqn, args))
+        return bind(eqn, self._following(eqn, args))
 
     def _at_least_full(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
         return [
@@ -186,9 +185,9 @@ class _Frame:
     def _full(self, eqn: JaxprEqn, args: Sequence[Any], place: Place) -> list[Any]:
         values = self._at_least_full(eqn, args)
         self.weak.follow(eqn, args)
-        if _holds(eqn) or eqn.primitive.name in custom.RULES:
+        if _holds(eqn):
             return self._whole(eqn, values, place)
-        return _bind(eqn, values)
+        return bind(eqn, values)
 
     def _whole(self, eqn: JaxprEqn, values: list[Any], place: Place) -> list[Any]:
         """A function of JAX as one operation: all of it in the dtype of its arguments."""
@@ -231,7 +230,7 @@ class _Frame:
             mine = weak if passed else [None] * len(values)
             return caster.evaluate(closed, values, mine, place, lists)
 
-        if eqn.primitive.name in custom.RULES:
+        if eqn.primitive.name in CUSTOM_RULES:
             if not custom.can_rebuild(eqn):
                 return bind(eqn, self._recorded(eqn, args))
             return custom.rebuild(eqn, self._following(eqn, args), run)
@@ -253,13 +252,8 @@ class _Frame:
             self.weak.mark(var, bound)
 
 
-_PASSES_WEAK = frozenset({"jit", "pjit", "remat2", "checkpoint", "closed_call", "core_call"})
-_HOLDING = frozenset(
-    {
-        *("jit", "pjit", "closed_call", "core_call", "scan", "while", "cond", "remat2"),
-        *("checkpoint", "shard_map", *custom.RULES),
-    }
-)
+_PASSES_WEAK = CALLS | {"remat2", "checkpoint"}
+_HOLDING = REBUILT | CUSTOM_RULES
 
 
 def _is_wrapper(eqn: JaxprEqn) -> bool:
@@ -283,16 +277,3 @@ def _holds(eqn: JaxprEqn) -> bool:
 def _may_change(x: Any) -> bool:
     """Whether autocast may cast a value: floating-point, and not float64."""
     return hasattr(x, "dtype") and is_float(x) and x.dtype.itemsize <= _NARROW
-
-
-def _bind(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
-    """Runs an equation; a scatter holds how it combines two numbers, in the dtype of these."""
-    old = eqn.params.get("update_jaxpr") if eqn.primitive.name in SCATTER else None
-    dtype = values[0].dtype
-    if old is None or old.invars[0].aval.dtype == dtype:
-        return bind(eqn, values)
-    combine = {"scatter-add": lax.add, "scatter-mul": lax.mul}
-    combine |= {"scatter-min": lax.min, "scatter-max": lax.max}
-    fn = combine.get(eqn.primitive.name, lambda a, b: b)
-    number = jax.ShapeDtypeStruct((), dtype)
-    return bind(eqn, values, update_jaxpr=jax.make_jaxpr(fn)(number, number).jaxpr)

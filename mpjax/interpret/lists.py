@@ -20,6 +20,7 @@ import jax.scipy.special
 from jax.extend.core import JaxprEqn, Literal, primitives
 
 from mpjax.errors import ConfigError
+from mpjax.interpret.walker import CUSTOM_RULES
 
 LOW = frozenset(
     {
@@ -112,7 +113,7 @@ def operation(eqn: JaxprEqn) -> str:
     name = eqn.primitive.name
     if name in ("jit", "pjit"):
         return str(eqn.params["name"])
-    if name in ("custom_jvp_call", "custom_vjp_call"):
+    if name in CUSTOM_RULES:
         return str(eqn.params["call_jaxpr"].jaxpr.debug_info.func_name)
     if name == "integer_pow" and eqn.params["y"] < 0:
         return "reciprocal"

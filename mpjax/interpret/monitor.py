@@ -19,7 +19,7 @@ from mpjax.interpret.retrace import Records, Result
 from mpjax.interpret.statistics import Statistics
 from mpjax.interpret.tensors import Mark, Tensors, find_tensors
 from mpjax.interpret.trace import trace
-from mpjax.interpret.walker import bind, walk
+from mpjax.interpret.walker import bind, scan_sizes, walk
 from mpjax.interpret.weights import Leaf
 from mpjax.precision.rule import matches, near_misses
 
@@ -116,7 +116,7 @@ class _Monitor:
         """
         if eqn.primitive.name != "scan":
             return eqn.primitive.name != "shard_map"
-        taken = eqn.invars[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+        taken = eqn.invars[sum(scan_sizes(eqn)) :]
         shapes = [tuple(getattr(v.aval, "shape", ())) for v in taken]
         return any(len(shape) > 1 and shape in self._tensors.shapes for shape in shapes)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax.core import Tracer
 from jax.extend import source_info_util
 from jax.extend.core import (
@@ -24,6 +25,9 @@ from jax.extend.core import (
 
 from mpjax.interpret.place import NOWHERE, Place, place_of
 
+# What evaluates a jaxpr as if its equations stood in its place, and what has a rule beside it.
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
+CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 _STAGED = "DynamicJaxprTracer"  # written into a jaxpr, as under jit: nothing to work out
 Visit = Callable[[JaxprEqn, Place, list[Any]], Sequence[Any]]
 
@@ -52,11 +56,25 @@ def _operation(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Cal
 
 
 def bind(eqn: JaxprEqn, args: Sequence[Any], **changed: Any) -> list[Any]:
-    """Runs an equation's primitive on new arguments, with some of its parameters changed."""
+    """Runs an equation's primitive on new arguments, with some of its parameters changed.
+
+    A scatter holds how it combines two numbers: that follows the dtype of its arguments.
+    """
     primitive, given = eqn.primitive, eqn.params | changed
+    combiner = given.get("update_jaxpr")
+    if combiner is not None and combiner.invars[0].aval.dtype != args[0].dtype:
+        given["update_jaxpr"] = _combiner(primitive.name, args[0].dtype)
     if primitive.multiple_results:
         return list(primitive.bind(*args, **primitive.get_bind_params(given)))
     return [run(primitive, args, given)]
+
+
+@functools.cache
+def _combiner(name: str, dtype: Any) -> Jaxpr:
+    combine = {"scatter-add": lax.add, "scatter-mul": lax.mul}
+    combine |= {"scatter-min": lax.min, "scatter-max": lax.max}
+    number = jax.ShapeDtypeStruct((), dtype)
+    return jax.make_jaxpr(combine.get(name, lambda a, b: b))(number, number).jaxpr
 
 
 def run(primitive: Primitive, args: Sequence[Any], params: dict[str, Any]) -> Any:

@@ -47,13 +47,13 @@ from mpjax.interpret.sites import (
     level,
     packed,
 )  # fmt: skip
-from mpjax.interpret.walker import bind, walk
+from mpjax.interpret.walker import CALLS, CUSTOM_RULES, bind, walk
 from mpjax.interpret.widen import is_low, widened
 
 Frame = list[tuple[Key, Any]]  # sites of one trace, with their codes
 
 # Evaluated within the trace of what holds them.
-_SAME = frozenset({"jit", "pjit", "custom_jvp_call", "custom_vjp_call", "closed_call", "core_call"})
+_SAME = CALLS | CUSTOM_RULES
 
 
 @dataclasses.dataclass

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from mpjax.interpret.control import cast, is_float
-from mpjax.interpret.lists import FOLLOW, FULL_CUDA, LOW, SCATTER
+from mpjax.interpret.lists import FOLLOW, FULL_CUDA, LOW
+from mpjax.interpret.retrace import cast, is_float
 from mpjax.interpret.walker import bind
 
 _KNOWN = FOLLOW | FULL_CUDA | LOW | {"convert_element_type"}
@@ -51,8 +50,6 @@ def widened(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any] | None:
     changed: dict[str, Any] = {}
     if is_low(eqn.params.get("preferred_element_type")):
         changed["preferred_element_type"] = _FULL
-    if name in SCATTER and eqn.params.get("update_jaxpr") is not None:
-        changed |= _combiner(eqn)
     return bind(eqn, values, **changed)
 
 
@@ -60,12 +57,3 @@ def _mixed(eqn: JaxprEqn, given: Sequence[Any]) -> bool:
     """Whether it was traced low and comes in float32 already."""
     recorded = [a.aval.dtype for a in eqn.invars if hasattr(a.aval, "dtype") and is_float(a.aval)]
     return list(given) != recorded
-
-
-def _combiner(eqn: JaxprEqn) -> dict[str, Any]:
-    """How a scatter combines two numbers, in float32."""
-    combine = {"scatter-add": lax.add, "scatter-mul": lax.mul}
-    combine |= {"scatter-min": lax.min, "scatter-max": lax.max}
-    fn = combine.get(eqn.primitive.name, lambda a, b: b)
-    number = jax.ShapeDtypeStruct((), _FULL)
-    return {"update_jaxpr": jax.make_jaxpr(fn)(number, number).jaxpr, "update_consts": ()}
