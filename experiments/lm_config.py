@@ -15,7 +15,8 @@ from mpjax.precision import Precision, get_precision
 # What a resumed run may change: how long, how it is watched, and on which devices.
 MAY_CHANGE = (
     "steps", "out", "resume", "mesh", "eval_every", "eval_batches", "save_every", "keep",
-    "keep_best", "monitor_every", "wandb", "prompt", "sample", "distributed", "init_from", "recast",
+    "keep_best", "monitor_every", "monitor_sample", "wandb", "prompt", "sample", "distributed",
+    "init_from", "recast",
 )  # fmt: skip
 
 OfPreset = Annotated[
@@ -98,6 +99,8 @@ class Config:
     """Best checkpoints by validation loss to keep besides."""
     monitor_every: int = 0
     """Steps between measurements of all tensors (monitor.jsonl, monitor.png); 0 for none."""
+    monitor_sample: int = 8192
+    """Numbers of each tensor that are measured, beside its extremes; 0 measures all."""
     resume: str = ""
     """`latest`, `latest-good` (skips damaged checkpoints) or a step."""
     recast: bool = False

@@ -116,7 +116,7 @@ def prepare(config: Config) -> Run:
     )
     launch.not_negative(
         config, "warmup", "eval_every", "save_every", "keep_best", "sample", "clip", "seed",
-        "weight_decay", "monitor_every",
+        "weight_decay", "monitor_every", "monitor_sample",
     )  # fmt: skip
     if config.resume and config.init_from:
         raise ConfigError("init_from: cannot stand beside --resume; leave one of them out")
@@ -199,7 +199,9 @@ def monitored(run: Run, stack: contextlib.ExitStack) -> TrainStep:
         stack.callback(writer.close)
         stack.callback(draw)
     report = writer.write if writer else lambda number, seen: None
-    return watched(run.step, report, every=config.monitor_every, start=run.start)
+    return watched(
+        run.step, report, every=config.monitor_every, start=run.start, sample=config.monitor_sample
+    )
 
 
 def train(run: Run) -> tuple[TrainState, str | None]:

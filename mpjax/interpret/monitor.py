@@ -44,9 +44,10 @@ class _Monitor:
 
     def __init__(
         self, tensors: Tensors, where: Sequence[str], what: Sequence[str],
-        formats: tuple[Candidate, ...],
+        formats: tuple[Candidate, ...], sample: int,
     ) -> None:  # fmt: skip
-        self._tensors, self._where, self._what, self._formats = tensors, where, what, formats
+        self._tensors, self._where, self._what = tensors, where, what
+        self._formats, self._sample = formats, sample
         self._rebind = Rebind(fold=fold)
 
     def run(self, closed: ClosedJaxpr, args: Sequence[Any]) -> Monitored:
@@ -104,7 +105,8 @@ class _Monitor:
         """Measures what waits for it: tensors for the formats, and numbers of other kinds."""
         for tensors in (True, False):
             mine = [p for p in pending if (p.kind in KINDS) == tensors]
-            pairs = measure([(p.x, p.layered) for p in mine], self._formats if tensors else ())
+            formats = self._formats if tensors else ()
+            pairs = measure([(p.x, p.layered) for p in mine], formats, self._sample)
             for p, pair in zip(mine, pairs, strict=True):
                 _put(records, p.kind, p.name, pair)
         pending.clear()
@@ -201,6 +203,7 @@ def monitor(
     where: str | Sequence[str] = "**",
     what: Sequence[str] = KINDS,
     formats: Sequence[str] = FORMATS,
+    sample: int = 0,
 ) -> Callable[..., tuple[Any, Monitored]]:
     """Returns a function that also returns statistics of the tensors in it.
 
@@ -222,6 +225,10 @@ def monitor(
       where: patterns of the paths to look at, as in rules.
       what: which kinds: `weights activations gradients activation_gradients updates`.
       formats: what each tensor might be stored in, names of Formats; `bf16` and `fp16` too.
+      sample: how many numbers of each tensor, and of each layer, are measured, evenly spaced; 0 is
+        all. The largest and the smallest number of the whole tensor are always among them, and so
+        is a NaN; all else is then an estimate: a share s has the standard error
+        sqrt(s (1 - s) / sample). Measuring all costs as much as 5 to 10 steps, 8192 about 2.
 
     Returns:
       A function of the same arguments that returns `(outputs, Monitored)`. Jit it: otherwise it
@@ -243,6 +250,8 @@ def monitor(
         raise ConfigError(f"monitor: {fn!r} is not a function; pass the function to monitor")
     if isinstance(what, str) or not set(what) <= set(KINDS):
         raise ConfigError(f"monitor: what={what!r} must be a list of: {' '.join(KINDS)}")
+    if sample < 0:
+        raise ConfigError(f"monitor: sample={sample} must not be negative; 0 measures all numbers")
     patterns = (where,) if isinstance(where, str) else tuple(where)
     found = candidates(formats)
 
@@ -254,7 +263,7 @@ def monitor(
         still = [lax.stop_gradient(jnp.asarray(x)) for x in program.args]
         # Apart from the function's own operations, so that XLA fuses these as without a monitor.
         still = lax.optimization_barrier(still)
-        stats = _Monitor(tensors, patterns, what, found).run(program.closed, still)
+        stats = _Monitor(tensors, patterns, what, found, sample).run(program.closed, still)
         return fn(*args, **kwargs), stats
 
     return monitored

@@ -94,6 +94,33 @@ def test_rates_at_the_limits_of_a_format() -> None:
     assert int(s.histogram[126 - 10]) == 2
 
 
+@pytest.mark.parametrize("broken", [None, np.nan, -np.inf])
+def test_a_sample_holds_the_extremes_and_estimates_the_rest(broken: float | None) -> None:
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(2, 256, 256)) * 2.0**-8).astype(np.float32)
+    x[1] *= 0.5
+    x[0, 3, 5], x[1, 200, 100] = 1000.0, -2000.0
+    if broken is not None:
+        x[1, 77, 33] = broken
+    pairs = [measure([(jnp.asarray(x), True)], candidates(["e4m3"]), n)[0] for n in (0, 2048)]
+    whole, part = (Statistics(*pair, candidates(["e4m3"])) for pair in pairs)
+    assert np.all(part.size < 2100) and np.all(whole.size == 256 * 256)
+    assert np.array_equal(part.max, whole.max) or broken
+    if broken is None:
+        assert np.array_equal(part.amax, [1000.0, 2000.0])
+    assert (float(part.nan[1] + part.infinite[1]) > 0) == (broken is not None)
+    share = np.asarray(whole.underflow("e4m3"))
+    assert 0.02 < share[0] < share[1]
+    assert np.all(np.abs(part.underflow("e4m3") - share) < 4 * np.sqrt(share / 2048))
+
+
+def test_a_sample_meets_all_channels() -> None:
+    channels = np.broadcast_to(np.arange(64, dtype=np.float32), (512, 64))
+    ((counts, reals),) = measure([(jnp.asarray(channels), False)], (), 1024)
+    assert int(counts[:256].sum()) < 1100
+    assert abs(float(reals[2]) - 31.5) < 0.2  # with a stride of 32 it would be 16
+
+
 def test_parts_give_the_whole() -> None:
     x = jnp.asarray(numbers()[40:].reshape(4, -1)) * 2.0**-20
     formats = candidates(FORMATS)
@@ -362,6 +389,7 @@ def test_where_and_what_select() -> None:
         ({"formats": "e4m3"}, r"write formats=\['e4m3'\]"),
         ({"formats": ["e4m3", "e4m3"]}, "named twice"),
         ({"formats": ["e8m0"]}, "holds scales"),
+        ({"sample": -1}, "sample=-1 must not be negative"),
         ({"where": "nett/up"}, "near misses: .*net/up"),
     ],
 )
