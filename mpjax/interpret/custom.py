@@ -13,9 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Var
-from jax.interpreters.partial_eval import DynamicJaxprTracer
 
-from mpjax.interpret.retrace import Run, cast
+from mpjax.interpret.retrace import Run, cast, is_staged
 
 
 def can_rebuild(eqn: JaxprEqn) -> bool:
@@ -49,7 +48,7 @@ def _closed_over(consts: Sequence[Any], eqn: JaxprEqn, values: Sequence[Any]) ->
     came from, which is over. Their variables are the equation's first inputs.
     """
     known = dict(zip(eqn.invars, values, strict=False))
-    variables = [c.val if isinstance(c, DynamicJaxprTracer) else None for c in consts]
+    variables = [c.val if is_staged(c) else None for c in consts]
     return [
         known.get(var, c) if isinstance(var, Var) else c
         for c, var in zip(consts, variables, strict=True)

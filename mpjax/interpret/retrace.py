@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr
+from jax.interpreters.partial_eval import DynamicJaxprTracer
 
 Records = dict[Any, Any]
 
@@ -47,7 +48,16 @@ def cast(x: Any, dtype: Any) -> Any:
     """Returns a floating-point value in another dtype; everything else as it is."""
     if x.dtype == dtype or not is_float(x):
         return x
+    if is_staged(x):  # as below, without the way through jit
+        return lax.convert_element_type_p.bind(
+            x, new_dtype=jnp.dtype(dtype), weak_type=False, sharding=None
+        )
     return _convert(jnp.dtype(dtype))(x)
+
+
+def is_staged(x: Any) -> bool:
+    """Returns whether a value is written into a jaxpr, as under jit: nothing is worked out."""
+    return isinstance(x, DynamicJaxprTracer)
 
 
 @functools.cache

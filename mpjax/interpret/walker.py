@@ -24,11 +24,11 @@ from jax.extend.core import (
 )
 
 from mpjax.interpret.place import NOWHERE, Place, place_of
+from mpjax.interpret.retrace import is_staged
 
 # What evaluates a jaxpr as if its equations stood in its place, and what has a rule beside it.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
-_STAGED = "DynamicJaxprTracer"  # written into a jaxpr, as under jit: nothing to work out
 Visit = Callable[[JaxprEqn, Place, list[Any]], Sequence[Any]]
 
 
@@ -79,7 +79,7 @@ def _combiner(name: str, dtype: Any) -> Jaxpr:
 
 def run(primitive: Primitive, args: Sequence[Any], params: dict[str, Any]) -> Any:
     """Runs a primitive of one result; under differentiation its rule is worked out only once."""
-    if any(isinstance(x, Tracer) and type(x).__name__ != _STAGED for x in args):
+    if any(isinstance(x, Tracer) and not is_staged(x) for x in args):
         try:
             operation = _operation(primitive, tuple(params.items()))
         except TypeError:  # a parameter that cannot be a key
