@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Sequence
+
+import numpy as np
 
 from mpjax.data.text import Document
 from mpjax.errors import ConfigError
@@ -69,3 +73,35 @@ def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Docu
     head = Document(f"{document.name} (head)", text[:border])
     tail = Document(f"{document.name} (tail)", text[border:])
     return [head], [tail]
+
+
+def held_out(contents: Sequence[str], fraction: float = 0.1, *, seed: int = 0) -> np.ndarray:
+    r"""Chooses which of several texts are held out, by a hash of seed and content.
+
+    A text is held out when $h(\text{seed}, \text{content}) < \text{fraction}$, $h$ uniform in
+    [0, 1): equal texts land on the same side, and a text keeps its side when others come or go.
+
+    Args:
+        contents: what identifies each example.
+        fraction: expected share held out, between 0 and 1.
+        seed: another one gives another split.
+
+    Returns:
+        bool, shape (examples,).
+
+    Raises:
+        ConfigError: a fraction outside (0, 1), or one side stays empty.
+
+    Example:
+        >>> held_out(["a", "b", "a", "c"], 0.5).tolist()
+        [True, False, True, True]
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ConfigError(f"held_out={fraction}: expected a fraction above 0 and below 1, as 0.05")
+    hashes = (hashlib.sha256(f"{seed}\0{content}".encode()).digest() for content in contents)
+    chosen = np.array([int.from_bytes(h[:8], "big") / 2.0**64 < fraction for h in hashes], bool)
+    if not 0 < chosen.sum() < len(chosen):
+        raise ConfigError(
+            f"held_out={fraction}: all {len(chosen)} examples are on one side; name more examples"
+        )
+    return chosen

@@ -1,0 +1,135 @@
+"""Sentences with a tag a word: parts of speech, named entities, or a file of one's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mpjax.data.assets import fetch
+from mpjax.data.rows import read_text_file
+from mpjax.data.split import held_out
+from mpjax.errors import ConfigError
+
+_HELD_OUT = 0.1
+_FILES = {"pos-oanc": "tagged-en-oanc.txt", "ner-tweets": "ner.txt"}
+
+Sentence = tuple[tuple[str, str], ...]  # (word, tag) pairs
+
+
+@dataclass(frozen=True)
+class TaggedSentences:
+    """Sentences as words, and a tag for each word.
+
+    Args:
+        words: of each sentence, at least one.
+        tags: of each sentence, int32, one a word, indices into `names`.
+        names: of the tags, sorted.
+    """
+
+    words: tuple[tuple[str, ...], ...]
+    tags: tuple[np.ndarray, ...]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @property
+    def word_count(self) -> int:
+        """Words of all sentences."""
+        return sum(map(len, self.words))
+
+
+def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedSentences]:
+    """Loads tagged sentences as a training and a held-out side that share no sentence.
+
+    Of sentences with equal words the first is kept; 10 % are held out, by a hash of seed and words.
+
+    Args:
+        source: ``pos-oanc`` or ``ner-tweets``, fetched at first use; or a file of
+            ``word<TAB>tag`` lines with a blank line after each sentence.
+        seed: of the split.
+
+    Returns:
+        (training, held out), with the same names of tags.
+
+    Raises:
+        ConfigError: an asset that cannot be had, a file or line that cannot be read, one tag only,
+            or a tag that is only held out.
+    """
+    if source in _FILES:
+        path = fetch(source) / _FILES[source]
+    elif not Path(source).is_file():
+        raise ConfigError(
+            f"data {source!r}: no such source or file; expected {' '.join(_FILES)} or a file of"
+            " word<TAB>tag lines"
+        )
+    else:
+        path = Path(source)
+    text = read_text_file(path, "word<TAB>tag lines")
+    sentences = _slashed(text) if source == "pos-oanc" else _lines(text, str(path))
+    first: dict[tuple[str, ...], Sentence] = {}
+    for sentence in sentences:
+        first.setdefault(_words(sentence), sentence)
+    distinct = list(first.values())
+    out = held_out([" ".join(_words(s)) for s in distinct], _HELD_OUT, seed=seed)
+    train = [s for s, one in zip(distinct, out, strict=True) if not one]
+    test = [s for s, one in zip(distinct, out, strict=True) if one]
+    seen = {tag for s in train for _, tag in s}
+    names = tuple(sorted(seen | {tag for s in test for _, tag in s}))
+    if len(names) < 2:
+        raise ConfigError(f"data {source!r}: one tag, {names[0]!r}; expected at least two")
+    return _tagged(train, names), _tagged(test, names)
+
+
+def most_frequent_tags(train: TaggedSentences, test: TaggedSentences) -> list[np.ndarray]:
+    """The baseline: each word's most frequent tag in training, and for others the commonest tag."""
+    counts: dict[str, Counter[int]] = {}
+    overall: Counter[int] = Counter()
+    for words, tags in zip(train.words, train.tags, strict=True):
+        for word, tag in zip(words, tags.tolist(), strict=True):
+            counts.setdefault(word, Counter())[tag] += 1
+            overall[tag] += 1
+    common = overall.most_common(1)[0][0]
+    best = {word: count.most_common(1)[0][0] for word, count in counts.items()}
+    return [np.array([best.get(w, common) for w in words], np.int32) for words in test.words]
+
+
+def _words(sentence: Sentence) -> tuple[str, ...]:
+    return tuple(word for word, _ in sentence)
+
+
+def _slashed(text: str) -> list[Sentence]:
+    """Lines of word/tag; a slash in a word is written &slash;."""
+    return [
+        tuple(tuple(pair.replace("&slash;", "/").rsplit("/", 1)) for pair in line.split())  # type: ignore[misc]
+        for line in text.splitlines()
+        if line.strip()
+    ]
+
+
+def _lines(text: str, where: str) -> list[Sentence]:
+    sentences: list[Sentence] = []
+    current: list[tuple[str, str]] = []
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        if line.strip():
+            word, tab, tag = line.strip("\r").partition("\t")
+            if not (word.strip() and tab and tag.strip()) or "\t" in tag:
+                raise ConfigError(
+                    f"data {where!r}, line {number}: {line[:40]!r}; expected word<TAB>tag, or a"
+                    " blank line after a sentence"
+                )
+            current.append((word, tag.strip()))
+        elif current:
+            sentences.append(tuple(current))
+            current = []
+    return sentences
+
+
+def _tagged(sentences: Sequence[Sentence], names: tuple[str, ...]) -> TaggedSentences:
+    number = {name: i for i, name in enumerate(names)}
+    tags = tuple(np.array([number[tag] for _, tag in s], np.int32) for s in sentences)
+    return TaggedSentences(tuple(_words(s) for s in sentences), tags, names)

@@ -1,0 +1,180 @@
+"""WordPiece: texts, pairs and words as the ids that BERT reads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+from mpjax.errors import ConfigError
+
+logger = logging.getLogger("mpjax.data")
+
+Example = dict[str, Any]  # name -> one number, or an array with an entry a token
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+class WordPiece:
+    """A BERT tokenizer: special tokens around texts, pieces of words, token types of pairs.
+
+    Args:
+        backend: a tokenizer of the package ``tokenizers`` with BERT's special tokens.
+        where: what it is, for errors.
+
+    Attributes:
+        vocab_size: ids are 0 ... vocab_size - 1.
+        pad, unknown, first, separator, mask: ids of the special tokens.
+
+    Raises:
+        ConfigError: a special token is missing.
+
+    Example:
+        >>> pieces = train_wordpiece(["the quick fox", "the lazy dog"], 60)
+        >>> one = pieces.encode(["the dog"], longest=8)[0]
+        >>> pieces.tokens(one["ids"]), one["types"].tolist()
+        (['[CLS]', 'the', 'dog', '[SEP]'], [0, 0, 0, 0])
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, where: str = "tokenizer"):
+        backend.no_padding()
+        backend.no_truncation()
+        known = backend.get_vocab()
+        if missing := [token for token in _SPECIAL if token not in known]:
+            raise ConfigError(f"{where}: no token {missing[0]}; name a BERT tokenizer.json")
+        self.pad, self.unknown, self.first, self.separator, self.mask = (
+            known[token] for token in _SPECIAL
+        )
+        self.vocab_size = max(known.values()) + 1  # ids may have holes
+        self._backend = backend
+
+    def tokens(self, ids: Any) -> list[str]:
+        """The token of each id."""
+        return [str(self._backend.id_to_token(int(i))) for i in ids]
+
+    def to_text(self) -> str:
+        """JSON as in a tokenizer.json."""
+        return self._backend.to_str()
+
+    def pieces(self, text: str) -> np.ndarray:
+        """The ids of a text alone, int32, without special tokens."""
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode(
+        self, texts: Sequence[str], seconds: Sequence[str] = (), *, longest: int
+    ) -> list[Example]:
+        """Encodes texts or pairs; the longer part of one that is too long is cut, which is logged.
+
+        Args:
+            texts: the texts.
+            seconds: the second text of each pair, or empty.
+            longest: tokens at most, special ones included.
+
+        Returns:
+            ``{"ids", "types", "keep"}`` of each: int32, int32 (0 in the first text) and bool.
+
+        Raises:
+            ConfigError: a limit that leaves no room, or numbers of texts that differ.
+        """
+        if longest < 4:
+            raise ConfigError(f"seq={longest}: no room for text; expected at least 4 tokens")
+        if seconds and len(seconds) != len(texts):
+            raise ConfigError(
+                f"pairs: {len(texts)} first and {len(seconds)} second texts; give one for each"
+            )
+        rows: Any = list(zip(texts, seconds, strict=True)) if seconds else list(texts)
+        encoded = self._backend.encode_batch(rows)
+        if too_long := sum(len(one.ids) > longest for one in encoded):
+            logger.warning("%d of %d texts are cut to %d tokens", too_long, len(encoded), longest)
+            self._backend.enable_truncation(longest, strategy="longest_first")
+            encoded = self._backend.encode_batch(rows)
+            self._backend.no_truncation()
+        return [_example(one.ids, one.type_ids) for one in encoded]
+
+    def encode_words(
+        self, sentences: Sequence[Sequence[str]], *, longest: int
+    ) -> tuple[list[Example], list[np.ndarray]]:
+        """Encodes sentences that are words already.
+
+        A word without any piece, such as a control character, becomes the unknown token.
+
+        Args:
+            sentences: their words.
+            longest: tokens at most, special ones included; nothing is cut.
+
+        Returns:
+            What `encode` returns, and of each sentence the place of every word's first piece.
+
+        Raises:
+            ConfigError: a sentence without words or longer than that.
+        """
+        examples, starts = [], []
+        for number, words in enumerate(sentences):
+            encoded = self._backend.encode_batch(list(words), add_special_tokens=False)
+            parts = [one.ids or [self.unknown] for one in encoded]
+            ids = [self.first, *(i for part in parts for i in part), self.separator]
+            if not words or len(ids) > longest:
+                raise ConfigError(
+                    f"sentence {number}: {len(ids)} tokens of {len(words)} words, expected at most"
+                    f" {longest} and one word; split it or raise seq"
+                )
+            examples.append(_example(ids, [0] * len(ids)))
+            starts.append(1 + np.cumsum([0, *map(len, parts[:-1])]))
+        return examples, starts
+
+
+def _example(ids: Sequence[int], types: Sequence[int]) -> Example:
+    return {
+        "ids": np.array(ids, np.int32),
+        "types": np.array(types, np.int32),
+        "keep": np.ones(len(ids), bool),
+    }
+
+
+def load_wordpiece(path: str | Path) -> WordPiece:
+    """Reads a BERT tokenizer.json, or the one in a checkpoint's folder.
+
+    Raises:
+        ConfigError: absent, or something else.
+    """
+    path = Path(path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such file; name a tokenizer.json or a folder with one")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises nothing narrower
+        raise ConfigError(f"{file}: not a tokenizer.json ({error}); save it again") from error
+    return WordPiece(backend, str(file))
+
+
+def train_wordpiece(texts: Sequence[str], size: int) -> WordPiece:
+    """Trains an uncased WordPiece tokenizer of at most `size` ids.
+
+    Raises:
+        ConfigError: a size below 32.
+
+    References:
+        Wu et al. 2016, Google's Neural Machine Translation System, section 4.1.
+    """
+    if size < 32:
+        raise ConfigError(f"tokenizer: {size} ids are too few; expected at least 32")
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(
+            vocab_size=size, special_tokens=list(_SPECIAL), show_progress=False
+        ),
+        length=len(texts),
+    )
+    vocabulary = backend.get_vocab()
+    separator, first = (("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    backend.post_processor = processors.BertProcessing(separator, first)
+    return WordPiece(backend)

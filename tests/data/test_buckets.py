@@ -1,0 +1,96 @@
+"""Bucketed batches: every example once an epoch, few shapes, the same order again."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mpjax.data.buckets import IGNORE, bucket_batches, eval_batches, pad
+from mpjax.errors import ConfigError
+
+DRAW = np.random.default_rng(0)
+EXAMPLES = [
+    {"ids": DRAW.integers(1, 99, n).astype(np.int32), "labels": np.int32(i)}
+    for i, n in enumerate(DRAW.integers(1, 33, 53))
+]
+
+
+def take(count, **changes):
+    settings = dict(batch=8, seed=3, lengths=(8, 16, 32)) | changes
+    return list(itertools.islice(bucket_batches(EXAMPLES, **settings), count))
+
+
+def test_an_epoch_is_every_example_once_and_a_few_twice():
+    per_epoch = -(-len(EXAMPLES) // 8)
+    for epoch in range(3):
+        found = take(3 * per_epoch)[epoch * per_epoch : (epoch + 1) * per_epoch]
+        rows = np.concatenate([batch["labels"] for batch in found])
+        assert set(rows.tolist()) == set(range(53)) and len(rows) == 56
+        assert {batch["ids"].shape[1] for batch in found} <= {8, 16, 32}
+
+
+def test_rows_hold_their_example_and_padding():
+    for batch in take(7):
+        for ids, label in zip(batch["ids"], batch["labels"], strict=True):
+            want = EXAMPLES[label]["ids"]
+            assert np.array_equal(ids[: len(want)], want) and not ids[len(want) :].any()
+            assert ids.dtype == np.int32
+
+
+def test_orders_follow_seed_and_epoch():
+    first, again, other = take(14), take(14), take(7, seed=4)
+    rows = lambda batches: [batch["labels"].tolist() for batch in batches]  # noqa: E731
+    assert rows(first) == rows(again) and rows(first[:7]) != rows(first[7:])
+    assert rows(first[:7]) != rows(other)
+
+
+def test_a_saved_place_goes_on_with_the_same_changes():
+    def noise(batch, draw):
+        return batch | {"noise": draw.random(len(batch["labels"]))}
+
+    settings = dict(batch=8, seed=3, lengths=(32,), change=noise)
+    whole = bucket_batches(EXAMPLES, **settings)
+    [next(whole) for _ in range(9)]
+    state, rest = whole.get_state(), [next(whole) for _ in range(3)]
+    resumed = bucket_batches(EXAMPLES, **settings)
+    resumed.set_state(state)
+    for batch in rest:
+        again = next(resumed)
+        assert all(np.array_equal(batch[name], again[name]) for name in batch)
+    assert not np.array_equal(rest[0]["noise"], rest[1]["noise"])
+
+
+def test_evaluation_sees_every_example_once():
+    found = eval_batches(EXAMPLES, batch=8, lengths=(8, 16, 32))
+    rows = np.concatenate([part for part, _ in found])
+    assert sorted(rows.tolist()) == list(range(53))
+    for part, batch in found:
+        assert len(batch["labels"]) == 8 and np.array_equal(batch["labels"][: len(part)], part)
+        assert (batch["labels"][len(part) :] == part[0]).all()
+
+
+def test_padding_is_of_no_target():
+    batch = pad([{"ids": np.array([1, 2]), "labels": np.array([5, 6]), "n": 1},
+                 {"ids": np.array([3]), "labels": np.array([7]), "n": 2}], 3)  # fmt: skip
+    assert batch["labels"].tolist() == [[5, 6, IGNORE], [7, IGNORE, IGNORE]]
+    assert batch["ids"].tolist() == [[1, 2, 0], [3, 0, 0]] and batch["n"].tolist() == [1, 2]
+    assert pad([{"ids": np.array([1])}], 2, {"ids": 9})["ids"].tolist() == [[1, 9]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lengths": (8, 16)}, "an example has 3[0-9] tokens, the longest is 16; raise it"),
+        ({"lengths": ()}, "at least one positive length"),
+        ({"lengths": (0, 64)}, "at least one positive length"),
+        ({"batch": 0}, "batch=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_mistakes_are_one_line(changes, said):
+    with pytest.raises(ConfigError, match=said):
+        take(1, **changes)
+    with pytest.raises(ConfigError, match="examples: none"):
+        eval_batches([], batch=1, lengths=(8,))
+    with pytest.raises(ConfigError, match="ids: 2 tokens do not fit 1"):
+        pad([{"ids": np.array([1, 2])}], 1)

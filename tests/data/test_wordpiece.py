@@ -1,0 +1,77 @@
+"""WordPiece: the ids that BERT expects."""
+
+import numpy as np
+import pytest
+
+from mpjax.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
+from mpjax.errors import ConfigError
+from tests.assets import asset
+
+TEXTS = ["the quick brown fox jumps", "over the lazy dog", "a quick xdog"]
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return train_wordpiece(TEXTS, 120)
+
+
+def test_pairs_have_types_and_specials(pieces):
+    one = pieces.encode(["the dog"], ["a fox"], longest=16)[0]
+    assert pieces.tokens(one["ids"]) == "[CLS] the dog [SEP] a fox [SEP]".split()
+    assert one["types"].tolist() == [0, 0, 0, 0, 1, 1, 1] and one["keep"].all()
+    assert {one[name].dtype.name for name in one} == {"int32", "bool"}
+    assert pieces.tokens(pieces.pieces("the dog")) == ["the", "dog"]
+    assert pieces.encode(["[MASK] dog"], longest=9)[0]["ids"].max() < pieces.vocab_size
+
+
+def test_what_is_too_long_is_cut_and_said(pieces, caplog):
+    examples = pieces.encode(["dog " * 20, "a dog"], ["fox " * 3] * 2, longest=12)
+    assert [len(e["ids"]) for e in examples] == [12, 8]
+    assert "1 of 2 texts are cut to 12 tokens" in caplog.text
+    assert examples[0]["ids"].tolist().count(pieces.separator) == 2, "both ends are kept"
+    caplog.clear()
+    assert len(pieces.encode(["dog " * 20], longest=100)[0]["ids"]) == 22 and not caplog.text
+
+
+def test_words_know_their_first_piece(pieces):
+    words = ["The", "foxdog", "\u200b", "dog"]
+    (one,), (starts,) = pieces.encode_words([words], longest=32)
+    tokens = pieces.tokens(one["ids"])
+    assert [tokens[i] for i in starts] == ["the", "fox", "[UNK]", "dog"]
+    assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and len(tokens) > 6
+    for sentence in (words * 20, []):
+        with pytest.raises(ConfigError, match="sentence 0: .* expected at most 32 and one word"):
+            pieces.encode_words([sentence], longest=32)
+
+
+def test_mistakes_are_one_line(pieces, tmp_path):
+    with pytest.raises(ConfigError, match="seq=3: no room for text"):
+        pieces.encode(["a"], longest=3)
+    with pytest.raises(ConfigError, match="1 first and 2 second"):
+        pieces.encode(["a"], ["b", "c"], longest=9)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_wordpiece(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="not a tokenizer.json"):
+        load_wordpiece(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(pieces.to_text().replace("[MASK]", "[HIDE]"))
+    with pytest.raises(ConfigError, match=r"no token \[MASK\]"):
+        load_wordpiece(tmp_path)
+    with pytest.raises(ConfigError, match="31 ids are too few"):
+        train_wordpiece(TEXTS, 31)
+
+
+def test_a_saved_one_is_the_same(pieces, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(pieces.to_text())
+    again = load_wordpiece(tmp_path)
+    assert isinstance(again, WordPiece) and again.vocab_size == pieces.vocab_size
+    both = [t.encode(TEXTS, longest=9) for t in (pieces, again)]
+    assert all(np.array_equal(a["ids"], b["ids"]) for a, b in zip(*both, strict=True))
+
+
+def test_minilms_tokenizer_neither_pads_nor_cuts():
+    pieces = load_wordpiece(asset("minilm"))
+    assert pieces.vocab_size == 30522 and pieces.pad == 0
+    example = pieces.encode(["This is an example sentence"], longest=512)[0]
+    assert example["ids"].tolist() == [101, 2023, 2003, 2019, 2742, 6251, 102]
+    assert len(pieces.encode(["dog " * 300], longest=512)[0]["ids"]) == 302
