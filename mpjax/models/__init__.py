@@ -3,5 +3,24 @@
 from mpjax.models.config import DecoderConfig, decoder_config, size_names
 from mpjax.models.decoder import Model, decoder
 from mpjax.models.generate import generate
+from mpjax.models.recurrent import Recurrent, recurrent
+from mpjax.models.recurrent_config import RecurrentConfig, recurrent_config
+from mpjax.models.resnet import ResNet, resnet
+from mpjax.models.resnet_config import ResNetConfig, resnet_config
 
-__all__ = ["DecoderConfig", "Model", "decoder", "decoder_config", "generate", "size_names"]
+__all__ = [
+    "DecoderConfig",
+    "Model",
+    "Recurrent",
+    "RecurrentConfig",
+    "ResNet",
+    "ResNetConfig",
+    "decoder",
+    "decoder_config",
+    "generate",
+    "recurrent",
+    "recurrent_config",
+    "resnet",
+    "resnet_config",
+    "size_names",
+]

@@ -74,19 +74,21 @@ class Layer(nn.Module):
 
         return self.param(name, nn.with_partitioning(draw, axes))
 
-    def multiply(self, x: Any, kernel: Any) -> Any:
-        """Returns x W under this module's policy and recipe; delayed scaling threads its state."""
+    def multiply(self, x: Any, kernel: Any, product: Any = ops.linear) -> Any:
+        """Returns x W under this module's policy and recipe; delayed scaling threads its state.
+
+        Args:
+          product: `ops.linear`, or what takes its arguments, such as `ops.convolution`.
+        """
         recipe = self.context.recipe(self.path)
         if recipe is None or self.is_initializing():
-            return ops.linear(x, kernel, self.policy(), gradient_dtype=self.gradient_dtype)
+            return product(x, kernel, self.policy(), gradient_dtype=self.gradient_dtype)
         key = self.make_rng("rounding") if self.has_rng("rounding") else None
         amax = None
         if recipe.history and self.has_variable("amax", "kernel"):
             amax = AmaxHistory(*self.get_variable("amax", "kernel"))
         where = "/".join((*self.context.prefix, *self.path))
-        out = ops.linear(
-            x, kernel, self.policy(), recipe=recipe, key=key, amax=amax, where=where
-        )  # fmt: skip
+        out = product(x, kernel, self.policy(), recipe=recipe, key=key, amax=amax, where=where)
         if amax is None:
             return out
         y, amax = out

@@ -2,9 +2,10 @@
 
 from mpjax.ops.attention import KERNELS, attention
 from mpjax.ops.conv import conv_general_dilated
+from mpjax.ops.convolution import convolution
 from mpjax.ops.cross_entropy import chunk_length, cross_entropy
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
-from mpjax.ops.norm import norm
+from mpjax.ops.norm import group_norm, norm
 from mpjax.ops.product import dot_general, hadamard
 from mpjax.ops.quantized import how_it_runs
 from mpjax.ops.rotary import rotary
@@ -14,8 +15,10 @@ __all__ = [
     "attention",
     "chunk_length",
     "conv_general_dilated",
+    "convolution",
     "cross_entropy",
     "dot_general",
+    "group_norm",
     "hadamard",
     "how_it_runs",
     "linear",

@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm with their statistics in the policy's compute dtype."""
+"""LayerNorm, RMSNorm and GroupNorm with their statistics in the policy's compute dtype."""
 
 from __future__ import annotations
 
@@ -13,34 +13,40 @@ from jaxtyping import Array, Float
 
 from mpjax.ops.linear import scale_by, shift_by
 
+Axes = tuple[int, ...]
 
-def _statistics(x: Any, compute: Any, centre: bool, epsilon: float) -> tuple[Any, Any, Any]:
+
+def _statistics(
+    x: Any, compute: Any, centre: bool, epsilon: float, axes: Axes
+) -> tuple[Any, Any, Any]:
     x = x.astype(compute)
-    mean = jnp.mean(x, axis=-1, keepdims=True) if centre else None
+    mean = jnp.mean(x, axis=axes, keepdims=True) if centre else None
     centred = x if mean is None else x - mean
-    inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axis=axes, keepdims=True) + epsilon)
     return centred * inverse, mean, inverse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _normalise(x: Any, compute: Any, centre: bool, epsilon: float) -> Any:
-    return _statistics(x, compute, centre, epsilon)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _normalise(x: Any, compute: Any, centre: bool, epsilon: float, axes: Axes) -> Any:
+    return _statistics(x, compute, centre, epsilon, axes)[0]
 
 
-def _normalise_fwd(x: Any, compute: Any, centre: bool, epsilon: float) -> Any:
-    y, mean, inverse = _statistics(x, compute, centre, epsilon)
+def _normalise_fwd(x: Any, compute: Any, centre: bool, epsilon: float, axes: Axes) -> Any:
+    y, mean, inverse = _statistics(x, compute, centre, epsilon, axes)
     return y, (x, mean, inverse)  # x in its own dtype: no float32 copy is kept
 
 
-def _normalise_bwd(compute: Any, centre: bool, epsilon: float, kept: Any, dy: Any) -> Any:
+def _normalise_bwd(
+    compute: Any, centre: bool, epsilon: float, axes: Axes, kept: Any, dy: Any
+) -> Any:
     # dx = (dy - mean(dy) - y mean(dy y)) / sigma. Differentiating the rsqrt instead would form
     # sigma^-3, which overflows float16 once sigma is below 0.025.
     x, mean, inverse = kept
     centred = x.astype(compute) if mean is None else x.astype(compute) - mean
     y = centred * inverse
-    dx = dy - y * jnp.mean(dy * y, axis=-1, keepdims=True)
+    dx = dy - y * jnp.mean(dy * y, axis=axes, keepdims=True)
     if centre:
-        dx = dx - jnp.mean(dy, axis=-1, keepdims=True)
+        dx = dx - jnp.mean(dy, axis=axes, keepdims=True)
     return ((dx * inverse).astype(x.dtype),)
 
 
@@ -83,8 +89,52 @@ def norm(
     References:
       Ba et al. 2016, Layer Normalization; Zhang and Sennrich 2019, RMSNorm.
     """
-    y = _normalise(x, jnp.dtype(policy.compute_dtype), centre, epsilon)
+    y = _normalise(x, jnp.dtype(policy.compute_dtype), centre, epsilon, (-1,))
     y = scale_by(y, scale, gradient_dtype)
     if bias is not None:
         y = shift_by(y, bias, gradient_dtype)
     return y.astype(policy.output_dtype)
+
+
+def group_norm(
+    x: Float[Array, "N H W C"],
+    scale: Float[Array, " C"],
+    bias: Float[Array, " C"],
+    policy: jmp.Policy,
+    *,
+    groups: int,
+    epsilon: float = 1e-5,
+    gradient_dtype: Any = jnp.float32,
+) -> Float[Array, "N H W C"]:
+    r"""Normalises each image over space and groups of channels, then scales and shifts channels.
+
+    $$y = \gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta$$ with $\mu$ and $\sigma$ over
+    height, width and the C / G channels of a group.
+
+    Args:
+      x: images.
+      scale: $\gamma$, one a channel.
+      bias: $\beta$, one a channel.
+      policy: everything is computed in its compute dtype; the result has its output dtype.
+      groups: G, a divisor of C.
+      epsilon: $\epsilon$.
+      gradient_dtype: dtype in which the gradients of scale and bias are summed.
+
+    Returns:
+      Images in the output dtype.
+
+    Example:
+      >>> from mpjax.precision import parse_policy
+      >>> x = jnp.array([[[[1.0, 3.0, 10.0, 30.0]]]])
+      >>> y = group_norm(x, jnp.ones(4), jnp.zeros(4), parse_policy("f32"), groups=2)
+      >>> y.round(3).ravel().tolist()
+      [-1.0, 1.0, -1.0, 1.0]
+
+    References:
+      Wu and He 2018, Group Normalization.
+    """
+    N, H, W, C = x.shape
+    x = x.reshape(N, H, W, groups, C // groups)
+    y = _normalise(x, jnp.dtype(policy.compute_dtype), True, epsilon, (1, 2, 4))
+    y = scale_by(y.reshape(N, H, W, C), scale, gradient_dtype)
+    return shift_by(y, bias, gradient_dtype).astype(policy.output_dtype)

@@ -22,11 +22,12 @@ def base_rules(*rules: tuple[str, str]) -> tuple[Rule, ...]:
 
 
 def _mixed(param: str, low: str) -> tuple[Rule, ...]:
-    """Products low; softmax, norms, rotary angles, logits and loss in float32."""
+    """Products low; softmax, norms, rotary angles, cell states, logits and loss in float32."""
     return base_rules(
         ("**/softmax", f"p=f32,c=f32,o={low}"),
         ("**/norm*", f"p=f32,c=f32,o={low}"),
         ("**/rotary", f"p=f32,c=f32,o={low}"),
+        ("**/cell/state", "f32"),
         ("**/head", f"p={param},c={low},o=f32"),
         ("**/loss", "f32"),
         ("**", f"p={param},c={low},o={low}"),

@@ -78,7 +78,7 @@ def _fields(precision: Precision) -> dict[str, Any]:
 
 
 def _from_policy(text: str) -> dict[str, Any]:
-    """A policy for every path; norms, softmax, rotary angles and loss keep float32 inside."""
+    """A policy for every path; norms, softmax, rotary angles, cell states, loss stay float32."""
     text, recipe = _split_recipe(text, "precision")
     if not text:
         raise ConfigError(
@@ -92,6 +92,7 @@ def _from_policy(text: str) -> dict[str, Any]:
         ("**/softmax", inner),
         ("**/norm*", inner),
         ("**/rotary", inner),
+        ("**/cell/state", "f32"),
         ("**/loss", "f32"),
         ("**", full),
     )
@@ -186,8 +187,9 @@ def get_precision(
     """Returns a Precision from a preset, a policy, a line of text, JSON or another Precision.
 
     Args:
-      value: a preset (`bf16`), a jmp policy (`p=f32,c=bf16,o=f32`: norms, softmax and loss keep
-        float32 inside; no loss scale), a line of `Precision.to_text`, JSON or a Precision.
+      value: a preset (`bf16`), a jmp policy (`p=f32,c=bf16,o=f32`: norms, softmax, cell states
+        and loss keep float32 inside; no loss scale), a line of `Precision.to_text`, JSON or a
+        Precision.
       rules: `PATTERN=VALUE` in order; they come before those of `value`.
       loss_scale: `none`, `static:1024`, `dynamic:init=65536`, settings, or a loss scale.
       update: `none`, `master`, `nearest`, `stochastic` or `kahan`.

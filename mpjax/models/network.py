@@ -1,0 +1,147 @@
+"""What a model of parts is: a Precision, the paths that take it, one parameter tree, its state."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+from flax import linen as nn
+
+from mpjax.errors import ConfigError
+from mpjax.formats.delayed import AmaxHistory
+from mpjax.models.context import Context, unsharded
+from mpjax.models.skeleton import At, stored
+from mpjax.precision import Precision, Recipe, dtype_name, get_precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A model and its Precision; `ResNet` and `Recurrent` say what its parts are.
+
+    Args:
+      config: shape.
+      precision: the Precision that it carries.
+      shard: constrains activations to logical axes; `sharded` sets it.
+    """
+
+    config: Any
+    precision: Precision
+    shard: Any = unsharded
+
+    root: ClassVar[str]  # first part of every path
+    unthreaded: ClassVar[str] = ""  # path of a product that cannot thread an amax history
+
+    def boxed(self, at: At, key: Any) -> Any:
+        """Returns drawn parameters boxed with their logical axes; equal layers are stacked."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """How many layers are stacked below `ROOT/layers`."""
+        return 0
+
+    @property
+    def further(self) -> dict[str, str]:
+        """Path -> kind of what takes a policy and is not seen while parameters are drawn."""
+        return {f"{self.root}/loss": "module"}
+
+    def __post_init__(self) -> None:
+        self.precision.check(self.paths, self._of("weight"), self._of("product"))
+        self._check_storage()
+        recipe = self.recipes.get(self.unthreaded)
+        if recipe is not None and recipe.history:
+            raise ConfigError(
+                f"{self.unthreaded}: recipe {recipe.name!r} keeps an amax history, which a loss"
+                " taken in chunks cannot thread; take a recipe without history for it, such as fp8"
+            )
+
+    def _check_storage(self) -> None:
+        for path in self._of("weight"):
+            if path.startswith(f"{self.root}/layers/"):
+                parts = path.split("/")
+                first = "/".join([*parts[:2], "0", *parts[3:]])
+                own, other = (self.precision.policy(p).param_dtype for p in (path, first))
+                if own != other:
+                    raise ConfigError(
+                        f"{path}: stored in {dtype_name(own)}, layer 0 in {dtype_name(other)};"
+                        " layers are stacked in one array, so give all the same p=, and vary only"
+                        " c= and o="
+                    )
+
+    def at(self, *prefix: str) -> Context:
+        """Returns the context of a part."""
+        return Context(self.precision, (self.root, *prefix), self.shard)
+
+    def sharded(self, shard: Any) -> Any:
+        """Returns the model with its activations constrained by `shard(x, logical_axes)`."""
+        return dataclasses.replace(self, shard=shard)
+
+    @functools.cached_property
+    def _sites(self) -> dict[str, str]:
+        seen: dict[str, str] = {}
+        covers_all = get_precision("fp32")
+
+        def at(*prefix: str) -> Context:
+            return Context(covers_all, (self.root, *prefix), seen=seen)
+
+        jax.eval_shape(lambda: self.boxed(at, jax.random.key(0)))
+        seen |= self.further
+        zero = f"{self.root}/layers/0/"
+        return {
+            path.replace(zero, f"{self.root}/layers/{layer}/", 1): kind
+            for path, kind in seen.items()
+            for layer in range(self.depth if path.startswith(zero) else 1)
+        }
+
+    def _of(self, kind: str) -> list[str]:
+        return [path for path, found in self._sites.items() if found == kind]
+
+    @functools.cached_property
+    def paths(self) -> tuple[str, ...]:
+        """All paths that take a policy: modules, operations and parameters."""
+        return tuple(self._sites)
+
+    @functools.cached_property
+    def recipes(self) -> dict[str, Recipe]:
+        """Path of a product -> its recipe."""
+        found = {path: self.precision.recipe(path) for path in self._of("product")}
+        return {path: recipe for path, recipe in found.items() if recipe is not None}
+
+    @property
+    def rounds(self) -> bool:
+        """Whether a recipe draws random numbers."""
+        return any(recipe.uses_key for recipe in self.recipes.values())
+
+    @functools.cached_property
+    def axes(self) -> Any:
+        """Logical axes of each parameter, a tree of tuples."""
+        boxed = jax.eval_shape(lambda: self.boxed(self.at, jax.random.key(0)))
+
+        def names(path: Any, box: Any) -> tuple[str | None, ...]:
+            stacked = path[1].key == "layers"
+            return ("layers", *box.names) if stacked else tuple(box.names)
+
+        is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+        return jax.tree_util.tree_map_with_path(names, boxed, is_leaf=is_box)
+
+    def init(self, key: Any) -> Any:
+        """Returns new parameters; equal keys give equal float32 draws under every Precision."""
+        return stored(nn.unbox(self.boxed(self.at, key)), self.precision)
+
+    def init_state(self) -> Any:
+        """Returns what training threads through the model: amax histories of delayed scaling.
+
+        None where no recipe keeps a history.
+        """
+        tree: dict[str, Any] = {}
+        for path, recipe in self.recipes.items():
+            if recipe.history:
+                bare = [part for part in path.split("/")[1:] if not part.isdigit()]
+                at = tree
+                for part in bare:
+                    at = at.setdefault(part, {})
+                layers = (self.depth,) if bare[0] == "layers" else ()
+                at["kernel"] = AmaxHistory.empty(recipe.history, layers)
+        return {"amax": tree} if tree else None
