@@ -1,0 +1,123 @@
+"""A checkpoint as found: a folder, a file, or a name on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mpjax.errors import ConfigError
+from mpjax.models.hf.gguf_file import read_gguf
+from mpjax.models.hf.tensors import Tensors, need, read_json, read_safetensors, read_sharded
+from mpjax.models.hf.torch_file import read_torch
+
+CONFIG = "config.json"
+# File or index -> reader of a file; the first that a folder has is taken.
+_FILES: dict[str, Callable[[Path], Tensors]] = {
+    "model.safetensors.index.json": read_safetensors,
+    "model.safetensors": read_safetensors,
+    "pytorch_model.bin.index.json": read_torch,
+    "pytorch_model.bin": read_torch,
+}
+_SUFFIXES = {".safetensors": read_safetensors, ".bin": read_torch, ".pt": read_torch,
+             ".pth": read_torch}  # fmt: skip
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Settings and tensors of a checkpoint; no tensor has been read yet.
+
+    Args:
+      where: the file that the tensors lie in, or its index.
+      config: fields of config.json, or of a GGUF file as config.json would have them; empty where
+        a lone file has none.
+      tensors: by the names that the checkpoint gives them.
+    """
+
+    where: Path
+    config: dict[str, Any]
+    tensors: Tensors
+
+    @property
+    def config_file(self) -> str:
+        """Where the settings stand, for errors."""
+        own = self.where.suffix == ".gguf"
+        return str(self.where if own else self.where.parent / CONFIG)
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The tokenizer.json beside it, which `mpjax.data.make_tokenizer` reads, or None."""
+        path = self.where.parent / "tokenizer.json"
+        return path if path.is_file() else None
+
+
+def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Returns a checkpoint with its tensors unread.
+
+    Args:
+      source: a folder with a config.json and safetensors (whole or sharded) or a
+        pytorch_model.bin; one such file; a GGUF file or a folder with one; or `org/name` on the
+        Hugging Face Hub, which needs the extra `hub` and a network, or its cache.
+      revision: branch, tag or commit on the Hub.
+
+    Raises:
+      ConfigError: nothing there, no known file in the folder, or a file that cannot be read.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and _HUB_NAME.fullmatch(str(source)):
+        path = _from_hub(str(source), revision)
+    elif revision is not None:
+        raise ConfigError(f"{source}: revision={revision!r} is for names on the Hub; leave it out")
+    if path.is_dir():
+        path = _weights(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file or folder; name a checkpoint, or org/name")
+    if path.suffix == ".gguf":
+        return Checkpoint(path, *read_gguf(path))
+    beside = path.parent / CONFIG
+    config = read_json(beside) if beside.is_file() else {}
+    if path.name.endswith(".index.json") and path.name in _FILES:
+        return Checkpoint(path, config, read_sharded(path, _FILES[path.name]))
+    if path.suffix not in _SUFFIXES:
+        raise ConfigError(
+            f"{path}: unknown kind of file; expected {' '.join(_SUFFIXES)} .gguf or a folder"
+        )
+    return Checkpoint(path, config, _SUFFIXES[path.suffix](path))
+
+
+def _weights(folder: Path) -> Path:
+    for name in _FILES:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        names = " ".join(path.name for path in found)
+        raise ConfigError(f"{folder}: several GGUF files ({names}); name one of them")
+    if not found:
+        raise ConfigError(
+            f"{folder}: no checkpoint in it; expected {' or '.join(_FILES)} or a .gguf file"
+        )
+    return found[0]
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    hub = need("huggingface_hub", "hub", f"{name}: no such folder, so it is a name on the Hub; it")
+    texts = [CONFIG, "tokenizer.json", "tokenizer_config.json", "*.index.json"]
+    try:
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            folder = hub.snapshot_download(
+                name, revision=revision, allow_patterns=[*texts, weights]
+            )
+            if any(Path(folder).glob(weights)):
+                break
+    # Its errors have no common base: of HTTP, of its own, of offline mode, of bad names.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{name}: no such folder, and not to be had from the Hugging Face Hub ({reason}); check"
+            " the name and the network, or name a folder"
+        ) from error
+    return Path(folder)

@@ -1,0 +1,111 @@
+"""A config.json read field by field: one that nobody asked for is an error, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from mpjax.errors import ConfigError
+from mpjax.models.hf.tensors import listed
+
+# What says how a model is trained, stored, called or sampled from, not what it computes. Dropout
+# inside the softmax is here too: our models have none there.
+_FREE = frozenset(
+    """
+    _attn_implementation _name_or_path _num_labels architectures attention_dropout
+    attention_probs_dropout_prob attn_pdrop attribute_map auto_map bos_token_id cache_dir
+    chunk_size_feed_forward classifier_dropout decoder_start_token_id directionality dtype
+    embd_pdrop eos_token_id finetuning_task gradient_checkpointing id2label initializer_range
+    is_llama_config keep_accents label2id model_type n_ctx name_or_path
+    output_attentions output_hidden_states output_past pad_token_id pooler_fc_size
+    pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type prefix
+    pretraining_tp problem_type reorder_and_upcast_attn return_dict
+    sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version use_bfloat16 use_cache
+    """.split()
+)
+_NO_DEFAULT = object()
+
+
+class Fields:
+    """The fields of a config.json.
+
+    Args:
+      values: them.
+      where: the file, for errors.
+      ignore: names of unknown fields that the user says have no effect.
+    """
+
+    def __init__(self, values: dict[str, Any], where: str, ignore: Collection[str] = ()) -> None:
+        self._values, self._where = values, where
+        self._asked = set(_FREE) | set(ignore)
+
+    def take(self, name: str, kind: type, default: Any = _NO_DEFAULT) -> Any:
+        """Returns a field; null and an absent one are the default.
+
+        Raises:
+          ConfigError: absent without a default, or of another type.
+        """
+        self._asked.add(name)
+        value = self._values.get(name)
+        if value is None:
+            if default is _NO_DEFAULT:
+                raise ConfigError(
+                    f"{self._where}: no {name}, which this architecture needs; fetch it again"
+                )
+            return default
+        kinds = (int, float) if kind is float else kind
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{self._where}: {name}={value!r}; expected {kind.__name__}")
+        return float(value) if kind is float else value
+
+    def only(self, name: str, *allowed: Any) -> Any:
+        """Returns a field that our models have no choice in; absent, it is the first.
+
+        Raises:
+          ConfigError: another value.
+        """
+        self._asked.add(name)
+        value = self._values.get(name, allowed[0])
+        if value not in allowed:
+            raise ConfigError(
+                f"{self._where}: {name}={value!r} is not supported; expected"
+                f" {' or '.join(map(repr, allowed))}"
+            )
+        return value
+
+    def one_of(self, name: str, known: dict[str, Any], default: str) -> Any:
+        """Returns what a field's value stands for.
+
+        Raises:
+          ConfigError: a value that is not known.
+        """
+        self._asked.add(name)
+        value = self._values.get(name, default)
+        if not isinstance(value, str) or value not in known:
+            raise ConfigError(
+                f"{self._where}: {name}={value!r} is not supported; known: {' '.join(known)}"
+            )
+        return known[value]
+
+    def inner(self, name: str) -> Fields | None:
+        """Returns the fields of an object in a field, or None where there is none."""
+        values = self.take(name, dict, None)
+        return None if values is None else Fields(values, f"{self._where}: {name}")
+
+    def refuse(self, what: str) -> None:
+        """Raises a ConfigError that says where."""
+        raise ConfigError(f"{self._where}: {what}")
+
+    def finish(self) -> None:
+        """Refuses the fields that nobody asked for.
+
+        Raises:
+          ConfigError: there are some.
+        """
+        if unknown := sorted(set(self._values) - self._asked):
+            raise ConfigError(
+                f"{self._where}: unknown field {listed(unknown)}, which may change the result; if"
+                f" it does not, pass ignore={unknown!r}"
+            )

@@ -1,0 +1,141 @@
+"""GGUF files of llama.cpp, under the names and settings that `transformers` has for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpjax.errors import ConfigError
+from mpjax.models.hf.tensors import Tensor, Tensors, listed, need
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 call themselves llama
+_OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_INNER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# a key below the architecture's name -> the field of config.json
+_FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+    "vocab_size": "vocab_size",
+}
+_CHECKED = ("rope.freq_base", "rope.dimension_count", "attention.value_length")
+_SCALING = {"rope.scaling.type": "rope_type", "rope.scaling.factor": "factor"}
+
+
+def open_gguf(path: Path) -> Any:
+    """Returns the reader of the package `gguf`.
+
+    Raises:
+      ConfigError: a file that is absent, truncated or no GGUF file.
+    """
+    package = need("gguf", "hub", str(path))
+    try:
+        return package.GGUFReader(path)
+    # Its reader raises what numpy or struct do where a file ends early.
+    except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not a whole GGUF file ({reason}); fetch it again") from error
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """Returns the fields of a config.json and the tensors of a GGUF file, dequantised when read.
+
+    llama.cpp stores the rows of a Llama's queries and keys in the order of interleaved rotary
+    pairs; here they are back in that of halves.
+
+    Raises:
+      ConfigError: another architecture, or a setting or tensor that is not known.
+    """
+    reader = open_gguf(path)
+    value = {name: field.contents() for name, field in reader.fields.items() if "." in name
+             and not name.startswith(("tokenizer.", "GGUF."))}  # fmt: skip
+    kind = value.get("general.architecture")
+    if kind not in _ARCHITECTURES:
+        raise ConfigError(
+            f"{path}: architecture {kind!r}; expected {' '.join(_ARCHITECTURES)}; take the"
+            " safetensors of this model"
+        )
+    own = {n.removeprefix(f"{kind}."): v for n, v in value.items() if n.startswith(f"{kind}.")}
+    if unknown := sorted(set(own) - {*_FIELDS, *_CHECKED, *_SCALING}):
+        raise ConfigError(
+            f"{path}: unknown setting {listed(f'{kind}.{n}' for n in unknown)}, which may change"
+            " the result; take the safetensors of this model"
+        )
+    config: dict[str, Any] = {"model_type": kind}
+    config |= {field: own[name] for name, field in _FIELDS.items() if name in own}
+    rope = {field: own[name] for name, field in _SCALING.items() if name in own}
+    if rope.get("rope_type") in (None, "none"):
+        rope = {"rope_type": "default"}
+    config["rope_parameters"] = rope | {"rope_theta": own.get("rope.freq_base", 10000.0)}
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    if "token_embd.weight" not in stored or "num_attention_heads" not in config:
+        raise ConfigError(f"{path}: no embedding or no head count in it; fetch it again")
+    config["vocab_size"] = int(stored["token_embd.weight"].shape[1])
+    config["tie_word_embeddings"] = "output.weight" not in stored
+    heads = config["num_attention_heads"]
+    groups = config.setdefault("num_key_value_heads", heads)
+    width = config.setdefault("head_dim", config["hidden_size"] // heads)
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if own.get(name, width) != width:
+            raise ConfigError(
+                f"{path}: {kind}.{name}={own[name]} is not the head width {width}, which is not"
+                " supported; take another model"
+            )
+    tensors = {}
+    for name, tensor in stored.items():
+        turned = 0
+        if kind == "llama":
+            turned = {"attn_q": heads, "attn_k": groups}.get(name.split(".")[-2], 0)
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        tensors[_renamed(path, name)] = Tensor(
+            shape, np.dtype(np.float32), _dequantised(tensor, shape, turned)
+        )
+    return config, tensors
+
+
+def _renamed(path: Path, name: str) -> str:
+    if name in _OUTER:
+        return _OUTER[name]
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if found is None or found[2] not in _INNER:
+        raise ConfigError(f"{path}: unknown tensor {name}; take the safetensors of this model")
+    return f"model.layers.{found[1]}.{_INNER[found[2]]}.{found[3]}"
+
+
+def _dequantised(tensor: Any, shape: tuple[int, ...], heads: int) -> Callable[[], np.ndarray]:
+    """Reads a tensor in float32; rows of `heads` heads go from pairs back to halves."""
+
+    def read() -> np.ndarray:
+        from gguf.quants import dequantize
+
+        x = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        if heads:
+            x = x.reshape(heads, shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(shape)
+        return x
+
+    return read

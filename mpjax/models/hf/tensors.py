@@ -1,0 +1,150 @@
+"""A tensor of a checkpoint file, and the safetensors files of a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mpjax.errors import ConfigError
+
+# What a safetensors header calls a dtype -> the dtype. A scaled format (F8_E4M3 and the like) is
+# not here: its numbers mean nothing without scales, which each maker names differently.
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor that is read when asked for, and not kept.
+
+    Args:
+      shape: as stored.
+      dtype: that `read` gives.
+      read: returns the numbers.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[], np.ndarray]
+
+
+Tensors = dict[str, Tensor]
+
+
+def need(package: str, extra: str, what: str) -> Any:
+    """Returns an optional package's module.
+
+    Raises:
+      ConfigError: it is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"{what}: needs the package {package}, which is not installed; pip install"
+            f" 'mpjax[{extra}]'"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object that a JSON file holds.
+
+    Raises:
+      ConfigError: no such file, or something else in it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path}: no such file; name the folder that a checkpoint was saved to"
+        ) from error
+    except (OSError, ValueError) as error:  # a JSON or a Unicode error is a ValueError
+        raise ConfigError(f"{path}: not readable as JSON ({error}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got a {type(found).__name__}")
+    return found
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """Returns the tensors of a safetensors file, memory-mapped.
+
+    Raises:
+      ConfigError: an unreadable or truncated file, or a dtype that is no plain number.
+    """
+    package = need("safetensors", "hub", str(path))
+    try:
+        file = package.safe_open(path, framework="np")
+    except (OSError, package.SafetensorError) as error:
+        raise ConfigError(
+            f"{path}: not a whole safetensors file ({_line(error)}); fetch it again"
+        ) from error
+    tensors = {}
+    for name in file.keys():  # noqa: SIM118  (the file is no dict)
+        part = file.get_slice(name)
+        dtype = _DTYPES.get(part.get_dtype())
+        if dtype is None:
+            raise ConfigError(
+                f"{path}: {name} has dtype {part.get_dtype()}; expected one of"
+                f" {' '.join(_DTYPES)}; take the checkpoint before it was quantised"
+            )
+        read = lambda file=file, name=name: file.get_tensor(name)  # noqa: E731
+        tensors[name] = Tensor(tuple(part.get_shape()), dtype, read)
+    return tensors
+
+
+def read_sharded(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
+    """Returns the tensors of the files that an index such as model.safetensors.index.json names.
+
+    Args:
+      index: the index.
+      read: returns the tensors of one of its files.
+
+    Raises:
+      ConfigError: a file that is absent or outside the folder, or a tensor that is not in its file.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(f, str) for f in names.values()):
+        raise ConfigError(f"{index}: no weight_map of tensor and file names; fetch it again")
+    files = {}
+    for file in sorted(set(names.values())):
+        if Path(file).name != file:  # an index must not name a file elsewhere
+            raise ConfigError(f"{index}: names the file {file!r}, which is not in its folder")
+        files[file] = read(index.parent / file)
+    absent = [name for name, file in names.items() if name not in files[file]]
+    if absent:
+        raise ConfigError(
+            f"{index}: {listed(absent)} not in the files that it names; fetch them again"
+        )
+    extra = [n for tensors in files.values() for n in tensors if n not in names]
+    if extra:
+        raise ConfigError(f"{index}: {listed(extra)} in the files but not in it; fetch it again")
+    return {name: files[file][name] for name, file in names.items()}
+
+
+def listed(names: Iterable[str]) -> str:
+    """Returns names in one line: all up to eight, else the first eight and how many more."""
+    names = list(names)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
