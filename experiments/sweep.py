@@ -24,7 +24,6 @@ import optax
 from rich.console import Console
 
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
-from mpjax.models import Model, decoder
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import Precision, get_precision
 from mpjax.report import Outcome, interval, plot_loss, plot_loss_scale, rich_table, write_report
@@ -39,21 +38,17 @@ console = Console(stderr=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
-    """What is trained, whatever the precision."""
+class Training:
+    """How a language model is trained on text, whatever model and precision."""
 
     data: str = "stdlib"
     """`stdlib`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe:SIZE` or a tokenizer.json."""
-    model: str = "tiny"
-    """Model size by name."""
     layers: int = 2
-    """Blocks."""
+    """Layers of the model."""
     width: int = 128
-    """Width of the residual stream."""
-    heads: int = 4
-    """Attention heads."""
+    """Width of the model."""
     batch: int = 8
     """Sequences a step."""
     seq: int = 128
@@ -80,6 +75,19 @@ class Workload:
             f"{self.steps} steps of {self.batch} x {self.seq} tokens, {self.layers} layers of width"
             f" {self.width}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload(Training):
+    """What is trained, whatever the precision: a decoder."""
+
+    model: str = "tiny"
+    """Model size by name."""
+    heads: int = 4
+    """Attention heads."""
+
+
+Make = Callable[[Any, Corpus, Precision], Any]  # workload, corpus, precision -> model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +124,9 @@ class Config(Workload):
     """Folder of the report and of all runs."""
 
 
-def judge(model: Model, corpus: Corpus, work: Workload) -> Callable[[Any], float]:
+def judge(model: Any, corpus: Corpus, work: Training) -> Callable[[Any], float]:
     """Returns a function from weights to the validation loss, computed in float32."""
-    exact = decoder(model.config, "fp32")
+    exact = dataclasses.replace(model, precision=get_precision("fp32"))
     loss = jax.jit(lambda params, batch: exact.loss(params, batch)[0])
     held_out = list(
         validation_batches(
@@ -128,7 +136,7 @@ def judge(model: Model, corpus: Corpus, work: Workload) -> Callable[[Any], float
     return lambda params: float(np.mean([loss(params, batch) for batch in held_out]))
 
 
-def optimizer(arm: Arm, work: Workload) -> optax.GradientTransformation:
+def optimizer(arm: Arm, work: Training) -> optax.GradientTransformation:
     """Returns the raw optimizer of an arm."""
     return make_optimizer(
         work.optimizer, arm.lr, schedule=work.schedule, steps=work.steps, warmup=work.warmup,
@@ -136,12 +144,12 @@ def optimizer(arm: Arm, work: Workload) -> optax.GradientTransformation:
     )  # fmt: skip
 
 
-def stressed(stress: int, work: Workload, raw: Any) -> tuple[Any, Callable[[Model], Any]]:
+def stressed(stress: int, work: Training, raw: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Returns the optimizer and objective with the loss multiplied by 2^-k."""
     # Gradients come back to their natural scale before anything looks at their size.
     tx = optax.chain(optax.scale(2.0**stress), optax.clip_by_global_norm(work.clip), raw)
 
-    def objective(model: Model) -> Any:
+    def objective(model: Any) -> Any:
         def loss_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
             loss, state = model.loss(*args, **kwargs)
             return loss * 2.0**-stress, state
@@ -153,7 +161,7 @@ def stressed(stress: int, work: Workload, raw: Any) -> tuple[Any, Callable[[Mode
 
 def run_arm(
     arm: Arm,
-    work: Workload,
+    work: Training,
     corpus: Corpus,
     seeds: int,
     out: Path,
@@ -161,6 +169,7 @@ def run_arm(
     keep: Callable[[str, int, Any, Any], None] = lambda *_: None,
     enough: Callable[[str, Sequence[float]], bool] = lambda *_: False,
     first: int = 0,
+    make: Make = launch.make_decoder,
 ) -> Outcome:
     """Trains one arm under each seed and returns its outcome; the step is compiled once.
 
@@ -174,8 +183,9 @@ def run_arm(
       keep: called with (label, seed, weights, a batch) at the end of each run.
       enough: asked with (label, losses so far) after each seed; True leaves out the rest.
       first: the first seed.
+      make: builds the model.
     """
-    model = launch.make_decoder(work, corpus, arm.precision)
+    model = make(work, corpus, arm.precision)
     tx, objective = stressed(arm.stress, work, optimizer(arm, work))
     _, step = build(model, tx, objective=objective)
     assert step.init is not None
@@ -221,18 +231,23 @@ def run_arm(
 
 
 def run_arms(
-    arms: Sequence[Arm], work: Workload, seeds: int, out: Path, **options: Any
+    arms: Sequence[Arm],
+    work: Training,
+    seeds: int,
+    out: Path,
+    make: Make = launch.make_decoder,
+    **options: Any,
 ) -> list[Outcome]:
     """Trains all arms, each under the same seeds."""
     corpus = load_corpus(work.data, work.tokenizer)
     batches(corpus.train, batch=work.batch, seq=work.seq, seed=0)
-    models = [launch.make_decoder(work, corpus, arm.precision) for arm in arms]
+    models = [make(work, corpus, arm.precision) for arm in arms]
     for arm, model in zip(arms, models, strict=True):  # the last arm's mistake, before the first
         wrapped = wrap(optimizer(arm, work), arm.precision)
         jax.eval_shape(lambda key, m=model, w=wrapped: w.init(m.init(key)), jax.random.key(0))
     evaluate = judge(models[0], corpus, work)
     launch.writable(out)
-    return [run_arm(arm, work, corpus, seeds, out, evaluate, **options) for arm in arms]
+    return [run_arm(arm, work, corpus, seeds, out, evaluate, make=make, **options) for arm in arms]
 
 
 def best(outcomes: Sequence[Outcome], labels: Sequence[str]) -> str:

@@ -75,15 +75,17 @@ class Embed(Layer):
       rows: number of ids.
       width: D.
       axes: logical axes of the table.
+      deviation: of the initial numbers.
     """
 
     rows: int
     width: int
     axes: tuple[str | None, str | None]
+    deviation: float = 0.02
 
     @nn.compact
     def __call__(self, ids: Any) -> Any:
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(self.deviation)
         table = self.weight("table", init, (self.rows, self.width), self.axes)
         # Gathered over fsdp before it is read: rows cut by width would be repartitioned by batch.
         table = self.context.shard(table, (self.axes[0], None))

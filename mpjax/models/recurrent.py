@@ -48,9 +48,9 @@ class Recurrent(Network):
         return {"recurrent/head": "product", "recurrent/loss": "module"}
 
     def _embed(self, at: At) -> Embed:
-        c = self.config
-        axes = ("vocab", "embed")
-        return Embed(at("embed"), c.vocabulary, c.width, axes, name="recurrent/embed")
+        c, axes, name = self.config, ("vocab", "embed"), "recurrent/embed"
+        # No norm stands before a cell: after 300 steps from 0.02 it is 0.5 nats behind (measured).
+        return Embed(at("embed"), c.vocabulary, c.width, axes, deviation=0.2, name=name)
 
     def _head(self, at: At) -> Linear:
         axes = ("embed", "vocab")
