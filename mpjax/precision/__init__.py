@@ -15,6 +15,9 @@ from mpjax.precision.recipe import (
     register_recipe,
 )
 from mpjax.precision.rule import Rule, matches
+from mpjax.precision.schedule import PrecisionSchedule
+from mpjax.precision.schedule_reading import get_schedule
+from mpjax.precision.triggers import Triggers
 
 __all__ = [
     "UPDATE_RULES",
@@ -22,11 +25,14 @@ __all__ = [
     "Moments",
     "Operand",
     "Precision",
+    "PrecisionSchedule",
     "Recipe",
     "Rule",
+    "Triggers",
     "dtype_name",
     "get_precision",
     "get_recipe",
+    "get_schedule",
     "is_fp8",
     "matches",
     "parse_dtype",

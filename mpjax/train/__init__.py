@@ -1,10 +1,13 @@
 """How a model is trained: state, step, sharding, loop, checkpoints."""
 
+from mpjax.train.build import build
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
-from mpjax.train.step import TrainState, TrainStep, build, init_state, make_train_step
+from mpjax.train.step import TrainState, TrainStep, init_state, make_train_step
+from mpjax.train.switch import SwitchingStep
 
 __all__ = [
     "ShardActivations",
+    "SwitchingStep",
     "TrainState",
     "TrainStep",
     "build",

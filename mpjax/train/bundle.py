@@ -105,7 +105,8 @@ def explain(step: TrainStep, state: Any, batch: Any, folder: Path | None = None)
       batch: its host batch.
       folder: of a bundle.
     """
-    report = trace_nonfinite(step.function, state, step.place(batch))
+    taken, plain = step.active(state)
+    report = trace_nonfinite(taken.function, plain, step.place(batch))
     text = "nothing broke: the step is finite when it runs again" if report is None else str(report)
     if folder is not None:
         (folder / _REPORT).write_text(text + "\n")

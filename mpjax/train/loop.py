@@ -79,7 +79,8 @@ def fit(
             report({"step": number, "tokens_per_s": tokens_per_s} | host)
             if bad:
                 try:
-                    step.optimizer.check_alive(state.opt_state, state.params, bad)
+                    taken, plain = step.active(state)
+                    taken.optimizer.check_alive(plain.opt_state, plain.params, bad)
                 except TrainingStopped:
                     stuck(int(state.step), state, batch)
                     raise

@@ -39,6 +39,7 @@ def state_bytes(state: TrainState) -> dict[str, int]:
             state.model_state,
             state.opt_state.loss_scale,
             state.opt_state.gate,
+            state.switch,
         ),
     }
     sizes = {

@@ -130,7 +130,8 @@ class MetricsWriter:
         step = record["step"]
         if step % self._every and "validation_loss" not in record:
             return
-        numbers = {key: value for key, value in record.items() if key != "step"}
+        texts = {key for key, value in record.items() if isinstance(value, str)}
+        numbers = {key: value for key, value in record.items() if key not in {"step", *texts}}
         # One event for all: `add_scalar` costs three times as much, and warns of each NaN.
         points = [self._summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]
         self._board.file_writer.add_summary(self._summary(value=points), step)

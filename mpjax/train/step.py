@@ -8,15 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import begin_step, end_step, seen_of, with_seen
-from mpjax.optim import Optimizer, OptState, scaled_grad, select, weight_view, wrap
-from mpjax.train.preflight import require_room
-from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
+from mpjax.optim import Optimizer, OptState, scaled_grad, select, weight_view
 
 
 class TrainState(NamedTuple):
@@ -28,6 +25,7 @@ class TrainState(NamedTuple):
       opt_state: moments, master weights, loss scale, skip counters.
       model_state: what the model threads through itself (None for a decoder in training).
       key: raw key data; dropout folds in the step.
+      switch: what a schedule of Precision keeps (`mpjax.train.switch_state`), None without one.
     """
 
     step: Int[Array, ""]
@@ -35,6 +33,7 @@ class TrainState(NamedTuple):
     opt_state: OptState
     model_state: Any
     key: Any
+    switch: Any = None
 
 
 LossFn = Callable[..., tuple[Any, Any]]  # (params, batch, *, state, key, train) -> loss, state
@@ -146,8 +145,25 @@ class TrainStep:
         """
         check_batch(batch, self.accumulate, self.mesh)
 
+    def active(self, state: TrainState) -> tuple[TrainStep, TrainState]:
+        """Returns the step of one precision that comes next, and the state as it sees it."""
+        return self, state
+
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         return self.compiled(state, self.place(batch))
+
+
+def compile_step(function: Any, mesh: Mesh | None, shardings: Any) -> Any:
+    """Returns `jax.jit` of `function(state, batch) -> (state, metrics)`; the state is donated."""
+    if mesh is None:
+        return jax.jit(function, donate_argnums=0)
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        function,
+        donate_argnums=0,
+        in_shardings=(shardings, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))),
+        out_shardings=(shardings, whole),
+    )
 
 
 def make_train_step(
@@ -197,76 +213,5 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state, model_state, state.key), metrics
 
-    if mesh is None:
-        compiled = jax.jit(step, donate_argnums=0)
-    else:
-        whole = NamedSharding(mesh, PartitionSpec())
-        compiled = jax.jit(
-            step,
-            donate_argnums=0,
-            in_shardings=(shardings, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))),
-            out_shardings=(shardings, whole),
-        )
+    compiled = compile_step(step, mesh, shardings)
     return TrainStep(step, compiled, optimizer, mesh, shardings, accumulate)
-
-
-def build(
-    model: Any,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh | str | None = None,
-    *,
-    seed: int = 0,
-    clip: float | None = None,
-    gate: bool = True,
-    patience: int = 50,
-    accumulate: int = 1,
-    objective: Callable[[Any], LossFn] = lambda model: model.loss,
-) -> tuple[TrainState, TrainStep]:
-    """Initialises a model of ours on a mesh and compiles its train step.
-
-    Args:
-      model: with `precision`, `init`, `loss`, `axes` and `sharded`, such as
-        `mpjax.models.decoder`; its Precision decides loss scale, update rule and moments.
-      optimizer: a raw optax optimizer; it is wrapped here, once.
-      mesh: a Mesh, its text (`data=2,fsdp=4`), or None for one device.
-      seed: of the weights and of dropout.
-      clip: largest global gradient norm.
-      gate: whether non-finite steps are skipped.
-      patience: see `mpjax.optim.wrap`.
-      accumulate: microbatches a step.
-      objective: from the model, sharded on the mesh, to its loss function.
-
-    Returns:
-      The first state, sharded, and the step.
-
-    Raises:
-      ConfigError: settings that do not fit each other, or a state that does not fit in memory.
-
-    Example:
-      >>> from mpjax.models import decoder
-      >>> state, step = build(decoder("tiny", layers=1, width=16, heads=2), optax.sgd(0.1))
-      >>> batch = {"inputs": jnp.zeros((1, 4), jnp.int32), "targets": jnp.ones((1, 4), jnp.int32)}
-      >>> state, metrics = step(state, batch)
-      >>> int(state.step), int(metrics["skipped"])
-      (1, 0)
-    """
-    wrapped = wrap(optimizer, model.precision, clip=clip, gate=gate, patience=patience)
-    if isinstance(mesh, str):
-        mesh = parse_mesh(mesh)
-    if mesh is not None and mesh.size == 1:
-        mesh = None
-    if mesh is not None:
-        model = model.sharded(ShardActivations(mesh))
-
-    def init(seed: Any) -> TrainState:
-        first = getattr(model, "init_state", lambda: None)()
-        return init_state(model.init(jax.random.key(seed)), wrapped, seed=seed, model_state=first)
-
-    abstract = jax.eval_shape(init, seed)
-    shardings = None if mesh is None else state_shardings(abstract, model.axes, mesh)
-    require_room(abstract, shardings)
-    init_jit = jax.jit(init, out_shardings=shardings)
-    step = make_train_step(
-        objective(model), wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
-    )
-    return init_jit(seed), dataclasses.replace(step, init=init_jit)

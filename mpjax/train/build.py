@@ -1,0 +1,130 @@
+"""From a model and a raw optimizer to the first state and the compiled step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from mpjax.errors import ConfigError
+from mpjax.optim import make_loss_scale, wrap
+from mpjax.precision import PrecisionSchedule, get_schedule
+from mpjax.train.preflight import require_room
+from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
+from mpjax.train.step import LossFn, TrainState, TrainStep, init_state, make_train_step
+from mpjax.train.switch import make_switching_step
+from mpjax.train.switch_state import require_alike, whole_state
+
+
+class _Part(NamedTuple):
+    """The step of one precision, and its state before the first step."""
+
+    step: TrainStep
+    init: Callable[[Any], TrainState]
+    first: Callable[[], Any]  # the model's own state
+    abstract: TrainState
+
+
+def build(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | str | None = None,
+    *,
+    seed: int = 0,
+    clip: float | None = None,
+    gate: bool = True,
+    patience: int = 50,
+    accumulate: int = 1,
+    objective: Callable[[Any], LossFn] = lambda model: model.loss,
+    schedule: PrecisionSchedule | str | dict[str, Any] | None = None,
+) -> tuple[TrainState, TrainStep]:
+    """Initialises a model of ours on a mesh and compiles its train step.
+
+    Args:
+      model: with `precision`, `init`, `loss`, `axes` and `sharded`, such as
+        `mpjax.models.decoder`; its Precision decides loss scale, update rule and moments.
+      optimizer: a raw optax optimizer; it is wrapped here, once.
+      mesh: a Mesh, its text (`data=2,fsdp=4`), or None for one device.
+      seed: of the weights and of dropout.
+      clip: largest global gradient norm.
+      gate: whether non-finite steps are skipped.
+      patience: see `mpjax.optim.wrap`.
+      accumulate: microbatches a step.
+      objective: from the model, sharded on the mesh, to its loss function.
+      schedule: of Precision over the run, anything that `get_schedule` reads; the model carries its
+        first precision. With two precisions the step is a `mpjax.train.switch.SwitchingStep`.
+
+    Returns:
+      The first state, sharded, and the step.
+
+    Raises:
+      ConfigError: settings that do not fit each other, or a state that does not fit in memory.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mpjax.models import decoder
+      >>> state, step = build(decoder("tiny", layers=1, width=16, heads=2), optax.sgd(0.1))
+      >>> batch = {"inputs": jnp.zeros((1, 4), jnp.int32), "targets": jnp.ones((1, 4), jnp.int32)}
+      >>> state, metrics = step(state, batch)
+      >>> int(state.step), int(metrics["skipped"])
+      (1, 0)
+    """
+    if isinstance(mesh, str):
+        mesh = parse_mesh(mesh)
+    if mesh is not None and mesh.size == 1:
+        mesh = None
+    if mesh is not None:
+        model = model.sharded(ShardActivations(mesh))
+
+    def part(model: Any) -> _Part:
+        wrapped = wrap(optimizer, model.precision, clip=clip, gate=gate, patience=patience)
+        first = getattr(model, "init_state", lambda: None)
+
+        def init(seed: Any) -> TrainState:
+            params = model.init(jax.random.key(seed))
+            return init_state(params, wrapped, seed=seed, model_state=first())
+
+        abstract = jax.eval_shape(init, seed)
+        shardings = None if mesh is None else state_shardings(abstract, model.axes, mesh)
+        require_room(abstract, shardings)
+        step = make_train_step(
+            objective(model), wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
+        )
+        return _Part(step, init, first, abstract)
+
+    begin = part(model)
+    step, init = begin.step, begin.init
+    if schedule is not None:
+        schedule = get_schedule(schedule)
+        if model.precision != schedule.first:
+            raise ConfigError(
+                f"precision schedule: it begins in {schedule.labels[0]} and the model carries"
+                f" {model.precision.name}; make the model with schedule.first"
+            )
+        if len(schedule.precisions) > 1:
+            others = [dataclasses.replace(model, precision=p) for p in schedule.precisions[1:]]
+            step, init = _switching(schedule, [begin, *map(part, others)], model.axes)
+    init_jit = jax.jit(init, out_shardings=step.shardings)
+    return init_jit(seed), dataclasses.replace(step, init=init_jit)
+
+
+def _switching(
+    schedule: PrecisionSchedule, parts: list[_Part], axes: Any
+) -> tuple[TrainStep, Callable[[Any], TrainState]]:
+    """Returns the step of all precisions, and what makes the first state."""
+    require_alike(schedule.labels, [part.abstract for part in parts])
+    steps = [part.step for part in parts]
+
+    def init(seed: Any) -> TrainState:
+        plain = parts[0].init(seed)
+        scales = [make_loss_scale(p.loss_scale, plain.params) for p in schedule.precisions]
+        return whole_state(plain, schedule.window, scales, [part.first() for part in parts])
+
+    mesh = steps[0].mesh
+    abstract = jax.eval_shape(init, 0)
+    shardings = None if mesh is None else state_shardings(abstract, axes, mesh)
+    return make_switching_step(schedule, steps, shardings), init

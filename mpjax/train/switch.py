@@ -1,0 +1,192 @@
+"""A train step that changes its Precision while a run goes on.
+
+There is one program for each precision, compiled when it first runs and kept. Decisions are made
+between steps, on the host, from numbers that lie in the state, so that a run that is resumed makes
+the same ones. The host waits for the devices once a window of a dynamic schedule, and never for
+the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mpjax.errors import ConfigError
+from mpjax.interpret.monitor import monitor
+from mpjax.precision import PrecisionSchedule
+from mpjax.precision.triggers import Evidence
+from mpjax.train.preflight import free_bytes
+from mpjax.train.step import TrainState, TrainStep, compile_step
+from mpjax.train.switch_state import entered, plain_state, scheduled, updated
+
+log = logging.getLogger("mpjax.train")
+
+_SAMPLE = 8192  # numbers of each tensor that are measured for underflow
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchingStep(TrainStep):
+    """A train step of several precisions, called as any TrainStep.
+
+    Metrics hold `precision`, the index of the step's precision in the schedule, and at the first
+    step after a switch `switch`, a text with the reason, which is logged too.
+
+    Args:
+      schedule: which precision comes when.
+      steps: the step of each precision alone.
+    """
+
+    schedule: PrecisionSchedule | None = None
+    steps: tuple[TrainStep, ...] = ()
+
+    def active(self, state: TrainState) -> tuple[TrainStep, TrainState]:
+        """Returns the step of the precision that ran last, and the state as it sees it."""
+        index = int(state.switch.active)
+        return self.steps[index], plain_state(state, index)
+
+
+class _Known(NamedTuple):
+    """What the host knows of the state that it returned last, without asking the devices."""
+
+    step: Any
+    active: Any
+    at: tuple[int, int]
+
+
+class _Chooser:
+    """`chooser(state, batch)`: decides, then runs the program of the precision."""
+
+    def __init__(
+        self, schedule: PrecisionSchedule, steps: Sequence[TrainStep], programs: Sequence[Any]
+    ) -> None:
+        self._schedule, self._steps, self._programs = schedule, steps, programs
+        self._turn = schedule.turn if schedule.kind == "late" else 0
+        self._known: _Known | None = None
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+        number, index = self._where(state)
+        before, reason = index, ""
+        if self._turn:
+            index = int(number >= self._turn)
+            reason = f"the last {self._schedule.last:g} of {self._schedule.steps} steps"
+        elif number and number % self._schedule.window == 0:
+            state, index, reason = self._judge(state, batch, number, index)
+        text = ""
+        if index != before:
+            labels = self._schedule.labels
+            text = f"{labels[before]} -> {labels[index]}: {reason}"
+            log.info("step %d: %s", number + 1, text)
+            state = state._replace(switch=entered(state.switch, before, index, number))
+        state, metrics = self._programs[index](state, batch)
+        self._known = _Known(state.step, state.switch.active, (number + 1, index))
+        return state, metrics | ({"switch": text} if text else {})
+
+    def _where(self, state: TrainState) -> tuple[int, int]:
+        """Steps taken and the active precision; asks the devices only about a foreign state."""
+        known = self._known
+        if known and state.step is known.step and state.switch.active is known.active:
+            return known.at
+        number, index = jax.device_get((state.step, state.switch.active))
+        return int(number), int(index)
+
+    def _judge(
+        self, state: TrainState, batch: Any, number: int, index: int
+    ) -> tuple[TrainState, int, str]:
+        triggers = self._schedule.triggers
+        assert triggers is not None
+        underflow = self._underflow(state, batch, index)
+        switch = state.switch._replace(loss_scales=(), model_states=())
+        switch, skipped = jax.device_get((switch, state.opt_state.gate.skipped))
+        # float64 on the host: the same bits wherever the state comes from
+        losses = switch.losses[np.isfinite(switch.losses)].astype(np.float64)
+        loss, spread = (losses.mean(), losses.std()) if losses.size else (np.nan, np.nan)
+        seen = Evidence(
+            high=index > 0,
+            windows=(number - int(switch.since)) // triggers.window,
+            trips=int(switch.trips),
+            skips=(int(skipped) - int(switch.skipped)) / triggers.window,
+            loss=float(loss),
+            best=float(switch.best),
+            spread=float(switch.spread),
+            underflow=underflow,
+            free=_free() if triggers.headroom else np.inf,
+        )
+        verdict = triggers.judge(seen)
+        new: dict[str, Any] = {"skipped": skipped}
+        if loss < switch.best:
+            new |= {"best": np.float32(loss), "spread": np.float32(spread)}
+        state = state._replace(switch=updated(state.switch, new))
+        if verdict.reason and not verdict.switch:
+            log.info("step %d: %s", number + 1, verdict.reason)
+        return state, 1 - index if verdict.switch else index, verdict.reason
+
+    @functools.cached_property
+    def _looks(self) -> list[Any]:
+        """For each precision, a program that measures its backward pass."""
+        options: Any = {"what": ("activation_gradients",), "sample": _SAMPLE}
+        functions = [
+            monitor(step.function, formats=(self._schedule.measured,), **options)
+            for step in self._steps
+        ]
+        return [jax.jit(lambda *args, f=f: f(*args)[1]) for f in functions]
+
+    def _underflow(self, state: TrainState, batch: Any, index: int) -> float:
+        format = self._schedule.measured
+        if not format:
+            return float("nan")
+        seen = jax.device_get(self._looks[index](plain_state(state, index), batch))
+        found = list(seen.activation_gradients.values())
+        count = sum(np.sum(s.size) for s in found)
+        # What has underflowed already is a zero.
+        lost = sum(np.sum((s.zeros + s.underflow(format)) * s.size) for s in found)
+        return float(lost / count)
+
+
+def _free() -> float:
+    """GB free on the fullest device of all processes."""
+    free = min(free_bytes(device) for device in jax.local_devices()) / 1e9
+    if jax.process_count() == 1:
+        return free
+    return float(multihost_utils.process_allgather(np.float64(free)).min())
+
+
+def make_switching_step(
+    schedule: PrecisionSchedule, steps: Sequence[TrainStep], shardings: Any = None
+) -> SwitchingStep:
+    """Returns the step that runs one of several, as a schedule says.
+
+    Args:
+      schedule: of two precisions.
+      steps: of each, from `make_train_step`.
+      shardings: of the state of the whole run; needed with a mesh.
+
+    Raises:
+      ConfigError: the schedule needs the length of the run, or a gate that the steps lack.
+    """
+    first = steps[0]
+    if schedule.triggers:
+        optimizer, window = first.optimizer, schedule.window
+        if not optimizer.gate:
+            raise ConfigError(
+                "precision schedule: dynamic counts skipped steps, which needs the finite gate;"
+                " leave gate on"
+            )
+        if optimizer.patience < 2 * window:
+            raise ConfigError(
+                f"precision schedule: patience={optimizer.patience} stops the run before a window"
+                f" of {window} steps can promote it; raise patience to {2 * window} or lower window"
+            )
+    functions = [scheduled(step, index) for index, step in enumerate(steps)]
+    programs = [compile_step(function, first.mesh, shardings) for function in functions]
+    # Uncompiled, it decides likewise.
+    return SwitchingStep(
+        _Chooser(schedule, steps, functions), _Chooser(schedule, steps, programs), first.optimizer,
+        first.mesh, shardings, first.accumulate, None, schedule, tuple(steps),
+    )  # fmt: skip
