@@ -56,7 +56,7 @@ class Config:
 def make_careful(model: Any, low: Any) -> Any:
     """The same model as one would write it by hand; low is the compute dtype."""
     c = model.config
-    H, K = c.heads, c.head_width
+    H, K = c.heads, c.per_head
     precision = jax.lax.Precision.HIGHEST if low == jnp.float32 else None
 
     def dot(a: Any, b: Any, i: int, j: int, out: Any) -> Any:
@@ -175,10 +175,10 @@ def make_naive(model: Any) -> Any:
         B, T, D = x.shape
         y = layer_norm(x, p["norm_attention"])
         q, k, v = (
-            jnp.einsum("btd,dn->btn", y, p[n]).reshape(B, T, c.heads, c.head_width)
+            jnp.einsum("btd,dn->btn", y, p[n]).reshape(B, T, c.heads, c.per_head)
             for n in ("query", "key", "value")
         )
-        scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(c.head_width)
+        scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(c.per_head)
         scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -1e9)
         y = jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, -1), v).reshape(B, T, D)
         x = x + jnp.einsum("btn,nd->btd", y, p["out"])

@@ -93,7 +93,7 @@ def quantised_share(model: Model, seq: int) -> float:
         high += head
     else:
         low += head
-    high += c.layers * 2 * (seq / 2) * c.heads * c.head_width
+    high += c.layers * 2 * (seq / 2) * c.heads * c.per_head
     return low / (low + high)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +17,18 @@ from flax import linen as nn
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
-from mpjax.formats.delayed import AmaxHistory
+from mpjax.models.block import Sight
 from mpjax.models.config import DecoderConfig, decoder_config
-from mpjax.models.context import Context, unsharded
-from mpjax.models.skeleton import init_boxed, outer_parts, part_key, paths, stored
+from mpjax.models.network import Network
+from mpjax.models.skeleton import At, init_boxed, outer_parts, part_key
 from mpjax.models.stack import Stack
-from mpjax.precision import Precision, Recipe, dtype_name, get_precision, wider
+from mpjax.ops.rotary import sinusoid
+from mpjax.precision import Precision, get_precision, wider
 from mpjax.precision.policy import CARRIED
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(Network):
     """A decoder and its Precision: `init(key) -> params`, `apply(params, ids) -> logits, state`.
 
     Args:
@@ -36,55 +37,25 @@ class Model:
       shard: constrains activations to logical axes; `sharded` sets it.
     """
 
-    config: DecoderConfig
-    precision: Precision
-    shard: Any = unsharded
+    root: ClassVar[str] = "decoder"
+    unthreaded: ClassVar[str] = "decoder/head"
 
-    def __post_init__(self) -> None:
-        self.precision.check(self.paths, self._of("weight"), self._of("product"))
-        self._check_storage()
-        head = self.recipes.get("decoder/head")
-        if head is not None and head.history:
-            raise ConfigError(
-                f"decoder/head: recipe {head.name!r} keeps an amax history, which a loss taken in"
-                " chunks cannot thread; take a recipe without history for the head, such as fp8"
-            )
+    def boxed(self, at: At, key: Any) -> Any:
+        """Returns drawn parameters boxed with their logical axes; blocks are stacked."""
+        return init_boxed(self.config, at, key)
 
-    def _at(self, *prefix: str) -> Context:
-        return Context(self.precision, ("decoder", *prefix), self.shard)
+    @property
+    def depth(self) -> int:
+        """How many layers are stacked below `decoder/layers`."""
+        return self.config.layers
 
-    def sharded(self, shard: Any) -> Model:
-        """Returns the model with its activations constrained by `shard(x, logical_axes)`."""
-        return dataclasses.replace(self, shard=shard)
-
-    @functools.cached_property
-    def _sites(self) -> dict[str, str]:
-        return paths(self.config)
-
-    def _of(self, kind: str) -> list[str]:
-        return [path for path, found in self._sites.items() if found == kind]
-
-    @functools.cached_property
-    def paths(self) -> tuple[str, ...]:
-        """All paths that take a policy: modules, operations and parameters, with layer indices."""
-        return tuple(self._sites)
+    @property
+    def further(self) -> dict[str, str]:
+        """The tied head's product and the loss."""
+        return {"decoder/head": "product", "decoder/loss": "module"}
 
     def _block_paths(self, layer: int) -> list[str]:
         return [path for path in self.paths if path.startswith(f"decoder/layers/{layer}/")]
-
-    def _check_storage(self) -> None:
-        layers = [self._block_paths(i) for i in range(self.config.layers)]
-        for same in zip(*layers, strict=True):
-            if self._sites[same[0]] != "weight":
-                continue
-            dtypes = [self.precision.policy(path).param_dtype for path in same]
-            for path, dtype in zip(same, dtypes, strict=True):
-                if dtype != dtypes[0]:
-                    raise ConfigError(
-                        f"{path}: stored in {dtype_name(dtype)}, layer 0 in"
-                        f" {dtype_name(dtypes[0])}; layers are stacked in one array, so give all"
-                        " the same p=, and vary only c= and o="
-                    )
 
     @functools.cached_property
     def segments(self) -> tuple[tuple[int, int], ...]:
@@ -97,41 +68,30 @@ class Model:
         starts = [0] + [i for i in range(1, self.config.layers) if policies(i) != policies(i - 1)]
         return tuple(zip(starts, [*starts[1:], self.config.layers], strict=True))
 
-    @functools.cached_property
-    def axes(self) -> Any:
-        """Logical axes of each parameter, a tree of tuples."""
-        boxed = jax.eval_shape(lambda: init_boxed(self.config, self._at, jax.random.key(0)))
-        is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
-        axes = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
-        layers = axes["decoder"]["layers"]
-        axes["decoder"]["layers"] = jax.tree.map(
-            lambda names: ("layers", *names), layers, is_leaf=lambda x: isinstance(x, tuple)
-        )
-        return axes
-
-    def init(self, key: Any) -> Any:
-        """Returns new parameters; equal keys give equal float32 draws under every Precision."""
-        return stored(nn.unbox(init_boxed(self.config, self._at, key)), self.precision)
-
     @jax.named_scope(CARRIED)
     def features(
-        self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
-        """Returns the normalised features (B, T, D) and the new state (key/value cache)."""
-        c, p = self.config, weight_view(params)["decoder"]
-        parts = outer_parts(c, self._at)
+        self, params: Any, ids_BT: Any, *, keep: Any = None, state: Any = None, key: Any = None,
+        train: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """Returns the features behind the last norm (B, T, D) and the new state, as `apply`."""
+        c, p, state = self.config, weight_view(params)["decoder"], state or {}
+        parts = outer_parts(c, self.at)
         T = ids_BT.shape[1]
-        decoding = state is not None and "position" in state
-        if not decoding and T > c.context and c.position == "learned":
+        if "position" not in state and T > c.context and c.position == "learned":
             raise ConfigError(
                 f"model: sequence of {T} tokens is longer than context={c.context}; set"
                 f" context={T} or shorten it"
             )
-        positions_T = jnp.arange(T) + (state["position"] if decoding else 0)
+        sight = self._sight(T, keep, state)
         x: Any = parts["embed"][0].apply({"params": p["embed"]}, ids_BT)
-        if c.position == "learned":
-            at: Any = parts["position"][0].apply({"params": p["position"]}, positions_T)
-            x = x + at[None].astype(x.dtype)
+        if c.scale_embed:
+            x = x * jnp.asarray(c.width**0.5, x.dtype)
+        if c.position != "rotary":
+            if c.position == "learned":
+                at: Any = parts["position"][0].apply({"params": p["position"]}, sight.positions)
+            else:
+                at = sinusoid(sight.positions, c.width)
+            x = x + (at[None] if at.ndim == 2 else at).astype(x.dtype)
         x = self.shard(x, ("batch", "length", "embed"))
         dropping = train and c.dropout > 0
         if dropping:
@@ -140,36 +100,35 @@ class Model:
             x = nn.Dropout(c.dropout, deterministic=False).apply(
                 {}, x, rngs={"dropout": part_key(key, "embed")}
             )
-        stack = Stack(c, self._at, self.segments, rounding=self._rounds)
-        x, state = stack(p["layers"], x, positions_T, state, key, dropping)
-        x = parts["norm"][0].apply({"params": p["norm"]}, x)
-        return x, state
+        stack = Stack(c, self.at, self.segments, rounding=self.rounds)
+        amax = state.get("amax", {}).get("layers", {})
+        x, cache, amax = stack(p["layers"], x, sight, state.get("layers"), amax, key, dropping)
+        if c.norm_first:
+            x = parts["norm"][0].apply({"params": p["norm"]}, x)
+        new = dict(state)
+        if "layers" in state:
+            new |= {"layers": cache, "position": state["position"] + T}
+        if amax:
+            new["amax"] = state["amax"] | {"layers": amax}
+        return x, new or None
 
-    @functools.cached_property
-    def recipes(self) -> dict[str, Recipe]:
-        """Path of a product -> its recipe."""
-        found = {path: self.precision.recipe(path) for path in self._of("product")}
-        return {path: recipe for path, recipe in found.items() if recipe is not None}
-
-    @property
-    def _rounds(self) -> bool:
-        return any(recipe.uses_key for recipe in self.recipes.values())
-
-    def init_state(self) -> Any:
-        """Returns what training threads through the model: amax histories of delayed scaling.
-
-        None where no recipe keeps a history.
-        """
-        tree: dict[str, Any] = {}
-        for path, recipe in self.recipes.items():
-            if recipe.history:
-                bare = [part for part in path.split("/")[1:] if not part.isdigit()]
-                at = tree
-                for part in bare:
-                    at = at.setdefault(part, {})
-                layers = (self.config.layers,) if bare[0] == "layers" else ()
-                at["kernel"] = AmaxHistory.empty(recipe.history, layers)
-        return {"amax": tree} if tree else None
+    def _sight(self, T: int, keep_BT: Any, state: Any) -> Sight:
+        if "position" not in state:
+            if keep_BT is None:
+                return Sight(jnp.arange(T))
+            # Tokens are counted, padding is not: on either side it changes no token's position.
+            return Sight(jnp.maximum(jnp.cumsum(keep_BT, axis=1) - 1, 0), keep_BS=keep_BT)
+        if keep_BT is not None:
+            raise ConfigError(
+                "model: keep beside a cache; the cache knows the padding: init_cache(pads=...)"
+            )
+        first = state["position"]
+        slots_T = jnp.arange(T) + first
+        if "pads" not in state:
+            return Sight(slots_T, first)
+        pads_B1 = state["pads"][:, None]
+        keep_BS = jnp.arange(state["layers"][0].shape[2])[None, :] >= pads_B1
+        return Sight(jnp.maximum(slots_T[None, :] - pads_B1, 0), first, keep_BS)
 
     def _unembed(self, params: Any, x: Any, key: Any = None) -> Any:
         """Features to logits in the head's output dtype."""
@@ -177,7 +136,7 @@ class Model:
         # One key for all chunks of a loss in chunks: each number is still rounded without bias.
         key = None if key is None else part_key(key, "head")
         if not self.config.tied:
-            head, _ = outer_parts(self.config, self._at)["head"]
+            head, _ = outer_parts(self.config, self.at)["head"]
             return head.apply(
                 {"params": p["head"]}, x, rngs={} if key is None else {"rounding": key}
             )
@@ -190,18 +149,21 @@ class Model:
             )  # fmt: skip
 
     def apply(
-        self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
+        self, params: Any, ids_BT: Any, *, keep: Any = None, state: Any = None, key: Any = None,
+        train: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
         """Returns the logits (B, T, V) and the new state.
 
         Args:
           params: from `init`.
           ids_BT: token ids.
+          keep: (B, T) bool, False where there is padding, on either side; None is all True.
+            Logits at padding mean nothing.
           state: a key/value cache from `init_cache`, amax histories from `init_state`, or None.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.
         """
-        x, state = self.features(params, ids_BT, state=state, key=key, train=train)
+        x, state = self.features(params, ids_BT, keep=keep, state=state, key=key, train=train)
         logits = self._unembed(params, x, key)
         cap = self.config.logit_cap
         return (cap * jnp.tanh(logits / cap) if cap else logits), state
@@ -212,10 +174,13 @@ class Model:
         """Returns the mean next-token cross-entropy and the state.
 
         Args:
-          batch: `{"inputs": (B, T), "targets": (B, T)}` token ids.
+          batch: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there
+            is padding, and `weights` (B, T) of the tokens in the mean, if they are not all alike.
         """
         c = self.config
-        x, state = self.features(params, batch["inputs"], state=state, key=key, train=train)
+        x, state = self.features(
+            params, batch["inputs"], keep=batch.get("keep"), state=state, key=key, train=train
+        )
         targets = batch["targets"]
         B, T = targets.shape
         loss = ops.cross_entropy(
@@ -226,11 +191,18 @@ class Model:
             chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
             z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of what is judged
             logit_cap=c.logit_cap,
+            weights_BT=batch.get("weights"),
         )
         return loss, state
 
-    def init_cache(self, batch: int, length: int) -> Any:
-        """Returns an empty key/value cache for `length` tokens, in the products' compute dtype."""
+    def init_cache(self, batch: int, length: int, *, pads: Any = None) -> Any:
+        """Returns an empty key/value cache, in the products' compute dtype.
+
+        Args:
+          batch: B.
+          length: tokens that it can hold, padding included.
+          pads: (B,) tokens of padding on the left of each row; None is none.
+        """
         c = self.config
         if c.position == "learned" and length > c.context:
             raise ConfigError(
@@ -241,11 +213,12 @@ class Model:
         dtype = functools.reduce(
             wider, (self.precision.policy(path).compute_dtype for path in attention)
         )
-        shape = (c.layers, batch, length, c.groups, c.head_width)
-        return {
+        shape = (c.layers, batch, length, c.groups, c.per_head)
+        state = {
             "layers": (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
             "position": jnp.int32(0),
         }
+        return state if pads is None else state | {"pads": jnp.asarray(pads, jnp.int32)}
 
 
 def decoder(
@@ -268,7 +241,4 @@ def decoder(
       >>> model.apply(params, jnp.zeros((1, 4), jnp.int32))[0].shape
       (1, 4, 256)
     """
-    if isinstance(size, DecoderConfig):
-        size_changes = {f.name: getattr(size, f.name) for f in dataclasses.fields(size)}
-        changes, size = size_changes | changes, "tiny"
     return Model(decoder_config(size, **changes), get_precision(precision))

@@ -18,7 +18,7 @@ from mpjax.precision import Precision, Recipe, dtype_name, get_precision
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A model and its Precision; `ResNet` and `Recurrent` say what its parts are.
+    """A model and its Precision; each kind says what its parts are.
 
     Args:
       config: shape.

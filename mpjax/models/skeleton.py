@@ -1,4 +1,4 @@
-"""The decoder's modules, their paths, and the canonical tree of their parameters."""
+"""The decoder's modules and the canonical tree of their parameters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mpjax.formats import quantize
-from mpjax.models.block import Block
+from mpjax.models.block import Block, Sight
 from mpjax.models.config import DecoderConfig
 from mpjax.models.context import Context
 from mpjax.models.layers import Embed, Linear, Norm
-from mpjax.precision import Precision, dtype_name, get_precision, is_fp8
+from mpjax.precision import Precision, dtype_name, is_fp8
 
 At = Callable[..., Context]  # path prefix below "decoder" -> context
 
@@ -35,7 +35,8 @@ def outer_parts(config: DecoderConfig, at: At) -> dict[str, tuple[nn.Module, Any
     if c.position == "learned":
         table = Embed(at("position"), c.context, c.width, (None, "embed"), name=name("position"))
         parts["position"] = (table, ids)
-    parts["norm"] = (Norm(at("norm"), c.norm, c.bias, c.epsilon, name=name("norm")), x)
+    if c.norm_first:
+        parts["norm"] = (Norm(at("norm"), c.norm, c.bias, c.epsilon, name=name("norm")), x)
     if not c.tied:
         head = Linear(at("head"), c.vocabulary, ("embed", "vocab"), name=name("head"))
         parts["head"] = (head, x)
@@ -48,10 +49,10 @@ def init_boxed(config: DecoderConfig, at: At, key: Any) -> Any:
         name: part.init(part_key(key, name), example)["params"]
         for name, (part, example) in outer_parts(config, at).items()
     }
-    x, t = jnp.zeros((1, 1, config.width)), jnp.zeros(1, jnp.int32)
+    x, sight = jnp.zeros((1, 1, config.width)), Sight(jnp.zeros(1, jnp.int32))
     block, first = Block(at("layers", "0"), config), part_key(key, "layers")
     keys = jnp.stack([jax.random.fold_in(first, layer) for layer in range(config.layers)])
-    tree["layers"] = jax.vmap(lambda key: block.init(key, x, t)["params"])(keys)
+    tree["layers"] = jax.vmap(lambda key: block.init(key, x, sight)["params"])(keys)
     return {"decoder": tree}
 
 
@@ -66,24 +67,3 @@ def stored(params: Any, precision: Precision) -> Any:
         return quantize(w, dtype_name(dtype), "row", scale_rounding="up") if is_fp8(dtype) else w
 
     return jax.tree_util.tree_map_with_path(leaf, params)
-
-
-def paths(config: DecoderConfig) -> dict[str, str]:
-    """Returns path -> `module`, `weight` or `product`, for all that take a policy.
-
-    Traces `init` once.
-    """
-    seen: dict[str, str] = {}
-    covers_all = get_precision("fp32")
-
-    def at(*prefix: str) -> Context:
-        return Context(covers_all, ("decoder", *prefix), seen=seen)
-
-    jax.eval_shape(lambda: init_boxed(config, at, jax.random.key(0)))
-    seen |= {"decoder/head": "product", "decoder/loss": "module"}
-    zero = "decoder/layers/0/"
-    return {
-        path.replace(zero, f"decoder/layers/{layer}/", 1): kind
-        for path, kind in seen.items()
-        for layer in range(config.layers if path.startswith(zero) else 1)
-    }

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpjax.models.block import Block
-from mpjax.models.config import DecoderConfig
+from mpjax.models.block import Attention, Block, Sight
+from mpjax.models.block_config import BlockConfig
 from mpjax.models.skeleton import At, part_key
 
 _REMAT = {
@@ -22,35 +22,41 @@ _REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Runs the blocks of a decoder.
+    """Runs the blocks of a model, or of one half of it.
 
     Args:
       config: shape.
       at: path prefix of a part -> its context.
       segments: ranges of consecutive layers of equal precision, (start, stop).
       rounding: whether a recipe draws random numbers.
+      name: first part of the blocks' paths.
+      causal: whether tokens see none behind them.
+      cross: whether they attend to a source.
     """
 
-    config: DecoderConfig
+    config: BlockConfig
     at: At
     segments: tuple[tuple[int, int], ...]
     rounding: bool
+    name: str = "decoder"
+    causal: bool = True
+    cross: bool = False
 
     def __call__(
-        self, stacked: Any, x: Any, positions_T: Any, state: Any, key: Any, dropping: bool
-    ) -> tuple[Any, Any]:
-        """Returns the features behind the last block and the new state.
+        self, stacked: Any, x: Any, sight: Sight, cache: Any, amax: Any, key: Any, dropping: bool
+    ) -> tuple[Any, Any, Any]:
+        """Returns the features behind the last block, the new cache and the new amax histories.
 
         Args:
           stacked: weights of all blocks along a leading layer axis.
           x: features (B, T, D).
-          positions_T: positions of the tokens.
-          state: `layers` (key/value cache), `position` and `amax`, each if there is one, or None.
+          sight: where the tokens stand and what they see.
+          cache: keys and values along a leading layer axis, or None.
+          amax: histories of delayed scaling, likewise, or an empty dict.
           key: of dropout and of recipes that draw, or None.
           dropping: whether dropout is on.
         """
-        c, state = self.config, state or {}
-        amax = state.get("amax", {}).get("layers", {})
+        c = self.config
         unroll = c.loop == "unroll" or (c.loop == "auto" and jax.default_backend() == "cpu")
         outputs = []
         for start, stop in self.segments:
@@ -58,7 +64,7 @@ class Stack:
 
             def run(x: Any, one: Any, name: str, context: Any = context) -> tuple[Any, Any]:
                 params, cached, seen, layer = one
-                block = Block(context, c, name=name)
+                block = Block(context, c, self.causal, self.cross, name=name)
                 rngs = {}
                 if key is not None:
                     own = jax.random.fold_in(key, layer)
@@ -67,10 +73,10 @@ class Stack:
                         rngs["rounding"] = part_key(own, "rounding")
                 variables = {"params": params}
                 if not seen:
-                    out = block.apply(variables, x, positions_T, cached, dropping, rngs=rngs)
+                    out = block.apply(variables, x, sight, cached, dropping, rngs=rngs)
                     return out[0], (out[1], seen)
                 out, updated = block.apply(
-                    variables | {"amax": seen}, x, positions_T, cached, dropping, rngs=rngs,
+                    variables | {"amax": seen}, x, sight, cached, dropping, rngs=rngs,
                     mutable=["amax"],
                 )  # fmt: skip
                 return out[0], (out[1], updated["amax"])
@@ -82,23 +88,32 @@ class Stack:
                 return jax.checkpoint(one, policy=_REMAT[c.remat], prevent_cse=unroll)
 
             part = lambda a: a[start:stop] if (start, stop) != (0, c.layers) else a  # noqa: B023, E731
-            xs = jax.tree.map(part, (stacked, state.get("layers"), amax, jnp.arange(c.layers)))
+            xs = jax.tree.map(part, (stacked, cache, amax, jnp.arange(c.layers)))
             if unroll:
                 outs = []
                 for layer, one in enumerate(_unstack(xs, stop - start), start):
-                    x, out = named(f"decoder/layers/{layer}")(x, one)
+                    x, out = named(f"{self.name}/layers/{layer}")(x, one)
                     outs.append(out)
                 out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
             else:
-                x, out = jax.lax.scan(named("decoder/layers"), x, xs)
+                x, out = jax.lax.scan(named(f"{self.name}/layers"), x, xs)
             outputs.append(out)
         cache, amax = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
-        new = dict(state)
-        if "layers" in state:
-            new |= {"layers": cache, "position": state["position"] + x.shape[1]}
-        if amax:
-            new["amax"] = state["amax"] | {"layers": amax}
-        return x, new or None
+        return x, cache, amax
+
+    def known(self, stacked: Any, source_BSD: Any) -> tuple[Any, Any]:
+        """Returns keys and values of the source in all blocks, (L, B, S, G, K).
+
+        Delayed scaling takes the current tensors here, as it does wherever it has no history.
+        """
+        sight, outputs = Sight(None, source_BSD=source_BSD), []
+        for start, stop in self.segments:
+            context = self.at("layers", str(start), "cross_attention")
+            across = Attention(context, self.config, across=True)
+            params = jax.tree.map(lambda a: a[start:stop], stacked["cross_attention"])  # noqa: B023
+            one = lambda p: across.apply({"params": p}, None, sight)[1]  # noqa: B023, E731
+            outputs.append(jax.lax.map(one, params))
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
 
 
 def _unstack(tree: Any, count: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention with the softmax in its own policy.
+"""Grouped-query attention with the softmax in its own policy.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H/G, K head width,
 N = R times the queries of a block.
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import jmp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mpjax.errors import ConfigError
 from mpjax.precision import dtype_name, wider
@@ -45,6 +45,19 @@ _score = jax.custom_vjp(_scores, nondiff_argnums=(2, 3))
 _score.defvjp(_scores_fwd, _scores_bwd)
 
 
+def _seen(start: int, stop: int, end: int, first: Any, causal: bool, window: int) -> Any:
+    """Which keys (end) the queries start .. stop - 1 see, (T, S); None where all see all."""
+    if not causal and not window:
+        return None
+    query_T1, key_1S = jnp.arange(start, stop)[:, None] + first, jnp.arange(end)[None, :]
+    seen_TS = query_T1 >= key_1S if causal else jnp.ones((stop - start, end), bool)
+    if window:
+        seen_TS = seen_TS & (query_T1 - key_1S < window)
+        if not causal:
+            seen_TS = seen_TS & (key_1S - query_T1 < window)
+    return seen_TS
+
+
 def attention(
     q_BTHK: Float[Array, "B T H K"],
     k_BSGK: Float[Array, "B S G K"],
@@ -53,9 +66,12 @@ def attention(
     softmax: jmp.Policy,
     *,
     first: Int[Array, ""] | int = 0,
+    causal: bool = True,
+    window: int = 0,
+    keep_BS: Bool[Array, "B S"] | None = None,
     kernel: str = "xla",
 ) -> Float[Array, "B T H K"]:
-    r"""Attends causally, $\mathrm{softmax}(q k^\top / \sqrt K)\,v$.
+    r"""Attends, $\mathrm{softmax}(q k^\top / \sqrt K)\,v$, each query to the keys that it sees.
 
     Args:
       q_BTHK: queries at positions first .. first + T - 1.
@@ -66,8 +82,13 @@ def attention(
       softmax: scores leave their product in its compute dtype (or the products' if that is
         wider), in which the softmax runs; probabilities have its output dtype.
       first: position of the first query.
+      causal: whether a query sees no key behind its own position.
+      window: a query sees keys less than `window` positions away; 0 is all.
+      keep_BS: which keys are there at all (no padding); None is all. A query that sees none gives
+        some finite average.
       kernel: `xla`; `cudnn`, the fused kernel of GPUs (16-bit operands, float32 softmax, first
-        = 0, K a multiple of 8 up to 128); or `auto`, cudnn on a GPU where it serves, else xla.
+        = 0, no window or padding, K a multiple of 8 up to 128); or `auto`, cudnn on a GPU where
+        it serves, else xla.
 
     Raises:
       ConfigError: `cudnn` where it does not serve.
@@ -80,23 +101,26 @@ def attention(
       (1, 2, 2, 4)
 
     References:
-      Vaswani et al. 2017; Ainslie et al. 2023, GQA.
+      Vaswani et al. 2017; Ainslie et al. 2023, GQA; Beltagy et al. 2020, Longformer (window).
     """
     compute = policy.compute_dtype
     q, k, v = (x.astype(compute) for x in (q_BTHK, k_BSGK, v_BSGK))
     from_start = isinstance(first, int) and first == 0
     fits = compute != jnp.float32 and softmax.compute_dtype == jnp.float32 and from_start
     K = q.shape[-1]
-    fits = fits and K % 8 == 0 and K <= 128 and jax.default_backend() == "gpu"
+    masked = keep_BS is not None or window > 0
+    fits = fits and K % 8 == 0 and K <= 128 and not masked and jax.default_backend() == "gpu"
     if kernel == "cudnn" and not fits:
         raise ConfigError(
             "attention: kernel 'cudnn' needs a GPU, bfloat16 or float16 operands, a float32"
-            f" softmax, heads of 8, 16 .. 128 and no cache; here: {jax.default_backend()},"
+            " softmax, heads of 8, 16 .. 128, no cache, padding or window; here:"
+            f" {jax.default_backend()},"
             f" {dtype_name(compute)} operands, {dtype_name(softmax.compute_dtype)} softmax, heads"
-            f" of {K}, {'no ' * from_start}cache; use kernel 'xla' or 'auto'"
+            f" of {K}, {'no ' * from_start}cache, {'no ' * (not masked)}padding or window; use"
+            " kernel 'xla' or 'auto'"
         )
     if kernel in ("cudnn", "auto") and fits:
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
         return out.astype(policy.output_dtype)
     B, T, H, _ = q.shape
     S, G = k.shape[1], k.shape[2]
@@ -106,17 +130,22 @@ def attention(
     k_BGSK, v_BGSK = (x.transpose(0, 2, 1, 3) for x in (k, v))
     wide: Any = wider(compute, softmax.compute_dtype)
     full = lax.Precision.HIGHEST if compute == jnp.float32 else None
-    blocks = BLOCKS if from_start and T == S and T % BLOCKS == 0 and T // BLOCKS >= SHORTEST else 1
+    cut = causal and from_start and T == S and T % BLOCKS == 0 and T // BLOCKS >= SHORTEST
+    blocks = BLOCKS if cut else 1
     outs = []
     for start in range(0, T, T // blocks):
         stop = start + T // blocks
         end = stop if blocks > 1 else S
         q_BGNK = q_BGRTK[:, :, :, start:stop].reshape(B, G, R * (stop - start), K)
         scores = _score(q_BGNK, k_BGSK[:, :, :end], full, wide).astype(softmax.compute_dtype)
-        seen_TS = jnp.arange(start, stop)[:, None] + first >= jnp.arange(end)[None, :]
-        seen_NS = jnp.broadcast_to(seen_TS[None], (R, *seen_TS.shape)).reshape(-1, end)
+        seen_TS = _seen(start, stop, end, first, causal, window)
         lowest = jnp.finfo(scores.dtype).min  # finite: a row of -inf would be NaN
-        probs = jax.nn.softmax(jnp.where(seen_NS[None, None], scores, lowest), axis=-1)
+        if seen_TS is not None:
+            seen_NS = jnp.broadcast_to(seen_TS[None], (R, *seen_TS.shape)).reshape(-1, end)
+            scores = jnp.where(seen_NS[None, None], scores, lowest)
+        if keep_BS is not None:
+            scores = jnp.where(keep_BS[:, None, None, :end], scores, lowest)
+        probs = jax.nn.softmax(scores, axis=-1)
         probs = probs.astype(softmax.output_dtype).astype(compute)
         out_BGNK = jnp.einsum(
             "BGNS,BGSK->BGNK", probs, v_BGSK[:, :, :end], precision=full,

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jmp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from mpjax.errors import ConfigError
 
@@ -45,6 +45,11 @@ def chunk_length(batch: int, tokens: int, vocabulary: int, chunk: int = 0) -> in
     return next((n for n in divisors if batch * n * vocabulary <= WHOLE), 1)
 
 
+def _chunks(x: Any, chunk: int) -> Any:
+    B, T, *rest = x.shape
+    return x.reshape(B, T // chunk, chunk, *rest).swapaxes(0, 1)
+
+
 def cross_entropy(
     x_BTD: Float[Array, "B T D"],
     targets_BT: Int[Array, "B T"],
@@ -54,6 +59,7 @@ def cross_entropy(
     chunk: int,
     z_loss: float = 0.0,
     logit_cap: float = 0.0,
+    weights_BT: Shaped[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
     r"""Mean over tokens of $\log \sum_v e^{l_v} - l_y + z (\log \sum_v e^{l_v})^2$.
 
@@ -68,6 +74,7 @@ def cross_entropy(
       chunk: tokens a chunk, a divisor of T.
       z_loss: $z$.
       logit_cap: $c > 0$ replaces $l$ by $c \tanh(l / c)$; 0 does not.
+      weights_BT: of the tokens in the mean, numbers or bool; None is all alike. All zero give 0.
 
     Returns:
       The mean, a scalar of the output dtype.
@@ -83,7 +90,7 @@ def cross_entropy(
       Chowdhery et al. 2022, PaLM, section 5 (z-loss); Gemma Team 2024 (soft-cap).
     """
 
-    def total(x: Any, targets: Any) -> Any:
+    def total(x: Any, targets: Any, weights: Any = None) -> Any:
         logits = unembed(x).astype(policy.compute_dtype)
         if logit_cap:
             logits = logit_cap * jnp.tanh(logits / logit_cap)
@@ -94,16 +101,25 @@ def cross_entropy(
         loss = log_z - picked
         if z_loss:
             loss = loss + z_loss * jnp.square(log_z)
-        return jnp.sum(loss.astype(policy.output_dtype))
+        loss = loss.astype(policy.output_dtype)
+        # Where, not times: what has no weight may be infinite.
+        return jnp.sum(loss if weights is None else jnp.where(weights != 0, loss * weights, 0))
 
-    B, T, D = x_BTD.shape
+    B, T, _ = x_BTD.shape
+    count: Any = B * T
+    if weights_BT is not None:
+        weights_BT = weights_BT.astype(policy.output_dtype)  # as the mean over tokens
+        count = jnp.sum(weights_BT)
+        count = jnp.where(count > 0, count, jnp.ones_like(count))
     if chunk == T:
-        return total(x_BTD, targets_BT) / (B * T)
-    x_CBtD = x_BTD.reshape(B, T // chunk, chunk, D).swapaxes(0, 1)
-    targets_CBt = targets_BT.reshape(B, T // chunk, chunk).swapaxes(0, 1)
+        return total(x_BTD, targets_BT, weights_BT) / count
+    x_CBtD = _chunks(x_BTD, chunk)
+    parts: tuple[Any, ...] = (x_CBtD, _chunks(targets_BT, chunk))
+    if weights_BT is not None:
+        parts += (_chunks(weights_BT, chunk),)
 
     def body(so_far: Any, part: Any) -> Any:
         return so_far + jax.checkpoint(total)(*part), None
 
     start = jnp.zeros((), policy.output_dtype)
-    return jax.lax.scan(body, start, (x_CBtD, targets_CBt))[0] / (B * T)
+    return jax.lax.scan(body, start, parts)[0] / count

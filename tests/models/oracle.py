@@ -26,7 +26,7 @@ def turn(x_HK: Any, position: int, theta: float) -> Any:
 def token(c: Any, p: Any, x: Any, position: int, memory: list[Any]) -> Any:
     """One block on one token; memory holds this layer's keys and values so far."""
     y, a, m = norm(p["norm_attention"], x, c.norm, c.epsilon), p["attention"], p["mlp"]
-    q, k, v = (linear(a[n], y).reshape(-1, c.head_width) for n in ("query", "key", "value"))
+    q, k, v = (linear(a[n], y).reshape(-1, c.per_head) for n in ("query", "key", "value"))
     if c.qk_norm:
         q = np.stack([norm(a["norm_query"], head, "rms", c.epsilon) for head in q])
         k = np.stack([norm(a["norm_key"], head, "rms", c.epsilon) for head in k])
@@ -36,7 +36,7 @@ def token(c: Any, p: Any, x: Any, position: int, memory: list[Any]) -> Any:
     heads = []
     for h in range(c.heads):
         g = h * c.groups // c.heads
-        scores = np.array([k[g] @ q[h] for k, _ in memory]) / np.sqrt(c.head_width)
+        scores = np.array([k[g] @ q[h] for k, _ in memory]) / np.sqrt(c.per_head)
         weights = np.exp(scores - scores.max())
         heads.append(
             sum(w * v[g] for w, (_, v) in zip(weights, memory, strict=True)) / sum(weights)

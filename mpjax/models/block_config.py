@@ -1,0 +1,210 @@
+"""Shape and choices of Transformer blocks, whatever model they stand in."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from mpjax.errors import ConfigError
+from mpjax.ops import KERNELS
+from mpjax.ops.rotary import ROPE_SCALINGS, RopeScaling
+
+C = TypeVar("C", bound="BlockConfig")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Shape of a stack of Transformer blocks, and what surrounds every kind of stack.
+
+    Args:
+      vocabulary: V, number of token ids.
+      layers: number of blocks.
+      width: D, width of the residual stream.
+      heads: H, query heads.
+      kv_heads: G, key and value heads; H is multi-head, 1 multi-query, 0 means H.
+      head_width: K, width of one head; 0 means D / H.
+      mlp_width: hidden width of the MLP; 0 means 8/3 D rounded up to 32 for swiglu, else 4 D.
+      context: longest sequence; only learned positions have a table of it.
+      norm: `layer` or `rms`.
+      norm_first: whether each branch reads the normalised stream (pre-norm); else the stream is
+        normalised behind each sum (post-norm) and there is no norm behind the last block.
+      position: `learned`, `sinusoidal` or `rotary`.
+      activation: `gelu` (tanh form), `gelu_exact` (erf form), `relu` or `swiglu`.
+      tied: whether the head is the transposed embedding.
+      bias: whether linear layers and LayerNorm have biases.
+      qkv_bias: whether query, key and value have biases even without `bias`.
+      scale_embed: whether embeddings are multiplied by sqrt(D).
+      dropout: rate on embeddings and on each branch before it joins the residual stream.
+      qk_norm: whether queries and keys are RMS-normalised per head.
+      window: a query sees the last `window` tokens, its own included; 0 is all.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: how they are stretched for a longer context: `none`, `linear` or `llama3`.
+      rope_factor: by how much.
+      rope_low: llama3: waves longer than rope_context / rope_low are stretched whole.
+      rope_high: llama3: waves shorter than rope_context / rope_high are not.
+      rope_context: llama3: context before the stretching.
+      epsilon: of the norms.
+      loop: over layers: `scan` (compiles one block), `unroll` (faster on CPU), `auto` unrolls on
+        CPU and scans elsewhere.
+      remat: what the backward pass recomputes: `none`, `full` (all of each block), `dots` (all but
+        products), `dots_no_batch` (all but products without batch dimensions).
+      kernel: of attention: `auto`, `xla` or `cudnn`.
+
+    Raises:
+      ConfigError: a value outside its range or choices.
+    """
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "norm": ("layer", "rms"),
+        "position": ("learned", "sinusoidal", "rotary"),
+        "activation": ("gelu", "gelu_exact", "relu", "swiglu"),
+        "rope_scaling": ROPE_SCALINGS,
+        "loop": ("auto", "scan", "unroll"),
+        "remat": ("none", "full", "dots", "dots_no_batch"),
+        "kernel": KERNELS,
+    }
+    POSITIVE: ClassVar[tuple[str, ...]] = (
+        "epsilon", "rope_theta", "rope_factor", "rope_low", "rope_high",
+    )  # fmt: skip
+    COUNTS: ClassVar[tuple[str, ...]] = (
+        "vocabulary", "layers", "width", "heads", "context", "rope_context",
+    )  # fmt: skip
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("kv_heads", "head_width", "mlp_width", "window")
+
+    vocabulary: int = 256
+    layers: int = 2
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 0
+    head_width: int = 0
+    mlp_width: int = 0
+    context: int = 1024
+    norm: str = "rms"
+    norm_first: bool = True
+    position: str = "rotary"
+    activation: str = "swiglu"
+    tied: bool = True
+    bias: bool = False
+    qkv_bias: bool = False
+    scale_embed: bool = False
+    dropout: float = 0.0
+    qk_norm: bool = False
+    window: int = 0
+    rope_theta: float = 10000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low: float = 1.0
+    rope_high: float = 4.0
+    rope_context: int = 8192
+    epsilon: float = 1e-5
+    loop: str = "auto"
+    remat: str = "none"
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in self.COUNTS:
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"model: {name}={getattr(self, name)} must be at least 1; raise it"
+                )
+        for name in self.OPTIONAL:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"model: {name}={getattr(self, name)} must not be negative; give a finite"
+                    " number, 0 is off"
+                )
+        for name in self.POSITIVE:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"model: {name}={getattr(self, name)} must be positive; give a finite number"
+                )
+        for name, choices in self.CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"model: {name}={getattr(self, name)!r} is unknown; known: {' '.join(choices)}"
+                )
+        if not self.head_width and self.width % self.heads:
+            raise ConfigError(
+                f"model: width={self.width} is not a multiple of heads={self.heads}; change one, or"
+                " give head_width"
+            )
+        if self.heads % self.groups:
+            raise ConfigError(
+                f"model: heads={self.heads} is not a multiple of kv_heads={self.groups}; change one"
+            )
+        if self.position == "rotary" and self.per_head % 2:
+            name = "head_width" if self.head_width else "width/heads"
+            raise ConfigError(
+                f"model: rotary positions need an even head width, {name}={self.per_head};"
+                " change width or heads, or set position=learned"
+            )
+        if self.position == "sinusoidal" and self.width % 2:
+            raise ConfigError(
+                f"model: sinusoidal positions need an even width, width={self.width}; change it,"
+                " or set position=learned"
+            )
+        if self.rope_scaling != "none" and self.position != "rotary":
+            raise ConfigError(
+                f"model: rope_scaling={self.rope_scaling!r} stretches rotary positions, position="
+                f"{self.position!r} has none; set position=rotary or rope_scaling=none"
+            )
+        if self.rope_low >= self.rope_high:
+            raise ConfigError(
+                f"model: rope_low={self.rope_low} must be below rope_high={self.rope_high};"
+                " change one"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"model: dropout={self.dropout} must be in [0, 1); lower it")
+
+    @property
+    def groups(self) -> int:
+        """G, the number of key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def per_head(self) -> int:
+        """K, the width of one head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """The MLP's hidden width."""
+        if self.mlp_width:
+            return self.mlp_width
+        return -(-8 * self.width // 96) * 32 if self.activation == "swiglu" else 4 * self.width
+
+    @property
+    def rope(self) -> RopeScaling:
+        """How the rotary frequencies are stretched."""
+        return RopeScaling(
+            self.rope_scaling, self.rope_factor, self.rope_low, self.rope_high, self.rope_context
+        )
+
+
+def named_config(
+    kind: type[C], sizes: Mapping[str, Mapping[str, Any]], size: str | C, changes: dict[str, Any]
+) -> C:
+    """Returns the configuration of a named size, or a given one, with some fields changed.
+
+    Raises:
+      ConfigError: unknown size or field.
+    """
+    if isinstance(size, kind):
+        base: Mapping[str, Any] = {f.name: getattr(size, f.name) for f in dataclasses.fields(size)}
+    elif isinstance(size, str) and size in sizes:
+        base = sizes[size]
+    else:
+        near = difflib.get_close_matches(str(size), sizes, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"model: unknown size {size!r}; {hint}known: {' '.join(sizes)}")
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(changes) - fields):
+        near = difflib.get_close_matches(unknown[0], fields, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"model: unknown field {unknown[0]!r}; {hint}known: {' '.join(sorted(fields))}"
+        )
+    return kind(**{**base, **changes})
