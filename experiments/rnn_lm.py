@@ -91,10 +91,11 @@ def carried_loss(config: Config, params: object) -> tuple[float, float]:
 def verdict(outcome: Outcome, reference: Outcome) -> str:
     """The gap of an arm in words."""
     mean, half = gap(outcome, reference)
-    met = "within" if abs(mean) + (0 if np.isnan(half) else half) <= BAR else "not within"
-    return (
-        f"{outcome.label}: {mean:+.3f} ± {half:.3f} % of {reference.label}'s loss, {met} {BAR} %."
-    )
+    whole = f"{outcome.label}: {mean:+.3f} % of {reference.label}'s loss"
+    if np.isnan(half):
+        return f"{whole}, one seed: no interval."
+    inside = "inside" if abs(mean) + half <= BAR else "not inside"
+    return f"{whole}, 95 % interval ± {half:.3f}, {inside} of ± {BAR} %."
 
 
 def compare(config: Config) -> tuple[list[Outcome], list[str]]:

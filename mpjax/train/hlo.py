@@ -8,6 +8,7 @@ from collections import Counter
 _FUNCTION = re.compile(r"func\.func (?:public|private) @(\S+?)\(")
 _CALL = re.compile(r"call @(\S+?)\(")
 _DOT = re.compile(r"stablehlo\.dot_general .*: \((.*?)\) -> (\S+)")
+_CONVOLUTION = re.compile(r"stablehlo\.convolution\(.* : \((.*?)\) -> (\S+)")
 _CAST = re.compile(r"stablehlo\.convert (%\S+) : \((tensor<\S+>)\) -> (tensor<\S+>)")
 _FLOAT = re.compile(r"(?:bf|f)\d+(?:E\d+M\d+\w*)?>?$")
 
@@ -59,3 +60,24 @@ def products_and_casts(stablehlo: str) -> Counter[str]:
         return total
 
     return count("main")
+
+
+def convolutions(stablehlo: str) -> tuple[str, ...]:
+    """Returns the dtypes of a program's convolutions, each kind once.
+
+    Args:
+      stablehlo: text of a module.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> conv = jax.jit(lambda x, k: jax.lax.conv(x, k, (1, 1), "SAME"))
+      >>> ones = jnp.ones((1, 1, 4, 4), jnp.bfloat16)
+      >>> convolutions(conv.lower(ones, ones).as_text())
+      ('bf16 * bf16 -> bf16',)
+    """
+    found = set()
+    for match in filter(None, map(_CONVOLUTION.search, stablehlo.splitlines())):
+        arrays = (*match[1].split(", "), match[2])
+        x, k, y = (array.removesuffix(">").split("x")[-1] for array in arrays)
+        found.add(f"{x} * {k} -> {y}")
+    return tuple(sorted(found))

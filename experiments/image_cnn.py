@@ -1,0 +1,265 @@
+"""Does a convolutional network train in 16 or 8 bits? One ResNet on images, paired seeds.
+
+Two modes for each 16-bit format: X32 * K16 -> Y32, where only the operands of convolutions are
+rounded (a rule on `**/conv*` over fp32), and X16 * K16 -> Y16, where all that lies between is 16
+bits too (the presets bf16 and fp16). The table says which dtypes the convolutions of the traced
+program have. 8-bit recipes are emulated: exact in their numbers, not in their speed.
+
+Run:       python experiments/image_cnn.py
+           python experiments/image_cnn.py --data fashion-mnist --model small --steps 1400 \
+               --batch 128 --seeds 1
+Expected:  at least .98 of the held-out digits, .90 of Fashion-MNIST's test images, in every arm;
+           docs/evidence/image_cnn.md has the figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import launch  # sets XLA flags before JAX starts
+
+import jax  # isort: skip
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mpjax.data.images import Images, image_batches, load_images
+from mpjax.models import ResNet, resnet
+from mpjax.optim import make_optimizer, wrap
+from mpjax.precision import get_precision
+from mpjax.report import Outcome, gap, interval, plot_loss
+from mpjax.train import build
+from mpjax.train.hlo import convolutions
+from mpjax.train.loop import fit
+from mpjax.train.manifest import manifest, write_manifest
+from mpjax.train.memory import bytes_per_parameter
+from mpjax.train.metrics import MetricsWriter
+from mpjax.train.progress import ProgressBar
+
+BARS = {"digits": 0.98, "fashion-mnist": 0.90}
+ARMS = {
+    "fp32": "fp32",
+    "bf16-x32": "fp32 rule:**/conv*=p=f32,c=bf16,o=f32",
+    "bf16-x16": "bf16",
+    "fp16-x32": "fp32 rule:**/conv*=p=f32,c=f16,o=f32 loss_scale=dynamic",
+    "fp16-x16": "fp16",
+    "fp8": "fp8",
+    "mxfp8": "mxfp8",
+}
+HEAD = (
+    "arm", "convolutions", "accuracy", "points to reference", "loss to reference", "images/s",
+    "bytes/param", "skipped",
+)  # fmt: skip
+stderr = Console(stderr=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare precisions on one residual network."""
+
+    data: str = "digits"
+    """`digits` (scikit-learn's), `fashion-mnist`, or FILE.npz with `images` and `labels`."""
+    held_out: float = 0.2
+    """Share of the images that judges; Fashion-MNIST has its own."""
+    precision: tuple[str, ...] = tuple(ARMS)
+    """Arms by name, or presets, policies and lines of text; the first is the reference."""
+    model: str = "tiny"
+    """Model size by name: `tiny`, `small` or `cifar20`."""
+    batch: int = 64
+    """Images a step."""
+    steps: int = 400
+    """Steps a run."""
+    optimizer: str = "adamw"
+    """`adamw`, `sgd`, `lion` or `adafactor`."""
+    lr: float = 5e-3
+    """Peak learning rate."""
+    schedule: str = "linear"
+    """`constant`, `linear`, `cosine` or `wsd`."""
+    warmup: int = 20
+    """Steps of warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled, on kernels."""
+    seeds: int = 3
+    """Seeds an arm; the n-th has the same initial weights and batches in every arm."""
+    out: Path = Path("runs/image_cnn")
+    """Folder of the report and of all runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What one precision came to.
+
+    Args:
+      outcome: as in the comparisons of language models; its speed counts images.
+      accuracy: share of the held-out images that are named right, one a seed, in the precision of
+        the arm.
+      convolutions: their dtypes in the traced step.
+    """
+
+    outcome: Outcome
+    accuracy: tuple[float, ...]
+    convolutions: str
+
+
+def make(config: Config, images: Images, text: str) -> ResNet:
+    """Returns the network of an arm."""
+    channels = images.train["inputs"].shape[-1]
+    precision = get_precision(ARMS.get(text, text))
+    return resnet(config.model, precision, inputs=channels, classes=images.classes)
+
+
+def optimizer(config: Config) -> Any:
+    """Returns the raw optimizer."""
+    return make_optimizer(
+        config.optimizer, config.lr, schedule=config.schedule, steps=config.steps,
+        warmup=config.warmup, weight_decay=config.weight_decay,
+    )  # fmt: skip
+
+
+def evaluate(model: ResNet, images: Images, size: int = 500) -> Any:
+    """Returns a function from weights and state to loss and accuracy on the held-out images."""
+
+    @jax.jit
+    def sums(params: Any, state: Any, part: Any) -> Any:
+        logits, _ = model.apply(params, part["inputs"], state=state)
+        loss, _ = model.loss(params, part, state=state)
+        return loss * len(part["targets"]), (logits.argmax(-1) == part["targets"]).sum()
+
+    data = images.held_out
+    count = len(data["targets"])
+    parts = [
+        {name: array[first : first + size] for name, array in data.items()}
+        for first in range(0, count, size)
+    ]
+
+    def judge(params: Any, state: Any) -> tuple[float, float]:
+        found = [jax.device_get(sums(params, state, part)) for part in parts]
+        loss, right = np.sum([[float(a), float(b)] for a, b in found], axis=0)
+        return loss / count, right / count
+
+    return judge
+
+
+def run_arm(config: Config, images: Images, text: str) -> Arm:
+    """Trains one arm under each seed; the step is compiled once."""
+    model = make(config, images, text)
+    first = next(image_batches(images.train, batch=config.batch, seed=0))
+    state, step = build(model, optimizer(config))
+    assert step.init is not None
+    dtypes = convolutions(step.compiled.lower(state, first).as_text())
+    judge, pixels = evaluate(model, images), first["inputs"][0].size
+    exact = evaluate(dataclasses.replace(model, precision=get_precision("fp32")), images)
+    losses, accuracy, skipped, scales, speeds, records = [], [], [], [], [], []
+    for seed in range(config.seeds):
+        folder = config.out / text.replace(" ", "_").replace("/", "-") / f"seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        values = json.loads(json.dumps(dataclasses.asdict(config) | {"seed": seed}, default=str))
+        how = {recipe.name: {"convolution": "emulated"} for recipe in model.recipes.values()}
+        write_manifest(folder, manifest(model.precision, values, model.paths, how))
+        writer = MetricsWriter(folder, values | {"precision": model.precision.to_text()})
+        history: list[dict[str, Any]] = []
+        label = f"{text}, seed {seed}"
+        with ProgressBar(config.steps, console=stderr, label=label, lines=1) as bar:
+
+            def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
+                record["images_per_s"] = record["tokens_per_s"] / pixels
+                history.append(record)  # noqa: B023
+                writer.write(record)  # noqa: B023
+                bar.update(record)
+
+            data = image_batches(images.train, batch=config.batch, seed=seed)
+            state = fit(step.init(seed), step, data, steps=config.steps, report=report)
+        right = judge(state.params, state.model_state)[1]
+        losses.append(exact(state.params, None)[0])
+        accuracy.append(right)
+        writer.write({"step": config.steps, "validation_loss": losses[-1], "accuracy": right})
+        writer.close()
+        skipped.append(history[-1]["skipped"])
+        scales.append(float(state.opt_state.loss_scale.value))
+        speeds += [record["images_per_s"] for record in history[2:]]
+        records.append(history)
+    outcome = Outcome(
+        text, config.precision[0], tuple(losses), float(np.median(speeds)),
+        bytes_per_parameter(state), tuple(skipped), tuple(scales), tuple(records),
+    )  # fmt: skip
+    return Arm(outcome, tuple(accuracy), "; ".join(dtypes))
+
+
+def measured(form: str, mean: float, half: float) -> str:
+    """A mean and, where there are several seeds, the half-width of its interval."""
+    text = form.format(mean)
+    return text if np.isnan(half) else f"{text} ± {form.replace('+', '').format(half)}"
+
+
+def rows(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
+    """Returns the cells of the table, one row an arm."""
+    reference = arms[0]
+    found: list[tuple[str, ...]] = []
+    for arm in arms:
+        o, own = arm.outcome, arm is reference
+        points = [100 * (a - b) for a, b in zip(arm.accuracy, reference.accuracy, strict=True)]
+        found.append((
+            o.label, arm.convolutions, measured("{:.4f}", *interval(arm.accuracy)),
+            "–" if own else measured("{:+.2f}", *interval(points)),
+            "–" if own else measured("{:+.1f}", *gap(o, reference.outcome)) + " %",
+            f"{o.tokens_per_s:,.0f}", f"{o.bytes_per_parameter:.2f}", " ".join(map(str, o.skipped)),
+        ))  # fmt: skip
+    return found
+
+
+def compare(config: Config) -> list[Arm]:
+    """Trains all arms and writes the report."""
+    start = time.perf_counter()
+    images = load_images(config.data, held_out=config.held_out)
+    image_batches(images.train, batch=config.batch, seed=0)
+    raw = optimizer(config)
+    for text in config.precision:  # the last arm's mistake, before the first has run
+        model = make(config, images, text)
+        wrapped = wrap(raw, model.precision)
+        jax.eval_shape(lambda key, m=model, w=wrapped: w.init(m.init(key)), jax.random.key(0))
+    launch.writable(config.out)
+    arms = [run_arm(config, images, text) for text in config.precision]
+    title = f"One ResNet on {Path(config.data).name}, several precisions"
+    table = Table(title=title, title_justify="left")
+    for column in HEAD:
+        table.add_column(column)
+    for row in rows(arms):
+        table.add_row(*row)
+    launch.wide().print(table)
+    shape = images.train["inputs"].shape
+    notes = [
+        "Accuracy in the precision of the arm, loss in float32, both on"
+        f" {len(images.held_out['targets'])} held-out images; ± is the 95 % interval over seeds;"
+        " differences are paired: same initial weights, same batches. Dtypes of convolutions are"
+        " those of the traced step (StableHLO), forward and backward.",
+        f"{config.seeds} seeds, {config.steps} steps of {config.batch} of {shape[0]} images"
+        f" {shape[1]} x {shape[2]} x {shape[3]}, model {config.model}, lr {config.lr:g}."
+        f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}.",
+    ]
+    if config.data in BARS:
+        low = [arm.outcome.label for arm in arms if np.mean(arm.accuracy) < BARS[config.data]]
+        bar = f"Bar of {BARS[config.data]:.2f}:"
+        notes.insert(0, f"{bar} missed by {', '.join(low)}." if low else f"{bar} met by all arms.")
+    launch.wide().print("\n".join(notes))
+    plot_loss([arm.outcome for arm in arms]).savefig(config.out / "loss.png")
+    lines = [" | ".join(line) for line in (HEAD, ("---",) * len(HEAD), *rows(arms))]
+    text = "\n\n".join([f"# {title}", "\n".join(f"| {x} |" for x in lines), *notes])
+    (config.out / "report.md").write_text(text + "\n\n![loss](loss.png)\n")
+    launch.wide().print(f"report: {config.out / 'report.md'}")
+    return arms
+
+
+def main(config: Config) -> None:
+    """Runs the comparison and writes its report."""
+    launch.positive(config, "batch", "steps", "lr", "seeds")
+    launch.not_empty(config, "precision")
+    compare(config)
+
+
+if __name__ == "__main__":
+    launch.command(main, Config)

@@ -1,0 +1,172 @@
+"""Images with classes: scikit-learn's digits, Fashion-MNIST, or arrays of one's own."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpjax.data.assets import fetch
+from mpjax.errors import ConfigError
+
+Batch = dict[str, np.ndarray]
+_HELP = "digits, fashion-mnist, or FILE.npz with the arrays images (N, H, W[, C]) and labels (N,)"
+
+
+@dataclass(frozen=True)
+class Images:
+    """Training and held-out images; pixels are standardised by those of the training images.
+
+    Args:
+        train: images and their classes, `{"inputs": (N, H, W, C) float32, "targets": (N,) int32}`.
+        held_out: the same for those that judge.
+        classes: K; classes are 0 .. K - 1.
+    """
+
+    train: Batch
+    held_out: Batch
+    classes: int
+
+
+def load_images(source: str, *, held_out: float = 0.2, cache_dir: Any = None) -> Images:
+    """Reads images and holds some out: Fashion-MNIST's own test set, else a share at random.
+
+    The share is drawn once, by a fixed seed, so that all runs are judged on the same images.
+
+    Args:
+        source: `digits` (1,797 of 8 x 8, from scikit-learn), `fashion-mnist` (70,000 of 28 x 28, an
+            asset), or FILE.npz with the arrays `images` and `labels`.
+        held_out: share that judges, above 0 and below 1.
+        cache_dir: as `mpjax.data.assets.fetch` takes it.
+
+    Raises:
+        ConfigError: a source that is unknown, cannot be had or cannot be read, arrays of the wrong
+            shape or type, or a share out of range.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "a.npz")
+        ...     np.savez(path, images=np.eye(8).reshape(4, 4, 4), labels=[0, 1, 0, 1])
+        ...     images = load_images(str(path), held_out=0.5)
+        >>> images.train["inputs"].shape, images.classes
+        ((2, 4, 4, 1), 2)
+
+    References:
+        Xiao et al. 2017, Fashion-MNIST.
+    """
+    if not 0 < held_out < 1:
+        raise ConfigError(f"held_out: {held_out} must be above 0 and below 1; give such as 0.2")
+    if source == "fashion-mnist":
+        folder = fetch("fashion-mnist", cache_dir=cache_dir)
+        kinds = ("images-idx3", "labels-idx1")
+        train, test = (
+            tuple(_idx(folder / f"{side}-{kind}-ubyte.gz") for kind in kinds)
+            for side in ("train", "t10k")
+        )
+    else:
+        images, labels = _digits() if source == "digits" else _arrays(source)
+        order = np.random.default_rng(0).permutation(len(labels))
+        out = round(held_out * len(labels))
+        if not 0 < out < len(labels):
+            raise ConfigError(
+                f"held_out: {held_out} of {len(labels)} images leaves one side empty; change it"
+            )
+        test, train = ((images[part], labels[part]) for part in (order[:out], order[out:]))
+    mean, deviation = np.float64(train[0].mean()), np.float64(train[0].std())
+    if not deviation > 0:
+        raise ConfigError(f"data: all pixels of {source} are equal; give other images")
+
+    def batch(images: np.ndarray, labels: np.ndarray) -> Batch:
+        pixels = ((images - mean) / deviation).astype(np.float32)
+        pixels = pixels if pixels.ndim == 4 else pixels[..., None]
+        return {"inputs": pixels, "targets": labels.astype(np.int32)}
+
+    classes = 1 + max(int(labels.max()) for _, labels in (train, test))
+    return Images(batch(*train), batch(*test), classes)
+
+
+def image_batches(data: Batch, *, batch: int, seed: int) -> Iterator[Batch]:
+    """Endless batches of training images; every epoch has an order of its own, fixed by the seed.
+
+    The rest of an epoch that fills no batch is left out of it.
+
+    Args:
+        data: `Images.train`.
+        batch: images a batch.
+        seed: 0 or above.
+
+    Raises:
+        ConfigError: a batch larger than the data.
+
+    Example:
+        >>> data = {"inputs": np.zeros((5, 2, 2, 1), np.float32), "targets": np.arange(5)}
+        >>> next(image_batches(data, batch=4, seed=0))["inputs"].shape
+        (4, 2, 2, 1)
+    """
+    count = len(data["targets"])
+    if not 0 < batch <= count:
+        raise ConfigError(f"batch: {batch} is not in 1 .. {count}, the number of images; change it")
+
+    def endless() -> Iterator[Batch]:
+        epoch = 0
+        while True:
+            order = np.random.default_rng((seed, epoch)).permutation(count)
+            for first in range(0, count - batch + 1, batch):
+                part = order[first : first + batch]
+                yield {name: array[part] for name, array in data.items()}
+            epoch += 1
+
+    return endless()
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError(
+            "data: digits come with scikit-learn, which is not installed; pip install"
+            " 'mpjax[tasks]', or give --data FILE.npz"
+        ) from error
+    digits = load_digits()
+    return digits.images, digits.target
+
+
+def _idx(path: Path) -> np.ndarray:
+    """An array of bytes as MNIST stores it: 0, 0, type 8, rank, sizes (big-endian), numbers."""
+    raw = gzip.decompress(path.read_bytes())
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape.tolist())
+
+
+def _arrays(source: str) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays of a file, checked."""
+    if not source.endswith(".npz"):
+        raise ConfigError(f"data: {source!r} is unknown; give {_HELP}")
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            images, labels = file["images"], file["labels"]
+    except KeyError as error:
+        raise ConfigError(f"data: {source}: {error.args[0]}; give {_HELP}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ConfigError(f"data: {source} cannot be read ({reason}); give {_HELP}") from None
+    what = ""
+    if images.ndim not in (3, 4) or not np.issubdtype(images.dtype, np.number):
+        what = f"images are {images.dtype.name} of shape {images.shape}, not (N, H, W[, C])"
+    elif labels.shape != images.shape[:1]:
+        what = f"labels have shape {labels.shape}, images {images.shape}"
+    elif not np.issubdtype(labels.dtype, np.integer) or labels.size == 0 or labels.min() < 0:
+        what = f"labels are {labels.dtype.name}, not whole numbers from 0"
+    elif not np.isfinite(images).all():
+        what = "images hold numbers that are not finite"
+    elif len(np.unique(labels)) != labels.max() + 1 or labels.max() < 1:
+        what = f"labels are {len(np.unique(labels))} kinds up to {labels.max()}, not 0 .. K - 1"
+    if what:
+        raise ConfigError(f"data: {source}: {what}; give {_HELP}")
+    return images, labels
