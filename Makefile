@@ -38,10 +38,10 @@ types: $(INSTALLED_DEV)  ## mypy
 	$(PY) -m mypy mpjax experiments
 
 notebooks: $(INSTALLED_DEV)  ## execute the notebooks
-	$(PY) -m pytest tests/test_notebooks.py
+	$(PY) -m pytest -n $(WORKERS) tests/test_notebooks.py
 
 smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings
-	$(PY) -m pytest tests/test_experiments.py
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/test_experiments.py
 
 check: lint types test notebooks smoke  ## all of the above, as CI does
 

@@ -61,6 +61,13 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a run train it once: `--dist loadgroup` gives them to one worker."""
+    for item in items:
+        if "trained" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("trained"))
+
+
 @pytest.fixture(scope="module")
 def fast_compile() -> Iterator[None]:
     """Compiles a module's programs sooner, for tests that are not about XLA's rewrites."""
