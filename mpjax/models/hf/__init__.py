@@ -1,5 +1,7 @@
 """Checkpoints in the formats of Hugging Face, torch and llama.cpp: import and export."""
 
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
+from mpjax.models.hf.load import load_checkpoint
+from mpjax.models.hf.save import save_checkpoint
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "load_checkpoint", "open_checkpoint", "save_checkpoint"]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mpjax.errors import ConfigError
-from mpjax.models.hf.gguf_file import read_gguf
+from mpjax.models.hf.gguf_file import open_gguf, read_gguf
+from mpjax.models.hf.gguf_tokenizer import gguf_tokenizer
 from mpjax.models.hf.tensors import Tensors, need, read_json, read_safetensors, read_sharded
 from mpjax.models.hf.torch_file import read_torch
 
@@ -35,23 +36,32 @@ class Checkpoint:
       config: fields of config.json, or of a GGUF file as config.json would have them; empty where
         a lone file has none.
       tensors: by the names that the checkpoint gives them.
+      gguf: the reader of a GGUF file, else None.
     """
 
     where: Path
     config: dict[str, Any]
     tensors: Tensors
+    gguf: Any = None
 
     @property
     def config_file(self) -> str:
         """Where the settings stand, for errors."""
-        own = self.where.suffix == ".gguf"
-        return str(self.where if own else self.where.parent / CONFIG)
+        return str(self.where if self.gguf else self.where.parent / CONFIG)
 
-    @property
-    def tokenizer(self) -> Path | None:
-        """The tokenizer.json beside it, which `mpjax.data.make_tokenizer` reads, or None."""
+    def tokenizer_json(self) -> str | None:
+        """Returns the tokenizer.json that belongs to it, or None where there is none.
+
+        That of the folder, or one made of what a GGUF file holds; `mpjax.data.Tokenizer.from_text`
+        reads it.
+
+        Raises:
+          ConfigError: a GGUF file with a tokenizer of another kind.
+        """
+        if self.gguf:
+            return gguf_tokenizer(self.where, self.gguf)
         path = self.where.parent / "tokenizer.json"
-        return path if path.is_file() else None
+        return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -76,7 +86,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     if not path.is_file():
         raise ConfigError(f"{path}: no such file or folder; name a checkpoint, or org/name")
     if path.suffix == ".gguf":
-        return Checkpoint(path, *read_gguf(path))
+        reader = open_gguf(path)
+        return Checkpoint(path, *read_gguf(path, reader), reader)
     beside = path.parent / CONFIG
     config = read_json(beside) if beside.is_file() else {}
     if path.name.endswith(".index.json") and path.name in _FILES:

@@ -62,16 +62,19 @@ def open_gguf(path: Path) -> Any:
         raise ConfigError(f"{path}: not a whole GGUF file ({reason}); fetch it again") from error
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], Tensors]:
+def read_gguf(path: Path, reader: Any) -> tuple[dict[str, Any], Tensors]:
     """Returns the fields of a config.json and the tensors of a GGUF file, dequantised when read.
 
     llama.cpp stores the rows of a Llama's queries and keys in the order of interleaved rotary
     pairs; here they are back in that of halves.
 
+    Args:
+      path: for errors.
+      reader: from `open_gguf`.
+
     Raises:
       ConfigError: another architecture, or a setting or tensor that is not known.
     """
-    reader = open_gguf(path)
     value = {name: field.contents() for name, field in reader.fields.items() if "." in name
              and not name.startswith(("tokenizer.", "GGUF."))}  # fmt: skip
     kind = value.get("general.architecture")

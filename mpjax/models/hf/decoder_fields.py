@@ -1,0 +1,220 @@
+"""config.json of GPT-2 and of Llama and its kin, to and from a DecoderConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpjax.errors import ConfigError
+from mpjax.models.config import DecoderConfig
+from mpjax.models.hf.fields import Fields
+
+_GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
+_GELU_BACK = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu"}
+
+
+def read_gpt2(fields: Fields) -> dict[str, Any]:
+    """Returns the fields of a DecoderConfig for GPT-2."""
+    f = fields
+    f.only("scale_attn_weights", True)
+    f.only("scale_attn_by_inverse_layer_idx", False)
+    f.only("add_cross_attention", False)
+    f.only("is_encoder_decoder", False)
+    return dict(
+        norm="layer",
+        position="learned",
+        bias=True,
+        vocabulary=f.take("vocab_size", int),
+        context=f.take("n_positions", int),
+        width=f.take("n_embd", int),
+        layers=f.take("n_layer", int),
+        heads=f.take("n_head", int),
+        mlp_width=f.take("n_inner", int, 0),
+        activation=f.one_of("activation_function", _GELU, "gelu_new"),
+        epsilon=f.take("layer_norm_epsilon", float, 1e-5),
+        dropout=f.take("resid_pdrop", float, 0.1),
+        tied=f.take("tie_word_embeddings", bool, True),
+    )
+
+
+def write_gpt2(c: DecoderConfig) -> dict[str, Any]:
+    """Returns the fields of a config.json."""
+    return dict(
+        vocab_size=c.vocabulary,
+        n_positions=c.context,
+        n_embd=c.width,
+        n_layer=c.layers,
+        n_head=c.heads,
+        n_inner=c.mlp_width or None,
+        activation_function=_GELU_BACK[c.activation],
+        layer_norm_epsilon=c.epsilon,
+        resid_pdrop=c.dropout,
+        embd_pdrop=c.dropout,
+        attn_pdrop=0.0,
+        tie_word_embeddings=c.tied,
+        bos_token_id=None,  # else transformers assumes the ids of GPT-2's own vocabulary
+        eos_token_id=None,
+    )
+
+
+def read_llama(fields: Fields) -> dict[str, Any]:
+    """Returns the fields of a DecoderConfig for Llama."""
+    fields.only("attention_bias", False)
+    fields.only("mlp_bias", False)
+    fields.only("rope_interleaved", False)
+    return _kin(fields)
+
+
+def read_mistral(fields: Fields) -> dict[str, Any]:
+    """Returns the fields of a DecoderConfig for Mistral, with its sliding window."""
+    found = _kin(fields)
+    return found | dict(window=fields.take("sliding_window", int, 0))
+
+
+def read_qwen2(fields: Fields) -> dict[str, Any]:
+    """Returns the fields of a DecoderConfig for Qwen2: biases of queries, keys and values."""
+    found = _kin(fields)
+    return found | dict(qkv_bias=True, window=_window(fields, found["layers"]))
+
+
+def read_qwen3(fields: Fields) -> dict[str, Any]:
+    """Returns the fields of a DecoderConfig for Qwen3: queries and keys are normalised."""
+    fields.only("attention_bias", False)
+    found = _kin(fields)
+    return found | dict(qk_norm=True, window=_window(fields, found["layers"]))
+
+
+def _kin(f: Fields) -> dict[str, Any]:
+    f.one_of("hidden_act", {"silu": "swiglu"}, "silu")
+    f.only("is_encoder_decoder", False)
+    heads, width = f.take("num_attention_heads", int), f.take("hidden_size", int)
+    per_head = f.take("head_dim", int, 0)
+    return dict(
+        norm="rms",
+        position="rotary",
+        activation="swiglu",
+        bias=False,
+        vocabulary=f.take("vocab_size", int),
+        context=f.take("max_position_embeddings", int),
+        width=width,
+        layers=f.take("num_hidden_layers", int),
+        heads=heads,
+        kv_heads=f.take("num_key_value_heads", int, heads),
+        head_width=0 if per_head * heads == width else per_head,
+        mlp_width=f.take("intermediate_size", int),
+        epsilon=f.take("rms_norm_eps", float, 1e-6),
+        tied=f.take("tie_word_embeddings", bool, False),
+        **_read_rope(f),
+    )
+
+
+def _read_rope(f: Fields) -> dict[str, Any]:
+    """Transformers 5 keeps all of it in rope_parameters, 4 in rope_theta and rope_scaling."""
+    old, new = f.inner("rope_scaling"), f.inner("rope_parameters")
+    if old is not None and new is not None:
+        f.refuse("both rope_scaling and rope_parameters; keep the one that holds")
+    theta = f.take("rope_theta", float, 10000.0)
+    scaling = old or new
+    if scaling is None:
+        return dict(rope_theta=theta)
+    theta = scaling.take("rope_theta", float, theta)
+    known = {"default": "none", "linear": "linear", "llama3": "llama3"}
+    older = scaling.one_of("type", known, "default")
+    kind = scaling.one_of("rope_type", known, "default")
+    kind = older if kind == "none" else kind
+    found: dict[str, Any] = dict(rope_theta=theta, rope_scaling=kind)
+    if kind != "none":
+        found["rope_factor"] = scaling.take("factor", float)
+    if kind == "llama3":
+        found["rope_low"] = scaling.take("low_freq_factor", float)
+        found["rope_high"] = scaling.take("high_freq_factor", float)
+        found["rope_context"] = scaling.take("original_max_position_embeddings", int)
+    scaling.finish()
+    return found
+
+
+def _window(f: Fields, layers: int) -> int:
+    """Qwen slides in the layers from max_window_layers on, or in those that layer_types names."""
+    used, size = f.take("use_sliding_window", bool, False), f.take("sliding_window", int, 0)
+    first = f.take("max_window_layers", int, layers)
+    sliding = layers - min(first, layers)
+    kinds = f.take("layer_types", list, [])
+    if kinds:
+        sliding = sum(kind == "sliding_attention" for kind in kinds)
+    if not used or not size or not sliding:
+        return 0
+    if sliding != layers:
+        f.refuse(
+            f"sliding_window={size} in {sliding} of {layers} layers; expected all or none, for a"
+            " model of ours has one window"
+        )
+    return size
+
+
+def write_llama(c: DecoderConfig) -> dict[str, Any]:
+    """Returns the fields of a config.json of Llama; Mistral, Qwen2 and Qwen3 add theirs."""
+    rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
+    if c.rope_scaling != "none":
+        rope |= {"rope_type": c.rope_scaling, "factor": c.rope_factor}
+    if c.rope_scaling == "llama3":
+        rope |= dict(
+            low_freq_factor=c.rope_low,
+            high_freq_factor=c.rope_high,
+            original_max_position_embeddings=c.rope_context,
+        )
+    return dict(
+        vocab_size=c.vocabulary,
+        max_position_embeddings=c.context,
+        hidden_size=c.width,
+        num_hidden_layers=c.layers,
+        num_attention_heads=c.heads,
+        num_key_value_heads=c.groups,
+        head_dim=c.per_head,
+        intermediate_size=c.hidden,
+        hidden_act="silu",
+        rms_norm_eps=c.epsilon,
+        tie_word_embeddings=c.tied,
+        rope_parameters=rope,
+        bos_token_id=None,  # else transformers assumes the ids of Llama's own vocabulary
+        eos_token_id=None,
+    )
+
+
+def write_mistral(c: DecoderConfig) -> dict[str, Any]:
+    """Returns the fields of a config.json."""
+    return write_llama(c) | dict(sliding_window=c.window)
+
+
+def write_qwen(c: DecoderConfig) -> dict[str, Any]:
+    """Returns the fields of a config.json of Qwen2 or Qwen3."""
+    kind = "sliding_attention" if c.window else "full_attention"
+    return write_llama(c) | dict(
+        use_sliding_window=bool(c.window),
+        sliding_window=c.window or None,
+        max_window_layers=0 if c.window else c.layers,
+        layer_types=[kind] * c.layers,
+    )
+
+
+def decoder_architecture(c: DecoderConfig) -> str:
+    """Returns the model_type that has the shape of a decoder.
+
+    Raises:
+      ConfigError: none has.
+    """
+    if c.logit_cap or c.scale_embed or not c.norm_first:
+        odd = "logit_cap" if c.logit_cap else "scale_embed" if c.scale_embed else "norm_first=False"
+        raise ConfigError(f"export: no architecture of transformers that we know has {odd}")
+    shape = (c.norm, c.position, c.activation == "swiglu", c.bias)
+    if shape == ("layer", "learned", False, True) and c.groups == c.heads and not (
+        c.qk_norm or c.window or c.head_width
+    ):  # fmt: skip
+        return "gpt2"
+    if shape == ("rms", "rotary", True, False) and not (c.qkv_bias and c.qk_norm):
+        return (
+            "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "mistral" if c.window else "llama"
+        )
+    raise ConfigError(
+        f"export: no architecture of transformers that we know has norm={c.norm!r} position="
+        f"{c.position!r} activation={c.activation!r} bias={c.bias} qkv_bias={c.qkv_bias} qk_norm="
+        f"{c.qk_norm}; change the config to that of gpt2, llama, mistral, qwen2 or qwen3"
+    )

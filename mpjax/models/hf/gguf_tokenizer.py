@@ -1,0 +1,54 @@
+"""The tokenizer inside a GGUF file, as the text of a tokenizer.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from mpjax.errors import ConfigError
+
+_CONTROL, _USER = 3, 4  # kinds of tokens that are no result of merges
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+# How texts are cut before merging, by llama.cpp's name for it.
+_PIECES = {
+    "gpt-2": _BYTES,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
+}
+
+
+def gguf_tokenizer(path: Path, reader: Any) -> str:
+    """Returns a tokenizer.json with the vocabulary and merges of a GGUF file.
+
+    Args:
+      path: for errors.
+      reader: from `open_gguf`.
+
+    Raises:
+      ConfigError: a tokenizer that is no byte-level BPE, or cuts texts in a way that is not known.
+    """
+    fields = reader.fields
+
+    def value(name: str) -> object:
+        name = f"tokenizer.ggml.{name}"
+        return fields[name].contents() if name in fields else None
+
+    kind, pieces = value("model"), value("pre")
+    if kind != "gpt2" or pieces not in _PIECES:
+        raise ConfigError(
+            f"{path}: tokenizer {kind!r} with pieces {pieces!r}; expected 'gpt2' with"
+            f" {' or '.join(map(repr, _PIECES))}; take the tokenizer.json of this model"
+        )
+    tokens, kinds, merges = value("tokens"), value("token_type"), value("merges")
+    if not isinstance(tokens, list) or not isinstance(merges, list):
+        raise ConfigError(f"{path}: a tokenizer without tokens or merges; fetch it again")
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    tokenizer.pre_tokenizer = _PIECES[str(pieces)]
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, one in zip(tokens, kinds if isinstance(kinds, list) else [], strict=False):
+        if one in (_CONTROL, _USER):
+            tokenizer.add_tokens([AddedToken(token, special=one == _CONTROL, normalized=False)])
+    return tokenizer.to_str()

@@ -1,0 +1,95 @@
+"""One leaf of the tree from the tensors that hold it, and back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax.errors import ConfigError
+from mpjax.models.hf.tensors import Tensors
+from mpjax.models.hf.weights import Weight
+
+_ALIGNED = 64  # bytes; JAX on CPU takes an array so aligned as it is, without a copy
+
+
+def tensor_shape(shape: tuple[int, ...], weight: Weight) -> tuple[int, ...]:
+    """Returns the shape of the tensor, of one layer if stacked, that a leaf's shape asks for."""
+    if weight.stacked:
+        shape = shape[1:]
+    shape = (*shape[:-1], shape[-1] * weight.part[1])
+    return shape[::-1] if weight.transposed else shape
+
+
+def filled(
+    name: str, shape: tuple[int, ...], dtype: Any, weight: Weight, tensors: Tensors, sharding: Any
+) -> Any:
+    """Returns a leaf on its devices.
+
+    Of the checkpoint one tensor is held at a time, of the leaf one shard.
+
+    Args:
+      name: our path, for errors.
+      shape: of the leaf, with the layer axis.
+      dtype: of the leaf.
+      weight: where it lies.
+      tensors: the checkpoint's.
+      sharding: of the leaf; None is the default device.
+
+    Raises:
+      ConfigError: a finite number that overflows in dtype.
+    """
+    names = weight.names(shape[0])
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        spans = [range(n)[cut] for n, cut in zip(shape, index, strict=True)]
+        out = _empty(tuple(len(span) for span in spans), np.dtype(dtype))
+        if not weight.stacked:
+            _copy(name, names[0], weight, tensors, index, out)
+            return out
+        for row, layer in zip(out, spans[0], strict=True):
+            _copy(name, names[layer], weight, tensors, index[1:], row)
+        return out
+
+    if sharding is None:
+        return jax.device_put(shard(tuple(slice(None) for _ in shape)))
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _copy(
+    leaf: str, name: str, weight: Weight, tensors: Tensors, index: Any, out: np.ndarray
+) -> None:
+    """Reads a tensor, which is gone when this returns, and copies what a shard holds of it."""
+    x = tensors[name].read()
+    if weight.transposed:
+        x = x.T
+    i, n = weight.part
+    width = x.shape[-1] // n
+    x = x[..., i * width : (i + 1) * width][index]
+    with np.errstate(over="ignore"):  # said below, with a name
+        np.copyto(out, x, casting="unsafe")  # to the dtype that the rule stores
+    if np.isinf(out).any() and not np.isinf(x).any():
+        raise ConfigError(
+            f"{leaf}: {name} has numbers beyond the largest {out.dtype.name}; store it in float32"
+            " or bfloat16"
+        )
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNED, np.uint8)
+    start = -raw.ctypes.data % _ALIGNED
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def joined(leaves: list[Any], weights: list[Weight], layer: int, dtype: Any) -> np.ndarray:
+    """Returns the tensor of one layer that leaves are the parts of; inverse of `filled`."""
+    parts = []
+    for leaf, weight in zip(leaves, weights, strict=True):
+        x = np.asarray(leaf[layer] if weight.stacked else leaf)
+        parts.append(x.T if weight.transposed else x)
+    # to the dtype that the export asks for; row-major, as the file is
+    return np.ascontiguousarray(np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0],
+                                dtype=dtype)  # fmt: skip

@@ -1,0 +1,199 @@
+"""From a checkpoint to a model and its parameters, one tensor at a time."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax.errors import ConfigError
+from mpjax.formats import Quantized
+from mpjax.models.hf.architecture import Architecture, architecture_of
+from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
+from mpjax.models.hf.fields import Fields
+from mpjax.models.hf.leaves import filled, tensor_shape
+from mpjax.models.hf.tensors import Tensors, listed
+from mpjax.models.skeleton import stored
+from mpjax.precision import Precision
+
+Place = Callable[[tuple[str | None, ...], tuple[int, ...]], Any]
+
+
+def load_checkpoint(
+    source: str | Path | Checkpoint,
+    precision: str | Precision = "fp32",
+    *,
+    architecture: str | None = None,
+    new: Sequence[str] = (),
+    key: Any = None,
+    unused: Sequence[str] = (),
+    ignore: Collection[str] = (),
+    place: Place | None = None,
+    revision: str | None = None,
+    **changes: Any,
+) -> tuple[Any, Any]:
+    """Returns the model that a checkpoint holds and its parameters.
+
+    Tensors are read one at a time, straight into the dtype that the Precision stores and onto the
+    devices. Missing, unexpected and misshaped tensors are all listed before any is read.
+
+    Args:
+      source: folder, file, or name on the Hugging Face Hub, as of `open_checkpoint`, or what that
+        returned.
+      precision: anything that `get_precision` reads.
+      architecture: where the config names none: `bert gpt2 llama mistral qwen2 qwen3`.
+      new: patterns of our paths, such as `encoder/classify/**`, that the checkpoint lacks and that
+        are drawn as by `init`.
+      key: of these draws.
+      unused: patterns of the checkpoint's names, such as `cls.*`, that are left out.
+      ignore: unknown fields of config.json that have no effect on the result.
+      place: (logical axes, shape) -> the Sharding of a weight; all on the default device by
+        default.
+      revision: branch, tag or commit on the Hub.
+      changes: fields of the model's config, such as `dropout=0.1` or `remat="full"`.
+
+    Raises:
+      ConfigError: nothing at source, a broken file, an architecture, field or value that is not
+        known, tensors that do not fit, or a weight that its dtype cannot hold.
+
+    Example:
+      >>> import tempfile
+      >>> from mpjax.models import decoder
+      >>> model = decoder("tiny", layers=1, width=16, heads=2)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_checkpoint(f"{folder}/new", model, model.init(jax.random.key(0)))
+      ...     again, params = load_checkpoint(f"{folder}/new", "bf16")
+      >>> again.config.width, again.precision.name
+      (16, 'bf16')
+    """
+    checkpoint = source
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = open_checkpoint(checkpoint, revision=revision)
+    kind = architecture_of(checkpoint, architecture)
+    fields = Fields(checkpoint.config, checkpoint.config_file, ignore)
+    settings = kind.read(fields)
+    fields.finish()
+    model = kind.make(precision, settings, changes)
+    return model, load_params(model, checkpoint, kind, new, key, unused, place)
+
+
+def load_params(
+    model: Any,
+    checkpoint: Checkpoint,
+    kind: Architecture,
+    new: Sequence[str] = (),
+    key: Any = None,
+    unused: Sequence[str] = (),
+    place: Place | None = None,
+) -> Any:
+    """Returns a model's parameters from a checkpoint; arguments as of `load_checkpoint`."""
+    draw = jax.random.key(0) if key is None else key
+    tree = jax.eval_shape(model.init, draw)
+    is_leaf = lambda x: isinstance(x, Quantized)  # noqa: E731
+    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in paths}
+    axes = jax.tree.leaves(model.axes, is_leaf=lambda x: isinstance(x, tuple))
+    drawn = _matching(leaves, new, "new", "paths of the model")
+    if drawn and key is None:
+        raise ConfigError(f"load: new={list(new)} is drawn at random; pass key=")
+    tensors = _kept(checkpoint, kind, unused)
+    _check(checkpoint, kind, {n: x for n, x in leaves.items() if n not in drawn}, tensors)
+    fresh = {}
+    if drawn:
+        fresh = jax.jit(lambda key: _only(model.init(key), drawn, is_leaf))(draw)
+    out = []
+    for (name, leaf), names in zip(leaves.items(), axes, strict=True):
+        sharding = None if place is None else place(names, leaf.shape)
+        if name in drawn:
+            x = fresh[name]
+            out.append(x if sharding is None else jax.device_put(x, sharding))
+        elif isinstance(leaf, Quantized):
+            out.append(_quantised(name, leaf, kind, tensors, model.precision, sharding))
+        else:
+            out.append(filled(name, leaf.shape, leaf.dtype, kind.table[name], tensors, sharding))
+    return jax.tree.unflatten(structure, out)
+
+
+def _quantised(
+    name: str, leaf: Any, kind: Architecture, tensors: Tensors, precision: Any, sharding: Any
+) -> Any:
+    """A weight stored in fp8: drawn together in float32, then quantised as `init` does."""
+    whole = filled(name, leaf.shape, np.dtype(np.float32), kind.table[name], tensors, sharding)
+    nested: Any = whole
+    for part in reversed(name.split("/")):
+        nested = {part: nested}
+    return jax.tree.leaves(stored(nested, precision), is_leaf=lambda x: isinstance(x, Quantized))[0]
+
+
+def _matching(
+    names: Collection[str], patterns: Sequence[str], what: str, of: str
+) -> frozenset[str]:
+    if isinstance(patterns, str):
+        raise ConfigError(f"load: {what}={patterns!r} is text; pass a list: {what}=[{patterns!r}]")
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(f"load: {what}={pattern!r} matches none of the {of}; leave it out")
+    return frozenset(name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns))
+
+
+def _kept(checkpoint: Checkpoint, kind: Architecture, unused: Sequence[str]) -> Tensors:
+    """The tensors under their full names, without buffers and what the user leaves out."""
+    left_out = _matching(checkpoint.tensors, unused, "unused", "tensors of the checkpoint")
+    tensors = {n: t for n, t in checkpoint.tensors.items()
+               if n not in left_out and not n.endswith(kind.buffers)}  # fmt: skip
+    if any(name.startswith(kind.prefix) for name in tensors):
+        return tensors
+    own = {weight.name for weight in kind.table.values()}
+    outside = {n for n in own if not n.startswith(kind.prefix)} | set(kind.copies)
+    return {n if n in outside else kind.prefix + n: tensor for n, tensor in tensors.items()}
+
+
+def _check(
+    checkpoint: Checkpoint, kind: Architecture, leaves: dict[str, Any], tensors: Tensors
+) -> None:
+    """Refuses tensors that are missing, unexpected or misshaped, all in one line."""
+    missing: list[str] = []
+    misshaped: list[str] = []
+    wanted: set[str] = set()
+    for name, leaf in leaves.items():
+        weight = kind.table.get(name)
+        if weight is None:
+            raise ConfigError(f"{checkpoint.where}: its architecture has no {name}; pass new=")
+        for one in weight.names(leaf.shape[0]):
+            wanted.add(one)
+            if one not in tensors:
+                missing.append(one)
+                continue
+            tensor = tensors[one]
+            if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype != "bfloat16":
+                misshaped.append(f"{one} is {tensor.dtype}, not floating-point")
+            if tensor.shape != (expected := tensor_shape(leaf.shape, weight)):
+                misshaped.append(f"{one} is {tensor.shape}, {name} needs {expected}")
+    copies = {n: o for n, o in kind.copies.items() if n in tensors and n not in wanted}
+    for copy, original in copies.items():
+        if original in tensors and not np.array_equal(
+            tensors[copy].read(), tensors[original].read()
+        ):
+            raise ConfigError(
+                f"{checkpoint.where}: {copy} differs from {original}, but the config ties them;"
+                " set tie_word_embeddings to false in it"
+            )
+    unexpected = [name for name in tensors if name not in wanted and name not in copies]
+    said = [f"{what} {listed(names)}" for what, names in
+            (("missing", sorted(set(missing))), ("unexpected", unexpected),
+             ("misshaped", misshaped)) if names]  # fmt: skip
+    if said:
+        raise ConfigError(
+            f"{checkpoint.where}: tensors {'; '.join(said)}; take the checkpoint of this config, or"
+            " pass new= for what is to be drawn and unused= for what is left out"
+        )
+
+
+def _only(tree: Any, names: frozenset[str], is_leaf: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    named = ((jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in leaves)
+    return {name: x for name, x in named if name in names}

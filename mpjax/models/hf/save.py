@@ -1,0 +1,120 @@
+"""From a model and its parameters to a folder that `transformers` loads."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax.errors import ConfigError
+from mpjax.formats import weight_view
+from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
+from mpjax.models.hf.checkpoint import CONFIG
+from mpjax.models.hf.leaves import joined
+from mpjax.models.hf.tensors import need
+from mpjax.models.hf.weights import Weight
+from mpjax.precision import parse_dtype
+
+_INDEX = "model.safetensors.index.json"
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: Any,
+    params: Any,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes safetensors and a config.json, whole or not at all.
+
+    Quantised storage is written dequantised.
+
+    Args:
+      folder: new, or empty.
+      model: a model whose shape transformers has: GPT-2, Llama, Mistral, Qwen2, Qwen3 or BERT.
+      params: its weights.
+      dtype: of all tensors in the files, such as `bf16`; None keeps the dtype of each weight.
+      shard_bytes: most bytes of a file; larger checkpoints become several and an index.
+
+    Raises:
+      ConfigError: a folder that holds something, a shape that transformers has not, or a disk that
+        cannot be written.
+
+    Example:
+      See `load_checkpoint`.
+    """
+    target = Path(folder).expanduser()
+    package = need("safetensors.numpy", "hub", f"{target}: export")
+    wanted = None if dtype is None else parse_dtype(dtype)
+    kind = ARCHITECTURES[model_type := architecture_name(model.config)]
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: export needs a new or empty folder; name another one")
+    config = kind.write(model.config) | {"model_type": model_type, "architectures": [kind.title]}
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        dtypes = _write_tensors(partial, model, params, kind.table, package, wanted, shard_bytes)
+        config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except OSError as error:
+        raise ConfigError(
+            f"{target}: cannot be written ({error.strerror or error}); free some space or name"
+            " another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_tensors(
+    folder: Path, model: Any, params: Any, table: Any, package: Any, wanted: Any, shard_bytes: int
+) -> set[str]:
+    """Writes a shard as soon as it is full; returns the names of the dtypes."""
+    view = weight_view(params)
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(view)
+    }
+    tensors: dict[str, list[tuple[Any, Weight]]] = {}
+    for name, weight in table.items():  # the table's order: embedding first
+        if name in leaves:
+            tensors.setdefault(weight.name, []).append((leaves[name], weight))
+    shards: list[list[str]] = []
+    shard: dict[str, np.ndarray] = {}
+    size = total = 0
+    dtypes = set()
+
+    def flush() -> None:
+        package.save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for found in tensors.values():
+        parts, weights = zip(*found, strict=True)
+        for layer, name in enumerate(weights[0].names(model.config.layers)):
+            x = joined(list(parts), list(weights), layer, wanted or parts[0].dtype)
+            if shard and size + x.nbytes > shard_bytes:
+                flush()
+                size = 0
+            shard[name], size, total = x, size + x.nbytes, total + x.nbytes
+            dtypes.add(x.dtype.name)
+    flush()
+    if len(shards) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return dtypes
+    where = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"{i}.part").rename(folder / file)
+        where |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return dtypes

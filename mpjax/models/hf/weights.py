@@ -1,0 +1,94 @@
+"""Which tensor of a checkpoint is which leaf of our tree: one table an architecture.
+
+A leaf below `layers` is stacked: `{}` in a name is the layer. Kernels are (inputs, outputs) here
+and (outputs, inputs) in a torch Linear, so those are transposed; GPT-2's Conv1D is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One leaf of ours, as a checkpoint has it.
+
+    Args:
+      name: of the tensor, `{}` for the layer.
+      transposed: whether its axes are in reverse order.
+      part: (i, n): the leaf is the i-th of n equal parts along the tensor's last axis.
+    """
+
+    name: str
+    transposed: bool = False
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the leaf has a layer axis, and a tensor for each layer."""
+        return "{}" in self.name
+
+    def names(self, layers: int) -> list[str]:
+        """Returns the tensors of all layers, or the one of a leaf that is not stacked."""
+        return [self.name.format(i) for i in range(layers)] if self.stacked else [self.name]
+
+
+Table = dict[str, Weight]
+
+
+def _linear(ours: str, theirs: str, transposed: bool = True) -> Table:
+    return {
+        f"{ours}/kernel": Weight(f"{theirs}.weight", transposed),
+        f"{ours}/bias": Weight(f"{theirs}.bias"),
+    }
+
+
+def _fused(ours: str, names: tuple[str, ...], theirs: str) -> Table:
+    n = len(names)
+    return {
+        f"{ours}/{name}/{leaf}": Weight(f"{theirs}.{end}", part=(i, n))
+        for i, name in enumerate(names)
+        for leaf, end in (("kernel", "weight"), ("bias", "bias"))
+    }
+
+
+def _norm(ours: str, theirs: str) -> Table:
+    return {
+        f"{ours}/scale": Weight(f"{theirs}.weight"),
+        f"{ours}/bias": Weight(f"{theirs}.bias"),
+    }
+
+
+_GPT2_LAYER = "transformer.h.{}"
+GPT2: Table = {
+    "decoder/embed/table": Weight("transformer.wte.weight"),
+    "decoder/position/table": Weight("transformer.wpe.weight"),
+    "decoder/head/kernel": Weight("lm_head.weight", transposed=True),
+    **_norm("decoder/norm", "transformer.ln_f"),
+    **_norm("decoder/layers/norm_attention", f"{_GPT2_LAYER}.ln_1"),
+    **_norm("decoder/layers/norm_mlp", f"{_GPT2_LAYER}.ln_2"),
+    **_fused(
+        "decoder/layers/attention", ("query", "key", "value"), f"{_GPT2_LAYER}.attn.c_attn"
+    ),
+    **_linear("decoder/layers/attention/out", f"{_GPT2_LAYER}.attn.c_proj", transposed=False),
+    **_linear("decoder/layers/mlp/up", f"{_GPT2_LAYER}.mlp.c_fc", transposed=False),
+    **_linear("decoder/layers/mlp/down", f"{_GPT2_LAYER}.mlp.c_proj", transposed=False),
+}  # fmt: skip
+
+_LLAMA_LAYER = "model.layers.{}"
+LLAMA: Table = {
+    "decoder/embed/table": Weight("model.embed_tokens.weight"),
+    "decoder/head/kernel": Weight("lm_head.weight", transposed=True),
+    **_norm("decoder/norm", "model.norm"),
+    **_norm("decoder/layers/norm_attention", f"{_LLAMA_LAYER}.input_layernorm"),
+    **_norm("decoder/layers/norm_mlp", f"{_LLAMA_LAYER}.post_attention_layernorm"),
+    **_linear("decoder/layers/attention/query", f"{_LLAMA_LAYER}.self_attn.q_proj"),
+    **_linear("decoder/layers/attention/key", f"{_LLAMA_LAYER}.self_attn.k_proj"),
+    **_linear("decoder/layers/attention/value", f"{_LLAMA_LAYER}.self_attn.v_proj"),
+    **_linear("decoder/layers/attention/out", f"{_LLAMA_LAYER}.self_attn.o_proj"),
+    **_norm("decoder/layers/attention/norm_query", f"{_LLAMA_LAYER}.self_attn.q_norm"),
+    **_norm("decoder/layers/attention/norm_key", f"{_LLAMA_LAYER}.self_attn.k_norm"),
+    **_linear("decoder/layers/mlp/gate", f"{_LLAMA_LAYER}.mlp.gate_proj"),
+    **_linear("decoder/layers/mlp/up", f"{_LLAMA_LAYER}.mlp.up_proj"),
+    **_linear("decoder/layers/mlp/down", f"{_LLAMA_LAYER}.mlp.down_proj"),
+}

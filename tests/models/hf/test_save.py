@@ -1,0 +1,102 @@
+"""Export: what was imported comes back bit for bit, whole or in shards, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mpjax.errors import ConfigError
+from mpjax.models import decoder
+from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
+from mpjax.precision import get_precision
+from tests.models.hf import cases, ours
+from tests.models.hf.test_load import bits, case
+from tests.models.hf.test_logits import GOLDEN
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+@pytest.mark.parametrize("name", cases.CONFIGS)
+def test_a_round_trip_keeps_every_bit(name: str, tmp_path: Path) -> None:
+    source = ours.write(name, GOLDEN[name]["tensors"], tmp_path / "theirs")
+    model, params = load_checkpoint(source)
+    save_checkpoint(tmp_path / "ours", model, params)
+    want, found = (load_file(f / "model.safetensors") for f in (source, tmp_path / "ours"))
+    assert {n: x.tobytes() for n, x in found.items()} == {n: x.tobytes() for n, x in want.items()}
+    again, same = load_checkpoint(tmp_path / "ours")
+    assert (again.config, bits(same)) == (model.config, bits(params))
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    given = cases.CONFIGS[name]
+    assert {key: written[key] for key in given} == given
+    assert written["dtype"] == "float32"
+
+
+def test_shards_and_dtype(tmp_path: Path) -> None:
+    model, params = load_checkpoint(case("gpt2", tmp_path / "theirs"))
+    save_checkpoint(tmp_path / "ours", model, params, shard_bytes=3000, dtype="bf16")
+    files = sorted(path.name for path in (tmp_path / "ours").iterdir())
+    count = len(files) - 2
+    assert count > 2 and files[1] == f"model-00001-of-{count:05}.safetensors"
+    tensors = open_checkpoint(tmp_path / "ours").tensors
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"bfloat16"}
+    index = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())
+    sizes = sum(x.nbytes // 2 for x in jax.tree.leaves(params))
+    assert index["metadata"]["total_size"] == sizes
+    _, again = load_checkpoint(tmp_path / "ours")
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
+    assert bits(again) == bits(rounded) != bits(params)
+
+
+def test_quantised_storage_is_written_as_it_is_seen(tmp_path: Path) -> None:
+    precision = get_precision("fp32", rules=["**/mlp/up/kernel=p=e4m3"], update="stochastic")
+    folder = case("llama", tmp_path / "theirs")
+    model, params = load_checkpoint(folder, precision)
+    save_checkpoint(tmp_path / "ours", model, params)
+    up = params["decoder"]["layers"]["mlp"]["up"]["kernel"].dequantize()
+    _, again = load_checkpoint(tmp_path / "ours")
+    np.testing.assert_array_equal(again["decoder"]["layers"]["mlp"]["up"]["kernel"], up)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(logit_cap=1.0), dict(norm="layer"), dict(bias=True), dict(qk_norm=True, qkv_bias=True),
+     dict(norm_first=False), dict(scale_embed=True)],
+    ids=str,
+)  # fmt: skip
+def test_a_shape_that_transformers_has_not_is_refused(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model = decoder("tiny", layers=1, width=16, heads=2, **changes)
+    with pytest.raises(ConfigError, match="export: no architecture of transformers that we know"):
+        save_checkpoint(tmp_path / "new", model, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params = load_checkpoint(case("llama", tmp_path / "theirs"))
+    with pytest.raises(ConfigError, match="theirs: export needs a new or empty folder"):
+        save_checkpoint(tmp_path / "theirs", model, params)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="file: export needs a new or empty folder"):
+        save_checkpoint(tmp_path / "file", model, params)
+    with pytest.raises(ConfigError, match="file/new: cannot be written"):
+        save_checkpoint(tmp_path / "file" / "new", model, params)
+    with pytest.raises(ConfigError, match="unknown"):
+        save_checkpoint(tmp_path / "new", model, params, dtype="bf17")
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    import safetensors.numpy
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(ConfigError, match="new: cannot be written .No space left on device"):
+        save_checkpoint(tmp_path / "new", model, params)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "theirs"]
