@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "ops": {"formats", "precision"},
     "optim": {"formats", "precision"},
     "models": {"formats", "precision", "ops"},
-    "tasks": {"formats", "precision", "ops", "models"},
+    "tasks": {"formats", "precision", "ops", "models", "data"},
     "data": set(),
     "train": {"formats", "precision", "optim", "interpret", "data"},
     "report": {"formats"},  # reads what runs wrote and draws it

@@ -1,0 +1,23 @@
+"""Objectives: how a batch becomes a loss, and predictions become metrics."""
+
+from mpjax.tasks.classify import TextClassification
+from mpjax.tasks.labels import label_loss
+from mpjax.tasks.language import Language
+from mpjax.tasks.metrics import calibration_error, class_scores, entity_scores, text_scores
+from mpjax.tasks.predict import predictor, softmax
+from mpjax.tasks.pretrain import MaskedLanguage
+from mpjax.tasks.tag import TokenClassification
+
+__all__ = [
+    "Language",
+    "MaskedLanguage",
+    "TextClassification",
+    "TokenClassification",
+    "calibration_error",
+    "class_scores",
+    "entity_scores",
+    "label_loss",
+    "predictor",
+    "softmax",
+    "text_scores",
+]

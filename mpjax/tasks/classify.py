@@ -1,0 +1,73 @@
+"""Classification of texts and of pairs of texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpjax.data.labelled import LabelledTexts
+from mpjax.data.wordpiece import Example, WordPiece
+from mpjax.errors import ConfigError
+from mpjax.tasks.labels import label_objective
+from mpjax.tasks.metrics import calibration_error, class_scores
+from mpjax.tasks.predict import Predict, predictor, softmax
+
+
+@dataclasses.dataclass(frozen=True)
+class TextClassification:
+    """One class for each text, or for each pair of texts.
+
+    Args:
+      classes: their names.
+      output: name of the model's output that holds the logits (B, C).
+      loss: path whose policy the loss takes.
+    """
+
+    classes: tuple[str, ...]
+    output: str = "class"
+    loss: str = "encoder/loss"
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise ConfigError(f"classes: {self.classes}; expected at least two, each once")
+
+    def examples(self, pieces: WordPiece, texts: LabelledTexts, *, longest: int) -> list[Example]:
+        """Returns the encoded texts, each with its class as `labels`.
+
+        Raises:
+          ConfigError: a label outside the classes, or what `WordPiece.encode` raises.
+        """
+        if texts.labels.size and not 0 <= texts.labels.min() <= texts.labels.max() < len(
+            self.classes
+        ):
+            raise ConfigError(
+                f"labels: {texts.labels.min()} to {texts.labels.max()}, expected 0 to"
+                f" {len(self.classes) - 1}; give all {len(set(texts.labels.tolist()))} classes"
+            )
+        found = pieces.encode(texts.texts, texts.seconds, longest=longest)
+        return [e | {"labels": np.int32(y)} for e, y in zip(found, texts.labels, strict=True)]
+
+    def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
+        """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
+        return label_objective(model, self.output, self.loss)
+
+    def predictor(self, model: Any, **settings: Any) -> Predict:
+        """Returns a function (params, examples) -> logits (C,) of each; see `predictor`."""
+        return predictor(model, self.output, **settings)
+
+    def correct(self, logits: Sequence[Any], examples: Sequence[Example]) -> np.ndarray:
+        """Returns for each example whether its most likely class is right, (N,) bool."""
+        return np.argmax(np.stack(logits), -1) == np.array([e["labels"] for e in examples])
+
+    def evaluate(self, logits: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+        """Returns accuracy, F1, cross-entropy in nats and calibration error (15 bins)."""
+        labels = np.array([e["labels"] for e in examples])
+        probabilities = softmax(np.stack(logits))
+        picked = probabilities[np.arange(len(labels)), labels]
+        return class_scores(labels, probabilities.argmax(-1), self.classes) | {
+            "loss": float(-np.log(np.maximum(picked, np.finfo(np.float64).tiny)).mean()),
+            "calibration error": calibration_error(probabilities, labels),
+        }

@@ -1,0 +1,53 @@
+"""Language modelling, and what is the same with weights: instructions and translation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """The mean cross-entropy of next tokens, as the model's own `loss` gives it.
+
+    A decoder reads `inputs` and `targets`; `weights` of the tokens leave prompts out of the loss
+    (`mpjax.data.instructions`) and `keep` hides padding. An encoder-decoder reads its source too.
+
+    Args:
+      weights: name of the batch's weights, one a target; where a batch has none, all count alike.
+    """
+
+    weights: str = "weights"
+
+    def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
+        """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
+        return model.loss
+
+    def judge(self, model: Any) -> Callable[..., dict[str, float]]:
+        r"""Returns a function (params, batches) -> `loss` in nats a token and `perplexity`.
+
+        $$\mathrm{perplexity} = \exp\Big(\sum_b n_b L_b \Big/ \sum_b n_b\Big)$$ with $n_b$ the
+        weight of the targets of batch $b$.
+        """
+        one = jax.jit(lambda params, batch, state: model.loss(params, batch, state=state)[0])
+
+        def evaluate(params: Any, batches: Iterable[Any], state: Any = None) -> dict[str, float]:
+            total, count = 0.0, 0.0
+            for batch in batches:
+                weights = batch.get(self.weights)
+                n = float(np.sum(weights)) if weights is not None else float(batch["targets"].size)
+                total += n * float(one(params, batch, state))
+                count += n
+            if not count:
+                raise ConfigError("batches: no target to judge; name more held-out data")
+            loss = total / count
+            return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+        return evaluate

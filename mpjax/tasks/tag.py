@@ -1,0 +1,90 @@
+"""Classification of tokens: a tag for each word."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpjax.data.buckets import IGNORE
+from mpjax.data.tagged import TaggedSentences
+from mpjax.data.wordpiece import Example, WordPiece
+from mpjax.errors import ConfigError
+from mpjax.tasks.labels import label_objective
+from mpjax.tasks.metrics import class_scores, entity_scores
+from mpjax.tasks.predict import Predict, predictor
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenClassification:
+    """A tag for each word, read at the word's first piece.
+
+    Args:
+      names: of the tags.
+      output: name of the model's output that holds the logits (B, T, C).
+      loss: path whose policy the loss takes.
+    """
+
+    names: tuple[str, ...]
+    output: str = "token"
+    loss: str = "encoder/loss"
+
+    def __post_init__(self) -> None:
+        if len(self.names) < 2 or len(set(self.names)) < len(self.names):
+            raise ConfigError(f"tags: {self.names}; expected at least two, each once")
+
+    def examples(
+        self, pieces: WordPiece, sentences: TaggedSentences, *, longest: int
+    ) -> list[Example]:
+        """Returns the encoded sentences, with `labels` at each word's first piece.
+
+        Raises:
+          ConfigError: other names of tags, or what `WordPiece.encode_words` raises.
+        """
+        if sentences.names != self.names:
+            raise ConfigError(
+                f"tags: the sentences have {len(sentences.names)} names, the task"
+                f" {len(self.names)}, or others; make the task with the sentences' names"
+            )
+        found, starts = pieces.encode_words(sentences.words, longest=longest)
+        examples = []
+        for example, places, tags in zip(found, starts, sentences.tags, strict=True):
+            labels = np.full(len(example["ids"]), IGNORE, np.int32)
+            labels[places] = tags
+            examples.append(example | {"labels": labels})
+        return examples
+
+    def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
+        """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
+        return label_objective(model, self.output, self.loss)
+
+    def predictor(self, model: Any, **settings: Any) -> Predict:
+        """Returns a function (params, examples) -> logits (T, C) of each; see `predictor`."""
+        return predictor(model, self.output, **settings)
+
+    def tags(self, logits: Sequence[Any], examples: Sequence[Example]) -> list[np.ndarray]:
+        """Returns the most likely tag of each word."""
+        pairs = zip(logits, examples, strict=True)
+        return [np.argmax(one[e["labels"] != IGNORE], -1) for one, e in pairs]
+
+    def evaluate(
+        self, predicted: Sequence[Any], sentences: TaggedSentences, *, entities: bool = False
+    ) -> dict[str, float]:
+        """Returns the scores of predicted tags.
+
+        Args:
+          predicted: tags of each sentence, as `tags` returns them or of a baseline.
+          sentences: the right ones.
+          entities: whether tags are BIO, and whole entities are scored too.
+        """
+        right, guess = (np.concatenate(list(side)) for side in (sentences.tags, predicted))
+        found = class_scores(right, guess, self.names)
+        scores = {name: found[name] for name in ("accuracy", "macro f1")}
+        if entities:
+            named = [
+                [[self.names[t] for t in s] for s in side] for side in (sentences.tags, predicted)
+            ]
+            scores |= {f"entity {name}": x for name, x in entity_scores(named[0], named[1]).items()}
+        return scores

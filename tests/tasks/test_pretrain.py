@@ -1,0 +1,74 @@
+"""Two tasks at once: the sum of their losses, and what each pulls."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from mpjax.data.buckets import IGNORE
+from mpjax.errors import ConfigError
+from mpjax.tasks import MaskedLanguage
+from mpjax.train import build
+from tests.tasks.bag import Bag
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+DRAW = np.random.default_rng(0)
+LABELS = np.where(DRAW.random((4, 9)) < 0.3, DRAW.integers(0, 20, (4, 9)), IGNORE)
+BATCH = {
+    "ids": DRAW.integers(0, 20, (4, 9)).astype(np.int32),
+    "types": np.repeat([[0] * 5 + [1] * 4], 4, 0).astype(np.int32),
+    "keep": np.ones((4, 9), bool),
+    "labels": LABELS.astype(np.int32),
+    "next": np.array([0, 1, 1, 0], np.int32),
+}
+MODEL = Bag(20, {"masked": 20, "next": 2})
+PARAMS = MODEL.init(jax.random.key(0))
+
+
+def test_the_loss_is_the_weighted_sum():
+    both, _ = MaskedLanguage().losses(MODEL)(PARAMS, BATCH)
+    assert set(both) == {"masked", "next"} and float(both["masked"]) > 1 > 0.1 < float(both["next"])
+    loss, _ = MaskedLanguage(2.0, 0.5).objective(MODEL)(PARAMS, BATCH)
+    assert float(loss) == pytest.approx(2 * float(both["masked"]) + 0.5 * float(both["next"]))
+    alone = {name: x for name, x in BATCH.items() if name != "next"}
+    loss, _ = MaskedLanguage(next=0.0).objective(MODEL)(PARAMS, alone)
+    assert float(loss) == pytest.approx(float(both["masked"]))
+    judged = MaskedLanguage().judge(MODEL)(PARAMS, [BATCH, BATCH])
+    assert judged == pytest.approx({k: float(v) for k, v in both.items()}, rel=1e-6)
+
+
+def test_shares_are_those_of_the_two_gradients():
+    task = MaskedLanguage(1.0, 3.0)
+    shares = task.gradient_shares(MODEL)(PARAMS, BATCH)
+    norms, grads = {}, {}
+    for name, weight in (("masked", 1.0), ("next", 3.0)):
+        grad = jax.grad(lambda p, n=name, w=weight: w * task.losses(MODEL)(p, BATCH)[0][n])(PARAMS)
+        grads[name] = np.concatenate([np.ravel(grad[part]) for part in ("table", "types")])
+        norms[name] = np.linalg.norm(grads[name].astype(np.float64))
+    assert shares["masked"] == pytest.approx(norms["masked"] / sum(norms.values()), rel=1e-5)
+    assert shares["masked"] + shares["next"] == pytest.approx(1)
+    cosine = grads["masked"] @ grads["next"] / (norms["masked"] * norms["next"])
+    assert shares["cosine"] == pytest.approx(cosine, abs=1e-6)
+    even = MaskedLanguage(1.0, 1.0).gradient_shares(MODEL)(PARAMS, BATCH)
+    assert even["next"] < shares["next"] and even["cosine"] == pytest.approx(shares["cosine"])
+    assert set(MaskedLanguage(next=0.0).gradient_shares(MODEL)(PARAMS, BATCH)) == {"masked"}
+
+
+def test_both_are_learned():
+    state, step = build(MODEL, optax.adam(0.05), objective=MaskedLanguage().objective)
+    judge = MaskedLanguage().judge(MODEL)
+    before = judge(state.params, [BATCH])
+    for _ in range(30):
+        state, _ = step(state, BATCH)
+    after = judge(state.params, [BATCH])
+    assert all(after[name] < 0.5 * before[name] for name in before)
+
+
+@pytest.mark.parametrize(
+    "weights", [(0.0, 0.0), (-1.0, 1.0), (float("inf"), 1.0), (1.0, float("nan"))]
+)
+def test_weights_out_of_range_are_one_line(weights):
+    with pytest.raises(ConfigError, match="weights: masked="):
+        MaskedLanguage(*weights)
+    with pytest.raises(ConfigError, match="none to judge"):
+        MaskedLanguage().judge(MODEL)(PARAMS, [])
