@@ -68,7 +68,11 @@ def main(config: Config) -> None:
         tokenizer.vocab_size, saved["seq"],
     )  # fmt: skip
     shapes = jax.eval_shape(
-        lambda key: {"params": stored.init(key), "model_state": stored.init_state()},
+        lambda key: {
+            "params": stored.init(key),
+            # amax histories of a schedule's precision are begun anew, as at a switch
+            "model_state": None if "precision_schedule" in meta else stored.init_state(),
+        },
         jax.random.key(0),
     )
     names = {

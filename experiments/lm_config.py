@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import tyro
 from lm import Shape, shape_changes
 
-from mpjax.precision import Precision, get_precision
+from mpjax.errors import ConfigError
+from mpjax.precision import Precision, PrecisionSchedule, get_precision, get_schedule
 
 # What a resumed run may change: how long, how it is watched, and on which devices.
 MAY_CHANGE = (
@@ -23,15 +24,22 @@ OfPreset = Annotated[
     str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(default: the preset's)")
 ]
 
-PRECISION = ("precision", "rule", "loss_scale", "update", "moments", "gradient_dtype")
+DEFAULT, JUDGE = "bf16", "fp32"  # the precisions of training and validation if none is given
+PRECISION = (
+    "precision", "precision_schedule", "rule", "loss_scale", "update", "moments", "gradient_dtype",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Train a decoder language model under a Precision."""
 
-    precision: str = "bf16"
+    precision: Annotated[
+        str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(default: bf16)")
+    ] = None
     """Preset (fp32 bf16 fp16 O2 ...), policy (p=f32,c=bf16,o=f32) or `Precision.to_text`."""
+    precision_schedule: str = ""
+    """In place of --precision: late:fp8:bf16:0.1, dynamic:fp16:fp32, mixed:fp8:norm=fp32, fixed."""
     rule: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """PATTERN=POLICY before the preset's rules, such as '**/norm*=fp32'; repeatable."""
     loss_scale: OfPreset = None
@@ -42,7 +50,7 @@ class Config:
     """Storage of Adam's moments: bf16, int8@256, int4@128, fp8, first=bf16, int8,keep=**/embed."""
     gradient_dtype: OfPreset = None
     """Dtype in which weight gradients are summed over devices."""
-    eval_precision: str = "fp32"
+    eval_precision: str = JUDGE
     """Precision of validation: results are judged in float32 unless asked otherwise."""
 
     data: str = "stdlib"
@@ -116,16 +124,49 @@ class Config:
     sample: int = 200
     """Tokens of the sample; 0 for none."""
 
+    def _options(self) -> dict[str, Any]:
+        names = ("loss_scale", "update", "moments", "gradient_dtype")
+        return {"rules": self.rule} | {name: getattr(self, name) for name in names}
+
     def resolved(self) -> Precision:
-        """The Precision of the run."""
-        return get_precision(
-            self.precision, rules=self.rule, loss_scale=self.loss_scale, update=self.update,
-            moments=self.moments, gradient_dtype=self.gradient_dtype,
-        )  # fmt: skip
+        """The Precision that the run begins in."""
+        schedule = self.resolved_schedule()
+        if schedule is not None:
+            return schedule.first
+        return get_precision(self.precision or DEFAULT, **self._options())
+
+    def resolved_schedule(self) -> PrecisionSchedule | None:
+        """The schedule of Precision, over the run's steps; None without one."""
+        if not self.precision_schedule:
+            return None
+        if self.precision is not None:
+            raise ConfigError(
+                f"precision_schedule: {self.precision_schedule!r} and --precision {self.precision}"
+                " both say what to train in; leave one of them out"
+            )
+        schedule = get_schedule(self.precision_schedule).over(self.steps)
+        return schedule.with_options(**self._options())
+
+    def judged_in(self) -> str:
+        """The Precision of validation: `--eval-precision`, or what a fixed schedule says."""
+        schedule = self.resolved_schedule()
+        if schedule is None or schedule.evaluation is None:
+            return self.eval_precision
+        if self.eval_precision != JUDGE and schedule.evaluation.name != self.eval_precision:
+            raise ConfigError(
+                f"eval_precision: {self.eval_precision} and --precision-schedule"
+                f" {self.precision_schedule!r}, which is judged in {schedule.evaluation.name},"
+                " differ; leave one of them out"
+            )
+        return schedule.evaluation.to_text()
 
 
 def settings(config: Config) -> dict[str, Any]:
     """All settings as JSON-able values; the model's shape is written out."""
     values = dataclasses.asdict(config) | {"out": str(config.out)}
+    if not config.precision_schedule:
+        values["precision"] = config.precision or DEFAULT
+    # A setting that says nothing is left out, so that runs of before it can be resumed.
+    values = {k: v for k, v in values.items() if (k, v) != ("precision_schedule", "")}
     values["shape"] = shape_changes(config.shape)
     return json.loads(json.dumps(values))

@@ -3,6 +3,7 @@
 Run:       python experiments/train_lm.py --precision bf16 --steps 500 --out runs/bf16
            python experiments/train_lm.py --rule '**/norm*=fp32' --rule 'decoder/head=fp32' \
                --precision low-bf16 --model small --tokenizer bpe:4096 --mesh data=2,fsdp=2,tensor=2
+           python experiments/train_lm.py --precision-schedule late:fp8:bf16:0.1 --out runs/late
 Resume:    the same command with --resume latest; results are the same bits as without the stop.
 Output:    manifest.json, metrics.jsonl, tensorboard/ and checkpoints/ in --out, and a sample. A run
            that stops on gradients that are not finite prints what broke, and leaves replay/ for
@@ -28,7 +29,7 @@ from lm_config import MAY_CHANGE, PRECISION, Config, settings
 from mpjax.data import Corpus, Tokenizer, batches, load_corpus
 from mpjax.errors import ConfigError
 from mpjax.optim import make_optimizer
-from mpjax.precision import Precision
+from mpjax.precision import Precision, PrecisionSchedule, get_precision
 from mpjax.report.heatmap import plot_heatmap
 from mpjax.train import TrainState, TrainStep, build, parse_mesh
 from mpjax.train.bundle import explain, save_bundle
@@ -84,6 +85,7 @@ class Run:
 
     config: Config
     precision: Precision
+    schedule: PrecisionSchedule | None
     corpus: Corpus
     model: Any
     state: TrainState
@@ -91,6 +93,12 @@ class Run:
     data: Iterator[Any]
     judge: Judge
     start: int
+
+    @property
+    def models(self) -> list[Any]:
+        """The model in each precision that it is trained in."""
+        precisions = self.schedule.precisions if self.schedule else (self.precision,)
+        return [dataclasses.replace(self.model, precision=p) for p in precisions]
 
 
 def optimizer_settings(config: Config) -> dict[str, Any]:
@@ -103,9 +111,10 @@ def optimizer_settings(config: Config) -> dict[str, Any]:
 
 def build_settings(config: Config) -> dict[str, Any]:
     """The arguments of `build` behind the mesh."""
+    schedule = config.resolved_schedule()
     return {
         "seed": config.seed, "clip": config.clip or None, "patience": config.patience,
-        "accumulate": config.accumulate,
+        "accumulate": config.accumulate, "schedule": schedule and schedule.to_dict(),
     }  # fmt: skip
 
 
@@ -122,8 +131,12 @@ def prepare(config: Config) -> Run:
         raise ConfigError("init_from: cannot stand beside --resume; leave one of them out")
     if config.recast and not config.resume:
         raise ConfigError("recast: needs --resume; a new run takes weights with --init-from DIR")
-    precision, mesh = config.resolved(), parse_mesh(config.mesh)
-    eval_precision(config.eval_precision)
+    precision, schedule, mesh = (
+        config.resolved(),
+        config.resolved_schedule(),
+        parse_mesh(config.mesh),
+    )
+    eval_precision(config.judged_in())
     check_batch(config.batch, config.accumulate, mesh)
     if config.wandb:
         import_wandb()
@@ -140,7 +153,7 @@ def prepare(config: Config) -> Run:
         may_change: tuple[str, ...] = MAY_CHANGE
         if config.recast:
             may_change += PRECISION
-        if config.schedule == "constant":
+        if config.schedule == "constant" and not (schedule and schedule.kind == "late"):
             may_change += ("schedule_steps",)
         compare_settings(
             meta["config"] | {"schedule_steps": meta["config"]["steps"]},
@@ -159,7 +172,7 @@ def prepare(config: Config) -> Run:
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     state, step = build(model, raw, mesh, **build_settings(config))
-    judge = Judge(model, config.eval_precision, corpus, config, step)
+    judge = Judge(model, config.judged_in(), corpus, config, step)
     if start is not None:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
@@ -180,7 +193,7 @@ def prepare(config: Config) -> Run:
         for line in lines:
             if "only in the checkpoint" not in line:
                 log.info("init_from: %s", line)
-    return Run(config, precision, corpus, model, state, step, data, judge, start or 0)
+    return Run(config, precision, schedule, corpus, model, state, step, data, judge, start or 0)
 
 
 def monitored(run: Run, stack: contextlib.ExitStack) -> TrainStep:
@@ -210,10 +223,11 @@ def train(run: Run) -> tuple[TrainState, str | None]:
     values = settings(config)
     meta = {
         "config": values,
-        "precision": run.precision.to_dict(),
         "tokenizer": run.corpus.tokenizer.to_text(),
         "corpus": run.corpus.info,
     }
+    if run.schedule:
+        meta["precision_schedule"] = run.schedule.to_dict()
     validation: dict[int, float] = {}
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -244,7 +258,10 @@ def train(run: Run) -> tuple[TrainState, str | None]:
             if config.keep_best and number not in validation:
                 evaluate(number, state)
             metrics = {"validation_loss": validation[number]} if number in validation else {}
-            checkpoints.save(number, state, meta | {"data": run.data.get_state()}, metrics=metrics)  # type: ignore[attr-defined]
+            taken, _ = run.step.active(state)
+            now = {"precision": taken.optimizer.precision.to_dict()}
+            now["data"] = run.data.get_state()  # type: ignore[attr-defined]
+            checkpoints.save(number, state, meta | now, metrics=metrics)
 
         state = fit(
             run.state, monitored(run, stack), run.data, steps=config.steps, report=report,
@@ -280,10 +297,15 @@ def main(config: Config) -> None:
     run = prepare(config)
     launch.writable(config.out)
     if jax.process_index() == 0:
-        products = launch.products(run.model, config.batch * config.seq)
-        values = settings(config)
-        write_manifest(config.out, manifest(run.precision, values, run.model.paths, products))
-        console.print(str(run.precision), highlight=False, markup=False)
+        products: dict[str, dict[str, str]] = {}
+        for model in run.models:
+            products |= launch.products(model, config.batch * config.seq)
+        page = manifest(
+            run.precision, settings(config), run.model.paths, products, schedule=run.schedule
+        )
+        write_manifest(config.out, page)
+        for shown in [*filter(None, [run.schedule]), *(model.precision for model in run.models)]:
+            console.print(str(shown), highlight=False, markup=False)
         for name, found in products.items():
             lines = "; ".join(f"{product}: {how}" for product, how in found.items())
             console.print(f"recipe {name} here: {lines}", highlight=False, markup=False)
@@ -292,14 +314,16 @@ def main(config: Config) -> None:
         console.print(f"step {run.start} of {config.steps}: nothing left to train; raise --steps")
         return
     state, signal = train(run)
-    loss = run.judge.last
-    console.print(f"step {int(state.step)}: validation loss {loss:.4f} in {config.eval_precision}")
+    loss, judged = run.judge.last, get_precision(config.judged_in()).name
+    console.print(f"step {int(state.step)}: validation loss {loss:.4f} in {judged}")
     if signal:
         console.print(f"stopped by {signal}; the same command with --resume latest goes on")
     elif config.sample:
+        taken, plain = run.step.active(state)
+        model = dataclasses.replace(run.model, precision=taken.optimizer.precision)
         text = sample(
-            run.model, state.params, run.corpus.tokenizer, config.prompt, config.sample,
-            state=state.model_state,
+            model, plain.params, run.corpus.tokenizer, config.prompt, config.sample,
+            state=plain.model_state,
         )  # fmt: skip
         console.print(text, highlight=False, markup=False)
 

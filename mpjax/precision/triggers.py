@@ -53,11 +53,11 @@ class Triggers:
     r"""When a dynamic schedule switches; looked at after every `window` steps.
 
     It goes up to the high precision when, in a window, the share of skipped steps reaches `skips`
-    (all steps in the first window, where a loss scale finds its place), no loss was finite, the mean loss rises above
-    $b + \max(r\,|b|,\ 3\sigma_b)$ with $b$ the mean and $\sigma_b$ the standard deviation of the
-    lowest window so far, or underflow reaches `underflow`. It returns when all of them are below
-    half of that, after `hold` windows at the first promotion, twice as many at each further one, so
-    that it does not flap.
+    (all steps in the first window, where a loss scale finds its place), no loss was finite, the
+    mean loss rises above $b + \max(r\,|b|,\ 3\sigma_b)$ with $b$ the mean and $\sigma_b$ the
+    standard deviation of the lowest window so far, or underflow reaches `underflow`. It returns
+    when all of them are below half of that, after `hold` windows at the first promotion, twice as
+    many at each further one, so that it does not flap.
 
     Args:
       window: steps between decisions.
@@ -147,8 +147,7 @@ class Triggers:
         limit = 1.0 if math.isinf(seen.best) else self.skips
         if seen.skips >= limit:
             reason = (
-                f"{seen.skips:.0%} of the last {self.window} steps were skipped,"
-                f" limit {limit:.0%}"
+                f"{seen.skips:.0%} of the last {self.window} steps were skipped, limit {limit:.0%}"
             )
         elif math.isnan(seen.loss):
             reason = f"no loss of the last {self.window} steps was finite"

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from mpjax.precision import Precision
+from mpjax.precision import Precision, PrecisionSchedule
 
 _PACKAGES = (
     "mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy",
@@ -50,6 +50,7 @@ def manifest(
     config: dict[str, Any],
     paths: Iterable[str],
     products: dict[str, dict[str, str]],
+    schedule: PrecisionSchedule | None = None,
 ) -> dict[str, Any]:
     """Returns what a run's outcome depends on.
 
@@ -58,15 +59,24 @@ def manifest(
       config: every setting.
       paths: of the model; each one's policy is written out.
       products: recipe -> product -> what multiplies it here.
+      schedule: of Precision over the run; the number `precision` of a step's record counts in its
+        `labels`.
 
     Returns:
-      JSON-able: precision, its line of text, config, versions, commit, XLA flags, devices, command.
+      JSON-able: precision, its line of text, schedule, config, versions, commit, XLA flags,
+      devices, command.
     """
-    device = jax.devices()[0]
+    device, paths = jax.devices()[0], list(paths)
+    over_time = schedule and schedule.to_dict() | {
+        "text": str(schedule),
+        "labels": list(schedule.labels),
+        "policies": [p.layout(paths) for p in schedule.precisions],
+    }
     return {
         "precision": precision.to_dict(),
         "precision_text": precision.to_text(),
         "policies": precision.layout(paths),
+        "precision_schedule": over_time,
         "products": products,
         "config": config,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},

@@ -170,8 +170,8 @@ def require_alike(labels: Sequence[str], states: Sequence[TrainState]) -> None:
                     " weights and moments are carried over a switch as they are stored, so give"
                     " both precisions the same p= (low-bf16 computes low and stores float32)"
                 )
-        same: Any = jax.tree.structure(first) == jax.tree.structure(other)
-        if not same:
+        structures: list[Any] = [jax.tree.structure(parts) for parts in (first, other)]
+        if structures[0] != structures[1]:
             raise ConfigError(
                 f"precision schedule: {labels[0]} and {label} store weights in formats of one dtype"
                 " with other scales; give both precisions the same p="

@@ -46,9 +46,16 @@ def watched(
     """
     if every < 1:
         raise ConfigError(f"monitor_every: {every} must be at least 1; leave it out to not measure")
-    function = monitor(step.function, **options)
-    look = jax.jit(lambda state, batch: function(state, batch)[1])
+    monitor(step.function, **options)  # refuses what it cannot measure before the run begins
+    looks: dict[Any, Any] = {}  # a program for each precision that the step runs in
     number = start
+
+    def look(state: Any, batch: Any) -> Monitored:
+        taken, plain = step.active(state)
+        if taken.function not in looks:
+            function = monitor(taken.function, **options)
+            looks[taken.function] = jax.jit(lambda state, batch: function(state, batch)[1])
+        return looks[taken.function](plain, batch)
 
     def compiled(state: Any, batch: Any) -> Any:
         nonlocal number
