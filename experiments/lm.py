@@ -31,10 +31,11 @@ def _flag(kind: type) -> Any:
     return Annotated[kind | None, arg]
 
 
+_KINDS = typing.get_type_hints(DecoderConfig)
 # Every field of DecoderConfig as an optional flag; its docstring is their help.
 Shape = dataclasses.make_dataclass(
     "Shape",
-    [(name, _flag(kind), None) for name, kind in typing.get_type_hints(DecoderConfig).items()],
+    [(f.name, _flag(_KINDS[f.name]), None) for f in dataclasses.fields(DecoderConfig)],
     namespace={"__doc__": DecoderConfig.__doc__},
     frozen=True,
 )
