@@ -22,7 +22,13 @@ _ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
+    "swiglu": jax.nn.silu,
 }
+
+
+def activate(name: str, x: Any) -> Any:
+    """Returns the nonlinearity of an activation by its name; that of a gated one is its gate's."""
+    return _ACTIVATIONS[name](x)
 
 
 class Sight(NamedTuple):
@@ -127,9 +133,9 @@ class MLP(Layer):
             return y.astype(policy.compute_dtype)
 
         if c.activation == "swiglu":
-            hidden = jax.nn.silu(widen("gate")) * widen("up")
+            hidden = activate(c.activation, widen("gate")) * widen("up")
         else:
-            hidden = _ACTIVATIONS[c.activation](widen("up"))
+            hidden = activate(c.activation, widen("up"))
         hidden = hidden.astype(policy.output_dtype)
         gain = (2 * c.layers) ** -0.5
         return Linear(self.context, c.width, ("mlp", "embed"), c.bias, gain, name="down")(hidden)

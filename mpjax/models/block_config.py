@@ -37,6 +37,7 @@ class BlockConfig:
       bias: whether linear layers and LayerNorm have biases.
       qkv_bias: whether query, key and value have biases even without `bias`.
       scale_embed: whether embeddings are multiplied by sqrt(D).
+      norm_embed: whether the sum of all embeddings is normalised.
       dropout: rate on embeddings and on each branch before it joins the residual stream.
       qk_norm: whether queries and keys are RMS-normalised per head.
       window: a query sees the last `window` tokens, its own included; 0 is all.
@@ -90,6 +91,7 @@ class BlockConfig:
     bias: bool = False
     qkv_bias: bool = False
     scale_embed: bool = False
+    norm_embed: bool = False
     dropout: float = 0.0
     qk_norm: bool = False
     window: int = 0

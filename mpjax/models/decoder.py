@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from mpjax import ops
 from mpjax.errors import ConfigError
@@ -20,9 +19,9 @@ from mpjax.formats import weight_view
 from mpjax.models.block import Sight
 from mpjax.models.config import DecoderConfig, decoder_config
 from mpjax.models.network import Network
-from mpjax.models.skeleton import At, init_boxed, outer_parts, part_key
-from mpjax.models.stack import Stack
-from mpjax.ops.rotary import sinusoid
+from mpjax.models.skeleton import At, decoder_parts, init_boxed, part_key
+from mpjax.models.stack import Stack, equal_segments
+from mpjax.models.trunk import Trunk
 from mpjax.precision import Precision, get_precision, wider
 from mpjax.precision.policy import CARRIED
 
@@ -42,7 +41,7 @@ class Model(Network):
 
     def boxed(self, at: At, key: Any) -> Any:
         """Returns drawn parameters boxed with their logical axes; blocks are stacked."""
-        return init_boxed(self.config, at, key)
+        return {"decoder": init_boxed(self.config, at, key, decoder_parts(self.config, at))}
 
     @property
     def depth(self) -> int:
@@ -54,19 +53,10 @@ class Model(Network):
         """The tied head's product and the loss."""
         return {"decoder/head": "product", "decoder/loss": "module"}
 
-    def _block_paths(self, layer: int) -> list[str]:
-        return [path for path in self.paths if path.startswith(f"decoder/layers/{layer}/")]
-
     @functools.cached_property
     def segments(self) -> tuple[tuple[int, int], ...]:
         """Ranges of consecutive layers whose policies are equal: (start, stop)."""
-
-        def policies(layer: int) -> list[Any]:
-            found = self._block_paths(layer)
-            return [(self.precision.policy(path), self.precision.recipe(path)) for path in found]
-
-        starts = [0] + [i for i in range(1, self.config.layers) if policies(i) != policies(i - 1)]
-        return tuple(zip(starts, [*starts[1:], self.config.layers], strict=True))
+        return equal_segments(self.precision, self.paths, "decoder", self.depth)
 
     @jax.named_scope(CARRIED)
     def features(
@@ -74,37 +64,14 @@ class Model(Network):
         train: bool = False,
     ) -> tuple[Any, Any]:  # fmt: skip
         """Returns the features behind the last norm (B, T, D) and the new state, as `apply`."""
-        c, p, state = self.config, weight_view(params)["decoder"], state or {}
-        parts = outer_parts(c, self.at)
+        state = state or {}
         T = ids_BT.shape[1]
-        if "position" not in state and T > c.context and c.position == "learned":
-            raise ConfigError(
-                f"model: sequence of {T} tokens is longer than context={c.context}; set"
-                f" context={T} or shorten it"
-            )
-        sight = self._sight(T, keep, state)
-        x: Any = parts["embed"][0].apply({"params": p["embed"]}, ids_BT)
-        if c.scale_embed:
-            x = x * jnp.asarray(c.width**0.5, x.dtype)
-        if c.position != "rotary":
-            if c.position == "learned":
-                at: Any = parts["position"][0].apply({"params": p["position"]}, sight.positions)
-            else:
-                at = sinusoid(sight.positions, c.width)
-            x = x + (at[None] if at.ndim == 2 else at).astype(x.dtype)
-        x = self.shard(x, ("batch", "length", "embed"))
-        dropping = train and c.dropout > 0
-        if dropping:
-            if key is None:
-                raise ConfigError("model: dropout needs a key; pass key= or train=False")
-            x = nn.Dropout(c.dropout, deterministic=False).apply(
-                {}, x, rngs={"dropout": part_key(key, "embed")}
-            )
-        stack = Stack(c, self.at, self.segments, rounding=self.rounds)
-        amax = state.get("amax", {}).get("layers", {})
-        x, cache, amax = stack(p["layers"], x, sight, state.get("layers"), amax, key, dropping)
-        if c.norm_first:
-            x = parts["norm"][0].apply({"params": p["norm"]}, x)
+        stack = Stack(self.config, self.at, self.segments, rounding=self.rounds)
+        x, cache, amax = Trunk(stack, self.shard)(
+            weight_view(params)["decoder"], ids_BT, self._sight(T, keep, state),
+            cache=state.get("layers"), amax=state.get("amax", {}).get("layers"), key=key,
+            train=train,
+        )  # fmt: skip
         new = dict(state)
         if "layers" in state:
             new |= {"layers": cache, "position": state["position"] + T}
@@ -116,6 +83,7 @@ class Model(Network):
         if "position" not in state:
             if keep_BT is None:
                 return Sight(jnp.arange(T))
+            keep_BT = jnp.asarray(keep_BT).astype(bool)  # tokenizers give 0 and 1
             # Tokens are counted, padding is not: on either side it changes no token's position.
             return Sight(jnp.maximum(jnp.cumsum(keep_BT, axis=1) - 1, 0), keep_BS=keep_BT)
         if keep_BT is not None:
@@ -136,7 +104,7 @@ class Model(Network):
         # One key for all chunks of a loss in chunks: each number is still rounded without bias.
         key = None if key is None else part_key(key, "head")
         if not self.config.tied:
-            head, _ = outer_parts(self.config, self.at)["head"]
+            head, _ = decoder_parts(self.config, self.at)["head"]
             return head.apply(
                 {"params": p["head"]}, x, rngs={} if key is None else {"rounding": key}
             )

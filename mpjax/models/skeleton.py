@@ -1,4 +1,4 @@
-"""The decoder's modules and the canonical tree of their parameters."""
+"""The modules around a stack of blocks, and the canonical tree of their parameters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from flax import linen as nn
 
 from mpjax.formats import quantize
 from mpjax.models.block import Block, Sight
-from mpjax.models.config import DecoderConfig
+from mpjax.models.block_config import BlockConfig
 from mpjax.models.context import Context
 from mpjax.models.layers import Embed, Linear, Norm
 from mpjax.precision import Precision, dtype_name, is_fp8
 
-At = Callable[..., Context]  # path prefix below "decoder" -> context
+At = Callable[..., Context]  # path prefix below the root -> context
+Parts = dict[str, tuple[nn.Module, tuple[Any, ...]]]  # name -> module, examples of its inputs
 
 
 def part_key(key: Any, name: str) -> Any:
@@ -24,36 +25,61 @@ def part_key(key: Any, name: str) -> Any:
     return jax.random.fold_in(key, int.from_bytes(name.encode()[:4], "little") % 2**31)
 
 
-def outer_parts(config: DecoderConfig, at: At) -> dict[str, tuple[nn.Module, Any]]:
-    """Returns the modules outside the blocks, each with an example of its input."""
+def outer_parts(config: BlockConfig, at: At, root: str, types: int = 0) -> Parts:
+    """Returns embeddings and norms around the blocks.
+
+    Args:
+      config: shape.
+      at: path prefix -> context.
+      root: first part of their paths.
+      types: number of token types.
+    """
     c = config
-    ids, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, c.width))
+    ids, x = (jnp.zeros((1, 1), jnp.int32),), (jnp.zeros((1, 1, c.width)),)
     # Named as their paths: what a traced program calls them.
-    name = "decoder/{}".format
-    embed = Embed(at("embed"), c.vocabulary, c.width, ("vocab", "embed"), name=name("embed"))
-    parts: dict[str, tuple[nn.Module, Any]] = {"embed": (embed, ids)}
+    name = f"{root}/{{}}".format
+
+    def norm(own: str) -> Norm:
+        return Norm(at(own), c.norm, c.bias, c.epsilon, name=name(own))
+
+    def table(own: str, rows: int, axis: str | None) -> Embed:
+        return Embed(at(own), rows, c.width, (axis, "embed"), name=name(own))
+
+    parts: Parts = {"embed": (table("embed", c.vocabulary, "vocab"), ids)}
     if c.position == "learned":
-        table = Embed(at("position"), c.context, c.width, (None, "embed"), name=name("position"))
-        parts["position"] = (table, ids)
+        parts["position"] = (table("position", c.context, None), ids)
+    if types:
+        parts["token_type"] = (table("token_type", types, None), ids)
+    if c.norm_embed:
+        parts["norm_embed"] = (norm("norm_embed"), x)
     if c.norm_first:
-        parts["norm"] = (Norm(at("norm"), c.norm, c.bias, c.epsilon, name=name("norm")), x)
-    if not c.tied:
-        head = Linear(at("head"), c.vocabulary, ("embed", "vocab"), name=name("head"))
-        parts["head"] = (head, x)
+        parts["norm"] = (norm("norm"), x)
     return parts
 
 
-def init_boxed(config: DecoderConfig, at: At, key: Any) -> Any:
+def decoder_parts(config: BlockConfig, at: At, root: str = "decoder") -> Parts:
+    """Returns the modules around a decoder's blocks, its head included."""
+    c, parts = config, outer_parts(config, at, root)
+    if not c.tied:
+        head = Linear(at("head"), c.vocabulary, ("embed", "vocab"), name=f"{root}/head")
+        parts["head"] = (head, (jnp.zeros((1, 1, c.width)),))
+    return parts
+
+
+def init_boxed(
+    config: BlockConfig, at: At, key: Any, parts: Parts, *, causal: bool = True, cross: bool = False
+) -> Any:
     """Returns parameters boxed with their logical axes; blocks are stacked along a layer axis."""
     tree = {
-        name: part.init(part_key(key, name), example)["params"]
-        for name, (part, example) in outer_parts(config, at).items()
+        name: part.init(part_key(key, name), *examples)["params"]
+        for name, (part, examples) in parts.items()
     }
-    x, sight = jnp.zeros((1, 1, config.width)), Sight(jnp.zeros(1, jnp.int32))
-    block, first = Block(at("layers", "0"), config), part_key(key, "layers")
+    x = jnp.zeros((1, 1, config.width))
+    sight = Sight(jnp.zeros(1, jnp.int32), source_BSD=x if cross else None)
+    block, first = Block(at("layers", "0"), config, causal, cross), part_key(key, "layers")
     keys = jnp.stack([jax.random.fold_in(first, layer) for layer in range(config.layers)])
     tree["layers"] = jax.vmap(lambda key: block.init(key, x, sight)["params"])(keys)
-    return {"decoder": tree}
+    return tree
 
 
 def stored(params: Any, precision: Precision) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,12 +13,27 @@ import jax.numpy as jnp
 from mpjax.models.block import Attention, Block, Sight
 from mpjax.models.block_config import BlockConfig
 from mpjax.models.skeleton import At, part_key
+from mpjax.precision import Precision
 
 _REMAT = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def equal_segments(
+    precision: Precision, paths: Sequence[str], root: str, layers: int
+) -> tuple[tuple[int, int], ...]:
+    """Returns ranges of consecutive layers whose policies and recipes are equal: (start, stop)."""
+
+    def policies(layer: int) -> list[Any]:
+        found = [path for path in paths if path.startswith(f"{root}/layers/{layer}/")]
+        return [(precision.policy(path), precision.recipe(path)) for path in found]
+
+    every = [policies(layer) for layer in range(layers)]
+    starts = [0] + [i for i in range(1, layers) if every[i] != every[i - 1]]
+    return tuple(zip(starts, [*starts[1:], layers], strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

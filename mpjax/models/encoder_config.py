@@ -1,0 +1,81 @@
+"""Sizes and choices of the encoder, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from mpjax.errors import ConfigError
+from mpjax.models.block_config import BlockConfig, named_config
+
+HEADS = ("none", "masked", "pretrain", "class", "token")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(BlockConfig):
+    """Shape of a bidirectional encoder; the defaults are BERT's.
+
+    Args:
+      types: number of token types; 0 is no such embedding.
+      head: `none` (features and pooled), `masked` (tokens), `pretrain` (tokens, and whether the
+        second sentence is the next), `class` (of a text or a pair) or `token` (of each token).
+      classes: of the heads `class` and `token`.
+
+    Raises:
+      ConfigError: a value outside its range or choices.
+    """
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = BlockConfig.CHOICES | {"head": HEADS}
+    OPTIONAL: ClassVar[tuple[str, ...]] = (*BlockConfig.OPTIONAL, "types")
+    COUNTS: ClassVar[tuple[str, ...]] = (*BlockConfig.COUNTS, "classes")
+
+    vocabulary: int = 30522
+    context: int = 512
+    norm: str = "layer"
+    norm_first: bool = False
+    norm_embed: bool = True
+    position: str = "learned"
+    activation: str = "gelu_exact"
+    bias: bool = True
+    epsilon: float = 1e-12
+    types: int = 2
+    head: str = "none"
+    classes: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head in ("class", "token") and self.classes < 2:
+            raise ConfigError(
+                f"model: head={self.head!r} needs at least 2 classes, classes={self.classes};"
+                " raise it"
+            )
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "bert-tiny": dict(layers=2, width=128, heads=2),
+    "bert-mini": dict(layers=4, width=256, heads=4),
+    "bert-base": dict(layers=12, width=768, heads=12),
+    "bert-large": dict(layers=24, width=1024, heads=16),
+    "minilm-l6": dict(layers=6, width=384, heads=12),
+}
+
+
+def encoder_size_names() -> tuple[str, ...]:
+    """Returns the names of all sizes."""
+    return tuple(_SIZES)
+
+
+def encoder_config(size: str | EncoderConfig, **changes: Any) -> EncoderConfig:
+    """Returns the configuration of a named size with some fields changed.
+
+    Raises:
+      ConfigError: unknown size or field.
+
+    Example:
+      >>> encoder_config("minilm-l6").hidden
+      1536
+
+    References:
+      Devlin et al. 2019 (BERT); Turc et al. 2019 (tiny, mini); Wang et al. 2020 (MiniLM).
+    """
+    return named_config(EncoderConfig, _SIZES, size, changes)

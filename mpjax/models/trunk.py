@@ -1,0 +1,82 @@
+"""Embeddings, blocks and the last norm: what every Transformer does before its heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mpjax.errors import ConfigError
+from mpjax.models.block import Sight
+from mpjax.models.skeleton import outer_parts, part_key
+from mpjax.models.stack import Stack
+from mpjax.ops.rotary import sinusoid
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """Runs token ids up to the features behind the last norm.
+
+    Args:
+      stack: the blocks.
+      shard: constrains activations to logical axes.
+      types: number of token types.
+    """
+
+    stack: Stack
+    shard: Any
+    types: int = 0
+
+    def __call__(
+        self, p: Any, ids_BT: Any, sight: Sight, *, kinds_BT: Any = None, cache: Any = None,
+        amax: Any = None, key: Any = None, train: bool = False,
+    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        """Returns the features (B, T, D), the new cache and the new amax histories.
+
+        Args:
+          p: weights below the root.
+          ids_BT: token ids.
+          sight: where they stand and what they see.
+          kinds_BT: token types; None is all 0.
+          cache: keys and values, or None.
+          amax: histories of the blocks, or None.
+          key: of dropout and of recipes that draw, or None.
+          train: whether dropout is on.
+        """
+        c = self.stack.config
+        parts = outer_parts(c, self.stack.at, self.stack.name, self.types)
+
+        def run(name: str, x: Any) -> Any:
+            return parts[name][0].apply({"params": p[name]}, x)
+
+        x = run("embed", ids_BT)
+        if c.scale_embed:
+            x = x * jnp.asarray(c.width**0.5, x.dtype)
+        if c.position != "rotary":
+            if cache is None and ids_BT.shape[1] > c.context and c.position == "learned":
+                raise ConfigError(
+                    f"model: sequence of {ids_BT.shape[1]} tokens is longer than"
+                    f" context={c.context}; set context={ids_BT.shape[1]} or shorten it"
+                )
+            if c.position == "learned":
+                at = run("position", sight.positions)
+            else:
+                at = sinusoid(sight.positions, c.width)
+            x = x + (at[None] if at.ndim == 2 else at).astype(x.dtype)
+        if self.types:
+            kinds_BT = jnp.zeros_like(ids_BT) if kinds_BT is None else kinds_BT
+            x = x + run("token_type", kinds_BT).astype(x.dtype)
+        if c.norm_embed:
+            x = run("norm_embed", x)
+        x = self.shard(x, ("batch", "length", "embed"))
+        dropping = train and c.dropout > 0
+        if dropping:
+            if key is None:
+                raise ConfigError("model: dropout needs a key; pass key= or train=False")
+            x = nn.Dropout(c.dropout, deterministic=False).apply(
+                {}, x, rngs={"dropout": part_key(key, "embed")}
+            )
+        x, cache, amax = self.stack(p["layers"], x, sight, cache, amax or {}, key, dropping)
+        return (run("norm", x) if c.norm_first else x), cache, amax
