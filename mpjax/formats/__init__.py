@@ -5,7 +5,7 @@ from mpjax.formats.quantize import Quantized, fake_quantize, quantize
 from mpjax.formats.rounding import ROUNDINGS, check_rounding, round_to
 from mpjax.formats.scaling import Scaling, check_scaling
 from mpjax.formats.table import Format
-from mpjax.formats.view import is_quantized, weight_view
+from mpjax.formats.view import is_quantized, slice_view, weight_view
 
 __all__ = [
     "ROUNDINGS",
@@ -20,6 +20,7 @@ __all__ = [
     "quantize",
     "round_to",
     "saturation_rate",
+    "slice_view",
     "sqnr",
     "underflow_rate",
     "weight_view",

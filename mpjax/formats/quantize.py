@@ -116,12 +116,19 @@ class Quantized:
         return self.values.shape
 
     @property
+    def is_stack(self) -> bool:
+        """Whether it was made under `vmap`: a stack of arrays, whose tiles are those of one."""
+        return self.values.ndim > len(self.tile)
+
+    @property
     def full_scales(self) -> Any:
         """What the values of each tile are multiplied by: the scales, times nv's second one."""
         return self.scales if self.tensor_scale is None else self.scales * self.tensor_scale
 
     def dequantize(self, dtype: Any = None) -> Any:
         """Returns the array, in its own dtype or another."""
+        if self.is_stack:
+            return jax.vmap(lambda q: q.dequantize(dtype))(self)
         values = self.values.astype(jnp.float32)
         out = per_tile(values, self.full_scales, self.tile, lambda v, s: v * s)
         return out.astype(self.dtype if dtype is None else dtype)

@@ -27,3 +27,16 @@ def weight_view(params: Any) -> Any:
     return jax.tree.map(
         lambda p: p.dequantize() if is_quantized(p) else p, params, is_leaf=is_quantized
     )
+
+
+def slice_view(params: Any) -> Any:
+    """Returns weights as `weight_view` does, but stacks of Quantized as they are.
+
+    A slice or a scan along their leading axis yields a Quantized for each, so that not more than
+    one is dequantised at a time.
+    """
+    return jax.tree.map(
+        lambda p: p.dequantize() if is_quantized(p) and not p.is_stack else p,
+        params,
+        is_leaf=is_quantized,
+    )

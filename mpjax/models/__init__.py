@@ -4,11 +4,15 @@ from mpjax.models.config import DecoderConfig, decoder_config, size_names
 from mpjax.models.decoder import Model, decoder
 from mpjax.models.encoder import Encoder, encoder
 from mpjax.models.encoder_config import EncoderConfig, encoder_config, encoder_size_names
-from mpjax.models.generate import generate
+from mpjax.models.generate import beam_search, generate, stream
+from mpjax.models.perplexity import Variant, compare, judge
+from mpjax.models.prompt import left_pad
+from mpjax.models.quantized_weights import quantize_weights, weight_report
 from mpjax.models.recurrent import Recurrent, recurrent
 from mpjax.models.recurrent_config import RecurrentConfig, recurrent_config
 from mpjax.models.resnet import ResNet, resnet
 from mpjax.models.resnet_config import ResNetConfig, resnet_config
+from mpjax.models.weight_file import load_weights, save_weights
 
 __all__ = [
     "DecoderConfig",
@@ -19,15 +23,25 @@ __all__ = [
     "RecurrentConfig",
     "ResNet",
     "ResNetConfig",
+    "Variant",
+    "beam_search",
+    "compare",
     "decoder",
     "decoder_config",
     "encoder",
     "encoder_config",
     "encoder_size_names",
     "generate",
+    "judge",
+    "left_pad",
+    "load_weights",
+    "quantize_weights",
     "recurrent",
     "recurrent_config",
     "resnet",
     "resnet_config",
+    "save_weights",
     "size_names",
+    "stream",
+    "weight_report",
 ]

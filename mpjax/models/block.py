@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from mpjax import ops
 from mpjax.models.block_config import BlockConfig
+from mpjax.models.cache import read, write
 from mpjax.models.context import Layer
 from mpjax.models.layers import Linear, Norm
 
@@ -82,7 +83,7 @@ class Attention(Layer):
 
         q = None if x_BTD is None else project(x_BTD, "query", c.heads, "heads")
         if source is None:
-            k, v = cache
+            k, v = read(cache[0]), read(cache[1])
         else:
             k = project(source, "key", c.groups, "kv")
             v = project(source, "value", c.groups, "kv")
@@ -99,10 +100,8 @@ class Attention(Layer):
                 for x in (q, k)
             )
         if cache is not None and not self.across:
-            at = (0, sight.first, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), at)
-            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), at)
-            cache = (k, v)
+            cache = write(cache[0], k, sight.first), write(cache[1], v, sight.first)
+            k, v = read(cache[0]), read(cache[1])
         out = ops.attention(
             q, k, v, self.policy(), self.policy("softmax"),
             first=0 if self.across else sight.first,

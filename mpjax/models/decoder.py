@@ -15,14 +15,16 @@ import jax.numpy as jnp
 
 from mpjax import ops
 from mpjax.errors import ConfigError
-from mpjax.formats import weight_view
+from mpjax.formats import slice_view
 from mpjax.models.block import Sight
+from mpjax.models.cache import cache_storage, empty
 from mpjax.models.config import DecoderConfig, decoder_config
 from mpjax.models.network import Network
 from mpjax.models.skeleton import At, decoder_parts, init_boxed, part_key
 from mpjax.models.stack import Stack, equal_segments
+from mpjax.models.storage import Storage
 from mpjax.models.trunk import Trunk
-from mpjax.precision import Precision, get_precision, wider
+from mpjax.precision import Precision, dtype_name, get_precision, wider
 from mpjax.precision.policy import CARRIED
 
 
@@ -68,7 +70,7 @@ class Model(Network):
         T = ids_BT.shape[1]
         stack = Stack(self.config, self.at, self.segments, rounding=self.rounds)
         x, cache, amax = Trunk(stack, self.shard)(
-            weight_view(params)["decoder"], ids_BT, self._sight(T, keep, state),
+            slice_view(params)["decoder"], ids_BT, self._sight(T, keep, state),
             cache=state.get("layers"), amax=state.get("amax", {}).get("layers"), key=key,
             train=train,
         )  # fmt: skip
@@ -100,7 +102,7 @@ class Model(Network):
 
     def _unembed(self, params: Any, x: Any, key: Any = None) -> Any:
         """Features to logits in the head's output dtype."""
-        p = weight_view(params)["decoder"]
+        p = slice_view(params)["decoder"]
         # One key for all chunks of a loss in chunks: each number is still rounded without bias.
         key = None if key is None else part_key(key, "head")
         if not self.config.tied:
@@ -163,12 +165,16 @@ class Model(Network):
         )
         return loss, state
 
-    def init_cache(self, batch: int, length: int, *, pads: Any = None) -> Any:
-        """Returns an empty key/value cache, in the products' compute dtype.
+    def init_cache(
+        self, batch: int, length: int, storage: str | Storage = "", *, pads: Any = None
+    ) -> Any:
+        """Returns an empty key/value cache.
 
         Args:
           batch: B.
           length: tokens that it can hold, padding included.
+          storage: of keys and values, such as `bf16`, `int8` or `e4m3` with a scale for each token
+            and head; by default the products' compute dtype.
           pads: (B,) tokens of padding on the left of each row; None is none.
         """
         c = self.config
@@ -182,8 +188,9 @@ class Model(Network):
             wider, (self.precision.policy(path).compute_dtype for path in attention)
         )
         shape = (c.layers, batch, length, c.groups, c.per_head)
+        form = cache_storage(storage or dtype_name(dtype))
         state = {
-            "layers": (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)),
+            "layers": (empty(shape, form, dtype), empty(shape, form, dtype)),
             "position": jnp.int32(0),
         }
         return state if pads is None else state | {"pads": jnp.asarray(pads, jnp.int32)}

@@ -1,4 +1,4 @@
-"""Sampling from a decoder with its key/value cache.
+"""Continuing prompts with a model's key/value cache.
 
 Shapes: B batch, T prompt tokens, N new tokens, V vocabulary.
 """
@@ -6,66 +6,78 @@ Shapes: B batch, T prompt tokens, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
-from mpjax.errors import ConfigError
-from mpjax.models.decoder import Model
+from mpjax.models.beam import Beams, check_beams, search
+from mpjax.models.prompt import Start, check_prompt, prefill
+from mpjax.models.sampling import Sampling
+
+Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
 
-def _pick(logits_BV: Any, key: Any, temperature: float, top_k: int) -> Any:
-    logits_BV = logits_BV.astype(jnp.float32)  # a draw in bfloat16 would merge near-equal tokens
-    if temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    if top_k:
-        least = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least, -jnp.inf, logits_BV)
-    return jax.random.categorical(key, logits_BV / temperature, axis=-1).astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "new", "temperature", "top_k"))
+@functools.partial(jax.jit, static_argnames=("model", "start", "sampling", "end"))
 def _generate(
-    model: Model, params: Any, prompt_BT: Any, key: Any, state: Any, new: int, temperature: float,
-    top_k: int,
+    model: Any, params: Any, prompt_BT: Any, key: Any, state: Any, start: Start,
+    sampling: Sampling, end: int | None, lengths_B: Any,
 ) -> Any:  # fmt: skip
-    B, T = prompt_BT.shape
-    state = (state or {}) | model.init_cache(B, T + new)
-    logits, state = model.apply(params, prompt_BT, state=state)
+    last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
+    keys = jax.random.split(key, start.new)
+    token_B = sampling.pick(last_BV, keys[0])
+    out_BN = jnp.full((prompt_BT.shape[0], start.new), 0 if end is None else end, jnp.int32)
+    out_BN = out_BN.at[:, 0].set(token_B)
 
-    def body(carry: Any, key: Any) -> tuple[Any, Any]:
-        last_BV, state = carry
-        token_B = _pick(last_BV, key, temperature, top_k)
+    def goes_on(carry: Any) -> Any:
+        n, _, done_B, _, _ = carry
+        return (n < start.new) & ~jnp.all(done_B)
+
+    def body(carry: Any) -> Any:
+        n, token_B, done_B, state, out_BN = carry
         logits, state = model.apply(params, token_B[:, None], state=state)
-        return (logits[:, -1], state), token_B
+        token_B = sampling.pick(logits[:, -1], keys[n])
+        if end is not None:
+            token_B = jnp.where(done_B, end, token_B)
+            done_B = done_B | (token_B == end)
+        return n + 1, token_B, done_B, state, out_BN.at[:, n].set(token_B)
 
-    _, tokens_NB = jax.lax.scan(body, (logits[:, -1], state), jax.random.split(key, new))
-    return tokens_NB.T
+    done_B = jnp.zeros_like(token_B, bool) if end is None else token_B == end
+    return jax.lax.while_loop(goes_on, body, (jnp.int32(1), token_B, done_B, state, out_BN))[-1]
 
 
 def generate(
-    model: Model,
+    model: Any,
     params: Any,
-    prompt: Int[Array, "B T"],
+    prompt: Ids,
     *,
     new: int,
     key: Any = None,
     temperature: float = 1.0,
     top_k: int = 0,
+    top_p: float = 1.0,
+    end: int | None = None,
+    lengths: Any = None,
+    cache: str = "",
     state: Any = None,
 ) -> Int[Array, "B N"]:
-    """Continues prompts of equal length.
+    """Continues prompts.
 
     Args:
-      model: a decoder.
+      model: a decoder, or another language model with `init_cache` and `apply`.
       params: its weights.
-      prompt: token ids, at least one a row.
+      prompt: token ids, at least one a row; see `left_pad` for rows of different lengths.
       new: N, tokens to add.
       key: of the draws; may be left out when temperature is 0.
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: draws among the k likeliest tokens; 0 among all.
+      top_p: draws among the fewest likeliest tokens that together have probability p; 1 among all.
+      end: token that ends a row; what follows it is filled with it. Stops when all rows have ended.
+      lengths: how many tokens at the end of each row are its prompt; by default all.
+      cache: storage of keys and values, such as `int8`; by default the products' compute dtype.
       state: amax histories of a training with delayed scaling; without them the current tensors
         decide.
 
@@ -82,16 +94,136 @@ def generate(
       >>> generate(model, params, jnp.zeros((1, 2), jnp.int32), new=3, temperature=0.0).shape
       (1, 3)
     """
-    if prompt.shape[1] < 1:
-        raise ConfigError("prompt: empty; give at least one token")
-    if new < 1 or temperature < 0 or not 0 <= top_k <= model.config.vocabulary:
-        raise ConfigError(
-            f"generate: new={new} must be positive, temperature={temperature} not negative and"
-            f" top_k={top_k} in 0..{model.config.vocabulary}"
-        )
-    if key is None:
-        if temperature:
-            raise ConfigError("generate: sampling needs a key; pass key= or temperature=0")
-        key = jax.random.key(0)
+    sampling = Sampling(temperature, top_k, top_p)
+    sampling.check(model.config.vocabulary)
+    start, lengths = check_prompt(model, prompt, lengths, new, cache, end)
+    key = sampling.need(key)
     state = model.init_state() if state is None else state
-    return _generate(model, params, prompt, key, state, new, temperature, top_k)
+    return _generate(model, params, jnp.asarray(prompt), key, state, start, sampling, end, lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "start", "sampling"))
+def _first(
+    model: Any, params: Any, prompt_BT: Any, key: Any, state: Any, start: Start,
+    sampling: Sampling, lengths_B: Any,
+) -> Any:  # fmt: skip
+    last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
+    return sampling.pick(last_BV, key), state
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "sampling"), donate_argnames=("token_B", "state")
+)
+def _next(
+    model: Any, params: Any, token_B: Any, key: Any, state: Any, sampling: Sampling
+) -> Any:  # fmt: skip
+    logits, state = model.apply(params, token_B[:, None], state=state)
+    return sampling.pick(logits[:, -1], key), state
+
+
+def stream(
+    model: Any,
+    params: Any,
+    prompt: Ids,
+    *,
+    new: int,
+    key: Any = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    lengths: Any = None,
+    cache: str = "",
+) -> Iterator[Int[Array, " B"]]:
+    """Yields the tokens that `generate` returns, one for each row at a time.
+
+    Args:
+      model: see `generate`, as all the rest; leave the loop at an end token.
+
+    Example:
+      >>> from mpjax.models import decoder
+      >>> model = decoder("tiny", layers=1, width=16, heads=2)
+      >>> params, prompt = model.init(jax.random.key(0)), jnp.zeros((1, 2), jnp.int32)
+      >>> tokens = stream(model, params, prompt, new=3, temperature=0.0)
+      >>> [int(t[0]) for t in tokens] == generate(
+      ...     model, params, prompt, new=3, temperature=0.0)[0].tolist()
+      True
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    sampling.check(model.config.vocabulary)
+    start, lengths = check_prompt(model, prompt, lengths, new, cache, None)
+    keys = jax.random.split(sampling.need(key), new)
+    state = model.init_state()
+    token_B, state = _first(
+        model, params, jnp.asarray(prompt), keys[0], state, start, sampling, lengths
+    )
+    # the next token is under way while the caller shows this one
+    for n in range(1, new):
+        shown = jnp.copy(token_B)  # the original's buffer is donated
+        token_B, state = _next(model, params, token_B, keys[n], state, sampling)
+        yield shown
+    yield token_B
+
+
+@functools.partial(jax.jit, static_argnames=("model", "start", "beams", "end", "penalty"))
+def _beam_search(
+    model: Any, params: Any, prompt_BT: Any, start: Start, beams: int, end: int | None,
+    penalty: float, lengths_B: Any,
+) -> Beams:  # fmt: skip
+    last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, model.init_state())
+
+    def step(token_R1: Any, state: Any) -> Any:
+        logits, state = model.apply(params, token_R1, state=state)
+        return logits[:, -1], state
+
+    return search(step, last_BV, state, beams=beams, new=start.new, end=end, penalty=penalty)
+
+
+def beam_search(
+    model: Any,
+    params: Any,
+    prompt: Ids,
+    *,
+    new: int,
+    beams: int = 4,
+    length_penalty: float = 1.0,
+    end: int | None = None,
+    lengths: Any = None,
+    cache: str = "",
+) -> Beams:
+    r"""Returns the best continuations that beam search finds, best first.
+
+    A continuation $y$ of n tokens, its end among them, has score $\log p(y) / n^\alpha$.
+
+    Args:
+      model: a decoder, or another language model with `init_cache` and `apply`.
+      params: its weights.
+      prompt: token ids, at least one a row; see `left_pad` for rows of different lengths.
+      new: N, tokens to add at most.
+      beams: K, how many are kept at a time; 1 is the greedy continuation.
+      length_penalty: $\alpha$, 0 or above; larger ones favour longer continuations.
+      end: token that ends a continuation; what follows it is filled with it.
+      lengths: how many tokens at the end of each row are its prompt; by default all.
+      cache: storage of keys and values, such as `int8`; by default the products' compute dtype.
+
+    Returns:
+      Tokens (B, K, N) and their scores (B, K), -inf for beams beyond all continuations there are.
+
+    Raises:
+      ConfigError: an empty prompt, a setting out of range, or more tokens than the model's context.
+
+    Example:
+      >>> from mpjax.models import decoder
+      >>> model = decoder("tiny", layers=1, width=16, heads=2)
+      >>> params = model.init(jax.random.key(0))
+      >>> found = beam_search(model, params, jnp.zeros((1, 2), jnp.int32), new=3, beams=2)
+      >>> found.tokens.shape, found.scores.shape
+      ((1, 2, 3), (1, 2))
+
+    References:
+      Wu et al. 2016, Google's Neural Machine Translation System, section 7 (length normalisation).
+    """
+    check_beams(beams, length_penalty)
+    start, lengths = check_prompt(model, prompt, lengths, new, cache, end)
+    return _beam_search(
+        model, params, jnp.asarray(prompt), start, beams, end, length_penalty, lengths
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mpjax.formats import weight_view
 from mpjax.models.block import Attention, Block, Sight
 from mpjax.models.block_config import BlockConfig
 from mpjax.models.skeleton import At, part_key
@@ -87,7 +88,7 @@ class Stack:
                     rngs = {"dropout": own} if dropping else {}
                     if self.rounding:
                         rngs["rounding"] = part_key(own, "rounding")
-                variables = {"params": params}
+                variables = {"params": weight_view(params)}
                 if not seen:
                     out = block.apply(variables, x, sight, cached, dropping, rngs=rngs)
                     return out[0], (out[1], seen)
@@ -127,7 +128,7 @@ class Stack:
             context = self.at("layers", str(start), "cross_attention")
             across = Attention(context, self.config, across=True)
             params = jax.tree.map(lambda a: a[start:stop], stacked["cross_attention"])  # noqa: B023
-            one = lambda p: across.apply({"params": p}, None, sight)[1]  # noqa: B023, E731
+            one = lambda p: across.apply({"params": weight_view(p)}, None, sight)[1]  # noqa: B023, E731
             outputs.append(jax.lax.map(one, params))
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
 

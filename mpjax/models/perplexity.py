@@ -1,0 +1,167 @@
+"""What low-precision inference costs in quality: perplexity and accuracy, before and after.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.errors import ConfigError
+from mpjax.models.quantized_weights import quantize_weights
+from mpjax.models.storage import stored_bytes
+from mpjax.precision import get_precision
+
+
+class Judged(NamedTuple):
+    """How well a model predicts a text.
+
+    Args:
+      loss: mean cross-entropy of the next token, nats.
+      accuracy: share of next tokens that it holds for the likeliest.
+      tokens: how many it predicted.
+    """
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return math.exp(self.loss)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "cache"))
+def _sums(model: Any, params: Any, inputs_BT: Any, targets_BT: Any, cache: str) -> Any:
+    B, T = inputs_BT.shape
+    state = model.init_state() or {}
+    if cache:
+        state = state | model.init_cache(B, T, cache)
+    logits_BTV, _ = model.apply(params, inputs_BT, state=state or None)
+    logp_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)  # sums of V terms
+    nll = -jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)
+    right = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+    return jnp.sum(nll), jnp.sum(right.astype(jnp.float32))
+
+
+def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: str = "") -> Judged:
+    """Returns how well a model predicts a text.
+
+    Args:
+      model: a decoder.
+      params: its weights, quantised or not.
+      batches: `{"inputs": (B, T), "targets": (B, T)}` token ids.
+      cache: storage of keys and values, which are then read back from it as in `generate`; by
+        default there is no cache.
+
+    Raises:
+      ConfigError: no batch.
+
+    Example:
+      >>> from mpjax.models import decoder
+      >>> model = decoder("tiny", layers=1, width=16, heads=2)
+      >>> ids = jnp.arange(8, dtype=jnp.int32).reshape(1, 8)
+      >>> batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
+      >>> judge(model, model.init(jax.random.key(0)), [batch]).tokens
+      7
+    """
+    loss, right, tokens = 0.0, 0.0, 0
+    for batch in batches:
+        nll, hits = _sums(model, params, batch["inputs"], batch["targets"], cache)
+        loss, right = loss + float(nll), right + float(hits)
+        tokens += batch["targets"].size
+    if not tokens:
+        raise ConfigError("judge: no batch; give some text")
+    return Judged(loss / tokens, right / tokens, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to run a trained model.
+
+    Args:
+      weights: storage, as `quantize_weights` reads it.
+      rules: of the weights.
+      precision: that it computes in; empty is the model's own.
+      cache: storage of keys and values.
+
+    Example:
+      >>> print(Variant("int4@32", cache="int8"))
+      int4@32 weights, int8 cache
+    """
+
+    weights: str = "f32"
+    rules: tuple[str, ...] = ()
+    precision: str = ""
+    cache: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.weights} weights", *self.rules]
+        parts += [f"precision {self.precision}"] * bool(self.precision)
+        return ", ".join([*parts, *([f"{self.cache} cache"] * bool(self.cache))])
+
+
+class Compared(NamedTuple):
+    """What a variant gives.
+
+    Args:
+      variant: what ran.
+      judged: how it predicts.
+      change: of its perplexity against the first variant, in percent.
+      weight_bytes: of all weights.
+      cache_bytes: of keys and values of one token in all layers.
+    """
+
+    variant: Variant
+    judged: Judged
+    change: float
+    weight_bytes: int
+    cache_bytes: float
+
+
+def compare(
+    model: Any, params: Any, batches: Sequence[Any], variants: Sequence[Variant]
+) -> list[Compared]:
+    """Returns perplexity, accuracy and bytes of ways to run a trained model.
+
+    Args:
+      model: a decoder.
+      params: its weights as they were trained.
+      batches: `{"inputs": (B, T), "targets": (B, T)}` token ids.
+      variants: the first is what the others are compared with.
+    """
+    rows: list[Compared] = []
+    for variant in variants:
+        own = model
+        if variant.precision:
+            own = dataclasses.replace(model, precision=get_precision(variant.precision))
+        stored = quantize_weights(params, variant.weights, rules=variant.rules)
+        judged = judge(own, stored, batches, cache=variant.cache)
+        slots = jax.eval_shape(lambda m=own, v=variant: m.init_cache(1, 64, v.cache)["layers"])
+        first = rows[0].judged if rows else judged
+        change = 100 * math.expm1(judged.loss - first.loss)
+        rows.append(
+            Compared(variant, judged, change, stored_bytes(stored), stored_bytes(slots) / 64)
+        )
+    return rows
+
+
+def markdown(rows: Sequence[Compared]) -> str:
+    """Returns a table of `compare`'s rows."""
+    head = "| variant | perplexity | change | accuracy | weights, MB | cache, bytes a token |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row.variant} | {row.judged.perplexity:.4f} | {row.change:+.3f} %"
+        f" | {100 * row.judged.accuracy:.2f} % | {row.weight_bytes / 1e6:.1f}"
+        f" | {row.cache_bytes:,.0f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)

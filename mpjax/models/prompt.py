@@ -1,0 +1,120 @@
+"""Prompts of different lengths as one array, padded on the left, and a model behind them.
+
+Shapes: B prompts, T tokens of the longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from mpjax.errors import ConfigError
+from mpjax.models.cache import cache_storage
+from mpjax.models.storage import Storage
+
+
+def left_pad(
+    prompts: Sequence[Sequence[int]], length: int = 0
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """Returns prompts as one array, each ending in the last column, and their lengths.
+
+    Args:
+      prompts: token ids, at least one each.
+      length: T; 0 takes the longest prompt's. A few fixed lengths spare compilations.
+
+    Raises:
+      ConfigError: no prompt, an empty one, or one that is longer than `length`.
+
+    Example:
+      >>> left_pad([[5], [6, 7]])[0].tolist(), left_pad([[5], [6, 7]])[1].tolist()
+      ([[0, 5], [6, 7]], [1, 2])
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) < 1:
+        raise ConfigError("prompt: empty; give at least one token for each")
+    length = length or max(lengths)
+    if max(lengths) > length:
+        raise ConfigError(
+            f"prompt: {max(lengths)} tokens do not fit length={length}; raise it or shorten it"
+        )
+    out = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(out, prompts, strict=True):
+        row[length - len(prompt) :] = prompt
+    return out, np.asarray(lengths, np.int32)
+
+
+class Start(NamedTuple):
+    """What is static about a generation.
+
+    Args:
+      new: tokens to add at most.
+      cache: storage of keys and values.
+    """
+
+    new: int
+    cache: str | Storage
+
+
+def prefill(
+    model: Any, params: Any, prompt_BT: Any, lengths_B: Any, start: Start, state: Any
+) -> tuple[Any, Any]:
+    """Returns the logits behind the prompts, (B, V), and the state with their keys and values."""
+    B, T = prompt_BT.shape
+    options = {"storage": start.cache} if start.cache else {}
+    if lengths_B is not None:
+        options["pads"] = T - lengths_B
+    state = (state or {}) | model.init_cache(B, T + start.new, **options)
+    logits, state = model.apply(params, prompt_BT, state=state)
+    return logits[:, -1], state
+
+
+def check_prompt(
+    model: Any, prompt: Any, lengths: Any, new: int, cache: str | Storage, end: int | None
+) -> tuple[Start, Any]:
+    """Checks what the ways of generating have in common.
+
+    Returns:
+      The static part and the lengths as an array, None where no row is padded.
+
+    Raises:
+      ConfigError: see `generate`.
+    """
+    B, T = prompt.shape
+    vocabulary = model.config.vocabulary
+    if B < 1 or T < 1:
+        raise ConfigError(f"prompt: shape {prompt.shape} is empty; give at least one token a row")
+    if new < 1:
+        raise ConfigError(f"new: {new} tokens to add; ask for at least 1")
+    if end is not None and not 0 <= end < vocabulary:
+        raise ConfigError(f"end: {end} is no token of the model; give one of 0..{vocabulary - 1}")
+    ids = np.zeros(1) if isinstance(prompt, jax.core.Tracer) else np.asarray(prompt)
+    if (odd := ids[(ids < 0) | (ids >= vocabulary)]).size:
+        raise ConfigError(
+            f"prompt: {odd[0]} is no token of the model, whose ids are 0..{vocabulary - 1}; take"
+            " the tokenizer that it was trained with"
+        )
+    takes = inspect.signature(model.init_cache).parameters
+    for what, given, name in (
+        ("cache", cache, "storage"),
+        ("lengths", lengths is not None, "pads"),
+    ):
+        if given and name not in takes:
+            raise ConfigError(
+                f"{what}: {type(model).__name__} keeps no keys and values; leave {what} out"
+            )
+    start = Start(new, cache_storage(cache) if cache else "")
+    if lengths is None:
+        return start, None
+    lengths = np.asarray(lengths, np.int32)
+    if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
+        raise ConfigError(
+            f"lengths: {lengths.tolist()} do not fit prompts of shape {(B, T)}; give for each row"
+            f" how many of its last tokens are the prompt, 1..{T}"
+        )
+    return start, (None if (lengths == T).all() else jnp.asarray(lengths))

@@ -1,0 +1,107 @@
+"""How an array is stored for inference: a dtype, or a Format and who shares its scales."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax.errors import ConfigError
+from mpjax.formats import Format, Scaling, check_scaling, quantize
+
+_DTYPES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16"}
+_DTYPES |= {"fp16": "float16"} | {name: name for name in ("float32", "bfloat16", "float16")}
+_HELP = (
+    "write a dtype (f32 bf16 f16) or FORMAT@SCALING with FORMAT int8, int4, e4m3 or another and"
+    " SCALING row (one scale a channel), a number such as 32 (one for each 32 numbers), tensor,"
+    " mx(32) or nv(16)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """A dtype, or a Format with scales.
+
+    Args:
+      format: of the values.
+      scaling: who shares a scale; None stores the values as they are, in the format's dtype.
+
+    Example:
+      >>> str(Storage.parse("int4@32")), str(Storage.parse("int8")), str(Storage.parse("bfloat16"))
+      ('int4@32', 'int8@row', 'bf16')
+    """
+
+    format: Format
+    scaling: Scaling | None
+
+    @classmethod
+    def parse(cls, value: str | Storage, where: str = "storage") -> Storage:
+        """Reads a dtype or `FORMAT@SCALING`; a FORMAT alone has a scale a row.
+
+        Args:
+          value: such as `bf16`, `int8`, `int4@32`, `e4m3@tensor`, `e2m1@mx(32)`.
+          where: what to call the setting in an error.
+
+        Raises:
+          ConfigError: anything else.
+        """
+        if isinstance(value, Storage):
+            return value
+        name, at, scaling = value.partition("@")
+        if name in _DTYPES:
+            if at:
+                raise ConfigError(f"{where}: {value!r} scales a dtype; write {name}")
+            return cls(Format(_DTYPES[name]), None)
+        if not name or (at and not scaling):
+            raise ConfigError(f"{where}: {value!r} is incomplete; {_HELP}")
+        try:
+            format = Format("e4m3" if name == "fp8" else name)
+            parsed = Scaling.parse(f"block(1x{scaling})" if scaling.isdigit() else scaling or "row")
+            check_scaling(format, parsed, parsed.default_rounding)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {value!r}: {error}; {_HELP}") from None
+        if parsed.kind == "none":
+            raise ConfigError(f"{where}: {value!r} leaves numbers without a scale; {_HELP}")
+        return cls(format, parsed)
+
+    def __str__(self) -> str:
+        if self.scaling is None:
+            return {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[self.format.name]
+        s = self.scaling
+        plain = s.kind == "block" and s.rows == 1
+        return f"{self.format.name}@{s.columns if plain else s}"
+
+    def store(self, x: Any, axis: int | tuple[int, ...] = -1) -> Any:
+        """Returns an array as it is stored: an array of the dtype, or a Quantized.
+
+        Args:
+          x: float32, bfloat16 or float16.
+          axis: the axis, or axes, that a product sums over; rows and blocks lie along it.
+        """
+        if self.scaling is None:
+            return x.astype(self.format.dtype)  # what was asked for
+        return quantize(x, self.format, self.scaling, axis=axis)
+
+    def shaped(self, x: Any, axis: int | tuple[int, ...] = -1) -> Any:
+        """Returns shapes and dtypes of `store(x)`."""
+        return jax.eval_shape(lambda x: self.store(x, axis), x)
+
+
+def stored_bytes(tree: Any) -> int:
+    """Returns the bytes of a tree as a program holds it: int4 two to a byte, scales included.
+
+    Example:
+      >>> x = jax.numpy.ones((2, 64))
+      >>> stored_bytes(x), stored_bytes(Storage.parse("int4@32").store(x))
+      (512, 80)
+    """
+
+    def leaf(a: Any) -> int:
+        # a JAX array tells four bits as one byte, and a compiled program holds two in one
+        small = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "float4_e2m1fn": 4}
+        bits = small.get(np.dtype(a.dtype).name, 8 * np.dtype(a.dtype).itemsize)
+        return -(-a.size * bits // 8)
+
+    return sum(leaf(a) for a in jax.tree.leaves(tree))
