@@ -6,8 +6,8 @@ bits too (the presets bf16 and fp16). The table says which dtypes the convolutio
 program have. 8-bit recipes are emulated: exact in their numbers, not in their speed.
 
 Run:       python experiments/image_cnn.py
-           python experiments/image_cnn.py --data fashion-mnist --model small --steps 1400 \
-               --batch 128 --seeds 1
+           python experiments/image_cnn.py --data fashion-mnist --model small --steps 2800 \
+               --seeds 1 --precision fp32 bf16-x32 bf16-x16
 Expected:  at least .98 of the held-out digits, .90 of Fashion-MNIST's test images, in every arm;
            docs/evidence/image_cnn.md has the figures.
 """

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.smoke
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
+    "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -406,3 +408,87 @@ def test_models_of_other_libraries_train_as_they_are(text, tmp_path):
     _, err = finish(start("autocast_any", *args, PYTHONPATH=path), code=2)
     assert err.startswith("error: model: equinox needs a package") and len(err.splitlines()) == 1
     assert "pip install equinox, or run --model nnx" in err
+
+
+def test_a_network_tells_images_apart(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2  # a bright row or a bright column
+    images = rng.normal(size=(200, 6, 6))
+    images[labels == 0, 3] += 2
+    images[labels == 1, :, 3] += 2
+    np.savez(tmp_path / "x.npz", images=images, labels=labels)
+    args = ["--data", tmp_path / "x.npz", *"--batch 32 --steps 30 --seeds 1 --warmup 2".split()]
+    out, _ = run("image_cnn", *args, "--precision", "bf16-x16", "--out", tmp_path / "a")
+    require_report(tmp_path / "a", ("loss.png",), ("bf16-x16",))
+    rows = [line.split(" | ") for line in (tmp_path / "a/report.md").read_text().splitlines()]
+    (row,) = (row for row in rows if row[0] == "| bf16-x16")
+    assert row[1] == "bf16 * bf16 -> bf16; bf16 * bf16 -> f32"  # the latter of weight gradients
+    assert float(row[2]) > 0.9 and "40 held-out images" in out
+    _, err = run("image_cnn", *args, "--precision", "bf61", "--out", tmp_path / "b", code=2)
+    assert err.startswith("error: precision: unknown preset 'bf61'; did you mean bf16")
+    assert len(err.splitlines()) == 1 and not (tmp_path / "b").exists()
+
+
+def test_recurrent_models_write_their_report(text, tmp_path):
+    args = "--width 16 --seq 16 --batch 4 --steps 4 --eval-batches 2 --warmup 2 --seeds 2".split()
+    args += ["--data", text]
+    arms = ("fp32", "bf16, state bf16")
+    out, _ = run("rnn_lm", *args, "--cell", "gru", "--precision", *arms, "--out", tmp_path / "a")
+    require_report(tmp_path / "a", ("loss.png",), arms)
+    assert "95 % interval" in out and "nats a token on one passage" in " ".join(out.split())
+    _, err = run("rnn_lm", *args, "--cell", "grou", "--out", tmp_path / "none", code=2)
+    assert err == "error: model: cell='grou' is unknown; known: lstm gru\n"
+    assert not (tmp_path / "none").exists()
+
+
+FRESH = "--checkpoint none --layers 1 --width 16 --heads 2 --vocabulary 90 --batch 16".split()
+
+
+def test_a_classifier_is_compared_by_precision_and_slice(tmp_path):
+    draw, words = random.Random(0), ("tasty fresh lovely great", "stale awful bitter poor")
+    path, out_folder = tmp_path / "a.tsv", tmp_path / "out"
+    rows = [
+        f"{('good', 'bad')[i % 2]}\t{' '.join(draw.choices(words[i % 2].split(), k=5))} n{i}\n"
+        for i in range(160)
+    ]
+    path.write_text("".join(rows))
+    args = [*FRESH, "--data", path, *"--lengths 16 --steps 12 --warmup 1 --seeds 1".split()]
+    args += ["--precision", "fp32", "bf16", "--lr", "3e-2", "--dropout", 0]
+    out, _ = run("finetune_classifier", *args, "--out", out_folder)
+    require_report(out_folder, ("loss.png",), ("fp32", "bf16"))
+    found = json.loads((out_folder / "results.json").read_text())
+    assert all(one["accuracy"] > 0.8 for scores in found.values() for one in scores)
+    report = (out_folder / "report.md").read_text()
+    assert "| naive Bayes |" in report and "TF-IDF logistic regression" in report
+    assert "## bf16 by class" in report and "| bad |" in report and "## bf16 by length" in report
+    assert "points above" in out
+    for bad, message in (
+        (["--data", tmp_path / "none.tsv"], "error: data "),
+        (["--precision", "fp32", "late:fp8:bf61:0.5"], "error: precision schedule"),
+        (["--precision", "fp32", "fp32"], "error: precision: fp32 fp32; name each arm once"),
+        (["--lengths", "3"], "error: seq=3: no room for text"),
+        (["--warmup", "99"], "error: warmup: 99 must be in"),
+    ):
+        _, err = run("finetune_classifier", *args, *bad, "--out", tmp_path / "none", code=2)
+        assert err.splitlines()[-1].startswith(message), err
+        assert not (tmp_path / "none").exists()
+
+
+def test_a_tagger_is_compared_with_the_most_frequent_tag(tmp_path):
+    draw, path = random.Random(0), tmp_path / "a.txt"
+    sentences = [
+        [(word, "O") for word in draw.choices(("go", "to", "see"), k=draw.randint(1, 4))]
+        + [(f"city{i % 40}", "B-city"), ("town", "I-city")]
+        for i in range(160)
+    ]
+    path.write_text("\n".join("".join(f"{w}\t{t}\n" for w, t in s) for s in sentences))
+    args = [*FRESH, "--data", path, "--task", "ner", *"--lengths 16 --steps 12".split()]
+    args += "--warmup 1 --seeds 1 --precision fp32 bf16 --lr 3e-2 --dropout 0".split()
+    out, _ = run("finetune_tagger", *args, "--out", tmp_path / "out")
+    require_report(tmp_path / "out", ("loss.png",), ("fp32", "bf16"))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(one["entity f1"] > 0.8 for scores in found.values() for one in scores)
+    assert "of entity f1 above the most frequent tag" in out
+    path.write_text("word without a tag\n")
+    _, err = run("finetune_tagger", *args, "--out", tmp_path / "none", code=2)
+    assert "line 1: 'word without a tag'; expected word<TAB>tag" in err

@@ -149,7 +149,8 @@ def _arrays(source: str) -> tuple[np.ndarray, np.ndarray]:
     if not source.endswith(".npz"):
         raise ConfigError(f"data: {source!r} is unknown; give {_HELP}")
     try:
-        with np.load(source, allow_pickle=False) as file:
+        # np.load would leave a file open that it cannot read
+        with open(source, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
     except KeyError as error:
         raise ConfigError(f"data: {source}: {error.args[0]}; give {_HELP}") from None
