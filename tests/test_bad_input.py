@@ -22,6 +22,7 @@ from unittest import mock
 
 import pytest
 
+pytestmark = pytest.mark.smoke
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "layers": "1", "width": "16", "heads": "2", "seq": "16", "batch": "8", "steps": "4",
