@@ -154,7 +154,8 @@ class Recurrent(Network):
         """Returns the mean next-token cross-entropy and the state.
 
         Args:
-          batch: `{"inputs": (B, T), "targets": (B, T)}` token ids.
+          batch: `{"inputs": (B, T), "targets": (B, T)}` token ids, and `weights` (B, T) if not all
+            tokens count alike.
         """
         c = self.config
         x, state = self.features(params, batch["inputs"], state=state, key=key, train=train)
@@ -163,6 +164,7 @@ class Recurrent(Network):
             x, batch["targets"], functools.partial(self._unembed, params, key=key),
             self.precision.policy("recurrent/loss"),
             chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
+            weights_BT=batch.get("weights"),
         )  # fmt: skip
         return loss, state
 

@@ -208,12 +208,15 @@ class ResNet(Network):
         """Returns the mean cross-entropy over images and the state.
 
         Args:
-          batch: `{"inputs": images (N, H, W, C), "targets": classes (N,)}`.
+          batch: `{"inputs": images (N, H, W, C), "targets": classes (N,)}`, and `weights` (N,) if
+            not all images count alike.
         """
+        weights = batch.get("weights")
         logits, state = self.apply(params, batch["inputs"], state=state, key=key, train=train)
         loss = ops.cross_entropy(
             logits[:, None], batch["targets"][:, None], lambda x: x,
             self.precision.policy(f"{self.root}/loss"), chunk=1,
+            weights_BT=None if weights is None else weights[:, None],
         )  # fmt: skip
         return loss, state
 

@@ -72,6 +72,8 @@ def test_logits_and_loss_are_those_of_loops_in_float64() -> None:
     log_p = want - np.log(np.exp(want).sum(-1, keepdims=True))
     loss = -log_p[np.arange(4), BATCH["targets"]].mean()
     assert abs(loss_of(model, params, BATCH) - loss) < 1e-5
+    weighted = BATCH | {"weights": jnp.asarray([1.0, 0.0, 0.0, 0.0])}
+    assert abs(loss_of(model, params, weighted) + log_p[0, 0]) < 1e-5
     # GroupNorm: an image does not see the others, so microbatches change nothing
     halves = [jax.tree.map(lambda a, h=h: a[2 * h : 2 * h + 2], BATCH) for h in (0, 1)]
     assert abs(np.mean([loss_of(model, params, half) for half in halves]) - loss) < 1e-5
