@@ -9,6 +9,7 @@ from mpjax.optim.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, S
 from mpjax.optim.losses import MultiLossScale, scaled_value_and_grads
 from mpjax.optim.moments import quantize_moments
 from mpjax.optim.named import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+from mpjax.optim.pruning import cubic_sparsity, prune_weights, pruned, sparsity_by_path
 from mpjax.optim.scales import make_loss_scale
 from mpjax.optim.storage import store_weights
 from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
@@ -32,10 +33,13 @@ __all__ = [
     "StaticLossScale",
     "all_finite",
     "apply_updates",
+    "cubic_sparsity",
     "finite_by_leaf",
     "global_norm",
     "leaf_path",
     "make_loss_scale",
+    "prune_weights",
+    "pruned",
     "quantize_blocks",
     "quantize_moments",
     "scale_gradient",
@@ -43,6 +47,7 @@ __all__ = [
     "scaled_value_and_grad",
     "scaled_value_and_grads",
     "select",
+    "sparsity_by_path",
     "store_weights",
     "weight_view",
     "wrap",

@@ -16,6 +16,7 @@ from mpjax.optim import weights as weight
 from mpjax.optim.gate import GateState, bits, choose, finite_by_leaf, leaf_path, record, select
 from mpjax.optim.loss_scale import LossScale
 from mpjax.optim.moments import quantize_moments
+from mpjax.optim.pruning import Pruned
 from mpjax.optim.scales import make_loss_scale
 from mpjax.precision import Precision
 
@@ -218,6 +219,11 @@ def wrap(
     if isinstance(optimizer, Optimizer | Wrapped):
         raise ConfigError(
             "optimizer: it is wrapped already; pass the raw optax optimizer, it is wrapped once"
+        )
+    if isinstance(optimizer, Pruned) and precision.update == "kahan":
+        raise ConfigError(
+            "prune: update=kahan adds its compensation to the zero of a pruned weight; set"
+            " update=master or update=stochastic"
         )
     if clip is not None and not clip > 0:
         raise ConfigError(f"clip: {clip} is not positive; leave it out to train without clipping")

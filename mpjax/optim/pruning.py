@@ -1,0 +1,296 @@
+"""Magnitude pruning: masks that are optimizer state, and the schedule that fills them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mpjax.errors import ConfigError
+from mpjax.formats import is_quantized
+from mpjax.precision import matches
+from mpjax.precision.rule import near_misses
+
+SCOPES = ("global", "layer")
+
+
+class PruneState(NamedTuple):
+    """State of `pruned`; every leaf is an array.
+
+    Args:
+      count: steps taken.
+      masks: for each weight that is pruned, which of its numbers live; None for the others.
+      inner: the optimizer's own state.
+    """
+
+    count: Any
+    masks: Any
+    inner: Any
+
+
+class Pruned(optax.GradientTransformation):
+    """Marks what `pruned` returns: `wrap` refuses the update rules that it cannot go with."""
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _named(params: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _stacked(name: str) -> bool:
+    """Whether a weight has a leading axis of layers, as below `layers` in our models."""
+    parts = name.split("/")
+    return any(a == "layers" and not b.isdigit() for a, b in zip(parts, parts[1:], strict=False))
+
+
+def _chosen(params: Any, keep: Sequence[str]) -> dict[str, Any]:
+    """The weights that are pruned, by path: matrices and larger that no pattern keeps."""
+    if isinstance(keep, str):
+        raise ConfigError(f"prune: keep={keep!r} is one text; give a list of patterns")
+    named = _named(params)
+    parents = {name.rpartition("/")[0] for name in named} - {""}
+    for pattern in keep:
+        if not any(matches(pattern, name) for name in named):
+            raise ConfigError(
+                f"prune: keep={pattern} matches no weight; near misses:"
+                f" {' '.join(near_misses(pattern, [*parents, *named]))}"
+            )
+    found = {
+        name: leaf
+        for name, leaf in named.items()
+        if len(leaf.shape) - _stacked(name) >= 2 and not any(matches(p, name) for p in keep)
+    }
+    if not found:
+        raise ConfigError(
+            f"prune: no weight is left to prune, keep={' '.join(keep) or '(none)'} and matrices"
+            " alone are pruned; keep fewer"
+        )
+    return found
+
+
+def _check(sparsity: float, scope: str, name: str = "sparsity") -> None:
+    if not (isinstance(sparsity, int | float) and 0 <= sparsity < 1):
+        raise ConfigError(
+            f"prune: {name}={sparsity!r} is no share of 0 up to, and without, 1; write 0.5 for half"
+        )
+    if scope not in SCOPES:
+        raise ConfigError(f"prune: unknown scope {scope!r}; known: {' '.join(SCOPES)}")
+
+
+def _smallest(magnitudes: Any, share: Any) -> Any:
+    """Which numbers are the round(share n) smallest along the last axis; ties go in order."""
+    count = jnp.floor(share * jnp.float32(magnitudes.shape[-1]) + jnp.float32(0.5))
+    # Ranks and no threshold: weights stored in fp8 have few magnitudes, and most of them are tied.
+    ranks = jnp.argsort(jnp.argsort(magnitudes, axis=-1, stable=True), axis=-1)
+    return ranks < count.astype(jnp.int32)
+
+
+def _living(magnitudes: dict[str, Any], share: Any, scope: str) -> dict[str, Any]:
+    """Which numbers of each weight outlive the pruning of a share of them."""
+    if scope == "layer":
+        living = {}
+        for name, x in magnitudes.items():
+            rows = x.reshape(x.shape[0] if _stacked(name) else 1, -1)
+            living[name] = ~_smallest(rows, share).reshape(x.shape)
+        return living
+    flat = jnp.concatenate([x.reshape(-1) for x in magnitudes.values()])
+    gone = _smallest(flat, share)
+    ends = [0]
+    for x in magnitudes.values():
+        ends.append(ends[-1] + math.prod(x.shape))
+    return {
+        name: ~gone[start:end].reshape(x.shape)
+        for (name, x), start, end in zip(magnitudes.items(), ends, ends[1:], strict=False)
+    }
+
+
+def _wide(leaf: Any) -> Any:
+    return leaf.dequantize(jnp.float32) if is_quantized(leaf) else leaf.astype(jnp.float32)
+
+
+def prune_weights(
+    params: Any, sparsity: float, *, scope: str = "global", keep: Sequence[str] = ()
+) -> Any:
+    """Returns the weights with the smallest of them set to zero, each stored as it was.
+
+    Args:
+      params: weights; those stored in fp8 (Quantized) keep their scales.
+      sparsity: share of the pruned weights' numbers that become zero, rounded to whole numbers.
+      scope: `global`, one order of magnitude over all of them, or `layer`, that share of each
+        matrix; a matrix of a stack of layers counts alone.
+      keep: path patterns of weights that are not pruned. Vectors (norms, biases) never are.
+
+    Raises:
+      ConfigError: a share outside [0, 1), an unknown scope, a pattern that matches nothing.
+
+    Example:
+      >>> pruned = prune_weights({"w": jnp.array([[1.0, -3.0], [0.5, 2.0]])}, 0.5)
+      >>> pruned["w"].tolist()
+      [[0.0, -3.0], [0.0, 2.0]]
+
+    References:
+      Han et al. 2015, Learning both Weights and Connections for Efficient Neural Networks.
+    """
+    _check(sparsity, scope)
+    magnitudes = {name: jnp.abs(_wide(leaf)) for name, leaf in _chosen(params, keep).items()}
+    living = _living(magnitudes, jnp.float32(sparsity), scope)
+
+    def prune(path: Any, leaf: Any) -> Any:
+        mask = living.get(_name(path))
+        if mask is None:
+            return leaf
+        if is_quantized(leaf):
+            return dataclasses.replace(leaf, values=_masked(leaf.values, mask))
+        return _masked(leaf, mask)
+
+    return jax.tree_util.tree_map_with_path(prune, params, is_leaf=is_quantized)
+
+
+def _masked(x: Any, mask: Any) -> Any:
+    return jnp.where(mask, x, jnp.zeros((), x.dtype))
+
+
+def cubic_sparsity(step: Any, final: float, begin: int, end: int, initial: float = 0.0) -> Any:
+    r"""Returns the sparsity at a step, $s_f + (s_i - s_f)\,(1 - (t - t_0) / (t_1 - t_0))^3$.
+
+    Args:
+      step: $t$.
+      final: $s_f$, from $t_1$ on.
+      begin: $t_0$, the first pruning.
+      end: $t_1$, the last; equal to $t_0$ prunes once.
+      initial: $s_i$, at $t_0$; before it nothing is pruned.
+
+    Example:
+      >>> [round(float(cubic_sparsity(t, 0.8, 100, 200)), 3) for t in (100, 150, 200, 999)]
+      [0.0, 0.7, 0.8, 0.8]
+
+    References:
+      Zhu & Gupta 2017, To prune, or not to prune, equation 1.
+    """
+    t = jnp.clip(jnp.asarray(step, jnp.float32), begin, end)
+    rest = (jnp.float32(end) - t) / jnp.float32(max(end - begin, 1))
+    return jnp.float32(final) + jnp.float32(initial - final) * rest**3
+
+
+def pruned(
+    optimizer: optax.GradientTransformation,
+    sparsity: float,
+    *,
+    begin: int = 0,
+    end: int = 0,
+    every: int = 100,
+    initial: float = 0.0,
+    scope: str = "global",
+    keep: Sequence[str] = (),
+) -> optax.GradientTransformation:
+    r"""Returns an optimizer that prunes the smallest weights while it trains.
+
+    $w \leftarrow m\,(w + u)$ with masks $m$ that only ever lose numbers: every `every` steps from
+    `begin` to `end` the smallest magnitudes are dropped, up to `cubic_sparsity`. A pruned weight
+    gets no gradient and is exactly zero, in whatever format `wrap` stores it; a step that the gate
+    skips moves no mask.
+
+    Args:
+      optimizer: a raw optax optimizer; `mpjax.optim.wrap` and `build` take what is returned.
+      sparsity: the share at the end.
+      begin: optimizer steps before the first pruning.
+      end: optimizer steps before the last; equal to `begin` prunes once.
+      every: steps between two prunings.
+      initial: the share at the first pruning.
+      scope: `global` or `layer`, see `prune_weights`.
+      keep: path patterns of weights that are not pruned.
+
+    Raises:
+      ConfigError: values out of range; at init, a pattern that matches nothing.
+
+    Example:
+      >>> tx = pruned(optax.sgd(0.1), 0.5)
+      >>> params = {"w": jnp.array([[1.0, -3.0], [0.5, 2.0]])}
+      >>> updates, state = tx.update({"w": jnp.ones((2, 2))}, tx.init(params), params)
+      >>> (params["w"] + updates["w"]).tolist()
+      [[0.0, -3.0999999046325684], [0.0, 1.899999976158142]]
+
+    References:
+      Zhu & Gupta 2017, To prune, or not to prune.
+    """
+    _check(sparsity, scope)
+    _check(initial, scope, "initial")
+    if initial > sparsity:
+        raise ConfigError(
+            f"prune: initial={initial} is above sparsity={sparsity}; masks only lose numbers, so"
+            " begin with less"
+        )
+    for name, value, low in (("begin", begin, 0), ("end", end, begin), ("every", every, 1)):
+        if not isinstance(value, int) or value < low:
+            raise ConfigError(f"prune: {name}={value!r} is not a whole number of {low} or above")
+
+    def init(params: Any) -> PruneState:
+        chosen = _chosen(params, keep)
+
+        def whole(path: Any, p: Any) -> Any:
+            return jnp.ones(p.shape, jnp.bool_) if _name(path) in chosen else None
+
+        masks = jax.tree_util.tree_map_with_path(whole, params)
+        return PruneState(jnp.int32(0), masks, optimizer.init(params))
+
+    def update(grads: Any, state: PruneState, params: Any = None) -> tuple[Any, PruneState]:
+        if params is None:
+            raise ConfigError("prune: params are missing; call update(grads, state, params)")
+
+        def over(function: Any, first: Any, *rest: Any) -> Any:
+            return jax.tree.map(lambda x, m, *o: function(m, x, *o), first, state.masks, *rest)
+
+        grads = over(lambda m, g: g if m is None else _masked(g, m), grads)
+        updates, inner = optimizer.update(grads, state.inner, params)
+        new = jax.tree.map(lambda p, u: p + u, params, updates)
+
+        def drop(masks: Any) -> Any:
+            weights = _named(new)
+            # What is gone stays gone: it is smaller than all.
+            magnitudes = {
+                name: jnp.where(mask, jnp.abs(weights[name]), jnp.float32(-1))
+                for name, mask in _named(masks).items()
+            }
+            share = cubic_sparsity(state.count, sparsity, begin, end, initial)
+            living = _living(magnitudes, share, scope)
+            return jax.tree_util.tree_map_with_path(lambda path, m: living[_name(path)] & m, masks)
+
+        step = state.count
+        due = (step >= begin) & (step <= end)
+        due &= ((step - begin) % every == 0) | (step == end)
+        masks = jax.lax.cond(due, drop, lambda masks: masks, state.masks)
+        # Minus the weight itself is the update that leaves exactly zero.
+        updates = jax.tree.map(
+            lambda u, m, p: u if m is None else jnp.where(m, u, -p), updates, masks, params
+        )
+        return updates, PruneState(state.count + 1, masks, inner)
+
+    return Pruned(init, update)
+
+
+def sparsity_by_path(params: Any) -> dict[str, float]:
+    """Returns the share of zeros of each weight, and of all of them under `total`.
+
+    Args:
+      params: arrays or Quantized leaves.
+
+    Example:
+      >>> sparsity_by_path({"a": jnp.array([0.0, 1.0]), "b": jnp.zeros(2)})
+      {'a': 0.5, 'b': 1.0, 'total': 0.75}
+    """
+    counts = {
+        name: (int(jnp.sum(_wide(leaf) == 0)), math.prod(leaf.shape))
+        for name, leaf in _named(params).items()
+    }
+    zeros, sizes = zip(*counts.values(), strict=True)
+    shares = {name: zero / size for name, (zero, size) in counts.items()}
+    return shares | {"total": sum(zeros) / sum(sizes)}
