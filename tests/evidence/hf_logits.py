@@ -75,7 +75,7 @@ def logits(name: str, model: Any) -> dict[str, np.ndarray]:
         given["attention_mask"] = torch.from_numpy(cases.keep().astype(np.int64))
     with torch.no_grad():
         out = model(**given)
-    names = {"prediction_logits": "mlm", "seq_relationship_logits": "nsp", "logits": "logits"}
+    names = {"prediction_logits": "masked", "seq_relationship_logits": "next", "logits": "logits"}
     return {ours: out[n].float().numpy() for n, ours in names.items() if n in out}
 
 

@@ -9,10 +9,13 @@ from typing import Any
 from mpjax.errors import ConfigError
 from mpjax.models.config import DecoderConfig
 from mpjax.models.decoder import decoder
+from mpjax.models.encoder import encoder
+from mpjax.models.encoder_config import EncoderConfig
 from mpjax.models.hf import decoder_fields as fields
 from mpjax.models.hf.checkpoint import Checkpoint
+from mpjax.models.hf.encoder_fields import bert_class, is_bert, read_bert, write_bert
 from mpjax.models.hf.fields import Fields
-from mpjax.models.hf.weights import GPT2, LLAMA, Table
+from mpjax.models.hf.weights import BERT, GPT2, LLAMA, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Architecture:
     """What a `model_type` of transformers is here.
 
     Args:
-      title: the class of transformers that an export names.
+      title: our config -> the class of transformers that an export names.
       prefix: of the names of its base model, which a checkpoint of that alone leaves out.
       table: our leaves and their tensors.
       read: config.json -> fields of our config.
@@ -30,7 +33,7 @@ class Architecture:
       buffers: endings of names that hold no weight.
     """
 
-    title: str
+    title: Callable[[Any], str]
     prefix: str
     table: Table
     read: Callable[[Fields], dict[str, Any]]
@@ -44,17 +47,30 @@ def _decoder(precision: Any, settings: dict[str, Any], changes: dict[str, Any]) 
     return decoder(DecoderConfig(**settings), precision, **changes)
 
 
+def _encoder(precision: Any, settings: dict[str, Any], changes: dict[str, Any]) -> Any:
+    return encoder(EncoderConfig(**settings), precision, **changes)
+
+
 def _llama(title: str, read: Any, write: Any) -> Architecture:
     embed = "model.embed_tokens.weight"
     return Architecture(
-        title, "model.", LLAMA, read, write, _decoder,
+        lambda _: title, "model.", LLAMA, read, write, _decoder,
         copies={"lm_head.weight": embed}, buffers=("rotary_emb.inv_freq",),
     )  # fmt: skip
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "bert": Architecture(
+        bert_class, "bert.", BERT, read_bert, write_bert, _encoder,
+        copies={
+            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+        buffers=("embeddings.position_ids",),
+    ),
     "gpt2": Architecture(
-        "GPT2LMHeadModel", "transformer.", GPT2, fields.read_gpt2, fields.write_gpt2, _decoder,
+        lambda _: "GPT2LMHeadModel", "transformer.", GPT2,
+        fields.read_gpt2, fields.write_gpt2, _decoder,
         copies={"lm_head.weight": "transformer.wte.weight"},
         buffers=(".attn.bias", ".attn.masked_bias"),  # the causal mask
     ),
@@ -99,7 +115,9 @@ def architecture_name(config: Any) -> str:
     """
     if isinstance(config, DecoderConfig):
         return fields.decoder_architecture(config)
+    if isinstance(config, EncoderConfig) and is_bert(config):
+        return "bert"
     raise ConfigError(
-        f"export: {type(config).__name__} has no architecture of transformers that we know;"
-        f" expected one of {' '.join(ARCHITECTURES)}"
+        f"export: no architecture of transformers that we know has this {type(config).__name__};"
+        f" expected the shape of one of {' '.join(ARCHITECTURES)}"
     )

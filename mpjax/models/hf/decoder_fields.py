@@ -8,8 +8,9 @@ from mpjax.errors import ConfigError
 from mpjax.models.config import DecoderConfig
 from mpjax.models.hf.fields import Fields
 
-_GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
-_GELU_BACK = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu"}
+# What transformers calls an activation -> its name here, and back.
+GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
+GELU_BACK = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu"}
 
 
 def read_gpt2(fields: Fields) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
         layers=f.take("n_layer", int),
         heads=f.take("n_head", int),
         mlp_width=f.take("n_inner", int, 0),
-        activation=f.one_of("activation_function", _GELU, "gelu_new"),
+        activation=f.one_of("activation_function", GELU, "gelu_new"),
         epsilon=f.take("layer_norm_epsilon", float, 1e-5),
         dropout=f.take("resid_pdrop", float, 0.1),
         tied=f.take("tie_word_embeddings", bool, True),
@@ -45,7 +46,7 @@ def write_gpt2(c: DecoderConfig) -> dict[str, Any]:
         n_layer=c.layers,
         n_head=c.heads,
         n_inner=c.mlp_width or None,
-        activation_function=_GELU_BACK[c.activation],
+        activation_function=GELU_BACK[c.activation],
         layer_norm_epsilon=c.epsilon,
         resid_pdrop=c.dropout,
         embd_pdrop=c.dropout,

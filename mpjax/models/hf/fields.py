@@ -41,7 +41,7 @@ class Fields:
         self._values, self._where = values, where
         self._asked = set(_FREE) | set(ignore)
 
-    def take(self, name: str, kind: type, default: Any = _NO_DEFAULT) -> Any:
+    def take(self, name: str, kind: type[Any], default: Any = _NO_DEFAULT) -> Any:
         """Returns a field; null and an absent one are the default.
 
         Raises:

@@ -43,7 +43,7 @@ def filled(
     """
     names = weight.names(shape[0])
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         spans = [range(n)[cut] for n, cut in zip(shape, index, strict=True)]
         out = _empty(tuple(len(span) for span in spans), np.dtype(dtype))
         if not weight.stacked:

@@ -46,7 +46,7 @@ def load_checkpoint(
         returned.
       precision: anything that `get_precision` reads.
       architecture: where the config names none: `bert gpt2 llama mistral qwen2 qwen3`.
-      new: patterns of our paths, such as `encoder/classify/**`, that the checkpoint lacks and that
+      new: patterns of our paths, such as `encoder/class/*`, that the checkpoint lacks and that
         are drawn as by `init`.
       key: of these draws.
       unused: patterns of the checkpoint's names, such as `cls.*`, that are left out.
@@ -63,6 +63,7 @@ def load_checkpoint(
     Example:
       >>> import tempfile
       >>> from mpjax.models import decoder
+      >>> from mpjax.models.hf import save_checkpoint
       >>> model = decoder("tiny", layers=1, width=16, heads=2)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save_checkpoint(f"{folder}/new", model, model.init(jax.random.key(0)))
@@ -96,7 +97,10 @@ def load_params(
     is_leaf = lambda x: isinstance(x, Quantized)  # noqa: E731
     paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in paths}
-    axes = jax.tree.leaves(model.axes, is_leaf=lambda x: isinstance(x, tuple))
+    placed: dict[str, Any] = {}
+    if place is not None:
+        axes = jax.tree.leaves(model.axes, is_leaf=lambda x: isinstance(x, tuple))
+        placed = {n: place(a, x.shape) for (n, x), a in zip(leaves.items(), axes, strict=True)}
     drawn = _matching(leaves, new, "new", "paths of the model")
     if drawn and key is None:
         raise ConfigError(f"load: new={list(new)} is drawn at random; pass key=")
@@ -106,8 +110,8 @@ def load_params(
     if drawn:
         fresh = jax.jit(lambda key: _only(model.init(key), drawn, is_leaf))(draw)
     out = []
-    for (name, leaf), names in zip(leaves.items(), axes, strict=True):
-        sharding = None if place is None else place(names, leaf.shape)
+    for name, leaf in leaves.items():
+        sharding = placed.get(name)
         if name in drawn:
             x = fresh[name]
             out.append(x if sharding is None else jax.device_put(x, sharding))

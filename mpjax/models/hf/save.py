@@ -55,7 +55,10 @@ def save_checkpoint(
     kind = ARCHITECTURES[model_type := architecture_name(model.config)]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: export needs a new or empty folder; name another one")
-    config = kind.write(model.config) | {"model_type": model_type, "architectures": [kind.title]}
+    config = kind.write(model.config) | {
+        "model_type": model_type,
+        "architectures": [kind.title(model.config)],
+    }
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         partial.mkdir(parents=True)
@@ -110,7 +113,7 @@ def _write_tensors(
     if len(shards) == 1:
         (folder / "0.part").rename(folder / "model.safetensors")
         return dtypes
-    where = {}
+    where: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"{i}.part").rename(folder / file)

@@ -67,6 +67,7 @@ class _Kind:
     """Stands for torch's class of a storage; cannot be called or changed by a pickle."""
 
     __slots__ = ("_dtype",)
+    _dtype: np.dtype
 
     def __init__(self, dtype: Any) -> None:
         object.__setattr__(self, "_dtype", np.dtype(dtype))

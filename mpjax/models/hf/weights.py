@@ -92,3 +92,27 @@ LLAMA: Table = {
     **_linear("decoder/layers/mlp/up", f"{_LLAMA_LAYER}.mlp.up_proj"),
     **_linear("decoder/layers/mlp/down", f"{_LLAMA_LAYER}.mlp.down_proj"),
 }
+
+_BERT_LAYER = "bert.encoder.layer.{}"
+BERT: Table = {
+    "encoder/embed/table": Weight("bert.embeddings.word_embeddings.weight"),
+    "encoder/position/table": Weight("bert.embeddings.position_embeddings.weight"),
+    "encoder/token_type/table": Weight("bert.embeddings.token_type_embeddings.weight"),
+    **_norm("encoder/norm_embed", "bert.embeddings.LayerNorm"),
+    **_linear("encoder/layers/attention/query", f"{_BERT_LAYER}.attention.self.query"),
+    **_linear("encoder/layers/attention/key", f"{_BERT_LAYER}.attention.self.key"),
+    **_linear("encoder/layers/attention/value", f"{_BERT_LAYER}.attention.self.value"),
+    **_linear("encoder/layers/attention/out", f"{_BERT_LAYER}.attention.output.dense"),
+    **_norm("encoder/layers/norm_attention", f"{_BERT_LAYER}.attention.output.LayerNorm"),
+    **_linear("encoder/layers/mlp/up", f"{_BERT_LAYER}.intermediate.dense"),
+    **_linear("encoder/layers/mlp/down", f"{_BERT_LAYER}.output.dense"),
+    **_norm("encoder/layers/norm_mlp", f"{_BERT_LAYER}.output.LayerNorm"),
+    **_linear("encoder/pooler/dense", "bert.pooler.dense"),
+    **_linear("encoder/masked/dense", "cls.predictions.transform.dense"),
+    **_norm("encoder/masked/norm", "cls.predictions.transform.LayerNorm"),
+    "encoder/masked/head/bias": Weight("cls.predictions.bias"),
+    "encoder/masked/head/kernel": Weight("cls.predictions.decoder.weight", transposed=True),
+    **_linear("encoder/next/head", "cls.seq_relationship"),
+    **_linear("encoder/class/head", "classifier"),
+    **_linear("encoder/token/head", "classifier"),
+}

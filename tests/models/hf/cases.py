@@ -51,6 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         model_type="qwen3", architectures=["Qwen3ForCausalLM"],
         num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-3,
     ),
+    "bert": _SIZE | dict(model_type="bert", architectures=["BertForPreTraining"]),
 }  # fmt: skip
 
 

@@ -29,13 +29,13 @@ def write(name: str, shapes: dict[str, Any], folder: Path) -> Path:
 
 def outputs(name: str, model: Any, params: Any) -> dict[str, np.ndarray]:
     """Logits of a case in float32."""
-    options: dict[str, Any] = {}
-
-    def run(params: Any, ids: Any) -> Any:
-        return model.apply(params, ids, **options)[0]
-
-    out = jax.jit(run, compiler_options=FAST)(params, jnp.asarray(cases.ids(name)))
-    return {"logits": np.asarray(out, np.float32)}
+    inputs: Any = jnp.asarray(cases.ids(name))
+    if name == "bert":
+        inputs = {"ids": inputs, "types": cases.token_types(), "keep": cases.keep()}
+    run = jax.jit(lambda params, inputs: model.apply(params, inputs)[0], compiler_options=FAST)
+    out = run(params, inputs)
+    found = {n: out[n] for n in ("masked", "next")} if name == "bert" else {"logits": out}
+    return {n: np.asarray(x, np.float32) for n, x in found.items()}
 
 
 def worst(name: str, found: dict[str, np.ndarray], want: dict[str, Any]) -> float:
@@ -81,6 +81,7 @@ def _pairs(tensors: dict[str, np.ndarray]) -> None:
             tensors[name] = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(x.shape))
 
 
+_TYPES = "bert.embeddings.token_type_embeddings.weight"
 CONTROLS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "one bias dropped": ("gpt2", _zero("transformer.h.1.mlp.c_proj.bias")),
     "the fused bias dropped": ("gpt2", _zero("transformer.h.0.attn.c_attn.bias")),
@@ -98,5 +99,11 @@ CONTROLS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a head norm dropped": (
         "qwen3", _tensors(lambda t: t["model.layers.0.self_attn.q_norm.weight"].fill(1)),
     ),
+    "token types swapped": (
+        "bert",
+        _tensors(lambda t: t.update({_TYPES: np.ascontiguousarray(t[_TYPES][::-1])})),
+    ),
+    "tanh gelu for exact gelu": ("bert", _config(hidden_act="gelu_new")),
+    "the vocabulary's bias dropped": ("bert", _zero("cls.predictions.bias")),
     "another epsilon": ("qwen3", _config(rms_norm_eps=1e-5)),
 }  # fmt: skip

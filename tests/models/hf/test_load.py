@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized, quantize
-from mpjax.models.hf import load_checkpoint, open_checkpoint
+from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint
+from mpjax.models.hf.tensors import Tensor
+from mpjax.precision import get_precision
 from mpjax.train.sharding import parse_mesh, partition
-from tests.models.hf import ours
+from tests.models.hf import cases, ours
 from tests.models.hf.test_logits import GOLDEN
 from tests.models.hf.torch_writer import save_older, save_zipped
 
@@ -62,8 +65,6 @@ def test_weights_are_stored_as_the_precision_says(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     _, whole = load_checkpoint(checkpoint)
     rules = ["**=p=bf16,c=bf16,o=f32", "**/norm*=fp32"]
-    from mpjax.precision import get_precision
-
     precision = get_precision("fp32", rules=rules[::-1], update="nearest")
     model, params = load_checkpoint(checkpoint, precision)
     drawn = jax.eval_shape(model.init, jax.random.key(0))
@@ -74,8 +75,6 @@ def test_weights_are_stored_as_the_precision_says(tmp_path: Path) -> None:
 
 
 def test_fp8_storage_is_quantised_as_init_does(tmp_path: Path) -> None:
-    from mpjax.precision import get_precision
-
     precision = get_precision("fp32", rules=["**/mlp/up/kernel=p=e4m3"], update="stochastic")
     folder = case("llama", tmp_path)
     _, whole = load_checkpoint(folder)
@@ -146,7 +145,7 @@ def test_tensors_that_do_not_fit_are_listed(what: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("llama", dict(model_type="mamba"), "unknown architecture 'mamba'; known: gpt2 llama"),
+        ("llama", dict(model_type="mamba"), "unknown architecture 'mamba'; known: bert gpt2"),
         ("llama", dict(model_type=None), "no model_type; pass architecture=, one of"),
         ("llama", dict(hidden_act="relu"), "hidden_act='relu' is not supported; known: silu"),
         ("gpt2", dict(activation_function="selu"), "activation_function='selu' is not supported"),
@@ -167,6 +166,8 @@ def test_tensors_that_do_not_fit_are_listed(what: str, tmp_path: Path) -> None:
         ("llama", dict(num_attention_heads=3), "width=16 is not a multiple of heads=3"),
         ("qwen2", dict(use_sliding_window=True, sliding_window=4, max_window_layers=1),
          "sliding_window=4 in 1 of 2 layers; expected all or none"),
+        ("bert", dict(architectures=["BertForQuestionAnswering"]), "names 'BertForQuestionAns"),
+        ("bert", dict(position_embedding_type="relative_key"), "type='relative_key' is not"),
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "by_inverse_layer_idx=True is not"),
     ],
 )  # fmt: skip
@@ -189,20 +190,33 @@ def test_fields_without_effect_can_be_ignored(tmp_path: Path) -> None:
     assert c.remat == "full"
 
 
+def test_a_classifier_on_a_checkpoint_without_one(tmp_path: Path) -> None:
+    folder = case("bert", tmp_path, architectures=None)
+    with pytest.raises(ConfigError, match="missing classifier.bias, classifier.weight; unexp"):
+        load_checkpoint(folder, head="class", classes=3)
+    key = jax.random.key(0)
+    model, params = load_checkpoint(
+        folder, head="class", classes=3, new=["encoder/class/*"], key=key, unused=["cls.*"]
+    )
+    kernel = np.asarray(params["encoder"]["class"]["head"]["kernel"])
+    assert kernel.shape == (16, 3) and 0.1 < kernel.std() < 0.5
+    assert (model.config.head, model.config.classes, model.config.dropout) == ("class", 3, 0.1)
+    pooler = cases.weight("bert.pooler.dense.weight", (16, 16)).T
+    np.testing.assert_array_equal(params["encoder"]["pooler"]["dense"]["kernel"], pooler)
+
+
 def test_weights_can_be_new_or_left_out(tmp_path: Path) -> None:
     folder = case("llama", tmp_path, drop("model.norm.weight"))
     _, whole = load_checkpoint(case("llama", tmp_path / "whole"))
     key = jax.random.key(3)
-    model, params = load_checkpoint(folder, new=["decoder/norm/*"], key=key)
-    fresh = model.init(key)["decoder"]["norm"]
-    assert bits(params["decoder"]["norm"]) == bits(fresh)
+    _, params = load_checkpoint(folder, new=["decoder/norm/*"], key=key)
+    assert bits(params["decoder"]["norm"]) == bits({"scale": np.ones(16, np.float32)})
     assert bits(params["decoder"]["layers"]) == bits(whole["decoder"]["layers"])
     case("llama", tmp_path, lambda t: t.update({"score.weight": np.ones((2, 16), np.float32)}))
-    with pytest.raises(ConfigError, match="unexpected score.weight"):
-        load_checkpoint(tmp_path)
-    load_checkpoint(tmp_path, unused=["score.*"])
+    with pytest.raises(ConfigError, match="unexpected model.norm.weight, score.weight; take"):
+        load_checkpoint(tmp_path, new=["decoder/norm/*"], key=key)
     for options, message in [
-        (dict(new=["decoder/norm/*"]), "is drawn at random; pass key="),
+        (dict(new=["decoder/norm/*"], unused=["score.*"]), "is drawn at random; pass key="),
         (dict(new=["decoder/nrm/*"], key=key), r"new='decoder/nrm/\*' matches none of the paths"),
         (dict(unused=["scores.*"]), r"unused='scores.\*' matches none of the tensors of the"),
         (dict(unused="score.*"), r"unused='score.\*' is text; pass a list"),
@@ -213,8 +227,6 @@ def test_weights_can_be_new_or_left_out(tmp_path: Path) -> None:
 
 
 def test_a_number_too_large_for_its_storage_is_refused(tmp_path: Path) -> None:
-    from mpjax.precision import get_precision
-
     folder = case("llama", tmp_path, lambda t: t[UP].__setitem__((3, 4), 7e4))
     with pytest.raises(ConfigError, match=f"decoder/layers/mlp/up/kernel: {UP} has numbers beyond"):
         load_checkpoint(
@@ -226,15 +238,10 @@ def test_a_number_too_large_for_its_storage_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_tensor_at_a_time(tmp_path: Path) -> None:
-    from mpjax.models.hf.checkpoint import Checkpoint
-    from mpjax.models.hf.tensors import Tensor
-
     checkpoint = open_checkpoint(case("llama", tmp_path))
     alive: list[Any] = []
 
     def counted(tensor: Tensor) -> Tensor:
-        import weakref
-
         def read() -> np.ndarray:
             assert not any(ref() is not None for ref in alive)
             x = tensor.read()
