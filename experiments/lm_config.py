@@ -128,12 +128,16 @@ class Config:
         names = ("loss_scale", "update", "moments", "gradient_dtype")
         return {"rules": self.rule} | {name: getattr(self, name) for name in names}
 
+    def named(self) -> str:
+        """The precision of a run without a schedule, as it was given."""
+        return DEFAULT if self.precision is None else self.precision
+
     def resolved(self) -> Precision:
         """The Precision that the run begins in."""
         schedule = self.resolved_schedule()
         if schedule is not None:
             return schedule.first
-        return get_precision(self.precision or DEFAULT, **self._options())
+        return get_precision(self.named(), **self._options())
 
     def resolved_schedule(self) -> PrecisionSchedule | None:
         """The schedule of Precision, over the run's steps; None without one."""
@@ -165,7 +169,7 @@ def settings(config: Config) -> dict[str, Any]:
     """All settings as JSON-able values; the model's shape is written out."""
     values = dataclasses.asdict(config) | {"out": str(config.out)}
     if not config.precision_schedule:
-        values["precision"] = config.precision or DEFAULT
+        values["precision"] = config.named()
     # A setting that says nothing is left out, so that runs of before it can be resumed.
     values = {k: v for k, v in values.items() if (k, v) != ("precision_schedule", "")}
     values["shape"] = shape_changes(config.shape)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
-    "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger",
+    "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger", "chat",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -227,6 +227,20 @@ def test_a_bf16_run_starts_one_stored_low_and_says_what_it_cast(text, tmp_path):
             assert f"master/decoder/layers/mlp/up/kernel: from {weight}" in shown
         begin = curve(tmp_path / precision)[0]
         assert begin[0] == 1 and abs(begin[1] - last[1]) < 0.3 * (first[1] - last[1])
+
+
+def test_a_schedule_of_precision_is_in_what_a_run_leaves(text, tmp_path):
+    args = [*SMALL, "--data", text, "--sample", 4, "--steps", 8, "--eval-every", 0]
+    _, err = run(
+        "train_lm", *args, "--precision-schedule", "late:fp16:bf16:0.25", "--out", tmp_path
+    )
+    assert "step 7: fp16 -> bf16: the last 0.25 of 8 steps" in err
+    records = [r for r in read(tmp_path) if "loss" in r]
+    assert [r["precision"] for r in records] == [0] * 6 + [1] * 2
+    assert records[6]["switch"].startswith("fp16 -> bf16") and records[6]["loss_scale"] == 1
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["precision_schedule"]["labels"] == ["fp16", "bf16"]
+    assert manifest["precision_schedule"]["steps"] == 8 and manifest["precision"]["name"] == "fp16"
 
 
 def test_a_mesh_of_eight_trains_and_resumes_onto_another(text, tmp_path):
@@ -483,12 +497,65 @@ def test_a_tagger_is_compared_with_the_most_frequent_tag(tmp_path):
     ]
     path.write_text("\n".join("".join(f"{w}\t{t}\n" for w, t in s) for s in sentences))
     args = [*FRESH, "--data", path, "--task", "ner", *"--lengths 16 --steps 12".split()]
-    args += "--warmup 1 --seeds 1 --precision fp32 bf16 --lr 3e-2 --dropout 0".split()
+    args += "--warmup 1 --seeds 1 --precision fp32 --lr 3e-2 --dropout 0".split()
     out, _ = run("finetune_tagger", *args, "--out", tmp_path / "out")
-    require_report(tmp_path / "out", ("loss.png",), ("fp32", "bf16"))
+    require_report(tmp_path / "out", ("loss.png",), ("fp32",))
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert all(one["entity f1"] > 0.8 for scores in found.values() for one in scores)
     assert "of entity f1 above the most frequent tag" in out
     path.write_text("word without a tag\n")
     _, err = run("finetune_tagger", *args, "--out", tmp_path / "none", code=2)
     assert "line 1: 'word without a tag'; expected word<TAB>tag" in err
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A checkpoint that draws its answers from random weights, with tokenizer and template."""
+    pytest.importorskip("safetensors", reason="the extra hub is not installed")
+    pytest.importorskip("jinja2", reason="the extra chat is not installed")
+    import jax
+    import tokenizers
+
+    from mpjax.models import decoder
+    from mpjax.models.hf import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("talker") / "checkpoint"
+    model = decoder("tiny", layers=1, width=32, heads=2, vocabulary=258, context=128)
+    save_checkpoint(folder, model, model.init(jax.random.key(0)))
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>"
+    page = {"chat_template": template, "bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(page))
+    return folder
+
+
+def test_a_checkpoint_answers_in_any_storage(talker):
+    args = ["--checkpoint", talker, "--prompt", "hello", "--tokens", 6]
+    out, err = run("chat", *args, "--weights", "int4", "--cache", "int8")
+    assert out.endswith("\n") and "MB of weights in int4@32 (float32:" in err
+    assert re.search(r"[1-6] tokens, the first after [\d.]+ s, then ", err)
+
+
+def test_a_chat_that_cannot_begin_is_one_line(talker, tmp_path):
+    args = ["--checkpoint", talker, "--prompt", "hello", "--tokens", 6]
+    for bad, message in (
+        (["--weights", "int5"], "error: weights: 'int5': format: unknown name"),
+        (["--tokens", 500], "error: prompt: "),
+        (["--checkpoint", tmp_path], f"error: {tmp_path}: no checkpoint in it"),
+    ):
+        _, err = run("chat", *args, *bad, code=2)
+        assert err.splitlines()[-1].startswith(message), err
+
+
+def test_beams_and_stored_weights_continue_a_prompt(trained):
+    args = ["--run", trained[0], "--prompt", "line 12", "--tokens", 8]
+    found = [run("generate", *args, "--beams", 3, *more)[0] for more in
+             ((), ("--weights", "int8", "--cache", "int8"))]  # fmt: skip
+    assert all(text.startswith("line 12") for text in found)
+    _, err = run("generate", *args, "--beams", 3, "--top-k", 5, code=2)
+    assert err.startswith("error: top_k: beam search draws nothing")
