@@ -12,6 +12,8 @@ from mpjax.models.recurrent import Recurrent, recurrent
 from mpjax.models.recurrent_config import RecurrentConfig, recurrent_config
 from mpjax.models.resnet import ResNet, resnet
 from mpjax.models.resnet_config import ResNetConfig, resnet_config
+from mpjax.models.seq2seq import Seq2Seq, seq2seq
+from mpjax.models.seq2seq_config import Seq2SeqConfig, seq2seq_config, seq2seq_size_names
 from mpjax.models.weight_file import load_weights, save_weights
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "RecurrentConfig",
     "ResNet",
     "ResNetConfig",
+    "Seq2Seq",
+    "Seq2SeqConfig",
     "Variant",
     "beam_search",
     "compare",
@@ -41,6 +45,9 @@ __all__ = [
     "resnet",
     "resnet_config",
     "save_weights",
+    "seq2seq",
+    "seq2seq_config",
+    "seq2seq_size_names",
     "size_names",
     "stream",
     "weight_report",

@@ -13,18 +13,15 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from mpjax import ops
-from mpjax.errors import ConfigError
 from mpjax.formats import slice_view
-from mpjax.models.block import Sight
-from mpjax.models.cache import cache_storage, empty
 from mpjax.models.config import DecoderConfig, decoder_config
+from mpjax.models.heads import next_token_loss, unembed
 from mpjax.models.network import Network
-from mpjax.models.skeleton import At, decoder_parts, init_boxed, part_key
+from mpjax.models.skeleton import At, decoder_parts, init_boxed
 from mpjax.models.stack import Stack, equal_segments
 from mpjax.models.storage import Storage
-from mpjax.models.trunk import Trunk
-from mpjax.precision import Precision, dtype_name, get_precision, wider
+from mpjax.models.trunk import Trunk, empty_cache, sight_of
+from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
 
 
@@ -70,7 +67,7 @@ class Model(Network):
         T = ids_BT.shape[1]
         stack = Stack(self.config, self.at, self.segments, rounding=self.rounds)
         x, cache, amax = Trunk(stack, self.shard)(
-            slice_view(params)["decoder"], ids_BT, self._sight(T, keep, state),
+            slice_view(params)["decoder"], ids_BT, sight_of(T, keep, state),
             cache=state.get("layers"), amax=state.get("amax", {}).get("layers"), key=key,
             train=train,
         )  # fmt: skip
@@ -80,43 +77,6 @@ class Model(Network):
         if amax:
             new["amax"] = state["amax"] | {"layers": amax}
         return x, new or None
-
-    def _sight(self, T: int, keep_BT: Any, state: Any) -> Sight:
-        if "position" not in state:
-            if keep_BT is None:
-                return Sight(jnp.arange(T))
-            keep_BT = jnp.asarray(keep_BT).astype(bool)  # tokenizers give 0 and 1
-            # Tokens are counted, padding is not: on either side it changes no token's position.
-            return Sight(jnp.maximum(jnp.cumsum(keep_BT, axis=1) - 1, 0), keep_BS=keep_BT)
-        if keep_BT is not None:
-            raise ConfigError(
-                "model: keep beside a cache; the cache knows the padding: init_cache(pads=...)"
-            )
-        first = state["position"]
-        slots_T = jnp.arange(T) + first
-        if "pads" not in state:
-            return Sight(slots_T, first)
-        pads_B1 = state["pads"][:, None]
-        keep_BS = jnp.arange(state["layers"][0].shape[2])[None, :] >= pads_B1
-        return Sight(jnp.maximum(slots_T[None, :] - pads_B1, 0), first, keep_BS)
-
-    def _unembed(self, params: Any, x: Any, key: Any = None) -> Any:
-        """Features to logits in the head's output dtype."""
-        p = slice_view(params)["decoder"]
-        # One key for all chunks of a loss in chunks: each number is still rounded without bias.
-        key = None if key is None else part_key(key, "head")
-        if not self.config.tied:
-            head, _ = decoder_parts(self.config, self.at)["head"]
-            return head.apply(
-                {"params": p["head"]}, x, rngs={} if key is None else {"rounding": key}
-            )
-        path = "decoder/head"
-        with jax.named_scope(path):
-            return ops.linear(
-                x, p["embed"]["table"], self.precision.policy(path), transposed=True, where=path,
-                gradient_dtype=self.precision.gradient_dtype, recipe=self.recipes.get(path),
-                key=key,
-            )  # fmt: skip
 
     def apply(
         self, params: Any, ids_BT: Any, *, keep: Any = None, state: Any = None, key: Any = None,
@@ -134,7 +94,7 @@ class Model(Network):
           train: whether dropout is on.
         """
         x, state = self.features(params, ids_BT, keep=keep, state=state, key=key, train=train)
-        logits = self._unembed(params, x, key)
+        logits = unembed(self.config, self.at, slice_view(params)["decoder"], x, key)
         cap = self.config.logit_cap
         return (cap * jnp.tanh(logits / cap) if cap else logits), state
 
@@ -147,23 +107,11 @@ class Model(Network):
           batch: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there
             is padding, and `weights` (B, T) of the tokens in the mean, if they are not all alike.
         """
-        c = self.config
         x, state = self.features(
             params, batch["inputs"], keep=batch.get("keep"), state=state, key=key, train=train
         )
-        targets = batch["targets"]
-        B, T = targets.shape
-        loss = ops.cross_entropy(
-            x,
-            targets,
-            functools.partial(self._unembed, params, key=key),
-            self.precision.policy("decoder/loss"),
-            chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
-            z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of what is judged
-            logit_cap=c.logit_cap,
-            weights_BT=batch.get("weights"),
-        )
-        return loss, state
+        p = slice_view(params)["decoder"]
+        return next_token_loss(self.config, self.at, p, x, batch, key, train), state
 
     def init_cache(
         self, batch: int, length: int, storage: str | Storage = "", *, pads: Any = None
@@ -177,22 +125,7 @@ class Model(Network):
             and head; by default the products' compute dtype.
           pads: (B,) tokens of padding on the left of each row; None is none.
         """
-        c = self.config
-        if c.position == "learned" and length > c.context:
-            raise ConfigError(
-                f"model: cache of {length} tokens is longer than context={c.context}; generate"
-                " fewer tokens"
-            )
-        attention = [f"decoder/layers/{i}/attention" for i in range(c.layers)]
-        dtype = functools.reduce(
-            wider, (self.precision.policy(path).compute_dtype for path in attention)
-        )
-        shape = (c.layers, batch, length, c.groups, c.per_head)
-        form = cache_storage(storage or dtype_name(dtype))
-        state = {
-            "layers": (empty(shape, form, dtype), empty(shape, form, dtype)),
-            "position": jnp.int32(0),
-        }
+        state = empty_cache(self.config, self.precision, batch, length, storage)
         return state if pads is None else state | {"pads": jnp.asarray(pads, jnp.int32)}
 
 

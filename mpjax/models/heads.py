@@ -1,18 +1,21 @@
-"""What an encoder's features are turned into: pooled, and logits of each kind."""
+"""What features are turned into: pooled, logits of each kind, and the loss of next tokens."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from mpjax import ops
 from mpjax.models.block import activate
 from mpjax.models.block_config import BlockConfig
+from mpjax.models.config import DecoderConfig
 from mpjax.models.context import Layer
 from mpjax.models.layers import Linear, Norm
+from mpjax.models.skeleton import At, decoder_parts, part_key
 
 
 class Pooler(Layer):
@@ -73,3 +76,54 @@ class ClassHead(Layer):
         if self.dropout:
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return Linear(self.context, self.classes, ("embed", None), True, name="head")(x)
+
+
+def unembed(config: BlockConfig, at: At, p: Any, x: Any, key: Any = None) -> Any:
+    """Returns features as logits in the output dtype of `decoder/head`.
+
+    Args:
+      config: shape.
+      at: path prefix below `decoder` -> context.
+      p: weights below `decoder`.
+      x: features (..., D).
+      key: of recipes that draw, or None.
+    """
+    # One key for all chunks of a loss in chunks: each number is still rounded without bias.
+    key = None if key is None else part_key(key, "head")
+    if not config.tied:
+        head, _ = decoder_parts(config, at)["head"]
+        return head.apply({"params": p["head"]}, x, rngs={} if key is None else {"rounding": key})
+    context, path = at("head"), "decoder/head"
+    with jax.named_scope(path):
+        return ops.linear(
+            x, p["embed"]["table"], context.policy(()), transposed=True, where=path,
+            gradient_dtype=context.precision.gradient_dtype, recipe=context.recipe(()), key=key,
+        )  # fmt: skip
+
+
+def next_token_loss(
+    config: DecoderConfig, at: At, p: Any, x: Any, batch: Any, key: Any, train: bool
+) -> Any:
+    """Returns the mean cross-entropy of a batch's `targets`, by its `weights` if it has any.
+
+    Args:
+      config: shape.
+      at: path prefix below `decoder` -> context.
+      p: weights below `decoder`.
+      x: features (B, T, D).
+      batch: `targets` (B, T), and `weights` (B, T) if not all tokens count alike.
+      key: of recipes that draw, or None.
+      train: whether the z-loss is part of it.
+    """
+    c, targets = config, batch["targets"]
+    B, T = targets.shape
+    return ops.cross_entropy(
+        x,
+        targets,
+        lambda x: unembed(c, at, p, x, key),
+        at("loss").policy(()),
+        chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
+        z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of what is judged
+        logit_cap=c.logit_cap,
+        weights_BT=batch.get("weights"),
+    )

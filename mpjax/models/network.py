@@ -30,7 +30,7 @@ class Network:
     precision: Precision
     shard: Any = unsharded
 
-    root: ClassVar[str]  # first part of every path
+    root: ClassVar[str]  # first part of every path; empty where parts have several
     unthreaded: ClassVar[str] = ""  # path of a product that cannot thread an amax history
 
     def boxed(self, at: At, key: Any) -> Any:
@@ -41,6 +41,11 @@ class Network:
     def depth(self) -> int:
         """How many layers are stacked below `ROOT/layers`."""
         return 0
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Root -> how many layers are stacked below `ROOT/layers`."""
+        return {self.root: self.depth}
 
     @property
     def further(self) -> dict[str, str]:
@@ -59,8 +64,8 @@ class Network:
 
     def _check_storage(self) -> None:
         for path in self._of("weight"):
-            if path.startswith(f"{self.root}/layers/"):
-                parts = path.split("/")
+            parts = path.split("/")
+            if parts[1] == "layers":
                 first = "/".join([*parts[:2], "0", *parts[3:]])
                 own, other = (self.precision.policy(p).param_dtype for p in (path, first))
                 if own != other:
@@ -72,7 +77,11 @@ class Network:
 
     def at(self, *prefix: str) -> Context:
         """Returns the context of a part."""
-        return Context(self.precision, (self.root, *prefix), self.shard)
+        return Context(self.precision, self._prefix + prefix, self.shard)
+
+    @property
+    def _prefix(self) -> tuple[str, ...]:
+        return (self.root,) if self.root else ()
 
     def sharded(self, shard: Any) -> Any:
         """Returns the model with its activations constrained by `shard(x, logical_axes)`."""
@@ -84,16 +93,18 @@ class Network:
         covers_all = get_precision("fp32")
 
         def at(*prefix: str) -> Context:
-            return Context(covers_all, (self.root, *prefix), seen=seen)
+            return Context(covers_all, self._prefix + prefix, seen=seen)
 
         jax.eval_shape(lambda: self.boxed(at, jax.random.key(0)))
         seen |= self.further
-        zero = f"{self.root}/layers/0/"
-        return {
-            path.replace(zero, f"{self.root}/layers/{layer}/", 1): kind
-            for path, kind in seen.items()
-            for layer in range(self.depth if path.startswith(zero) else 1)
-        }
+
+        def layers(path: str) -> list[str]:
+            root, *rest = path.split("/")
+            if rest[:2] != ["layers", "0"]:
+                return [path]
+            return ["/".join([root, "layers", str(i), *rest[2:]]) for i in range(self.depths[root])]
+
+        return {each: kind for path, kind in seen.items() for each in layers(path)}
 
     def _of(self, kind: str) -> list[str]:
         return [path for path, found in self._sites.items() if found == kind]
@@ -138,10 +149,10 @@ class Network:
         tree: dict[str, Any] = {}
         for path, recipe in self.recipes.items():
             if recipe.history:
-                bare = [part for part in path.split("/")[1:] if not part.isdigit()]
+                bare = [part for part in path.split("/") if not part.isdigit()]
+                layers = (self.depths[bare[0]],) if bare[1] == "layers" else ()
                 at = tree
-                for part in bare:
+                for part in bare[len(self._prefix) :]:
                     at = at.setdefault(part, {})
-                layers = (self.depth,) if bare[0] == "layers" else ()
                 at["kernel"] = AmaxHistory.empty(recipe.history, layers)
         return {"amax": tree} if tree else None

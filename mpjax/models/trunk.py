@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +11,13 @@ from flax import linen as nn
 
 from mpjax.errors import ConfigError
 from mpjax.models.block import Sight
+from mpjax.models.block_config import BlockConfig
+from mpjax.models.cache import cache_storage, empty
 from mpjax.models.skeleton import outer_parts, part_key
 from mpjax.models.stack import Stack
+from mpjax.models.storage import Storage
 from mpjax.ops.rotary import sinusoid
+from mpjax.precision import Precision, dtype_name, wider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +85,53 @@ class Trunk:
             )
         x, cache, amax = self.stack(p["layers"], x, sight, cache, amax or {}, key, dropping)
         return (run("norm", x) if c.norm_first else x), cache, amax
+
+
+def sight_of(tokens: int, keep_BT: Any, state: Any) -> Sight:
+    """Returns where the tokens of a decoder's call stand.
+
+    Args:
+      tokens: T.
+      keep_BT: what is no padding, bool or 0 and 1; None is all.
+      state: `position`, `layers` and perhaps `pads` of a cache, or without them.
+
+    Raises:
+      ConfigError: padding is given beside a cache.
+    """
+    if "position" not in state:
+        if keep_BT is None:
+            return Sight(jnp.arange(tokens))
+        keep_BT = jnp.asarray(keep_BT).astype(bool)  # tokenizers give 0 and 1
+        # Tokens are counted, padding is not: on either side it changes no token's position.
+        return Sight(jnp.maximum(jnp.cumsum(keep_BT, axis=1) - 1, 0), keep_BS=keep_BT)
+    if keep_BT is not None:
+        raise ConfigError(
+            "model: keep is given beside a cache; give the padding as init_cache(pads=...)"
+        )
+    first = state["position"]
+    slots_T = jnp.arange(tokens) + first
+    if "pads" not in state:
+        return Sight(slots_T, first)
+    pads_B1 = state["pads"][:, None]
+    keep_BS = jnp.arange(state["layers"][0].shape[2])[None, :] >= pads_B1
+    return Sight(jnp.maximum(slots_T[None, :] - pads_B1, 0), first, keep_BS)
+
+
+def empty_cache(
+    config: BlockConfig, precision: Precision, batch: int, length: int, storage: str | Storage
+) -> dict[str, Any]:
+    """Returns the empty keys and values of a decoder's blocks, and the position 0."""
+    c = config
+    if c.position == "learned" and length > c.context:
+        raise ConfigError(
+            f"model: cache of {length} tokens is longer than context={c.context}; generate"
+            " fewer tokens"
+        )
+    attention = [f"decoder/layers/{i}/attention" for i in range(c.layers)]
+    dtype = functools.reduce(wider, (precision.policy(path).compute_dtype for path in attention))
+    shape = (c.layers, batch, length, c.groups, c.per_head)
+    form = cache_storage(storage or dtype_name(dtype))
+    return {
+        "layers": (empty(shape, form, dtype), empty(shape, form, dtype)),
+        "position": jnp.int32(0),
+    }
