@@ -12,11 +12,16 @@ from typing import Annotated
 import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
+import numpy as np
 import tyro
-from lm import CHECKPOINTS, Shape, lm_model, sample
+from lm import CHECKPOINTS, Shape, lm_model, prompt_ids, room, sample
 
 from mpjax.data import Tokenizer
 from mpjax.errors import ConfigError
+from mpjax.models import beam_search, quantize_weights
+from mpjax.models.cache import cache_storage
+from mpjax.models.sampling import Sampling
+from mpjax.models.storage import Storage
 from mpjax.precision import get_precision
 from mpjax.train.reader import CheckpointReader
 
@@ -35,6 +40,16 @@ class Config:
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = 0
     """Draw among the k likeliest tokens; 0 among all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability; 1 among all."""
+    beams: int = 0
+    """Search the likeliest text with so many beams instead of drawing; 0 draws."""
+    length_penalty: float = 1.0
+    """Of beam search: scores are log p / length to this power."""
+    weights: str = ""
+    """Storage of the weights, such as bf16, int8 or int4@32; as they were trained by default."""
+    cache: str = ""
+    """Storage of keys and values, such as int8; the compute dtype by default."""
     seed: int = 0
     """Of the draws."""
     precision: str = ""
@@ -48,7 +63,19 @@ class Config:
 def main(config: Config) -> None:
     """Restores the weights and samples."""
     launch.positive(config, "tokens")
-    launch.not_negative(config, "temperature", "top_k", "seed")
+    launch.not_negative(config, "temperature", "top_k", "seed", "beams", "length_penalty")
+    if config.beams:
+        drawing = [n for n in ("top_k", "top_p") if getattr(config, n) != getattr(Config, n)]
+        if drawing:
+            raise ConfigError(f"{drawing[0]}: beam search draws nothing; leave it or --beams out")
+    elif config.length_penalty != Config.length_penalty:
+        raise ConfigError("length_penalty: scores of beam search; give --beams too")
+    else:
+        Sampling(config.temperature, config.top_k, config.top_p)
+    if config.weights:
+        Storage.parse(config.weights, "weights")
+    if config.cache:
+        cache_storage(config.cache)
     reader = CheckpointReader(config.run / CHECKPOINTS)
     steps = reader.steps()
     if not steps:
@@ -82,10 +109,21 @@ def main(config: Config) -> None:
     leaves = reader.read(names, step)
     tree = jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in names])
     params, state = tree["params"], None if config.precision else tree["model_state"]
-    text = sample(
-        model, params, tokenizer, config.prompt, config.tokens, temperature=config.temperature,
-        top_k=config.top_k, seed=config.seed, state=state,
-    )  # fmt: skip
+    if config.weights:
+        params = quantize_weights(params, config.weights)
+    if config.beams:
+        ids = prompt_ids(model, tokenizer, config.prompt)
+        found = beam_search(
+            model, params, ids, new=room(model, ids, config.tokens), beams=config.beams,
+            length_penalty=config.length_penalty, cache=config.cache, state=state,
+        )  # fmt: skip
+        text = config.prompt + tokenizer.decode(np.asarray(found.tokens[0, 0]))
+    else:
+        text = sample(
+            model, params, tokenizer, config.prompt, config.tokens, seed=config.seed,
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+            cache=config.cache, state=state,
+        )  # fmt: skip
     launch.wide().print(text, highlight=False, markup=False)
 
 

@@ -146,15 +146,21 @@ def prompt_ids(model: Model, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
     return ids
 
 
+def room(model: Model, ids: np.ndarray, new: int) -> int:
+    """Returns how many of the tokens asked for fit behind a prompt."""
+    learned = model.config.position == "learned"
+    return min(new, model.config.context - ids.shape[1]) if learned else new
+
+
 def sample(
     model: Model, params: Any, tokenizer: Tokenizer, prompt: str, new: int, *,
-    temperature: float = 0.8, top_k: int = 0, seed: int = 0, state: Any = None,
+    temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
+    cache: str = "", state: Any = None,
 ) -> str:  # fmt: skip
     """Returns a prompt and its continuation as text."""
     ids = prompt_ids(model, tokenizer, prompt)
-    room = model.config.context - ids.shape[1] if model.config.position == "learned" else new
     out = generate(
-        model, params, jnp.asarray(ids), new=min(new, room), key=jax.random.key(seed),
-        temperature=temperature, top_k=top_k, state=state,
+        model, params, jnp.asarray(ids), new=room(model, ids, new), key=jax.random.key(seed),
+        temperature=temperature, top_k=top_k, top_p=top_p, cache=cache, state=state,
     )  # fmt: skip
     return prompt + tokenizer.decode(np.asarray(out[0]))

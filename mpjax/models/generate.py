@@ -167,9 +167,9 @@ def stream(
 @functools.partial(jax.jit, static_argnames=("model", "start", "beams", "end", "penalty"))
 def _beam_search(
     model: Any, params: Any, prompt_BT: Any, start: Start, beams: int, end: int | None,
-    penalty: float, lengths_B: Any,
+    penalty: float, lengths_B: Any, state: Any,
 ) -> Beams:  # fmt: skip
-    last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, model.init_state())
+    last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
 
     def step(token_R1: Any, state: Any) -> Any:
         logits, state = model.apply(params, token_R1, state=state)
@@ -189,6 +189,7 @@ def beam_search(
     end: int | None = None,
     lengths: Any = None,
     cache: str = "",
+    state: Any = None,
 ) -> Beams:
     r"""Returns the best continuations that beam search finds, best first.
 
@@ -204,6 +205,7 @@ def beam_search(
       end: token that ends a continuation; what follows it is filled with it.
       lengths: how many tokens at the end of each row are its prompt; by default all.
       cache: storage of keys and values, such as `int8`; by default the products' compute dtype.
+      state: amax histories, as in `generate`.
 
     Returns:
       Tokens (B, K, N) and their scores (B, K), -inf for beams beyond all continuations there are.
@@ -224,6 +226,7 @@ def beam_search(
     """
     check_beams(beams, length_penalty)
     start, lengths = check_prompt(model, prompt, lengths, new, cache, end)
+    state = model.init_state() if state is None else state
     return _beam_search(
-        model, params, jnp.asarray(prompt), start, beams, end, length_penalty, lengths
+        model, params, jnp.asarray(prompt), start, beams, end, length_penalty, lengths, state
     )

@@ -1,0 +1,206 @@
+"""A small language model answers in the terminal, its weights in 32, 16, 8 or 4 bits.
+
+Shows what weight storage does to an answer, to bytes and to tokens a second. SmolLM2-135M-Instruct
+is fetched on first use (93 MB); any checkpoint that mpjax.models.hf reads and that brings a chat
+template will do.
+
+Run:       python experiments/chat.py --weights int8
+           python experiments/chat.py --weights int4 --prompt 'What is the capital of France?'
+Expected:  in float32, bf16 and int8, "The capital of France is Paris."; int4 may say it otherwise.
+           Fewer bits save memory here, not time: a CPU dequantises the weights for each token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import launch  # sets XLA flags before JAX starts
+
+import jax  # isort: skip
+
+from mpjax.data.assets import fetch
+from mpjax.data.chat import Chat, Message
+from mpjax.errors import ConfigError
+from mpjax.models import left_pad, quantize_weights, stream
+from mpjax.models.cache import cache_storage
+from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint
+from mpjax.models.sampling import Sampling
+from mpjax.models.storage import Storage, stored_bytes
+from mpjax.precision import get_precision
+
+BLOCK = 64  # prompts are padded to a multiple of it: so many lengths share a compiled program
+WARM = 2  # the first token waits for the prompt, the second for a compilation
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Talk to a checkpoint."""
+
+    prompt: str = ""
+    """Answer this and leave; without it, talk until an empty line."""
+    checkpoint: str = ""
+    """Folder or file of a checkpoint with its tokenizer; by default SmolLM2-135M-Instruct."""
+    weights: str = "int8"
+    """Storage of the weights: f32, bf16, int8, int4 (a scale for 32 numbers) or FORMAT@SCALING."""
+    rule: tuple[str, ...] = ()
+    """PATTERN=STORAGE of some weights, such as '**/embed=int8', or PATTERN=keep."""
+    precision: str = "fp32"
+    """Precision to compute in; int8 with int8 weights multiplies integers."""
+    cache: str = ""
+    """Storage of keys and values, such as int8; the compute dtype by default."""
+    system: str = ""
+    """First message, of the system; the template's own by default."""
+    tokens: int = 200
+    """Longest answer."""
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens; 0 among all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Of the draws."""
+
+
+def find_chat(checkpoint: Checkpoint) -> Chat:
+    """Returns the tokenizer and chat template that come with a checkpoint.
+
+    Raises:
+      ConfigError: it has none.
+    """
+    where = checkpoint.where
+    tokenizer, names, template = checkpoint.tokenizer_json(), {}, None
+    try:
+        if checkpoint.gguf:
+            fields = checkpoint.gguf.fields
+            template = fields["tokenizer.chat_template"].contents()
+            tokens = fields["tokenizer.ggml.tokens"].contents()
+            for name in ("bos", "eos"):
+                names[f"{name}_token"] = tokens[
+                    fields[f"tokenizer.ggml.{name}_token_id"].contents()
+                ]
+        else:
+            where = checkpoint.where.parent / "tokenizer_config.json"
+            settings = json.loads(where.read_text(encoding="utf-8"))
+            apart = where.parent / "chat_template.jinja"  # where newer versions keep it
+            template = apart.read_text() if apart.is_file() else settings["chat_template"]
+            for name in ("bos_token", "eos_token"):
+                token = settings.get(name)
+                names[name] = token["content"] if isinstance(token, dict) else token
+    except FileNotFoundError:
+        raise ConfigError(f"checkpoint: {where} is missing; name a model that can chat") from None
+    except KeyError as error:
+        raise ConfigError(
+            f"checkpoint: {where} has no {error}; name a model that can chat"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"checkpoint: {where} is no JSON ({error}); fetch it again") from None
+    if tokenizer is None or not names["eos_token"]:
+        raise ConfigError(
+            f"checkpoint: {where.parent} has no tokenizer.json or names no end token; name a model"
+            " that can chat"
+        )
+    return Chat(tokenizer, template, names["eos_token"], names)
+
+
+def say(chat: Chat, tokens: Any, write: Callable[[str], None]) -> tuple[str, str]:
+    """Writes an answer as its tokens come.
+
+    Returns:
+      The answer, and how fast it came.
+    """
+    ids: list[int] = []
+    shown, start, warm = "", time.perf_counter(), 0.0
+    first = 0.0
+    for token in tokens:
+        ids.append(int(token[0]))  # waits for the token
+        now = time.perf_counter()
+        first = first or now - start
+        warm = now if len(ids) == WARM else warm
+        if ids[-1] == chat.end:
+            break
+        text = chat.text(ids)
+        if not text.endswith("\ufffd"):  # a letter whose other bytes are still to come
+            write(text[len(shown) :])
+            shown = text
+    took = time.perf_counter() - warm
+    speed = f"{(len(ids) - WARM) / took:.1f} tokens/s" if len(ids) > WARM else "too short to time"
+    return shown, f"{len(ids)} tokens, the first after {first:.1f} s, then {speed}"
+
+
+def main(config: Config) -> None:
+    """Loads the checkpoint, stores its weights as asked, and answers."""
+    launch.positive(config, "tokens")
+    launch.not_negative(config, "temperature", "top_k", "seed")
+    Sampling(config.temperature, config.top_k, config.top_p)
+    storage = "int4@32" if config.weights == "int4" else config.weights
+    Storage.parse(storage, "weights")
+    if config.cache:
+        cache_storage(config.cache)
+    precision = get_precision(config.precision)
+    source = Path(config.checkpoint) if config.checkpoint else fetch("smollm2")
+    chat = find_chat(open_checkpoint(source))
+    # one block is compiled, not thirty
+    model, params = load_checkpoint(source, precision, loop="scan")
+    if chat.vocab_size > model.config.vocabulary:
+        raise ConfigError(
+            f"checkpoint: {source}: the tokenizer has {chat.vocab_size} tokens, the model"
+            f" {model.config.vocabulary}; take the tokenizer of this model"
+        )
+    whole = stored_bytes(params)
+    params = quantize_weights(params, storage, rules=config.rule)
+    slot = stored_bytes(model.init_cache(1, 1, config.cache)["layers"])
+    note = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    note(
+        f"{stored_bytes(params) / 1e6:,.1f} MB of weights in {storage} (float32:"
+        f" {whole / 1e6:,.1f}), {slot:,} bytes of keys and values a token"
+    )
+    messages: list[Message] = []
+    if config.system:
+        messages.append({"role": "system", "content": config.system})
+
+    def answer(text: str, turn: int) -> None:
+        messages.append({"role": "user", "content": text})
+        ids = chat.ids(messages)
+        room = model.config.context - config.tokens
+        if len(ids) > room:
+            raise ConfigError(
+                f"prompt: {len(ids)} tokens and an answer of {config.tokens} do not fit the context"
+                f" of {model.config.context}; shorten it or lower --tokens"
+            )
+        prompt, lengths = left_pad([ids], min(-(-len(ids) // BLOCK) * BLOCK, room))
+        tokens = stream(
+            model, params, prompt, new=config.tokens, lengths=lengths, cache=config.cache,
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+            key=jax.random.fold_in(jax.random.key(config.seed), turn),
+        )  # fmt: skip
+        said, speed = say(chat, tokens, lambda part: print(part, end="", flush=True))
+        print()
+        note(speed)
+        messages.append({"role": "assistant", "content": said})
+
+    if config.prompt:
+        answer(config.prompt, 0)
+        return
+    turn = 0
+    while text := _ask():
+        answer(text, turn)
+        turn += 1
+
+
+def _ask() -> str:
+    """What the user types; empty at the end of the input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+if __name__ == "__main__":
+    launch.command(main, Config)
