@@ -42,8 +42,8 @@ def pack(array: np.ndarray) -> np.ndarray:
     if not bits:
         return codes
     per = 8 // bits
-    codes = np.pad(codes & (2**bits - 1), (0, -codes.size % per)).reshape(-1, per)
-    shifted = codes << (bits * np.arange(per, dtype=np.uint8))[None, :]
+    groups = np.pad(codes & (2**bits - 1), (0, -codes.size % per)).reshape(-1, per)
+    shifted = groups << (bits * np.arange(per, dtype=np.uint8))[None, :]
     return np.bitwise_or.reduce(shifted, axis=1)
 
 
@@ -77,7 +77,8 @@ def save_weights(params: Any, path: str | Path) -> int:
       ConfigError: safetensors is not installed, or the file cannot be written.
     """
     numpy = need("safetensors.numpy", *_EXTRA)
-    tensors, about = {}, {}
+    tensors: dict[str, np.ndarray] = {}
+    about: dict[str, dict[str, Any]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
         name = jax.tree_util.keystr(keys, simple=True, separator="/")
         parts = {"": leaf}
@@ -141,10 +142,10 @@ def _leaf(name: str, about: dict[str, Any], read: Any) -> Any:
 
     if "format" not in about:
         return array("")
-    parts = [array(f"#{p}") if f"array#{p}" in about else None for p in _PARTS]
+    parts = {p: array(f"#{p}") if f"array#{p}" in about else None for p in _PARTS}
     return Quantized(
-        *parts, Format(about["format"]), tuple(about["tile"]), jnp.dtype(about["dtype"]),
-        about["scale_bits"],
+        **parts, format=Format(about["format"]), tile=tuple(about["tile"]),
+        dtype=jnp.dtype(about["dtype"]), scale_bits=about["scale_bits"],
     )  # fmt: skip
 
 
