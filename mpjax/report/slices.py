@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def slice_gaps(correct: Any, reference: Any, slices: Sequence[str]) -> list[Slic
       slices: name of each example's slice.
 
     Returns:
-      A `SliceGap` for each slice, in order of first appearance, after `all`.
+      A `SliceGap` for all, then for each slice in the order of its name, numbers as numbers.
 
     Raises:
       ConfigError: shapes that do not pair.
@@ -83,7 +84,7 @@ def slice_gaps(correct: Any, reference: Any, slices: Sequence[str]) -> list[Slic
         )
     names, difference = np.asarray(slices), (own - other).mean(0)
     chosen = {"all": np.ones(len(names), bool)}
-    chosen |= {str(name): names == name for name in dict.fromkeys(slices)}
+    chosen |= {name: names == name for name in sorted(set(slices), key=_natural)}
     return [
         SliceGap(
             name, int(where.sum()), own[:, where].mean(), other[:, where].mean(),
@@ -91,6 +92,11 @@ def slice_gaps(correct: Any, reference: Any, slices: Sequence[str]) -> list[Slic
         )
         for name, where in chosen.items()
     ]  # fmt: skip
+
+
+def _natural(name: str) -> list[Any]:
+    """Texts and numbers by turns, so that 9 stands before 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def slice_cells(gaps: Sequence[SliceGap]) -> list[tuple[str, ...]]:

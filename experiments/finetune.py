@@ -1,0 +1,230 @@
+"""What the fine-tuning experiments share: a checkpoint, arms in several precisions, a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import launch  # sets XLA flags before JAX starts
+
+import jax  # isort: skip
+import numpy as np
+from finetune_report import Arm
+from rich.console import Console
+
+from mpjax.data.assets import asset_names, fetch
+from mpjax.data.buckets import bucket_batches
+from mpjax.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
+from mpjax.errors import ConfigError
+from mpjax.models import encoder
+from mpjax.models.hf import load_checkpoint
+from mpjax.optim import make_optimizer, wrap
+from mpjax.precision import PrecisionSchedule, get_precision, get_schedule
+from mpjax.precision.schedule import KINDS, fixed
+from mpjax.report import Outcome
+from mpjax.train import build
+from mpjax.train.loop import fit
+from mpjax.train.manifest import manifest, write_manifest
+from mpjax.train.memory import bytes_per_parameter
+from mpjax.train.metrics import MetricsWriter
+from mpjax.train.progress import ProgressBar
+
+console = Console(stderr=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What is fine-tuned, and how."""
+
+    checkpoint: str = "minilm"
+    """An asset, a folder or a name on the Hugging Face Hub; `none` trains a small one anew."""
+    precision: tuple[str, ...] = ("fp32", "bf16", "fp16", "fp8")
+    """Precisions, or schedules such as late:fp8:bf16:0.2; others are compared with the first."""
+    eval_precision: str = "fp32"
+    """Precision that judges all of them."""
+    layers: int = 2
+    """Blocks, without a checkpoint."""
+    width: int = 64
+    """Width, without a checkpoint."""
+    heads: int = 4
+    """Attention heads, without a checkpoint."""
+    vocabulary: int = 2000
+    """Ids of the tokenizer, which is then trained on the training texts."""
+    dropout: float = 0.1
+    """Rate in training."""
+    lengths: tuple[int, ...] = (32, 64, 96)
+    """Tokens that texts are padded to; a step is compiled for each. Longer texts are cut."""
+    batch: int = 32
+    """Texts a step."""
+    steps: int = 60
+    """Steps a run."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    schedule: str = "linear"
+    """`constant`, `linear`, `cosine` or `wsd`."""
+    warmup: int = 6
+    """Steps of warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled, on matrices."""
+    clip: float = 1.0
+    """Largest global gradient norm."""
+    seeds: int = 3
+    """Seeds an arm; the n-th seed has the same new weights, batches and dropout in every arm."""
+
+
+def check(config: Any) -> None:
+    """Checks numbers, before anything is read."""
+    launch.positive(
+        config, "layers", "width", "heads", "vocabulary", "lengths", "batch", "steps", "lr",
+        "clip", "seeds",
+    )  # fmt: skip
+    launch.not_negative(config, "warmup", "weight_decay", "dropout")
+    launch.not_empty(config, "precision", "lengths")
+    if len(set(config.precision)) < len(config.precision):
+        raise ConfigError(f"precision: {' '.join(config.precision)}; name each arm once")
+
+
+def read_schedule(text: str, steps: int) -> PrecisionSchedule:
+    """Returns the schedule of an arm; a Precision is one that never switches."""
+    if text.split(":")[0] in KINDS:
+        return get_schedule(text).over(steps)
+    return fixed(get_precision(text))
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where every run starts: a checkpoint with a new head, or new weights.
+
+    Args:
+      config: the settings.
+      head: name of the encoder's head.
+      classes: outputs of the head.
+      texts: on which a tokenizer is trained where there is no checkpoint.
+    """
+
+    config: Any
+    head: str
+    classes: int
+    texts: Sequence[str]
+
+    @property
+    def source(self) -> str | Path | None:
+        """The checkpoint, fetched."""
+        name = self.config.checkpoint
+        return None if name == "none" else fetch(name) if name in asset_names() else name
+
+    def pieces(self) -> WordPiece:
+        """Returns the tokenizer."""
+        if (source := self.source) is None:
+            return train_wordpiece(self.texts, self.config.vocabulary)
+        return load_wordpiece(source)
+
+    def model(self, precision: Any, vocabulary: int) -> Any:
+        """Returns the model in a Precision."""
+        config = self.config
+        if self.source is not None:
+            return self._loaded(precision, 0)[0]
+        return encoder(
+            "bert-tiny", precision, vocabulary=vocabulary, layers=config.layers,
+            width=config.width, heads=config.heads, context=max(config.lengths), **self._changes,
+        )  # fmt: skip
+
+    def params(self, model: Any, seed: int) -> Any:
+        """Returns the parameters that a seed's run begins with."""
+        if self.source is not None:
+            return self._loaded(model.precision, seed)[1]
+        return jax.jit(model.init)(jax.random.key(seed))
+
+    @property
+    def _changes(self) -> dict[str, Any]:
+        return {"head": self.head, "classes": self.classes, "dropout": self.config.dropout}
+
+    def _loaded(self, precision: Any, seed: int) -> tuple[Any, Any]:
+        new, key = (f"encoder/{self.head}/**",), jax.random.key(seed)
+        return load_checkpoint(self.source or "", precision, new=new, key=key, **self._changes)
+
+
+Judge = Callable[[Any], tuple[dict[str, float], np.ndarray]]  # params -> scores, which are right
+
+
+def run_arm(
+    label: str, config: Any, task: Any, start: Start, examples: Sequence[Any], vocabulary: int,
+    judge: Judge, out: Path,
+) -> Arm:  # fmt: skip
+    """Trains one arm under each seed; its step is compiled once for each length."""
+    schedule = read_schedule(label, config.steps)
+    model = start.model(schedule.first, vocabulary)
+    _, step = build(
+        model, raw_optimizer(config), clip=config.clip, objective=task.objective, schedule=schedule
+    )
+    assert step.init is not None
+    scores, correct, records, skipped, scales, bytes_each = [], [], [], [], [], 0.0
+    for seed in range(config.seeds):
+        folder = out / label.replace(":", "_").replace("/", "_") / f"seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        values = json.loads(json.dumps(dataclasses.asdict(config) | {"seed": seed}, default=str))
+        products = launch.products(model, config.batch * max(config.lengths))
+        write_manifest(folder, manifest(schedule.first, values, model.paths, products))
+        writer = MetricsWriter(folder, {**values, "precision": label})
+        params = start.params(model, seed)
+        state = step.init(seed)
+        state = state._replace(params=params, opt_state=step.optimizer.init(params, seed))
+        history: list[dict[str, Any]] = []
+        with ProgressBar(
+            config.steps, console=console, label=f"{label}, seed {seed}", lines=1
+        ) as bar:
+
+            def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
+                history.append(record)  # noqa: B023
+                writer.write(record)  # noqa: B023
+                bar.update(record)
+
+            data = bucket_batches(examples, batch=config.batch, seed=seed, lengths=config.lengths)
+            state = fit(state, step, data, steps=config.steps, report=report)
+        found, right = judge(state.params)
+        writer.write({"step": config.steps, "validation_loss": found["loss"]} | found)
+        writer.close()
+        scores.append(found)
+        correct.append(right)
+        records.append(history)
+        skipped.append(history[-1]["skipped"])
+        scales.append(history[-1]["loss_scale"])
+        bytes_each = bytes_per_parameter(state)
+    speeds = [record["tokens_per_s"] for history in records for record in history[2:]] or [0.0]
+    outcome = Outcome(
+        label, config.precision[0], tuple(s["loss"] for s in scores), float(np.median(speeds)),
+        bytes_each, tuple(skipped), tuple(scales), tuple(records),
+    )  # fmt: skip
+    return Arm(label, tuple(scores), np.stack(correct), outcome)
+
+
+def raw_optimizer(config: Any) -> Any:
+    """Returns the raw optimizer."""
+    return make_optimizer(
+        "adamw", config.lr, schedule=config.schedule, steps=config.steps, warmup=config.warmup,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
+
+
+def check_arms(config: Any, start: Start, vocabulary: int) -> Any:
+    """Makes every arm's model and optimizer state, so that a mistake in the last comes first.
+
+    Returns:
+      The model that judges.
+    """
+    get_precision(config.eval_precision)
+    for label in config.precision:
+        schedule = read_schedule(label, config.steps)
+        for precision in schedule.precisions:
+            model = start.model(precision, vocabulary)
+            wrapped = wrap(raw_optimizer(config), precision, clip=config.clip)
+            jax.eval_shape(lambda key, m=model, w=wrapped: w.init(m.init(key)), jax.random.key(0))
+    if model.config.context < max(config.lengths):
+        raise ConfigError(
+            f"lengths: {max(config.lengths)} tokens, the checkpoint has {model.config.context}"
+            " positions; lower it"
+        )
+    return start.model(config.eval_precision, vocabulary)

@@ -1,0 +1,113 @@
+"""The report of the fine-tuning experiments: arms, baselines and slices as tables and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import launch  # sets XLA flags before JAX starts
+import numpy as np
+from rich.table import Table
+
+from mpjax.report import Outcome, interval, plot_loss
+from mpjax.report.slices import slice_cells, slice_gaps
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What came of one arm.
+
+    Args:
+      label: what the user called it.
+      scores: of each seed.
+      correct: (seeds, examples), which held-out examples are right.
+      outcome: losses, speed and records.
+    """
+
+    label: str
+    scores: tuple[dict[str, float], ...]
+    correct: np.ndarray
+    outcome: Outcome
+
+    def score(self, name: str) -> list[float]:
+        """One score, a number a seed."""
+        return [scores[name] for scores in self.scores]
+
+
+def points(values: Sequence[float]) -> str:
+    """Percent with the half-width of the 95 % interval over seeds."""
+    mean, half = interval([100 * value for value in values])
+    return f"{mean:.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
+
+
+def gap_points(arm: Arm, reference: Arm, name: str = "accuracy") -> list[float]:
+    """How many points an arm lies above the reference, seed paired with seed."""
+    pairs = zip(arm.score(name), reference.score(name), strict=True)
+    return [100 * (own - other) for own, other in pairs]
+
+
+def tables(
+    title: str, baselines: dict[str, dict[str, float]], arms: Sequence[Arm],
+    extra: Sequence[str], slices: Mapping[str, Sequence[str]],
+) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:  # fmt: skip
+    """Returns (title, head, rows) of the comparison and of each arm's slices."""
+    head = ("arm", "accuracy", "gap, points", *extra, "held-out loss", "tokens/s", "skipped")
+    rows: list[tuple[str, ...]] = [
+        (name, points([found["accuracy"]]), "–", *(
+            points([found[e]]) if e in found else "–" for e in extra
+        ), "–", "–", "–")
+        for name, found in baselines.items()
+    ]  # fmt: skip
+    for arm in arms:
+        mean, half = interval(gap_points(arm, arms[0]))
+        own = arm is arms[0]
+        rows.append(
+            (
+                arm.label,
+                points(arm.score("accuracy")),
+                "–" if own else f"{mean:+.2f} ± {half:.2f}",
+                *(points(arm.score(name)) for name in extra),
+                f"{np.mean(arm.score('loss')):.4f}",
+                f"{arm.outcome.tokens_per_s:,.0f}",
+                " ".join(map(str, arm.outcome.skipped)),
+            )  # fmt: skip
+        )
+    found = [(title, head, rows)]
+    for kind, names in slices.items():
+        for arm in arms[1:]:
+            gaps = slice_gaps(arm.correct, arms[0].correct, names)
+            columns = (f"slice by {kind}", "examples", arm.label, arms[0].label, "gap, points")
+            found.append((f"{arm.label} by {kind}", columns, slice_cells(gaps)))
+    return found
+
+
+def write(
+    out: Path, found: Sequence[tuple[str, tuple[str, ...], list[tuple[str, ...]]]],
+    arms: Sequence[Arm], notes: Sequence[str],
+) -> None:  # fmt: skip
+    """Prints the tables, and writes report.md, results.json and loss.png."""
+    shown = launch.wide()
+    parts: list[str] = []
+    for title, head, rows in found:
+        table = Table(title=title, title_justify="left")
+        for number, column in enumerate(head):
+            table.add_column(column, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
+        shown.print(table)
+        lines = [head, ["---"] * len(head), *rows]
+        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        parts.append(f"{'#' if not parts else '##'} {title}\n\n{text}")
+        if len(parts) == 1:
+            parts.append("\n".join(f"- {note}" for note in notes))
+    shown.print("\n".join(notes), highlight=False, markup=False)
+    plot_loss(
+        [arm.outcome for arm in arms], window=min(20, len(arms[0].outcome.records[0]))
+    ).savefig(out / "loss.png")
+    parts.append("![loss](loss.png)")
+    (out / "report.md").write_text("\n\n".join(parts) + "\n")
+    results = {arm.label: arm.scores for arm in arms}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    shown.print(f"report: {out / 'report.md'}", highlight=False)
