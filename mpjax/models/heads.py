@@ -78,7 +78,7 @@ class ClassHead(Layer):
         return Linear(self.context, self.classes, ("embed", None), True, name="head")(x)
 
 
-def unembed(config: BlockConfig, at: At, p: Any, x: Any, key: Any = None) -> Any:
+def unembed(config: DecoderConfig, at: At, p: Any, x: Any, key: Any = None) -> Any:
     """Returns features as logits in the output dtype of `decoder/head`.
 
     Args:

@@ -71,6 +71,39 @@ def test_long_sequences_are_cut_into_blocks_of_queries(groups: int) -> None:
         np.testing.assert_allclose(np.asarray(ours), np.asarray(whole), atol=1e-5)
 
 
+@pytest.mark.parametrize(("causal", "window"), [(True, 2), (False, 0), (False, 2), (True, 0)])
+def test_what_a_query_sees_against_loops(causal: bool, window: int) -> None:
+    q, k, v = _qkv(4, 2, 5, 5)
+    keep = np.array([[True] * 5, [False, True, True, False, True]])
+    want = np.zeros(q.shape)
+    for b, t, h in np.ndindex(2, 5, 4):
+        seen = [
+            s
+            for s in range(5)
+            if keep[b, s] and (s <= t or not causal) and (not window or abs(t - s) < window)
+        ]
+        if seen:
+            weight = np.exp(k[b, seen, h // 2] @ q[b, t, h] / 2)
+            want[b, t, h] = weight @ v[b, seen, h // 2] / weight.sum()
+    args = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
+    out = attention(*args, F32, F32, causal=causal, window=window, keep_BS=jnp.asarray(keep))
+    assert np.isfinite(np.asarray(out)).all()  # a query that sees nothing too
+    some = np.abs(want).sum((2, 3)) > 0
+    np.testing.assert_allclose(np.asarray(out)[some], want[some], atol=2e-6)
+    if not causal:  # another length of keys, as across
+        short = attention(*(x[:, :3] for x in args[:1]), *args[1:], F32, F32, causal=False)
+        whole = attention(*args, F32, F32, causal=False)
+        np.testing.assert_allclose(np.asarray(short), np.asarray(whole)[:, :3], atol=2e-6)
+
+
+def test_cudnn_is_refused_with_padding_or_a_window() -> None:
+    x = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
+    policies = parse_policy("bf16"), parse_policy("c=f32,o=bf16")
+    for masked in ({"window": 2}, {"keep_BS": jnp.ones((1, 4), bool)}):
+        with pytest.raises(ConfigError, match=r"no cache, padding or window; here: .*cache, pad"):
+            attention(x, x, x, *policies, kernel="cudnn", **masked)
+
+
 def test_the_oracle_tells_groupings_apart() -> None:
     q, k, v = _qkv(4, 2)
     tiled = oracle(q, np.tile(k, (1, 1, 2, 1)), np.tile(v, (1, 1, 2, 1)))  # 0 1 0 1, not 0 0 1 1

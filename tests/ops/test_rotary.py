@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mpjax.ops import rotary
+from mpjax.ops.rotary import RopeScaling, sinusoid
 from mpjax.precision import parse_policy
 from tests.ops.oracle import rounded
 
@@ -57,3 +58,36 @@ def test_scores_depend_on_the_distance_only() -> None:
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-2
+
+
+def test_each_row_may_have_its_own_positions() -> None:
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(2, 3, 1, 8)), jnp.float32)
+    f32, rows = parse_policy("f32"), jnp.array([[0, 1, 2], [5, 6, 7]])
+    both = rotary(x, rows, f32)
+    for row in range(2):
+        one = rotary(x[row : row + 1], rows[row], f32)
+        np.testing.assert_array_equal(np.asarray(both)[row], np.asarray(one)[0])
+    assert np.abs(np.asarray(both)[1] - np.asarray(rotary(x, rows[0], f32))[1]).max() > 0.1
+
+
+def test_llama3_leaves_short_waves_and_stretches_long_ones() -> None:
+    scaling = RopeScaling("llama3", factor=8.0, low=1.0, high=4.0, context=64)
+    x = jnp.ones((1, 1, 1, 16))
+    f32, at = parse_policy("f32"), jnp.array([1])
+
+    def angles(**how: Any) -> np.ndarray:
+        y = np.asarray(rotary(x, at, f32, theta=1e6, **how)).ravel()
+        return (np.arctan2(y[8:], y[:8]) - np.pi / 4) % (2 * np.pi)
+
+    ratio = angles(scaling=scaling)[:5] / angles()[:5]  # later ones are too small to divide
+    np.testing.assert_allclose(ratio[0], 1, rtol=1e-5)  # 2 pi < 64 / 4
+    assert 1 / 8 < ratio[1] < 1  # 35 tokens: between
+    np.testing.assert_allclose(ratio[2:], 1 / 8, rtol=1e-3)  # 199 > 64
+
+
+def test_sinusoids_against_numpy() -> None:
+    got = np.asarray(sinusoid(jnp.array([[0, 3], [257, 1000]]), 6))
+    for row, column, i in np.ndindex(2, 2, 3):
+        angle = [[0, 3], [257, 1000]][row][column] / 10000 ** (2 * i / 6)
+        want = np.sin(angle), np.cos(angle)
+        np.testing.assert_allclose(got[row, column, 2 * i : 2 * i + 2], want, atol=1e-4)
