@@ -40,11 +40,14 @@ EXTRAS = {
     "cuda12": ("jax_cuda12_plugin",),
     "cuda13": ("jax_cuda13_plugin",),
     "tpu": ("libtpu",),
-    "hub": ("datasets", "huggingface_hub"),
+    "hub": ("datasets", "huggingface_hub", "safetensors", "gguf"),
+    "tasks": ("sklearn", "seqeval", "sacrebleu"),
+    "chat": ("jinja2",),
     "parquet": ("pyarrow",),
     "wandb": ("wandb",),
     "dev": ("pytest", "xdist", "hypothesis", "beartype", "ruff", "mypy", "pre_commit",
-            "nbclient", "ipykernel", "nbformat", "equinox", "haiku"),
+            "nbclient", "ipykernel", "nbformat", "equinox", "haiku", "sklearn", "seqeval",
+            "sacrebleu", "jinja2", "safetensors", "gguf"),
 }  # fmt: skip
 PACKAGES = (
     "mpjax jax jaxlib flax optax jmp orbax-checkpoint grain tokenizers numpy ml_dtypes".split()
