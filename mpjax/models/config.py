@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from mpjax.errors import ConfigError
 from mpjax.models.block_config import BlockConfig, named_config
 
 
@@ -13,6 +14,7 @@ class DecoderConfig(BlockConfig):
     """Shape of a decoder-only Transformer: that of its blocks, and its logits and loss.
 
     Args:
+      head_bias: whether a head of its own weights (tied=False) has biases.
       logit_cap: soft-cap of the logits; 0 is none.
       z_loss: weight of the squared log-normaliser in the loss; 0 is none.
       loss_chunk: tokens of the sequence whose logits are held at a time; 0 is automatic.
@@ -25,9 +27,18 @@ class DecoderConfig(BlockConfig):
         *BlockConfig.OPTIONAL, "logit_cap", "z_loss", "loss_chunk",
     )  # fmt: skip
 
+    head_bias: bool = False
     logit_cap: float = 0.0
     z_loss: float = 0.0
     loss_chunk: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head_bias and self.tied:
+            raise ConfigError(
+                "model: head_bias=True with tied=True; a tied head is the embedding and has none:"
+                " set tied=False or head_bias=False"
+            )
 
 
 _GPT2: dict[str, Any] = dict(

@@ -12,6 +12,7 @@ from flax import linen as nn
 from mpjax.formats import quantize
 from mpjax.models.block import Block, Sight
 from mpjax.models.block_config import BlockConfig
+from mpjax.models.config import DecoderConfig
 from mpjax.models.context import Context
 from mpjax.models.layers import Embed, Linear, Norm
 from mpjax.precision import Precision, dtype_name, is_fp8
@@ -57,11 +58,12 @@ def outer_parts(config: BlockConfig, at: At, root: str, types: int = 0) -> Parts
     return parts
 
 
-def decoder_parts(config: BlockConfig, at: At, root: str = "decoder") -> Parts:
+def decoder_parts(config: DecoderConfig, at: At, root: str = "decoder") -> Parts:
     """Returns the modules around a decoder's blocks, its head included."""
     c, parts = config, outer_parts(config, at, root)
     if not c.tied:
-        head = Linear(at("head"), c.vocabulary, ("embed", "vocab"), name=f"{root}/head")
+        axes = ("embed", "vocab")
+        head = Linear(at("head"), c.vocabulary, axes, c.head_bias, name=f"{root}/head")
         parts["head"] = (head, (jnp.zeros((1, 1, c.width)),))
     return parts
 

@@ -48,6 +48,11 @@ PROMPTS = {
     "<|im_start|>assistant\n": "The capital of France is Paris.",
 }
 LENGTH, STEPS = 64, 10
+# What annalog's own code gives under torch 2.13.0 for the pairs of `molecules`.
+MOLECULES = np.array([
+    [-14.19371223449707, -14.187904357910156, -14.247981071472168, 0.5229489803314209],
+    [-14.403935432434082, -14.410259246826172, -14.426288604736328, -4.06188440322876],
+])  # fmt: skip
 
 
 def embedding(precision: str) -> np.ndarray:
@@ -76,6 +81,20 @@ def restored(precision: str) -> tuple[int, int, np.ndarray]:
     logits = jax.jit(lambda p, i: model.apply(p, i)[0]["masked"])(params, rows)
     found = np.asarray(logits, np.float32)[at - 1, at]
     return int((found.argmax(-1) == ids[at]).sum()), len(at), found
+
+
+def molecules(precision: str) -> np.ndarray:
+    """Logits that annalog's encoder-decoder gives behind the last token of two drawn pairs."""
+    file = fetch("annalog") / "ckpt_and_vocab" / "Lev_extended.pt"
+    shape = dict(vocabulary=59, source_vocabulary=59, layers=3, width=256, heads=8)
+    model, params = load_checkpoint(
+        file, precision, architecture="pytorch-seq2seq", mlp_width=512, context=102, **shape
+    )
+    rng = np.random.default_rng(0)
+    source, inputs = (rng.integers(2, 59, (2, n)).astype(np.int32) for n in (20, 15))
+    keep = np.arange(20)[None, :] < np.array([[20], [12]])
+    batch = {"source": source, "inputs": inputs, "source_keep": keep}
+    return np.asarray(jax.jit(lambda p, b: model.apply(p, b)[0])(params, batch), np.float32)[:, -1]
 
 
 @functools.cache
@@ -181,6 +200,14 @@ def main() -> None:
     good.append(
         all(t.startswith(w) for t, w in zip(spoken["fp32"][0], PROMPTS.values(), strict=True))
     )
+    pairs = {p: molecules(p) for p in PRECISIONS}
+    scale = np.abs(pairs["fp32"]).max()
+    written = [
+        [p, f"{np.abs(x[:, :4] - MOLECULES).max() / scale:.1e}",
+         f"{np.abs(x - pairs['fp32']).max() / scale:.1e}"]
+        for p, x in pairs.items()
+    ]  # fmt: skip
+    good.append(bool(np.abs(pairs["fp32"][:, :4] - MOLECULES).max() <= 2e-5 * scale))
     peaks, fits = memory()
     good.append(fits)
     write(
@@ -200,6 +227,11 @@ SmolLM2-135M-Instruct (GGUF, Q4_1, dequantised), greedy: the continuation of "Th
 France is", and the answer to "What is the capital of France?" in its chat format.
 
 {table(["precision", "difference of logits from fp32 / largest", "continues", "answers"], says)}
+
+annalog's encoder-decoder (a state dict alone, in torch's zip format): two drawn pairs, one source
+padded, against the logits that its own code gives under torch 2.13.0.
+
+{table(["precision", "difference from its own code / largest", "from fp32 / largest"], written)}
 
 Memory that no file backs, at its peak while a generated float32 checkpoint loads, over what there
 was before, in MB; the bar is parameters + largest tensor of the file.

@@ -45,6 +45,10 @@ def test_derived_sizes() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"head_bias": True},
+            "head_bias=True with tied=True; .* set tied=False or head_bias=False",
+        ),
         ({"vocabulary": 0}, "vocabulary=0 must be at least 1"),
         ({"layers": 0}, "layers=0 must be at least 1"),
         ({"width": -4}, "width=-4 must be at least 1"),
@@ -57,7 +61,10 @@ def test_derived_sizes() -> None:
         ({"loss_chunk": -1}, "loss_chunk=-1 must not be negative"),
         ({"norm": "batch"}, "norm='batch' is unknown; known: layer rms"),
         ({"position": "alibi"}, "position='alibi' is unknown; known: learned sinusoidal rotary"),
-        ({"activation": "silu"}, "activation='silu' is unknown; known: gelu gelu_exact relu swiglu"),
+        (
+            {"activation": "silu"},
+            "activation='silu' is unknown; known: gelu gelu_exact relu swiglu",
+        ),
         ({"loop": "while"}, "loop='while' is unknown; known: auto scan unroll"),
         ({"remat": "some"}, "remat='some' is unknown; known: none full dots dots_no_batch"),
         ({"kernel": "flash"}, "kernel='flash' is unknown; known: auto xla cudnn"),

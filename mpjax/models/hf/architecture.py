@@ -15,7 +15,9 @@ from mpjax.models.hf import decoder_fields as fields
 from mpjax.models.hf.checkpoint import Checkpoint
 from mpjax.models.hf.encoder_fields import bert_class, is_bert, read_bert, write_bert
 from mpjax.models.hf.fields import Fields
-from mpjax.models.hf.weights import BERT, GPT2, LLAMA, Table
+from mpjax.models.hf.weights import BERT, GPT2, LLAMA, SEQ2SEQ, Table
+from mpjax.models.seq2seq import seq2seq
+from mpjax.models.seq2seq_config import Seq2SeqConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,24 +25,24 @@ class Architecture:
     """What a `model_type` of transformers is here.
 
     Args:
-      title: our config -> the class of transformers that an export names.
       prefix: of the names of its base model, which a checkpoint of that alone leaves out.
       table: our leaves and their tensors.
       read: config.json -> fields of our config.
-      write: our config -> config.json.
       make: the model of a Precision, these fields, and the user's changes to them.
       copies: tensors that may repeat another one, where the head is tied.
       buffers: endings of names that hold no weight.
+      title: our config -> the class of transformers that an export names.
+      write: our config -> config.json; None where transformers has no such class.
     """
 
-    title: Callable[[Any], str]
     prefix: str
     table: Table
     read: Callable[[Fields], dict[str, Any]]
-    write: Callable[[Any], dict[str, Any]]
     make: Callable[[Any, dict[str, Any], dict[str, Any]], Any]
-    copies: dict[str, str]
-    buffers: tuple[str, ...]
+    copies: dict[str, str] = dataclasses.field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+    title: Callable[[Any], str] = lambda _: ""
+    write: Callable[[Any], dict[str, Any]] | None = None
 
 
 def _decoder(precision: Any, settings: dict[str, Any], changes: dict[str, Any]) -> Any:
@@ -51,33 +53,37 @@ def _encoder(precision: Any, settings: dict[str, Any], changes: dict[str, Any]) 
     return encoder(EncoderConfig(**settings), precision, **changes)
 
 
+def _seq2seq(precision: Any, settings: dict[str, Any], changes: dict[str, Any]) -> Any:
+    return seq2seq(Seq2SeqConfig(**settings), precision, **changes)
+
+
 def _llama(title: str, read: Any, write: Any) -> Architecture:
-    embed = "model.embed_tokens.weight"
     return Architecture(
-        lambda _: title, "model.", LLAMA, read, write, _decoder,
-        copies={"lm_head.weight": embed}, buffers=("rotary_emb.inv_freq",),
+        "model.", LLAMA, read, _decoder, {"lm_head.weight": "model.embed_tokens.weight"},
+        ("rotary_emb.inv_freq",), lambda _: title, write,
     )  # fmt: skip
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(
-        bert_class, "bert.", BERT, read_bert, write_bert, _encoder,
-        copies={
+        "bert.", BERT, read_bert, _encoder,
+        {
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
         },
-        buffers=("embeddings.position_ids",),
+        ("embeddings.position_ids",), bert_class, write_bert,
     ),
     "gpt2": Architecture(
-        lambda _: "GPT2LMHeadModel", "transformer.", GPT2,
-        fields.read_gpt2, fields.write_gpt2, _decoder,
-        copies={"lm_head.weight": "transformer.wte.weight"},
-        buffers=(".attn.bias", ".attn.masked_bias"),  # the causal mask
+        "transformer.", GPT2, fields.read_gpt2, _decoder,
+        {"lm_head.weight": "transformer.wte.weight"},
+        (".attn.bias", ".attn.masked_bias"),  # the causal mask
+        lambda _: "GPT2LMHeadModel", fields.write_gpt2,
     ),
     "llama": _llama("LlamaForCausalLM", fields.read_llama, fields.write_llama),
     "mistral": _llama("MistralForCausalLM", fields.read_mistral, fields.write_mistral),
     "qwen2": _llama("Qwen2ForCausalLM", fields.read_qwen2, fields.write_qwen),
     "qwen3": _llama("Qwen3ForCausalLM", fields.read_qwen3, fields.write_qwen),
+    "pytorch-seq2seq": Architecture("", SEQ2SEQ, fields.read_seq2seq, _seq2seq),
 }  # fmt: skip
 
 
@@ -113,7 +119,7 @@ def architecture_name(config: Any) -> str:
     Raises:
       ConfigError: none has.
     """
-    if isinstance(config, DecoderConfig):
+    if type(config) is DecoderConfig:  # no encoder-decoder, which is one too
         return fields.decoder_architecture(config)
     if isinstance(config, EncoderConfig) and is_bert(config):
         return "bert"

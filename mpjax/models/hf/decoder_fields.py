@@ -196,14 +196,30 @@ def write_qwen(c: DecoderConfig) -> dict[str, Any]:
     )
 
 
+def read_seq2seq(fields: Fields) -> dict[str, Any]:
+    """Returns the choices of bentrevett's pytorch-seq2seq, whose files have no settings at all."""
+    del fields  # its sizes are the user's to give: heads cannot be told from the tensors
+    return dict(
+        norm="layer",
+        norm_first=False,
+        position="learned",
+        activation="relu",
+        bias=True,
+        scale_embed=True,
+        tied=False,
+        head_bias=True,
+    )
+
+
 def decoder_architecture(c: DecoderConfig) -> str:
     """Returns the model_type that has the shape of a decoder.
 
     Raises:
       ConfigError: none has.
     """
-    if c.logit_cap or c.scale_embed or not c.norm_first:
-        odd = "logit_cap" if c.logit_cap else "scale_embed" if c.scale_embed else "norm_first=False"
+    has = {"logit_cap": c.logit_cap, "scale_embed": c.scale_embed, "head_bias": c.head_bias,
+           "norm_embed": c.norm_embed, "norm_first=False": not c.norm_first}  # fmt: skip
+    if odd := " ".join(name for name, there in has.items() if there):
         raise ConfigError(f"export: no architecture of transformers that we know has {odd}")
     shape = (c.norm, c.position, c.activation == "swiglu", c.bias)
     if shape == ("layer", "learned", False, True) and c.groups == c.heads and not (

@@ -45,7 +45,8 @@ def load_checkpoint(
       source: folder, file, or name on the Hugging Face Hub, as of `open_checkpoint`, or what that
         returned.
       precision: anything that `get_precision` reads.
-      architecture: where the config names none: `bert gpt2 llama mistral qwen2 qwen3`.
+      architecture: where the config names none: `bert gpt2 llama mistral qwen2 qwen3
+        pytorch-seq2seq`; the last has no config, so its sizes are given as changes.
       new: patterns of our paths, such as `encoder/class/*`, that the checkpoint lacks and that
         are drawn as by `init`.
       key: of these draws.

@@ -55,6 +55,7 @@ def save_checkpoint(
     kind = ARCHITECTURES[model_type := architecture_name(model.config)]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: export needs a new or empty folder; name another one")
+    assert kind.write is not None  # `architecture_name` gives none of those
     config = kind.write(model.config) | {
         "model_type": model_type,
         "architectures": [kind.title(model.config)],

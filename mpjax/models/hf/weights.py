@@ -116,3 +116,28 @@ BERT: Table = {
     **_linear("encoder/class/head", "classifier"),
     **_linear("encoder/token/head", "classifier"),
 }
+
+
+def _seq2seq(half: str) -> Table:
+    """One half of the Transformer of bentrevett's pytorch-seq2seq, which annalog is."""
+    ours, theirs = f"{half}/layers", f"{half}.layers.{{}}"
+    table = {
+        f"{half}/embed/table": Weight(f"{half}.tok_embedding.weight"),
+        f"{half}/position/table": Weight(f"{half}.pos_embedding.weight"),
+        **_norm(f"{ours}/norm_attention", f"{theirs}.self_attn_layer_norm"),
+        **_norm(f"{ours}/norm_cross_attention", f"{theirs}.enc_attn_layer_norm"),
+        **_norm(f"{ours}/norm_mlp", f"{theirs}.ff_layer_norm"),
+        **_linear(f"{ours}/mlp/up", f"{theirs}.positionwise_feedforward.fc_1"),
+        **_linear(f"{ours}/mlp/down", f"{theirs}.positionwise_feedforward.fc_2"),
+    }
+    for own, other in (("attention", "self_attention"), ("cross_attention", "encoder_attention")):
+        for name, end in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+            table |= _linear(f"{ours}/{own}/{name}", f"{theirs}.{other}.fc_{end}")
+    return table
+
+
+SEQ2SEQ: Table = {
+    **_seq2seq("encoder"),
+    **_seq2seq("decoder"),
+    **_linear("decoder/head", "decoder.fc_out"),
+}

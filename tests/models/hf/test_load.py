@@ -253,3 +253,49 @@ def test_one_tensor_at_a_time(tmp_path: Path) -> None:
     lazy = {name: counted(tensor) for name, tensor in checkpoint.tensors.items()}
     load_checkpoint(Checkpoint(checkpoint.where, checkpoint.config, lazy))
     assert len(alive) == len(lazy)  # each was read once
+
+
+def test_an_encoder_decoder_without_a_config(tmp_path: Path) -> None:
+    names = {f"encoder.layers.{i}.{n}" for i in range(2) for n in _LAYER}
+    names |= {n.replace("encoder.", "decoder.", 1) for n in names}
+    names |= {f"decoder.layers.{i}.{n}" for i in range(2) for n in _CROSS}
+    wide = {"fc_1.weight": (24, 16), "fc_2.weight": (16, 24), "fc_1.bias": (24,)}
+    tensors = {}
+    for name in names:
+        end = ".".join(name.split(".")[-2:])
+        shape = wide.get(end, (16, 16) if "fc_" in name and end.endswith("weight") else (16,))
+        tensors[name] = cases.weight(name, shape)
+    for half, rows in (("encoder", 7), ("decoder", 9)):
+        tensors[f"{half}.tok_embedding.weight"] = cases.weight(f"{half}.tok", (rows, 16))
+        tensors[f"{half}.pos_embedding.weight"] = cases.weight(f"{half}.pos", (12, 16))
+    tensors["decoder.fc_out.weight"] = cases.weight("out", (9, 16))
+    tensors["decoder.fc_out.bias"] = cases.weight("bias", (9,))
+    save_zipped(tmp_path / "best.pt", tensors)
+    shape = dict(layers=2, width=16, heads=4, mlp_width=24, vocabulary=9, source_vocabulary=7)
+    model, params = load_checkpoint(
+        tmp_path / "best.pt", architecture="pytorch-seq2seq", context=12, **shape
+    )
+    c = model.config
+    assert (c.activation, c.scale_embed, c.norm_first, c.head_bias) == ("relu", True, False, True)
+    across = params["decoder"]["layers"]["cross_attention"]["value"]["kernel"]
+    want = tensors["decoder.layers.1.encoder_attention.fc_v.weight"].T
+    np.testing.assert_array_equal(across[1], want)
+    np.testing.assert_array_equal(
+        params["decoder"]["head"]["kernel"], cases.weight("out", (9, 16)).T
+    )
+    with pytest.raises(ConfigError, match="misshaped encoder.tok_embedding.weight is .7, 16., enc"):
+        load_checkpoint(
+            tmp_path / "best.pt", architecture="pytorch-seq2seq", context=12,
+            **shape | dict(source_vocabulary=8),
+        )  # fmt: skip
+
+
+_SELF = [f"self_attention.fc_{n}.{end}" for n in "qkvo" for end in ("weight", "bias")]
+_CROSS = [n.replace("self", "encoder") for n in _SELF]
+_CROSS += [f"enc_attn_layer_norm.{end}" for end in ("weight", "bias")]
+_LAYER = _SELF + [
+    f"{n}.{end}"
+    for n in ("self_attn_layer_norm", "ff_layer_norm", "positionwise_feedforward.fc_1",
+              "positionwise_feedforward.fc_2")
+    for end in ("weight", "bias")
+]  # fmt: skip

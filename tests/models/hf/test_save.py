@@ -14,8 +14,10 @@ from safetensors.numpy import load_file
 
 from mpjax.errors import ConfigError
 from mpjax.models import decoder_config
+from mpjax.models.encoder_config import encoder_config
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 from mpjax.models.hf.architecture import architecture_name
+from mpjax.models.seq2seq_config import seq2seq_config
 from mpjax.precision import get_precision
 from tests.models.hf import cases, ours
 from tests.models.hf.test_load import bits, case
@@ -69,13 +71,21 @@ def test_quantised_storage_is_written_as_it_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [dict(logit_cap=1.0), dict(norm="layer"), dict(bias=True), dict(qk_norm=True, qkv_bias=True),
-     dict(norm_first=False), dict(scale_embed=True)],
+     dict(norm_first=False), dict(scale_embed=True), dict(tied=False, head_bias=True)],
     ids=str,
 )  # fmt: skip
 def test_a_shape_that_transformers_has_not_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="export: no architecture of transformers that we know"):
         architecture_name(decoder_config("tiny", **changes))
     assert architecture_name(decoder_config("tiny")) == "llama"
+    for config in (
+        seq2seq_config("seq2seq-tiny", norm_first=True),
+        encoder_config("bert-tiny", types=0),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"has this {type(config).__name__}; expected the sha"
+        ):
+            architecture_name(config)
 
 
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
