@@ -16,7 +16,8 @@ from mpjax.errors import ConfigError
 from mpjax.models import decoder_config
 from mpjax.models.encoder_config import encoder_config
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
-from mpjax.models.hf.architecture import architecture_name
+from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
+from mpjax.models.hf.fields import Fields
 from mpjax.models.seq2seq_config import seq2seq_config
 from mpjax.precision import get_precision
 from tests.models.hf import cases, ours
@@ -26,20 +27,30 @@ from tests.models.hf.test_logits import GOLDEN
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
-@pytest.mark.parametrize("name", cases.CONFIGS)
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "bert"])  # all: tests/evidence/hf_logits.py
 def test_a_round_trip_keeps_every_bit(name: str, tmp_path: Path) -> None:
     source = ours.write(name, GOLDEN[name]["tensors"], tmp_path / "theirs")
     model, params = load_checkpoint(source)
     save_checkpoint(tmp_path / "ours", model, params)
     want, found = (load_file(f / "model.safetensors") for f in (source, tmp_path / "ours"))
     assert {n: x.tobytes() for n, x in found.items()} == {n: x.tobytes() for n, x in want.items()}
-    if name in ("gpt2", "bert"):  # for all, in tests/evidence/hf_logits.py
-        again, same = load_checkpoint(tmp_path / "ours")
-        assert (again.config, bits(same)) == (model.config, bits(params))
+    again, same = load_checkpoint(tmp_path / "ours")
+    assert (again.config, bits(same)) == (model.config, bits(params))
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     given = cases.CONFIGS[name]
     assert {key: written[key] for key in given} == given
     assert written["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("name", cases.CONFIGS)
+def test_settings_come_back(name: str) -> None:
+    kind = ARCHITECTURES[name]
+    model = kind.make("fp32", kind.read(Fields(cases.CONFIGS[name], "config.json")), {})
+    assert architecture_name(model.config) == name and kind.write is not None
+    written = kind.write(model.config)
+    again = Fields(written | {"architectures": [kind.title(model.config)]}, "config.json")
+    assert kind.make("fp32", kind.read(again), {}).config == model.config
+    again.finish()
 
 
 def test_shards_and_dtype(tmp_path: Path) -> None:
