@@ -46,14 +46,14 @@ class Monitored(NamedTuple):
         Keys: `kind`, `name`, `layer` (None where there is but one), `size`, `amax`, `max`, `mean`,
         `rms`, `zeros`, `subnormal`, `infinite`, `nan`, for each format `underflow/F`, `overflow/F`
         and `sqnr/F` (with ` scaled` behind F for one scale a tensor); where known `unchanged`,
-        `logit_max` and `gradient_ratio`.
+        `logit_max` and `gradient_ratio`. A tensor of a branch that did not run has no record.
         """
         host = jax.device_get(self)
         for kind in KINDS:
             for name, found in getattr(host, kind).items():
                 for layer, values in _layers(found.layers, _columns(found)):
-                    row = {"kind": kind, "name": name, "layer": layer} | values
-                    yield row
+                    if values["size"]:
+                        yield {"kind": kind, "name": name, "layer": layer} | values
         for kind in ("unchanged", "logit_max", "gradient_ratio"):
             for name, value in getattr(host, kind).items():
                 for layer, values in _layers(np.shape(value), {kind: value}):
@@ -62,12 +62,13 @@ class Monitored(NamedTuple):
 
 def _columns(found: Statistics) -> dict[str, Any]:
     names = ("size", "amax", "max", "mean", "rms", "zeros", "subnormal", "infinite", "nan")
-    columns = {name: getattr(found, name) for name in names}
-    for c in found.formats:
-        label = f"{c.name} scaled" if c.scaled else c.name
-        columns[f"underflow/{label}"] = found.underflow(c.name, c.scaled)
-        columns[f"overflow/{label}"] = found.overflow(c.name, c.scaled)
-        columns[f"sqnr/{label}"] = found.sqnr(c.name, c.scaled)
+    with np.errstate(invalid="ignore"):  # shares of no numbers, which `rows` leaves out
+        columns = {name: getattr(found, name) for name in names}
+        for c in found.formats:
+            label = f"{c.name} scaled" if c.scaled else c.name
+            columns[f"underflow/{label}"] = found.underflow(c.name, c.scaled)
+            columns[f"overflow/{label}"] = found.overflow(c.name, c.scaled)
+            columns[f"sqnr/{label}"] = found.sqnr(c.name, c.scaled)
     return columns
 
 

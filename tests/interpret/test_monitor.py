@@ -283,6 +283,20 @@ def test_other_control_flow_is_joined() -> None:
         assert float(s.rms) == pytest.approx(float(expected.rms), rel=1e-5)
 
 
+def test_a_branch_that_did_not_run_has_no_record() -> None:
+    def fn(params: Any, x: Any) -> Any:
+        return lax.cond(x[0, 0] < 9, lambda: jnp.sum(x @ params), lambda: jnp.sum(params @ x))
+
+    eye = jnp.eye(4)
+    watched_fn = jax.jit(monitor(fn, what=["activations"], formats=["e4m3"]))
+    for start, count in ((1.0, 4), (9.0, 4)):
+        seen = watched_fn(eye * 2, eye * start)[1]
+        sizes = [int(s.size) for s in seen.activations.values()]
+        rows = list(seen.rows())
+        assert all(r["size"] > 0 and np.isfinite(r["rms"]) for r in rows)
+        assert 0 < len(rows) <= count and len(rows) == sum(size > 0 for size in sizes)
+
+
 def test_logits_of_attention() -> None:
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 6, 8)) * 4
 
