@@ -48,6 +48,29 @@ def stirred(model: Model, seed: int = 1) -> Any:
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
+@functools.cache
+def drawn(model: Any, seed: int = 1) -> Any:
+    """Parameters away from 0 and 1 like `stirred`, drawn by numpy: nothing is compiled."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: Any, like: Any) -> Any:
+        noise = 0.3 * rng.normal(size=like.shape).astype(np.float32)
+        return jnp.asarray(noise + (path[-1].key == "scale"), like.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+@functools.cache
+def applied(model: Any) -> Any:
+    """`model.apply`, compiled once; all but weights and inputs by keyword."""
+
+    def run(params: Any, inputs: Any, **more: Any) -> Any:
+        return model.apply(params, inputs, **more)
+
+    return jax.jit(run, compiler_options=FAST, static_argnames="train")
+
+
 def logits(model: Model, params: Any, ids: Any) -> np.ndarray:
     """Logits in float32."""
     return np.asarray(

@@ -12,9 +12,14 @@ import pytest
 from mpjax.errors import ConfigError
 from mpjax.models import Model
 from tests.models import oracle
-from tests.models.shapes import BATCH, FAST, IDS, logits, small, stirred
+from tests.models.shapes import BATCH, FAST, IDS, applied, drawn, small
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+def logits(model: Model, params: Any, ids: Any, **more: Any) -> np.ndarray:
+    return np.asarray(applied(model)(params, ids, **more)[0])
+
 
 PADS = np.array([3, 0])
 
@@ -37,44 +42,44 @@ def _numpy_logits(model: Model, params: Any, ids: Any) -> np.ndarray:
     ids=["head-width", "qkv-bias-window", "post-norm", "sinusoidal", "llama3", "linear"],
 )
 def test_logits_against_numpy(changes: dict[str, Any]) -> None:
-    model = small(**changes)
-    params = stirred(model)
+    model = small(layers=1, **changes)
+    params = drawn(model)
     want = _numpy_logits(model, params, IDS)
     got = logits(model, params, IDS)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
     fields = {name: value for name, value in changes.items() if name in ("window", "rope_scaling")}
     if fields:  # the control: the field decides
-        off = small(**(changes | dict(window=0, rope_scaling="none")))
+        off = small(layers=1, **(changes | dict(window=0, rope_scaling="none")))
         assert np.abs(logits(off, params, IDS) - want).max() > 1e-2
 
 
 def test_a_window_that_holds_all_is_none() -> None:
-    model = small()
-    params = stirred(model)
-    wide = logits(small(window=IDS.shape[1]), params, IDS)
+    model = small(layers=1)
+    params = drawn(model)
+    wide = logits(small(layers=1, window=IDS.shape[1]), params, IDS)
     np.testing.assert_array_equal(wide, logits(model, params, IDS))
 
 
 @pytest.mark.parametrize("kind", ["gpt", "llama"])
 def test_padding_on_either_side_changes_no_token(kind: str) -> None:
-    model = small(kind=kind, window=5)
-    params, T = stirred(model), IDS.shape[1]
-    alone = logits(model, params, IDS[:1, PADS[0] :])[0]
-    run = jax.jit(lambda p, i, k: model.apply(p, i, keep=k)[0], compiler_options=FAST)
+    model = small(kind=kind, window=5, loop="scan")
+    params, T = drawn(model), IDS.shape[1]
+    alone = _numpy_logits(model, params, IDS[:1, PADS[0] :])[0]
     size = np.abs(alone).max()
     left = np.arange(T)[None] >= PADS[:, None]
-    got = np.asarray(run(params, IDS, left))
+    got = logits(model, params, IDS, keep=left)
     np.testing.assert_allclose(got[0, PADS[0] :], alone, rtol=0, atol=1e-5 * size)
     rolled = jnp.roll(IDS, -int(PADS[0]), axis=1)
-    got = np.asarray(run(params, rolled, left[:, ::-1]))
+    got = logits(model, params, rolled, keep=left[:, ::-1])
     np.testing.assert_allclose(got[0, : T - PADS[0]], alone, rtol=0, atol=1e-5 * size)
-    seen = logits(model, params, IDS)[0, PADS[0] :]  # the control: padding taken for tokens
+    seen = logits(model, params, IDS, keep=left | True)[
+        0, PADS[0] :
+    ]  # the control: padding taken for tokens
     assert np.abs(seen - alone).max() > 1e-2 * size
     # through the cache, in parts
     state, parts = model.init_cache(2, T, pads=PADS), []
-    step = jax.jit(lambda p, i, s: model.apply(p, i, state=s), compiler_options=FAST)
     for at in range(0, T, 3):
-        out, state = step(params, IDS[:, at : at + 3], state)
+        out, state = applied(model)(params, IDS[:, at : at + 3], state=state)
         parts.append(np.asarray(out))
     cached = np.concatenate(parts, axis=1)[0, PADS[0] :]
     np.testing.assert_allclose(cached, alone, rtol=0, atol=1e-5 * size)
@@ -83,10 +88,10 @@ def test_padding_on_either_side_changes_no_token(kind: str) -> None:
 
 
 def test_tokens_without_weight_are_not_judged() -> None:
-    model, whole = small(), small(loss_chunk=2)
-    params, weights = stirred(model), jnp.zeros((2, 8)).at[0, :3].set(1).at[1, 4].set(2)
+    model, chunks = small(layers=1), small(layers=1, loss_chunk=2)
+    params, weights = drawn(model), jnp.zeros((2, 8)).at[0, :3].set(1).at[1, 4].set(2)
     loss = jax.jit(
-        lambda p, t: model.loss(p, BATCH | {"targets": t, "weights": weights})[0],
+        lambda p, t, w: model.loss(p, BATCH | {"targets": t, "weights": w})[0],
         compiler_options=FAST,
     )
     z = _numpy_logits(model, params, BATCH["inputs"])
@@ -94,13 +99,12 @@ def test_tokens_without_weight_are_not_judged() -> None:
         z, np.asarray(BATCH["targets"])[..., None], -1
     ).squeeze(-1)
     want = (each * np.asarray(weights)).sum() / 5
-    got = float(loss(params, BATCH["targets"]))
+    got = float(loss(params, BATCH["targets"], weights))
     assert got == pytest.approx(want, rel=1e-5)
-    assert got == float(loss(params, BATCH["targets"].at[1, 5:].set(0)))
-    chunked = jax.jit(lambda p: whole.loss(p, BATCH | {"weights": weights})[0])(params)
+    assert got == float(loss(params, BATCH["targets"].at[1, 5:].set(0), weights))
+    chunked = jax.jit(lambda p: chunks.loss(p, BATCH | {"weights": weights})[0])(params)
     assert float(chunked) == pytest.approx(want, rel=1e-5)
-    none = jax.jit(lambda p: model.loss(p, BATCH | {"weights": weights * 0})[0])(params)
-    assert float(none) == 0.0
+    assert float(loss(params, BATCH["targets"], weights * 0)) == 0.0
 
 
 @pytest.mark.parametrize(
