@@ -24,10 +24,10 @@ import launch
 import numpy as np
 
 from mpjax.data.labelled import LabelledTexts, load_labelled
+from mpjax.errors import need
 from mpjax.report import interval
 from mpjax.report.slices import length_slices
 from mpjax.tasks import TextClassification, class_scores
-from mpjax.tasks.library import need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Config(finetune.Tuning):
 
 def baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[str, float]]:
     """Scores of classifiers that count words, trained on the whole texts."""
-    text = need("sklearn.feature_extraction.text", "scikit-learn")
-    bayes = need("sklearn.naive_bayes", "scikit-learn").MultinomialNB()
-    logistic = need("sklearn.linear_model", "scikit-learn").LogisticRegression
-    search = need("sklearn.model_selection", "scikit-learn").GridSearchCV
-    join = need("sklearn.pipeline", "scikit-learn").make_pipeline
+    text = need("sklearn.feature_extraction.text", "tasks", "metrics")
+    bayes = need("sklearn.naive_bayes", "tasks", "metrics").MultinomialNB()
+    logistic = need("sklearn.linear_model", "tasks", "metrics").LogisticRegression
+    search = need("sklearn.model_selection", "tasks", "metrics").GridSearchCV
+    join = need("sklearn.pipeline", "tasks", "metrics").make_pipeline
     # The strength of the regularisation is chosen on the training side.
     tuned = search(logistic(max_iter=2000), {"C": [3.0, 10.0, 30.0]}, cv=3)
     words = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
@@ -72,7 +72,7 @@ def main(config: Config) -> None:
     finetune.check(config)
     begun = time.perf_counter()
     train, test = load_labelled(config.data)
-    need("sklearn.metrics", "scikit-learn")
+    need("sklearn.metrics", "tasks", "metrics")
     task = TextClassification(train.classes)
     start = finetune.Start(config, "class", len(train.classes), train.texts)
     pieces, longest = start.pieces(), max(config.lengths)

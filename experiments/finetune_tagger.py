@@ -23,10 +23,10 @@ import launch
 import numpy as np
 
 from mpjax.data.tagged import load_tagged, most_frequent_tags
+from mpjax.errors import need
 from mpjax.report import interval
 from mpjax.report.slices import length_slices
 from mpjax.tasks import TokenClassification, softmax
-from mpjax.tasks.library import need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +58,9 @@ def main(config: Config) -> None:
     begun = time.perf_counter()
     source, entities = config.data or SOURCES[config.task], config.task == "ner"
     train, test = load_tagged(source)
-    need("sklearn.metrics", "scikit-learn")
+    need("sklearn.metrics", "tasks", "metrics")
     if entities:
-        need("seqeval.metrics", "seqeval")
+        need("seqeval.metrics", "tasks", "metrics")
     task = TokenClassification(train.names)
     texts = [" ".join(words) for words in train.words]
     start = finetune.Start(config, "token", len(train.names), texts)

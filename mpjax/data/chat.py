@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import Any
 
 import tokenizers
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, need
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}; roles system, user, assistant
-
-
-def _jinja(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            "chat: needs the package jinja2, which is not installed; pip install 'mpjax[chat]'"
-        ) from error
 
 
 class Chat:
@@ -54,8 +43,8 @@ class Chat:
         end: str,
         names: dict[str, str] | None = None,
     ) -> None:
-        sandbox = _jinja("jinja2.sandbox")
-        self._errors = _jinja("jinja2").TemplateError
+        sandbox = need("jinja2.sandbox", "chat", "chat")
+        self._errors = need("jinja2", "chat", "chat").TemplateError
         try:
             backend = tokenizers.Tokenizer.from_str(tokenizer)
         except Exception as error:  # the package raises nothing narrower

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpjax.data.assets import fetch
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, need
 
 Batch = dict[str, np.ndarray]
 _HELP = "digits, fashion-mnist, or FILE.npz with the arrays images (N, H, W[, C]) and labels (N,)"
@@ -126,14 +126,8 @@ def image_batches(data: Batch, *, batch: int, seed: int) -> Iterator[Batch]:
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ConfigError(
-            "data: digits come with scikit-learn, which is not installed; pip install"
-            " 'mpjax[tasks]', or give --data FILE.npz"
-        ) from error
-    digits = load_digits()
+    sets = need("sklearn.datasets", "tasks", "data: digits", ", or give --data FILE.npz")
+    digits = sets.load_digits()
     return digits.images, digits.target
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, need
 
 SUFFIXES = (".jsonl", ".parquet")
 Row = tuple[str, Any]  # name of the row, what its text column holds
@@ -52,12 +52,7 @@ def read_hub(source: str, column: str | None) -> Iterator[Row]:
             f"{source}: names column {named!r}, but the column setting is {column!r}; "
             "drop one of the two"
         )
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"{source}: needs the package datasets; pip install 'mpjax[hub]'"
-        ) from error
+    datasets = need("datasets", "hub", source)
     try:
         rows = datasets.load_dataset(name, config or None, split="train")
     except (OSError, ValueError, RuntimeError) as error:  # not there, no network, no such config
@@ -98,16 +93,10 @@ def _read_jsonl(path: Path, column: str) -> Iterator[tuple[int, Any]]:
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[tuple[int, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(
-            f"{path}: reading parquet needs the package pyarrow; pip install 'mpjax[parquet]'"
-        ) from error
+    pyarrow, parquet = (need(m, "parquet", str(path)) for m in ("pyarrow", "pyarrow.parquet"))
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             _check_column(str(path), column, file.schema_arrow.names)
             for batch in file.iter_batches(columns=[column]):
                 for value in batch.column(0).to_pylist():

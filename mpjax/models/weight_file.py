@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, need
 from mpjax.formats import Format, Quantized, is_quantized
-from mpjax.models.hf.tensors import need
 
 _KEY = "mpjax"
 _VERSION = 1

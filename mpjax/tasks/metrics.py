@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mpjax.errors import ConfigError
-from mpjax.tasks.library import need
+from mpjax.errors import ConfigError, need
 
 
 def class_scores(labels: Any, predicted: Any, classes: Sequence[str]) -> dict[str, float]:
@@ -28,7 +27,7 @@ def class_scores(labels: Any, predicted: Any, classes: Sequence[str]) -> dict[st
       (0.75, 0.667)
     """
     labels, predicted = (_labels(x, len(classes)) for x in (labels, predicted))
-    f1_score = need("sklearn.metrics", "scikit-learn").f1_score
+    f1_score = need("sklearn.metrics", "tasks", "metrics").f1_score
     each = f1_score(
         labels, predicted, labels=np.arange(len(classes)), average=None, zero_division=0.0
     )
@@ -90,7 +89,7 @@ def entity_scores(
     for number, (a, b) in enumerate(zip(tags, predicted, strict=True)):
         if len(a) != len(b):
             raise ConfigError(f"sentence {number}: {len(a)} tags and {len(b)} predictions")
-    module = need("seqeval.metrics", "seqeval")
+    module = need("seqeval.metrics", "tasks", "metrics")
     rows = [list(map(list, side)) for side in (tags, predicted)]
     names = {"precision": "precision_score", "recall": "recall_score", "f1": "f1_score"}
     return {
@@ -125,7 +124,7 @@ def text_scores(references: Sequence[str], texts: Sequence[str]) -> dict[str, fl
         raise ConfigError(
             f"texts: {len(texts)} for {len(references)} references; give one for each"
         )
-    sacrebleu = need("sacrebleu", "sacrebleu")
+    sacrebleu = need("sacrebleu", "tasks", "metrics")
     edits = sum(_edits(a, b) for a, b in zip(references, texts, strict=True))
     return {
         "exact": float(np.mean([a == b for a, b in zip(references, texts, strict=True)])),

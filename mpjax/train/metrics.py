@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, need
 
 # JSON has no such numbers; as text, as in Protocol Buffers' JSON, float() and pandas read them.
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -70,12 +69,7 @@ def import_wandb() -> Any:
     Raises:
       ConfigError: it is not installed.
     """
-    try:
-        return importlib.import_module("wandb")
-    except ImportError:
-        raise ConfigError(
-            "wandb: not installed; pip install 'mpjax[wandb]' or leave --wandb out"
-        ) from None
+    return need("wandb", "wandb", "wandb", " or leave --wandb out")
 
 
 class MetricsWriter:

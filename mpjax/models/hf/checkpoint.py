@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, need
 from mpjax.models.hf.gguf_file import open_gguf, read_gguf
 from mpjax.models.hf.gguf_tokenizer import gguf_tokenizer
-from mpjax.models.hf.tensors import Tensors, need, read_json, read_safetensors, read_sharded
+from mpjax.models.hf.tensors import Tensors, read_json, read_safetensors, read_sharded
 from mpjax.models.hf.torch_file import read_torch
 
 CONFIG = "config.json"
@@ -115,7 +115,7 @@ def _weights(folder: Path) -> Path:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    hub = need("huggingface_hub", "hub", f"{name}: no such folder, so it is a name on the Hub; it")
+    hub = need("huggingface_hub", "hub", f"{name}: no such folder, so a name on the Hub")
     texts = [CONFIG, "tokenizer.json", "tokenizer_config.json", "*.index.json"]
     try:
         for weights in ("*.safetensors", "pytorch_model*.bin"):

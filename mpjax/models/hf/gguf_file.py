@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mpjax.errors import ConfigError
-from mpjax.models.hf.tensors import Tensor, Tensors, listed, need
+from mpjax.errors import ConfigError, need
+from mpjax.models.hf.tensors import Tensor, Tensors, listed
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 call themselves llama
 _OUTER = {

@@ -11,12 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, need
 from mpjax.formats import weight_view
 from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
 from mpjax.models.hf.checkpoint import CONFIG
 from mpjax.models.hf.leaves import joined
-from mpjax.models.hf.tensors import need
 from mpjax.models.hf.weights import Weight
 from mpjax.precision import parse_dtype
 

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, need
 
 # What a safetensors header calls a dtype -> the dtype. A scaled format (F8_E4M3 and the like) is
 # not here: its numbers mean nothing without scales, which each maker names differently.
@@ -45,23 +45,6 @@ class Tensor:
 
 
 Tensors = dict[str, Tensor]
-
-
-def need(package: str, extra: str, what: str) -> Any:
-    """Returns an optional package's module.
-
-    Raises:
-      ConfigError: it is not installed.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(
-            f"{what}: needs the package {package}, which is not installed; pip install"
-            f" 'mpjax[{extra}]'"
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
