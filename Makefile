@@ -60,6 +60,10 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, two hours; pa
 	$(PY) tests/evidence/audit.py
 	$(PY) tests/evidence/monitor.py
 	$(PY) tests/evidence/nonfinite.py
+	$(PY) tests/evidence/assets_checkpoints.py
+	$(PY) tests/evidence/image_cnn.py
+	$(PY) tests/evidence/rnn_lm.py
+	$(PY) tests/evidence/low_bit_inference.py
 	$(PY) experiments/bench_step.py
 	$(PY) experiments/low_bit_weights.py --out runs/evidence/low_bit_weights
 	$(PY) experiments/compare_precisions.py --out runs/evidence/demo

@@ -43,10 +43,13 @@ from mpjax.precision import (
 )
 
 if TYPE_CHECKING:
-    from mpjax import data, formats, interpret, models, ops, optim, precision, report, train
+    from mpjax import data, formats, interpret, models, ops, optim, precision, report, tasks, train
 
 # Imported at first use, so that someone who takes only the loss scale pays for nothing else.
-_PARTS = ("data", "formats", "interpret", "models", "ops", "optim", "precision", "report", "train")
+_PARTS = (
+    "data", "formats", "interpret", "models", "ops", "optim", "precision", "report", "tasks",
+    "train",
+)  # fmt: skip
 
 __all__ = [
     "ConfigError",
@@ -88,6 +91,7 @@ __all__ = [
     "scaled_value_and_grad",
     "scaled_value_and_grads",
     "sqnr",
+    "tasks",
     "trace_nonfinite",
     "train",
 ]
