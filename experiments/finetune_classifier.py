@@ -7,7 +7,7 @@ Run:       python experiments/finetune_classifier.py
            python experiments/finetune_classifier.py --precision fp32 late:fp8:bf16:0.2 \
                dynamic:fp16:fp32 mixed:fp8:attention=bf16 fp8
            python experiments/finetune_classifier.py --data FILE.tsv --checkpoint none
-Expected:  fp32 at least 3 points above the better baseline; bf16 and fp16 within 0.5 points of
+The bar:   fp32 at least 3 points above the better baseline; bf16 and fp16 within 0.5 points of
            fp32, fp8 within 1. The tables by class and length mark with * whom a precision hurts.
 """
 
@@ -25,7 +25,6 @@ import numpy as np
 
 from mpjax.data.labelled import LabelledTexts, load_labelled
 from mpjax.errors import need
-from mpjax.report import interval
 from mpjax.report.slices import length_slices
 from mpjax.tasks import TextClassification, class_scores
 
@@ -98,11 +97,11 @@ def main(config: Config) -> None:
     found = finetune_report.tables(
         f"{config.data} by precision", counted, arms, ("macro f1", "calibration error"), slices
     )
-    above = [100 * (a - counted[best]["accuracy"]) for a in arms[0].score("accuracy")]
-    mean, half = interval(above)
+    lead = finetune_report.above(
+        [100 * (a - counted[best]["accuracy"]) for a in arms[0].score("accuracy")]
+    )
     notes = [
-        f"{arms[0].label} is {mean:+.2f} ± {half:.2f} points above {best} (95 % interval over"
-        f" {config.seeds} seeds).",
+        f"{arms[0].label} is {lead} points above {best} (95 % interval over {config.seeds} seeds).",
         f"{len(train)} training and {len(test)} held-out texts, {config.steps} steps of"
         f" {config.batch}, at most {longest} tokens, judged in {config.eval_precision}.",
         f"* marks a slice whose whole 95 % interval over examples is below zero. Took"

@@ -38,8 +38,17 @@ class Arm:
 
 def points(values: Sequence[float]) -> str:
     """Percent with the half-width of the 95 % interval over seeds."""
-    mean, half = interval([100 * value for value in values])
-    return f"{mean:.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
+    return _spread([100 * value for value in values], "")
+
+
+def above(values: Sequence[float]) -> str:
+    """Points above something, with the half-width of the 95 % interval over seeds."""
+    return _spread(values, "+")
+
+
+def _spread(values: Sequence[float], sign: str) -> str:
+    mean, half = interval(values)
+    return f"{mean:{sign}.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}")
 
 
 def gap_points(arm: Arm, reference: Arm, name: str = "accuracy") -> list[float]:
@@ -61,13 +70,12 @@ def tables(
         for name, found in baselines.items()
     ]  # fmt: skip
     for arm in arms:
-        mean, half = interval(gap_points(arm, arms[0]))
         own = arm is arms[0]
         rows.append(
             (
                 arm.label,
                 points(arm.score("accuracy")),
-                "–" if own else f"{mean:+.2f} ± {half:.2f}",
+                "–" if own else above(gap_points(arm, arms[0])),
                 *(points(arm.score(name)) for name in extra),
                 f"{np.mean(arm.score('loss')):.4f}",
                 f"{arm.outcome.tokens_per_s:,.0f}",

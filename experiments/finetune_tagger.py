@@ -6,7 +6,7 @@ word had most often in training.
 Run:       python experiments/finetune_tagger.py
            python experiments/finetune_tagger.py --task ner --steps 200 --lr 3e-4
            python experiments/finetune_tagger.py --data FILE --checkpoint none
-Expected:  parts of speech: fp32 at least 5 points above the baseline; bf16 within 0.2 points of
+The bar:   parts of speech: fp32 at least 5 points above the baseline; bf16 within 0.2 points of
            fp32. Named entities: F1 of whole entities far above the baseline's.
 """
 
@@ -24,7 +24,6 @@ import numpy as np
 
 from mpjax.data.tagged import load_tagged, most_frequent_tags
 from mpjax.errors import need
-from mpjax.report import interval
 from mpjax.report.slices import length_slices
 from mpjax.tasks import TokenClassification, softmax
 
@@ -101,9 +100,9 @@ def main(config: Config) -> None:
     found = finetune_report.tables(f"{source} by precision", counted, arms, extra, slices)
     name = "entity f1" if entities else "accuracy"
     best = counted["most frequent tag"][name]
-    mean, half = interval([100 * (a - best) for a in arms[0].score(name)])
+    lead = finetune_report.above([100 * (a - best) for a in arms[0].score(name)])
     notes = [
-        f"{arms[0].label} is {mean:+.2f} ± {half:.2f} points of {name} above the most frequent tag"
+        f"{arms[0].label} is {lead} points of {name} above the most frequent tag"
         f" (95 % interval over {config.seeds} seeds).",
         f"{len(train)} training sentences, {test.word_count} words in {len(test)} held-out ones,"
         f" {config.steps} steps of {config.batch}, judged in {config.eval_precision}.",
