@@ -16,11 +16,11 @@ from finetune_report import Arm
 from rich.console import Console
 
 from mpjax.data.assets import asset_names, fetch
-from mpjax.data.buckets import bucket_batches
+from mpjax.data.buckets import Batch, bucket_batches
 from mpjax.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mpjax.errors import ConfigError
 from mpjax.models import encoder
-from mpjax.models.hf import load_checkpoint
+from mpjax.models.hf import load_checkpoint, open_checkpoint
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import PrecisionSchedule, get_precision, get_schedule
 from mpjax.precision.schedule import KINDS, fixed
@@ -94,6 +94,10 @@ def read_schedule(text: str, steps: int) -> PrecisionSchedule:
     return fixed(get_precision(text))
 
 
+# Heads of pre-training, and what the tensors of a checkpoint that has them begin with.
+_PRETRAINED = {"masked": "cls.predictions.", "next": "cls.seq_relationship."}
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """Where every run starts: a checkpoint with a new head, or new weights.
@@ -143,18 +147,46 @@ class Start:
         return {"head": self.head, "classes": self.classes, "dropout": self.config.dropout}
 
     def _loaded(self, precision: Any, seed: int) -> tuple[Any, Any]:
-        new, key = (f"encoder/{self.head}/**",), jax.random.key(seed)
-        return load_checkpoint(self.source or "", precision, new=new, key=key, **self._changes)
+        checkpoint = open_checkpoint(self.source or "")
+        held = {
+            own: theirs
+            for own, theirs in _PRETRAINED.items()
+            if any(name.startswith(theirs) for name in checkpoint.tensors)
+        }
+        if self.head == "pretrain":
+            new, unused = [head for head in _PRETRAINED if head not in held], []
+        else:
+            new, unused = [self.head], [f"{theirs}*" for theirs in held.values()]
+        return load_checkpoint(
+            checkpoint, precision, new=[f"encoder/{head}/**" for head in new],
+            key=jax.random.key(seed), unused=unused, **self._changes,
+        )  # fmt: skip
 
 
 Judge = Callable[[Any], tuple[dict[str, float], np.ndarray]]  # params -> scores, which are right
+Keep = Callable[[str, int, Any, Any], None]
+Change = Callable[[Batch, np.random.Generator], Batch]
 
 
 def run_arm(
     label: str, config: Any, task: Any, start: Start, examples: Sequence[Any], vocabulary: int,
-    judge: Judge, out: Path,
+    judge: Judge, out: Path, keep: Keep = lambda *_: None,
+    change: Change = lambda batch, draw: batch,
 ) -> Arm:  # fmt: skip
-    """Trains one arm under each seed; its step is compiled once for each length."""
+    """Trains one arm under each seed; its step is compiled once for each length.
+
+    Args:
+      label: the arm's Precision or schedule, as the user wrote it.
+      config: the settings.
+      task: whose `objective` is trained.
+      start: where every run starts.
+      examples: of the training.
+      vocabulary: ids of the tokenizer.
+      judge: parameters -> scores with `loss`, and which held-out examples are right.
+      out: folder in which each run gets its own.
+      keep: called with (label, seed, model, parameters) at the end of each run.
+      change: of each batch, as `bucket_batches` takes it, such as masking.
+    """
     schedule = read_schedule(label, config.steps)
     model = start.model(schedule.first, vocabulary)
     _, step = build(
@@ -182,9 +214,16 @@ def run_arm(
                 writer.write(record)  # noqa: B023
                 bar.update(record)
 
-            data = bucket_batches(examples, batch=config.batch, seed=seed, lengths=config.lengths)
+            data = bucket_batches(
+                examples,
+                batch=config.batch,
+                seed=seed,
+                lengths=config.lengths,
+                change=change,
+            )
             state = fit(state, step, data, steps=config.steps, report=report)
         found, right = judge(state.params)
+        keep(label, seed, model, state.params)
         writer.write({"step": config.steps, "validation_loss": found["loss"]} | found)
         writer.close()
         scores.append(found)

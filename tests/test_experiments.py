@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
-    "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger", "chat",
+    "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger", "pretrain_bert", "chat",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -503,6 +503,41 @@ def test_a_tagger_is_compared_with_the_most_frequent_tag(tmp_path):
     path.write_text("word without a tag\n")
     _, err = run("finetune_tagger", *args, "--out", tmp_path / "none", code=2)
     assert "line 1: 'word without a tag'; expected word<TAB>tag" in err
+
+
+def test_bert_learns_both_tasks_and_is_exported(tmp_path):
+    pytest.importorskip("safetensors", reason="the extra hub is not installed")
+    draw, folder = random.Random(0), tmp_path / "text"
+    folder.mkdir()
+    for i in range(20):  # ten words a file: a second segment of other words is not the next one
+        own = [f"{c}{i % 4}" for c in "abcdefghij"]
+        lines = "".join(f"{' '.join(draw.choices(own, k=5))}\n" for _ in range(40))
+        (folder / f"{i}.txt").write_text(lines)
+    args = [*FRESH, "--data", folder, *"--lengths 16 --steps 12 --warmup 1 --seeds 1".split()]
+    args += ["--precision", "fp32", "bf16", "--lr", "1e-2", "--eval-batches", 1, "--lines", 10]
+    out, _ = run("pretrain_bert", *args, "--out", tmp_path / "a", "--export", tmp_path / "bert")
+    require_report(tmp_path / "a", ("loss.png",), ("fp32", "bf16"))
+    found = json.loads((tmp_path / "a" / "results.json").read_text())
+    for (scores,) in found.values():
+        assert scores["gradient, masked"] + scores["gradient, next"] == pytest.approx(1)
+        assert scores["masked"] < np.log(90) and 0 <= scores["next accuracy"] <= 1
+    report = (tmp_path / "a" / "report.md").read_text()
+    assert "| counting |" in report and "times in training" in report
+    assert "held-out losses against fp32: masked" in out and "cosine" in out
+    for arm in ("fp32", "bf16"):
+        kept = {path.name for path in (tmp_path / "bert" / arm).iterdir()}
+        assert kept == {"config.json", "model.safetensors", "tokenizer.json"}
+    again = ["--checkpoint", tmp_path / "bert" / "bf16", "--steps", 1, "--warmup", 0]
+    run("pretrain_bert", *args, *again, "--precision", "fp32", "--out", tmp_path / "b")
+    (more,) = json.loads((tmp_path / "b" / "results.json").read_text())["fp32"]
+    assert more["masked"] == pytest.approx(found["bf16"][0]["masked"], rel=0.1)
+    for bad, message in (
+        (["--export", tmp_path / "bert"], "error: export: "),
+        (["--lines", 1], "error: data "),
+    ):
+        _, err = run("pretrain_bert", *args, *bad, "--out", tmp_path / "none", code=2)
+        assert err.splitlines()[-1].startswith(message), err
+        assert not (tmp_path / "none").exists()
 
 
 @pytest.fixture(scope="module")

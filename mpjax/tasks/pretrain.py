@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
 from mpjax.tasks.labels import encoder_inputs, label_loss
 
@@ -52,22 +54,31 @@ class MaskedLanguage:
         both = {"masked": self.masked, "next": self.next}
         return {name: weight for name, weight in both.items() if weight}
 
-    def losses(self, model: Any) -> Callable[..., tuple[dict[str, Any], Any]]:
-        """Returns a function to the loss of each task, by name and without its weight."""
-        policy = model.precision.policy(self.loss)
-        fields = {"masked": ("labels", self.outputs[0]), "next": ("next", self.outputs[1])}
+    _labels: ClassVar[dict[str, str]] = {"masked": "labels", "next": "next"}
 
-        def losses_fn(
+    def _pairs(self, model: Any) -> Callable[..., tuple[dict[str, tuple[Any, Any]], Any]]:
+        outputs = dict(zip(self._labels, self.outputs, strict=True))
+
+        def pairs_fn(
             params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
-        ) -> tuple[dict[str, Any], Any]:
-            outputs, state = model.apply(
+        ) -> tuple[dict[str, tuple[Any, Any]], Any]:
+            found, state = model.apply(
                 params, encoder_inputs(batch), state=state, key=key, train=train
             )
-            chosen = {name: fields[name] for name in self.weights}
+            names = self.weights
             return {
-                name: label_loss(outputs[output], batch[labels], policy)
-                for name, (labels, output) in chosen.items()
+                name: (found[outputs[name]], batch[self._labels[name]]) for name in names
             }, state
+
+        return pairs_fn
+
+    def losses(self, model: Any) -> Callable[..., tuple[dict[str, Any], Any]]:
+        """Returns a function to the loss of each task, by name and without its weight."""
+        policy, pairs_fn = model.precision.policy(self.loss), self._pairs(model)
+
+        def losses_fn(*args: Any, **options: Any) -> tuple[dict[str, Any], Any]:
+            found, state = pairs_fn(*args, **options)
+            return {name: label_loss(*pair, policy) for name, pair in found.items()}, state
 
         return losses_fn
 
@@ -81,19 +92,41 @@ class MaskedLanguage:
 
         return loss_fn
 
-    def judge(self, model: Any) -> Callable[[Any, Sequence[Any]], dict[str, float]]:
-        """Returns a function (params, batches) -> mean loss and accuracy of each task."""
-        losses_fn = self.losses(model)
+    def judge(self, model: Any) -> Callable[..., tuple[dict[str, float], dict[str, np.ndarray]]]:
+        """Returns a function (params, batches) -> scores, and which targets are right.
+
+        Scores are by target, whatever batch it is in: `masked` and `next` are the mean losses,
+        `masked accuracy` and `next accuracy` in 0 ... 1; which are right is bool, (targets,).
+        """
+        policy, pairs_fn = model.precision.policy(self.loss), self._pairs(model)
 
         @jax.jit
-        def one(params: Any, batch: Any) -> Any:
-            return losses_fn(params, batch)[0]
+        def measure(params: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
+            return {
+                name: (label_loss(logits, labels, policy), jnp.argmax(logits, -1) == labels)
+                for name, (logits, labels) in pairs_fn(params, batch)[0].items()
+            }
 
-        def evaluate(params: Any, batches: Sequence[Any]) -> dict[str, float]:
+        def evaluate(
+            params: Any, batches: Sequence[Any]
+        ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
             if not batches:
                 raise ConfigError("batches: none to judge; name more held-out data")
-            found = [jax.device_get(one(params, batch)) for batch in batches]
-            return {name: float(sum(f[name] for f in found) / len(found)) for name in self.weights}
+            found = [jax.device_get(measure(params, batch)) for batch in batches]
+            scores, right = {}, {}
+            for name in self.weights:
+                parts = [
+                    np.ravel(one[name][1])[np.ravel(batch[self._labels[name]]) != IGNORE]
+                    for one, batch in zip(found, batches, strict=True)
+                ]
+                right[name] = np.concatenate(parts)
+                if not len(right[name]):
+                    raise ConfigError(f"batches: no target of {name}; name more held-out data")
+                counts = np.array([len(part) for part in parts])
+                losses = np.array([one[name][0] for one in found], np.float64)
+                scores[name] = float(losses @ counts / counts.sum())
+                scores[f"{name} accuracy"] = float(right[name].mean())
+            return scores, right
 
         return evaluate
 

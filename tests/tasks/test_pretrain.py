@@ -33,8 +33,23 @@ def test_the_loss_is_the_weighted_sum():
     alone = {name: x for name, x in BATCH.items() if name != "next"}
     loss, _ = MaskedLanguage(next=0.0).objective(MODEL)(PARAMS, alone)
     assert float(loss) == pytest.approx(float(both["masked"]))
-    judged = MaskedLanguage().judge(MODEL)(PARAMS, [BATCH, BATCH])
-    assert judged == pytest.approx({k: float(v) for k, v in both.items()}, rel=1e-6)
+
+
+def test_what_is_judged_counts_each_target_once():
+    halves = [{name: x[part] for name, x in BATCH.items()} for part in (slice(0, 1), slice(1, 4))]
+    assert len({(half["labels"] != IGNORE).sum() for half in halves}) == 2, "or any mean would do"
+    scores, right = MaskedLanguage().judge(MODEL)(PARAMS, halves)
+    out, _ = MODEL.apply(PARAMS, {name: BATCH[name] for name in ("ids", "types", "keep")})
+    for name, labels in (("masked", BATCH["labels"]), ("next", BATCH["next"])):
+        chosen = labels != IGNORE
+        logits, labels = np.asarray(out[name], np.float64)[chosen], labels[chosen]
+        losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]
+        np.testing.assert_array_equal(right[name], logits.argmax(-1) == labels)
+        assert scores[name] == pytest.approx(losses.mean(), rel=1e-5)
+        assert scores[f"{name} accuracy"] == right[name].mean()
+    blank = BATCH | {"labels": np.full_like(LABELS, IGNORE)}
+    with pytest.raises(ConfigError, match="no target of masked"):
+        MaskedLanguage().judge(MODEL)(PARAMS, [blank])
 
 
 def test_shares_are_those_of_the_two_gradients():
@@ -57,11 +72,12 @@ def test_shares_are_those_of_the_two_gradients():
 def test_both_are_learned():
     state, step = build(MODEL, optax.adam(0.05), objective=MaskedLanguage().objective)
     judge = MaskedLanguage().judge(MODEL)
-    before = judge(state.params, [BATCH])
+    before, _ = judge(state.params, [BATCH])
     for _ in range(30):
         state, _ = step(state, BATCH)
-    after = judge(state.params, [BATCH])
-    assert all(after[name] < 0.5 * before[name] for name in before)
+    after, _ = judge(state.params, [BATCH])
+    assert all(after[name] < 0.5 * before[name] for name in ("masked", "next"))
+    assert all(after[f"{name} accuracy"] > 0.8 for name in ("masked", "next"))
 
 
 @pytest.mark.parametrize(
