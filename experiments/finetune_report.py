@@ -60,22 +60,31 @@ def gap_points(arm: Arm, reference: Arm, name: str = "accuracy") -> list[float]:
 def tables(
     title: str, baselines: dict[str, dict[str, float]], arms: Sequence[Arm],
     extra: Sequence[str], slices: Mapping[str, Sequence[str]],
+    measured: Sequence[str] = ("accuracy",),
 ) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:  # fmt: skip
-    """Returns (title, head, rows) of the comparison and of each arm's slices."""
-    head = ("arm", "accuracy", "gap, points", *extra, "held-out loss", "tokens/s", "skipped")
+    """Returns (title, head, rows) of the comparison and of each arm's slices.
+
+    The scores that are measured have their gap beside them, the extra ones have not.
+    """
+    head = (
+        "arm", *(column for name in measured for column in (name, "gap, points")), *extra,
+        "held-out loss", "tokens/s", "skipped",
+    )  # fmt: skip
     rows: list[tuple[str, ...]] = [
-        (name, points([found["accuracy"]]), "–", *(
+        (name, *(c for m in measured for c in (points([found[m]]), "–")), *(
             points([found[e]]) if e in found else "–" for e in extra
         ), "–", "–", "–")
         for name, found in baselines.items()
     ]  # fmt: skip
     for arm in arms:
-        own = arm is arms[0]
+        compared: list[str] = []
+        for name in measured:
+            gap = "–" if arm is arms[0] else above(gap_points(arm, arms[0], name))
+            compared += [points(arm.score(name)), gap]
         rows.append(
             (
                 arm.label,
-                points(arm.score("accuracy")),
-                "–" if own else above(gap_points(arm, arms[0])),
+                *compared,
                 *(points(arm.score(name)) for name in extra),
                 f"{np.mean(arm.score('loss')):.4f}",
                 f"{arm.outcome.tokens_per_s:,.0f}",

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
-    "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger", "pretrain_bert", "chat",
+    "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger", "translate",
+    "pretrain_bert", "chat",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -536,6 +537,28 @@ def test_bert_learns_both_tasks_and_is_exported(tmp_path):
         (["--lines", 1], "error: data "),
     ):
         _, err = run("pretrain_bert", *args, *bad, "--out", tmp_path / "none", code=2)
+        assert err.splitlines()[-1].startswith(message), err
+        assert not (tmp_path / "none").exists()
+
+
+def test_an_encoder_decoder_is_compared_with_a_lexicon(tmp_path):
+    draw, path, spelled = random.Random(0), tmp_path / "a.tsv", str.maketrans("abcd", "XYZW")
+    words = ["".join(draw.choices("abcd", k=draw.randint(1, 5))) for _ in range(200)]
+    path.write_text("".join(f"{w}\t{w.translate(spelled)}\n" for w in dict.fromkeys(words)))
+    args = "--layers 1 --width 16 --heads 2 --batch 16 --lengths 8 --steps 6 --warmup 1".split()
+    args += ["--data", path, "--seeds", 1, "--beams", 2, "--precision", "fp32", "bf16"]
+    out, _ = run("translate", *args, "--out", tmp_path / "out")
+    require_report(tmp_path / "out", ("loss.png",), ("fp32", "bf16"))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all({"cer", "exact", "chrf", "loss"} <= one.keys() for s in found.values() for one in s)
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| lexicon and spelling | 0.00 | – | 100.00 |" in report, "it was spelled by a table"
+    assert "## bf16 by words of the source" in report and "of exact from the baseline" in report
+    for bad, message in (
+        (["--data", "nams"], "error: data 'nams': no such source or file"),
+        (["--precision", "fp32", "bf61", "--cache", "int8"], "error: precision: unknown preset"),
+    ):
+        _, err = run("translate", *args, *bad, "--out", tmp_path / "none", code=2)
         assert err.splitlines()[-1].startswith(message), err
         assert not (tmp_path / "none").exists()
 

@@ -7,12 +7,14 @@ from mpjax.tasks.metrics import calibration_error, class_scores, entity_scores, 
 from mpjax.tasks.predict import predictor, softmax
 from mpjax.tasks.pretrain import MaskedLanguage
 from mpjax.tasks.tag import TokenClassification
+from mpjax.tasks.translate import Translation
 
 __all__ = [
     "Language",
     "MaskedLanguage",
     "TextClassification",
     "TokenClassification",
+    "Translation",
     "calibration_error",
     "class_scores",
     "entity_scores",
