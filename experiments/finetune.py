@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import launch  # sets XLA flags before JAX starts
 
@@ -94,6 +94,18 @@ def read_schedule(text: str, steps: int) -> PrecisionSchedule:
     return fixed(get_precision(text))
 
 
+class Beginning(Protocol):
+    """What every run of an experiment starts from."""
+
+    def model(self, precision: Any, vocabulary: int) -> Any:
+        """Returns the model in a Precision."""
+        ...
+
+    def params(self, model: Any, seed: int) -> Any:
+        """Returns the parameters that a seed's run begins with."""
+        ...
+
+
 # Heads of pre-training, and what the tensors of a checkpoint that has them begin with.
 _PRETRAINED = {"masked": "cls.predictions.", "next": "cls.seq_relationship."}
 
@@ -169,7 +181,7 @@ Change = Callable[[Batch, np.random.Generator], Batch]
 
 
 def run_arm(
-    label: str, config: Any, task: Any, start: Start, examples: Sequence[Any], vocabulary: int,
+    label: str, config: Any, task: Any, start: Beginning, examples: Sequence[Any], vocabulary: int,
     judge: Judge, out: Path, keep: Keep = lambda *_: None,
     change: Change = lambda batch, draw: batch,
 ) -> Arm:  # fmt: skip
@@ -248,7 +260,7 @@ def raw_optimizer(config: Any) -> Any:
     )  # fmt: skip
 
 
-def check_arms(config: Any, start: Start, vocabulary: int) -> Any:
+def check_arms(config: Any, start: Beginning, vocabulary: int) -> Any:
     """Makes every arm's model and optimizer state, so that a mistake in the last comes first.
 
     Returns:

@@ -188,10 +188,10 @@ def main(config: Config) -> None:
     notes = [verdict(arm, arms[0]) for arm in arms[1:]]
     best = min(counted, key=lambda name: counted[name]["cer"])
     for name in ("cer", "exact"):
-        mean, half = interval([100 * (x - counted[best][name]) for x in arms[0].score(name)])
+        above = [100 * (x - counted[best][name]) for x in arms[0].score(name)]
         notes.append(
-            f"{arms[0].label} is {mean:+.2f} ± {half:.2f} points of {name} from the baseline"
-            f" {best} (95 % interval over {config.seeds} seeds)."
+            f"{arms[0].label}: {finetune_report.above(above)} points of {name} from the best"
+            f" baseline, {best} (95 % interval over {config.seeds} seeds)."
         )
     notes += [
         f"cer: edits a character of the reference. exact: at most"
@@ -210,10 +210,12 @@ def verdict(arm: finetune_report.Arm, reference: finetune_report.Arm) -> str:
     """The gaps of an arm in words: inside the noise of paired seeds, or not."""
     parts = []
     for name in ("cer", "exact"):
-        mean, half = interval(finetune_report.gap_points(arm, reference, name))
-        where = "no interval" if np.isnan(half) else "inside" if abs(mean) <= half else "outside"
-        parts.append(f"{name} {mean:+.2f} ± {half:.2f} points ({where})")
-    return f"{arm.label} from {reference.label}: {', '.join(parts)}; noise of paired seeds."
+        gaps = finetune_report.gap_points(arm, reference, name)
+        mean, half = interval(gaps)
+        noise = "inside the noise" if abs(mean) <= half else "outside the noise"
+        noise = "one seed, so no interval" if np.isnan(half) else noise
+        parts.append(f"{name} {finetune_report.above(gaps)} points ({noise})")
+    return f"{arm.label} from {reference.label}, paired seeds: {', '.join(parts)}."
 
 
 if __name__ == "__main__":

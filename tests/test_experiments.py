@@ -553,7 +553,7 @@ def test_an_encoder_decoder_is_compared_with_a_lexicon(tmp_path):
     assert all({"cer", "exact", "chrf", "loss"} <= one.keys() for s in found.values() for one in s)
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| lexicon and spelling | 0.00 | – | 100.00 |" in report, "it was spelled by a table"
-    assert "## bf16 by words of the source" in report and "of exact from the baseline" in report
+    assert "## bf16 by words of the source" in report and "points of exact from" in report
     for bad, message in (
         (["--data", "nams"], "error: data 'nams': no such source or file"),
         (["--precision", "fp32", "bf61", "--cache", "int8"], "error: precision: unknown preset"),

@@ -29,10 +29,10 @@ class Lexicon:
         pieces: (left, character, right) -> what it becomes; empty text where a neighbour is open.
 
     Example:
-        >>> train = [("ab c", "XYZ W"), ("ba", "ZXY"), ("b a", "Z XY"), ("ab", "XYZ")]
+        >>> train = [("ab a", "XY X"), ("ba", "YX"), ("b", "Y"), ("b", "why")]
         >>> lexicon = learn_lexicon(train)
-        >>> lexicon.translate("ab c"), lexicon.translate("bb")
-        ('XYZ W', 'ZZ')
+        >>> lexicon.translate("ba b"), lexicon.translate("bab")
+        ('YX Y', 'YXY')
     """
 
     words: dict[str, str]
