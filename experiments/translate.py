@@ -31,7 +31,7 @@ from mpjax.data.characters import Characters
 from mpjax.data.lexicon import learn_lexicon, nearest_targets
 from mpjax.data.pairs import load_pairs
 from mpjax.data.tokenizer import make_tokenizer
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, need
 from mpjax.models import seq2seq
 from mpjax.report import interval
 from mpjax.report.slices import length_slices
@@ -69,13 +69,13 @@ class Config:
     out."""
     batch: int = 64
     """Pairs a step."""
-    steps: int = 1200
+    steps: int = 600
     """Steps a run."""
     lr: float = 2e-3
     """Peak learning rate."""
     schedule: str = "cosine"
     """`constant`, `linear`, `cosine` or `wsd`."""
-    warmup: int = 100
+    warmup: int = 50
     """Steps of warm-up."""
     weight_decay: float = 0.01
     """Decoupled, on matrices."""
@@ -134,6 +134,8 @@ def main(config: Config) -> None:
     check(config)
     begun = time.perf_counter()
     train, test = load_pairs(config.data)
+    for module in ("sklearn.neighbors", "sacrebleu"):
+        need(module, "tasks", "baselines and metrics")
     texts = [text for pair in train for text in pair]
     spec = config.tokenizer
     task = Translation(Characters(texts) if spec == "characters" else make_tokenizer(spec, texts))
@@ -141,7 +143,8 @@ def main(config: Config) -> None:
     examples, held_out = task.examples(train), task.examples(test)
     start = Start(config)
     model = finetune.check_arms(config, start, task.vocabulary)
-    shapes: dict[str, Any] = dict(batch=config.batch, lengths=config.lengths)
+    # Without gradients there is room for more rows, and a batch takes as long as its longest row.
+    shapes: dict[str, Any] = dict(batch=4 * config.batch, lengths=config.lengths)
     translate = task.translator(model, **shapes, beams=config.beams, cache=config.cache)
     loss = task.judge(model, **shapes)
     sources, references = [s for s, _ in test], [t for _, t in test]

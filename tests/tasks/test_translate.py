@@ -92,22 +92,21 @@ def test_translations_are_those_of_each_text_alone_without_a_cache(trained):
         assert found[at] == alone(task, model, params, texts[at])
 
 
-def worth(task, model, params, texts, found):
-    """Mean over texts of the log-probability a token of what was found, by the loss."""
-    judge = task.judge(model, batch=1, lengths=(10,))  # nine tokens may have no end
-    pairs = zip(texts, found, strict=True)
-    return -np.mean([judge(params, task.examples([pair]))["loss"] for pair in pairs])
-
-
 def test_beams_find_likelier_texts_and_a_cache_of_int8_the_same(trained):
     task, model, params = trained
     texts = [source for source, _ in draw_pairs(4)]
     how = dict(batch=4, lengths=LENGTHS)
+    judge = task.judge(model, batch=1, lengths=(10,))  # nine tokens may have no end
+
+    def worth(found):
+        pairs = zip(texts, found, strict=True)
+        return -np.mean([judge(params, task.examples([pair]))["loss"] for pair in pairs])
+
     greedy = task.translator(model, **how)(params, texts)
-    wide = task.translator(model, **how, beams=4)(params, texts)
-    assert worth(task, model, params, texts, wide) >= worth(task, model, params, texts, greedy)
+    wide = task.translator(model, **how, beams=2)(params, texts)
+    assert worth(wide) >= worth(greedy) - 1e-6 > worth(["XYZ"] * 4)
     low = task.translator(model, **how, cache="int8")(params, texts)
-    assert np.mean([a == b for a, b in zip(low, greedy, strict=True)]) > 0.6
+    assert np.mean([a == b for a, b in zip(low, greedy, strict=True)]) > 0.5
 
 
 def test_what_does_not_fit_is_said(trained, caplog):
