@@ -532,13 +532,9 @@ def test_bert_learns_both_tasks_and_is_exported(tmp_path):
     run("pretrain_bert", *args, *again, "--precision", "fp32", "--out", tmp_path / "b")
     (more,) = json.loads((tmp_path / "b" / "results.json").read_text())["fp32"]
     assert more["masked"] == pytest.approx(found["bf16"][0]["masked"], rel=0.1)
-    for bad, message in (
-        (["--export", tmp_path / "bert"], "error: export: "),
-        (["--lines", 1], "error: data "),
-    ):
-        _, err = run("pretrain_bert", *args, *bad, "--out", tmp_path / "none", code=2)
-        assert err.splitlines()[-1].startswith(message), err
-        assert not (tmp_path / "none").exists()
+    _, err = run("pretrain_bert", *args, "--out", tmp_path / "none", "--export", tmp_path / "bert",
+                 code=2)  # fmt: skip
+    assert err.startswith("error: export: ") and not (tmp_path / "none").exists()
 
 
 def test_an_encoder_decoder_is_compared_with_a_lexicon(tmp_path):
