@@ -55,13 +55,13 @@ class Tuning:
     """Ids of the tokenizer, which is then trained on the training texts."""
     dropout: float = 0.1
     """Rate in training."""
-    lengths: tuple[int, ...] = (64, 128)
+    lengths: tuple[int, ...] = (32, 64, 96)
     """Tokens that texts are padded to; a step is compiled for each. Longer texts are cut."""
     batch: int = 32
     """Texts a step."""
     steps: int = 124
     """Steps a run."""
-    lr: float = 2e-4
+    lr: float = 1e-4
     """Peak learning rate."""
     schedule: str = "linear"
     """`constant`, `linear`, `cosine` or `wsd`."""
