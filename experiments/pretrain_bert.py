@@ -9,7 +9,7 @@ Run:       python experiments/pretrain_bert.py
            python experiments/finetune_classifier.py --checkpoint runs/bert/fp32 --lengths 32 64
 Expected:  in fp32 masked tokens are told about twice as often as by the most frequent token. Next
            sentences need many more steps: in so short a run they stay near chance, below what a
-           count of the words that two segments share tells. A low precision costs little of either.
+           count of the words that two segments share tells.
 """
 
 from __future__ import annotations
