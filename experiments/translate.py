@@ -9,8 +9,9 @@ Run:       python experiments/translate.py
            python experiments/translate.py --data libreoffice-help --tokenizer bpe:4000 \
                --lengths 32 64 --steps 3000
            python experiments/translate.py --data FILE.tsv
-Expected:  fewer character errors and more exact matches than the lexicon; bf16 within the noise of
-           fp32's seeds.
+Expected:  a comparison of precisions, not a good speller: the default 600 steps are 0.6 epochs and
+           stay behind the lexicon (fp32, one seed: 24.5 % character errors and 8.2 % exact; the
+           lexicon has 17.6 % and 21.5 %). Raise --steps for more.
 """
 
 from __future__ import annotations
