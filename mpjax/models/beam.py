@@ -123,7 +123,7 @@ def check_beams(beams: int, penalty: float) -> None:
       ConfigError: no beam, or a penalty below 0 or not finite.
     """
     if beams < 1:
-        raise ConfigError(f"beams: {beams} must be at least 1; 1 is the greedy continuation")
+        raise ConfigError(f"beams: {beams} must be at least 1; 1 keeps the likeliest alone")
     if not 0 <= penalty < math.inf:
         raise ConfigError(
             f"length_penalty: {penalty} must be 0 or above; 0 compares sums of log-probabilities"

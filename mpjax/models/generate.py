@@ -200,7 +200,8 @@ def beam_search(
       params: its weights.
       prompt: token ids, at least one a row; see `left_pad` for rows of different lengths.
       new: N, tokens to add at most.
-      beams: K, how many are kept at a time; 1 is the greedy continuation.
+      beams: K, how many are kept at a time; 1 is the greedy continuation, or one that ended
+        on its way and is likelier.
       length_penalty: $\alpha$, 0 or above; larger ones favour longer continuations.
       end: token that ends a continuation; what follows it is filled with it.
       lengths: how many tokens at the end of each row are its prompt; by default all.
