@@ -391,7 +391,7 @@ GENERATE = [
     ("--tokens 0", "tokens: 0", "above 0"),
     ("--temperature -1", "temperature: -1.0", "0 or above"),
     ("--temperature nan", "temperature: nan", "finite number"),
-    ("--top-k 999", "top_k=999", "0..256"),
+    ("--top-k 999", "top_k: 999", "256 tokens", "lower it"),
     ("--precision bff16", "precision", "'bff16'", "did you mean bf16"),
     ("--precision 'bf16 rule:**/nrom=fp32'", "**/nrom", "near misses", "**/norm"),
 ]

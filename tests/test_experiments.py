@@ -467,8 +467,8 @@ def test_a_classifier_is_compared_by_precision_and_slice(tmp_path):
         for i in range(160)
     ]
     path.write_text("".join(rows))
-    args = [*FRESH, "--data", path, *"--lengths 16 --steps 12 --warmup 1 --seeds 1".split()]
-    args += ["--precision", "fp32", "bf16", "--lr", "3e-2", "--dropout", 0]
+    args = [*FRESH, "--data", path, *"--lengths 16 --steps 40 --warmup 1 --seeds 1".split()]
+    args += ["--precision", "fp32", "bf16", "--lr", "1e-2", "--dropout", 0]
     out, _ = run("finetune_classifier", *args, "--out", out_folder)
     require_report(out_folder, ("loss.png",), ("fp32", "bf16"))
     found = json.loads((out_folder / "results.json").read_text())

@@ -167,14 +167,29 @@ def train_wordpiece(texts: Sequence[str], size: int) -> WordPiece:
     backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    # The trainer numbers what continues a word as it meets it, in an order that changes from one
+    # process to the next, and breaks ties by these numbers; here they stand from the start.
+    words = {
+        word
+        for text in texts
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(
+            backend.normalizer.normalize_str(text)
+        )
+    }
+    inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
     backend.train_from_iterator(
         texts,
         trainers.WordPieceTrainer(
-            vocab_size=size, special_tokens=list(_SPECIAL), show_progress=False
+            vocab_size=size, special_tokens=[*_SPECIAL, *inner], show_progress=False
         ),
         length=len(texts),
     )
     vocabulary = backend.get_vocab()
+    # Anew, for in a text they are no tokens of their own.
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    backend.add_special_tokens(list(_SPECIAL))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     separator, first = (("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     backend.post_processor = processors.BertProcessing(separator, first)
     return WordPiece(backend)

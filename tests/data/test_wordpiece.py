@@ -33,6 +33,20 @@ def test_what_is_too_long_is_cut_and_said(pieces, caplog):
     assert len(pieces.encode(["dog " * 20], longest=100)[0]["ids"]) == 22 and not caplog.text
 
 
+def test_training_gives_the_same_ids_in_every_process():
+    # Of ties: the library alone numbers and merges these otherwise each time it is started.
+    texts = ["low lower lowest", "new newer newest", "wide wider widest"]
+    expected = (
+        "[PAD] [UNK] [CLS] [SEP] [MASK] ##d ##e ##i ##o ##r ##s ##t ##w d e i l n o r s t w"
+        " ##we ##de ##ide ##st lo ne wide ##wer ##west low lower lowest new newer newest wider"
+        " widest"
+    )
+    for order in (texts, texts[::-1]):
+        pieces = train_wordpiece(order, 40)
+        assert pieces.tokens(range(pieces.vocab_size)) == expected.split()
+    assert pieces.tokens(pieces.pieces("##e")) == ["[UNK]", "[UNK]", "e"]
+
+
 def test_words_know_their_first_piece(pieces):
     words = ["The", "foxdog", "\u200b", "dog"]
     (one,), (starts,) = pieces.encode_words([words], longest=32)
