@@ -106,7 +106,7 @@ def agreement(sampled: Any, whole: Any) -> str:
                     shares += error.ravel().tolist()
                 a, b = s.sqnr(c.name, c.scaled), w.sqnr(c.name, c.scaled)
                 both = np.isfinite(a) & np.isfinite(b)
-                ratios += np.abs(a - b)[both].ravel().tolist()
+                ratios += np.abs(a[both] - b[both]).ravel().tolist()
     return (
         f"a sample of {SAMPLES[0]} against all numbers, {len(shares)} shares of underflow and"
         f" overflow: off by {100 * np.mean(shares):.3f} points on average,"
