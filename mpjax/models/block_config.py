@@ -12,7 +12,7 @@ from mpjax.errors import ConfigError
 from mpjax.ops import KERNELS
 from mpjax.ops.rotary import ROPE_SCALINGS, RopeScaling
 
-C = TypeVar("C", bound="BlockConfig")
+C = TypeVar("C")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,15 +194,15 @@ def named_config(
     Raises:
       ConfigError: unknown size or field.
     """
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if isinstance(size, kind):
-        base: Mapping[str, Any] = {f.name: getattr(size, f.name) for f in dataclasses.fields(size)}
+        base: Mapping[str, Any] = {name: getattr(size, name) for name in fields}
     elif isinstance(size, str) and size in sizes:
         base = sizes[size]
     else:
         near = difflib.get_close_matches(str(size), sizes, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"model: unknown size {size!r}; {hint}known: {' '.join(sizes)}")
-    fields = {field.name for field in dataclasses.fields(kind)}
     if unknown := sorted(set(changes) - fields):
         near = difflib.get_close_matches(unknown[0], fields, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

@@ -18,6 +18,7 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.cell import Cell
+from mpjax.models.heads import head_logits
 from mpjax.models.layers import Embed, Linear
 from mpjax.models.network import Network
 from mpjax.models.recurrent_config import RecurrentConfig, recurrent_config
@@ -119,18 +120,8 @@ class Recurrent(Network):
 
     def _unembed(self, params: Any, x: Any, key: Any = None) -> Any:
         """Features to logits in the head's output dtype."""
-        p, path = weight_view(params)["recurrent"], "recurrent/head"
-        # One key for all chunks of a loss in chunks: each number is still rounded without bias.
-        key = None if key is None else part_key(key, "head")
-        if not self.config.tied:
-            rngs = {} if key is None else {"rounding": key}
-            return self._head(self.at).apply({"params": p["head"]}, x, rngs=rngs)
-        with jax.named_scope(path):
-            return ops.linear(
-                x, p["embed"]["table"], self.precision.policy(path), transposed=True, where=path,
-                gradient_dtype=self.precision.gradient_dtype, recipe=self.recipes.get(path),
-                key=key,
-            )  # fmt: skip
+        head = None if self.config.tied else self._head(self.at)
+        return head_logits(head, self.at("head"), weight_view(params)["recurrent"], x, key)
 
     def apply(
         self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False
@@ -212,7 +203,4 @@ def recurrent(
     References:
       Zaremba et al. 2014, Recurrent Neural Network Regularization.
     """
-    if isinstance(size, RecurrentConfig):
-        fields = {f.name: getattr(size, f.name) for f in dataclasses.fields(size)}
-        changes, size = fields | changes, "tiny"
     return Recurrent(recurrent_config(size, **changes), get_precision(precision))

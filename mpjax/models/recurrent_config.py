@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 from mpjax.errors import ConfigError
+from mpjax.models.block_config import named_config
 
 CELLS = {"lstm": 4, "gru": 3}  # gates of each
 
@@ -64,7 +64,7 @@ def recurrent_size_names() -> tuple[str, ...]:
     return tuple(_SIZES)
 
 
-def recurrent_config(size: str, **changes: Any) -> RecurrentConfig:
+def recurrent_config(size: str | RecurrentConfig, **changes: Any) -> RecurrentConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:
@@ -81,11 +81,4 @@ def recurrent_config(size: str, **changes: Any) -> RecurrentConfig:
     References:
       Zaremba et al. 2014, Recurrent Neural Network Regularization.
     """
-    if size not in _SIZES:
-        near = difflib.get_close_matches(size, _SIZES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"model: unknown size {size!r}; {hint}known: {' '.join(_SIZES)}")
-    fields = {field.name for field in dataclasses.fields(RecurrentConfig)}
-    if unknown := sorted(set(changes) - fields):
-        raise ConfigError(f"model: unknown field {unknown[0]!r}; known: {' '.join(sorted(fields))}")
-    return RecurrentConfig(**(_SIZES[size] | changes))
+    return named_config(RecurrentConfig, _SIZES, size, changes)
