@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ class Tuning:
     """Ids of the tokenizer, which is then trained on the training texts."""
     dropout: float = 0.1
     """Rate in training."""
-    lengths: tuple[int, ...] = (32, 64, 96)
+    lengths: tuple[int, ...] = (32, 64, 128, 192)
     """Tokens that texts are padded to; a step is compiled for each. Longer texts are cut."""
     batch: int = 32
     """Texts a step."""
@@ -108,6 +109,7 @@ class Beginning(Protocol):
 
 # Heads of pre-training, and what the tensors of a checkpoint that has them begin with.
 _PRETRAINED = {"masked": "cls.predictions.", "next": "cls.seq_relationship."}
+_POOLER = "*pooler*"  # tensors of BERT's pooler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +121,14 @@ class Start:
       head: name of the encoder's head.
       classes: outputs of the head.
       texts: on which a tokenizer is trained where there is no checkpoint.
+      pool: what a head of whole texts takes of them, as of EncoderConfig.
     """
 
     config: Any
     head: str
     classes: int
     texts: Sequence[str]
+    pool: str = "first"
 
     @property
     def source(self) -> str | Path | None:
@@ -156,7 +160,10 @@ class Start:
 
     @property
     def _changes(self) -> dict[str, Any]:
-        return {"head": self.head, "classes": self.classes, "dropout": self.config.dropout}
+        return {
+            "head": self.head, "classes": self.classes, "dropout": self.config.dropout,
+            "pool": self.pool,
+        }  # fmt: skip
 
     def _loaded(self, precision: Any, seed: int) -> tuple[Any, Any]:
         checkpoint = open_checkpoint(self.source or "")
@@ -169,6 +176,9 @@ class Start:
             new, unused = [head for head in _PRETRAINED if head not in held], []
         else:
             new, unused = [self.head], [f"{theirs}*" for theirs in held.values()]
+        pooler = self.pool == "first" and self.head != "token"
+        if not pooler and fnmatch.filter(checkpoint.tensors, _POOLER):
+            unused.append(_POOLER)
         return load_checkpoint(
             checkpoint, precision, new=[f"encoder/{head}/**" for head in new],
             key=jax.random.key(seed), unused=unused, **self._changes,

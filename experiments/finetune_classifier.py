@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import finetune  # sets XLA flags before JAX starts
 import finetune_report
@@ -35,6 +35,8 @@ class Config(finetune.Tuning):
 
     data: str = "reviews"
     """`reviews`, `movie-snippets`, `bbc`, or a file of label<TAB>text lines."""
+    pool: Literal["mean", "first"] = "mean"
+    """What the head takes of a text: the mean of its tokens, or the first through BERT's pooler."""
     out: Path = Path("runs/finetune_classifier")
     """Folder of the report and of all runs."""
 
@@ -73,7 +75,7 @@ def main(config: Config) -> None:
     train, test = load_labelled(config.data)
     need("sklearn.metrics", "tasks", "metrics")
     task = TextClassification(train.classes)
-    start = finetune.Start(config, "class", len(train.classes), train.texts)
+    start = finetune.Start(config, "class", len(train.classes), train.texts, config.pool)
     pieces, longest = start.pieces(), max(config.lengths)
     examples, held_out = (task.examples(pieces, side, longest=longest) for side in (train, test))
     model = finetune.check_arms(config, start, pieces.vocab_size)

@@ -107,7 +107,7 @@ class Config:
     """Best checkpoints by validation loss to keep besides."""
     monitor_every: int = 0
     """Steps between measurements of all tensors (monitor.jsonl, monitor.png); 0 for none."""
-    monitor_sample: int = 8192
+    monitor_sample: int = 4096
     """Numbers of each tensor that are measured, beside its extremes; 0 measures all."""
     resume: str = ""
     """`latest`, `latest-good` (skips damaged checkpoints) or a step."""

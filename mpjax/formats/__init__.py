@@ -3,7 +3,7 @@
 from mpjax.formats.measures import max_error, saturation_rate, sqnr, underflow_rate
 from mpjax.formats.quantize import Quantized, fake_quantize, quantize
 from mpjax.formats.rounding import ROUNDINGS, check_rounding, round_to
-from mpjax.formats.scaling import Scaling, check_scaling
+from mpjax.formats.scaling import Scaling, check_offset, check_scaling
 from mpjax.formats.table import Format
 from mpjax.formats.view import is_quantized, slice_view, weight_view
 
@@ -12,6 +12,7 @@ __all__ = [
     "Format",
     "Quantized",
     "Scaling",
+    "check_offset",
     "check_rounding",
     "check_scaling",
     "fake_quantize",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mpjax.formats.quantize import Quantized, amax_of, scale_down
+from mpjax.formats.quantize import Quantized, amax_of, per_tile, scale_down
 
 
 def _nonzero(x: Any) -> Any:
@@ -72,6 +72,8 @@ def saturation_rate(x: Float[Array, "*shape"], q: Quantized) -> Float[Array, ""]
       >>> saturation_rate(x, quantize(x, "e4m3", "none")).item()
       0.5
     """
+    if q.offsets is not None:
+        x = per_tile(x.astype(jnp.float32), q.offsets, q.tile, lambda x, m: x - m)
     over = scale_down(x, q.full_scales, q.tile)
     largest = float(jnp.finfo(jnp.float32).max)
     slack = 1 + 2.0**-21  # the scale and x / scale are rounded

@@ -12,15 +12,22 @@ from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError
 from mpjax.formats.rounding import _round, check_rounding
-from mpjax.formats.scaling import Scaling, check_scaling, to_scale, two_level
+from mpjax.formats.scaling import (
+    Scaling,
+    check_offset,
+    check_scaling,
+    to_range,
+    to_scale,
+    two_level,
+)
 from mpjax.formats.table import Format
 
 
-def _split(x: Any, tile: tuple[int, ...]) -> Any:
-    """Cuts each axis into (groups, tile), after padding with zeros to whole tiles."""
+def _split(x: Any, tile: tuple[int, ...], padding: str = "constant") -> Any:
+    """Cuts each axis into (groups, tile), after padding to whole tiles, with zeros or the edge."""
     pad = [(0, -n % t) for n, t in zip(x.shape, tile, strict=True)]
     if any(after for _, after in pad):
-        x = jnp.pad(x, pad)
+        x = jnp.pad(x, pad, padding)
     return x.reshape([k for n, t in zip(x.shape, tile, strict=True) for k in (n // t, t)])
 
 
@@ -85,12 +92,12 @@ def scaled_values(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scales", "tensor_scale"),
+    data_fields=("values", "scales", "tensor_scale", "offsets"),
     meta_fields=("format", "tile", "dtype", "scale_bits"),
 )
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """An array in a format: `dequantize()` is values times scales.
+    """An array in a format: `dequantize()` is values times scales, plus offsets if it has any.
 
     Args:
       values: in the dtype that holds the format where JAX has one, else in `dtype`.
@@ -100,6 +107,7 @@ class Quantized:
       tile: size of a tile along each axis.
       dtype: of the array that was quantised.
       scale_bits: bits that a scale takes in its own format, 0 where all are 1.
+      offsets: float32, one for each tile, or None.
     """
 
     values: Any
@@ -109,6 +117,7 @@ class Quantized:
     tile: tuple[int, ...]
     dtype: Any
     scale_bits: int = 32
+    offsets: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -131,13 +140,16 @@ class Quantized:
             return jax.vmap(lambda q: q.dequantize(dtype))(self)
         values = self.values.astype(jnp.float32)
         out = per_tile(values, self.full_scales, self.tile, lambda v, s: v * s)
+        if self.offsets is not None:
+            out = per_tile(out, self.offsets, self.tile, lambda v, m: v + m)
         return out.astype(self.dtype if dtype is None else dtype)
 
     @property
     def nbytes(self) -> float:
         """Bytes that values and scales take when each is stored in its format's bits."""
         bits = self.values.size * self.format.bits + self.scales.size * self.scale_bits
-        return bits / 8 + (0 if self.tensor_scale is None else 4)
+        offsets = 0 if self.offsets is None else 4 * self.offsets.size
+        return bits / 8 + offsets + (0 if self.tensor_scale is None else 4)
 
 
 def quantize(
@@ -149,8 +161,13 @@ def quantize(
     rounding: str = "nearest",
     key: Any = None,
     scale_rounding: str | None = None,
+    offset: bool = False,
 ) -> Quantized:
     r"""Quantises an array: values $q = \mathrm{round}(x / s)$ and scales $s \approx amax / max$.
+
+    With an offset, $q = \mathrm{round}((x - m) / s)$, and s and m take the smallest and the largest
+    number of a group to the format's: no pattern is spent on a sign that does not occur, and zero
+    is no longer exact.
 
     The last block of an axis may be shorter. A group of zeros has scale 1 (with nv its block has
     e4m3's smallest); a group that holds inf or NaN becomes NaN, and with nv the whole array.
@@ -167,6 +184,8 @@ def quantize(
       key: random key, for stochastic rounding.
       scale_rounding: `none`, or to a power of two, `up` (nothing overflows) or `down` (OCP's
         rule); by default `up` for mx, else `none`.
+      offset: whether each group has an offset beside its scale (asymmetric quantisation); for
+        `int8 int4 int2` with `tensor`, `row` or `block` scaling.
 
     Raises:
       ConfigError: names that are unknown or do not fit each other, no key, or an array that has
@@ -196,6 +215,9 @@ def quantize(
     if scaling.kind not in ("none", "tensor"):
         given = axis if isinstance(axis, tuple) else (axis,)
         tile = scaling.tiles(x.shape, tuple(_axis(a, x.ndim) for a in given))
+    if offset:
+        check_offset(format, scaling, scale_rounding)
+        return _with_offset(x, format, scaling, tile, rounding, key)
     scales, whole = find_scales(x, format, scaling, tile, scale_rounding)
     both = scales if whole is None else scales * whole
     values = scaled_values(x, both, format, tile, rounding, key)
@@ -207,6 +229,23 @@ def quantize(
     return Quantized(
         values.astype(holder), scales, whole, format, tile, x.dtype, scaling.scale_bits
     )
+
+
+def _with_offset(
+    x: Any, format: Format, scaling: Scaling, tile: tuple[int, ...], rounding: str, key: Any
+) -> Quantized:
+    wide = x.astype(jnp.float32)
+    parts = _split(wide, tile, "edge")  # a zero of the padding might widen the range
+    axes = tuple(range(1, parts.ndim, 2))
+    scales, offsets = to_range(jnp.min(parts, axes), jnp.max(parts, axes), format)
+    # a group that holds inf or NaN becomes NaN
+    scales = jnp.where(jnp.isfinite(amax_of(x, tile)), scales, jnp.float32(jnp.nan))
+    over = per_tile(wide, offsets, tile, lambda x, m: x - m)
+    values = scaled_values(over, scales, format, tile, rounding, key)
+    return Quantized(
+        values.astype(format.dtype), scales, None, format, tile, x.dtype, scaling.scale_bits,
+        offsets,
+    )  # fmt: skip
 
 
 def _axis(axis: int, ndim: int) -> int:

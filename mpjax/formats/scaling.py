@@ -137,6 +137,24 @@ def check_scaling(format: Format, scaling: Scaling, scale_rounding: str, where: 
         raise ConfigError(f"{where}{scaling} rounds its scales to e4m3; leave scale_rounding out")
 
 
+def check_offset(format: Format, scaling: Scaling, scale_rounding: str) -> None:
+    """Checks that a format and a scaling take an offset.
+
+    Raises:
+      ConfigError: they do not.
+    """
+    if not format.is_integer or scaling.kind not in ("tensor", "row", "block"):
+        raise ConfigError(
+            f"{format.name} with scaling={scaling} takes no offset; take int8, int4 or"
+            " int2 with tensor, row or block scaling, or leave the offset out"
+        )
+    if scale_rounding != "none":
+        raise ConfigError(
+            f"scale_rounding={scale_rounding!r} beside an offset, which is not rounded;"
+            " leave it out"
+        )
+
+
 def _limit(format: Format) -> np.float32:
     """What a group's largest magnitude goes to: the format's largest number, 2^125 at most.
 
@@ -183,6 +201,25 @@ def to_scale(amax: Any, format: Format, scale_rounding: str) -> Any:
         scale = _power_of_two(amax, limit, scale_rounding == "up")
     scale = jnp.where(amax == 0, jnp.float32(1), scale)
     return jnp.where(jnp.isfinite(amax), scale, jnp.float32(jnp.nan))
+
+
+def to_range(low: Any, high: Any, format: Format) -> tuple[Any, Any]:
+    r"""Returns scale and offset of groups of numbers in [low, high], float32: x = s v + m.
+
+    $$s = (high - low) / (max - min),\qquad m = low - min\,s$$
+
+    A group of equal numbers has s = 1 and v = 0, so that it is exact.
+
+    Args:
+      low: smallest numbers, finite.
+      high: largest numbers, finite.
+      format: of the values.
+    """
+    steps = np.float32(format.max - format.min)
+    scale = jnp.maximum(_quotient(high, steps) - _quotient(low, steps), jnp.float32(_TINY))
+    same = high == low
+    scale = jnp.where(same, jnp.float32(1), scale)
+    return scale, jnp.where(same, low, low - np.float32(format.min) * scale)
 
 
 def two_level(amax: Any, format: Format, tensor_amax: Any) -> tuple[Any, Any]:

@@ -59,7 +59,8 @@ def write(stored: Any, new_BTGK: Any, first: Any) -> Any:
     new = new_BTGK.astype(stored.dtype)  # the storage that was asked for
     if is_quantized(stored):
         kind = "mx" if stored.scale_bits == 8 else "block"
-        new = quantize(new, stored.format, Scaling(kind, 1, stored.tile[-1]))
+        scaling, offset = Scaling(kind, 1, stored.tile[-1]), stored.offsets is not None
+        new = quantize(new, stored.format, scaling, offset=offset)
     return jax.tree.map(
         lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, first, 0, 0)), stored, new
     )

@@ -17,7 +17,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.block import Sight
 from mpjax.models.encoder_config import EncoderConfig, encoder_config
-from mpjax.models.heads import ClassHead, MaskedHead, Pooler
+from mpjax.models.heads import ClassHead, MaskedHead, MeanPooler, Pooler
 from mpjax.models.network import Network
 from mpjax.models.skeleton import At, Parts, init_boxed, outer_parts, part_key
 from mpjax.models.stack import Stack, equal_segments
@@ -37,8 +37,10 @@ def _head_parts(c: EncoderConfig, at: At) -> Parts:
         return ClassHead(at(own), count, rate, name=name(own))
 
     parts: Parts = {}
-    if c.head in ("none", "pretrain", "class"):
+    if c.pools and c.pool == "first":
         parts["pooler"] = (Pooler(at("pooler"), c.width, name=name("pooler")), (x_BTD,))
+    elif c.pools:
+        parts["pooler"] = (MeanPooler(at("pooler"), name=name("pooler")), (x_BTD,))
     if c.head in ("masked", "pretrain"):
         table = jnp.zeros((c.vocabulary, c.width))
         parts["masked"] = (MaskedHead(at("masked"), c, name=name("masked")), (x_BTD, table))
@@ -132,7 +134,7 @@ class Encoder(Network):
             rngs = {"dropout": own} if train and own is not None else {}
             if self.rounds and own is not None:
                 rngs["rounding"] = part_key(own, "rounding")
-            variables = {"params": p[name]}
+            variables = {"params": p.get(name, {})}
             if name not in seen:
                 return parts[name][0].apply(variables, *args, rngs=rngs)
             y, updated = parts[name][0].apply(
@@ -142,7 +144,7 @@ class Encoder(Network):
             return y
 
         if "pooler" in parts:
-            out["pooled"] = run("pooler", x)
+            out["pooled"] = run("pooler", x, *([keep] if c.pool == "mean" else []))
         if "masked" in parts:
             out["masked"] = run("masked", x, p["embed"]["table"])
         if "next" in parts:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from mpjax.errors import ConfigError
 from mpjax.models.block_config import BlockConfig, named_config
 
+POOLS = ("first", "mean")
 HEADS = ("none", "masked", "pretrain", "class", "token")
 
 
@@ -20,12 +21,17 @@ class EncoderConfig(BlockConfig):
       head: `none` (features and pooled), `masked` (tokens), `pretrain` (tokens, and whether the
         second sentence is the next), `class` (of a text or a pair) or `token` (of each token).
       classes: of the heads `class` and `token`.
+      pool: what the heads `none`, `pretrain` and `class` take of a text: the `first` token through
+        BERT's pooler, or the `mean` of all tokens that are no padding.
 
     Raises:
       ConfigError: a value outside its range or choices.
     """
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = BlockConfig.CHOICES | {"head": HEADS}
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = BlockConfig.CHOICES | {
+        "head": HEADS,
+        "pool": POOLS,
+    }
     OPTIONAL: ClassVar[tuple[str, ...]] = (*BlockConfig.OPTIONAL, "types")
     COUNTS: ClassVar[tuple[str, ...]] = (*BlockConfig.COUNTS, "classes")
 
@@ -41,6 +47,7 @@ class EncoderConfig(BlockConfig):
     types: int = 2
     head: str = "none"
     classes: int = 2
+    pool: str = "first"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +56,15 @@ class EncoderConfig(BlockConfig):
                 f"model: head={self.head!r} needs at least 2 classes, classes={self.classes};"
                 " raise it"
             )
+        if self.pool != "first" and not self.pools:
+            raise ConfigError(
+                f"model: head={self.head!r} pools nothing, pool={self.pool!r}; leave pool out"
+            )
+
+    @property
+    def pools(self) -> bool:
+        """Whether its head takes a text as a whole."""
+        return self.head in ("none", "pretrain", "class")
 
 
 _SIZES: dict[str, dict[str, Any]] = {

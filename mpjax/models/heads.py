@@ -30,6 +30,19 @@ class Pooler(Layer):
         return jnp.tanh(y.astype(policy.compute_dtype)).astype(policy.output_dtype)
 
 
+class MeanPooler(Layer):
+    """sum_t m_t x_t / sum_t m_t over the tokens that are no padding, summed in float32."""
+
+    @nn.compact
+    def __call__(self, x_BTD: Any, keep_BT: Any = None) -> Any:
+        policy = self.policy()
+        x = x_BTD.astype(policy.compute_dtype)
+        keep = jnp.ones(x.shape[:2], bool) if keep_BT is None else keep_BT
+        total = jnp.sum(jnp.where(keep[..., None], x, 0), 1, dtype=jnp.float32)
+        count = jnp.maximum(jnp.sum(keep, 1, dtype=jnp.float32), 1)
+        return (total / count[:, None]).astype(policy.output_dtype)
+
+
 class TiedHead(Layer):
     """x E^T + b with the embedding's table E."""
 

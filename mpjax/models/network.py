@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -14,6 +14,16 @@ from mpjax.formats.delayed import AmaxHistory
 from mpjax.models.context import Context, unsharded
 from mpjax.models.skeleton import At, stored
 from mpjax.precision import Precision, Recipe, dtype_name, get_precision
+
+
+class _Outline(NamedTuple):
+    """What takes a policy (path -> kind), and the logical axes of each parameter."""
+
+    sites: dict[str, str]
+    axes: Any
+
+
+_OUTLINES: dict[tuple[type, Any], _Outline] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +97,30 @@ class Network:
         """Returns the model with its activations constrained by `shard(x, logical_axes)`."""
         return dataclasses.replace(self, shard=shard)
 
-    @functools.cached_property
-    def _sites(self) -> dict[str, str]:
+    @property
+    def _outline(self) -> _Outline:
+        """Traced once for each configuration: every model of one has it, whatever its Precision."""
+        mine = (type(self), self.config)
+        if mine not in _OUTLINES:
+            _OUTLINES[mine] = self._drawn()
+        return _OUTLINES[mine]
+
+    def _drawn(self) -> _Outline:
         seen: dict[str, str] = {}
         covers_all = get_precision("fp32")
 
         def at(*prefix: str) -> Context:
             return Context(covers_all, self._prefix + prefix, seen=seen)
 
-        jax.eval_shape(lambda: self.boxed(at, jax.random.key(0)))
+        boxed = jax.eval_shape(lambda: self.boxed(at, jax.random.key(0)))
         seen |= self.further
+
+        def names(path: Any, box: Any) -> tuple[str | None, ...]:
+            stacked = path[1].key == "layers"
+            return ("layers", *box.names) if stacked else tuple(box.names)
+
+        is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+        axes = jax.tree_util.tree_map_with_path(names, boxed, is_leaf=is_box)
 
         def layers(path: str) -> list[str]:
             root, *rest = path.split("/")
@@ -104,15 +128,16 @@ class Network:
                 return [path]
             return ["/".join([root, "layers", str(i), *rest[2:]]) for i in range(self.depths[root])]
 
-        return {each: kind for path, kind in seen.items() for each in layers(path)}
+        sites = {each: kind for path, kind in seen.items() for each in layers(path)}
+        return _Outline(sites, axes)
 
     def _of(self, kind: str) -> list[str]:
-        return [path for path, found in self._sites.items() if found == kind]
+        return [path for path, found in self._outline.sites.items() if found == kind]
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
         """All paths that take a policy: modules, operations and parameters."""
-        return tuple(self._sites)
+        return tuple(self._outline.sites)
 
     @functools.cached_property
     def recipes(self) -> dict[str, Recipe]:
@@ -125,17 +150,10 @@ class Network:
         """Whether a recipe draws random numbers."""
         return any(recipe.uses_key for recipe in self.recipes.values())
 
-    @functools.cached_property
+    @property
     def axes(self) -> Any:
         """Logical axes of each parameter, a tree of tuples."""
-        boxed = jax.eval_shape(lambda: self.boxed(self.at, jax.random.key(0)))
-
-        def names(path: Any, box: Any) -> tuple[str | None, ...]:
-            stacked = path[1].key == "layers"
-            return ("layers", *box.names) if stacked else tuple(box.names)
-
-        is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
-        return jax.tree_util.tree_map_with_path(names, boxed, is_leaf=is_box)
+        return self._outline.axes
 
     def init(self, key: Any) -> Any:
         """Returns new parameters; equal keys give equal float32 draws under every Precision."""

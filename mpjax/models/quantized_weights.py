@@ -77,8 +77,8 @@ def quantize_weights(
 
     Args:
       params: a model's weights, float32, bfloat16 or float16.
-      storage: of all that no rule names: a dtype (all leaves), or `FORMAT@SCALING` (matrices,
-        without embeddings, norms and the head; vectors never).
+      storage: of all that no rule names: a dtype (all leaves), or `FORMAT@SCALING`, integers with
+        `+offset` too (matrices, without embeddings, norms and the head; vectors never).
       rules: `PATTERN=STORAGE` or `PATTERN=keep` in order, the first match wins; patterns as in a
         Precision, of paths without layer index, such as `decoder/layers/mlp/down/kernel`.
 
@@ -171,4 +171,5 @@ def weight_report(before: Any, after: Any) -> list[Stored]:
 
 def _text(q: Quantized) -> str:
     """A Quantized's format and the size of its tiles."""
-    return f"{q.format.name}@{'x'.join(map(str, q.tile))}"
+    offset = "" if q.offsets is None else "+offset"
+    return f"{q.format.name}@{'x'.join(map(str, q.tile))}{offset}"

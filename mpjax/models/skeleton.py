@@ -72,10 +72,10 @@ def init_boxed(
     config: BlockConfig, at: At, key: Any, parts: Parts, *, causal: bool = True, cross: bool = False
 ) -> Any:
     """Returns parameters boxed with their logical axes; blocks are stacked along a layer axis."""
-    tree = {
-        name: part.init(part_key(key, name), *examples)["params"]
-        for name, (part, examples) in parts.items()
+    made = {
+        name: part.init(part_key(key, name), *examples) for name, (part, examples) in parts.items()
     }
+    tree = {name: variables["params"] for name, variables in made.items() if variables}
     x = jnp.zeros((1, 1, config.width))
     sight = Sight(jnp.zeros(1, jnp.int32), source_BSD=x if cross else None)
     block, first = Block(at("layers", "0"), config, causal, cross), part_key(key, "layers")

@@ -9,15 +9,16 @@ import jax
 import numpy as np
 
 from mpjax.errors import ConfigError
-from mpjax.formats import Format, Scaling, check_scaling, quantize
+from mpjax.formats import Format, Scaling, check_offset, check_scaling, quantize
 
 _DTYPES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16"}
 _DTYPES |= {"fp16": "float16"} | {name: name for name in ("float32", "bfloat16", "float16")}
 _HELP = (
     "write a dtype (f32 bf16 f16) or FORMAT@SCALING with FORMAT int8, int4, e4m3 or another and"
     " SCALING row (one scale a channel), a number such as 32 (one for each 32 numbers), tensor,"
-    " mx(32) or nv(16)"
+    " mx(32) or nv(16); +offset behind a number, row or tensor gives integers an offset too"
 )
+_OFFSET = "+offset"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Storage:
     Args:
       format: of the values.
       scaling: who shares a scale; None stores the values as they are, in the format's dtype.
+      offset: whether they share an offset too.
 
     Example:
       >>> str(Storage.parse("int4@32")), str(Storage.parse("int8")), str(Storage.parse("bfloat16"))
@@ -35,13 +37,14 @@ class Storage:
 
     format: Format
     scaling: Scaling | None
+    offset: bool = False
 
     @classmethod
     def parse(cls, value: str | Storage, where: str = "storage") -> Storage:
-        """Reads a dtype or `FORMAT@SCALING`; a FORMAT alone has a scale a row.
+        """Reads a dtype, `FORMAT@SCALING` or `FORMAT@SCALING+offset`; a FORMAT alone has rows.
 
         Args:
-          value: such as `bf16`, `int8`, `int4@32`, `e4m3@tensor`, `e2m1@mx(32)`.
+          value: such as `bf16`, `int8`, `int4@32`, `int4@32+offset`, `e4m3@tensor`, `e2m1@mx(32)`.
           where: what to call the setting in an error.
 
         Raises:
@@ -49,9 +52,10 @@ class Storage:
         """
         if isinstance(value, Storage):
             return value
-        name, at, scaling = value.partition("@")
+        offset = value.endswith(_OFFSET)
+        name, at, scaling = value.removesuffix(_OFFSET).partition("@")
         if name in _DTYPES:
-            if at:
+            if at or offset:
                 raise ConfigError(f"{where}: {value!r} scales a dtype; write {name}")
             return cls(Format(_DTYPES[name]), None)
         if not name or (at and not scaling):
@@ -60,18 +64,20 @@ class Storage:
             format = Format("e4m3" if name == "fp8" else name)
             parsed = Scaling.parse(f"block(1x{scaling})" if scaling.isdigit() else scaling or "row")
             check_scaling(format, parsed, parsed.default_rounding)
+            if offset:
+                check_offset(format, parsed, parsed.default_rounding)
         except ConfigError as error:
             raise ConfigError(f"{where}: {value!r}: {error}; {_HELP}") from None
         if parsed.kind == "none":
             raise ConfigError(f"{where}: {value!r} leaves numbers without a scale; {_HELP}")
-        return cls(format, parsed)
+        return cls(format, parsed, offset)
 
     def __str__(self) -> str:
         if self.scaling is None:
             return {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[self.format.name]
         s = self.scaling
         plain = s.kind == "block" and s.rows == 1
-        return f"{self.format.name}@{s.columns if plain else s}"
+        return f"{self.format.name}@{s.columns if plain else s}{_OFFSET if self.offset else ''}"
 
     def store(self, x: Any, axis: int | tuple[int, ...] = -1) -> Any:
         """Returns an array as it is stored: an array of the dtype, or a Quantized.
@@ -82,7 +88,7 @@ class Storage:
         """
         if self.scaling is None:
             return x.astype(self.format.dtype)  # what was asked for
-        return quantize(x, self.format, self.scaling, axis=axis)
+        return quantize(x, self.format, self.scaling, axis=axis, offset=self.offset)
 
     def shaped(self, x: Any, axis: int | tuple[int, ...] = -1) -> Any:
         """Returns shapes and dtypes of `store(x)`."""

@@ -16,7 +16,7 @@ from mpjax.formats import Format, Quantized, is_quantized
 
 _KEY = "mpjax"
 _VERSION = 1
-_PARTS = ("values", "scales", "tensor_scale")
+_PARTS = ("values", "scales", "tensor_scale", "offsets")
 _EXTRA = ("hub", "a file of weights")
 
 

@@ -149,6 +149,11 @@ def prune_weights(
         if mask is None:
             return leaf
         if is_quantized(leaf):
+            if leaf.offsets is not None:
+                raise ConfigError(
+                    f"prune: {_name(path)} is stored with offsets, which have no zero; prune"
+                    " before quantising, into a storage without +offset"
+                )
             return dataclasses.replace(leaf, values=_masked(leaf.values, mask))
         return _masked(leaf, mask)
 

@@ -1,7 +1,7 @@
 """What a monitor costs: training with every tensor measured each 50 steps, against without.
 
 Run:       python tests/evidence/monitor.py
-Expected:  at most 5 % of the step time with 8192 numbers of each tensor, no compilation after the
+Expected:  at most 5 % of the step time with 4096 numbers of each tensor, no compilation after the
            first call, the same bits; more, if every number is measured.
 
 A step and a measurement take turns in one process; each round times one block of steps and one
@@ -35,7 +35,7 @@ from mpjax.train.tensors import watched  # noqa: E402
 
 EVERY = 50
 FORMATS = ("e4m3", "e5m2", "bf16", "fp16")
-SAMPLES = (8192, 0)  # numbers of a tensor; 0 is all
+SAMPLES = (4096, 0)  # numbers of a tensor; 0 is all
 # label -> width, layers, batch, sequence, steps a block, rounds
 SIZES = {
     "small: D=128, L=2, 8 x 128 tokens": (128, 2, 8, 128, 5, 15),

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mpjax import formats
 from mpjax.errors import ConfigError
-from mpjax.formats import Format, Quantized, fake_quantize, saturation_rate
+from mpjax.formats import Format, Quantized, fake_quantize, saturation_rate, sqnr
 from tests.formats.oracle import groups, slow_quantize
 
 SCALINGS = ["tensor", "row", "block(1x128)", "block(128x128)", "mx(32)", "nv(16)", "nv(16x16)"]
@@ -24,7 +24,8 @@ FORMATS = ["e4m3", "e5m2", "e2m1", "e3m2", "int8", "int4"]
 PAIRS = [(f, s) for f in ("e4m3", "e2m1") for s in SCALINGS]
 PAIRS += [("int8", s) for s in SCALINGS[:5]] + [("e5m2", "row"), ("e3m2", "row"), ("int4", "row")]
 quantized = jax.jit(
-    formats.quantize, static_argnames=("format", "scaling", "axis", "rounding", "scale_rounding")
+    formats.quantize,
+    static_argnames=("format", "scaling", "axis", "rounding", "scale_rounding", "offset"),
 )
 
 
@@ -334,3 +335,59 @@ def test_a_scalar_has_no_rows() -> None:
     with pytest.raises(ConfigError, match="axis -1 of an array of 0 axes"):
         quantize(jnp.float32(1), "e4m3", "row")
     assert math.isclose(quantize(jnp.float32(1), "e4m3").dequantize(), 1, rel_tol=1e-6)
+
+
+def affine(x: np.ndarray, name: str, block: int) -> np.ndarray:
+    """Scale and offset for each block of a row, in float64."""
+    out, low, steps = np.empty(x.shape), *((-8, 15) if name == "int4" else (-128, 255))
+    for row, into in zip(x.astype(np.float64), out, strict=True):
+        for start in range(0, len(row), block):
+            part = row[start : start + block]
+            s = np.ptp(part) / steps or 1.0
+            m = part.min() - low * s if np.ptp(part) else part.min()
+            into[start : start + block] = np.rint((part - m) / s) * s + m
+    return out
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("block", [32, 24])  # the second leaves a short last block
+def test_an_offset_takes_each_block_to_the_whole_range(name: str, block: int) -> None:
+    x = matrix(6, 160) + 3 * matrix(6, 1, 1)
+    same = (2, slice(block, 2 * block))
+    x[same] = 0.7  # equal numbers are exact
+    q = jax.jit(lambda x: quantize(x, name, f"block(1x{block})", offset=True))(x)
+    got, want = np.asarray(q.dequantize()), affine(x, name, block)
+    step = np.asarray(q.scales).max()
+    # a quotient just beside a tie may round to the other side in float32
+    assert (np.abs(got - want) > 1e-4 * step).mean() < 0.01
+    assert np.abs(got - x).max() < 0.51 * step
+    np.testing.assert_array_equal(got[same], x[same])
+    codes = np.asarray(q.values.astype(np.int32))
+    assert (codes.min(), codes.max()) == ((-8, 7) if name == "int4" else (-128, 127))
+    positive = jnp.abs(x)  # here symmetric codes lose the sign's bit, 6 dB
+    scaling = f"block(1x{block})"
+    with_offset, symmetric = (quantize(positive, name, scaling, offset=o) for o in (True, False))
+    assert float(sqnr(positive, with_offset)) > float(sqnr(positive, symmetric)) + 5
+    assert with_offset.nbytes == symmetric.nbytes + 4 * symmetric.scales.size
+
+
+def test_an_offset_loses_no_nan_and_no_large_range() -> None:
+    x = np.zeros((3, 32), np.float32)
+    x[0, 3], x[1, 4], x[2, 5], x[2, 6] = np.nan, np.inf, 3e38, -3e38
+    got = np.asarray(quantize(x, "int8", "row", offset=True).dequantize())
+    assert np.isnan(got[:2]).all()
+    np.testing.assert_allclose(got[2], x[2], atol=3e36)
+
+
+@pytest.mark.parametrize(
+    ("format", "scaling", "options", "message"),
+    [
+        ("e4m3", "row", {}, "e4m3 with scaling=row takes no offset; take int8, int4"),
+        ("int8", "none", {}, "int8 with scaling=none takes no offset"),
+        ("int8", "mx(32)", {}, "mx.32. takes no offset"),
+        ("int8", "row", {"scale_rounding": "up"}, "scale_rounding='up' beside an offset"),
+    ],
+)
+def test_what_takes_no_offset(format: str, scaling: str, options: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        quantize(jnp.ones((2, 32)), format, scaling, offset=True, **options)

@@ -118,7 +118,17 @@ def test_a_sample_meets_all_channels() -> None:
     channels = np.broadcast_to(np.arange(64, dtype=np.float32), (512, 64))
     ((counts, reals),) = measure([(jnp.asarray(channels), False)], (), 1024)
     assert int(counts[:256].sum()) < 1100
-    assert abs(float(reals[2]) - 31.5) < 0.2  # with a stride of 32 it would be 16
+    # 4 sigma of one draw from each 32 channels; a stride of 32 would give 16
+    assert abs(float(reals[2]) - 31.5) < 4 * 32 / np.sqrt(12 * 1024)
+
+
+def test_a_sample_follows_no_pattern() -> None:
+    for period in range(2, 130):  # an even stride meets one of these in step
+        x = jnp.asarray(np.arange(2**17) % period == 0, jnp.float32)
+        (pair,) = measure([(x, False)], (), 2048)
+        share = float(Statistics(*pair, ()).zeros)
+        sigma = np.sqrt((1 - 1 / period) / period / 2048)
+        assert abs(share - (1 - 1 / period)) < 4.5 * sigma, period
 
 
 def test_parts_give_the_whole() -> None:

@@ -44,6 +44,8 @@ def outputs(c: Any, params: Any, ids: Any, types: Any) -> dict[str, Any]:
     out = {"features": x}
     if "pooler" in p:
         out["pooled"] = np.tanh(linear(p["pooler"]["dense"], x[0]))
+    elif c.pool == "mean":
+        out["pooled"] = x.mean(0)
     for name, read in (("next", "pooled"), ("class", "pooled"), ("token", "features")):
         if name in p:
             out[name] = linear(p[name]["head"], out[read])

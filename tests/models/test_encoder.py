@@ -53,6 +53,32 @@ def test_outputs_against_numpy(head: str) -> None:
         np.testing.assert_allclose(y, one, rtol=0, atol=1e-5 * np.abs(one).max(), err_msg=name)
 
 
+def test_mean_of_the_tokens_that_are_no_padding() -> None:
+    model = small(head="class", classes=3, layers=1, pool="mean")
+    params = drawn(model)
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    got = outputs(model, params, FULL | {"keep": KEEP})
+    for row, kept in enumerate(np.asarray(KEEP)):
+        ids, types = np.asarray(IDS)[row][kept], np.asarray(TYPES)[row][kept]
+        want = encoder_oracle.outputs(model.config, exact, ids, types)
+        for name in ("pooled", "class"):
+            np.testing.assert_allclose(got[name][row], want[name], rtol=0, atol=1e-5, err_msg=name)
+    assert "pooler" not in params["encoder"]
+    all_kept = outputs(model, params, FULL)["pooled"]  # the control: padding would count
+    assert np.abs(all_kept[1] - got["pooled"][1]).max() > 1e-3
+
+
+def test_the_mean_is_summed_in_float32_whatever_the_precision() -> None:
+    model = small("pure-bf16", head="class", layers=1, pool="mean")
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    sums = [
+        e for e in equations(lambda p: model.apply(p, {"ids": IDS, "keep": KEEP})[0], params)
+        if e.primitive.name == "reduce_sum" and e.params["axes"] == (1,)
+        and e.invars[0].aval.shape == (*IDS.shape, 16)
+    ]  # fmt: skip
+    assert [e.invars[0].aval.dtype.name for e in sums] == ["float32"]
+
+
 @pytest.mark.parametrize(
     ("size", "count"),
     [("bert-base", 109_482_240), ("bert-large", 335_141_888), ("minilm-l6", 22_713_216)],
@@ -184,10 +210,12 @@ def test_every_parameter_has_logical_axes() -> None:
     [
         ({"head": "mlm"}, "head='mlm' is unknown; known: none masked pretrain class token"),
         ({"head": "class", "classes": 1}, "head='class' needs at least 2 classes, classes=1"),
+        ({"pool": "men"}, "pool='men' is unknown; known: first mean"),
+        ({"pool": "mean", "head": "token"}, "head='token' pools nothing, pool='mean'; leave"),
         ({"types": -1}, "types=-1 must not be negative"),
         ({"clases": 3}, "unknown field 'clases'; did you mean classes"),
     ],
-    ids=["head", "classes", "types", "field"],
+    ids=["head", "classes", "pool", "pools", "types", "field"],
 )
 def test_bad_values_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:

@@ -57,7 +57,7 @@ def test_kernels_are_those_of_numpy(storage: str, largest: int, block: int) -> N
 def test_a_model_reads_them_as_it_reads_their_view(kind: str, loop: str) -> None:
     model = small("fp32", kind, loop=loop)
     params = stirred(model)
-    stored = quantize_weights(params, "int4@8", rules=["**/embed=int8"])
+    stored = quantize_weights(params, "int4@8", rules=["**/embed=int8", "**/down=int4@8+offset"])
     view = jax.tree.map(
         lambda p: p.dequantize() if is_quantized(p) else p, stored, is_leaf=is_quantized
     )
@@ -75,7 +75,10 @@ def test_fewer_bits_lose_more_and_scales_for_blocks_less() -> None:
         got = logits(model, quantize_weights(params, storage), IDS)
         return float(np.square(got - whole).mean() / np.square(whole).mean())
 
-    loss = {s: lost(s) for s in ("bf16", "int8", "int4@8", "int4", "int4@tensor", "int2")}
+    loss = {
+        s: lost(s)
+        for s in ("bf16", "int8", "int4@8+offset", "int4@8", "int4", "int4@tensor", "int2")
+    }
     assert list(loss.values()) == sorted(loss.values()), loss
     assert loss["int8"] < 1e-3 < 0.1 < loss["int2"], "two bits are too few: the negative control"
 
@@ -152,6 +155,9 @@ def test_the_report_names_each_weight_and_its_loss() -> None:
         ("bf16@32", [], "scales a dtype; write bf16"),
         ("int8@none", [], "without a scale"),
         ("q4.4", [], "'q4.4'.*takes no scale"),
+        ("bf16+offset", [], "'bf16.offset' scales a dtype; write bf16"),
+        ("e4m3@32+offset", [], "'e4m3@32.offset': e4m3 with .* takes no offset; take int8, int4"),
+        ("int4+ofset", [], "unknown name 'int4.ofset'.*.offset behind a number"),
         ("int8", ["**/mlpp=int4"], r"matches no weight; near misses: \*\*/mlp"),
         (
             "int8",
@@ -178,6 +184,8 @@ def test_weights_are_not_quantised_twice() -> None:
         quantize_weights(quantize_weights(stirred(small())))
 
 
-@pytest.mark.parametrize("text", ["int8@row", "int4@32", "e4m3@tensor", "e2m1@mx(32)", "f32"])
+@pytest.mark.parametrize(
+    "text", ["int8@row", "int4@32", "int4@32+offset", "e4m3@tensor", "e2m1@mx(32)", "f32"]
+)
 def test_storage_is_read_from_what_it_prints(text: str) -> None:
     assert str(Storage.parse(text)) == text

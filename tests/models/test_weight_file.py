@@ -29,7 +29,9 @@ def test_packing_keeps_every_number(dtype: str, shape: tuple[int, ...]) -> None:
     assert (array.astype(np.float32) < 0).any(), "signs are tried"
 
 
-@pytest.mark.parametrize("storage", ["int4@8", "int8", "e4m3", "e2m1@nv(16)", "e3m2", "bf16"])
+@pytest.mark.parametrize(
+    "storage", ["int4@8", "int4@8+offset", "int8", "e4m3", "e2m1@nv(16)", "e3m2", "bf16"]
+)
 def test_weights_come_back_bit_for_bit(tmp_path, storage: str) -> None:
     stored = quantize_weights(stirred(small()), storage)
     size = save_weights(stored, tmp_path / "w.safetensors")

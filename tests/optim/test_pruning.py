@@ -12,6 +12,7 @@ import pytest
 
 import mpjax
 from mpjax.errors import ConfigError
+from mpjax.formats import quantize
 from mpjax.optim import (
     cubic_sparsity,
     prune_weights,
@@ -108,6 +109,12 @@ def test_a_pruned_weight_that_is_quantised_keeps_its_zeros(format: str, scaling:
     w = pruning(0.5)({"w": weights()["head"]["kernel"]})["w"]
     found = np.asarray(jax.jit(lambda w: mpjax.quantize(w, format, scaling).dequantize())(w))
     assert not found[np.asarray(w) == 0].any() and (np.asarray(w) == 0).sum() == 64
+
+
+def test_weights_with_offsets_have_no_zero_to_prune_to() -> None:
+    params = {"kernel": quantize(jnp.ones((4, 8)), "int4", "row", offset=True)}
+    with pytest.raises(ConfigError, match="kernel is stored with offsets.*prune before quantising"):
+        prune_weights(params, 0.5)
 
 
 def test_the_cubic_schedule_is_the_papers_equation() -> None:

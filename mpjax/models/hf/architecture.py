@@ -121,8 +121,13 @@ def architecture_name(config: Any) -> str:
     """
     if type(config) is DecoderConfig:  # no encoder-decoder, which is one too
         return fields.decoder_architecture(config)
-    if isinstance(config, EncoderConfig) and is_bert(config):
-        return "bert"
+    if isinstance(config, EncoderConfig):
+        if is_bert(config):
+            return "bert"
+        if config.pool != "first":
+            raise ConfigError(
+                f"export: pool={config.pool!r}; BERT of transformers pools the first token alone"
+            )
     raise ConfigError(
         f"export: no architecture of transformers that we know has this {type(config).__name__};"
         f" expected the shape of one of {' '.join(ARCHITECTURES)}"

@@ -80,8 +80,8 @@ def bert_class(c: EncoderConfig) -> str:
 
 def is_bert(c: EncoderConfig) -> bool:
     """Returns whether a config has the shape of BERT."""
-    plain = not (c.qk_norm or c.window or c.head_width or c.scale_embed or c.norm_first)
+    odd = (c.qk_norm, c.window, c.head_width, c.scale_embed, c.norm_first, c.pool != "first")
     shape = (c.norm, c.position, c.bias, c.norm_embed, c.groups == c.heads, c.types > 0)
-    return plain and shape == ("layer", "learned", True, True, True, True) and (
+    return not any(odd) and shape == ("layer", "learned", True, True, True, True) and (
         c.activation in GELU_BACK
     )  # fmt: skip
