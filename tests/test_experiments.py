@@ -532,6 +532,11 @@ def test_bert_learns_both_tasks_and_is_exported(tmp_path):
     run("pretrain_bert", *args, *again, "--precision", "fp32", "--out", tmp_path / "b")
     (more,) = json.loads((tmp_path / "b" / "results.json").read_text())["fp32"]
     assert more["masked"] == pytest.approx(found["bf16"][0]["masked"], rel=0.1)
+    tagged = tmp_path / "tagged.txt"  # a tagger on it leaves its pooler and both heads out
+    tagged.write_text("".join(f"a{i % 9}\tA\nb{i}\tB\n\n" for i in range(60)))
+    tune = ["--checkpoint", tmp_path / "bert" / "fp32", "--data", tagged, "--lengths", 16]
+    tune += "--batch 8 --steps 1 --warmup 0 --seeds 1 --precision fp32".split()
+    run("finetune_tagger", *tune, "--out", tmp_path / "c")
     _, err = run("pretrain_bert", *args, "--out", tmp_path / "none", "--export", tmp_path / "bert",
                  code=2)  # fmt: skip
     assert err.startswith("error: export: ") and not (tmp_path / "none").exists()

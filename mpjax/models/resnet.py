@@ -246,7 +246,4 @@ def resnet(size: str | ResNetConfig, precision: str | Precision = "fp32", **chan
       He et al. 2016, Identity Mappings in Deep Residual Networks; Wu and He 2018, Group
       Normalization.
     """
-    if isinstance(size, ResNetConfig):
-        fields = {f.name: getattr(size, f.name) for f in dataclasses.fields(size)}
-        changes, size = fields | changes, "tiny"
     return ResNet(resnet_config(size, **changes), get_precision(precision))

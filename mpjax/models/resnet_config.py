@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from typing import Any
 
 from mpjax.errors import ConfigError
+from mpjax.models.block_config import named_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +74,12 @@ def resnet_size_names() -> tuple[str, ...]:
     return tuple(_SIZES)
 
 
-def resnet_config(size: str, **changes: Any) -> ResNetConfig:
+def resnet_config(size: str | ResNetConfig, **changes: Any) -> ResNetConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:
-      size: `tiny`, `small`, or `cifar20`: He et al.'s network of 20 layers for 32 x 32 pixels.
+      size: `tiny`, `small`, `cifar20` (He et al.'s network of 20 layers for 32 x 32 pixels), or a
+        ResNetConfig.
       changes: fields of ResNetConfig.
 
     Raises:
@@ -91,11 +92,4 @@ def resnet_config(size: str, **changes: Any) -> ResNetConfig:
     References:
       He et al. 2016, Deep Residual Learning, section 4.2.
     """
-    if size not in _SIZES:
-        near = difflib.get_close_matches(size, _SIZES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"model: unknown size {size!r}; {hint}known: {' '.join(_SIZES)}")
-    fields = {field.name for field in dataclasses.fields(ResNetConfig)}
-    if unknown := sorted(set(changes) - fields):
-        raise ConfigError(f"model: unknown field {unknown[0]!r}; known: {' '.join(sorted(fields))}")
-    return ResNetConfig(**(_SIZES[size] | changes))
+    return named_config(ResNetConfig, _SIZES, size, changes)

@@ -151,8 +151,7 @@ def prune_weights(
         if is_quantized(leaf):
             if leaf.offsets is not None:
                 raise ConfigError(
-                    f"prune: {_name(path)} is stored with offsets, which have no zero; prune"
-                    " before quantising, into a storage without +offset"
+                    f"prune: {_name(path)} has offsets, so no zero; prune before quantising"
                 )
             return dataclasses.replace(leaf, values=_masked(leaf.values, mask))
         return _masked(leaf, mask)
