@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 from jaxtyping import Array, Float
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, Quantized
+from mpjax.report.canvas import COLOURS, canvas
 
-_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _MARKERS = "osD^v*Px<>hp"
 _STYLES = ("-", "--", ":", "-.")
 
@@ -60,10 +60,10 @@ def plot_number_lines(formats: Sequence[str]) -> Figure:
     """
     found = [Format(name) for name in formats]
     lines = [positive_numbers(format) for format in found]
-    figure = Figure(figsize=(10, 1.6 + 0.75 * len(found)), layout="constrained", dpi=120)
+    figure = canvas(10, 1.6 + 0.75 * len(found))
     left, right = figure.subplots(1, 2, sharey=True)
     for row, (format, numbers) in enumerate(zip(found, lines, strict=True)):
-        colour = _COLOURS[row % 10]
+        colour = COLOURS[row % 10]
         for ax, shown in ((left, numbers), (right, numbers[numbers <= 8])):
             ax.vlines(shown, row - 0.32, row + 0.32, color=colour, lw=0.9)
             low = shown[shown < format.min_normal] if format.kind == "float" else shown[:0]
@@ -92,11 +92,11 @@ def plot_rounding(
         of which all are dotted and the mean is drawn.
       grid: numbers of the format, drawn as lines.
     """
-    figure = Figure(figsize=(3.6 * len(rounded), 3.9), layout="constrained", dpi=120)
+    figure = canvas(3.6 * len(rounded), 3.9)
     axes = figure.subplots(1, len(rounded), sharex=True, sharey=True, squeeze=False)[0]
     for number, (ax, (label, values)) in enumerate(zip(axes, rounded.items(), strict=True)):
         draws = np.atleast_2d(np.asarray(values, np.float64))
-        colour = _COLOURS[number]
+        colour = COLOURS[number]
         for value in grid:
             ax.axhline(value, color="grey", lw=0.6, alpha=0.4)
         ax.plot(x, x, color="black", lw=0.8, linestyle="--", label="x")
@@ -130,9 +130,11 @@ def plot_errors(x: Float[Array, "rows columns"], quantized: Mapping[str, Quantiz
         panels[f"{label}\n{ratio:.1f} dB, {q.nbytes / 1024:.3g} KiB"] = error
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.6 * columns + 0.8, 2.9 * rows), layout="constrained", dpi=120)
+    figure = canvas(3.6 * columns + 0.8, 2.9 * rows)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     top = max(float(panel.max()) for panel in panels.values())
+    from matplotlib.colors import LogNorm
+
     norm = LogNorm(top * 1e-6, top, clip=True)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
@@ -161,7 +163,7 @@ def plot_sqnr(
       base: of the log axis of x.
       bar: a level to draw.
     """
-    figure = Figure(figsize=(3.7 * len(panels) + 1.8, 4.6), layout="constrained", dpi=120)
+    figure = canvas(3.7 * len(panels) + 1.8, 4.6)
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     labels = list(dict.fromkeys(p[0] for points in panels.values() for p in points))
     for ax, (title, points) in zip(axes, panels.items(), strict=True):
@@ -172,7 +174,7 @@ def plot_sqnr(
                     found.setdefault(x, []).append(ratio)
             ax.plot(
                 list(found), [float(np.mean(v)) for v in found.values()], label=label, ms=4, lw=1.3,
-                color=_COLOURS[number % 10], marker=_MARKERS[number % len(_MARKERS)],
+                color=COLOURS[number % 10], marker=_MARKERS[number % len(_MARKERS)],
                 linestyle=_STYLES[number // 10 % 4] if number >= 10 else _STYLES[number % 2],
             )  # fmt: skip
         if bar is not None:
@@ -196,14 +198,14 @@ def plot_distinct(counts: Sequence[tuple[str, str, int, int | None]]) -> Figure:
     """
     recipes = list(dict.fromkeys(recipe for recipe, *_ in counts))
     operands = list(dict.fromkeys(operand for _, operand, *_ in counts))
-    figure = Figure(figsize=(8.5, 1.4 + 0.36 * len(recipes)), layout="constrained", dpi=120)
+    figure = canvas(8.5, 1.4 + 0.36 * len(recipes))
     ax = figure.subplots()
     seen = set()
     for recipe, operand, count, limit in counts:
         place = operands.index(operand)
         y = recipes.index(recipe) + 0.22 * (place - (len(operands) - 1) / 2)
         ax.plot(
-            count, y, marker=_MARKERS[place], color=_COLOURS[place], ms=5, linestyle="none",
+            count, y, marker=_MARKERS[place], color=COLOURS[place], ms=5, linestyle="none",
             label=None if operand in seen else operand,
         )  # fmt: skip
         if limit is not None:

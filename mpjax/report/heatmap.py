@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
 
 from mpjax.errors import ConfigError
+from mpjax.report.canvas import canvas
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KINDS = {
     "weights": "weights",
@@ -21,9 +23,7 @@ KINDS = {
 }
 _INDEX = re.compile(r"(?:^|(?<=/)|(?<=_))\d+(?=/|:|$)")
 _ONLY = "—"  # column of what stands in no layer
-_LOST = LinearSegmentedColormap.from_list(
-    "lost", ["#08519c", "#9ecae1", "#f7f7f7", "#fc9272", "#a50f15"]
-)
+_LOST = ("#08519c", "#9ecae1", "#f7f7f7", "#fc9272", "#a50f15")
 _STEPS = (1e-4, 1.0)  # a share below the first is white, the second is all
 
 
@@ -114,16 +114,15 @@ def plot_heatmap(
     # a group's heading takes a row of its own
     place = np.array([i + 1 + sum(start <= i for start in starts) - 1 for i in range(len(rows))])
     height = len(rows) + len(starts)
-    figure = Figure(
-        figsize=(max(7.0, width + 0.085 * longest + 1.2), 0.2 * height + 1.9),
-        layout="constrained",
-        dpi=130,
-    )
+    from matplotlib.colors import LinearSegmentedColormap
+
+    lost = LinearSegmentedColormap.from_list("lost", _LOST)
+    figure = canvas(max(7.0, width + 0.085 * longest + 1.2), 0.2 * height + 1.9, dpi=130)
     axes = figure.subplots(1, len(formats), sharey=True, squeeze=False)[0]
     for panel, (ax, format) in enumerate(zip(axes, formats, strict=True)):
         grid = np.full((height, len(columns)), np.nan)
         grid[place] = _signed_log(values[panel])
-        ax.imshow(grid, cmap=_LOST, vmin=-1, vmax=1, aspect="auto", interpolation="none")
+        ax.imshow(grid, cmap=lost, vmin=-1, vmax=1, aspect="auto", interpolation="none")
         ax.set_title(format, fontsize=10, fontweight="bold")
         ax.set_xticks(
             range(len(columns)),

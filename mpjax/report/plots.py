@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from mpjax.formats import Format
+from mpjax.report.canvas import COLOURS, canvas
 from mpjax.report.results import Outcome
 
-_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _STYLES = ("-", "--", ":", "-.")
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequence[Any]]:
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    figure = canvas(width, height)
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     for ax in axes:
         ax.grid(True, alpha=0.25)
@@ -52,7 +53,7 @@ def plot_loss(outcomes: Sequence[Outcome], window: int = 20) -> Figure:
     for number, o in enumerate(outcomes):
         curve = curves[o.label]
         style = dict(
-            color=_COLOURS[number % 10],
+            color=COLOURS[number % 10],
             linestyle=_STYLES[references.index(o.reference) % 4],
             lw=1.6,
         )
@@ -67,7 +68,7 @@ def plot_loss(outcomes: Sequence[Outcome], window: int = 20) -> Figure:
     bottom.set_yscale("symlog", linthresh=0.5)
     low, high = bottom.get_ylim()
     bottom.set_ylim(min(-0.6, low), max(0.6, high))
-    bottom.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    bottom.yaxis.set_major_formatter("{x:g}")
     bottom.set_ylabel("gap to its reference (%)\n(linear within ±0.5)")
     bottom.set_xlabel("step")
     return figure
@@ -82,7 +83,7 @@ def plot_loss_scale(outcomes: Sequence[Outcome]) -> Figure:
             steps = np.array([r["step"] for r in run])
             scale = np.array([r["loss_scale"] for r in run])
             skips = np.diff([0, *(r["skipped"] for r in run)]) > 0
-            colour = _COLOURS[seed % 10]
+            colour = COLOURS[seed % 10]
             ax.step(
                 steps, scale, where="post", color=colour, lw=1.3, alpha=0.8, label=f"seed {seed}"
             )
@@ -114,7 +115,7 @@ def plot_gradients(
       gradients: label -> values, any shape.
       formats: names of Formats; a bar shows each one's normal and subnormal range.
     """
-    figure = Figure(figsize=(9, 6.2), layout="constrained", dpi=120)
+    figure = canvas(9, 6.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 0.35 + 0.3 * len(formats)))
     logs, zeros = {}, {}
     for label, values in gradients.items():
@@ -129,12 +130,12 @@ def plot_gradients(
         name = f"{label} ({100 * zeros[label]:.1f} % exact zeros)"
         top.hist(
             x, bins, weights=weights, histtype="stepfilled", alpha=0.45,
-            color=_COLOURS[number], label=name,
+            color=COLOURS[number], label=name,
         )  # fmt: skip
     top.set_ylabel("share of gradient entries (%)")
     top.legend(fontsize=9, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     for row, name in enumerate(formats):
-        f, colour = Format(name), _COLOURS[4 + row]
+        f, colour = Format(name), COLOURS[4 + row]
         edges = [math.log2(edge) for edge in (f.min_subnormal, f.min_normal, f.max)]
         a, b, c = (min(max(edge, low), high) for edge in edges)
         bottom.barh(row, c - b, left=b, height=0.55, color=colour, alpha=0.75)

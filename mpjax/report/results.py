@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from mpjax.errors import ConfigError
 
@@ -54,7 +54,7 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
     x = np.asarray(values, np.float64)
     if len(x) < 2:
         return float(x.mean()), math.nan
-    t = float(stats.t.ppf((1 + confidence) / 2, len(x) - 1))
+    t = float(special.stdtrit(len(x) - 1, (1 + confidence) / 2))
     return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(len(x)))
 
 

@@ -1,0 +1,17 @@
+"""An empty figure; matplotlib is imported at the first one, so that command lines start sooner."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = tuple(f"C{number}" for number in range(10))  # matplotlib's own order
+
+
+def canvas(width: float, height: float, dpi: int = 120) -> Figure:
+    """Returns an empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=dpi)
