@@ -65,6 +65,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, two hours; pa
 	$(PY) tests/evidence/image_cnn.py
 	$(PY) tests/evidence/rnn_lm.py
 	$(PY) tests/evidence/low_bit_inference.py
+	$(PY) tests/evidence/finetune.py
 	$(PY) experiments/bench_step.py
 	$(PY) experiments/low_bit_weights.py --out runs/evidence/low_bit_weights
 	$(PY) experiments/compare_precisions.py --out runs/evidence/demo

@@ -47,7 +47,7 @@ class Config:
     checkpoint: str = ""
     """Folder or file of a checkpoint with its tokenizer; by default SmolLM2-135M-Instruct."""
     weights: str = "int8"
-    """Storage of the weights: f32, bf16, int8, int4 (a scale for 32 numbers) or FORMAT@SCALING."""
+    """Storage of the weights: f32, bf16, int8, int4 (int4@32+offset) or FORMAT@SCALING."""
     rule: tuple[str, ...] = ()
     """PATTERN=STORAGE of some weights, such as '**/embed=int8', or PATTERN=keep."""
     precision: str = "fp32"
@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     launch.positive(config, "tokens")
     launch.not_negative(config, "temperature", "top_k", "seed")
     Sampling(config.temperature, config.top_k, config.top_p)
-    storage = "int4@32" if config.weights == "int4" else config.weights
+    storage = "int4@32+offset" if config.weights == "int4" else config.weights
     Storage.parse(storage, "weights")
     if config.cache:
         cache_storage(config.cache)

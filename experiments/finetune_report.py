@@ -102,9 +102,9 @@ def tables(
 
 def write(
     out: Path, found: Sequence[tuple[str, tuple[str, ...], list[tuple[str, ...]]]],
-    arms: Sequence[Arm], notes: Sequence[str],
+    baselines: dict[str, dict[str, float]], arms: Sequence[Arm], notes: Sequence[str],
 ) -> None:  # fmt: skip
-    """Prints the tables, and writes report.md, results.json and loss.png."""
+    """Prints the tables, and writes report.md, results.json (all scores) and loss.png."""
     shown = launch.wide()
     parts: list[str] = []
     for title, head, rows in found:
@@ -125,6 +125,6 @@ def write(
     ).savefig(out / "loss.png")
     parts.append("![loss](loss.png)")
     (out / "report.md").write_text("\n\n".join(parts) + "\n")
-    results = {arm.label: arm.scores for arm in arms}
+    results = {"baselines": baselines, "arms": {arm.label: arm.scores for arm in arms}}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     shown.print(f"report: {out / 'report.md'}", highlight=False)

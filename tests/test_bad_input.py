@@ -22,7 +22,7 @@ from unittest import mock
 
 import pytest
 
-pytestmark = pytest.mark.smoke
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("fast_compile")]
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "layers": "1", "width": "16", "heads": "2", "seq": "16", "batch": "8", "steps": "4",

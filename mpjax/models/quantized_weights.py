@@ -70,10 +70,10 @@ def quantize_weights(
     r"""Returns weights stored in fewer bits, for inference: $w \approx s\,v$, v in the Format.
 
     Kernels are quantised along the axis that their product sums over: `int8` has one scale for
-    each output channel, `int4@32` one for each 32 inputs of each. A model reads them as they are
-    and dequantises one layer at a time. Under a Precision whose products have the `int8` recipe
-    (`get_precision("int8")`), int8 rows run as int8 x int8 -> int32, with the scales of the
-    activations taken from each token.
+    each output channel, `int4@32` one for each 32 inputs of each, `int4@32+offset` an offset too:
+    $w \approx s\,v + m$. A model reads them as they are and dequantises one layer at a time. Under
+    a Precision whose products have the `int8` recipe (`get_precision("int8")`), int8 rows run as
+    int8 x int8 -> int32, with the scales of the activations taken from each token.
 
     Args:
       params: a model's weights, float32, bfloat16 or float16.

@@ -14,6 +14,8 @@ from mpjax.train.hlo import products_and_casts
 from tests.models.shapes import BATCH, small, stablehlo
 from tests.ops.jaxprs import dtypes
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 # Products of loss and gradients: three of each linear layer; two of attention, each with two more
 # in its backward pass. A rule on a parent decides its children too.
 LINEAR = ["attention/query", "attention/key", "attention/value", "attention/out"]

@@ -14,6 +14,8 @@ from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.optim import apply_updates, wrap
 from mpjax.precision import LossScaleSettings, get_precision
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 SHAPES = {"a": (2, 3), "b": (4,)}
 
 

@@ -29,6 +29,8 @@ from mpjax.train.checkpoint import Checkpointer
 from mpjax.train.reader import CheckpointReader
 from mpjax.train.restore import compare_settings, restore_into
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (
     "float32 bfloat16 float16 float8_e4m3fn float8_e5m2 float8_e4m3 float8_e3m4 float8_e8m0fnu "

@@ -20,6 +20,8 @@ from mpjax.precision import get_precision
 from mpjax.train import build, init_state, loop, make_train_step
 from mpjax.train.loop import fit
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 BATCH = {"inputs": np.zeros((2, 3), np.int32)}  # 6 tokens
 
 

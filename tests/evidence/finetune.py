@@ -1,0 +1,130 @@
+"""What low precision costs fine-tuned models: three experiments at their full size, as a page.
+
+Run:       python tests/evidence/finetune.py [--page]
+Expected:  classifier: fp32 at least 3 points above the better baseline, bf16 and fp16 within 0.5
+           points of fp32, fp8 within 1. Tagger: fp32 at least 5 points above the most frequent
+           tag, bf16 within 0.2. Names: stated beside their baselines, bf16 within the noise.
+
+An experiment is a process of its own in runs/evidence/finetune. With `--page` nothing is trained:
+the page is written from the runs that lie there, and an experiment that has none is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from page import ROOT, table, write
+
+sys.path.insert(0, str(ROOT / "experiments"))
+
+from mpjax.report import interval  # noqa: E402
+
+OUT = ROOT / "runs" / "evidence" / "finetune"
+# name -> command
+RUNS = {
+    "classifier": ["experiments/finetune_classifier.py"],
+    "tagger": ["experiments/finetune_tagger.py"],
+    "entities": ["experiments/finetune_tagger.py", "--task", "ner", "--steps", "300"],
+    "names": ["experiments/translate.py", "--steps", "1500"],
+}
+Bar = tuple[str, str, bool | None]  # claim, figure, whether it is met
+
+
+def scores(found: dict[str, Any], arm: str, name: str) -> np.ndarray:
+    """One score of an arm in percent, a number a seed."""
+    return 100 * np.array([one[name] for one in found["arms"][arm]])
+
+
+def best(found: dict[str, Any], name: str, pick: Any = max) -> float:
+    """The better baseline, in percent."""
+    return 100 * pick(one[name] for one in found["baselines"].values())
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and the half-width of the 95 % interval over seeds."""
+    mean, half = interval(values.tolist())
+    return f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}") + " points"
+
+
+def lead(found: dict[str, Any], name: str, least: float | None) -> Bar:
+    """How far fp32 is above the better baseline."""
+    above = scores(found, "fp32", name) - best(found, name)
+    claim = f"fp32, {name}, above the better baseline"
+    met = None if least is None else bool(above.mean() >= least)
+    return claim + ("" if met is None else f" by {least:g}"), spread(above), met
+
+
+def within(found: dict[str, Any], arm: str, name: str, most: float | None) -> Bar:
+    """How far an arm is from fp32, seed paired with seed; without a bar, whether it is noise."""
+    gap = scores(found, arm, name) - scores(found, "fp32", name)
+    if most is None:
+        mean, half = interval(gap.tolist())
+        met = None if math.isnan(half) else abs(mean) <= half
+        return f"{arm}, {name}, within the noise of fp32", spread(gap), met
+    return f"{arm}, {name}, within {most:g} of fp32", spread(gap), bool(abs(gap.mean()) <= most)
+
+
+def judged(name: str, found: dict[str, Any]) -> list[Bar]:
+    """The bars of an experiment."""
+    arms = [arm for arm in found["arms"] if arm != "fp32"]
+    if name == "classifier":
+        most = {"bf16": 0.5, "fp16": 0.5, "fp8": 1.0}
+        bars = [lead(found, "accuracy", 3.0)]
+        return bars + [within(found, arm, "accuracy", most[arm]) for arm in arms]
+    if name == "tagger":
+        bars = [lead(found, "accuracy", 5.0)]
+        return bars + [within(found, arm, "accuracy", 0.2) for arm in arms]
+    measures = ("entity f1", "accuracy") if name == "entities" else ("cer", "exact")
+    stated = [
+        (f"{arm}, {m}", f"{scores(found, arm, m).mean():.2f} %", None)
+        for arm in found["arms"]
+        for m in measures
+    ]
+    counted = [
+        (f"{base}, {m}", f"{100 * one[m]:.2f} %", None)
+        for base, one in found["baselines"].items()
+        for m in measures
+    ]
+    return counted + stated + [within(found, arm, m, None) for arm in arms for m in measures]
+
+
+def part(name: str) -> tuple[str, bool] | None:
+    """The section of an experiment, and whether its bars are met; None if it has no run."""
+    folder = OUT / name
+    if not (folder / "results.json").exists():
+        return None
+    bars = judged(name, json.loads((folder / "results.json").read_text()))
+    said = {True: "met", False: "**MISSED**", None: ""}
+    verdicts = table(["bar", "figure", ""], [(c, f, said[met]) for c, f, met in bars])
+    report = (folder / "report.md").read_text().replace("![loss](loss.png)", "")
+    lines = [f"#{line}" if line.startswith("#") else line for line in report.splitlines()]
+    command = " ".join(["python", *RUNS[name]])
+    text = f"## {name}: `{command}`\n\n{verdicts}\n\n" + "\n".join(lines).strip()
+    return text, all(met is not False for _, _, met in bars)
+
+
+def main() -> bool:
+    """Trains and writes the page; whether every bar is met."""
+    if "--page" not in sys.argv:
+        for name, command in RUNS.items():
+            script, *options = command
+            line = [sys.executable, str(Path(ROOT) / script), *options, "--out", str(OUT / name)]
+            subprocess.run(line, cwd=ROOT, check=True)
+    parts = [found for name in RUNS if (found := part(name)) is not None]
+    about = (
+        "Differences are paired by seed; ± is the 95 % interval over seeds. All arms are judged in"
+        " float32. Speeds are of a CPU, which emulates 16 and 8 bits in float32."
+    )
+    body = "\n\n".join([about, *(text for text, _ in parts)])
+    write("finetune", "What low precision costs fine-tuned models", body)
+    return len(parts) == len(RUNS) and all(met for _, met in parts)
+
+
+if __name__ == "__main__":
+    sys.exit(not main())
