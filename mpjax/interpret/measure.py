@@ -127,8 +127,9 @@ def _in_order(bits: Any) -> Any:
 
 
 def measure(
-    tensors: Sequence[tuple[Any, bool]], formats: tuple[Candidate, ...], sample: int = 0
-) -> list[Pair]:
+    tensors: Sequence[tuple[Any, bool]], formats: tuple[Candidate, ...],
+    samples: Sequence[int] = (),
+) -> list[Pair]:  # fmt: skip
     """Returns counts and reals of tensors, all of them measured by the same few operations.
 
     They are laid side by side in chunks of equal size: a program with hundreds of tensors compiles
@@ -138,10 +139,11 @@ def measure(
       tensors: floating-point, any shape, each with whether its first axis is that of layers;
         float64 is measured as the float32 that is nearest.
       formats: from `candidates`.
-      sample: how many numbers of a tensor, or of one layer of it, are measured; 0 is all.
+      samples: how many numbers of each tensor, or of one layer of it, are measured; by default
+        all are, and 0 is all.
     """
     rows = []
-    for x, layered in tensors:
+    for (x, layered), sample in zip(tensors, samples or [0] * len(tensors), strict=True):
         x = as_stored(x).astype(jnp.float32)  # every narrower format is exact in it
         rows.append(_sampled(x.reshape(x.shape[0] if layered else 1, -1), sample))
     found: list[Any] = [None] * len(rows)

@@ -106,10 +106,24 @@ class _Monitor:
         for tensors in (True, False):
             mine = [p for p in pending if (p.kind in KINDS) == tensors]
             formats = self._formats if tensors else ()
-            pairs = measure([(p.x, p.layered) for p in mine], formats, self._sample)
+            pairs = measure([(p.x, p.layered) for p in mine], formats, self._shares(mine))
             for p, pair in zip(mine, pairs, strict=True):
                 _put(records, p.kind, p.name, pair)
         pending.clear()
+
+    def _shares(self, pending: list[Pending]) -> list[int]:
+        """How many numbers of each tensor are measured: those of one name share the sample.
+
+        Each has its part of it by its size, so that what is joined is a sample of the whole.
+        """
+        rows = [p.x.size // (p.x.shape[0] if p.layered else 1) for p in pending]
+        whole: dict[tuple[str, str], int] = {}
+        for p, size in zip(pending, rows, strict=True):
+            whole[p.kind, p.name] = whole.get((p.kind, p.name), 0) + size
+        return [
+            -(-self._sample * size // max(whole[p.kind, p.name], 1))
+            for p, size in zip(pending, rows, strict=True)
+        ]
 
     def _keeps_axis(self, eqn: JaxprEqn) -> bool:
         """Whether what is recorded inside has no axis of repetitions, or one that is of layers.

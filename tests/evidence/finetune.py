@@ -119,7 +119,8 @@ def main() -> bool:
     parts = [found for name in RUNS if (found := part(name)) is not None]
     about = (
         "Differences are paired by seed; ± is the 95 % interval over seeds. All arms are judged in"
-        " float32. Speeds are of a CPU, which emulates 16 and 8 bits in float32."
+        " float32. Speeds say nothing: a CPU emulates 16 and 8 bits in float32, and other work may"
+        " have run beside."
     )
     body = "\n\n".join([about, *(text for text, _ in parts)])
     write("finetune", "What low precision costs fine-tuned models", body)

@@ -102,7 +102,7 @@ def test_a_sample_holds_the_extremes_and_estimates_the_rest(broken: float | None
     x[0, 3, 5], x[1, 200, 100] = 1000.0, -2000.0
     if broken is not None:
         x[1, 77, 33] = broken
-    pairs = [measure([(jnp.asarray(x), True)], candidates(["e4m3"]), n)[0] for n in (0, 2048)]
+    pairs = [measure([(jnp.asarray(x), True)], candidates(["e4m3"]), [n])[0] for n in (0, 2048)]
     whole, part = (Statistics(*pair, candidates(["e4m3"])) for pair in pairs)
     assert np.all(part.size < 2100) and np.all(whole.size == 256 * 256)
     assert np.array_equal(part.max, whole.max) or broken
@@ -116,7 +116,7 @@ def test_a_sample_holds_the_extremes_and_estimates_the_rest(broken: float | None
 
 def test_a_sample_meets_all_channels() -> None:
     channels = np.broadcast_to(np.arange(64, dtype=np.float32), (512, 64))
-    ((counts, reals),) = measure([(jnp.asarray(channels), False)], (), 1024)
+    ((counts, reals),) = measure([(jnp.asarray(channels), False)], (), [1024])
     assert int(counts[:256].sum()) < 1100
     # 4 sigma of one draw from each 32 channels; a stride of 32 would give 16
     assert abs(float(reals[2]) - 31.5) < 4 * 32 / np.sqrt(12 * 1024)
@@ -125,10 +125,23 @@ def test_a_sample_meets_all_channels() -> None:
 def test_a_sample_follows_no_pattern() -> None:
     for period in range(2, 130):  # an even stride meets one of these in step
         x = jnp.asarray(np.arange(2**17) % period == 0, jnp.float32)
-        (pair,) = measure([(x, False)], (), 2048)
+        (pair,) = measure([(x, False)], (), [2048])
         share = float(Statistics(*pair, ()).zeros)
         sigma = np.sqrt((1 - 1 / period) / period / 2048)
         assert abs(share - (1 - 1 / period)) < 4.5 * sigma, period
+
+
+def test_calls_of_one_name_share_the_sample_by_size() -> None:
+    def twice(params: Any, small: Any, large: Any) -> Any:
+        with jax.named_scope("layer"):
+            return jnp.sum(small @ params["w"]) + jnp.sum(large @ params["w"])
+
+    small, large = jnp.full((64, 8), 1e-9), jnp.full((960, 8), 1.0)  # one of 16 numbers is lost
+    args = {"w": jnp.eye(8)}, small, large
+    seen = jax.jit(lambda *a: monitor(twice, formats=["e4m3"], sample=512)(*a)[1])(*args)
+    lhs = seen.activations["layer:lhs"]
+    assert 512 <= int(lhs.size) <= 520
+    assert float(lhs.underflow("e4m3")) == pytest.approx(1 / 16, abs=0.01)
 
 
 def test_parts_give_the_whole() -> None:
