@@ -241,8 +241,9 @@ def monitor(
       formats: what each tensor might be stored in, names of Formats; `bf16` and `fp16` too.
       sample: how many numbers of each tensor, and of each layer, are measured, drawn once, one from
         each of so many equal parts; 0 is all. The largest and the smallest number of the whole
-        tensor are always among them, and so is a NaN; all else is then an estimate. All cost as
-        much as 6 to 11 steps.
+        tensor are always among them, and so is a NaN; all else is then an estimate: with 4096 the
+        shares are off by 0.02 points on average, by 1.6 at worst. All numbers cost as much as 6
+        to 12 steps, 4096 as 1.5 to 2.5. Tensors of one name share the sample by size.
 
     Returns:
       A function of the same arguments that returns `(outputs, Monitored)`. Jit it: otherwise it
