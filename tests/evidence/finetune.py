@@ -23,6 +23,8 @@ from page import ROOT, table, write
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
+from finetune_report import above  # noqa: E402
+
 from mpjax.report import interval  # noqa: E402
 
 OUT = ROOT / "runs" / "evidence" / "finetune"
@@ -41,23 +43,17 @@ def scores(found: dict[str, Any], arm: str, name: str) -> np.ndarray:
     return 100 * np.array([one[name] for one in found["arms"][arm]])
 
 
-def best(found: dict[str, Any], name: str, pick: Any = max) -> float:
-    """The better baseline, in percent."""
-    return 100 * pick(one[name] for one in found["baselines"].values())
-
-
 def spread(values: np.ndarray) -> str:
     """Mean and the half-width of the 95 % interval over seeds."""
-    mean, half = interval(values.tolist())
-    return f"{mean:+.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}") + " points"
+    return f"{above(values.tolist())} points"
 
 
-def lead(found: dict[str, Any], name: str, least: float | None) -> Bar:
+def lead(found: dict[str, Any], name: str, least: float) -> Bar:
     """How far fp32 is above the better baseline."""
-    above = scores(found, "fp32", name) - best(found, name)
-    claim = f"fp32, {name}, above the better baseline"
-    met = None if least is None else bool(above.mean() >= least)
-    return claim + ("" if met is None else f" by {least:g}"), spread(above), met
+    best = 100 * max(one[name] for one in found["baselines"].values())
+    lead = scores(found, "fp32", name) - best
+    claim = f"fp32, {name}, above the better baseline by {least:g}"
+    return claim, spread(lead), bool(lead.mean() >= least)
 
 
 def within(found: dict[str, Any], arm: str, name: str, most: float | None) -> Bar:

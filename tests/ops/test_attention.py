@@ -15,8 +15,6 @@ from mpjax.precision import parse_policy
 from tests.ops.jaxprs import dtypes, equations, sizes
 from tests.ops.oracle import gradient, rounded
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 F32 = parse_policy("f32")
 
 

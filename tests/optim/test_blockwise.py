@@ -19,8 +19,6 @@ from mpjax.optim import Blockwise, quantize_blocks
 from mpjax.optim.blockwise import code_book, encode, tile_of
 from mpjax.precision.moments import MomentFormat
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 BOOKS = list(itertools.product(("int8", "int4", "int8-linear"), (True, False)))
 FORMATS = ("int8@256", "int4@128", "e4m3@256", "e5m2@256", "int8-linear", "int8@7", "int4@3")
 

@@ -13,8 +13,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mpjax.optim import GateState, all_finite, finite_by_leaf, leaf_path, select
 from mpjax.optim.gate import bits, record
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 LOW = [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2]
 
 

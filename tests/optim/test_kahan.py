@@ -15,8 +15,6 @@ from mpjax.optim import wrap
 from mpjax.optim.gate import bits
 from mpjax.precision import get_precision
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 def make(update: str = "kahan", tx: Any = None, **options: Any) -> Any:
     rules = [] if update == "none" else ["**=bfloat16"]

@@ -17,8 +17,6 @@ from mpjax.optim import wrap
 from mpjax.optim.gate import bits
 from mpjax.precision import get_precision
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 N = 2**20
 ULP = 2.0**-7  # of bfloat16 in [1, 2)
 

@@ -16,8 +16,6 @@ from mpjax.optim import wrap
 from mpjax.optim.gate import bits
 from mpjax.precision import get_precision
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 SHAPES = {"a": (3, 4), "b": (5,)}
 DTYPES = {"a": jnp.bfloat16, "b": jnp.float16}
 

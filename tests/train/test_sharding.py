@@ -19,8 +19,6 @@ from mpjax.train.memory import bytes_per_parameter, formula, state_bytes
 from mpjax.train.sharding import ShardActivations, partition
 from tests.train.meshes import MESHES, batch, compiled, host, reductions, relative, small
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 STEPS = 20
 
 
