@@ -6,7 +6,7 @@ template will do.
 
 Run:       python experiments/chat.py --weights int8
            python experiments/chat.py --weights int4 --prompt 'What is the capital of France?'
-Expected:  in float32, bf16 and int8, "The capital of France is Paris."; int4 may say it otherwise.
+Expected:  "The capital of France is Paris." in all of them; int4 is the grid of this checkpoint.
            Fewer bits save memory here, not time: a CPU dequantises the weights for each token.
 """
 

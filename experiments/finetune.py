@@ -20,7 +20,7 @@ from mpjax.data.assets import asset_names, fetch
 from mpjax.data.buckets import Batch, bucket_batches
 from mpjax.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mpjax.errors import ConfigError
-from mpjax.models import encoder
+from mpjax.models import EncoderConfig, encoder
 from mpjax.models.hf import load_checkpoint, open_checkpoint
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import PrecisionSchedule, get_precision, get_schedule
@@ -176,7 +176,7 @@ class Start:
             new, unused = [head for head in _PRETRAINED if head not in held], []
         else:
             new, unused = [self.head], [f"{theirs}*" for theirs in held.values()]
-        pooler = self.pool == "first" and self.head != "token"
+        pooler = self.pool == "first" and EncoderConfig(head=self.head).pools
         if not pooler and fnmatch.filter(checkpoint.tensors, _POOLER):
             unused.append(_POOLER)
         return load_checkpoint(

@@ -60,7 +60,7 @@ def instruction_examples(
             }
         )
     if not examples:
-        raise ConfigError(f"pairs: none of {len(pairs)} fits {longest} tokens; raise seq")
+        raise ConfigError(f"pairs: none of {len(pairs)} fits {longest} tokens; raise longest")
     if left := len(pairs) - len(examples):
         logger.warning(
             "%d of %d pairs are longer than %d tokens; left out", left, len(pairs), longest

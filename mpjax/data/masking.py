@@ -68,7 +68,9 @@ def segment_pairs(
     """
     room = (longest - 3) // 2
     if room < 1:
-        raise ConfigError(f"seq={longest}: no room for two segments; expected at least 5 tokens")
+        raise ConfigError(
+            f"longest={longest}: no room for two segments; expected at least 5 tokens"
+        )
     segments = [_segments(document, pieces, room) for document in documents]
     segments = [found for found in segments if len(found) > 1]
     if len(segments) < 2:

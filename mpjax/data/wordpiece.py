@@ -82,7 +82,7 @@ class WordPiece:
             ConfigError: a limit that leaves no room, or numbers of texts that differ.
         """
         if longest < 4:
-            raise ConfigError(f"seq={longest}: no room for text; expected at least 4 tokens")
+            raise ConfigError(f"longest={longest}: no room for text; expected at least 4 tokens")
         if seconds and len(seconds) != len(texts):
             raise ConfigError(
                 f"pairs: {len(texts)} first and {len(seconds)} second texts; give one for each"
@@ -97,7 +97,7 @@ class WordPiece:
         return [_example(one.ids, one.type_ids) for one in encoded]
 
     def encode_words(
-        self, sentences: Sequence[Sequence[str]], *, longest: int
+        self, sentences: Sequence[Sequence[str]], *, longest: int, capitals: bool = False
     ) -> tuple[list[Example], list[np.ndarray]]:
         """Encodes sentences that are words already.
 
@@ -106,6 +106,8 @@ class WordPiece:
         Args:
             sentences: their words.
             longest: tokens at most, special ones included; nothing is cut.
+            capitals: token type 1 for the pieces of words that begin with a capital letter, which
+                an uncased tokenizer hides.
 
         Returns:
             What `encode` returns, and of each sentence the place of every word's first piece.
@@ -121,9 +123,13 @@ class WordPiece:
             if not words or len(ids) > longest:
                 raise ConfigError(
                     f"sentence {number}: {len(ids)} tokens of {len(words)} words, expected at most"
-                    f" {longest} and one word; split it or raise seq"
+                    f" {longest} and one word; split it or raise longest"
                 )
-            examples.append(_example(ids, [0] * len(ids)))
+            large = [capitals and word[:1].isupper() for word in words]
+            inner = [
+                int(is_large) for is_large, part in zip(large, parts, strict=True) for _ in part
+            ]
+            examples.append(_example(ids, [0, *inner, 0]))
             starts.append(1 + np.cumsum([0, *map(len, parts[:-1])]))
         return examples, starts
 

@@ -25,11 +25,14 @@ class TokenClassification:
       names: of the tags.
       output: name of the model's output that holds the logits (B, T, C).
       loss: path whose policy the loss takes.
+      capitals: whether token types tell which words begin with a capital letter, as of
+        `WordPiece.encode_words`; the model needs two types.
     """
 
     names: tuple[str, ...]
     output: str = "token"
     loss: str = "encoder/loss"
+    capitals: bool = False
 
     def __post_init__(self) -> None:
         if len(self.names) < 2 or len(set(self.names)) < len(self.names):
@@ -48,7 +51,9 @@ class TokenClassification:
                 f"tags: the sentences have {len(sentences.names)} names, the task"
                 f" {len(self.names)}, or others; make the task with the sentences' names"
             )
-        found, starts = pieces.encode_words(sentences.words, longest=longest)
+        found, starts = pieces.encode_words(
+            sentences.words, longest=longest, capitals=self.capitals
+        )
         examples = []
         for example, places, tags in zip(found, starts, sentences.tags, strict=True):
             labels = np.full(len(example["ids"]), IGNORE, np.int32)

@@ -53,5 +53,5 @@ def test_half_of_the_second_segments_are_of_another_document(pieces):
     assert [e["next"] for e in again] == strange.tolist() != [e["next"] for e in other]
     with pytest.raises(ConfigError, match="1 of 1 have two segments of 8 tokens"):
         segment_pairs(documents[:1], pieces, longest=19, seed=0)
-    with pytest.raises(ConfigError, match="seq=4"):
+    with pytest.raises(ConfigError, match="longest=4"):
         segment_pairs(documents, pieces, longest=4, seed=0)

@@ -53,13 +53,17 @@ def test_words_know_their_first_piece(pieces):
     tokens = pieces.tokens(one["ids"])
     assert [tokens[i] for i in starts] == ["the", "fox", "[UNK]", "dog"]
     assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and len(tokens) > 6
+    assert not one["types"].any()
+    (told,), _ = pieces.encode_words([["dog", "Foxdog", "\u200b"]], longest=32, capitals=True)
+    foxdog = len(pieces.pieces("Foxdog"))
+    assert foxdog > 1 and told["types"].tolist() == [0, 0, *[1] * foxdog, 0, 0]
     for sentence in (words * 20, []):
         with pytest.raises(ConfigError, match="sentence 0: .* expected at most 32 and one word"):
             pieces.encode_words([sentence], longest=32)
 
 
 def test_mistakes_are_one_line(pieces, tmp_path):
-    with pytest.raises(ConfigError, match="seq=3: no room for text"):
+    with pytest.raises(ConfigError, match="longest=3: no room for text"):
         pieces.encode(["a"], longest=3)
     with pytest.raises(ConfigError, match="1 first and 2 second"):
         pieces.encode(["a"], ["b", "c"], longest=9)

@@ -31,10 +31,14 @@ OUT = ROOT / "runs" / "evidence" / "finetune"
 # name -> command
 RUNS = {
     "classifier": ["experiments/finetune_classifier.py"],
+    "strategies": [
+        "experiments/finetune_classifier.py", "--precision", "fp32", "late:fp8:bf16:0.2",
+        "dynamic:fp16:fp32", "mixed:fp8:attention=bf16", "--seeds", "1",
+    ],
     "tagger": ["experiments/finetune_tagger.py"],
     "entities": ["experiments/finetune_tagger.py", "--task", "ner", "--steps", "300"],
     "names": ["experiments/translate.py", "--steps", "1500"],
-}
+}  # fmt: skip
 Bar = tuple[str, str, bool | None]  # claim, figure, whether it is met
 
 
@@ -76,6 +80,8 @@ def judged(name: str, found: dict[str, Any]) -> list[Bar]:
     if name == "tagger":
         bars = [lead(found, "accuracy", 5.0)]
         return bars + [within(found, arm, "accuracy", 0.2) for arm in arms]
+    if name == "strategies":
+        return [within(found, arm, "accuracy", None) for arm in arms]
     measures = ("entity f1", "accuracy") if name == "entities" else ("cer", "exact")
     stated = [
         (f"{arm}, {m}", f"{scores(found, arm, m).mean():.2f} %", None)
