@@ -90,9 +90,11 @@ def find_chat(checkpoint: Checkpoint) -> Chat:
             settings = json.loads(where.read_text(encoding="utf-8"))
             apart = where.parent / "chat_template.jinja"  # where newer versions keep it
             template = apart.read_text() if apart.is_file() else settings["chat_template"]
+            if isinstance(template, list):  # several, by name
+                template = {one["name"]: one["template"] for one in template}["default"]
             for name in ("bos_token", "eos_token"):
-                token = settings.get(name)
-                names[name] = token["content"] if isinstance(token, dict) else token
+                if token := settings.get(name):
+                    names[name] = token["content"] if isinstance(token, dict) else token
     except FileNotFoundError:
         raise ConfigError(f"checkpoint: {where} is missing; name a model that can chat") from None
     except KeyError as error:
@@ -101,7 +103,7 @@ def find_chat(checkpoint: Checkpoint) -> Chat:
         ) from None
     except ValueError as error:
         raise ConfigError(f"checkpoint: {where} is no JSON ({error}); fetch it again") from None
-    if tokenizer is None or not names["eos_token"]:
+    if tokenizer is None or "eos_token" not in names:
         raise ConfigError(
             f"checkpoint: {where.parent} has no tokenizer.json or names no end token; name a model"
             " that can chat"

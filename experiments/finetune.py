@@ -18,11 +18,11 @@ from rich.console import Console
 
 from mpjax.data.assets import asset_names, fetch
 from mpjax.data.buckets import Batch, bucket_batches
-from mpjax.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
+from mpjax.data.wordpiece import WordPiece, parse_wordpiece, train_wordpiece
 from mpjax.errors import ConfigError
 from mpjax.models import EncoderConfig, encoder
 from mpjax.models.hf import load_checkpoint, open_checkpoint
-from mpjax.optim import make_optimizer, wrap
+from mpjax.optim import make_optimizer
 from mpjax.precision import PrecisionSchedule, get_precision, get_schedule
 from mpjax.precision.schedule import KINDS, fixed
 from mpjax.report import Outcome
@@ -107,8 +107,9 @@ class Beginning(Protocol):
         ...
 
 
-# Heads of pre-training, and what the tensors of a checkpoint that has them begin with.
+# Heads that a checkpoint may have, and what their tensors begin with.
 _PRETRAINED = {"masked": "cls.predictions.", "next": "cls.seq_relationship."}
+_HEADS = _PRETRAINED | {"labels": "classifier."}
 _POOLER = "*pooler*"  # tensors of BERT's pooler
 
 
@@ -140,7 +141,10 @@ class Start:
         """Returns the tokenizer."""
         if (source := self.source) is None:
             return train_wordpiece(self.texts, self.config.vocabulary)
-        return load_wordpiece(source)
+        text = open_checkpoint(source).tokenizer_json()
+        if text is None:
+            raise ConfigError(f"checkpoint {str(source)!r}: no tokenizer.json beside it; add one")
+        return parse_wordpiece(text, f"checkpoint {str(source)!r}")
 
     def model(self, precision: Any, vocabulary: int) -> Any:
         """Returns the model in a Precision."""
@@ -169,13 +173,12 @@ class Start:
         checkpoint = open_checkpoint(self.source or "")
         held = {
             own: theirs
-            for own, theirs in _PRETRAINED.items()
+            for own, theirs in _HEADS.items()
             if any(name.startswith(theirs) for name in checkpoint.tensors)
         }
-        if self.head == "pretrain":
-            new, unused = [head for head in _PRETRAINED if head not in held], []
-        else:
-            new, unused = [self.head], [f"{theirs}*" for theirs in held.values()]
+        wanted = tuple(_PRETRAINED) if self.head == "pretrain" else (self.head,)
+        new = [head for head in wanted if head not in held]
+        unused = [f"{theirs}*" for own, theirs in held.items() if own not in wanted]
         pooler = self.pool == "first" and EncoderConfig(head=self.head).pools
         if not pooler and fnmatch.filter(checkpoint.tensors, _POOLER):
             unused.append(_POOLER)
@@ -270,19 +273,29 @@ def raw_optimizer(config: Any) -> Any:
     )  # fmt: skip
 
 
-def check_arms(config: Any, start: Beginning, vocabulary: int) -> Any:
-    """Makes every arm's model and optimizer state, so that a mistake in the last comes first.
+def check_arms(config: Any, task: Any, start: Beginning, vocabulary: int) -> Any:
+    """Builds every arm without computing it, so that a mistake in the last comes first.
 
     Returns:
       The model that judges.
     """
-    get_precision(config.eval_precision)
+    judging = get_precision(config.eval_precision).name
     for label in config.precision:
         schedule = read_schedule(label, config.steps)
-        for precision in schedule.precisions:
-            model = start.model(precision, vocabulary)
-            wrapped = wrap(raw_optimizer(config), precision, clip=config.clip)
-            jax.eval_shape(lambda key, m=model, w=wrapped: w.init(m.init(key)), jax.random.key(0))
+        if schedule.evaluation is not None and schedule.evaluation.name != judging:
+            raise ConfigError(
+                f"precision: {label} is judged in {schedule.evaluation.name} and all arms in"
+                f" {judging}; leave one of them out, or set --eval-precision"
+            )
+        model = start.model(schedule.first, vocabulary)
+        jax.eval_shape(lambda m=model, s=schedule: build(
+            m, raw_optimizer(config), clip=config.clip, objective=task.objective, schedule=s
+        )[0])  # fmt: skip
+    if vocabulary > model.config.vocabulary:
+        raise ConfigError(
+            f"checkpoint: its tokenizer has {vocabulary} ids and its embedding"
+            f" {model.config.vocabulary}; take the tokenizer that it was trained with"
+        )
     if model.config.context < max(config.lengths):
         raise ConfigError(
             f"lengths: {max(config.lengths)} tokens, the checkpoint has {model.config.context}"

@@ -79,7 +79,7 @@ def main(config: Config) -> None:
     start = finetune.Start(config, "class", len(train.classes), train.texts, config.pool)
     pieces, longest = start.pieces(), max(config.lengths)
     examples, held_out = (task.examples(pieces, side, longest=longest) for side in (train, test))
-    model = finetune.check_arms(config, start, pieces.vocab_size)
+    model = finetune.check_arms(config, task, start, pieces.vocab_size)
     launch.writable(config.out)
     counted = baselines(train, test)
     best = max(counted, key=lambda name: counted[name]["accuracy"])

@@ -71,7 +71,7 @@ def main(config: Config) -> None:
     start = finetune.Start(config, "token", len(train.names), texts)
     pieces, longest = start.pieces(), max(config.lengths)
     examples, held_out = (task.examples(pieces, side, longest=longest) for side in (train, test))
-    model = finetune.check_arms(config, start, pieces.vocab_size)
+    model = finetune.check_arms(config, task, start, pieces.vocab_size)
     if config.capitals and model.config.types < 2:
         raise ConfigError(
             f"capitals: the checkpoint has {model.config.types} token types, two are needed;"

@@ -43,9 +43,10 @@ class Config:
     rule: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """PATTERN=POLICY before the preset's rules, such as '**/norm*=fp32'; repeatable."""
     loss_scale: OfPreset = None
-    """`none`, `static:1024` or `dynamic:init=65536,interval=2000,hysteresis=1,min=1`."""
+    """`none`, `static:1024`, `dynamic:init=65536,interval=2000,hysteresis=1,min=1`,
+    `logmax:format=float16,c=4` or `leaf:groups=PATTERN|PATTERN`."""
     update: OfPreset = None
-    """How weights that are stored low take their update: `none`, `master` or `nearest`."""
+    """Update of weights that are stored low: none, master, nearest, stochastic, kahan."""
     moments: OfPreset = None
     """Storage of Adam's moments: bf16, int8@256, int4@128, fp8, first=bf16, int8,keep=**/embed."""
     gradient_dtype: OfPreset = None

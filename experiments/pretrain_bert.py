@@ -135,7 +135,7 @@ def main(config: Config) -> None:
         pairs(side, lines, pieces, config)
         for side, lines in zip(("training", "held out"), sides, strict=True)
     )
-    judged = finetune.check_arms(config, start, pieces.vocab_size)
+    judged = finetune.check_arms(config, task, start, pieces.vocab_size)
     launch.writable(config.out)
     most = min(len(held_out), config.batch * config.eval_batches)
     held_out = [held_out[i] for i in np.linspace(0, len(held_out) - 1, most).astype(int)]

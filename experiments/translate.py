@@ -143,7 +143,7 @@ def main(config: Config) -> None:
     train, test = (task.fitting(side, longest=max(config.lengths)) for side in (train, test))
     examples, held_out = task.examples(train), task.examples(test)
     start = Start(config)
-    model = finetune.check_arms(config, start, task.vocabulary)
+    model = finetune.check_arms(config, task, start, task.vocabulary)
     # Without gradients there is room for more rows, and a batch takes as long as its longest row.
     shapes: dict[str, Any] = dict(batch=4 * config.batch, lengths=config.lengths)
     translate = task.translator(model, **shapes, beams=config.beams, cache=config.cache)

@@ -482,6 +482,14 @@ def test_a_classifier_is_compared_by_precision_and_slice(tmp_path):
     for bad, message in (
         (["--data", tmp_path / "none.tsv"], "error: data "),
         (["--precision", "fp32", "late:fp8:bf61:0.5"], "error: precision schedule"),
+        (
+            ["--precision", "fp32", "late:fp8:bf16:0.001"],
+            "error: precision schedule: late: 0.001 of 40",
+        ),
+        (
+            ["--precision", "fp32", "fixed:fp8:bf16"],
+            "error: precision: fixed:fp8:bf16 is judged in",
+        ),
     ):
         _, err = run("finetune_classifier", *args, *bad, "--out", tmp_path / "none", code=2)
         assert err.splitlines()[-1].startswith(message), err
@@ -534,8 +542,12 @@ def test_bert_learns_both_tasks_and_is_exported(tmp_path):
     run("pretrain_bert", *args, *again, "--precision", "fp32", "--out", tmp_path / "b")
     (more,) = json.loads((tmp_path / "b" / "results.json").read_text())["arms"]["fp32"]
     assert more["masked"] == pytest.approx(found["bf16"][0]["masked"], rel=0.1)
-    tagged = tmp_path / "tagged.txt"  # a tagger on it leaves its pooler and both heads out
+    tagged = tmp_path / "tagged.txt"  # a tagger leaves the pooler and all heads of it out
     tagged.write_text("".join(f"a{i % 9}\tA\nb{i}\tB\n\n" for i in range(60)))
+    headed = tmp_path / "bert" / "fp32" / "model.safetensors"
+    classifier = {"classifier.weight": np.ones((5, 16), np.float32), "classifier.bias": np.ones(5)}
+    numpy = pytest.importorskip("safetensors.numpy")
+    numpy.save_file(numpy.load_file(headed) | classifier, headed)
     tune = ["--checkpoint", tmp_path / "bert" / "fp32", "--data", tagged, "--lengths", 16]
     tune += "--batch 8 --steps 1 --warmup 0 --seeds 1 --precision fp32".split()
     run("finetune_tagger", *tune, "--out", tmp_path / "c")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "mpjax").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
 
-# part -> the parts of mpjax that it may import, besides itself and `errors` (DESIGN.md, Layout).
+# part -> the parts of mpjax that it may import, besides itself and `errors` (CONTRIBUTING.md).
 MAY_IMPORT = {
     "errors": set(),
     "formats": set(),

@@ -51,6 +51,8 @@ class Chat:
             raise ConfigError(
                 f"chat: not a tokenizer.json ({error}); fetch the checkpoint again"
             ) from None
+        backend.no_truncation()
+        backend.no_padding()
         found = backend.token_to_id(end)
         if found is None:
             raise ConfigError(

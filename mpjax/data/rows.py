@@ -16,7 +16,7 @@ def read_text_file(path: Path, what: str) -> str:
         ConfigError: absent, unreadable, not UTF-8, or without text.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Excel begins with a mark
     except FileNotFoundError as error:
         raise ConfigError(f"data {str(path)!r}: no such file; expected {what}") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -53,7 +53,7 @@ def read_rows(path: Path, fields: Sequence[str], optional: Sequence[str] = ()) -
             continue
         where = f"data {str(path)!r}, line {number}"
         if path.suffix == ".jsonl":
-            row = _json_row(line, [*fields, *optional], where)
+            row = _json_row(line, fields, optional, where)
         else:
             row = [part.strip() for part in line.rstrip("\r").split("\t")]
         width = width or len(row)
@@ -65,11 +65,14 @@ def read_rows(path: Path, fields: Sequence[str], optional: Sequence[str] = ()) -
     return rows
 
 
-def _json_row(line: str, names: list[str], where: str) -> list[str]:
+def _json_row(line: str, fields: Sequence[str], optional: Sequence[str], where: str) -> list[str]:
     try:
         found = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{where}: not JSON ({error}); expected one object a line") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{where}: {type(found).__name__}; expected an object a line")
-    return [str(found[name]).strip() for name in names if name in found]
+    held = {name: value for name, value in found.items() if value is not None}
+    if lacking := [name for name in fields if name not in held]:
+        raise ConfigError(f"{where}: no {lacking[0]!r}; expected the keys {' '.join(fields)}")
+    return [str(held[name]).strip() for name in (*fields, *optional) if name in held]

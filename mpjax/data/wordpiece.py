@@ -152,11 +152,26 @@ def load_wordpiece(path: str | Path) -> WordPiece:
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"{file}: no such file; name a tokenizer.json or a folder with one")
+    return parse_wordpiece(file.read_bytes(), str(file))
+
+
+def parse_wordpiece(text: str | bytes, where: str) -> WordPiece:
+    """Returns the tokenizer that the text of a BERT tokenizer.json describes.
+
+    Args:
+        text: JSON.
+        where: what it is of, for errors.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_buffer(
+            text if isinstance(text, bytes) else text.encode()
+        )
     except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"{file}: not a tokenizer.json ({error}); save it again") from error
-    return WordPiece(backend, str(file))
+        raise ConfigError(f"{where}: not a tokenizer.json ({error}); save it again") from error
+    return WordPiece(backend, where)
 
 
 def train_wordpiece(texts: Sequence[str], size: int) -> WordPiece:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from mpjax import ops
 from mpjax.formats import slice_view
 from mpjax.models.config import DecoderConfig, decoder_config
 from mpjax.models.heads import next_token_loss, unembed
@@ -98,6 +99,7 @@ class Model(Network):
         cap = self.config.logit_cap
         return (cap * jnp.tanh(logits / cap) if cap else logits), state
 
+    @ops.counted(ops.weight_sum)
     def loss(
         self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.block import Sight
@@ -157,6 +158,7 @@ class Seq2Seq(Network):
         cap = self.config.logit_cap
         return (cap * jnp.tanh(logits / cap) if cap else logits), state
 
+    @ops.counted(ops.weight_sum)
     def loss(
         self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from mpjax.ops.attention import KERNELS, attention
 from mpjax.ops.conv import conv_general_dilated
 from mpjax.ops.convolution import convolution
+from mpjax.ops.counts import counted, weight_sum
 from mpjax.ops.cross_entropy import chunk_length, cross_entropy
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import group_norm, norm
@@ -16,6 +17,7 @@ __all__ = [
     "chunk_length",
     "conv_general_dilated",
     "convolution",
+    "counted",
     "cross_entropy",
     "dot_general",
     "group_norm",
@@ -27,4 +29,5 @@ __all__ = [
     "rotary",
     "scale_by",
     "shift_by",
+    "weight_sum",
 ]

@@ -200,8 +200,8 @@ def pruned(
 
     $w \leftarrow m\,(w + u)$ with masks $m$ that only ever lose numbers: every `every` steps from
     `begin` to `end` the smallest magnitudes are dropped, up to `cubic_sparsity`. A pruned weight
-    gets no gradient and is exactly zero, in whatever format `wrap` stores it; a step that the gate
-    skips moves no mask.
+    gets no gradient and is exactly zero, in whatever format `wrap` stores it (which refuses
+    `kahan`); a step that the gate skips moves no mask.
 
     Args:
       optimizer: a raw optax optimizer; `mpjax.optim.wrap` and `build` take what is returned.

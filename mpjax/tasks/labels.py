@@ -59,6 +59,7 @@ def label_objective(model: Any, output: str, path: str) -> Callable[..., tuple[A
     """
     policy = model.precision.policy(path)
 
+    @ops.counted(lambda batch: jnp.sum(jnp.asarray(batch["labels"]) != IGNORE, dtype=jnp.float32))
     def loss_fn(
         params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:

@@ -19,12 +19,7 @@ class Language:
 
     A decoder reads `inputs` and `targets`; `weights` of the tokens leave prompts out of the loss
     (`mpjax.data.instructions`) and `keep` hides padding. An encoder-decoder reads its source too.
-
-    Args:
-      weights: name of the batch's weights, one a target; where a batch has none, all count alike.
     """
-
-    weights: str = "weights"
 
     def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
         """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
@@ -41,7 +36,7 @@ class Language:
         def evaluate(params: Any, batches: Iterable[Any], state: Any = None) -> dict[str, float]:
             total, count = 0.0, 0.0
             for batch in batches:
-                weights = batch.get(self.weights)
+                weights = batch.get("weights")
                 n = float(np.sum(weights)) if weights is not None else float(batch["targets"].size)
                 total += n * float(one(params, batch, state))
                 count += n

@@ -97,9 +97,9 @@ class Translation:
         """
         if longest < 2:
             raise ConfigError(f"longest={longest}: no room for a token and the end; give 2 or more")
-        sides = [self.tokens.encode_batch(side) for side in zip(*pairs, strict=True)]
-        sizes = np.array([[len(a), len(b) + 1] for a, b in zip(*sides, strict=True)])
-        keep = sizes.max(1, initial=0) <= longest
+        sources, targets = (self.tokens.encode_batch([p[side] for p in pairs]) for side in (0, 1))
+        sizes = [max(len(a), len(b) + 1) for a, b in zip(sources, targets, strict=True)]
+        keep = np.array(sizes, int) <= longest
         if not keep.any():
             raise ConfigError(
                 f"pairs: none of {len(pairs)} fits {longest} tokens a side; raise the lengths"
@@ -164,7 +164,7 @@ class Translation:
         longest, continued = max(lengths), _Continued(model)
         read = jax.jit(
             lambda params, source, keep: model.start(
-                params, source, length=1 + longest, source_keep=keep, storage=storage
+                params, source, length=longest, source_keep=keep, storage=storage
             )
         )
 

@@ -50,7 +50,10 @@ def init_state(
 def _gradients(
     loss_fn: LossFn, state: TrainState, batch: Any, accumulate: int
 ) -> tuple[Any, Any, Any]:
-    """Scaled gradients, mean loss and model state; microbatches are summed in float32."""
+    """Scaled gradients, mean loss and model state; microbatches are summed in float32.
+
+    Each weighs by its share of the targets, where the loss function says how many there are.
+    """
     scale, weights = state.opt_state.loss_scale, weight_view(state.params)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
@@ -72,17 +75,25 @@ def _gradients(
 
     def body(carry: Any, part: Any) -> tuple[Any, None]:
         total, total_loss, largest, model_state = carry
-        index, micro = part
+        index, micro, share = part
         (grads, amax), (loss, model_state) = grad(
             weights, seen_of(model_state), micro, model_state, jax.random.fold_in(key, index)
         )
-        total = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads)
+
+        def add(total: Any, x: Any) -> Any:
+            x = x.astype(jnp.float32)
+            return total + (x if share is None else share * x)
+
+        total, total_loss = jax.tree.map(add, (total, total_loss), (grads, loss))
         largest = jax.tree.map(jnp.maximum, largest, amax)  # gradients add up, magnitudes do not
-        return (total, total_loss + loss.astype(jnp.float32), largest, model_state), None
+        return (total, total_loss, largest, model_state), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
     carry = (zeros, jnp.float32(0), jax.tree.map(jnp.zeros_like, seen_of(begun)), begun)
-    parts = (jnp.arange(accumulate), jax.tree.map(split, batch))
+    micros = jax.tree.map(split, batch)
+    counts = jax.vmap(getattr(loss_fn, "count", lambda micro: None))(micros)
+    shares = None if counts is None else counts * (accumulate / jnp.maximum(jnp.sum(counts), 1e-30))
+    parts = (jnp.arange(accumulate), micros, shares)
     (grads, loss, amax, model_state), _ = jax.lax.scan(body, carry, parts)
     model_state = end_step(model_state, state.model_state, amax, scale.value)
     return jax.tree.map(lambda g: g / accumulate, grads), loss / accumulate, model_state
@@ -181,11 +192,12 @@ def make_train_step(
 
     Args:
       loss_fn: `loss_fn(params, batch, *, state, key, train) -> (loss, state)`, the mean over the
-        batch.
+        batch; one that is a mean over fewer targets says so by `mpjax.ops.counted`.
       optimizer: from `mpjax.optim.wrap`.
       mesh: devices; None is one device.
       shardings: of the state, from `state_shardings`; needed with a mesh.
-      accumulate: microbatches a step; each takes every accumulate-th row of the batch.
+      accumulate: microbatches a step; each takes every accumulate-th row of the batch, and counts
+        by its number of targets, or all alike.
 
     Returns:
       `step(state, batch) -> (state, metrics)`; metrics are scalars on the device: `loss`,

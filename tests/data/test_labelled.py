@@ -34,6 +34,12 @@ def test_a_file_is_split_without_a_text_on_both_sides(tmp_path):
     assert set(other[1].texts) != set(test.texts)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_label(tmp_path):
+    text = "".join(f"{y}\ttext {y}{i}\n" for y in "xy" for i in range(40))
+    (tmp_path / "a.tsv").write_text(text, encoding="utf-8-sig")
+    assert load_labelled(str(tmp_path / "a.tsv"))[0].classes == ("x", "y")
+
+
 def test_json_lines_and_pairs_are_read_too(tmp_path):
     lines = [f'{{"label": "{y}", "text": "a {y}{i}", "second": "b {y}{i}"}}\n' for y in "xy"
              for i in range(40)]  # fmt: skip
@@ -66,7 +72,14 @@ def test_a_file_that_is_wrong_is_one_line(tmp_path, content, said):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"), [("{", "line 1: not JSON"), ("[1]", "line 1: list"), ("{}", "0 field")]
+    ("line", "said"),
+    [
+        ("{", "line 1: not JSON"),
+        ("[1]", "line 1: list"),
+        ("{}", "line 1: no 'label'; expected the keys label text"),
+        ('{"label": "a", "text": null}', "no 'text'"),
+        ('{"label": "a", "second": "b"}', "no 'text'"),
+    ],
 )
 def test_json_lines_that_are_wrong_are_one_line(tmp_path, line, said):
     (tmp_path / "a.jsonl").write_text(line)

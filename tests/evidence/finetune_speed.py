@@ -3,8 +3,8 @@
 Run:       python tests/evidence/finetune_speed.py [--tpu]
            in an environment that has torch and transformers too: pip install torch transformers;
            with --tpu and libtpu, the memory of a TPU v5e too, which takes half an hour to compile
-Expected:  equal losses, so that it is the same model; bf16 gains no time on a CPU, and less memory
-           on a TPU alone.
+Expected:  equal losses, so that it is the same model; bf16 gains no time on a CPU, but memory
+           there and on a TPU.
 
 One step is one batch of MiniLM's shape (6 x 384) with a head of two classes: forward, backward,
 clipping, AdamW, all in one process on the same cores. torch starts from the weights that
@@ -194,7 +194,8 @@ def main() -> bool:
         "Peak memory as compiled (`memory_analysis()`), the donated state counted once:",
         sizes,
     ]
-    write("finetune_speed", "What fine-tuning takes: time and memory", "\n\n".join(body))
+    command = " ".join(["python tests/evidence/finetune_speed.py", *sys.argv[1:]])
+    write("finetune_speed", "What fine-tuning takes: time and memory", "\n\n".join(body), command)
     return same
 
 

@@ -109,6 +109,18 @@ def test_beams_find_likelier_texts_and_a_cache_of_int8_the_same(trained):
     assert np.mean([a == b for a, b in zip(low, greedy, strict=True)]) > 0.5
 
 
+def test_a_translation_may_fill_all_learned_positions():
+    task = Translation(Characters(["ab"]))
+    model = seq2seq(
+        "seq2seq-tiny", layers=1, width=16, heads=2, vocabulary=task.vocabulary, context=4,
+        position="learned",
+    )  # fmt: skip
+    params = model.init(jax.random.key(0))
+    for beams in (1, 2):
+        translate = task.translator(model, batch=2, lengths=(4,), beams=beams)
+        assert all(len(text) <= 4 for text in translate(params, ["ab", "baab"]))
+
+
 def test_what_does_not_fit_is_said(trained, caplog):
     task, model, _ = trained
     with caplog.at_level(logging.WARNING, "mpjax.tasks"):
@@ -120,6 +132,8 @@ def test_what_does_not_fit_is_said(trained, caplog):
         task.fitting([("abc", "X")], longest=2)
     with pytest.raises(ConfigError, match="longest=1: no room"):
         task.fitting([("abc", "X")], longest=1)
+    with pytest.raises(ConfigError, match="none of 0 fits"):
+        task.fitting([], longest=8)
     with pytest.raises(ConfigError, match="beams: 0 must be at least 1"):
         task.translator(model, batch=2, lengths=LENGTHS, beams=0)
     with pytest.raises(ConfigError, match="cache: "):

@@ -115,6 +115,30 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(mesh: Any, at_once
     assert relative(summed, at_once[1]) > 0.9
 
 
+def test_microbatches_count_by_their_targets() -> None:
+    data = batch()
+    weights = np.zeros(data["targets"].shape, np.float32)
+    weights[::2], weights[1, :1] = 1, 1  # rows of the second microbatch have one target in all
+    found = []
+    for n in (1, 2):
+        state, step = build(small(), optax.sgd(1.0, momentum=0.9), accumulate=n)
+        state, metrics = step(state, data | {"weights": jnp.asarray(weights)})
+        found.append((float(metrics["loss"]), host(state.opt_state.inner)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert relative(found[1][1], found[0][1]) < 1e-6
+    state, step = build(small(), optax.sgd(1.0), accumulate=2)
+    mute = data | {"weights": jnp.zeros(weights.shape)}
+    state, metrics = step(state, mute)
+    assert float(metrics["loss"]) == 0 and int(metrics["skipped"]) == 0
+    alike = make_train_step(  # the negative control: all microbatches alike
+        lambda *args, **kw: small().loss(*args, **kw), wrap(optax.sgd(1.0), small().precision),
+        accumulate=2,
+    )  # fmt: skip
+    state = init_state(small().init(jax.random.key(0)), alike.optimizer)
+    _, metrics = alike(state, data | {"weights": jnp.asarray(weights)})
+    assert float(metrics["loss"]) != pytest.approx(found[0][0], rel=1e-3)
+
+
 def test_low_weights_accumulate_in_float32() -> None:
     precision = get_precision("bf16", rules=["**=p=bf16,c=bf16,o=bf16"], update="master")
     optimizer = wrap(optax.sgd(1.0), precision)

@@ -29,8 +29,9 @@ class Architecture:
       table: our leaves and their tensors.
       read: config.json -> fields of our config.
       make: the model of a Precision, these fields, and the user's changes to them.
-      copies: tensors that may repeat another one, where the head is tied.
+      copies: tensors that repeat another one where the head is tied.
       buffers: endings of names that hold no weight.
+      renamed: older endings of names, and what they are now.
       title: our config -> the class of transformers that an export names.
       write: our config -> config.json; None where transformers has no such class.
     """
@@ -41,6 +42,7 @@ class Architecture:
     make: Callable[[Any, dict[str, Any], dict[str, Any]], Any]
     copies: dict[str, str] = dataclasses.field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+    renamed: dict[str, str] = dataclasses.field(default_factory=dict)
     title: Callable[[Any], str] = lambda _: ""
     write: Callable[[Any], dict[str, Any]] | None = None
 
@@ -60,7 +62,7 @@ def _seq2seq(precision: Any, settings: dict[str, Any], changes: dict[str, Any]) 
 def _llama(title: str, read: Any, write: Any) -> Architecture:
     return Architecture(
         "model.", LLAMA, read, _decoder, {"lm_head.weight": "model.embed_tokens.weight"},
-        ("rotary_emb.inv_freq",), lambda _: title, write,
+        ("rotary_emb.inv_freq",), {}, lambda _: title, write,
     )  # fmt: skip
 
 
@@ -71,12 +73,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
         },
-        ("embeddings.position_ids",), bert_class, write_bert,
+        ("embeddings.position_ids",),
+        {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+        bert_class, write_bert,
     ),
     "gpt2": Architecture(
         "transformer.", GPT2, fields.read_gpt2, _decoder,
         {"lm_head.weight": "transformer.wte.weight"},
-        (".attn.bias", ".attn.masked_bias"),  # the causal mask
+        (".attn.bias", ".attn.masked_bias"), {},  # the causal mask
         lambda _: "GPT2LMHeadModel", fields.write_gpt2,
     ),
     "llama": _llama("LlamaForCausalLM", fields.read_llama, fields.write_llama),

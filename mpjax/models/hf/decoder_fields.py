@@ -111,12 +111,14 @@ def _kin(f: Fields) -> dict[str, Any]:
 def _read_rope(f: Fields) -> dict[str, Any]:
     """Transformers 5 keeps all of it in rope_parameters, 4 in rope_theta and rope_scaling."""
     old, new = f.inner("rope_scaling"), f.inner("rope_parameters")
-    if old is not None and new is not None:
-        f.refuse("both rope_scaling and rope_parameters; keep the one that holds")
     theta = f.take("rope_theta", float, 10000.0)
-    scaling = old or new
-    if scaling is None:
-        return dict(rope_theta=theta)
+    found = [_scaled(inner, theta) for inner in (old, new) if inner is not None]
+    if any(one != found[0] for one in found):
+        f.refuse("rope_scaling and rope_parameters that differ; keep the one that holds")
+    return found[0] if found else dict(rope_theta=theta)
+
+
+def _scaled(scaling: Fields, theta: float) -> dict[str, Any]:
     theta = scaling.take("rope_theta", float, theta)
     known = {"default": "none", "linear": "linear", "llama3": "llama3"}
     older = scaling.one_of("type", known, "default")
@@ -162,7 +164,8 @@ def write_llama(c: DecoderConfig) -> dict[str, Any]:
             high_freq_factor=c.rope_high,
             original_max_position_embeddings=c.rope_context,
         )
-    return dict(
+    scaled = {} if c.rope_scaling == "none" else {"rope_scaling": rope}
+    return scaled | dict(
         vocab_size=c.vocabulary,
         max_position_embeddings=c.context,
         hidden_size=c.width,
@@ -175,6 +178,7 @@ def write_llama(c: DecoderConfig) -> dict[str, Any]:
         rms_norm_eps=c.epsilon,
         tie_word_embeddings=c.tied,
         rope_parameters=rope,
+        rope_theta=c.rope_theta,  # transformers 4 reads this and rope_scaling
         bos_token_id=None,  # else transformers assumes the ids of Llama's own vocabulary
         eos_token_id=None,
     )

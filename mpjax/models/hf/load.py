@@ -105,7 +105,7 @@ def load_params(
     drawn = _matching(leaves, new, "new", "paths of the model")
     if drawn and key is None:
         raise ConfigError(f"load: new={list(new)} is drawn at random; pass key=")
-    tensors = _kept(checkpoint, kind, unused)
+    tensors = _kept(checkpoint, kind, unused, tied=model.config.tied)
     _check(checkpoint, kind, {n: x for n, x in leaves.items() if n not in drawn}, tensors)
     fresh = {}
     if drawn:
@@ -145,11 +145,21 @@ def _matching(
     return frozenset(name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns))
 
 
-def _kept(checkpoint: Checkpoint, kind: Architecture, unused: Sequence[str]) -> Tensors:
+def _kept(
+    checkpoint: Checkpoint, kind: Architecture, unused: Sequence[str], *, tied: bool
+) -> Tensors:
     """The tensors under their full names, without buffers and what the user leaves out."""
     left_out = _matching(checkpoint.tensors, unused, "unused", "tensors of the checkpoint")
     tensors = {n: t for n, t in checkpoint.tensors.items()
                if n not in left_out and not n.endswith(kind.buffers)}  # fmt: skip
+    for old, new in kind.renamed.items():
+        tensors = {n.removesuffix(old) + new if n.endswith(old) else n: t
+                   for n, t in tensors.items()}  # fmt: skip
+    if not tied:  # then the copy is what runs, and what it was a copy of is a relic
+        own = {weight.name for weight in kind.table.values()}
+        for copy, original in kind.copies.items():
+            if copy in tensors and copy not in own:
+                tensors[original] = tensors.pop(copy)
     if any(name.startswith(kind.prefix) for name in tensors):
         return tensors
     own = {weight.name for weight in kind.table.values()}

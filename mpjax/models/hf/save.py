@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import shutil
@@ -50,6 +51,7 @@ def save_checkpoint(
     """
     target = Path(folder).expanduser()
     package = need("safetensors.numpy", "hub", f"{target}: export")
+    broken = need("safetensors", "hub", f"{target}: export").SafetensorError  # no OSError
     wanted = None if dtype is None else parse_dtype(dtype)
     kind = ARCHITECTURES[model_type := architecture_name(model.config)]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -62,23 +64,23 @@ def save_checkpoint(
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         partial.mkdir(parents=True)
-        dtypes = _write_tensors(partial, model, params, kind.table, package, wanted, shard_bytes)
+        dtypes = _write_tensors(partial, model, params, kind, package, wanted, shard_bytes)
         config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if target.exists():
             target.rmdir()
         partial.rename(target)
-    except OSError as error:
+    except (OSError, broken) as error:
+        why = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{target}: cannot be written ({error.strerror or error}); free some space or name"
-            " another folder"
+            f"{target}: cannot be written ({why}); free some space or name another folder"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_tensors(
-    folder: Path, model: Any, params: Any, table: Any, package: Any, wanted: Any, shard_bytes: int
+    folder: Path, model: Any, params: Any, kind: Any, package: Any, wanted: Any, shard_bytes: int
 ) -> set[str]:
     """Writes a shard as soon as it is full; returns the names of the dtypes."""
     view = weight_view(params)
@@ -87,16 +89,24 @@ def _write_tensors(
         for path, leaf in jax.tree_util.tree_leaves_with_path(view)
     }
     tensors: dict[str, list[tuple[Any, Weight]]] = {}
-    for name, weight in table.items():  # the table's order: embedding first
+    for name, weight in kind.table.items():  # the table's order: embedding first
         if name in leaves:
             tensors.setdefault(weight.name, []).append((leaves[name], weight))
+    for copy, original in kind.copies.items():  # what a tied head need not repeat
+        if not model.config.tied and original in tensors and copy not in tensors:
+            ((leaf, weight),) = tensors[original]
+            tensors[copy] = [(leaf, dataclasses.replace(weight, name=copy))]
     shards: list[list[str]] = []
     shard: dict[str, np.ndarray] = {}
     size = total = 0
     dtypes = set()
 
     def flush() -> None:
-        package.save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        part = folder / f"{len(shards)}.part"
+        part.touch()
+        usual = part.stat().st_mode  # safetensors may leave a file that only its owner can read
+        package.save_file(shard, part, metadata={"format": "pt"})
+        part.chmod(usual)
         shards.append(list(shard))
         shard.clear()
 

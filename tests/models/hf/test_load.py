@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized, quantize
-from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint
+from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint, save_checkpoint
 from mpjax.models.hf.tensors import Tensor
 from mpjax.precision import get_precision
 from mpjax.train.sharding import parse_mesh, partition
@@ -188,6 +188,46 @@ def test_fields_without_effect_can_be_ignored(tmp_path: Path) -> None:
     c = model.config
     assert (c.rope_theta, c.rope_scaling, c.rope_factor) == (50.0, "linear", 2.0)  # transformers 4
     assert c.remat == "full"
+
+
+def test_both_spellings_of_rope_are_read_if_they_agree(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0}
+    both = dict(rope_theta=50.0, rope_scaling=rope, rope_parameters=rope | {"rope_theta": 50.0})
+    c = load_checkpoint(case("llama", tmp_path / "a", **both))[0].config
+    assert (c.rope_theta, c.rope_scaling, c.rope_factor) == (50.0, "linear", 2.0)
+    both["rope_theta"] = 60.0
+    with pytest.raises(ConfigError, match="rope_scaling and rope_parameters that differ"):
+        load_checkpoint(case("llama", tmp_path / "b", **both))
+
+
+def test_norms_of_the_first_bert_are_read(tmp_path: Path) -> None:
+    def older(tensors: dict[str, Any]) -> None:
+        for name in [n for n in tensors if "LayerNorm" in n]:
+            old = name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
+            tensors[old] = tensors.pop(name)
+
+    _, params = load_checkpoint(case("bert", tmp_path / "new"))
+    _, same = load_checkpoint(case("bert", tmp_path / "old", older))
+    assert bits(same) == bits(params)
+
+
+def test_an_untied_bert_has_the_bias_that_runs(tmp_path: Path) -> None:
+    def untied(tensors: dict[str, Any]) -> None:
+        tensors["cls.predictions.decoder.weight"] = np.asarray(
+            tensors["bert.embeddings.word_embeddings.weight"] + 1
+        )
+        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"] + 1
+
+    folder = case("bert", tmp_path / "theirs", untied, tie_word_embeddings=False)
+    model, params = load_checkpoint(folder)
+    head = params["encoder"]["masked"]["head"]
+    tensors = load_file(folder / "model.safetensors")
+    np.testing.assert_array_equal(head["bias"], tensors["cls.predictions.decoder.bias"])
+    save_checkpoint(tmp_path / "ours", model, params)
+    written = load_file(tmp_path / "ours" / "model.safetensors")
+    for name in ("bias", "decoder.bias"):  # transformers 4 and 5
+        np.testing.assert_array_equal(written[f"cls.predictions.{name}"], head["bias"])
+    assert bits(load_checkpoint(tmp_path / "ours")[1]) == bits(params)
 
 
 def test_a_classifier_on_a_checkpoint_without_one(tmp_path: Path) -> None:

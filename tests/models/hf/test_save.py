@@ -111,12 +111,22 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match="unknown"):
         save_checkpoint(tmp_path / "new", model, params, dtype="bf17")
 
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     import safetensors.numpy
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", full)
-    with pytest.raises(ConfigError, match="new: cannot be written .No space left on device"):
-        save_checkpoint(tmp_path / "new", model, params)
+    full = "No space left on device"
+    for error in (OSError(28, full), safetensors.SafetensorError(full)):  # the package has its own
+
+        def fail(*args: Any, error: Exception = error, **kwargs: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+        with pytest.raises(ConfigError, match=f"new: cannot be written .{full}"):
+            save_checkpoint(tmp_path / "new", model, params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "theirs"]
+
+
+def test_others_can_read_what_is_written(tmp_path: Path) -> None:
+    model, params = load_checkpoint(case("llama", tmp_path / "theirs"))
+    save_checkpoint(tmp_path / "ours", model, params)
+    modes = {path.stat().st_mode for path in (tmp_path / "ours").iterdir()}
+    assert len(modes) == 1, "weights are as readable as their config"
