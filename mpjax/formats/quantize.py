@@ -187,6 +187,10 @@ def quantize(
       offset: whether each group has an offset beside its scale (asymmetric quantisation); for
         `int8 int4 int2` with `tensor`, `row` or `block` scaling.
 
+    Returns:
+      Values in the format's dtype (or the narrowest that holds it) and float32 scales, which
+      `dequantize()` multiplies.
+
     Raises:
       ConfigError: names that are unknown or do not fit each other, no key, or an array that has
         no such axis or no elements.

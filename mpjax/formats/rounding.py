@@ -173,6 +173,9 @@ def round_to(
       straight_through: whether gradients pass as if nothing had been rounded; otherwise they are
         zero.
 
+    Returns:
+      The rounded numbers, in the shape and dtype of x.
+
     Raises:
       ConfigError: unknown format or rounding, stochastic without a key, or a dtype that is not
         rounded.

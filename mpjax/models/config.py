@@ -89,6 +89,10 @@ def size_names() -> tuple[str, ...]:
 def decoder_config(size: str | DecoderConfig, **changes: Any) -> DecoderConfig:
     """Returns the configuration of a named size with some fields changed.
 
+    Args:
+      size: a name that `size_names` lists, or a DecoderConfig.
+      changes: fields of DecoderConfig.
+
     Raises:
       ConfigError: unknown size or field.
 

@@ -84,6 +84,10 @@ def encoder_size_names() -> tuple[str, ...]:
 def encoder_config(size: str | EncoderConfig, **changes: Any) -> EncoderConfig:
     """Returns the configuration of a named size with some fields changed.
 
+    Args:
+      size: a name that `encoder_size_names` lists, or a EncoderConfig.
+      changes: fields of EncoderConfig.
+
     Raises:
       ConfigError: unknown size or field.
 

@@ -137,7 +137,16 @@ def stream(
     """Yields the tokens that `generate` returns, one for each row at a time.
 
     Args:
-      model: see `generate`, as all the rest; leave the loop at an end token.
+      model: a decoder, or another language model; this and all others as in `generate`.
+      params: its weights.
+      prompt: token ids.
+      new: tokens to add; leave the loop earlier at an end token.
+      key: of the draws.
+      temperature: divides the logits.
+      top_k: draws among the k likeliest.
+      top_p: draws among the fewest likeliest of probability p.
+      lengths: of the prompts.
+      cache: storage of keys and values.
 
     Example:
       >>> from mpjax.models import decoder

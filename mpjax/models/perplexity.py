@@ -137,6 +137,16 @@ def compare(
       params: its weights as they were trained.
       batches: `{"inputs": (B, T), "targets": (B, T)}` token ids.
       variants: the first is what the others are compared with.
+
+    Example:
+      >>> from mpjax.models import decoder
+      >>> model = decoder("tiny", layers=1, width=16, heads=2)
+      >>> ids = jnp.arange(8, dtype=jnp.int32).reshape(1, 8)
+      >>> batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
+      >>> params = model.init(jax.random.key(0))
+      >>> rows = compare(model, params, [batch], [Variant(), Variant("int8")])
+      >>> [str(row.variant) for row in rows], rows[0].change
+      (['f32 weights', 'int8 weights'], 0.0)
     """
     rows: list[Compared] = []
     for variant in variants:

@@ -32,6 +32,11 @@ class Recurrent(Network):
     """A recurrent language model: `init(key) -> params`, `apply(params, ids) -> logits, state`.
 
     `recurrent` makes it; see there.
+
+    Args:
+      config: shape.
+      precision: the Precision that it carries.
+      shard: constrains activations to logical axes; `sharded` sets it.
     """
 
     config: RecurrentConfig

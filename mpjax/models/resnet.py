@@ -158,6 +158,11 @@ class ResNet(Network):
     """A residual network: `init(key) -> params`, `apply(params, images) -> logits, state`.
 
     `resnet` makes it; see there.
+
+    Args:
+      config: shape.
+      precision: the Precision that it carries.
+      shard: constrains activations to logical axes; `sharded` sets it.
     """
 
     config: ResNetConfig

@@ -59,6 +59,10 @@ def seq2seq_size_names() -> tuple[str, ...]:
 def seq2seq_config(size: str | Seq2SeqConfig, **changes: Any) -> Seq2SeqConfig:
     """Returns the configuration of a named size with some fields changed.
 
+    Args:
+      size: a name that `seq2seq_size_names` lists, or a Seq2SeqConfig.
+      changes: fields of Seq2SeqConfig.
+
     Raises:
       ConfigError: unknown size or field.
 

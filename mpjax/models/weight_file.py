@@ -74,6 +74,9 @@ def save_weights(params: Any, path: str | Path) -> int:
 
     Raises:
       ConfigError: safetensors is not installed, or the file cannot be written.
+
+    Example:
+      See `load_weights`.
     """
     numpy = need("safetensors.numpy", *_EXTRA)
     tensors: dict[str, np.ndarray] = {}
@@ -109,9 +112,23 @@ def save_weights(params: Any, path: str | Path) -> int:
 def load_weights(path: str | Path) -> Any:
     """Returns the weights that `save_weights` wrote, bit for bit.
 
+    Args:
+      path: of the file.
+
     Raises:
       ConfigError: safetensors is not installed, there is no such file, or it is damaged or of
         another kind.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from mpjax.models import quantize_weights
+      >>> small = quantize_weights({"up": {"kernel": jnp.ones((64, 4))}}, "int4@32")
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     bytes = save_weights(small, f"{folder}/small.safetensors")
+      ...     again = load_weights(f"{folder}/small.safetensors")
+      >>> again["up"]["kernel"].values.dtype.name, again["up"]["kernel"].scales.shape
+      ('int4', (2, 4))
     """
     safetensors = need("safetensors", *_EXTRA)
     path = Path(path)

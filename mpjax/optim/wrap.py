@@ -203,6 +203,9 @@ def wrap(
       patience: non-finite steps in a row, at the smallest scale, after which `check_alive` raises.
       seed: of stochastic rounding.
 
+    Returns:
+      An Optimizer: `init(params) -> state` and `step(grads, state, params) -> params, state`.
+
     Raises:
       ConfigError: an optimizer that is wrapped already, a clip that is not positive, or a dynamic
         loss scale without the gate.

@@ -48,8 +48,20 @@ def quantised_rules(recipe: Recipe) -> tuple[Rule, ...]:
 def register_preset(precision: Precision) -> None:
     """Makes a Precision available to `get_precision` and to every command line by its name.
 
+    Args:
+      precision: with a name of its own.
+
     Raises:
       ConfigError: the name is taken or is not one word.
+
+    Example:
+      >>> import dataclasses
+      >>> from mpjax.precision import get_precision
+      >>> mine = get_precision("bf16", rules=["**/mlp=r=mxfp8"])
+      >>> mine = dataclasses.replace(mine, name="bf16-mxfp8-mlp")
+      >>> register_preset(mine)  # doctest: +SKIP
+      >>> get_precision("bf16-mxfp8-mlp").recipe("decoder/mlp/up").name  # doctest: +SKIP
+      'mxfp8'
     """
     if precision.name in _PRESETS or not precision.name or set(" =:,") & set(precision.name):
         raise ConfigError(

@@ -189,6 +189,9 @@ _RECIPES: dict[str, Recipe] = {}
 def register_recipe(recipe: Recipe) -> None:
     """Makes a recipe available by its name to rules, texts and command lines.
 
+    Args:
+      recipe: with a name of its own, one word.
+
     Raises:
       ConfigError: the name is taken or means something already.
     """

@@ -20,7 +20,8 @@ from mpjax.tasks.labels import encoder_inputs, label_loss
 class MaskedLanguage:
     r"""Masked tokens and next sentences, $L = w_m L_m + w_n L_n$.
 
-    A batch holds `labels` (B, T) for the masked tokens and `next` (B,) for the sentences.
+    A batch holds `labels` (B, T) for the masked tokens and `next` (B,) for the sentences. Each loss
+    has targets of its own, so microbatches that are accumulated count alike.
 
     Args:
       masked: $w_m$.

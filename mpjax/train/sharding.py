@@ -140,6 +140,9 @@ def state_shardings(state: Any, axes: Any, mesh: Mesh) -> Any:
       state: a TrainState, abstract or real.
       axes: logical axes of its params, a tree of tuples; None leaves all weights whole.
       mesh: the mesh.
+
+    Returns:
+      A NamedSharding for each leaf.
     """
 
     def is_axes(x: Any) -> bool:

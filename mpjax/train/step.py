@@ -42,7 +42,14 @@ LossFn = Callable[..., tuple[Any, Any]]  # (params, batch, *, state, key, train)
 def init_state(
     params: Any, optimizer: Optimizer, *, seed: int = 0, model_state: Any = None
 ) -> TrainState:
-    """Returns the state before the first step."""
+    """Returns the state before the first step.
+
+    Args:
+      params: the weights, in their storage dtypes.
+      optimizer: from `mpjax.optim.wrap`.
+      seed: of dropout and of stochastic rounding.
+      model_state: what the loss function takes and gives as `state`; None if it has none.
+    """
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(jnp.int32(0), params, optimizer.init(params, seed), model_state, key)
 
@@ -205,6 +212,19 @@ def make_train_step(
 
     Raises:
       ConfigError: accumulate below 1.
+
+    Example:
+      >>> import optax
+      >>> from mpjax.optim import wrap
+      >>> from mpjax.precision import get_precision
+      >>> def loss(params, batch, *, state, key, train):
+      ...     return jnp.mean((params["w"] * batch["x"] - batch["y"]) ** 2), state
+      >>> optimizer = wrap(optax.sgd(0.5), get_precision("fp32"))
+      >>> state = init_state({"w": jnp.zeros(())}, optimizer)
+      >>> step = make_train_step(loss, optimizer, accumulate=2)
+      >>> state, metrics = step(state, {"x": jnp.ones(4), "y": jnp.ones(4)})
+      >>> float(state.params["w"]), float(metrics["loss"])
+      (1.0, 1.0)
     """
     if accumulate < 1:
         raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")
