@@ -139,7 +139,7 @@ def compare(
       variants: the first is what the others are compared with.
 
     Example:
-      >>> from mpjax.models import decoder
+      >>> from mpjax.models import Variant, compare, decoder
       >>> model = decoder("tiny", layers=1, width=16, heads=2)
       >>> ids = jnp.arange(8, dtype=jnp.int32).reshape(1, 8)
       >>> batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
