@@ -94,7 +94,9 @@ class Scaling:
             return shape
         if self.kind == "row":
             return tuple(n if d in axes else 1 for d, n in enumerate(shape))
-        along = max(axes)
+        if not axes:  # nothing is summed over: each number is a group
+            return (1,) * len(shape)
+        along = axes[-1]
         others = [d for d in range(len(shape)) if d not in axes]
         tile = [1] * len(shape)
         tile[along] = min(self.columns, shape[along])

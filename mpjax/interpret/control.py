@@ -68,10 +68,10 @@ class Rebind:
     ) -> Traced:
         """Traces `fn`, which evaluates `held`, or takes what it gave the last time."""
         if tag is None:
-            return retrace(fn, avals)
+            return retrace(fn, avals, held)
         key = (id(held.jaxpr), tag, tuple(avals))
         if key not in self._known:
-            self._known[key] = retrace(fn, avals), held  # held, so that its id stays its own
+            self._known[key] = retrace(fn, avals, held), held  # held, so that its id stays its own
         return self._known[key][0]
 
     def _jit(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
@@ -155,13 +155,23 @@ class Rebind:
         fold, size = self._fold, len(carry)
         State = tuple[list[Any], list[Any], Any]
 
+        def goes_on(carried: list[Any]) -> Any:
+            return jaxpr_as_fun(test)(*tests, *carried)[0]
+
         def more(state: State) -> Any:
-            return jaxpr_as_fun(test)(*tests, *state[0])[0]
+            return jnp.any(goes_on(state[0]))
 
         def once(state: State) -> State:
             outs = jaxpr_as_fun(body.closed)(*consts, *state[0])
             found = [fold(old, x, state[2]) for old, x in zip(state[1], outs[size:], strict=True)]
-            return list(outs[:size]), found, state[2] + 1
+            carried = list(outs[:size])
+            if test.out_avals[0].shape:  # under vmap: what has ended stays as it is
+                on = goes_on(state[0])
+                carried = [
+                    jnp.where(jnp.reshape(on, on.shape + (1,) * (x.ndim - on.ndim)), x, old)
+                    for x, old in zip(carried, state[0], strict=True)
+                ]
+            return carried, found, state[2] + 1
 
         empty = [
             varying(jnp.zeros(a.shape, a.dtype), sorted(a.manual_axis_type.varying))
@@ -186,6 +196,10 @@ class Rebind:
             for t in first
             for key, aval in zip(t.keys, t.closed.out_avals[t.own :], strict=True)
         }
+        reach = {key: set[str]() for key in shapes}  # of records inside a `shard_map`
+        for t in first:
+            for key, aval in zip(t.keys, t.closed.out_avals[t.own :], strict=True):
+                reach[key] |= aval.manual_axis_type.varying
         hoisted = [x for t in first for x in t.consts]
 
         def aligned(t: Traced, start: int) -> Traced:
@@ -193,7 +207,8 @@ class Rebind:
                 mine = xs[start : start + len(t.consts)]
                 own, records, note = t.split(jaxpr_as_fun(t.closed)(*mine, *xs[len(hoisted) :]))
                 # A dict of all keys in one order: what this branch does not record is zero.
-                filled = {k: records.get(k, jnp.zeros(a.shape, a.dtype)) for k, a in shapes.items()}
+                found = {k: records.get(k, jnp.zeros(a.shape, a.dtype)) for k, a in shapes.items()}
+                filled = {k: varying(x, sorted(reach[k])) for k, x in found.items()}
                 outs = [cast(x, dtype) for x, dtype in zip(own, dtypes, strict=True)]
                 return Result(outs, filled, note)
 
@@ -201,7 +216,7 @@ class Rebind:
 
         final, start = [], 0
         for t in first:
-            same = not hoisted and t.keys == tuple(shapes)
+            same = not hoisted and t.keys == tuple(shapes) and not any(reach.values())
             same = same and [a.dtype for a in t.closed.out_avals[: t.own]] == dtypes
             final.append(t if same else aligned(t, start))
             start += len(t.consts)

@@ -10,7 +10,8 @@ from jax.extend.core import JaxprEqn
 from mpjax.interpret.lists import LOW, SHAPE
 from mpjax.interpret.retrace import is_float
 
-PRODUCTS = LOW
+_SCALED = frozenset({"scaled_matmul", "scaled_matmul_wrapper"})  # of blocks, which stay as they are
+PRODUCTS = LOW | _SCALED
 # They move or make values and compute none.
 _FREE = SHAPE | frozenset(
     {
@@ -42,7 +43,7 @@ def contracted(eqn: JaxprEqn) -> int:
     if eqn.primitive.name == "conv_general_dilated":
         out = p["dimension_numbers"].rhs_spec[0]
         return math.prod(b) // b[out]
-    if eqn.primitive.name == "scaled_matmul":
+    if eqn.primitive.name in _SCALED:
         return int(a[-1])
     if eqn.primitive.name in ("ragged_dot", "ragged_dot_general"):
         (axes, _), _ = p["ragged_dot_dimension_numbers"].dot_dimension_numbers

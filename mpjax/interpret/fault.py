@@ -47,6 +47,8 @@ _BY_VALUE = (ELEMENTWISE | FULL_CUDA | {"convert_element_type"}) - {
 
 def is_number(x: Any) -> bool:
     """Returns whether a value or aval holds floating-point or complex numbers."""
+    if "Ref" in type(x).__name__ or "Ref" in type(getattr(x, "aval", None)).__name__:
+        return False  # a place, which holds numbers
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
 
 

@@ -13,7 +13,7 @@ from mpjax.errors import ConfigError
 from mpjax.interpret import custom
 from mpjax.interpret.control import REBUILT, Rebind
 from mpjax.interpret.demand import demanded
-from mpjax.interpret.lists import APART, PLAIN, WHOLE, Lists, operation
+from mpjax.interpret.lists import APART, LOW, PLAIN, WHOLE, Lists, operation
 from mpjax.interpret.place import Place, place_of
 from mpjax.interpret.products import add_bias, biases, product
 from mpjax.interpret.region import UNTOUCHED, Region, Regions
@@ -139,7 +139,7 @@ class _Frame:
         if name == "convert_element_type":
             return self._convert(eqn, args)
         if kind == "widest":
-            return self._widest(eqn, args)
+            return self._widest(eqn, args, place)
         if eqn.primitive.name in APART:
             return bind(eqn, args)
         if _holds(eqn):
@@ -168,11 +168,12 @@ class _Frame:
         ]
         return widest(*strong) if strong else None
 
-    def _widest(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    def _widest(self, eqn: JaxprEqn, args: Sequence[Any], place: Place) -> list[Any]:
         self.weak.follow(eqn, args)
         if id(eqn) in self.biases:
             return add_bias(eqn, args, self.biases[id(eqn)])
-        return bind(eqn, self._following(eqn, args))
+        values = self._following(eqn, args)
+        return self._whole(eqn, values, place) if _holds(eqn) else bind(eqn, values)
 
     def _at_least_full(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
         return [
@@ -200,7 +201,10 @@ class _Frame:
         if not any(is_float(x) for x in args) or not all(_may_change(x) for x in args[:2]):
             return bind(eqn, self._recorded(eqn, args))
         values = self._all(eqn, args, region.low)
-        return [product(eqn, values, region, place)]
+        if eqn.primitive.name in LOW:
+            return [product(eqn, values, region, place)]
+        outs = self._whole(eqn, values, place) if _holds(eqn) else bind(eqn, values)
+        return [cast(x, region.output) for x in outs]
 
     def _convert(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
         x, atom = args[0], eqn.invars[0]

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
+import os
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy
@@ -28,7 +31,6 @@ LOW = frozenset(
         "conv_general_dilated",
         "ragged_dot",
         "ragged_dot_general",
-        "scaled_matmul",
     }
 )
 # `reciprocal` is what autocast calls a division of a number and a power below zero.
@@ -108,13 +110,28 @@ FOLLOW = (
 APART = frozenset({"sort", "top_k", "optimization_barrier", "device_put"})
 
 
+def _folder(package: str) -> str:
+    spec = importlib.util.find_spec(package)
+    return os.path.dirname(spec.origin or "") + os.sep if spec else os.sep
+
+
+_LIBRARIES = tuple(_folder(package) for package in ("jax", "optax"))
+
+
+def _is_listed(jaxpr: Any) -> bool:
+    """Whether a function is a library's, whose name the lists mean: not a user's of that name."""
+    written = jaxpr.debug_info.func_src_info or ""  # `log_softmax at FILE:LINE`
+    return written.partition(" at ")[2].startswith(_LIBRARIES)
+
+
 def operation(eqn: JaxprEqn) -> str:
     """The operation that an equation is to a reader: a kept function's name, or its primitive."""
     name = eqn.primitive.name
     if name in ("jit", "pjit"):
-        return str(eqn.params["name"])
+        return str(eqn.params["name"]) if _is_listed(eqn.params["jaxpr"].jaxpr) else name
     if name in CUSTOM_RULES:
-        return str(eqn.params["call_jaxpr"].jaxpr.debug_info.func_name)
+        jaxpr = eqn.params["call_jaxpr"].jaxpr
+        return str(jaxpr.debug_info.func_name) if _is_listed(jaxpr) else name
     if name == "integer_pow" and eqn.params["y"] < 0:
         return "reciprocal"
     if name == "div" and isinstance(eqn.invars[0], Literal):

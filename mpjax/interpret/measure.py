@@ -18,6 +18,7 @@ from jax import lax
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, round_to
 from mpjax.formats.scaling import to_scale
+from mpjax.interpret.shards import gathered
 
 EXPONENTS = 256  # float32's exponent field: 0 is zero and subnormals, 255 is inf and NaN
 # where counts and reals are
@@ -144,7 +145,7 @@ def measure(
     """
     rows = []
     for (x, layered), sample in zip(tensors, samples or [0] * len(tensors), strict=True):
-        x = as_stored(x).astype(jnp.float32)  # every narrower format is exact in it
+        x = gathered(as_stored(x)).astype(jnp.float32)  # every narrower format is exact in it
         rows.append(_sampled(x.reshape(x.shape[0] if layered else 1, -1), sample))
     found: list[Any] = [None] * len(rows)
     for big in (True, False):

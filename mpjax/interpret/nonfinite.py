@@ -117,10 +117,11 @@ def trace_nonfinite(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Nonfin
 
 
 def _given(program: Program) -> Nonfinite | None:
-    """A NaN among the arguments that reaches an output."""
+    """A NaN among the arguments, or what the function closes over, that reaches an output."""
+    closed = [(f"a closed-over array of {jnp.shape(x)}", x) for x in program.closed.consts]
     bad = [
         (name, x)
-        for name, x in zip(program.names, program.args, strict=True)
+        for name, x in [*zip(program.names, program.args, strict=True), *closed]
         if is_number(x) and bool(jnp.any(jnp.isnan(x)))
     ]
     if not bad:

@@ -106,8 +106,16 @@ class Traced(NamedTuple):
         return Result(list(outs[: self.own]), records, self.note)
 
 
-def retrace(fn: Callable[..., Result], avals: Sequence[Any]) -> Traced:
-    """Traces a function of values at their avals, which keep sharding and varying axes."""
+def retrace(
+    fn: Callable[..., Result], avals: Sequence[Any], held: ClosedJaxpr | None = None
+) -> Traced:
+    """Traces a function of values at their avals, which keep sharding and varying axes.
+
+    Args:
+      fn: evaluates a jaxpr.
+      avals: of its inputs.
+      held: that jaxpr, whose name and source the new one takes; by default it has its own.
+    """
     seen: list[tuple[tuple[Any, ...], Any]] = []
 
     def flat(*args: Any) -> list[Any]:
@@ -117,6 +125,10 @@ def retrace(fn: Callable[..., Result], avals: Sequence[Any]) -> Traced:
 
     closed = jax.make_jaxpr(flat)(*avals)
     jaxpr, consts = closed.jaxpr, tuple(closed.consts)
+    if held is not None:
+        source = held.jaxpr.debug_info.func_src_info
+        jaxpr = jaxpr.replace(debug_info=jaxpr.debug_info._replace(func_src_info=source))
+        closed = ClosedJaxpr(jaxpr, consts)
     if consts:
         info = jaxpr.debug_info.with_unknown_names()
         jaxpr = jaxpr.replace(

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax.interpret.retrace import Result, Run
 
@@ -17,6 +18,20 @@ def varying(x: Any, axes: Sequence[str]) -> Any:
     """Returns a value as one that differs between the shards of a `shard_map` along these axes."""
     missing = tuple(a for a in axes if a not in jax.typeof(x).manual_axis_type.varying)
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def gathered(x: Any) -> Any:
+    """Returns an array whole, where its type says how an Explicit mesh cuts it."""
+    sharding = jax.typeof(x).sharding
+    if not any(part is not None for part in sharding.spec):
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(*[None] * x.ndim)))
+
+
+def agreed(mask: Any, x: Any) -> Any:
+    """Returns a mask that differs between shards only along the axes along which x does."""
+    extra = jax.typeof(mask).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return lax.pmax(mask.astype(jnp.int32), tuple(sorted(extra))) > 0 if extra else mask
 
 
 def run_shards(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:

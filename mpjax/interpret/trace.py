@@ -72,7 +72,9 @@ def trace(what: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Program:
         left = iter(arrays)
         leaves = [next(left) if is_array(leaf) else leaf for _, leaf in paths]
         inner_args, inner_kwargs = jax.tree.unflatten(tree, leaves)
-        leaves, out["tree"] = jax.tree.flatten(fn(*inner_args, **inner_kwargs))
+        found = fn(*inner_args, **inner_kwargs)
+        _unchanged(what, (inner_args, inner_kwargs), leaves, found)
+        leaves, out["tree"] = jax.tree.flatten(found)
         out["leaves"] = [None if is_array(leaf) else leaf for leaf in leaves]
         return [leaf for leaf in leaves if is_array(leaf)]
 
@@ -92,6 +94,31 @@ def trace(what: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Program:
         return jax.tree.unflatten(out["tree"], leaves)
 
     return Program(closed, arrays, names, rebuild)
+
+
+def _unchanged(what: str, given: Any, before: Sequence[Any], found: Any) -> None:
+    """Refuses a call that changed an object among its arguments, and does not return the change.
+
+    Such as a module of Flax NNX, whose dropout counts and whose batch norm averages.
+    """
+    now = jax.tree_util.tree_leaves_with_path(given)
+    if len(now) != len(before):
+        return  # a dict that was filled or emptied: what is in it is the function's own
+    returned = {id(leaf) for leaf in jax.tree.leaves(found)}
+    for (path, new), old in zip(now, before, strict=True):
+        lost = new is not old and is_array(new) and id(new) not in returned
+        if lost and _in_object(given, path):
+            raise ConfigError(
+                f"{what}: the call changes {_spell(path)}, which would be lost, for the function is"
+                " traced; return the changed state (Flax NNX: nnx.split outside, nnx.merge inside,"
+                " nnx.state of it returned), or transform the function that is called in it"
+            )
+
+
+def _in_object(given: Any, path: Sequence[Any]) -> bool:
+    """Whether a leaf lies in an argument that is no plain container."""
+    value = given[path[0].idx][path[1].key if path[0].idx else path[1].idx]
+    return not isinstance(value, dict | list | tuple) and len(path) > 2
 
 
 def _spell(path: Sequence[Any]) -> str:

@@ -21,6 +21,7 @@ from jax.extend.core import (
     Literal,
     Primitive,
     Var,
+    jaxpr_as_fun,
 )
 
 from mpjax.interpret.place import NOWHERE, Place, place_of
@@ -63,18 +64,28 @@ def bind(eqn: JaxprEqn, args: Sequence[Any], **changed: Any) -> list[Any]:
     primitive, given = eqn.primitive, eqn.params | changed
     combiner = given.get("update_jaxpr")
     if combiner is not None and combiner.invars[0].aval.dtype != args[0].dtype:
-        given["update_jaxpr"] = _combiner(primitive.name, args[0].dtype)
+        consts = given.get("update_consts", ())
+        given["update_jaxpr"] = _combiner(combiner, tuple(consts), args[0].dtype)
+        given |= {"update_consts": ()} if consts else {}
     if primitive.multiple_results:
         return list(primitive.bind(*args, **primitive.get_bind_params(given)))
     return [run(primitive, args, given)]
 
 
-@functools.cache
-def _combiner(name: str, dtype: Any) -> Jaxpr:
-    combine = {"scatter-add": lax.add, "scatter-mul": lax.mul}
-    combine |= {"scatter-min": lax.min, "scatter-max": lax.max}
-    number = jax.ShapeDtypeStruct((), dtype)
-    return jax.make_jaxpr(combine.get(name, lambda a, b: b))(number, number).jaxpr
+def _combiner(old: Jaxpr, consts: tuple[Any, ...], dtype: Any) -> Jaxpr:
+    """How two numbers are combined, in another dtype; a function of `.at[].apply` as it was."""
+    number, was = jax.ShapeDtypeStruct((), dtype), old.invars[0].aval.dtype
+    single = old.eqns[0].primitive if len(old.eqns) == 1 else None
+    if not old.eqns and old.outvars == [old.invars[1]]:
+        return jax.make_jaxpr(lambda a, b: b)(number, number).jaxpr
+    if single is not None and single.name in ("add", "mul", "min", "max"):
+        return jax.make_jaxpr(single.bind)(number, number).jaxpr
+
+    def inside(a: Any, b: Any) -> Any:
+        wide = [lax.convert_element_type(x, was) for x in (a, b)]
+        return lax.convert_element_type(jaxpr_as_fun(ClosedJaxpr(old, consts))(*wide)[0], dtype)
+
+    return jax.make_jaxpr(inside)(number, number).jaxpr
 
 
 def run(primitive: Primitive, args: Sequence[Any], params: dict[str, Any]) -> Any:

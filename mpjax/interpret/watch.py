@@ -34,6 +34,7 @@ from mpjax.interpret.fault import (
 )
 from mpjax.interpret.place import Place
 from mpjax.interpret.retrace import Result, cast, is_float
+from mpjax.interpret.shards import agreed
 from mpjax.interpret.sites import (
     FLAGS,
     MASK,
@@ -202,7 +203,7 @@ class Watch:
             if is_number(out) and out.size:
                 found, bad = faults(eqn, args, out)
                 code = jnp.where(found > FINE, found, code)
-                out = repaired(out, bad & self._repairs[self.checked.index(key)])
+                out = repaired(out, agreed(bad, out) & self._repairs[self.checked.index(key)])
                 if self.shards and set(levels) <= {"scan", "reverse"}:
                     records.setdefault((MASK, *key), bad)
                 legal = (code == FINE) & ~all_finite(out)  # a mask of -inf, or what follows

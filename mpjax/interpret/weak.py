@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ _KEEPS_BOUND = frozenset(
         *("stop_gradient", "pvary", "rev", "gather", "dynamic_slice"),
     }
 )
+
+
+_SUMS = frozenset({"reduce_sum", "cumsum"})
+_HALF = float(jnp.finfo(jnp.float16).max)
 
 
 class Weak:
@@ -62,6 +67,11 @@ class Weak:
         if name == "broadcast_in_dim" and is_number(args[0]):
             self._filled[eqn.outvars[0]] = eqn, args[0]
         most = max(bound or 0.0 for bound in bounds)
+        if name in _SUMS:  # a count of what is in an array: exact, or it is no number any more
+            most *= max(1, math.prod(args[0].shape) // max(1, math.prod(eqn.outvars[0].aval.shape)))
+            if most <= _HALF:
+                self._bounds[eqn.outvars[0]] = most
+            return
         for var in eqn.outvars:
             self._bounds[var] = most if name in _KEEPS_BOUND else float("inf")
 

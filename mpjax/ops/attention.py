@@ -103,6 +103,8 @@ def attention(
     References:
       Vaswani et al. 2017; Ainslie et al. 2023, GQA; Beltagy et al. 2020, Longformer (window).
     """
+    if kernel not in KERNELS:
+        raise ConfigError(f"attention: unknown kernel {kernel!r}; known: {' '.join(KERNELS)}")
     compute = policy.compute_dtype
     q, k, v = (x.astype(compute) for x in (q_BTHK, k_BSGK, v_BSGK))
     from_start = isinstance(first, int) and first == 0

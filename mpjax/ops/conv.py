@@ -42,13 +42,13 @@ class Conv(NamedTuple):
         )  # fmt: skip
 
     def axes(self, x: Any, w: Any) -> tuple[tuple[Axes, Axes], ...]:
-        """Axes that each product sums over; the feature axis comes with the spatial ones."""
+        """Axes that each product sums over; blocks lie along the last: features, if summed."""
         n, f, *space = self.numbers.lhs_spec
         out, into, *window = self.numbers.rhs_spec
         m, g, *places = self.numbers.out_spec
         return (
-            ((f, *space), (into, *window)),
-            ((g, *places), (out, *window)),
+            ((*space, f), (*window, into)),
+            ((*places, g), (*window, out)),
             ((n, *space), (m, *places)),
         )
 

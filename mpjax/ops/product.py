@@ -15,6 +15,9 @@ from mpjax.formats.quantize import amax_of
 from mpjax.ops.quantized import Axes, Dims, Factor, backward_dims, combine, encode, need_key
 from mpjax.precision import Recipe, get_recipe
 
+_PRNG = "threefry2x32"
+_QUANTISED = (jnp.float32, jnp.bfloat16, jnp.float16)
+
 
 class Bilinear(Protocol):
     """An operation linear in x and in W; hashable. Axes are those that a product sums over."""
@@ -80,20 +83,22 @@ class How(NamedTuple):
 
 
 def _key(data: Any, number: int) -> Any:
-    return None if data is None else jax.random.fold_in(jax.random.wrap_key_data(data), number)
+    if data is None:
+        return None
+    return jax.random.fold_in(jax.random.wrap_key_data(data, impl=_PRNG), number)
 
 
-def _part(amax: Any, number: int) -> Any:
-    return None if amax is None else amax[number]
+def _part(amax: Any, number: int, recipe: Recipe) -> Any:
+    return None if amax is None else amax[number] * jnp.float32(2.0**recipe.margin)
 
 
 def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
     recipe, ((x_axes, w_axes), *_) = how.recipe, how.op.axes(a, b)
     need_key(recipe, key, False, how.where)
     x = a.astype(how.compute)
-    left = encode(x, recipe.fprop[0], x_axes, _key(key, 0), how.compute, _part(amax, 0))
+    left = encode(x, recipe.fprop[0], x_axes, _key(key, 0), how.compute, _part(amax, 0, recipe))
     # a weight is quantised as it is stored: a cast before would round it twice
-    right = encode(b, recipe.fprop[1], w_axes, _key(key, 1), how.compute, _part(amax, 1))
+    right = encode(b, recipe.fprop[1], w_axes, _key(key, 1), how.compute, _part(amax, 1, recipe))
     y = how.op.fprop(left, right, recipe).astype(how.output)
     if seen is not None:
         now = [amax_of(v, v.shape).reshape(()) for v in (x, b)]
@@ -117,8 +122,8 @@ def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
     dy = dy.astype(compute)
     _, (dy_axes, b_axes), (x_axes, dy_tokens) = how.op.axes(x, b)
 
-    left = encode(dy, recipe.dgrad[0], dy_axes, _key(key, 2), compute, _part(amax, 2))
-    right = encode(b, recipe.dgrad[1], b_axes, _key(key, 3), compute, _part(amax, 1))
+    left = encode(dy, recipe.dgrad[0], dy_axes, _key(key, 2), compute, _part(amax, 2, recipe))
+    right = encode(b, recipe.dgrad[1], b_axes, _key(key, 3), compute, _part(amax, 1, recipe))
     dx = how.op.dgrad(left, right, recipe, x)
 
     tokens, gradient = x, dy
@@ -126,8 +131,10 @@ def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
         signs = jax.random.rademacher(_key(key, 4), (recipe.hadamard,), jnp.float32)
         tokens = hadamard(x, x_axes[-1], signs)
         gradient = hadamard(dy, dy_tokens[-1], signs)
-    left = encode(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0))
-    right = encode(gradient, recipe.wgrad[1], dy_tokens, _key(key, 6), compute, _part(amax, 2))
+    left = encode(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0, recipe))
+    right = encode(
+        gradient, recipe.wgrad[1], dy_tokens, _key(key, 6), compute, _part(amax, 2, recipe)
+    )
     db = how.op.wgrad(left, right, recipe, b)
 
     if gradient_seen is not None:
@@ -173,9 +180,14 @@ def hadamard(x: Any, axis: int, signs: Any) -> Any:
 
 
 def _key_data(key: Any) -> Any:
-    if key is not None and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(key)
-    return key
+    """Two words of threefry, whatever kind of key was given."""
+    if key is None:
+        return None
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if str(jax.random.key_impl(key)) != _PRNG:
+        return jax.random.bits(key, (2,), jnp.uint32)
+    return jax.random.key_data(key)
 
 
 def product(
@@ -185,14 +197,14 @@ def product(
 
     Raises:
       ConfigError: delayed scaling without its state, a state that the recipe does not use, or
-        operands that are not floating-point.
+        operands that are not float32, bfloat16 or float16.
     """
     recipe = how.recipe
     for name, x in (("left", a), ("right", b)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if x.dtype not in _QUANTISED:
             raise ConfigError(
-                f"{how.where}: recipe {recipe.name!r} quantises floating-point operands, the {name}"
-                f" one is {x.dtype.name}; cast it, or leave the recipe out"
+                f"{how.where}: recipe {recipe.name!r} quantises float32, bfloat16 and float16"
+                f" operands, the {name} one is {x.dtype.name}; cast it, or leave the recipe out"
             )
     if recipe.history and amax is None:
         raise ConfigError(
@@ -243,7 +255,7 @@ def dot_general(
 
     Raises:
       ConfigError: unknown recipe, no key or no state where the recipe needs one, operands that
-        are not floating-point.
+        are not float32, bfloat16 or float16.
 
     Example:
       >>> x, w = jnp.ones((2, 3)), jnp.ones((3, 4))

@@ -25,6 +25,7 @@ from mpjax.precision import Operand, Recipe
 Axes = tuple[int, ...]
 Dims = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
 _FLOAT8 = ("e4m3", "e5m2")
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 _INT32_TERMS = (2**31 - 1) // 128**2  # so many products of two int8 an int32 can sum
 
 
@@ -38,6 +39,7 @@ class Factor(NamedTuple):
       format: of the values, or None.
       blocks: whether the scales change along the axes that are summed over.
       short: whether bfloat16 holds the values exactly, with their scales where these are blocks'.
+      top: the largest number that scales take the values to; 0 if they stay as they are.
     """
 
     values: Any
@@ -46,6 +48,7 @@ class Factor(NamedTuple):
     format: Format | None
     blocks: bool
     short: bool
+    top: float
 
 
 def encode(
@@ -54,10 +57,10 @@ def encode(
     """Quantises an operand along the axes that its product sums over.
 
     Args:
-      amax: of delayed scaling; where it is 0 the tensor's own is used.
+      amax: of delayed scaling, margin included; where it is 0 the tensor's own is used.
     """
     if operand is None:
-        return Factor(x.astype(compute), None, x.shape, None, False, False)
+        return Factor(x.astype(compute), None, x.shape, None, False, False, 0.0)
     format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
     tile = scaling.tiles(x.shape, axes)
     if amax is not None:
@@ -70,9 +73,12 @@ def encode(
         scales = scales if whole is None else scales * whole
     values = scaled_values(x, scales, format, tile, operand.rounding, key)
     short = is_short(operand)
-    if scaling.kind == "none":
-        return Factor(values, None, tile, format, False, short)
-    return Factor(values, scales, tile, format, scaling.blocks, short)
+    scaled = scaling.kind != "none"
+    if not scaled:  # as above: inf saturates, and integers have no NaN
+        scales = jnp.where(jnp.all(jnp.isfinite(x)), jnp.float32(1), jnp.float32(jnp.nan))
+        scales = jnp.broadcast_to(scales, (1,) * x.ndim)
+    top = format.max if scaled else 0.0
+    return Factor(values, scales, tile, format, scaling.blocks, short, top)
 
 
 def is_short(operand: Operand | None) -> bool:
@@ -187,6 +193,9 @@ def combine(a: Factor, b: Factor, dims: Dims, recipe: Recipe) -> Any:
         wide = jnp.bfloat16 if a.short and b.short else jnp.float32
         return _dot(opened(a).astype(wide), opened(b).astype(wide), dims)
     (ca, cb), (ba, bb) = dims
+    terms = math.prod(a.values.shape[axis] for axis in ca)
+    if a.top * b.top * terms > _LARGEST:  # of bfloat16 and wider: their sums would overflow
+        return _dot(opened(a).astype(jnp.float32), opened(b).astype(jnp.float32), dims)
     fa, fb = _free(a.values.ndim, ca, ba), _free(b.values.ndim, cb, bb)
     y = _multiply(a, b, dims)
     # one after the other: the product of two small scales may underflow

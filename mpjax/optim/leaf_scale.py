@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from mpjax.errors import ConfigError
+from mpjax.formats import is_quantized
 from mpjax.optim.loss_scale import LossScale, as_pytree, rebuild, step_dynamic
 from mpjax.precision import LossScaleSettings, matches
 
@@ -74,8 +75,8 @@ def scale_gradient(x: Tree, scale: Any) -> Tree:
 
 
 def leaf_paths(tree: Any) -> list[str]:
-    """Returns the path of each leaf, joined by `/`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    """Returns the path of each leaf, joined by `/`; a Quantized weight is one."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
     # A tree that is one array has an empty path, which is no pattern.
     return [jax.tree_util.keystr(p, simple=True, separator="/") or "params" for p, _ in leaves]
 

@@ -140,7 +140,7 @@ class LogMaxLossScale(StaticLossScale):
         ceiling = ceiling - s.deviations * jnp.sqrt(variance + rate)
 
         good = jnp.where(finite, good + 1, 0)
-        release = good == s.growth_interval
+        release = good >= s.growth_interval
         eased = jnp.maximum(headroom - math.log2(s.growth_factor), 0)
         lowered = jnp.maximum(scale * s.backoff_factor, s.min_scale)
         kept = jnp.where(seen > 0, jnp.maximum(headroom, ceiling - jnp.log2(lowered)), headroom)

@@ -143,7 +143,7 @@ def step_dynamic(
     s = settings
     scale, good, left = state
     good = jnp.where(finite, good + 1, 0)
-    grow = good == s.growth_interval  # never at a non-finite step: good is 0, interval >= 1
+    grow = good >= s.growth_interval  # a restored run may be past it
     back_off = ~finite & (left == 1)
     grown = jnp.minimum(scale * s.growth_factor, s.max_scale)
     lowered = jnp.maximum(scale * s.backoff_factor, s.min_scale)

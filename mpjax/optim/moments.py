@@ -19,13 +19,18 @@ from mpjax.precision.rule import near_misses
 _FIRST = dict.fromkeys(("mu", "m", "trace", "momentum", "ema"), "first")
 _SECOND = dict.fromkeys(("nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"), "second")
 _MOMENTS = _FIRST | _SECOND
+# Fields that hold a tree of weights or gradients: what stands in it has the user's names.
+_OTHERS = frozenset({"acc_grads", "masks", "mask", "params", "slow_params", "prev_grad"})
 
 
 def _moment(path: tuple[Any, ...]) -> tuple[str | None, str]:
     """Which moment a leaf of the state belongs to, and the path of its weight."""
     for place, key in enumerate(path):
         # The state's field stands before those of a parameter tree of attributes.
-        kind = _MOMENTS.get(str(getattr(key, "name", "")))
+        name = str(getattr(key, "name", ""))
+        if name in _OTHERS:
+            break
+        kind = _MOMENTS.get(name)
         if kind is not None:
             return kind, jax.tree_util.keystr(path[place + 1 :], simple=True, separator="/")
     return None, ""

@@ -69,7 +69,13 @@ def _decayed(params: Any) -> Any:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         return names[-1] in ("kernel", "table") and "position" not in names
 
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    decayed = jax.tree_util.tree_map_with_path(is_matrix, params)
+    if not any(jax.tree.leaves(decayed)):
+        raise ConfigError(
+            "weight_decay: no weight is named kernel or table, so none would decay; set it to 0, or"
+            " take an optax optimizer with a mask of your own"
+        )
+    return decayed
 
 
 def make_optimizer(
@@ -89,10 +95,10 @@ def make_optimizer(
       schedule: see `make_schedule`.
       steps: of the whole run.
       warmup: steps of warm-up.
-      weight_decay: decoupled, on matrices only.
+      weight_decay: decoupled, on matrices only: leaves named `kernel` or `table`.
 
     Raises:
-      ConfigError: unknown name, or a value out of range.
+      ConfigError: unknown name, or a value out of range; at init, weight decay of no weight.
 
     Example:
       >>> import jax.numpy as jnp

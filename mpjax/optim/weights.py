@@ -51,6 +51,13 @@ def init_weights(params: Any, update: str, seed: Any = 0) -> dict[str, Any]:
         only.
     """
     low = [p for p in jax.tree.leaves(params, is_leaf=is_quantized) if is_low(p)]
+    for p in filter(is_quantized, low):
+        if p.offsets is not None or p.tensor_scale is not None or p.is_stack:
+            raise ConfigError(
+                f"update: a weight stored in {p.format.name} has offsets, scales of two levels or"
+                " was quantised under vmap, which no update rule rewrites; store it with tensor,"
+                " row, block or mx scaling"
+            )
     if low and update == "none":
         name = low[0].format.name if is_quantized(low[0]) else dtype_name(low[0].dtype)
         raise ConfigError(

@@ -242,14 +242,25 @@ class Precision:
         return "\n".join([*table_lines, "  " + rest, *shown])
 
 
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else dtype_name(parse_dtype(value, "moments"))
+
+
+def _loss_scale(value: Any) -> LossScaleSettings:
+    if isinstance(value, str):
+        return LossScaleSettings.parse(value)
+    settings = getattr(value, "settings", value)
+    if not isinstance(settings, LossScaleSettings):
+        raise ConfigError(f"loss_scale: {value!r} is no loss scale; write none, static:{value} ...")
+    return settings
+
+
 def parse_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Reads the fields of a Precision beside its rules; those that are None are left out."""
     parse: dict[str, Callable[[Any], Any]] = {
-        "loss_scale": lambda v: (
-            LossScaleSettings.parse(v) if isinstance(v, str) else getattr(v, "settings", v)
-        ),
+        "loss_scale": _loss_scale,
         "update": str,
-        "moments": lambda v: Moments.parse(v) if isinstance(v, str) else v,
+        "moments": lambda v: v if isinstance(v, Moments) else Moments.parse(_text(v)),
         "gradient_dtype": lambda v: parse_dtype(v, "gradient_dtype"),
     }
     return {key: parse[key](values[key]) for key in OPTIONS if values.get(key) is not None}

@@ -284,6 +284,9 @@ def test_fake_quantize_with_a_traced_key() -> None:
     looped = jax.lax.scan(lambda c, key: (c, jax.value_and_grad(f)(x, key)), 0, keys)[1]
     np.testing.assert_array_equal(looped[1], want)
     assert len(np.unique(looped[0])) == 3
+    for outer in (jax.jit(f), jax.checkpoint(f), lambda v, k: jax.lax.scan(
+        lambda c, key: (c + f(v, key), None), 0.0, k[None])[0]):  # fmt: skip
+        np.testing.assert_array_equal(jax.grad(outer)(x, keys[0]), want[0])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -185,13 +186,58 @@ def test_int8_sums_beyond_int32_are_not_native() -> None:
 
 @pytest.mark.parametrize("where", ["x", "w", "dy"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("name", ["fp8", "mxfp8", "nvfp4", "int8"])
+@pytest.mark.parametrize(
+    "name", ["fp8", "mxfp8", "nvfp4", "int8", "emulate(int8)", "emulate(e5m2)", "fixed-q4.4"]
+)
 def test_what_is_not_finite_is_not_hidden(name: str, bad: float, where: str) -> None:
     arrays = dict(zip(("x", "w", "dy"), operands(), strict=True))
     arrays[where] = arrays[where].at[0, 0].set(bad)
     y, dx, dw = run(*arrays.values(), name, key=jax.random.key(0))
     touched = {"x": (y, dw), "w": (y, dx), "dy": (dx, dw)}[where]
     assert not any(bool(jnp.isfinite(out).all()) for out in touched)
+
+
+def test_a_margin_leaves_room_above_the_history() -> None:
+    x, w, _ = operands()
+    plain = get_recipe("fp8-delayed")
+    roomy = dataclasses.replace(plain, name="roomy", margin=3)
+    seen = AmaxHistory.empty(plain.history)
+    _, seen = dot_general(x, w, MATRIX, plain, amax=seen)
+    history = seen.end(AmaxHistory.empty(plain.history), jnp.ones(3), jnp.float32(1))
+    errors = [
+        float(jnp.abs(dot_general(8 * x, w, MATRIX, r, amax=history)[0] - 8 * x @ w).max())
+        for r in (plain, roomy)
+    ]
+    assert errors[1] < 0.2 * errors[0], errors  # without a margin all that is above saturates
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "fp8-block", "nvfp4", "int8"])
+def test_a_vector_has_no_axis_left_to_block(name: str) -> None:
+    x, w, _ = operands()
+    key = jax.random.key(0)
+    by_vector = jax.grad(
+        lambda x, v: dot_general(x, v, MATRIX, name, key=key).sum(), argnums=(0, 1)
+    )
+    dx, dv = by_vector(x, w[:, 0])
+    np.testing.assert_allclose(dx, jnp.broadcast_to(w[:, 0], x.shape), rtol=0.5, atol=0.5)
+    np.testing.assert_allclose(dv, x.sum(0), rtol=0.5, atol=0.1 * float(jnp.abs(x).sum(0).max()))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "tf32", "float32"])
+def test_wide_formats_do_not_overflow_between_their_scales(name: str) -> None:
+    x, w, _ = operands()
+    wide = Recipe("wide", *(3 * [(Operand(name), Operand(name))]))
+    np.testing.assert_allclose(dot_general(x, w, MATRIX, wide), x @ w, rtol=0.02, atol=0.05)
+
+
+def test_keys_of_any_kind_draw() -> None:
+    x, w, dy = operands()
+    found = [
+        run(x, w, dy, "int8", key=key)[1]
+        for key in (jax.random.key(0), jax.random.PRNGKey(0), jax.random.key(0, impl="rbg"))
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert bool(jnp.isfinite(found[2]).all()) and bool((found[0] != found[2]).any())
 
 
 # --- convolutions -------------------------------------------------------------------------------
@@ -229,6 +275,25 @@ def test_a_one_by_one_convolution_is_a_product() -> None:
     np.testing.assert_allclose(y.reshape(12, -1), want, atol=1e-5)
 
 
+def test_blocks_lie_along_the_channels_in_any_layout() -> None:
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.normal(size=(2, 5, 6, 64)), jnp.float32)
+    k = jnp.asarray(rng.normal(size=(3, 3, 64, 32)), jnp.float32)
+
+    def other(x: Any, k: Any) -> Any:
+        y = conv_general_dilated(
+            x.transpose(0, 3, 1, 2), k.transpose(3, 2, 0, 1), (1, 1), "SAME", "mxfp8",
+            dimension_numbers=("NCHW", "OIHW", "NCHW"),
+        )  # fmt: skip
+        return y.transpose(0, 2, 3, 1)
+
+    usual = lambda x, k: conv_general_dilated(x, k, (1, 1), "SAME", "mxfp8")  # noqa: E731
+    (y, pull), (z, other_pull) = jax.vjp(usual, x, k), jax.vjp(other, x, k)
+    dy = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    for got, want in ((z, y), (other_pull(dy)[0], pull(dy)[0])):
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -238,6 +303,7 @@ def test_mistakes_are_named() -> None:
         (lambda: dot_general(x, w, MATRIX, "fp9"), "unknown recipe 'fp9'; did you mean fp8"),
         (lambda: dot_general(x, w, MATRIX, "emulate(e9)"), "format: unknown name 'e9'"),
         (lambda: dot_general(x.astype(jnp.int32), w, MATRIX, "fp8"), "the left one is int32"),
+        (lambda: dot_general(x.astype(jnp.float8_e4m3fn), w, MATRIX, "fp8"), "one is float8_e4m3"),
         (lambda: dot_general(x, w, MATRIX, "fp8-delayed"), "has no state; pass amax="),
         (
             lambda: dot_general(x, w, MATRIX, "fp8", amax=AmaxHistory.empty(4)),

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from mpjax.errors import ConfigError
+from mpjax.formats import quantize
 from mpjax.models import decoder
 from mpjax.optim import (
     DynamicLossScale,
@@ -215,6 +216,15 @@ def test_one_bad_group_skips_the_whole_step_and_lowers_its_own_scale() -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, new.inner, state.inner))
     assert new.loss_scale.state[0].tolist() == [256.0, 32.0]
     assert new.gate.skipped == 1 and new.gate.bad_leaf == 1
+
+
+def test_weights_in_fp8_are_groups_like_others() -> None:
+    w = {"w": quantize(jnp.ones((2, 4)), "e4m3", "row", scale_rounding="up")}
+    precision = get_precision("fp32", loss_scale="leaf", update="nearest")
+    opt = wrap(optax.sgd(0.5), precision)
+    state = opt.init(w)
+    scaled = {"w": jnp.full((2, 4), float(state.loss_scale.at("w")))}
+    assert opt.step(scaled, state, w)[0]["w"].dequantize().tolist() == [[0.5] * 4] * 2
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -139,3 +139,6 @@ def test_parameters_that_are_called_like_moments_are_not_moments() -> None:
     state = quantize_moments(optax.adam(0.1), second="bf16").init(weights)
     assert state[0].mu.v.dtype == state[0].mu.m.dtype == jnp.float32
     assert state[0].nu.v.dtype == state[0].nu.m.dtype == jnp.bfloat16
+    several = quantize_moments(optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+                               first="int8", second="int8")  # fmt: skip
+    assert several.init(weights).acc_grads.v.dtype == jnp.float32  # a gradient has signs

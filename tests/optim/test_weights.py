@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from mpjax.errors import ConfigError
+from mpjax.formats import quantize
 from mpjax.optim import wrap
 from mpjax.optim.gate import bits
 from mpjax.precision import get_precision
@@ -123,6 +124,15 @@ def test_storage_and_update_rule_must_fit(update: str, dtype: Any, message: str)
     with pytest.raises(ConfigError) as error:
         wrap(optax.sgd(1.0), weights(update)).init({"w": jnp.ones(1, dtype)})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("format", "scaling", "offset"), [("int8", "row", True), ("e2m1", "nv(16)", False)]
+)
+def test_storage_that_no_rule_rewrites_is_refused(format: str, scaling: str, offset: bool) -> None:
+    w = {"w": quantize(jnp.ones((4, 16)), format, scaling, offset=offset)}
+    with pytest.raises(ConfigError, match="which no update rule rewrites; store it with tensor"):
+        wrap(optax.sgd(1.0), weights("nearest")).init(w)
 
 
 def test_float32_weights_are_their_own_master() -> None:
