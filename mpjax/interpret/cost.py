@@ -52,6 +52,16 @@ def contracted(eqn: JaxprEqn) -> int:
     return math.prod(a[axis] for axis in axes)
 
 
+def _groups(eqn: JaxprEqn) -> int:
+    """Among how many results a ragged axis that is summed over is divided; 1 without one."""
+    numbers = eqn.params.get("ragged_dot_dimension_numbers")
+    if numbers is None or not set(numbers.lhs_ragged_dimensions) <= set(
+        numbers.dot_dimension_numbers[0][0]
+    ):
+        return 1
+    return _shape(eqn.invars[2])[-1]
+
+
 def operations(eqn: JaxprEqn) -> int:
     """Returns the floating-point operations of an equation that holds no jaxpr, run once.
 
@@ -64,7 +74,7 @@ def operations(eqn: JaxprEqn) -> int:
         return 0
     size = math.prod(floats[0])
     if name in PRODUCTS:
-        return 2 * size * contracted(eqn)
+        return 2 * size * contracted(eqn) // _groups(eqn)
     if name in _SUMS:
         return math.prod(_shape(eqn.invars[0]))
     return size

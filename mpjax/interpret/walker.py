@@ -74,7 +74,8 @@ def bind(eqn: JaxprEqn, args: Sequence[Any], **changed: Any) -> list[Any]:
 
 def _combiner(old: Jaxpr, consts: tuple[Any, ...], dtype: Any) -> Jaxpr:
     """How two numbers are combined, in another dtype; a function of `.at[].apply` as it was."""
-    number, was = jax.ShapeDtypeStruct((), dtype), old.invars[0].aval.dtype
+    first: Any = old.invars[0].aval
+    number, was = jax.ShapeDtypeStruct((), dtype), first.dtype
     single = old.eqns[0].primitive if len(old.eqns) == 1 else None
     if not old.eqns and old.outvars == [old.invars[1]]:
         return jax.make_jaxpr(lambda a, b: b)(number, number).jaxpr

@@ -68,7 +68,8 @@ class Weak:
             self._filled[eqn.outvars[0]] = eqn, args[0]
         most = max(bound or 0.0 for bound in bounds)
         if name in _SUMS:  # a count of what is in an array: exact, or it is no number any more
-            most *= max(1, math.prod(args[0].shape) // max(1, math.prod(eqn.outvars[0].aval.shape)))
+            out: Any = eqn.outvars[0].aval
+            most *= max(1, math.prod(args[0].shape) // max(1, math.prod(out.shape)))
             if most <= _HALF:
                 self._bounds[eqn.outvars[0]] = most
             return

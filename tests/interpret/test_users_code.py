@@ -76,6 +76,13 @@ def test_operations_with_several_results_can_be_low(name: str, fn: Any) -> None:
     np.testing.assert_allclose(outs[0].astype(jnp.float32), fn(X)[0], rtol=0.01)
 
 
+def test_groups_of_a_ragged_product_are_counted_once() -> None:
+    groups, x, w = jnp.full((4,), 16, jnp.int32), jnp.ones((64, 8)), jnp.ones((4, 8, 16))
+    loss = lambda x, w: lax.ragged_dot(x, w, groups).sum()  # noqa: E731
+    found = audit(jax.grad(loss, (0, 1)), x, w).products
+    assert [p.flops for p in found] == 3 * [2 * 64 * 8 * 16]
+
+
 # --- values -------------------------------------------------------------------------------------
 
 
