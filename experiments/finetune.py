@@ -257,7 +257,7 @@ def run_arm(
         skipped.append(history[-1]["skipped"])
         scales.append(history[-1]["loss_scale"])
         bytes_each = bytes_per_parameter(state)
-    speeds = [record["tokens_per_s"] for history in records for record in history[2:]] or [0.0]
+    speeds = [record["tokens_per_s"] for history in records for record in history[2:] or history]
     outcome = Outcome(
         label, config.precision[0], tuple(s["loss"] for s in scores), float(np.median(speeds)),
         bytes_each, tuple(skipped), tuple(scales), tuple(records),

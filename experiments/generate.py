@@ -12,9 +12,8 @@ from typing import Annotated
 import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
-import numpy as np
 import tyro
-from lm import CHECKPOINTS, Shape, lm_model, prompt_ids, room, sample
+from lm import CHECKPOINTS, Shape, lm_model, prompt_ids, room, sample, text_of
 
 from mpjax.data import Tokenizer
 from mpjax.errors import ConfigError
@@ -65,7 +64,8 @@ def main(config: Config) -> None:
     launch.positive(config, "tokens")
     launch.not_negative(config, "temperature", "top_k", "seed", "beams", "length_penalty")
     if config.beams:
-        drawing = [n for n in ("top_k", "top_p") if getattr(config, n) != getattr(Config, n)]
+        draws = ("temperature", "top_k", "top_p", "seed")
+        drawing = [n for n in draws if getattr(config, n) != getattr(Config, n)]
         if drawing:
             raise ConfigError(f"{drawing[0]}: beam search draws nothing; leave it or --beams out")
     elif config.length_penalty != Config.length_penalty:
@@ -117,7 +117,7 @@ def main(config: Config) -> None:
             model, params, ids, new=room(model, ids, config.tokens), beams=config.beams,
             length_penalty=config.length_penalty, cache=config.cache, state=state,
         )  # fmt: skip
-        text = config.prompt + tokenizer.decode(np.asarray(found.tokens[0, 0]))
+        text = config.prompt + text_of(tokenizer, found.tokens[0, 0])
     else:
         text = sample(
             model, params, tokenizer, config.prompt, config.tokens, seed=config.seed,

@@ -181,7 +181,7 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
         writer.close()
         skipped.append(history[-1]["skipped"])
         scales.append(float(state.opt_state.loss_scale.value))
-        speeds += [record["images_per_s"] for record in history[2:]]
+        speeds += [record["images_per_s"] for record in history[2:] or history]
         records.append(history)
     outcome = Outcome(
         text, config.precision[0], tuple(losses), float(np.median(speeds)),

@@ -163,4 +163,10 @@ def sample(
         model, params, jnp.asarray(ids), new=room(model, ids, new), key=jax.random.key(seed),
         temperature=temperature, top_k=top_k, top_p=top_p, cache=cache, state=state,
     )  # fmt: skip
-    return prompt + tokenizer.decode(np.asarray(out[0]))
+    return prompt + text_of(tokenizer, out[0])
+
+
+def text_of(tokenizer: Tokenizer, ids: Any) -> str:
+    """Returns the text of ids; those above the tokenizer's, which pad a vocabulary, have none."""
+    ids = np.asarray(ids)
+    return tokenizer.decode(ids[ids < tokenizer.vocab_size])

@@ -24,6 +24,7 @@ import optax
 from rich.console import Console
 
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
+from mpjax.errors import TrainingStopped
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import Precision, get_precision
 from mpjax.report import Outcome, interval, plot_loss, plot_loss_scale, rich_table, write_report
@@ -212,15 +213,22 @@ def run_arm(
                 bar.update(record)
 
             data = batches(corpus.train, batch=work.batch, seq=work.seq, seed=seed)
-            state = fit(step.init(seed), step, data, steps=work.steps, report=report)
-        losses.append(evaluate(state.params))
+            state, stopped = step.init(seed), False
+            per_parameter = bytes_per_parameter(state)
+            try:
+                state = fit(state, step, data, steps=work.steps, report=report)
+            except TrainingStopped as error:  # the other arms go on
+                console.print(f"{label} stopped: {error}", style="red", highlight=False)
+                stopped = True
+                history += [history[-1] | {"loss": np.inf}] * (work.steps - len(history))
+        losses.append(np.inf if stopped else evaluate(state.params))
         writer.write({"step": work.steps, "validation_loss": losses[-1]})
         writer.close()
-        keep(arm.label, seed, state.params, next(data))
-        per_parameter = bytes_per_parameter(state)
+        if not stopped:
+            keep(arm.label, seed, state.params, next(data))
         skipped.append(history[-1]["skipped"])
-        scales.append(float(state.opt_state.loss_scale.value))
-        speeds += [record["tokens_per_s"] for record in history[2:]]
+        scales.append(history[-1]["loss_scale"])
+        speeds += [record["tokens_per_s"] for record in history[2:] or history]
         records.append(history)
         if enough(arm.label, losses):
             break
@@ -253,7 +261,8 @@ def run_arms(
 def best(outcomes: Sequence[Outcome], labels: Sequence[str]) -> str:
     """Returns the label of the arm with the lowest mean validation loss."""
     chosen = [o for o in outcomes if o.label in labels]
-    return min(chosen, key=lambda o: interval(o.validation_loss)[0]).label
+    means = {o.label: interval(o.validation_loss)[0] for o in chosen}
+    return min(means, key=lambda label: (np.isnan(means[label]), means[label]))
 
 
 def main(config: Config) -> None:

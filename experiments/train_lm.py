@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ from mpjax.train.progress import ProgressBar
 from mpjax.train.reader import CheckpointReader
 from mpjax.train.restore import compare_settings, restore_into
 from mpjax.train.step import check_batch
+from mpjax.train.switch_state import joined
 from mpjax.train.tensors import TensorWriter, watched
 
 log = logging.getLogger("mpjax.experiments")
@@ -127,8 +129,6 @@ def prepare(config: Config) -> Run:
         config, "warmup", "eval_every", "save_every", "keep_best", "sample", "clip", "seed",
         "weight_decay", "monitor_every", "monitor_sample",
     )  # fmt: skip
-    if config.resume and config.init_from:
-        raise ConfigError("init_from: cannot stand beside --resume; leave one of them out")
     if config.recast and not config.resume:
         raise ConfigError("recast: needs --resume; a new run takes weights with --init-from DIR")
     precision, schedule, mesh = (
@@ -146,6 +146,14 @@ def prepare(config: Config) -> Run:
         raise ConfigError(f"init_from: {config.init_from} holds no checkpoint; give a run's folder")
     saved = CheckpointReader(config.out / CHECKPOINTS)
     start = chosen_step(config, saved)
+    if start is not None and config.init_from:
+        raise ConfigError(
+            f"init_from: {config.out} has checkpoints to resume from; leave --init-from out"
+        )
+    if config.resume and start is None:  # as the run that died before its first save
+        begun = json.loads((config.out / "manifest.json").read_text())["config"]
+        name = "init_from"
+        compare_settings({name: begun.get(name)}, {name: settings(config)[name]}, may_change=())
     meta: dict[str, Any] = {}
     tokenizer: Any = config.tokenizer
     if start is not None:
@@ -181,6 +189,8 @@ def prepare(config: Config) -> Run:
             state, lines = restore_into(state, saved, start)
             for line in lines:
                 log.info("recast: %s", line)
+            if state.switch is not None and "precision_schedule" not in meta:
+                state = joined(state)
         else:
             state, meta, _ = saved.restore(abstract, step=start)
         data.set_state(meta["data"])

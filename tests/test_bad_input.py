@@ -290,8 +290,6 @@ CASES = [
     ("nothing to resume", "train_lm", "--resume 5", "resume", "no checkpoint", "leave"),
     ("nothing to start from", "train_lm", "--init-from {files}", "init_from", "{files}",
      "give a run's folder"),
-    ("nothing to start from", "train_lm", "--init-from {files} --resume latest", "init_from",
-     "--resume", "leave one"),
     ("out", "train_lm", "--out {files}/text.txt", "out", "text.txt", "choose another --out"),
     ("out", "train_lm", "--out {files}/text.txt/run", "out", "text.txt/run", "another --out"),
     ("out", "train_lm", "--out /proc/run", "out", "/proc/run", "choose another --out"),

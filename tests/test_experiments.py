@@ -232,6 +232,14 @@ def test_a_bf16_run_starts_one_stored_low_and_says_what_it_cast(text, tmp_path):
         assert begin[0] == 1 and abs(begin[1] - last[1]) < 0.3 * (first[1] - last[1])
 
 
+def test_a_run_that_died_before_its_first_save_keeps_where_it_came_from(text, tmp_path):
+    page = {"config": {"init_from": str(tmp_path / "old")}}
+    (tmp_path / "manifest.json").write_text(json.dumps(page))
+    args = [*SMALL, "--data", text, "--out", tmp_path, "--resume", "latest"]
+    _, err = run("train_lm", *args, code=2)
+    assert "resume: init_from was" in err and not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_schedule_of_precision_is_in_what_a_run_leaves(text, tmp_path):
     args = [*SMALL, "--data", text, "--sample", 4, "--steps", 8, "--eval-every", 0]
     _, err = run(
@@ -340,6 +348,25 @@ def test_the_sweep_writes_its_report(text, tmp_path):
     paired = curve(tmp_path / "bf16_lr=0.001" / "seed0")
     assert first[0] == paired[0] != second[0] and first != paired, "seeds are paired over arms"
     assert "best: fp32 lr=0.01" in out and f"report: {tmp_path}" in out.replace("\n", "")
+
+
+def test_an_arm_that_diverges_does_not_end_the_sweep(text, tmp_path):
+    args = [
+        *TINY,
+        "--data",
+        text,
+        "--steps",
+        60,
+        "--seeds",
+        1,
+        "--warmup",
+        0,
+        "--precision",
+        "fp32",
+    ]
+    out, err = run("sweep", *args, "--lr", "1e30", "1e-3", "--out", tmp_path)
+    require_report(tmp_path, ("loss.png", "loss_scale.png"), ("fp32 lr=1e+30", "fp32 lr=0.001"))
+    assert "best: fp32 lr=0.001" in out and "fp32 lr=1e+30, seed 0 stopped" in " ".join(err.split())
 
 
 def test_the_comparison_writes_its_report(text, tmp_path):

@@ -85,7 +85,13 @@ def check_prompt(
     Raises:
       ConfigError: see `generate`.
     """
-    B, T = prompt.shape
+    shape = getattr(prompt, "shape", None)
+    if shape is None or len(shape) != 2 or not jnp.issubdtype(prompt.dtype, jnp.integer):
+        given = type(prompt).__name__ if shape is None else f"{prompt.dtype} {tuple(shape)}"
+        raise ConfigError(
+            f"prompt: {given}; give integer ids of shape (B, T), such as left_pad([[5, 6]])[0]"
+        )
+    B, T = shape
     vocabulary = model.config.vocabulary
     if B < 1 or T < 1:
         raise ConfigError(f"prompt: shape {prompt.shape} is empty; give at least one token a row")
@@ -100,11 +106,11 @@ def check_prompt(
             " the tokenizer that it was trained with"
         )
     takes = inspect.signature(model.init_cache).parameters
-    for what, given, name in (
+    for what, asked, name in (
         ("cache", cache, "storage"),
         ("lengths", lengths is not None, "pads"),
     ):
-        if given and name not in takes:
+        if asked and name not in takes:
             raise ConfigError(
                 f"{what}: {type(model).__name__} keeps no keys and values; leave {what} out"
             )

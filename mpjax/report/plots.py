@@ -28,11 +28,14 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Seque
 
 
 def _smooth(values: Any, window: int) -> Any:
-    """Mean over the last `window` steps, fewer at the start."""
-    total = np.cumsum(np.insert(np.asarray(values, np.float64), 0, 0.0))
-    ends = np.arange(1, len(total))
+    """Mean of the finite of the last `window` steps, fewer at the start; NaN if none is."""
+    x = np.asarray(values, np.float64)
+    fine = np.isfinite(x)
+    ends = np.arange(1, len(x) + 1)
     starts = np.maximum(0, ends - window)
-    return (total[ends] - total[starts]) / (ends - starts)
+    total, count = (np.cumsum(np.insert(v, 0, 0.0)) for v in (np.where(fine, x, 0.0), fine))
+    counts = count[ends] - count[starts]
+    return np.where(counts, total[ends] - total[starts], np.nan) / np.maximum(counts, 1)
 
 
 def plot_loss(outcomes: Sequence[Outcome], window: int = 20) -> Figure:

@@ -54,6 +54,8 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[f
     x = np.asarray(values, np.float64)
     if len(x) < 2:
         return float(x.mean()), math.nan
+    if not np.isfinite(x).all():  # a run that diverged
+        return float(x.mean()), math.nan
     t = float(special.stdtrit(len(x) - 1, (1 + confidence) / 2))
     return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(len(x)))
 

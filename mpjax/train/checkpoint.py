@@ -225,6 +225,9 @@ class Checkpointer(CheckpointReader):
                 shutil.rmtree(dropped)
         if later and jax.process_count() > 1:
             multihost_utils.sync_global_devices("mpjax checkpoints dropped")
+        if later and self._writer is not None:  # it keeps a list of its own
+            self._writer.close()
+            self._writer = None
         self._whole.difference_update(later)
         for s in later:
             self._metrics.pop(s, None)

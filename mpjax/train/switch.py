@@ -104,6 +104,8 @@ class _Chooser:
         underflow = self._underflow(state, batch, index)
         switch = state.switch._replace(loss_scales=(), model_states=())
         switch, skipped = jax.device_get((switch, state.opt_state.gate.skipped))
+        if number - int(switch.since) < triggers.window:  # a run that began within this one
+            return state, index, ""
         # float64 on the host: the same bits wherever the state comes from
         losses = switch.losses[np.isfinite(switch.losses)].astype(np.float64)
         loss, spread = (losses.mean(), losses.std()) if losses.size else (np.nan, np.nan)

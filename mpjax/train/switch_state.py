@@ -107,6 +107,15 @@ def updated(switch: SwitchState, new: dict[str, Any]) -> SwitchState:
     return switch._replace(**{name: put(name, value) for name, value in new.items()})
 
 
+def joined(state: TrainState) -> TrainState:
+    """Returns the state of a scheduled run that goes on from one without the schedule.
+
+    Its windows begin here: losses and skips of before are not its own.
+    """
+    number, skipped = jax.device_get((state.step, state.opt_state.gate.skipped))
+    return state._replace(switch=updated(state.switch, {"since": number, "skipped": skipped}))
+
+
 def entered(switch: SwitchState, before: int, index: int, number: int) -> SwitchState:
     """Returns the state at the switch from one precision to another."""
     models = list(switch.model_states)

@@ -13,6 +13,7 @@ import pytest
 from mpjax.errors import ConfigError
 from mpjax.formats import sqnr
 from mpjax.models import beam_search, generate, left_pad, recurrent, stream
+from mpjax.models.prompt import check_prompt
 from mpjax.models.storage import stored_bytes
 from tests.models.shapes import FAST, IDS, small, stirred
 
@@ -151,6 +152,10 @@ def test_wrong_prompts_are_one_line() -> None:
     params = stirred(model)
     with pytest.raises(ConfigError, match="prompt: 40 is no token of the model, whose ids are"):
         generate(model, params, jnp.array([[1, 40]]), **GREEDY)
+    for odd, given in (([[1, 2]], "list"), (jnp.zeros(3, jnp.int32), r"int32 \(3,\)"),
+                       (jnp.zeros((1, 3)), r"float32 \(1, 3\)")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"prompt: {given}; give integer ids of shape"):
+            check_prompt(model, odd, None, 6, "", None)
     with pytest.raises(ConfigError, match="is empty"):
         generate(model, params, jnp.zeros((1, 0), jnp.int32), **GREEDY)
     with pytest.raises(ConfigError, match="longer than context=16"):

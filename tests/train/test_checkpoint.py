@@ -265,6 +265,17 @@ def test_after_an_older_step_is_restored_the_later_ones_give_way(three, caplog):
         assert bits(checkpointer.restore(abstract(make_state()))[0]) == bits(make_state(5))
 
 
+def test_an_open_folder_can_go_back_and_on(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, make_state(step), {})
+        checkpointer.restore(abstract(make_state()), step=2)
+        checkpointer.save(3, make_state(7), {})
+        checkpointer.wait()
+        assert checkpointer.steps() == [1, 2, 3]
+        assert bits(checkpointer.restore(abstract(make_state()))[0]) == bits(make_state(7))
+
+
 def test_another_run_is_not_overwritten(three):
     with Checkpointer(three) as checkpointer:
         for step in (5, 30):

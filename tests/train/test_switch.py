@@ -22,7 +22,7 @@ from mpjax.train import SwitchingStep, build, preflight, switch
 from mpjax.train.checkpoint import Checkpointer
 from mpjax.train.loop import fit
 from mpjax.train.memory import state_bytes
-from mpjax.train.switch_state import entered
+from mpjax.train.switch_state import entered, joined
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -223,6 +223,17 @@ def test_a_rising_loss_promotes_and_the_high_precision_brings_it_back() -> None:
     (up, down) = [r["switch"] for r in records if "switch" in r]
     assert "the loss rose to 1" in up and "over the last 4 steps" in up and "calm again" in down
     assert float(state.switch.best) < 1e3  # the drift taught it nothing
+
+
+def test_a_schedule_that_joins_a_run_begins_its_own_windows() -> None:
+    state, step = begun(dynamic(FP16, "fp32", QUICK))
+    gate = state.opt_state.gate._replace(skipped=jnp.int32(6))  # all of them long ago
+    state = state._replace(step=jnp.int32(6), opt_state=state.opt_state._replace(gate=gate))
+    state = joined(state)
+    assert (int(state.switch.since), int(state.switch.skipped)) == (6, 6)
+    state, records = run(state, step, "." * 24)  # the window is 4: step 8 ends none of its own
+    assert indices(records) == "0" * 18
+    assert 0 < float(state.switch.best) < 1e3
 
 
 def test_it_does_not_flap_when_the_low_precision_never_works() -> None:
