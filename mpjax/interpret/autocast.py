@@ -98,7 +98,7 @@ def autocast(
 
     @functools.wraps(fn)
     def cast_fn(*args: Any, **kwargs: Any) -> Any:
-        program = trace("autocast", fn, args, kwargs)
+        program = trace("autocast", fn, args, kwargs, runs=True)
         caster = Caster(where, names)
         given = [None] * len(program.args)
         outs = caster.evaluate(program.closed, program.args, given, Place()).outs

@@ -185,9 +185,9 @@ class _Frame:
 
     def _full(self, eqn: JaxprEqn, args: Sequence[Any], place: Place) -> list[Any]:
         values = self._at_least_full(eqn, args)
-        self.weak.follow(eqn, args)
-        if _holds(eqn):
+        if _holds(eqn):  # what it makes of weak numbers is a value like others
             return self._whole(eqn, values, place)
+        self.weak.follow(eqn, args)
         return bind(eqn, values)
 
     def _whole(self, eqn: JaxprEqn, values: list[Any], place: Place) -> list[Any]:

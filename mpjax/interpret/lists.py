@@ -110,12 +110,11 @@ FOLLOW = (
 APART = frozenset({"sort", "top_k", "optimization_barrier", "device_put"})
 
 
-def _folder(package: str) -> str:
-    spec = importlib.util.find_spec(package)
-    return os.path.dirname(spec.origin or "") + os.sep if spec else os.sep
-
-
-_LIBRARIES = tuple(_folder(package) for package in ("jax", "optax"))
+_LIBRARIES = tuple(
+    os.path.dirname(spec.origin) + os.sep
+    for spec in map(importlib.util.find_spec, ("jax", "optax"))
+    if spec is not None and spec.origin
+)
 
 
 def _is_listed(jaxpr: Any) -> bool:

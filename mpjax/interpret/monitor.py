@@ -272,7 +272,7 @@ def monitor(
 
     @functools.wraps(fn)
     def monitored(*args: Any, **kwargs: Any) -> tuple[Any, Monitored]:
-        program = trace("monitor", fn, args, kwargs)
+        program = trace("monitor", fn, args, kwargs, runs=True)
         tensors = find_tensors(program)
         _check(patterns, [*tensors.paths, *(leaf.name for leaf in tensors.weights)])
         still = [lax.stop_gradient(jnp.asarray(x)) for x in program.args]

@@ -42,7 +42,9 @@ class Program(NamedTuple):
     rebuild: Callable[[Sequence[Any]], Any]
 
 
-def trace(what: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Program:
+def trace(
+    what: str, fn: Callable[..., Any], args: Any, kwargs: Any, *, runs: bool = False
+) -> Program:
     """Returns a function's jaxpr at given arguments.
 
     Args:
@@ -50,9 +52,12 @@ def trace(what: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Program:
       fn: the function; it is traced anew at every call, so what it closes over may change.
       args: its arguments: any pytrees. Leaves that are not arrays stay what they are.
       kwargs: its arguments by name.
+      runs: whether the program runs in the function's place, so that what a call changes in its
+        arguments would be lost.
 
     Raises:
-      ConfigError: the function is none, cannot be traced, or an argument was donated before.
+      ConfigError: the function is none, cannot be traced, changes its arguments though it runs, or an argument was
+        donated before.
     """
     if not callable(fn):
         raise ConfigError(f"{what}: {fn!r} is not a function; pass the function to transform")
@@ -73,7 +78,8 @@ def trace(what: str, fn: Callable[..., Any], args: Any, kwargs: Any) -> Program:
         leaves = [next(left) if is_array(leaf) else leaf for _, leaf in paths]
         inner_args, inner_kwargs = jax.tree.unflatten(tree, leaves)
         found = fn(*inner_args, **inner_kwargs)
-        _unchanged(what, (inner_args, inner_kwargs), leaves, found)
+        if runs:
+            _unchanged(what, (inner_args, inner_kwargs), leaves, found)
         leaves, out["tree"] = jax.tree.flatten(found)
         out["leaves"] = [None if is_array(leaf) else leaf for leaf in leaves]
         return [leaf for leaf in leaves if is_array(leaf)]

@@ -68,8 +68,8 @@ class Weak:
             self._filled[eqn.outvars[0]] = eqn, args[0]
         most = max(bound or 0.0 for bound in bounds)
         if name in _SUMS:  # a count of what is in an array: exact, or it is no number any more
-            out: Any = eqn.outvars[0].aval
-            most *= max(1, math.prod(args[0].shape) // max(1, math.prod(out.shape)))
+            axes = eqn.params["axes"] if name == "reduce_sum" else (eqn.params["axis"],)
+            most *= math.prod(args[0].shape[axis] for axis in axes)
             if most <= _HALF:
                 self._bounds[eqn.outvars[0]] = most
             return

@@ -85,7 +85,7 @@ def encoder_config(size: str | EncoderConfig, **changes: Any) -> EncoderConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:
-      size: a name that `encoder_size_names` lists, or a EncoderConfig.
+      size: a name that `encoder_size_names` lists, or an EncoderConfig.
       changes: fields of EncoderConfig.
 
     Raises:

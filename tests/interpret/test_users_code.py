@@ -96,6 +96,8 @@ def test_a_count_beyond_float16_is_not_clamped() -> None:
     mask = jnp.ones((4, 100_000), bool)
     f = lambda x, m: (x @ W) * 1000.0 / m.astype(jnp.float32).sum(-1, keepdims=True)  # noqa: E731
     np.testing.assert_allclose(autocast(f, "fp16")(X, mask), f(X, mask), rtol=0.02, atol=1e-4)
+    running = lambda x, m: (x @ W)[:, :1] / m.astype(jnp.float32).cumsum(-1)[:, -1:]  # noqa: E731
+    np.testing.assert_allclose(autocast(running, "fp16")(X, mask), running(X, mask), rtol=0.02)
     few = jax.make_jaxpr(autocast(f, "fp16", restore_dtypes=False))(X, mask[:, :8])
     assert few.out_avals[0].dtype == jnp.float16, "a small count is exact, and widens nothing"
 
@@ -130,6 +132,9 @@ def test_counts_of_a_module_that_would_be_lost_are_refused() -> None:
     block = Block()
     with pytest.raises(ConfigError, match=r"changes args\[0\].drop.*would be lost.*nnx.split"):
         autocast(lambda m, x: m(x).mean(), "bf16")(block, X)
+    with pytest.raises(ConfigError, match="monitor: the call changes"):
+        monitor(lambda m, x: m(x).mean())(block, X)
+    assert audit(lambda m, x: m(x).mean(), block, X).flops > 0, "what only looks loses nothing"
     graph, params, rest = nnx.split(block, nnx.Param, ...)
 
     def returned(params: Any, rest: Any, x: Any) -> Any:
