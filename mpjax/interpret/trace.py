@@ -56,8 +56,8 @@ def trace(
         arguments would be lost.
 
     Raises:
-      ConfigError: the function is none, cannot be traced, changes its arguments though it runs, or an argument was
-        donated before.
+      ConfigError: the function is none, cannot be traced, or changes an argument that is lost; an
+        argument was donated before.
     """
     if not callable(fn):
         raise ConfigError(f"{what}: {fn!r} is not a function; pass the function to transform")
