@@ -76,11 +76,11 @@ def _combiner(old: Jaxpr, consts: tuple[Any, ...], dtype: Any) -> Jaxpr:
     """How two numbers are combined, in another dtype; a function of `.at[].apply` as it was."""
     first: Any = old.invars[0].aval
     number, was = jax.ShapeDtypeStruct((), dtype), first.dtype
-    single = old.eqns[0].primitive if len(old.eqns) == 1 else None
+    both = len(old.eqns) == 1 and list(old.eqns[0].invars) == list(old.invars)
     if not old.eqns and old.outvars == [old.invars[1]]:
         return jax.make_jaxpr(lambda a, b: b)(number, number).jaxpr
-    if single is not None and single.name in ("add", "mul", "min", "max"):
-        return jax.make_jaxpr(single.bind)(number, number).jaxpr
+    if both and old.eqns[0].primitive.name in ("add", "mul", "min", "max"):
+        return jax.make_jaxpr(old.eqns[0].primitive.bind)(number, number).jaxpr
 
     def inside(a: Any, b: Any) -> Any:
         wide = [lax.convert_element_type(x, was) for x in (a, b)]

@@ -88,17 +88,17 @@ def _key(data: Any, number: int) -> Any:
     return jax.random.fold_in(jax.random.wrap_key_data(data, impl=_PRNG), number)
 
 
-def _part(amax: Any, number: int, recipe: Recipe) -> Any:
-    return None if amax is None else amax[number] * jnp.float32(2.0**recipe.margin)
+def _part(amax: Any, number: int) -> Any:
+    return None if amax is None else amax[number]
 
 
 def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
     recipe, ((x_axes, w_axes), *_) = how.recipe, how.op.axes(a, b)
     need_key(recipe, key, False, how.where)
     x = a.astype(how.compute)
-    left = encode(x, recipe.fprop[0], x_axes, _key(key, 0), how.compute, _part(amax, 0, recipe))
+    left = encode(x, recipe.fprop[0], x_axes, _key(key, 0), how.compute, _part(amax, 0))
     # a weight is quantised as it is stored: a cast before would round it twice
-    right = encode(b, recipe.fprop[1], w_axes, _key(key, 1), how.compute, _part(amax, 1, recipe))
+    right = encode(b, recipe.fprop[1], w_axes, _key(key, 1), how.compute, _part(amax, 1))
     y = how.op.fprop(left, right, recipe).astype(how.output)
     if seen is not None:
         now = [amax_of(v, v.shape).reshape(()) for v in (x, b)]
@@ -122,8 +122,8 @@ def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
     dy = dy.astype(compute)
     _, (dy_axes, b_axes), (x_axes, dy_tokens) = how.op.axes(x, b)
 
-    left = encode(dy, recipe.dgrad[0], dy_axes, _key(key, 2), compute, _part(amax, 2, recipe))
-    right = encode(b, recipe.dgrad[1], b_axes, _key(key, 3), compute, _part(amax, 1, recipe))
+    left = encode(dy, recipe.dgrad[0], dy_axes, _key(key, 2), compute, _part(amax, 2))
+    right = encode(b, recipe.dgrad[1], b_axes, _key(key, 3), compute, _part(amax, 1))
     dx = how.op.dgrad(left, right, recipe, x)
 
     tokens, gradient = x, dy
@@ -131,10 +131,8 @@ def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
         signs = jax.random.rademacher(_key(key, 4), (recipe.hadamard,), jnp.float32)
         tokens = hadamard(x, x_axes[-1], signs)
         gradient = hadamard(dy, dy_tokens[-1], signs)
-    left = encode(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0, recipe))
-    right = encode(
-        gradient, recipe.wgrad[1], dy_tokens, _key(key, 6), compute, _part(amax, 2, recipe)
-    )
+    left = encode(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0))
+    right = encode(gradient, recipe.wgrad[1], dy_tokens, _key(key, 6), compute, _part(amax, 2))
     db = how.op.wgrad(left, right, recipe, b)
 
     if gradient_seen is not None:
@@ -219,7 +217,8 @@ def product(
         )
     if amax is None:
         return _product(a, b, _key_data(key), None, None, how)[0], None
-    y, seen = _product(a, b, _key_data(key), amax.amax, amax.seen, how)
+    roomy = amax.amax * jnp.float32(2.0**recipe.margin)
+    y, seen = _product(a, b, _key_data(key), roomy, amax.seen, how)
     return y, amax._replace(seen=seen)
 
 

@@ -63,20 +63,17 @@ def encode(
         return Factor(x.astype(compute), None, x.shape, None, False, False, 0.0)
     format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
     tile = scaling.tiles(x.shape, axes)
+    scaled = scaling.kind != "none"
+    current: Any = amax_of(x, tile) if amax is not None or not scaled else None
     if amax is not None:
-        current = amax_of(x, tile)
         scales: Any = to_scale(jnp.where(amax > 0, amax, current), format, operand.scales_rounded)
-        # inf would saturate to a finite number, and the step would not be skipped
-        scales = jnp.where(jnp.isfinite(current), scales, jnp.float32(jnp.nan))
     else:
         scales, whole = find_scales(x, format, scaling, tile, operand.scales_rounded)
         scales = scales if whole is None else scales * whole
+    if current is not None:  # these scales do not come from x: inf would saturate unnoticed
+        scales = jnp.where(jnp.isfinite(current), scales, jnp.float32(jnp.nan))
     values = scaled_values(x, scales, format, tile, operand.rounding, key)
     short = is_short(operand)
-    scaled = scaling.kind != "none"
-    if not scaled:  # as above: inf saturates, and integers have no NaN
-        scales = jnp.where(jnp.all(jnp.isfinite(x)), jnp.float32(1), jnp.float32(jnp.nan))
-        scales = jnp.broadcast_to(scales, (1,) * x.ndim)
     top = format.max if scaled else 0.0
     return Factor(values, scales, tile, format, scaling.blocks, short, top)
 

@@ -242,8 +242,10 @@ class Precision:
         return "\n".join([*table_lines, "  " + rest, *shown])
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else dtype_name(parse_dtype(value, "moments"))
+def _moments(value: Any) -> Moments:
+    if isinstance(value, str):
+        return Moments.parse(value)
+    return value if isinstance(value, Moments) else Moments(value, value)  # a dtype
 
 
 def _loss_scale(value: Any) -> LossScaleSettings:
@@ -260,7 +262,7 @@ def parse_options(values: Mapping[str, Any]) -> dict[str, Any]:
     parse: dict[str, Callable[[Any], Any]] = {
         "loss_scale": _loss_scale,
         "update": str,
-        "moments": lambda v: v if isinstance(v, Moments) else Moments.parse(_text(v)),
+        "moments": _moments,
         "gradient_dtype": lambda v: parse_dtype(v, "gradient_dtype"),
     }
     return {key: parse[key](values[key]) for key in OPTIONS if values.get(key) is not None}

@@ -88,8 +88,9 @@ def test_groups_of_a_ragged_product_are_counted_once() -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_function_applied_to_a_place_is_that_function(dtype: str) -> None:
-    f = lambda x: (x @ W).at[0].apply(jnp.sin)  # noqa: E731
-    np.testing.assert_allclose(autocast(f, dtype)(X), f(X), atol=0.06)
+    for own in (jnp.sin, lambda v: v + 1, lambda v: v * 0.5):
+        f = lambda x, own=own: (x @ W).at[0].apply(own)  # noqa: E731
+        np.testing.assert_allclose(autocast(f, dtype)(X), f(X), atol=0.06)
 
 
 def test_a_count_beyond_float16_is_not_clamped() -> None:

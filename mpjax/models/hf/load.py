@@ -155,14 +155,13 @@ def _kept(
     for old, new in kind.renamed.items():
         tensors = {n.removesuffix(old) + new if n.endswith(old) else n: t
                    for n, t in tensors.items()}  # fmt: skip
+    own = {weight.name for weight in kind.table.values()}
     if not tied:  # then the copy is what runs, and what it was a copy of is a relic
-        own = {weight.name for weight in kind.table.values()}
         for copy, original in kind.copies.items():
             if copy in tensors and copy not in own:
                 tensors[original] = tensors.pop(copy)
     if any(name.startswith(kind.prefix) for name in tensors):
         return tensors
-    own = {weight.name for weight in kind.table.values()}
     outside = {n for n in own if not n.startswith(kind.prefix)} | set(kind.copies)
     return {n if n in outside else kind.prefix + n: tensor for n, tensor in tensors.items()}
 
