@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mpjax.formats.quantize import Quantized, amax_of, per_tile, scale_down
+from mpjax.formats.quantize import Quantized
+from mpjax.formats.tiles import amax_of, per_tile, scale_down
 
 
 def _nonzero(x: Any) -> Any:

@@ -21,47 +21,7 @@ from mpjax.formats.scaling import (
     two_level,
 )
 from mpjax.formats.table import Format
-
-
-def _split(x: Any, tile: tuple[int, ...], padding: str = "constant") -> Any:
-    """Cuts each axis into (groups, tile), after padding to whole tiles, with zeros or the edge."""
-    pad = [(0, -n % t) for n, t in zip(x.shape, tile, strict=True)]
-    if any(after for _, after in pad):
-        x = jnp.pad(x, pad, padding)
-    return x.reshape([k for n, t in zip(x.shape, tile, strict=True) for k in (n // t, t)])
-
-
-def _join(x: Any, shape: tuple[int, ...]) -> Any:
-    """Undoes `_split`."""
-    x = x.reshape([x.shape[2 * d] * x.shape[2 * d + 1] for d in range(len(shape))])
-    return x if x.shape == shape else x[tuple(slice(n) for n in shape)]
-
-
-def amax_of(x: Any, tile: tuple[int, ...]) -> Any:
-    """Returns the largest magnitude of each tile, float32, NaN where a tile holds one."""
-    parts = _split(x, tile)
-    return _largest(parts, tuple(range(1, parts.ndim, 2)))
-
-
-def _largest(x: Any, axes: tuple[int, ...]) -> Any:
-    """Returns the largest magnitude along axes, float32.
-
-    On bits, where magnitudes are ordered as their numbers and NaN is above inf: on CPU a compiled
-    maximum of floats passes over a NaN.
-    """
-    whole = jnp.uint32 if x.dtype == jnp.float32 else jnp.uint16
-    u = jax.lax.bitcast_convert_type(x, whole) & whole(jnp.iinfo(whole).max >> 1)
-    return jax.lax.bitcast_convert_type(jnp.max(u, axis=axes), x.dtype).astype(jnp.float32)
-
-
-def per_tile(x: Any, scales: Any, tile: tuple[int, ...], work: Any) -> Any:
-    """Returns work(x, scales), scales repeated over the numbers of their tile."""
-    if scales.size == 1:
-        return work(x, scales.reshape((1,) * x.ndim))
-    if all(t in (1, n) for t, n in zip(tile, x.shape, strict=True)):
-        return work(x, scales)  # they broadcast as they are
-    wide = scales.reshape([k for n in scales.shape for k in (n, 1)])
-    return _join(work(_split(x, tile), wide), x.shape)
+from mpjax.formats.tiles import amax_of, largest, per_tile, scale_down, split
 
 
 def find_scales(
@@ -72,13 +32,8 @@ def find_scales(
         return jnp.ones((1,) * x.ndim, jnp.float32), None
     amax = amax_of(x, tile)
     if scaling.kind == "nv":
-        return two_level(amax, format, _largest(amax, tuple(range(amax.ndim))))
+        return two_level(amax, format, largest(amax, tuple(range(amax.ndim))))
     return to_scale(amax, format, scale_rounding), None
-
-
-def scale_down(x: Any, scales: Any, tile: tuple[int, ...]) -> Any:
-    """Returns x times 1 / scales, float32: what XLA makes of a division by repeated numbers."""
-    return per_tile(x.astype(jnp.float32), 1 / scales, tile, lambda x, s: x * s)
 
 
 def scaled_values(
@@ -136,13 +91,7 @@ class Quantized:
 
     def dequantize(self, dtype: Any = None) -> Any:
         """Returns the array, in its own dtype or another."""
-        if self.is_stack:
-            return jax.vmap(lambda q: q.dequantize(dtype))(self)
-        values = self.values.astype(jnp.float32)
-        out = per_tile(values, self.full_scales, self.tile, lambda v, s: v * s)
-        if self.offsets is not None:
-            out = per_tile(out, self.offsets, self.tile, lambda v, m: v + m)
-        return out.astype(self.dtype if dtype is None else dtype)
+        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
 
     @property
     def nbytes(self) -> float:
@@ -150,6 +99,17 @@ class Quantized:
         bits = self.values.size * self.format.bits + self.scales.size * self.scale_bits
         offsets = 0 if self.offsets is None else 4 * self.offsets.size
         return bits / 8 + offsets + (0 if self.tensor_scale is None else 4)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _dequantize(q: Quantized, dtype: Any) -> Any:
+    if q.is_stack:
+        return jax.vmap(lambda one: _dequantize(one, dtype))(q)
+    values = q.values.astype(jnp.float32)
+    out = per_tile(values, q.full_scales, q.tile, lambda v, s: v * s)
+    if q.offsets is not None:
+        out = per_tile(out, q.offsets, q.tile, lambda v, m: v + m)
+    return out.astype(dtype)
 
 
 def quantize(
@@ -222,6 +182,15 @@ def quantize(
     if offset:
         check_offset(format, scaling, scale_rounding)
         return _with_offset(x, format, scaling, tile, rounding, key)
+    return _scaled(x, format, scaling, tile, rounding, key, scale_rounding)
+
+
+# One program where `quantize` is called by itself, part of the caller's jaxpr where it is traced.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 6), inline=True)
+def _scaled(
+    x: Any, format: Format, scaling: Scaling, tile: tuple[int, ...], rounding: str, key: Any,
+    scale_rounding: str,
+) -> Quantized:  # fmt: skip
     scales, whole = find_scales(x, format, scaling, tile, scale_rounding)
     both = scales if whole is None else scales * whole
     values = scaled_values(x, both, format, tile, rounding, key)
@@ -235,11 +204,12 @@ def quantize(
     )
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
 def _with_offset(
     x: Any, format: Format, scaling: Scaling, tile: tuple[int, ...], rounding: str, key: Any
 ) -> Quantized:
     wide = x.astype(jnp.float32)
-    parts = _split(wide, tile, "edge")  # a zero of the padding might widen the range
+    parts = split(wide, tile, "edge")  # a zero of the padding might widen the range
     axes = tuple(range(1, parts.ndim, 2))
     scales, offsets = to_range(jnp.min(parts, axes), jnp.max(parts, axes), format)
     # a group that holds inf or NaN becomes NaN

@@ -116,6 +116,8 @@ def _power_pattern(u: Any, rounded: Any, rounding: str, bits: Any) -> Any:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+# one program where it is called by itself; part of the caller's jaxpr where that is traced
+@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
 def _round(x: Any, bits: Any, format: Format, rounding: str, saturate: bool) -> Any:
     u = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     out = _round_pattern(u, format, rounding, bits, saturate, x.dtype)

@@ -157,7 +157,7 @@ class Network:
 
     def init(self, key: Any) -> Any:
         """Returns new parameters; equal keys give equal float32 draws under every Precision."""
-        return stored(nn.unbox(self.boxed(self.at, key)), self.precision)
+        return _draw(self, key)
 
     def init_state(self) -> Any:
         """Returns what training threads through the model: amax histories of delayed scaling.
@@ -174,3 +174,9 @@ class Network:
                     at = at.setdefault(part, {})
                 at["kernel"] = AmaxHistory.empty(recipe.history, layers)
         return {"amax": tree} if tree else None
+
+
+# One program where it is called by itself, part of the caller's jaxpr where it is traced.
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _draw(model: Network, key: Any) -> Any:
+    return stored(nn.unbox(model.boxed(model.at, key)), model.precision)

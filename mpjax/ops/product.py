@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -11,7 +12,7 @@ from jax import lax
 
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.formats.quantize import amax_of
+from mpjax.formats.tiles import amax_of
 from mpjax.ops.quantized import Axes, Dims, Factor, backward_dims, combine, encode, need_key
 from mpjax.precision import Recipe, get_recipe
 
@@ -92,6 +93,9 @@ def _part(amax: Any, number: int) -> Any:
     return None if amax is None else amax[number]
 
 
+# Each is one program where a product is called by itself, part of the caller's jaxpr where it is
+# traced.
+@functools.partial(jax.jit, static_argnums=5, inline=True)
 def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
     recipe, ((x_axes, w_axes), *_) = how.recipe, how.op.axes(a, b)
     need_key(recipe, key, False, how.where)
@@ -114,6 +118,7 @@ def _product_fwd(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> An
     return out, (a.astype(how.compute), b, key, amax, jnp.zeros(0, a.dtype))
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
 def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
     x, b, key, amax, like = kept
     dy, gradient_seen = cotangents

@@ -18,8 +18,9 @@ from jax import lax
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, Scaling, round_to
-from mpjax.formats.quantize import amax_of, find_scales, per_tile, scaled_values
+from mpjax.formats.quantize import find_scales, scaled_values
 from mpjax.formats.scaling import to_scale
+from mpjax.formats.tiles import amax_of, per_tile
 from mpjax.precision import Operand, Recipe
 
 Axes = tuple[int, ...]

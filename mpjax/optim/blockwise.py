@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax.formats import Format, round_to
-from mpjax.formats.quantize import amax_of, per_tile
+from mpjax.formats.tiles import amax_of, per_tile
 from mpjax.precision.moments import MomentFormat
 
 _BITS = {"int8": 8, "int4": 4, "int8-linear": 8}

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, Quantized, Scaling, is_quantized, quantize
-from mpjax.formats.quantize import amax_of, scaled_values
+from mpjax.formats.quantize import scaled_values
 from mpjax.formats.scaling import to_scale
+from mpjax.formats.tiles import amax_of
 from mpjax.precision import matches
 from mpjax.precision.rule import near_misses
 

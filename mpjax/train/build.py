@@ -24,7 +24,8 @@ class _Part(NamedTuple):
     """The step of one precision, and its state before the first step."""
 
     step: TrainStep
-    init: Callable[[Any], TrainState]
+    draw: Callable[[Any], Any]  # seed -> weights
+    start: Callable[[Any, Any], TrainState]  # weights, seed -> state
     first: Callable[[], Any]  # the model's own state
     abstract: TrainState
 
@@ -84,20 +85,22 @@ def build(
         wrapped = wrap(optimizer, model.precision, clip=clip, gate=gate, patience=patience)
         first = getattr(model, "init_state", lambda: None)
 
-        def init(seed: Any) -> TrainState:
-            params = model.init(jax.random.key(seed))
+        def draw(seed: Any) -> Any:
+            return model.init(jax.random.key(seed))
+
+        def start(params: Any, seed: Any) -> TrainState:
             return init_state(params, wrapped, seed=seed, model_state=first())
 
-        abstract = jax.eval_shape(init, seed)
+        abstract = jax.eval_shape(lambda seed: start(draw(seed), seed), seed)
         shardings = None if mesh is None else state_shardings(abstract, model.axes, mesh)
         require_room(abstract, shardings)
         step = make_train_step(
             objective(model), wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
         )
-        return _Part(step, init, first, abstract)
+        return _Part(step, draw, start, first, abstract)
 
     begin = part(model)
-    step, init = begin.step, begin.init
+    step, start = begin.step, begin.start
     if schedule is not None:
         schedule = get_schedule(schedule)
         if model.precision != schedule.first:
@@ -107,24 +110,32 @@ def build(
             )
         if len(schedule.precisions) > 1:
             others = [dataclasses.replace(model, precision=p) for p in schedule.precisions[1:]]
-            step, init = _switching(schedule, [begin, *map(part, others)], model.axes)
-    init_jit = jax.jit(init, out_shardings=step.shardings)
-    return init_jit(seed), dataclasses.replace(step, init=init_jit)
+            step, start = _switching(schedule, [begin, *map(part, others)], model.axes)
+    cut = step.shardings
+    # Two programs: whatever the optimizer, the weights of a model are drawn by the same one, which
+    # takes longest to compile.
+    draw = jax.jit(begin.draw, out_shardings=None if cut is None else cut.params)
+    rest = jax.jit(start, out_shardings=cut, donate_argnums=0)
+
+    def init(seed: Any) -> TrainState:
+        return rest(draw(seed), seed)
+
+    return init(seed), dataclasses.replace(step, init=init)
 
 
 def _switching(
     schedule: PrecisionSchedule, parts: list[_Part], axes: Any
-) -> tuple[TrainStep, Callable[[Any], TrainState]]:
-    """Returns the step of all precisions, and what makes the first state."""
+) -> tuple[TrainStep, Callable[[Any, Any], TrainState]]:
+    """Returns the step of all precisions, and what makes the first state from its weights."""
     require_alike(schedule.labels, [part.abstract for part in parts])
     steps = [part.step for part in parts]
 
-    def init(seed: Any) -> TrainState:
-        plain = parts[0].init(seed)
+    def start(params: Any, seed: Any) -> TrainState:
+        plain = parts[0].start(params, seed)
         scales = [make_loss_scale(p.loss_scale, plain.params) for p in schedule.precisions]
         return whole_state(plain, schedule.window, scales, [part.first() for part in parts])
 
     mesh = steps[0].mesh
-    abstract = jax.eval_shape(init, 0)
+    abstract = jax.eval_shape(start, parts[0].abstract.params, 0)
     shardings = None if mesh is None else state_shardings(abstract, axes, mesh)
-    return make_switching_step(schedule, steps, shardings), init
+    return make_switching_step(schedule, steps, shardings), start

@@ -18,6 +18,9 @@ from tests.ops.oracle import gradient, rounded
 F32 = parse_policy("f32")
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 def oracle(q: Any, k: Any, v: Any, first: int = 0) -> Any:
     B, T, H, K = q.shape
     group = H // k.shape[2]

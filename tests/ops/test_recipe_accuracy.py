@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,29 @@ def test_the_counted_operands_are_those_that_are_multiplied(name: str) -> None:
     assert max(_distance(name)) < 2e-6
 
 
-def test_operands_that_are_not_quantised_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def swap_encode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Puts another `encode` into products, and forgets those that were traced with the real one."""
+
+    def swap(other: Any) -> None:
+        monkeypatch.setattr(mpjax.ops.product, "encode", other)
+        _forget()
+
+    yield swap
+    monkeypatch.undo()
+    _forget()
+
+
+def _forget() -> None:
+    for traced in (mpjax.ops.product._forward, mpjax.ops.product._product_bwd):
+        traced.clear_cache()
+
+
+def test_operands_that_are_not_quantised_are_noticed(swap_encode: Any) -> None:
     def wide(x: Any, operand: Any, axes: Any, key: Any, compute: Any, amax: Any = None) -> Factor:
         return encode(x, None, axes, key, compute)
 
-    monkeypatch.setattr(mpjax.ops.product, "encode", wide)
+    swap_encode(wide)
     assert min(_distance("fp8-block")) > 1e-3
 
 
@@ -163,8 +182,8 @@ def _other_axis(backward_only: bool) -> Any:
     return wrong
 
 
-def test_a_backward_pass_along_the_wrong_axis_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mpjax.ops.product, "encode", _other_axis(backward_only=True))
+def test_a_backward_pass_along_the_wrong_axis_is_noticed(swap_encode: Any) -> None:
+    swap_encode(_other_axis(backward_only=True))
     # not mxfp8: with power-of-two scales a float is rounded alike along either axis
     output, dgrad, wgrad = _distance("int8-block")
     assert output < 2e-6 < 1e-3 < min(dgrad, wgrad)
@@ -201,10 +220,10 @@ def test_e4m3_blocks_keep_the_ordinary_channels(outliers: Any) -> None:
 
 
 def test_blocks_along_the_wrong_axis_lose_the_ordinary_channels(
-    outliers: Any, monkeypatch: pytest.MonkeyPatch
+    outliers: Any, swap_encode: Any
 ) -> None:
     right = outliers["int8-block", "wgrad, ordinary", 100.0]
-    monkeypatch.setattr(mpjax.ops.product, "encode", _other_axis(backward_only=False))
+    swap_encode(_other_axis(backward_only=False))
     one = error.Outliers((100.0,), tokens=256, channels=1024, outputs=16, seeds=1)
     found = error.with_outliers(("int8-block",), one, jnp.float32)
     (wrong,) = [r["sqnr"] for r in found if r["place"] == "wgrad, ordinary"]

@@ -19,6 +19,8 @@ from mpjax.train.memory import bytes_per_parameter, formula, state_bytes
 from mpjax.train.sharding import ShardActivations, partition
 from tests.train.meshes import MESHES, batch, compiled, host, reductions, relative, small
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 STEPS = 20
 
 
@@ -48,13 +50,13 @@ def _run(mesh: str | None) -> dict[str, Any]:
             "state": state, "model": model, "norm": float(metrics["grad_norm"])}  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def one_device() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def one_device(fast_compile: None) -> dict[str, Any]:
     return _run(None) | dict(zip(("loss", "grads"), _first_gradients(None), strict=True))
 
 
-@pytest.fixture(scope="session", params=MESHES)
-def on_mesh(request: Any) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=MESHES)
+def on_mesh(request: Any, fast_compile: None) -> dict[str, Any]:
     sgd = _first_gradients(request.param)
     return (
         _run(request.param)

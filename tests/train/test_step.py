@@ -19,6 +19,8 @@ from mpjax.train.memory import bytes_per_parameter, formula, state_bytes
 from tests.ops.jaxprs import equations
 from tests.train.meshes import batch, compiled, host, relative, small
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 def _bits(tree: Any) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
