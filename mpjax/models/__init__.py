@@ -1,5 +1,6 @@
 """Flax Linen models whose every module takes its policy by path."""
 
+from mpjax.models.calibration import input_moments
 from mpjax.models.config import DecoderConfig, decoder_config, size_names
 from mpjax.models.decoder import Model, decoder
 from mpjax.models.encoder import Encoder, encoder
@@ -36,6 +37,7 @@ __all__ = [
     "encoder_config",
     "encoder_size_names",
     "generate",
+    "input_moments",
     "judge",
     "left_pad",
     "load_weights",

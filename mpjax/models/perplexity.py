@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +92,7 @@ class Variant:
       rules: of the weights.
       precision: that it computes in; empty is the model's own.
       cache: storage of keys and values.
+      calibrated: whether its weights are rounded by the moments that `compare` is given.
 
     Example:
       >>> print(Variant("int4@32", cache="int8"))
@@ -102,9 +103,10 @@ class Variant:
     rules: tuple[str, ...] = ()
     precision: str = ""
     cache: str = ""
+    calibrated: bool = False
 
     def __str__(self) -> str:
-        parts = [f"{self.weights} weights", *self.rules]
+        parts = [f"{self.weights} weights{' (calibrated)' * self.calibrated}", *self.rules]
         parts += [f"precision {self.precision}"] * bool(self.precision)
         return ", ".join([*parts, *([f"{self.cache} cache"] * bool(self.cache))])
 
@@ -128,8 +130,9 @@ class Compared(NamedTuple):
 
 
 def compare(
-    model: Any, params: Any, batches: Sequence[Any], variants: Sequence[Variant]
-) -> list[Compared]:
+    model: Any, params: Any, batches: Sequence[Any], variants: Sequence[Variant], *,
+    moments: Mapping[str, Any] | None = None,
+) -> list[Compared]:  # fmt: skip
     """Returns perplexity, accuracy and bytes of ways to run a trained model.
 
     Args:
@@ -137,6 +140,10 @@ def compare(
       params: its weights as they were trained.
       batches: `{"inputs": (B, T), "targets": (B, T)}` token ids.
       variants: the first is what the others are compared with.
+      moments: from `input_moments`, for variants that are calibrated.
+
+    Raises:
+      ConfigError: a calibrated variant without moments.
 
     Example:
       >>> from mpjax.models import Variant, compare, decoder
@@ -153,7 +160,15 @@ def compare(
         own = model
         if variant.precision:
             own = dataclasses.replace(model, precision=get_precision(variant.precision))
-        stored = quantize_weights(params, variant.weights, rules=variant.rules)
+        if variant.calibrated and moments is None:
+            raise ConfigError(
+                f"compare: {variant} needs moments; pass moments=input_moments(model, params, ...)"
+                " of another text"
+            )
+        stored = quantize_weights(
+            params, variant.weights, rules=variant.rules,
+            moments=moments if variant.calibrated else None,
+        )  # fmt: skip
         judged = judge(own, stored, batches, cache=variant.cache)
         slots = jax.eval_shape(lambda m=own, v=variant: m.init_cache(1, 64, v.cache)["layers"])
         first = rows[0].judged if rows else judged

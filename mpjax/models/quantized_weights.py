@@ -7,7 +7,7 @@ quantised one by one, so a scan or a slice over the stack yields each layer's Qu
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized, is_quantized, sqnr
+from mpjax.models.calibration import store_weighed
 from mpjax.models.storage import Storage, stored_bytes
 from mpjax.precision import matches
 from mpjax.precision.rule import near_misses
@@ -50,6 +51,24 @@ def _store(leaf: Any, storage: Storage, axis: int | tuple[int, ...], stacked: bo
     return (jax.vmap(store) if stacked else store)(leaf)
 
 
+@functools.partial(jax.jit, static_argnames=("storage", "stacked"))
+def _store_weighed(leaf: Any, moments: Any, storage: Storage, stacked: bool) -> Any:
+    if not stacked:
+        return store_weighed(leaf, moments, storage)
+    # one after the other: each holds the inverse of its moment
+    return jax.lax.map(lambda one: store_weighed(one[0], one[1], storage), (leaf, moments))
+
+
+def _check_moment(path: str, leaf: Any, moment: Any, stacked: bool) -> None:
+    inputs = leaf.shape[-2]
+    expected = (*leaf.shape[:stacked], inputs, inputs)
+    if moment.shape != expected:
+        raise ConfigError(
+            f"weights: the moments of {path} are {moment.shape} where its shape {leaf.shape} needs"
+            f" {expected}; make them with input_moments of this model"
+        )
+
+
 def _unused(rule: str, paths: Sequence[str]) -> ConfigError:
     pattern = rule.partition("=")[0]
     if hit := [path for path in paths if matches(pattern, path)]:
@@ -65,8 +84,9 @@ def _unused(rule: str, paths: Sequence[str]) -> ConfigError:
 
 
 def quantize_weights(
-    params: Any, storage: str | Storage = "int8", *, rules: Sequence[str] = ()
-) -> Any:
+    params: Any, storage: str | Storage = "int8", *, rules: Sequence[str] = (),
+    moments: Mapping[str, Any] | None = None,
+) -> Any:  # fmt: skip
     r"""Returns weights stored in fewer bits, for inference: $w \approx s\,v$, v in the Format.
 
     Kernels are quantised along the axis that their product sums over: `int8` has one scale for
@@ -81,13 +101,15 @@ def quantize_weights(
         `+offset` too (matrices, without embeddings, norms and the head; vectors never).
       rules: `PATTERN=STORAGE` or `PATTERN=keep` in order, the first match wins; patterns as in a
         Precision, of paths without layer index, such as `decoder/layers/mlp/down/kernel`.
+      moments: of the inputs of kernels, from `input_moments`: these are then rounded so that their
+        products change least (GPTQ), and clipped where that loses less; others to nearest.
 
     Returns:
       The same tree with Quantized leaves.
 
     Raises:
-      ConfigError: an unknown storage, a rule that decides no weight, or weights that are quantised
-        already.
+      ConfigError: an unknown storage, a rule that decides no weight, weights that are quantised
+        already, or moments of another model.
 
     Example:
       >>> params = {"layers": {"up": {"kernel": jnp.ones((2, 64, 4))}}, "norm": jnp.ones(4)}
@@ -97,13 +119,14 @@ def quantize_weights(
 
     References:
       Dettmers et al. 2022, LLM.int8(), section 2.1 (row-wise); Frantar et al. 2023, GPTQ, section
-      4 (round to nearest, groups).
+      3 (with moments) and 4 (round to nearest, groups).
     """
     storage = Storage.parse(storage, "weights")
     found = [_parse(rule) for rule in rules]
     named, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
-    used, leaves = set(), []
+    moments = {} if moments is None else moments
+    used, weighed, leaves = set(), set(), []
     for path, (_, leaf) in zip(paths, named, strict=True):
         if is_quantized(leaf):
             raise ConfigError(
@@ -122,8 +145,19 @@ def quantize_weights(
             leaves.append(leaf)  # a vector has no rows to scale
             continue
         used.add(number)
-        keep = chosen is None or not jnp.issubdtype(leaf.dtype, jnp.floating)
-        leaves.append(leaf if keep else _store(leaf, chosen, _summed(path, ndim), stacked))
+        if chosen is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaves.append(leaf)
+        elif chosen.scaling is not None and path in moments:
+            _check_moment(path, leaf, moments[path], stacked)
+            weighed.add(path)
+            leaves.append(_store_weighed(leaf, moments[path], chosen, stacked))
+        else:
+            leaves.append(_store(leaf, chosen, _summed(path, ndim), stacked))
+    if moments and not weighed and any(is_quantized(leaf) for leaf in leaves):
+        raise ConfigError(
+            f"weights: no weight is called as the moments are, such as {next(iter(moments))}; make"
+            " them with input_moments of this model"
+        )
     for number, rule in enumerate(rules):
         if number not in used:
             raise _unused(rule, paths)
