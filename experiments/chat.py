@@ -6,6 +6,7 @@ template will do.
 
 Run:       python experiments/chat.py --weights int8
            python experiments/chat.py --weights int4 --prompt 'What is the capital of France?'
+           python experiments/chat.py --weights int4@32 --calibration stdlib
 Expected:  "The capital of France is Paris." in all of them; int4 is the grid of this checkpoint.
            Fewer bits save memory here, not time: a CPU dequantises the weights for each token.
 """
@@ -16,7 +17,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 
+from mpjax.data import Tokenizer, read_documents, validation_batches
 from mpjax.data.assets import fetch
 from mpjax.data.chat import Chat, Message
 from mpjax.errors import ConfigError
-from mpjax.models import left_pad, quantize_weights, stream
+from mpjax.models import input_moments, left_pad, quantize_weights, stream
 from mpjax.models.cache import cache_storage
 from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint
 from mpjax.models.sampling import Sampling
@@ -35,6 +37,7 @@ from mpjax.models.storage import Storage, stored_bytes
 from mpjax.precision import get_precision
 
 BLOCK = 64  # prompts are padded to a multiple of it: so many lengths share a compiled program
+WINDOW, WINDOWS = 256, 64  # tokens, and how many of them, of a calibration text
 WARM = 2  # the first token waits for the prompt, the second for a compilation
 
 
@@ -48,6 +51,9 @@ class Config:
     """Folder or file of a checkpoint with its tokenizer; by default SmolLM2-135M-Instruct."""
     weights: str = "int8"
     """Storage of the weights: f32, bf16, int8, int4 (int4@32+offset) or FORMAT@SCALING."""
+    calibration: str = ""
+    """Text by whose inputs the weights are rounded (GPTQ), as --data of train_lm: `stdlib`, a file,
+    a folder ...; without it to nearest."""
     rule: tuple[str, ...] = ()
     """PATTERN=STORAGE of some weights, such as '**/embed=int8', or PATTERN=keep."""
     precision: str = "fp32"
@@ -111,6 +117,19 @@ def find_chat(checkpoint: Checkpoint) -> Chat:
     return Chat(tokenizer, template, names["eos_token"], names)
 
 
+def moments_of(source: str, checkpoint: Checkpoint, model: Any, params: Any) -> Mapping[str, Any]:
+    """Returns the moments of what the weights are multiplied by when the model reads a text."""
+    text = "\n\n".join(document.text for document in read_documents(source))
+    ids = Tokenizer.from_text(checkpoint.tokenizer_json() or "").encode(text)
+    seq = min(WINDOW, model.config.context)
+    if len(ids) <= seq:
+        raise ConfigError(
+            f"calibration: {source} has {len(ids)} tokens where a window takes {seq + 1}; name a"
+            " longer text"
+        )
+    return input_moments(model, params, validation_batches(ids, batch=1, seq=seq, limit=WINDOWS))
+
+
 def say(chat: Chat, tokens: Any, write: Callable[[str], None]) -> tuple[str, str]:
     """Writes an answer as its tokens come.
 
@@ -142,12 +161,18 @@ def main(config: Config) -> None:
     launch.not_negative(config, "temperature", "top_k", "seed")
     Sampling(config.temperature, config.top_k, config.top_p)
     storage = "int4@32+offset" if config.weights == "int4" else config.weights
-    Storage.parse(storage, "weights")
+    rounded = Storage.parse(storage, "weights").scaling is not None or config.rule
+    if config.calibration and not rounded:
+        raise ConfigError(
+            f"calibration: weights={config.weights} are not rounded to a grid with scales; drop it,"
+            " or take --weights int4@32"
+        )
     if config.cache:
         cache_storage(config.cache)
     precision = get_precision(config.precision)
     source = Path(config.checkpoint) if config.checkpoint else fetch("smollm2")
-    chat = find_chat(open_checkpoint(source))
+    checkpoint = open_checkpoint(source)
+    chat = find_chat(checkpoint)
     # one block is compiled, not thirty
     model, params = load_checkpoint(source, precision, loop="scan")
     if chat.vocab_size > model.config.vocabulary:
@@ -156,7 +181,10 @@ def main(config: Config) -> None:
             f" {model.config.vocabulary}; take the tokenizer of this model"
         )
     whole = stored_bytes(params)
-    params = quantize_weights(params, storage, rules=config.rule)
+    moments = None
+    if config.calibration:
+        moments = moments_of(config.calibration, checkpoint, model, params)
+    params = quantize_weights(params, storage, rules=config.rule, moments=moments)
     slot = stored_bytes(model.init_cache(1, 1, config.cache)["layers"])
     note = lambda text: print(text, file=sys.stderr)  # noqa: E731
     note(

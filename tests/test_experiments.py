@@ -638,11 +638,26 @@ def test_a_checkpoint_answers_in_any_storage(talker):
     assert re.search(r"[1-6] tokens, the first after [\d.]+ s, then ", err)
 
 
+def test_a_checkpoint_is_rounded_by_a_text(talker, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a calibration text of some length. " * 10)
+    args = ["--checkpoint", talker, "--prompt", "hello", "--tokens", 6, "--weights", "int4@8"]
+    _, err = run("chat", *args, "--calibration", text)
+    assert "MB of weights in int4@8 (float32:" in err
+
+
 def test_a_chat_that_cannot_begin_is_one_line(talker, tmp_path):
     args = ["--checkpoint", talker, "--prompt", "hello", "--tokens", 6]
+    short = tmp_path / "short.txt"
+    short.write_text("short")
     for bad, message in (
         (["--weights", "int5"], "error: weights: 'int5': format: unknown name"),
         (["--tokens", 500], "error: prompt: "),
+        (["--weights", "bf16", "--calibration", "stdlib"], "error: calibration: weights=bf16 are"),
+        (
+            ["--calibration", short],
+            f"error: calibration: {short} has 5 tokens where a window takes",
+        ),
         (["--checkpoint", tmp_path], f"error: {tmp_path}: no checkpoint in it"),
     ):
         _, err = run("chat", *args, *bad, code=2)
