@@ -41,7 +41,7 @@ def input_moments(model: Any, params: Any, batches: Iterable[Any]) -> dict[str, 
       stack; float32.
 
     Raises:
-      ConfigError: no batch.
+      ConfigError: no batch, or inputs that are not finite.
 
     Example:
       >>> from mpjax.models import decoder
@@ -56,13 +56,13 @@ def input_moments(model: Any, params: Any, batches: Iterable[Any]) -> dict[str, 
     unrolled = dataclasses.replace(model, config=config)
 
     @jax.jit
-    def moments(params: Any, ids_BT: Any) -> Any:
+    def sums(params: Any, ids_BT: Any) -> Any:
         found: dict[str, list[Any]] = {}
 
         def listen(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
             if context.method_name == "multiply":
                 x_D = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)  # sums of tokens
-                second_DD = jnp.matmul(x_D.T, x_D, precision=lax.Precision.HIGHEST) / len(x_D)
+                second_DD = jnp.matmul(x_D.T, x_D, precision=lax.Precision.HIGHEST)
                 path = (*context.module.context.prefix, *context.module.path, "kernel")
                 name = "/".join(part for part in path if not part.isdigit())
                 found.setdefault(name, []).append(second_DD)
@@ -75,14 +75,20 @@ def input_moments(model: Any, params: Any, batches: Iterable[Any]) -> dict[str, 
             for name, layers in found.items()
         }
 
-    total, count = None, 0
+    total, tokens = None, 0
     for batch in batches:
-        one = moments(params, batch["inputs"])
+        one = sums(params, batch["inputs"])
         total = one if total is None else jax.tree.map(jnp.add, total, one)
-        count += 1
+        tokens += batch["inputs"].size
     if total is None:
         raise ConfigError("input_moments: no batch; give some text")
-    return jax.tree.map(lambda m: m / count, total)
+    for name, moment in total.items():
+        if not jnp.isfinite(moment).all():
+            raise ConfigError(
+                f"input_moments: what {name} is multiplied by is not finite; compute in a wider"
+                " Precision, such as fp32, and check the weights"
+            )
+    return jax.tree.map(lambda moment: moment / tokens, total)
 
 
 def _spread(q: Quantized) -> tuple[Any, Any]:

@@ -104,7 +104,7 @@ def test_inputs_that_never_come_are_rounded_too() -> None:
 def test_moments_are_those_of_what_the_kernels_see() -> None:
     model = small("fp32", "llama", loop="scan", remat="full")
     params = stirred(model)
-    batches = [{"inputs": IDS[:1, :5]}, {"inputs": IDS[1:, :5]}]
+    batches = [{"inputs": IDS[:1, :5]}, {"inputs": IDS[1:, :7]}]  # each token counts alike
     found = input_moments(model, params, batches)
     feature_D = np.concatenate([
         np.asarray(model.features(params, b["inputs"])[0][0], np.float64) for b in batches
@@ -124,7 +124,8 @@ def test_moments_are_those_of_what_the_kernels_see() -> None:
     np.testing.assert_array_equal(found[same[0]], found[same[1]])  # they see the same
     assert np.abs(found[same[0]][0] - found[same[0]][1]).max() > 0.1  # and each layer its own
     # the first layer's: what the norm makes of the embedding
-    x = np.asarray(params["decoder"]["embed"]["table"], np.float64)[np.asarray(IDS[:, :5]).ravel()]
+    ids = np.concatenate([np.asarray(b["inputs"])[0] for b in batches])
+    x = np.asarray(params["decoder"]["embed"]["table"], np.float64)[ids]
     x /= np.sqrt(np.square(x).mean(-1, keepdims=True) + model.config.epsilon)
     x *= np.asarray(params["decoder"]["layers"]["norm_attention"]["scale"][0])
     np.testing.assert_allclose(found[same[0]][0], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
@@ -165,6 +166,9 @@ def test_mistakes_are_named() -> None:
     params = stirred(model)
     with pytest.raises(ConfigError, match="input_moments: no batch; give some text"):
         input_moments(model, params, [])
+    lost = jax.tree.map(lambda w: w.at[:].set(jnp.nan), params)
+    with pytest.raises(ConfigError, match="kernel is multiplied by is not finite"):
+        input_moments(model, lost, [BATCH])
     wrong = {"decoder/layers/mlp/up/kernel": jnp.eye(16)}
     with pytest.raises(ConfigError, match=r"up/kernel are \(16, 16\) where .* needs \(2, 16, 16\)"):
         quantize_weights(params, "int4", moments=wrong)
