@@ -5,7 +5,7 @@ Expected:  int8 keys and values, and int8 weights with a scale for 32 numbers, c
            less than 0.5 %, and so does int8 with a scale a channel. int4 with scale and offset for
            32 numbers changes nothing, for it is the grid on which the checkpoint lies; any other
            int4 (no offset, other blocks) is 20 % and more away when it is rounded to nearest, and
-           about 5 % when the inputs of a calibration text guide the rounding (GPTQ). Two bits ruin
+           2 to 7 % when the inputs of a calibration text guide the rounding (GPTQ). Two bits ruin
            it. Pruning without training costs more with each share, and int8 on top of it no more
            than without it.
 
