@@ -8,7 +8,7 @@ Run:       python experiments/pretrain_bert.py
            python experiments/pretrain_bert.py --export runs/bert
            python experiments/finetune_classifier.py --checkpoint runs/bert/fp32 --lengths 32 64
 Expected:  in fp32 masked tokens are told 1.7 times as often as by the most frequent token (7.9 %
-           against 4.6 %, 3 seeds, 9 minutes on 2 cores), in bf16 and fp16 as often within the noise,
+           against 4.6 %, 3 seeds, 9 minutes on 2 cores), in bf16 and fp16 as often within noise,
            with held-out losses within 0.3 %. Next sentences need many more steps: in so short a run
            they stay near chance (58 %), below what a count of the words that two segments share
            tells (75 %).
