@@ -9,6 +9,7 @@ Expected:  the same products and no more casts than the twin's, temporaries at m
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -58,6 +59,7 @@ def tracing(size: twins.Size, derive: object, fresh: bool) -> list[tuple[float, 
         ):  # fmt: skip
             if fresh:
                 jax.clear_caches()
+            gc.collect()  # what one leaves is not the next one's to clear away
             start = time.perf_counter()
             jax.make_jaxpr(derive(make(size)))(params, ids)  # type: ignore[operator]
             row.append(time.perf_counter() - start)
