@@ -91,7 +91,8 @@ class Quantized:
 
     def dequantize(self, dtype: Any = None) -> Any:
         """Returns the array, in its own dtype or another."""
-        return _dequantize(self, jnp.dtype(self.dtype if dtype is None else dtype))
+        wanted = self.dtype if dtype is None else dtype
+        return _dequantize(self, jax.dtypes.canonicalize_dtype(wanted))
 
     @property
     def nbytes(self) -> float:
@@ -173,6 +174,7 @@ def quantize(
     scale_rounding = scaling.default_rounding if scale_rounding is None else scale_rounding
     check_scaling(format, scaling, scale_rounding, "quantize")
     check_rounding(rounding, key, "quantize")
+    key = key if rounding == "stochastic" else None
     if x.size == 0:
         raise ConfigError(f"quantize: x of shape {x.shape} has no elements; leave it out")
     tile = x.shape

@@ -202,4 +202,4 @@ def round_to(
     bits = jax.random.bits(key, x.shape, jnp.uint32) if rounding == "stochastic" else None
     if not straight_through:
         x = jax.lax.stop_gradient(x)
-    return _round(x, bits, format, rounding, saturate)
+    return _round(x, bits, format, rounding, bool(saturate))

@@ -105,6 +105,8 @@ class Recipe:
     source: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        for product in ("fprop", "dgrad", "wgrad"):  # lists too, as from JSON
+            object.__setattr__(self, product, tuple(getattr(self, product)))
         where = f"recipe {self.name!r}"
         if not self.name or set(" =:,") & set(self.name):
             raise ConfigError(f"{where}: the name is empty or holds one of ' =:,'; choose another")

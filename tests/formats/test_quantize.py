@@ -394,3 +394,9 @@ def test_an_offset_loses_no_nan_and_no_large_range() -> None:
 def test_what_takes_no_offset(format: str, scaling: str, options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         quantize(jnp.ones((2, 32)), format, scaling, offset=True, **options)
+
+
+def test_python_types_name_dtypes() -> None:
+    q = formats.quantize(jnp.asarray(matrix(), jnp.bfloat16), "int8", "row")
+    assert q.dequantize().dtype == jnp.bfloat16
+    assert q.dequantize(float).dtype == q.dequantize("float32").dtype == jnp.float32

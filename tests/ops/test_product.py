@@ -240,6 +240,14 @@ def test_keys_of_any_kind_draw() -> None:
     assert bool(jnp.isfinite(found[2]).all()) and bool((found[0] != found[2]).any())
 
 
+def test_a_recipe_of_lists_is_that_of_tuples() -> None:
+    plain, (x, w, dy) = get_recipe("fp8-row"), operands()
+    listed = dataclasses.replace(plain, fprop=list(plain.fprop), dgrad=list(plain.dgrad))
+    assert listed == plain and hash(listed) == hash(plain)
+    for got, want in zip(run(x, w, dy, listed), run(x, w, dy, plain), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 # --- convolutions -------------------------------------------------------------------------------
 
 
