@@ -71,6 +71,36 @@ def test_a_product_and_its_gradients_are_four() -> None:
     assert programs(pull) <= 4
 
 
+def test_a_second_module_compiles_nothing() -> None:
+    x, w = matrix(19, 177), matrix(177, 7)
+
+    def pull(where: str) -> Any:
+        product = lambda x, w: dot_general(x, w, DIMS, "fp8-row", where=where)  # noqa: E731
+        y, back = jax.vjp(product, x, w)
+        return back(y)
+
+    pull("decoder/layers/0/mlp/up")
+    assert programs(lambda: pull("decoder/layers/1/mlp/up")) == 0
+
+
+class Unhashable:
+    """A `shard` that a user wrote as a dataclass."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, x: Any, axes: tuple[str | None, ...]) -> Any:
+        return x
+
+
+def test_how_activations_are_cut_is_no_part_of_the_draw() -> None:
+    model = decoder("tiny", layers=1, width=38, heads=1, context=19)
+    plain = model.init(jax.random.key(0))
+    cut = model.sharded(Unhashable())
+    assert programs(lambda: cut.init(jax.random.key(0))) == 0
+    drawn = cut.init(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, plain, drawn)
+
+
 def test_operations_are_counted() -> None:
     """The control: int8 with a scale for each row, an operation at a time."""
     x = matrix(19, 175)

@@ -157,7 +157,7 @@ class Network:
 
     def init(self, key: Any) -> Any:
         """Returns new parameters; equal keys give equal float32 draws under every Precision."""
-        return _draw(self, key)
+        return _draw(dataclasses.replace(self, shard=unsharded), key)
 
     def init_state(self) -> Any:
         """Returns what training threads through the model: amax histories of delayed scaling.
@@ -176,7 +176,8 @@ class Network:
         return {"amax": tree} if tree else None
 
 
-# One program where it is called by itself, part of the caller's jaxpr where it is traced.
+# One program where it is called by itself, part of the caller's jaxpr where it is traced. The model
+# is what a program is kept for, so it comes without `shard`, which nothing is drawn by.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _draw(model: Network, key: Any) -> Any:
     return stored(nn.unbox(model.boxed(model.at, key)), model.precision)

@@ -94,11 +94,11 @@ def _part(amax: Any, number: int) -> Any:
 
 
 # Each is one program where a product is called by itself, part of the caller's jaxpr where it is
-# traced.
+# traced. The path of the module says nothing about the numbers: it stays outside, so that two
+# modules of equal shapes share a program.
 @functools.partial(jax.jit, static_argnums=5, inline=True)
-def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
+def _multiply(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
     recipe, ((x_axes, w_axes), *_) = how.recipe, how.op.axes(a, b)
-    need_key(recipe, key, False, how.where)
     x = a.astype(how.compute)
     left = encode(x, recipe.fprop[0], x_axes, _key(key, 0), how.compute, _part(amax, 0))
     # a weight is quantised as it is stored: a cast before would round it twice
@@ -110,6 +110,11 @@ def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
     return y, seen
 
 
+def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
+    need_key(how.recipe, key, False, how.where)
+    return _multiply(a, b, key, amax, seen, how._replace(where=""))
+
+
 _product = jax.custom_vjp(_forward, nondiff_argnums=(5,))
 
 
@@ -119,11 +124,10 @@ def _product_fwd(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> An
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
+def _pull_back(how: How, kept: Any, cotangents: Any) -> Any:
     x, b, key, amax, like = kept
     dy, gradient_seen = cotangents
     recipe, compute = how.recipe, how.compute
-    need_key(recipe, key, True, how.where)
     dy = dy.astype(compute)
     _, (dy_axes, b_axes), (x_axes, dy_tokens) = how.op.axes(x, b)
 
@@ -145,6 +149,12 @@ def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
         zero = jnp.float32(0)
         gradient_seen = jnp.maximum(gradient_seen, jnp.stack([zero, zero, now]))
     return dx.astype(like.dtype), db.astype(b.dtype), None, None, gradient_seen
+
+
+def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
+    _, _, key, _, _ = kept
+    need_key(how.recipe, key, True, how.where)
+    return _pull_back(how._replace(where=""), kept, cotangents)
 
 
 _product.defvjp(_product_fwd, _product_bwd)

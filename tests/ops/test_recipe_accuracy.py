@@ -157,7 +157,7 @@ def swap_encode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], Non
 
 
 def _forget() -> None:
-    for traced in (mpjax.ops.product._forward, mpjax.ops.product._product_bwd):
+    for traced in (mpjax.ops.product._multiply, mpjax.ops.product._pull_back):
         traced.clear_cache()
 
 
