@@ -52,7 +52,8 @@ class Work:
     """What is trained, whatever the model."""
 
     data: str = "stdlib"
-    """`stdlib`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME."""
+    """`stdlib`, `janeausten`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or
+    hf:NAME."""
     layers: int = 2
     """Blocks."""
     width: int = 64

@@ -55,7 +55,8 @@ class Config:
     """Precision of validation: results are judged in float32 unless asked otherwise."""
 
     data: str = "stdlib"
-    """`stdlib`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME."""
+    """`stdlib`, `janeausten`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or
+    hf:NAME."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe:SIZE` (trained on the data) or a tokenizer.json."""
     held_out: float = 0.05

@@ -59,7 +59,8 @@ class Config(finetune.Tuning):
     warmup: int = 50
     """Steps of warm-up."""
     data: str = "stdlib"
-    """`stdlib`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME."""
+    """`stdlib`, `janeausten`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or
+    hf:NAME."""
     lines: int = 100
     """Lines with text of a document at most; longer ones are cut. A line counts as a sentence."""
     documents: int = 500

@@ -43,7 +43,8 @@ class Training:
     """How a language model is trained on text, whatever model and precision."""
 
     data: str = "stdlib"
-    """`stdlib`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME."""
+    """`stdlib`, `janeausten`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or
+    hf:NAME."""
     tokenizer: str = "bytes"
     """`bytes`, `bpe:SIZE` or a tokenizer.json."""
     layers: int = 2

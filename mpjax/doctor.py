@@ -44,10 +44,11 @@ EXTRAS = {
     "tasks": ("sklearn", "seqeval", "sacrebleu"),
     "chat": ("jinja2",),
     "parquet": ("pyarrow",),
+    "novels": ("rdata",),
     "wandb": ("wandb",),
     "dev": ("pytest", "xdist", "hypothesis", "beartype", "ruff", "mypy", "pre_commit",
             "nbclient", "ipykernel", "nbformat", "equinox", "haiku", "sklearn", "seqeval",
-            "sacrebleu", "jinja2", "safetensors", "gguf"),
+            "sacrebleu", "jinja2", "safetensors", "gguf", "rdata"),
 }  # fmt: skip
 PACKAGES = (
     "mpjax jax jaxlib flax optax jmp orbax-checkpoint grain tokenizers numpy ml_dtypes".split()

@@ -1,4 +1,4 @@
-"""Assets in tests: what `make assets` has fetched into the checkout's cache, else a skip.
+"""Assets in tests: what has been fetched into the checkout's cache, else a skip.
 
 Tests never download: whether a test runs is decided before it, not by the network during it.
 """

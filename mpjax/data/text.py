@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpjax.data import table
+from mpjax.data.novels import read_novels
 from mpjax.errors import ConfigError
 
 logger = logging.getLogger("mpjax.data")
@@ -56,6 +57,7 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
         source: one of
 
             * ``stdlib``: the source of Python's own standard library, without tests;
+            * ``janeausten``: six novels, a chapter a document (needs the ``novels`` extra);
             * a text file (UTF-8), one document;
             * a ``.jsonl`` or ``.parquet`` file, one document a row; ``FILE:column`` names the
               column;
@@ -78,6 +80,8 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
     """
     if source == "stdlib":
         documents, tables = _read_stdlib(), False
+    elif source == "janeausten":
+        documents, tables = [Document(name, text) for name, text in read_novels()], False
     elif source.startswith("hf:"):
         rows, tables = table.read_hub(source, column), True
         documents = [_row_document(source, name, value) for name, value in rows]
@@ -122,8 +126,8 @@ def _locate(source: str, column: str | None) -> tuple[Path, str | None]:
     except OSError as error:  # a name that is too long, a folder that may not be entered
         _unreadable(path, error)
     raise ConfigError(
-        f"data {source!r}: no such file or directory; expected stdlib, a file, a directory, "
-        "FILE:column or hf:NAME"
+        f"data {source!r}: no such file or directory; expected stdlib, janeausten, a file, a "
+        "directory, FILE:column or hf:NAME"
     )
 
 
