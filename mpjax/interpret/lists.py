@@ -78,7 +78,8 @@ ELEMENTWISE = frozenset(
         *("abs", "acosh", "add", "add_any", "asinh", "atan", "atan2", "atanh", "cbrt", "ceil"),
         *("clamp", "copy", "copy_p", "cos", "digamma", "div", "erf", "erfc", "exp2", "floor"),
         *("integer_pow", "is_finite", "lgamma", "logistic", "max", "min", "mul", "name", "neg"),
-        *("bessel_i0e", "bessel_i1e", "nextafter", "rem", "round", "select_n", "sign", "sin"),
+        *("bessel_i0e", "bessel_i1e", "nextafter", "polynomial", "rem", "round", "select_n"),
+        *("sign", "sin"),
         *("sqrt", "square", "stop_gradient", "sub", "tanh", "pvary", "mul_add", "reduce_precision"),
     }
 )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.models.quantized_weights import quantize_weights
+from mpjax.models.quantized_weights import has_scales, quantize_weights
 from mpjax.models.storage import stored_bytes
 from mpjax.precision import get_precision
 
@@ -143,7 +143,7 @@ def compare(
       moments: from `input_moments`, for variants that are calibrated.
 
     Raises:
-      ConfigError: a calibrated variant without moments.
+      ConfigError: a calibrated variant without moments, or with nothing to round by them.
 
     Example:
       >>> from mpjax.models import Variant, compare, decoder
@@ -160,10 +160,15 @@ def compare(
         own = model
         if variant.precision:
             own = dataclasses.replace(model, precision=get_precision(variant.precision))
-        if variant.calibrated and moments is None:
+        if variant.calibrated and not moments:
             raise ConfigError(
                 f"compare: {variant} needs moments; pass moments=input_moments(model, params, ...)"
                 " of another text"
+            )
+        if variant.calibrated and not has_scales(variant.weights, variant.rules):
+            raise ConfigError(
+                f"compare: {variant}: nothing is rounded to a grid with scales; drop calibrated, or"
+                " store weights as int4@32"
             )
         stored = quantize_weights(
             params, variant.weights, rules=variant.rules,

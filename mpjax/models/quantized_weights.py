@@ -60,12 +60,20 @@ def _store_weighed(leaf: Any, moments: Any, storage: Storage, stacked: bool) -> 
 
 
 def _check_moment(path: str, leaf: Any, moment: Any, stacked: bool) -> None:
+    if leaf.ndim - stacked != 2:
+        raise ConfigError(
+            f"weights: {path} has moments and its shape {leaf.shape} is no matrix's; leave them out"
+        )
     inputs = leaf.shape[-2]
     expected = (*leaf.shape[:stacked], inputs, inputs)
     if moment.shape != expected:
         raise ConfigError(
             f"weights: the moments of {path} are {moment.shape} where its shape {leaf.shape} needs"
             f" {expected}; make them with input_moments of this model"
+        )
+    if not bool(jnp.isfinite(moment).all()):
+        raise ConfigError(
+            f"weights: the moments of {path} are not finite; make them anew with input_moments"
         )
 
 
@@ -83,9 +91,20 @@ def _unused(rule: str, paths: Sequence[str]) -> ConfigError:
     return ConfigError(f"weights: rule {rule!r}: {why}")
 
 
+def has_scales(storage: str | Storage, rules: Sequence[str] = ()) -> bool:
+    """Whether `quantize_weights` would round some weights to a grid with scales.
+
+    Example:
+      >>> has_scales("bf16"), has_scales("bf16", ["**/mlp=int4@32"])
+      (False, True)
+    """
+    chosen = [Storage.parse(storage, "weights"), *(_parse(rule)[1] for rule in rules)]
+    return any(one is not None and one.scaling is not None for one in chosen)
+
+
 def quantize_weights(
     params: Any, storage: str | Storage = "int8", *, rules: Sequence[str] = (),
-    moments: Mapping[str, Any] | None = None,
+    moments: Any = None,
 ) -> Any:  # fmt: skip
     r"""Returns weights stored in fewer bits, for inference: $w \approx s\,v$, v in the Format.
 
@@ -126,6 +145,11 @@ def quantize_weights(
     named, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
     moments = {} if moments is None else moments
+    if not isinstance(moments, Mapping):
+        raise ConfigError(
+            f"weights: moments are a dict of path -> moment from input_moments, not"
+            f" {type(moments).__name__}"
+        )
     used, weighed, leaves = set(), set(), []
     for path, (_, leaf) in zip(paths, named, strict=True):
         if is_quantized(leaf):
@@ -148,9 +172,10 @@ def quantize_weights(
         if chosen is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
             leaves.append(leaf)
         elif chosen.scaling is not None and path in moments:
-            _check_moment(path, leaf, moments[path], stacked)
+            moment = jnp.asarray(moments[path])
+            _check_moment(path, leaf, moment, stacked)
             weighed.add(path)
-            leaves.append(_store_weighed(leaf, moments[path], chosen, stacked))
+            leaves.append(_store_weighed(leaf, moment, chosen, stacked))
         else:
             leaves.append(_store(leaf, chosen, _summed(path, ndim), stacked))
     if moments and not weighed and any(is_quantized(leaf) for leaf in leaves):

@@ -90,6 +90,13 @@ def test_pip_fetches_once_and_only_what_is_pinned(index, tmp_path, caplog):
     assert "cannot be downloaded" in said and "check the network" in said
 
 
+def test_a_cache_folder_may_be_named_from_here(index, tmp_path, monkeypatch):
+    asset = toy(write_wheel(index))
+    monkeypatch.chdir(tmp_path)
+    assert contents(assets.fetch(asset, cache_dir="cache")) == KEPT
+    assert (tmp_path / "cache").is_dir()
+
+
 def test_another_hash_is_refused(index, tmp_path):
     asset = replace(toy(write_wheel(index)), sha256="0" * 64)
     said = refused(asset, tmp_path / "cache")

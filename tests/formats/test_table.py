@@ -104,6 +104,8 @@ def test_dtype_is_the_one_that_holds_the_format_where_jax_has_it(name: str) -> N
     dtype = np.dtype((NAMED | INTEGERS)[name])
     if name in ("e3m2", "e2m3"):  # JAX has no arrays of float6
         assert Format(name).dtype is None
+        if jax.__version_info__ >= (0, 12):
+            return  # which has them; values of ours stay in float32
         with pytest.raises(jax.errors.JaxRuntimeError, match="Invalid XLA PrimitiveType"):
             jnp.zeros(1, dtype)
         return

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.models import Variant, compare, input_moments, quantize_weights
+from mpjax.models import Variant, compare, input_moments, quantize_weights, recurrent
 from mpjax.models.calibration import DAMPING, store_weighed
 from mpjax.models.storage import Storage
 from tests.models.shapes import BATCH, IDS, logits, small, stirred
@@ -37,13 +37,20 @@ def lost(x: np.ndarray, w: np.ndarray, q: Any) -> float:
 
 
 def in_numpy(w: np.ndarray, moment: np.ndarray, scale: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """GPTQ in float64 for int4, row after row without blocks: the inverse itself is updated."""
+    """GPTQ in float64 for int4, row after row without blocks: the inverse itself is updated.
+
+    With one scale for each output, its largest number is at an end and stays there.
+    """
+    ends = np.where(np.abs(w) == np.abs(w).max(0), 7 * np.sign(w), np.nan)
+    ends[:, start.any(0) | (len(np.unique(scale[:, 0])) > 1)] = np.nan
+    low = -8 if np.isnan(ends).all() else -7
     w, H = w.astype(np.float64), moment.astype(np.float64)
     inverse = np.linalg.inv(H + DAMPING * np.trace(H) / len(H) * np.eye(len(H)))
     out, left = np.empty(w.shape), list(np.argsort(-np.diag(H), kind="stable"))
     while left:
         i = left.pop(0)
-        v = np.rint((w[i] - start[i]) / scale[i]).clip(-8, 7)
+        v = np.rint((w[i] - start[i]) / scale[i]).clip(low, 7)
+        v = np.where(np.isnan(ends[i]), v, ends[i])
         out[i] = v
         error = (w[i] - (v * scale[i] + start[i])) / inverse[i, i]
         for j in left:
@@ -80,6 +87,34 @@ def test_less_of_the_product_is_lost(storage: str) -> None:
     assert lost(other, w, q) < 0.6 * lost(other, w, plain)
     # of the weights themselves more is lost
     assert lost(np.eye(64), w, q) > lost(np.eye(64), w, plain)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("storage", ["int8", "e4m3"])
+def test_rows_keep_their_values_when_a_recipe_quantises_them_again(
+    storage: str, dtype: str
+) -> None:
+    x, w = inputs(64, 6), jnp.asarray(weights(64, 200), dtype)
+    form = Storage.parse(storage)
+    q = STORE(w, jnp.asarray(x.T @ x / len(x), jnp.float32), form)
+    again = form.store(q.dequantize(), 0)
+    np.testing.assert_array_equal(np.asarray(q.values), np.asarray(again.values))
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4@16", "e2m1@nv(16)"])
+def test_pruned_weights_stay_pruned(storage: str) -> None:
+    x, w = inputs(64, 6), weights(64)
+    w[np.abs(w) < np.median(np.abs(w))] = 0
+    moment = jnp.asarray(x.T @ x / len(x), jnp.float32)
+    form = Storage.parse(storage)
+    q, plain = STORE(jnp.asarray(w), moment, form), form.store(jnp.asarray(w), 0)
+    assert (np.asarray(q.dequantize())[w == 0] == 0).all() and (w == 0).mean() == 0.5
+    assert lost(x, w, q) < 0.8 * lost(x, w, plain)
+
+
+def test_a_moment_without_a_factor_gives_no_weights() -> None:
+    w, moment = jnp.asarray(weights(32)), -jnp.eye(32)
+    assert np.isnan(np.asarray(STORE(w, moment, Storage.parse("int4@16")).dequantize())).all()
 
 
 def test_inputs_that_do_not_go_together_gain_little() -> None:
@@ -157,8 +192,46 @@ def test_variants_that_are_calibrated_take_the_moments() -> None:
     assert str(calibrated.variant) == "int4@8 weights (calibrated)"
     assert calibrated.weight_bytes == plain.weight_bytes
     assert calibrated.judged.loss != plain.judged.loss
-    with pytest.raises(ConfigError, match=r"int4@8 weights \(calibrated\) needs moments; pass"):
-        compare(model, params, [BATCH], ways)
+    for none in (None, {}):
+        with pytest.raises(ConfigError, match=r"int4@8 weights \(calibrated\) needs moments; pass"):
+            compare(model, params, [BATCH], ways, moments=none)
+    with pytest.raises(ConfigError, match="nothing is rounded to a grid with scales; drop"):
+        compare(model, params, [BATCH], [Variant("bf16", calibrated=True)], moments=moments)
+
+
+@pytest.mark.parametrize(
+    "batch, message",
+    [
+        ([[1, 2]], r"a batch is a dict with inputs \(B, T\), not list; write"),
+        ({"ids": IDS}, "not dict of ids; write"),
+        ({"inputs": IDS, "keep": IDS > 0}, "has keep, and padding is no text"),
+        ({"inputs": IDS[0]}, r"inputs are int32 \(\d+,\); give token ids \(B, T\)"),
+        ({"inputs": IDS[:0]}, "at least one"),
+        ({"inputs": [[1, 2], [3]]}, "inputs are object"),
+        ({"inputs": IDS / 2}, "inputs are float32"),
+        ({"inputs": IDS + 1000}, "token ids from 1000 to .* vocabulary is 0 to 31; encode"),
+        ({"inputs": -IDS - 1}, "token ids from -"),
+    ],
+)  # fmt: skip
+def test_batches_that_are_no_text_are_named(batch: Any, message: str) -> None:
+    model = small()
+    with pytest.raises(ConfigError, match=f"^input_moments: .*{message}"):
+        input_moments(model, stirred(model), [batch])
+
+
+def test_lists_of_ids_and_generators_are_text() -> None:
+    model = small()
+    params = stirred(model)
+    rows = np.asarray(IDS).tolist()
+    expected = input_moments(model, params, [{"inputs": IDS}])
+    found = input_moments(model, params, ({"inputs": ids} for ids in [rows]))
+    jax.tree.map(np.testing.assert_array_equal, expected, found)
+
+
+def test_other_models_are_named() -> None:
+    model = recurrent("tiny", vocabulary=32)
+    with pytest.raises(ConfigError, match="Recurrent is no decoder and no encoder; quantise it"):
+        input_moments(model, {}, [BATCH])
 
 
 def test_mistakes_are_named() -> None:
@@ -174,4 +247,9 @@ def test_mistakes_are_named() -> None:
         quantize_weights(params, "int4", moments=wrong)
     with pytest.raises(ConfigError, match="called as the moments are, such as encoder/x; make"):
         quantize_weights(params, "int4", moments={"encoder/x": jnp.eye(16)})
+    bad = {"decoder/layers/mlp/up/kernel": jnp.full((2, 16, 16), jnp.nan)}
+    with pytest.raises(ConfigError, match="moments of decoder/.* are not finite; make them anew"):
+        quantize_weights(params, "int4", moments=bad)
+    with pytest.raises(ConfigError, match="moments are a dict of path -> moment .* not list"):
+        quantize_weights(params, "int4", moments=[jnp.eye(16)])
     quantize_weights(params, "bf16", moments=wrong)  # a dtype has nothing to weigh

@@ -37,6 +37,7 @@ def test_select_keeps_every_bit_pattern(dtype: Any) -> None:
         assert np.array_equal(out["n"], expected["n"])
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="XLA keeps the bits there")
 def test_a_plain_where_does_not() -> None:
     """Why select works on bits: on CPU bfloat16 passes through float32."""
     old = patterns(jnp.bfloat16)
