@@ -46,7 +46,7 @@ smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mi
 
 check: lint types test notebooks smoke  ## all of the above, as CI does
 
-evidence: $(INSTALLED_DEV)  ## measure the README's figures again, five hours; pages in docs/evidence
+evidence: $(INSTALLED_DEV)  ## measure the README's figures again, six hours; pages in docs/evidence
 	$(PY) tests/evidence/state_bytes.py
 	$(PY) tests/evidence/loop_overhead.py
 	$(PY) tests/evidence/kill_resume.py
@@ -54,6 +54,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, five hours; p
 	$(PY) tests/evidence/recipes.py
 	$(PY) tests/evidence/recipe_cost.py
 	$(PY) tests/evidence/low_bit_products.py
+	$(PY) tests/evidence/fp8_parts.py
 	$(PY) tests/evidence/low_bit_adam.py
 	$(PY) tests/evidence/autocast_table.py
 	$(PY) tests/evidence/autocast_cost.py
