@@ -200,7 +200,7 @@ def main(config: Config) -> None:
         )
     whole = stored_bytes(params)
     moments = None
-    if text:
+    if config.calibration:
         moments = moments_of(config.calibration, text, checkpoint, model, params)
     params = quantize_weights(params, storage, rules=config.rule, moments=moments)
     slot = stored_bytes(model.init_cache(1, 1, config.cache)["layers"])
