@@ -155,21 +155,22 @@ def compare(
       >>> [str(row.variant) for row in rows], rows[0].change
       (['f32 weights', 'int8 weights'], 0.0)
     """
+    for variant in (v for v in variants if v.calibrated):  # before minutes go into the others
+        if not moments:
+            raise ConfigError(
+                f"compare: {variant} needs moments; pass moments=input_moments(model, params, ...)"
+                " of another text"
+            )
+        if not has_scales(variant.weights, variant.rules):
+            raise ConfigError(
+                f"compare: {variant}: nothing is rounded to a grid with scales; drop calibrated, or"
+                " store weights as int4@32"
+            )
     rows: list[Compared] = []
     for variant in variants:
         own = model
         if variant.precision:
             own = dataclasses.replace(model, precision=get_precision(variant.precision))
-        if variant.calibrated and not moments:
-            raise ConfigError(
-                f"compare: {variant} needs moments; pass moments=input_moments(model, params, ...)"
-                " of another text"
-            )
-        if variant.calibrated and not has_scales(variant.weights, variant.rules):
-            raise ConfigError(
-                f"compare: {variant}: nothing is rounded to a grid with scales; drop calibrated, or"
-                " store weights as int4@32"
-            )
         stored = quantize_weights(
             params, variant.weights, rules=variant.rules,
             moments=moments if variant.calibrated else None,

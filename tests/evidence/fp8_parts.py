@@ -19,11 +19,10 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import low_bit_products as experiment  # noqa: E402
 import sweep  # noqa: E402
-from low_bit_products import interval_90  # noqa: E402
+from arms import losses  # noqa: E402
 
 from mpjax.precision import Operand, Precision, Recipe, get_precision, get_recipe  # noqa: E402
 from mpjax.report import gaps  # noqa: E402
-from mpjax.train.metrics import read_metrics  # noqa: E402
 
 SEEDS = 32
 OUT = ROOT / "runs" / "evidence" / "fp8_parts"
@@ -45,12 +44,6 @@ def precision(recipe: Recipe) -> Precision:
     return dataclasses.replace(whole, name=recipe.name, rules=tuple(rules))
 
 
-def losses(name: str) -> list[float]:
-    """Validation losses of an arm's seeds, in their order."""
-    files = [OUT / name / f"seed{seed}" / "metrics.jsonl" for seed in range(SEEDS)]
-    return [read_metrics(file)[-1]["validation_loss"] for file in files]
-
-
 def main() -> None:
     """Trains all arms and writes the page."""
     config = experiment.Config()
@@ -61,10 +54,12 @@ def main() -> None:
         ]
         arms = [sweep.Arm(p.name, p, config.lr, "fp32") for p in (get_precision("fp32"), *made)]
         sweep.run_arms(arms, config, SEEDS, OUT)
-    whole, rows = losses("fp32"), []
+    found = {name: losses(OUT / name) for name in ("fp32", *PARTS)}
+    seeds, rows = sorted(found["fp32"]), []
     for name, (what, _) in PARTS.items():
-        mean, low, high = interval_90(gaps(losses(name), whole))
-        rows.append((what, f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", SEEDS))
+        own = gaps(*([found[arm][seed] for seed in seeds] for arm in (name, "fp32")))
+        mean, low, high = experiment.interval_90(own)
+        rows.append((what, f"{mean:+.3f}", f"{low:+.3f} to {high:+.3f}", len(own)))
     head = ("products of the blocks", "gap to fp32, %", "90 % interval", "seeds")
     text = (
         f"`fp8` with parts of it in bf16, else as in low_bit_products.md: {config.layers} layers of"

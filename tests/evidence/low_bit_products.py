@@ -14,18 +14,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from page import ROOT, table, write
 
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import low_bit_products as experiment  # noqa: E402
+from arms import losses  # noqa: E402
 
 from mpjax.data import load_corpus  # noqa: E402
 from mpjax.precision import get_precision  # noqa: E402
 from mpjax.report import gaps  # noqa: E402
-from mpjax.train.metrics import read_metrics  # noqa: E402
 
 CLOSE = ("fp8", "fp8-delayed", "fp8-block", "mxfp8", "int8", "int8-switchback")
 # What each process trains, and how many seeds, fixed beforehand; a seed takes 12 s of a core.
@@ -49,16 +48,6 @@ def train(number: int) -> subprocess.Popen[bytes]:
         [*words, "--recipe", *names],
         preexec_fn=lambda: os.sched_setaffinity(0, {cores[number % len(cores)]}),
     )
-
-
-def losses(folder: Path) -> dict[int, float]:
-    """Seed -> validation loss of an arm, of the runs that came to their end."""
-    found = {}
-    for seed in folder.glob("seed*"):
-        last = read_metrics(seed / "metrics.jsonl")[-1]
-        if "validation_loss" in last:
-            found[int(seed.name[4:])] = last["validation_loss"]
-    return found
 
 
 def judge(name: str, low: float, mean: float, high: float) -> str:
