@@ -110,7 +110,7 @@ def main(config: Config) -> None:
         f"* marks a slice whose whole 95 % interval over examples is below zero. Took"
         f" {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]
-    finetune_report.write(config.out, found, counted, arms, notes)
+    finetune_report.write(config.out, found, counted, arms, notes, "nats/text")
 
 
 if __name__ == "__main__":

@@ -102,9 +102,12 @@ def tables(
 
 def write(
     out: Path, found: Sequence[tuple[str, tuple[str, ...], list[tuple[str, ...]]]],
-    baselines: dict[str, dict[str, float]], arms: Sequence[Arm], notes: Sequence[str],
+    baselines: dict[str, dict[str, float]], arms: Sequence[Arm], notes: Sequence[str], unit: str,
 ) -> None:  # fmt: skip
-    """Prints the tables, and writes report.md, results.json (all scores) and loss.png."""
+    """Prints the tables, and writes report.md, results.json (all scores) and loss.png.
+
+    `unit` is that of the training loss.
+    """
     shown = launch.wide()
     parts: list[str] = []
     for title, head, rows in found:
@@ -120,9 +123,7 @@ def write(
         if len(parts) == 1:
             parts.append("\n".join(f"- {note}" for note in notes))
     shown.print("\n".join(notes), highlight=False, markup=False)
-    plot_loss(
-        [arm.outcome for arm in arms], window=min(20, len(arms[0].outcome.records[0]))
-    ).savefig(out / "loss.png")
+    plot_loss([arm.outcome for arm in arms], unit=unit).savefig(out / "loss.png")
     parts.append("![loss](loss.png)")
     (out / "report.md").write_text("\n\n".join(parts) + "\n")
     results = {"baselines": baselines, "arms": {arm.label: arm.scores for arm in arms}}

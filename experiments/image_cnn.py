@@ -246,7 +246,7 @@ def compare(config: Config) -> list[Arm]:
         bar = f"Bar of {BARS[config.data]:.2f}:"
         notes.insert(0, f"{bar} missed by {', '.join(low)}." if low else f"{bar} met by all arms.")
     launch.wide().print("\n".join(notes))
-    plot_loss([arm.outcome for arm in arms]).savefig(config.out / "loss.png")
+    plot_loss([arm.outcome for arm in arms], unit="nats/image").savefig(config.out / "loss.png")
     lines = [" | ".join(line) for line in (HEAD, ("---",) * len(HEAD), *rows(arms))]
     text = "\n\n".join([f"# {title}", "\n".join(f"| {x} |" for x in lines), *notes])
     (config.out / "report.md").write_text(text + "\n\n![loss](loss.png)\n")

@@ -195,7 +195,7 @@ def main(config: Config) -> None:
         f" {config.steps} steps of {config.batch}, vocabulary {pieces.vocab_size}.",
         f"Took {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]
-    finetune_report.write(config.out, found, counted, arms, notes)
+    finetune_report.write(config.out, found, counted, arms, notes, "nats, both tasks")
 
 
 if __name__ == "__main__":

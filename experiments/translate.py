@@ -208,7 +208,7 @@ def main(config: Config) -> None:
         f"* marks a slice whose whole 95 % interval over pairs is below zero. Took"
         f" {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]
-    finetune_report.write(config.out, found, counted, arms, notes)
+    finetune_report.write(config.out, found, counted, arms, notes, "nats/token")
 
 
 def verdict(arm: finetune_report.Arm, reference: finetune_report.Arm) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 import sysconfig
 from collections.abc import Hashable
 from pathlib import Path
@@ -40,8 +41,8 @@ class Place(NamedTuple):
       recomputed: `jax.checkpoint` runs it a second time.
       untouched: it stands in a region of `no_autocast`.
       carried: it belongs to a model that takes its policies by path already.
-      line: the user's source line, `file.py:12 (function)`; of the enclosing equation where the
-        traceback was cut.
+      line: the user's source line, `file.py:12 (function)`, in a notebook `Cell In[3]:12
+        (function)`; of the enclosing equation where the traceback was cut.
       loops: how often it runs in one call: the lengths of the scans around it, multiplied.
     """
 
@@ -110,7 +111,15 @@ def _line(traceback: Any, outer: str) -> str:
     best: re.Match[str] | None = next(iter(mine or known), None)
     if best is None:
         return ""
-    return f"{best['file']}:{best['line']} ({best['function'].split('.<locals>.')[-1]})"
+    function = best["function"].split(".<locals>.")[-1]
+    return f"{_shown(best['file'])}:{best['line']} ({function})"
+
+
+def _shown(file: str) -> str:
+    """A file's path; a notebook's cell by the number beside it, not by its temporary file."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    cell = shell.compile.format_code_name(file) if shell else None
+    return " ".join(cell) if cell else file
 
 
 def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:

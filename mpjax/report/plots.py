@@ -38,43 +38,55 @@ def _smooth(values: Any, window: int) -> Any:
     return np.where(counts, total[ends] - total[starts], np.nan) / np.maximum(counts, 1)
 
 
-def plot_loss(outcomes: Sequence[Outcome], window: int = 20) -> Figure:
+def plot_loss(outcomes: Sequence[Outcome], window: int = 20, unit: str = "nats/token") -> Figure:
     """Returns the training-loss curves: mean over seeds, and below it the gap to the reference.
 
     Args:
-      outcomes: arms; those that share a reference share a line style.
-      window: steps of the running mean.
+      outcomes: arms; those that share a reference share a line style. Without one that is compared
+        with another there are no gaps and no panel of them.
+      window: steps of the running mean, at most half of the shortest run.
+      unit: of the loss.
     """
-    figure, (top, bottom) = _figure(9, 7, panels=2)
-    curves = {
-        o.label: _smooth(
-            np.mean([[r["loss"] for r in run if "loss" in r] for run in o.records], axis=0), window
-        )
+    compared = [o for o in outcomes if o.reference != o.label]
+    losses = {
+        o.label: np.mean([[r["loss"] for r in run if "loss" in r] for run in o.records], axis=0)
         for o in outcomes
     }
+    window = max(1, min([window, *(len(loss) // 2 for loss in losses.values())]))
+    curves = {label: _smooth(loss, window) for label, loss in losses.items()}
+    figure, axes = _figure(9, 7 if compared else 4, panels=2 if compared else 1)
     references = list(dict.fromkeys(o.reference for o in outcomes))
     for number, o in enumerate(outcomes):
         curve = curves[o.label]
         style = dict(
             color=COLOURS[number % 10],
             linestyle=_STYLES[references.index(o.reference) % 4],
-            lw=1.6,
+            lw=1.4 + 2.4 * (len(outcomes) - 1 - number) / len(outcomes),  # equal curves all show
         )
         steps = np.arange(1, len(curve) + 1)
-        top.plot(steps, curve, label=o.label, **style)
+        axes[0].plot(steps, curve, label=o.label, **style)
         if o.reference != o.label:
             difference = 100 * (curve / curves[o.reference] - 1)
-            bottom.plot(steps[window:], difference[window:], label=o.label, **style)
-    top.set_ylabel(f"training loss (nats/token,\nmean of {window} steps and of seeds)")
-    top.legend(ncols=2, fontsize=9, frameon=False)
-    bottom.axhline(0, color="black", lw=0.8)
-    bottom.set_yscale("symlog", linthresh=0.5)
-    low, high = bottom.get_ylim()
-    bottom.set_ylim(min(-0.6, low), max(0.6, high))
-    bottom.yaxis.set_major_formatter("{x:g}")
-    bottom.set_ylabel("gap to its reference (%)\n(linear within ±0.5)")
-    bottom.set_xlabel("step")
+            axes[1].plot(steps[window - 1 :], difference[window - 1 :], **style)
+    axes[0].set_ylabel(f"training loss ({unit},\nmean of {window} steps and of seeds)")
+    axes[0].legend(ncols=2, fontsize=9, frameon=False)
+    if compared:
+        _gap_axis(axes[1])
+    axes[-1].set_xlabel("step")
     return figure
+
+
+def _gap_axis(ax: Any) -> None:
+    """An axis of percentages, linear about zero."""
+    from matplotlib.ticker import SymmetricalLogLocator
+
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_yscale("symlog", linthresh=0.5)
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(-0.6, low), max(0.6, high))
+    ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=0.5, subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_ylabel("gap to its reference (%)\n(linear within ±0.5)")
 
 
 def plot_loss_scale(outcomes: Sequence[Outcome]) -> Figure:

@@ -20,6 +20,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def _git(*command: str) -> str:
+    run = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    return run.stdout.strip()
+
+
 def write(script: str, title: str, body: str, command: str = "") -> Path:
     """Writes `docs/evidence/SCRIPT.md` and prints it.
 
@@ -35,10 +40,9 @@ def write(script: str, title: str, body: str, command: str = "") -> Path:
         else (f"`python tests/evidence/{script}.py` (`make evidence` runs all of them)")
     )
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
+    commit = _git("rev-parse", "--short", "HEAD")
+    if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/evidence"):
+        commit += "-dirty"  # by more than the pages that were written before this one
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     now = datetime.datetime.now(datetime.UTC)
     text = f"""# {title}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -195,3 +196,24 @@ def test_arrays_of_an_explicit_mesh_are_measured() -> None:
     out, seen = jax.jit(monitor(f))(cut, W)
     np.testing.assert_array_equal(out, jax.jit(f)(cut, W))
     assert seen
+
+
+# --- notebooks ----------------------------------------------------------------------------------
+
+
+def test_a_line_of_a_notebook_is_that_of_its_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # its history is not the user's
+    interactive = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell
+    shell = interactive.instance(user_ns={"trace_nonfinite": trace_nonfinite, "jnp": jnp, "X": X})
+    try:
+        shell.run_cell("one = 1", store_history=True)
+        shell.run_cell("def broken(x):\n    return jnp.log(x - x)", store_history=True)
+        shell.run_cell("found = trace_nonfinite(broken, X)", store_history=True)
+        text = str(shell.user_ns["found"])
+    finally:
+        interactive.clear_instance()
+    assert "Cell In[2]:2 (broken)" in text
+    plain = trace_nonfinite(lambda x: jnp.log(x - x), X)
+    assert f"{__file__}:" in str(plain), "elsewhere it is the file"
