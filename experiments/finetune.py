@@ -84,8 +84,7 @@ def check(config: Any) -> None:
     )  # fmt: skip
     launch.not_negative(config, "warmup", "weight_decay", "dropout")
     launch.not_empty(config, "precision", "lengths")
-    if len(set(config.precision)) < len(config.precision):
-        raise ConfigError(f"precision: {' '.join(config.precision)}; name each arm once")
+    launch.distinct(config, "precision")
 
 
 def read_schedule(text: str, steps: int) -> PrecisionSchedule:

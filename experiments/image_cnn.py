@@ -258,6 +258,7 @@ def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     launch.positive(config, "batch", "steps", "lr", "seeds")
     launch.not_empty(config, "precision")
+    launch.distinct(config, "precision")
     compare(config)
 
 

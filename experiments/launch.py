@@ -141,6 +141,18 @@ def not_empty(config: Any, *names: str) -> None:
             raise ConfigError(f"{name}: empty; give at least one, or leave --{name} out")
 
 
+def distinct(config: Any, *names: str) -> None:
+    """Checks that settings with several values name none of them twice.
+
+    Raises:
+      ConfigError: one does.
+    """
+    for name in names:
+        values = getattr(config, name)
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{name}: {' '.join(values)}; name each arm once")
+
+
 def writable(out: Path) -> None:
     """Makes the folder of a run, or says why it cannot be written.
 

@@ -159,6 +159,7 @@ def main(config: Config) -> None:
         config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds", "within"
     )
     launch.not_empty(config, "recipe")
+    launch.distinct(config, "recipe")
     if config.seeds < 2:
         raise ConfigError("seeds: 1 gives no interval; give at least 2")
     if config.first_seed < 0:

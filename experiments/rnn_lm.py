@@ -137,6 +137,7 @@ def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds")
     launch.not_empty(config, "precision")
+    launch.distinct(config, "precision")
     compare(config)
 
 

@@ -270,6 +270,7 @@ def main(config: Config) -> None:
     """Runs the sweep and writes its report."""
     launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds")
     launch.not_empty(config, "precision", "lr")
+    launch.distinct(config, "precision")
     start = time.perf_counter()
     precisions = {text: get_precision(text) for text in config.precision}
     arms = [

@@ -33,7 +33,7 @@ from mpjax.data.characters import Characters
 from mpjax.data.lexicon import learn_lexicon, nearest_targets
 from mpjax.data.pairs import load_pairs
 from mpjax.data.tokenizer import make_tokenizer
-from mpjax.errors import ConfigError, need
+from mpjax.errors import need
 from mpjax.models import seq2seq
 from mpjax.report import interval
 from mpjax.report.slices import length_slices
@@ -127,8 +127,7 @@ def check(config: Config) -> None:
     )  # fmt: skip
     launch.not_negative(config, "warmup", "weight_decay", "dropout")
     launch.not_empty(config, "precision", "lengths")
-    if len(set(config.precision)) < len(config.precision):
-        raise ConfigError(f"precision: {' '.join(config.precision)}; name each arm once")
+    launch.distinct(config, "precision")
 
 
 def main(config: Config) -> None:

@@ -152,7 +152,8 @@ def _arrays(source: str) -> tuple[np.ndarray, np.ndarray]:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ConfigError(f"data: {source} cannot be read ({reason}); give {_HELP}") from None
     what = ""
-    if images.ndim not in (3, 4) or not np.issubdtype(images.dtype, np.number):
+    real = np.issubdtype(images.dtype, np.integer) or np.issubdtype(images.dtype, np.floating)
+    if images.ndim not in (3, 4) or not real or not images.size:
         what = f"images are {images.dtype.name} of shape {images.shape}, not (N, H, W[, C])"
     elif labels.shape != images.shape[:1]:
         what = f"labels have shape {labels.shape}, images {images.shape}"

@@ -54,8 +54,18 @@ def write(stored: Any, new_BTGK: Any, first: Any) -> Any:
     Args:
       stored: (B, S, G, K), an array or a Quantized.
       new_BTGK: what to write.
-      first: number of the first slot.
+      first: number of the first slot; where the last slot is beyond S, what is written is NaN.
+
+    Raises:
+      ConfigError: more rows or tokens than it holds.
     """
+    (B, T), (rows, slots) = new_BTGK.shape[:2], stored.shape[:2]
+    if B != rows or T > slots:
+        raise ConfigError(
+            f"cache: {B} rows of {T} tokens do not fit into one of {rows} rows of {slots}; pass"
+            f" init_cache({B}, length) with room for all tokens"
+        )
+    new_BTGK = jnp.where(first + T <= slots, new_BTGK, jnp.nan)  # it would land elsewhere
     new = new_BTGK.astype(stored.dtype)  # the storage that was asked for
     if is_quantized(stored):
         kind = "mx" if stored.scale_bits == 8 else "block"

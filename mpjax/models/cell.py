@@ -88,7 +88,7 @@ class Cell(Layer):
     kind: str
 
     @nn.compact
-    def __call__(self, x_TBD: Any, state: State | None) -> tuple[Any, State]:
+    def __call__(self, x_TBD: Any, state: State | None, keep_TB: Any = None) -> tuple[Any, State]:
         T, B, D = x_TBD.shape
         gates = CELLS[self.kind] * D
         inputs_TBG = Linear(self.context, gates, ("embed", "mlp"), bias=True, name="input")(x_TBD)
@@ -107,18 +107,21 @@ class Cell(Layer):
 
         def step(carry: Any, given: Any) -> tuple[Any, Any]:
             state, seen = carry
-            inputs_BG, t = given
+            inputs_BG, t, keep_B = given
             with jax.named_scope("hidden"):
                 turned_BG, seen = product(state["hidden"], seen, t)
             with jax.named_scope("state"):
                 memory_BD = state["cell" if self.kind == "lstm" else "hidden"]
                 wide = (x.astype(policy.compute_dtype) for x in (inputs_BG, turned_BG, memory_BD))
                 new = update(*wide)
-                state = {name: new[name].astype(dtype) for name, dtype in dtypes.items()}
+                new = {name: new[name].astype(dtype) for name, dtype in dtypes.items()}
+                if keep_B is not None:  # padding is not remembered
+                    new = {n: jnp.where(keep_B[:, None], x, state[n]) for n, x in new.items()}
+                state = new
             return (state, seen), new["hidden"].astype(own.output_dtype)
 
         seen: Any = None if amax is None else amax.seen
-        given = (inputs_TBG, jnp.arange(T))
+        given = (inputs_TBG, jnp.arange(T), keep_TB)
         (last, seen), y_TBD = jax.lax.scan(step, (first, seen), given)
         if amax is not None:
             hidden.put_variable("amax", "kernel", amax._replace(seen=seen))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ class Judged(NamedTuple):
     Args:
       loss: mean cross-entropy of the next token, nats.
       accuracy: share of next tokens that it holds for the likeliest.
-      tokens: how many it predicted.
+      tokens: how many it predicted, those that have a weight.
     """
 
     loss: float
@@ -35,21 +36,36 @@ class Judged(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss."""
-        return math.exp(self.loss)
+        """exp of the loss; inf beyond the largest number."""
+        return exp(self.loss)
+
+
+def exp(x: float) -> float:
+    """Returns e^x as floating-point arithmetic has it: inf beyond its range, NaN for NaN."""
+    return math.inf if x > _LARGEST else math.exp(x)
+
+
+_LARGEST = math.log(sys.float_info.max)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache"))
-def _sums(model: Any, params: Any, inputs_BT: Any, targets_BT: Any, cache: str) -> Any:
-    B, T = inputs_BT.shape
+def _sums(model: Any, params: Any, batch: Any, cache: str) -> Any:
+    targets_BT, keep, weights_BT = batch["targets"], batch.get("keep"), batch.get("weights")
+    B, T = targets_BT.shape
     state = model.init_state() or {}
     if cache:
         state = state | model.init_cache(B, T, cache)
-    logits_BTV, _ = model.apply(params, inputs_BT, state=state or None)
+    hidden = {} if keep is None else {"keep": keep}
+    logits_BTV, _ = model.apply(params, batch["inputs"], state=state or None, **hidden)
+    if weights_BT is None:
+        weights_BT = jnp.ones((B, T), jnp.float32)
+    weights_BT = jnp.asarray(weights_BT).astype(jnp.float32)
     logp_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)  # sums of V terms
-    nll = -jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)
-    right = jnp.argmax(logits_BTV, axis=-1) == targets_BT
-    return jnp.sum(nll), jnp.sum(right.astype(jnp.float32))
+    nll = -jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    right = (jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(jnp.float32)
+    # Where, not times: what has no weight may be infinite.
+    nll, right = (jnp.sum(jnp.where(weights_BT != 0, weights_BT * x, 0)) for x in (nll, right))
+    return nll, right, jnp.sum(weights_BT), jnp.count_nonzero(weights_BT)
 
 
 def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: str = "") -> Judged:
@@ -58,12 +74,13 @@ def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: str = "") -
     Args:
       model: a decoder.
       params: its weights, quantised or not.
-      batches: `{"inputs": (B, T), "targets": (B, T)}` token ids.
+      batches: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there is
+        padding, and `weights` (B, T) of the targets, if they are not all alike.
       cache: storage of keys and values, which are then read back from it as in `generate`; by
         default there is no cache.
 
     Raises:
-      ConfigError: no batch.
+      ConfigError: no batch, or `keep` beside a cache.
 
     Example:
       >>> from mpjax.models import decoder
@@ -73,14 +90,15 @@ def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: str = "") -
       >>> judge(model, model.init(jax.random.key(0)), [batch]).tokens
       7
     """
-    loss, right, tokens = 0.0, 0.0, 0
+    loss = right = weight = 0.0
+    tokens = 0
     for batch in batches:
-        nll, hits = _sums(model, params, batch["inputs"], batch["targets"], cache)
-        loss, right = loss + float(nll), right + float(hits)
-        tokens += batch["targets"].size
+        nll, hits, weights, targets = _sums(model, params, dict(batch), cache)
+        loss, right, weight = loss + float(nll), right + float(hits), weight + float(weights)
+        tokens += int(targets)
     if not tokens:
-        raise ConfigError("judge: no batch; give some text")
-    return Judged(loss / tokens, right / tokens, tokens)
+        raise ConfigError("judge: no batch with a target; give some text")
+    return Judged(loss / weight, right / weight, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +148,7 @@ class Compared(NamedTuple):
 
 
 def compare(
-    model: Any, params: Any, batches: Sequence[Any], variants: Sequence[Variant], *,
+    model: Any, params: Any, batches: Iterable[Any], variants: Sequence[Variant], *,
     moments: Mapping[str, Any] | None = None,
 ) -> list[Compared]:  # fmt: skip
     """Returns perplexity, accuracy and bytes of ways to run a trained model.
@@ -166,7 +184,7 @@ def compare(
                 f"compare: {variant}: nothing is rounded to a grid with scales; drop calibrated, or"
                 " store weights as int4@32"
             )
-    rows: list[Compared] = []
+    batches, rows = list(batches), list[Compared]()
     for variant in variants:
         own = model
         if variant.precision:
@@ -178,7 +196,7 @@ def compare(
         judged = judge(own, stored, batches, cache=variant.cache)
         slots = jax.eval_shape(lambda m=own, v=variant: m.init_cache(1, 64, v.cache)["layers"])
         first = rows[0].judged if rows else judged
-        change = 100 * math.expm1(judged.loss - first.loss)
+        change = 100 * (exp(judged.loss - first.loss) - 1)
         rows.append(
             Compared(variant, judged, change, stored_bytes(stored), stored_bytes(slots) / 64)
         )

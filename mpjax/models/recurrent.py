@@ -80,9 +80,11 @@ class Recurrent(Network):
 
     @jax.named_scope(CARRIED)
     def features(
-        self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
-        """Returns the last cell's outputs (B, T, D) and the new state."""
+        self, params: Any, ids_BT: Any, *, keep: Any = None, state: Any = None, key: Any = None,
+        train: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """Returns the last cell's outputs (B, T, D) and the new state, as `apply`."""
+        keep_TB = None if keep is None else jnp.asarray(keep).astype(bool).T
         c, p, state = self.config, weight_view(params)["recurrent"], state or {}
         dropping = train and c.dropout > 0
         if dropping and key is None:
@@ -108,7 +110,7 @@ class Recurrent(Network):
             if key is not None and self.rounds:
                 rngs = {"rounding": jax.random.fold_in(part_key(key, "layers"), layer)}
             (x_TBD, end), updated = self._cell(self.at, layer).apply(
-                variables, x_TBD, jax.tree.map(pick, carried), rngs=rngs, mutable=["amax"]
+                variables, x_TBD, jax.tree.map(pick, carried), keep_TB, rngs=rngs, mutable=["amax"]
             )
             x_TBD = self.shard(drop(x_TBD, str(layer)), ("length", "batch", None))
             ends.append(end)
@@ -129,19 +131,22 @@ class Recurrent(Network):
         return head_logits(head, self.at("head"), weight_view(params)["recurrent"], x, key)
 
     def apply(
-        self, params: Any, ids_BT: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
+        self, params: Any, ids_BT: Any, *, keep: Any = None, state: Any = None, key: Any = None,
+        train: bool = False,
+    ) -> tuple[Any, Any]:  # fmt: skip
         """Returns the logits (B, T, V) and the new state.
 
         Args:
           params: from `init`.
           ids_BT: token ids.
+          keep: (B, T) bool, False where there is padding, on either side, which cells pass over;
+            None is all True. Logits at padding mean nothing.
           state: what the cells remember, from `init_cache` or an earlier call; amax histories from
             `init_state`; None begins at zero and remembers nothing.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.
         """
-        x, state = self.features(params, ids_BT, state=state, key=key, train=train)
+        x, state = self.features(params, ids_BT, keep=keep, state=state, key=key, train=train)
         return self._unembed(params, x, key), state
 
     @ops.counted(ops.weight_sum)
@@ -151,11 +156,13 @@ class Recurrent(Network):
         """Returns the mean next-token cross-entropy and the state.
 
         Args:
-          batch: `{"inputs": (B, T), "targets": (B, T)}` token ids, and `weights` (B, T) if not all
-            tokens count alike.
+          batch: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there
+            is padding, and `weights` (B, T) of the tokens in the mean, if they are not all alike.
         """
         c = self.config
-        x, state = self.features(params, batch["inputs"], state=state, key=key, train=train)
+        x, state = self.features(
+            params, batch["inputs"], keep=batch.get("keep"), state=state, key=key, train=train
+        )
         B, T = batch["targets"].shape
         loss = ops.cross_entropy(
             x, batch["targets"], functools.partial(self._unembed, params, key=key),

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jmp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from mpjax.errors import ConfigError
 
@@ -59,7 +59,7 @@ def cross_entropy(
     chunk: int,
     z_loss: float = 0.0,
     logit_cap: float = 0.0,
-    weights_BT: Shaped[Array, "B T"] | None = None,
+    weights_BT: Any = None,
 ) -> Float[Array, ""]:
     r"""Mean over tokens of $\log \sum_v e^{l_v} - l_y + z (\log \sum_v e^{l_v})^2$.
 
@@ -68,7 +68,7 @@ def cross_entropy(
 
     Args:
       x_BTD: features.
-      targets_BT: token ids $y$.
+      targets_BT: token ids $y$; one outside of 0 .. V - 1 gives NaN unless its weight is 0.
       unembed: features to logits, (B, chunk, D) -> (B, chunk, V).
       policy: logits are cast to its compute dtype; the mean over tokens is in its output dtype.
       chunk: tokens a chunk, a divisor of T.
@@ -78,6 +78,9 @@ def cross_entropy(
 
     Returns:
       The mean, a scalar of the output dtype.
+
+    Raises:
+      ConfigError: weights of another shape than the targets.
 
     Example:
       >>> from mpjax.precision import parse_policy
@@ -98,7 +101,10 @@ def cross_entropy(
         # A masked sum, not a gather: its gradient is elementwise and works on a sharded V.
         hit = targets[..., None] == jnp.arange(logits.shape[-1])[None, None]
         picked = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
-        loss = log_z - picked
+        # A class that is none of the V would be pushed to probability 0 for ever: NaN, loud.
+        known = (targets >= 0) & (targets < logits.shape[-1])
+        known = known if weights is None else known | (weights == 0)
+        loss = (log_z - picked) * jnp.where(known, jnp.ones_like(log_z), jnp.nan)
         if z_loss:
             loss = loss + z_loss * jnp.square(log_z)
         loss = loss.astype(policy.output_dtype)
@@ -108,6 +114,10 @@ def cross_entropy(
     B, T, _ = x_BTD.shape
     count: Any = B * T
     if weights_BT is not None:
+        if weights_BT.shape != (B, T):
+            raise ConfigError(
+                f"weights: shape {weights_BT.shape} is not {(B, T)}, that of the targets"
+            )
         weights_BT = weights_BT.astype(policy.output_dtype)  # as the mean over tokens
         count = jnp.sum(weights_BT)
         count = jnp.where(count > 0, count, jnp.ones_like(count))

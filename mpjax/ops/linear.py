@@ -150,8 +150,12 @@ shift_by.defvjp(
 def look_up(
     table: Float[Array, "V D"], ids: Int[Array, "*N"], output_dtype: Any, gradient_dtype: Any
 ) -> Any:
-    """Returns rows of a table in the output dtype; their gradients are summed in gradient_dtype."""
-    return jnp.take(table, ids, axis=0).astype(output_dtype)
+    """Returns rows of a table in the output dtype; their gradients are summed in gradient_dtype.
+
+    An id outside of 0 .. V - 1 gives NaN.
+    """
+    known = jnp.where(ids < 0, table.shape[0], ids)  # -1 is padding to many, and no last row
+    return jnp.take(table, known, axis=0).astype(output_dtype)
 
 
 def _look_up_bwd(output_dtype: Any, gradient_dtype: Any, kept: Any, dy: Any) -> Any:

@@ -27,7 +27,8 @@ def label_loss(logits: Any, labels: Any, policy: jmp.Policy) -> Any:
 
     Args:
       logits: (B, T, C), or (B, C) of one label a row.
-      labels: (B, T) or (B,) classes $y$, `IGNORE` where there is no target.
+      labels: (B, T) or (B,) classes $y$, `IGNORE` where there is no target; any other number
+        outside of 0 .. C - 1 gives NaN.
       policy: of the loss: logits in its compute dtype, the mean in its output dtype.
 
     Returns:
@@ -43,9 +44,8 @@ def label_loss(logits: Any, labels: Any, policy: jmp.Policy) -> Any:
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if labels.ndim == 1:
         logits, labels = logits[:, None], labels[:, None]
-    targets = jnp.maximum(labels, 0)  # what is ignored has no weight, whatever its class
     return ops.cross_entropy(
-        logits, targets, lambda x: x, policy, chunk=labels.shape[1], weights_BT=labels != IGNORE
+        logits, labels, lambda x: x, policy, chunk=labels.shape[1], weights_BT=labels != IGNORE
     )
 
 

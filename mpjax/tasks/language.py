@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from mpjax.errors import ConfigError
+from mpjax.models.perplexity import exp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,6 @@ class Language:
             if not count:
                 raise ConfigError("batches: no target to judge; name more held-out data")
             loss = total / count
-            return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+            return {"loss": loss, "perplexity": exp(loss)}
 
         return evaluate

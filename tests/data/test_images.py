@@ -90,6 +90,8 @@ def test_digits_are_there_or_say_what_to_install(monkeypatch: pytest.MonkeyPatch
         (dict(images=GOOD), "labels.*give digits, fashion-mnist, or FILE.npz"),
         (dict(images=GOOD[0], labels=LABELS), r"images are float64 of shape \(4, 5\)"),
         (dict(images=GOOD.astype(str), labels=LABELS), "images are str"),
+        (dict(images=GOOD + 1j, labels=LABELS), "images are complex128"),
+        (dict(images=GOOD[:, :0], labels=LABELS), r"images are float64 of shape \(20, 0, 5\)"),
         (dict(images=GOOD, labels=LABELS[:5]), r"labels have shape \(5,\), images \(20, 4, 5\)"),
         (dict(images=GOOD, labels=LABELS - 1), "not whole numbers from 0"),
         (dict(images=GOOD, labels=LABELS / 2), "labels are float64"),

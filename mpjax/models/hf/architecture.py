@@ -109,7 +109,7 @@ def architecture_of(checkpoint: Checkpoint, named: str | None) -> Architecture:
             f"{checkpoint.config_file}: no model_type; pass architecture=, one of"
             f" {' '.join(ARCHITECTURES)}"
         )
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ConfigError(
             f"{checkpoint.config_file}: unknown architecture {kind!r}; known:"
             f" {' '.join(ARCHITECTURES)}"

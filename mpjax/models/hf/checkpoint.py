@@ -56,12 +56,15 @@ class Checkpoint:
         reads it.
 
         Raises:
-          ConfigError: a GGUF file with a tokenizer of another kind.
+          ConfigError: a file that is no text, a GGUF file with a tokenizer of another kind.
         """
         if self.gguf:
             return gguf_tokenizer(self.where, self.gguf)
         path = self.where.parent / "tokenizer.json"
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        try:
+            return path.read_text(encoding="utf-8") if path.is_file() else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: cannot be read ({error}); download it again") from None
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:

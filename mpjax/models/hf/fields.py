@@ -68,6 +68,8 @@ class Fields:
         """
         self._asked.add(name)
         value = self._values.get(name, allowed[0])
+        if value is None and None not in allowed:
+            return allowed[0]  # null is what a field has that is not set
         if value not in allowed:
             raise ConfigError(
                 f"{self._where}: {name}={value!r} is not supported; expected"

@@ -90,6 +90,13 @@ def joined(leaves: list[Any], weights: list[Weight], layer: int, dtype: Any) -> 
     for leaf, weight in zip(leaves, weights, strict=True):
         x = np.asarray(leaf[layer] if weight.stacked else leaf)
         parts.append(x.T if weight.transposed else x)
-    # to the dtype that the export asks for; row-major, as the file is
-    return np.ascontiguousarray(np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0],
-                                dtype=dtype)  # fmt: skip
+    whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    with np.errstate(over="ignore"):  # said below, with a name
+        # to the dtype that the export asks for; row-major, as the file is
+        out = np.ascontiguousarray(whole, dtype=dtype)
+    if np.isinf(out).any() and not np.isinf(whole).any():
+        name = weights[0].names(layer + 1)[layer]
+        raise ConfigError(
+            f"{name} has numbers beyond the largest {out.dtype.name}; export in float32 or bfloat16"
+        )
+    return out

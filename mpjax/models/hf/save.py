@@ -17,6 +17,7 @@ from mpjax.formats import weight_view
 from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
 from mpjax.models.hf.checkpoint import CONFIG
 from mpjax.models.hf.leaves import joined
+from mpjax.models.hf.tensors import listed
 from mpjax.models.hf.weights import Weight
 from mpjax.precision import parse_dtype
 
@@ -43,8 +44,8 @@ def save_checkpoint(
       shard_bytes: most bytes of a file; larger checkpoints become several and an index.
 
     Raises:
-      ConfigError: a folder that holds something, a shape that transformers has not, or a disk that
-        cannot be written.
+      ConfigError: a folder that holds something, a shape that transformers has not, parameters of
+        another model, numbers beyond dtype, or a disk that cannot be written.
 
     Example:
       See `load_checkpoint`.
@@ -61,10 +62,11 @@ def save_checkpoint(
         "model_type": model_type,
         "architectures": [kind.title(model.config)],
     }
+    leaves = _fitting(model, params)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         partial.mkdir(parents=True)
-        dtypes = _write_tensors(partial, model, params, kind, package, wanted, shard_bytes)
+        dtypes = _write_tensors(partial, model, leaves, kind, package, wanted, shard_bytes)
         config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if target.exists():
@@ -79,15 +81,37 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _fitting(model: Any, params: Any) -> dict[str, Any]:
+    """Path -> weight, dense, where they are those of the model; all that is wrong in one line."""
+
+    def leaves(tree: Any) -> dict[str, Any]:
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in found}
+
+    wanted = leaves(jax.eval_shape(lambda: weight_view(model.init(jax.random.key(0)))))
+    given = leaves(weight_view(params))
+    misshaped = [
+        f"{name} is {np.shape(x)}, not {wanted[name].shape}"
+        for name, x in given.items()
+        if name in wanted and np.shape(x) != wanted[name].shape
+    ]
+    said = [f"{what} {listed(names)}" for what, names in
+            (("missing", [name for name in wanted if name not in given]),
+             ("unexpected", [name for name in given if name not in wanted]),
+             ("misshaped", misshaped)) if names]  # fmt: skip
+    if said:
+        raise ConfigError(
+            f"export: params: {'; '.join(said)}; pass the parameters of this model, of a training"
+            " state state.params"
+        )
+    return given
+
+
 def _write_tensors(
-    folder: Path, model: Any, params: Any, kind: Any, package: Any, wanted: Any, shard_bytes: int
-) -> set[str]:
+    folder: Path, model: Any, leaves: dict[str, Any], kind: Any, package: Any, wanted: Any,
+    shard_bytes: int,
+) -> set[str]:  # fmt: skip
     """Writes a shard as soon as it is full; returns the names of the dtypes."""
-    view = weight_view(params)
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(view)
-    }
     tensors: dict[str, list[tuple[Any, Weight]]] = {}
     for name, weight in kind.table.items():  # the table's order: embedding first
         if name in leaves:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from mpjax.errors import ConfigError
-from mpjax.models import decoder_config
+from mpjax.models import decoder, decoder_config
 from mpjax.models.encoder_config import encoder_config
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
@@ -23,6 +23,7 @@ from mpjax.precision import get_precision
 from tests.models.hf import cases, ours
 from tests.models.hf.test_load import bits, case
 from tests.models.hf.test_logits import GOLDEN
+from tests.models.shapes import drawn
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -130,3 +131,35 @@ def test_others_can_read_what_is_written(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "ours", model, params)
     modes = {path.stat().st_mode for path in (tmp_path / "ours").iterdir()}
     assert len(modes) == 1, "weights are as readable as their config"
+
+
+def test_parameters_of_another_model_are_not_exported(tmp_path: Path) -> None:
+    sizes = dict(width=16, heads=2, vocabulary=64)
+    one, two = (decoder("tiny", layers=n, **sizes) for n in (1, 2))
+    params = drawn(two)
+    _, rest = params["decoder"], {k: v for k, v in params["decoder"].items() if k != "norm"}
+    wrong = [
+        (one, params, r"misshaped .*attention/key/kernel is \(2, 16, 16\), not \(1, 16, 16\)"),
+        (decoder("tiny", layers=2, **sizes | {"width": 32}), params, "misshaped"),
+        (two, params["decoder"], "missing decoder/embed/table.*unexpected embed/table"),
+        (two, {"params": params}, "unexpected params/decoder.*state.params"),
+        (two, {"decoder": rest}, "missing decoder/norm/scale;"),
+    ]
+    for model, given, message in wrong:
+        with pytest.raises(ConfigError, match=message) as error:
+            save_checkpoint(tmp_path / "new" / "folder", model, given)
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir()), "nothing is begun"
+
+
+def test_a_number_beyond_float16_is_not_exported_as_infinity(tmp_path: Path) -> None:
+    model = decoder("tiny", layers=2, width=16, heads=2, vocabulary=64)
+    params = jax.tree.map(lambda x: x, drawn(model))
+    up = params["decoder"]["layers"]["mlp"]["up"]
+    up["kernel"] = up["kernel"].at[1, 0, 0].set(70000.0)
+    with pytest.raises(ConfigError, match=r"1.*beyond the largest float16; export in float32 or"):
+        save_checkpoint(tmp_path / "low", model, params, dtype="f16")
+    assert not list(tmp_path.iterdir())
+    save_checkpoint(tmp_path / "high", model, params, dtype="bf16")
+    again = load_checkpoint(tmp_path / "high")[1]["decoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert float(again[1, 0, 0]) == float(jnp.bfloat16(70000.0))
