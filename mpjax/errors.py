@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import types
 from typing import Any
 
 
@@ -11,11 +12,44 @@ class ConfigError(ValueError):
 
     The message is one line: where, what was expected, what was found, what to do.
     Command line entry points print it without a traceback and exit with status 2.
+
+    Args:
+      message: lines of it are joined; an array in it is printed on several.
+
+    Example:
+      >>> str(ConfigError("key: [1\\n 2] is no key"))
+      'key: [1 2] is no key'
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(map(str.strip, str(message).splitlines())))
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on: the loss scale is at its minimum and gradients stay non-finite."""
+
+
+def brief(value: Any) -> str:
+    """Returns what a value is in a few words, for messages.
+
+    Example:
+      >>> import numpy as np
+      >>> brief(None), brief([1, 2]), brief(np.zeros((2, 3), np.int8))
+      ('None', '[1, 2]', 'an array of int8, shape (2, 3)')
+      >>> brief({"w": np.zeros(2), "b": 0.0})
+      'a dict of 2'
+    """
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if isinstance(shape, tuple) and dtype is not None:
+        return f"an array of {dtype}, shape {shape}"
+    if isinstance(value, dict | list | tuple):
+        inside = value.values() if isinstance(value, dict) else value
+        if any(hasattr(one, "dtype") or isinstance(one, dict | list | tuple) for one in inside):
+            return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, types.FunctionType):
+        return f"the function {value.__qualname__}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:56]} ..."
 
 
 def need(module: str, extra: str, what: str, instead: str = "") -> Any:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mpjax.errors import ConfigError, brief
+
 
 class AmaxHistory(NamedTuple):
     r"""What delayed scaling knows of a product's operands: x, W and dy, in this order.
@@ -32,10 +34,19 @@ class AmaxHistory(NamedTuple):
     def empty(cls, steps: int, layers: tuple[int, ...] = ()) -> AmaxHistory:
         """Returns the state before the first step.
 
+        Args:
+          steps: whose largest numbers are remembered.
+          layers: leading axes.
+
+        Raises:
+          ConfigError: `steps` is no number of steps.
+
         Example:
           >>> AmaxHistory.empty(16).history.shape
           (3, 16)
         """
+        if not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"amax history: {brief(steps)} is no number of steps; give 1024")
         zeros = jnp.zeros((*layers, 3), jnp.float32)
         return cls(jnp.zeros((*layers, 3, steps), jnp.float32), zeros, zeros + 0)
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mpjax.errors import ConfigError, brief
+from mpjax.formats.given import as_array
 from mpjax.formats.quantize import Quantized
 from mpjax.formats.tiles import amax_of, per_tile, scale_down
 
@@ -17,8 +19,15 @@ def _nonzero(x: Any) -> Any:
     return (jax.lax.bitcast_convert_type(x, jnp.uint32) << jnp.uint32(1)) != 0
 
 
-def _array(q: Any) -> Any:
-    return (q.dequantize(jnp.float32) if isinstance(q, Quantized) else q).astype(jnp.float32)
+def _pair(x: Any, q: Any, where: str) -> tuple[Any, Any]:
+    """Both in float32, of one shape."""
+    x = as_array(x, f"{where}: x").astype(jnp.float32)
+    if isinstance(q, Quantized):
+        q = q.dequantize(jnp.float32)
+    q = as_array(q, f"{where}: q").astype(jnp.float32)
+    if x.shape != q.shape:
+        raise ConfigError(f"{where}: x has shape {x.shape} and q {q.shape}; give what x became")
+    return x, q
 
 
 def sqnr(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
@@ -30,14 +39,17 @@ def sqnr(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
       x: the array.
       q: what it became: a Quantized or an array.
 
+    Raises:
+      ConfigError: no arrays, or of two shapes; so in all measures.
+
     Example:
       >>> f"{sqnr(jnp.array([1.0, 1.0]), jnp.array([1.0, 0.9])):.2f} dB"
       '23.01 dB'
     """
-    wide = x.astype(jnp.float32)
+    wide, became = _pair(x, q, "sqnr")
     # as an amplitude first: squares of small gradients would flush to zero
     size = jnp.maximum(jnp.max(jnp.abs(wide)), jnp.float32(2.0**-126))
-    noise = jnp.sum(jnp.square((wide - _array(q)) / size))
+    noise = jnp.sum(jnp.square((wide - became) / size))
     ratio = 10 * jnp.log10(jnp.sum(jnp.square(wide / size)) / noise)
     return jnp.where(noise == 0, jnp.float32(jnp.inf), ratio)
 
@@ -49,7 +61,8 @@ def max_error(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
       >>> max_error(jnp.array([1.0, 2.0]), jnp.array([1.0, 1.5])).item()
       0.5
     """
-    error = x.astype(jnp.float32) - _array(q)
+    wide, became = _pair(x, q, "max_error")
+    error = wide - became
     return amax_of(error, error.shape).reshape(())
 
 
@@ -60,7 +73,8 @@ def underflow_rate(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
       >>> underflow_rate(jnp.array([0.0, 1e-3, 1.0, 2.0]), jnp.array([0.0, 0.0, 1.0, 2.0])).item()
       0.25
     """
-    lost = _nonzero(x.astype(jnp.float32)) & ~_nonzero(_array(q))
+    wide, became = _pair(x, q, "underflow_rate")
+    lost = _nonzero(wide) & ~_nonzero(became)
     return jnp.mean(lost.astype(jnp.float32))
 
 
@@ -73,9 +87,12 @@ def saturation_rate(x: Float[Array, "*shape"], q: Quantized) -> Float[Array, ""]
       >>> saturation_rate(x, quantize(x, "e4m3", "none")).item()
       0.5
     """
+    if not isinstance(q, Quantized):
+        raise ConfigError(f"saturation_rate: q is {brief(q)}; give what mpjax.quantize returned")
+    wide, _ = _pair(x, q, "saturation_rate")
     if q.offsets is not None:
-        x = per_tile(x.astype(jnp.float32), q.offsets, q.tile, lambda x, m: x - m)
-    over = scale_down(x, q.full_scales, q.tile)
+        wide = per_tile(wide, q.offsets, q.tile, lambda x, m: x - m)
+    over = scale_down(wide, q.full_scales, q.tile)
     largest = float(jnp.finfo(jnp.float32).max)
     slack = 1 + 2.0**-21  # the scale and x / scale are rounded
     low, high = max(q.format.min * slack, -largest), min(q.format.max * slack, largest)

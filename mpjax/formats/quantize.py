@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
+from mpjax.formats.given import ROUNDED, as_array
 from mpjax.formats.rounding import _round, check_rounding
 from mpjax.formats.scaling import (
     Scaling,
@@ -20,7 +22,7 @@ from mpjax.formats.scaling import (
     to_scale,
     two_level,
 )
-from mpjax.formats.table import Format
+from mpjax.formats.table import Format, FormatLike
 from mpjax.formats.tiles import amax_of, largest, per_tile, scale_down, split
 
 
@@ -90,8 +92,17 @@ class Quantized:
         return self.scales if self.tensor_scale is None else self.scales * self.tensor_scale
 
     def dequantize(self, dtype: Any = None) -> Any:
-        """Returns the array, in its own dtype or another."""
-        wanted = self.dtype if dtype is None else dtype
+        """Returns the array, in its own dtype or another.
+
+        Raises:
+          ConfigError: that is no dtype.
+        """
+        try:
+            wanted = jnp.dtype(self.dtype if dtype is None else dtype)
+        except TypeError:
+            raise ConfigError(
+                f"dequantize: {brief(dtype)} is no dtype; write jnp.float32 or jnp.bfloat16"
+            ) from None
         return _dequantize(self, jax.dtypes.canonicalize_dtype(wanted))
 
     @property
@@ -115,7 +126,7 @@ def _dequantize(q: Quantized, dtype: Any) -> Any:
 
 def quantize(
     x: Float[Array, "*shape"],
-    format: str | Format,
+    format: FormatLike,
     scaling: str | Scaling = "tensor",
     *,
     axis: int | tuple[int, ...] = -1,
@@ -136,11 +147,12 @@ def quantize(
     whole array NaN. No gradient passes; see `fake_quantize`.
 
     Args:
-      x: float32, bfloat16 or float16.
-      format: of the values.
+      x: float32, bfloat16 or float16; Python numbers count as float32.
+      format: of the values: a Format, its name or a dtype.
       scaling: who shares a scale: `none`, `tensor`, `row`, `block(1x128)`, `block(128x128)`,
         `mx(32)` (e8m0 scales), `nv(16)` (e4m3 scales and one of float32).
-      axis: the axis, or axes, over which a product will sum; rows and blocks lie along it.
+      axis: the axis, or a tuple of axes, over which a product will sum; rows and blocks lie along
+        it.
       rounding: of the values: `nearest`, `stochastic`, `floor`.
       key: random key, for stochastic rounding.
       scale_rounding: `none`, or to a power of two, `up` (nothing overflows) or `down` (OCP's
@@ -164,10 +176,9 @@ def quantize(
     References:
       Open Compute Project, Microscaling Formats (MX) 1.0, section 6.3.
     """
-    format = Format(format) if isinstance(format, str) else format
-    scaling = Scaling.parse(scaling)
-    x = jax.lax.stop_gradient(jnp.asarray(x))
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    format, scaling = Format.of(format), Scaling.parse(scaling)
+    x = jax.lax.stop_gradient(as_array(x, "quantize: x"))
+    if x.dtype not in ROUNDED:
         raise ConfigError(
             f"quantize: x is {x.dtype.name}; float32, bfloat16 and float16 can be quantised"
         )
@@ -179,8 +190,11 @@ def quantize(
         raise ConfigError(f"quantize: x of shape {x.shape} has no elements; leave it out")
     tile = x.shape
     if scaling.kind not in ("none", "tensor"):
-        given = axis if isinstance(axis, tuple) else (axis,)
-        tile = scaling.tiles(x.shape, tuple(_axis(a, x.ndim) for a in given))
+        given = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+        axes = tuple(_axis(a, x.ndim) for a in given)
+        if len(set(axes)) < len(axes):
+            raise ConfigError(f"quantize: axis={axis} names an axis twice; name it once")
+        tile = scaling.tiles(x.shape, axes)
     if offset:
         check_offset(format, scaling, scale_rounding)
         return _with_offset(x, format, scaling, tile, rounding, key)
@@ -224,19 +238,23 @@ def _with_offset(
     )  # fmt: skip
 
 
-def _axis(axis: int, ndim: int) -> int:
-    if not -ndim <= axis < ndim:
-        raise ConfigError(
-            f"quantize: axis {axis} of an array of {ndim} axes; give one of {-ndim} .. {ndim - 1}"
-        )
-    return axis % ndim
+def _axis(axis: Any, ndim: int) -> int:
+    if not isinstance(axis, int | np.integer) or not -ndim <= axis < ndim:
+        cure = f"give one of {-ndim} .. {ndim - 1}" if ndim else "take scaling=tensor"
+        raise ConfigError(f"quantize: axis {brief(axis)} of an array of {ndim} axes; {cure}")
+    return int(axis) % ndim
 
 
 def fake_quantize(
     x: Float[Array, "*shape"],
-    format: str | Format,
+    format: FormatLike,
     scaling: str | Scaling = "tensor",
-    **options: Any,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    rounding: str = "nearest",
+    key: Any = None,
+    scale_rounding: str | None = None,
+    offset: bool = False,
 ) -> Float[Array, "*shape"]:
     """Returns `quantize(...).dequantize()`, straight-through: gradients pass unchanged.
 
@@ -244,13 +262,24 @@ def fake_quantize(
       x: see `quantize`, as all the rest.
       format: of the values.
       scaling: who shares a scale.
-      options: of `quantize`.
+      axis: over which a product will sum.
+      rounding: of the values.
+      key: random key, for stochastic rounding.
+      scale_rounding: of the scales.
+      offset: whether each group has an offset.
+
+    Raises:
+      ConfigError: as `quantize`.
 
     Example:
       >>> jax.grad(lambda x: fake_quantize(x, "e2m1").sum())(jnp.ones(2)).tolist()
       [1.0, 1.0]
     """
-    q = quantize(jax.lax.stop_gradient(x), format, scaling, **options)
+    x = as_array(x, "fake_quantize: x")
+    q = quantize(
+        x, format, scaling, axis=axis, rounding=rounding, key=key, scale_rounding=scale_rounding,
+        offset=offset,
+    )  # fmt: skip
     return _straight(x, q.dequantize())
 
 

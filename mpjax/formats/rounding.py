@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mpjax.errors import ConfigError
-from mpjax.formats.table import Format
+from mpjax.errors import ConfigError, brief
+from mpjax.formats.given import ROUNDED, as_array, check_key
+from mpjax.formats.table import Format, FormatLike
 
 ROUNDINGS = ("nearest", "stochastic", "floor")
 _INF = 0x7F800000
@@ -137,20 +138,25 @@ def check_rounding(rounding: str, key: Any, where: str = "rounding") -> None:
     """Checks a rounding's name and that it has a key where it draws random bits.
 
     Raises:
-      ConfigError: unknown rounding, or stochastic without a key.
+      ConfigError: unknown rounding, or stochastic without a random key.
     """
-    if rounding not in ROUNDINGS:
-        raise ConfigError(f"{where}: unknown rounding {rounding!r}; known: {' '.join(ROUNDINGS)}")
-    if rounding == "stochastic" and key is None:
+    if not isinstance(rounding, str) or rounding not in ROUNDINGS:
+        raise ConfigError(
+            f"{where}: unknown rounding {brief(rounding)}; known: {' '.join(ROUNDINGS)}"
+        )
+    if rounding != "stochastic":
+        return
+    if key is None:
         raise ConfigError(
             f"{where}: stochastic rounding needs random bits; pass key=jax.random.key(...),"
             " folded with step and place, or rounding='nearest'"
         )
+    check_key(key, where)
 
 
 def round_to(
     x: Float[Array, "*shape"],
-    format: str | Format,
+    format: FormatLike,
     rounding: str = "nearest",
     key: Any = None,
     *,
@@ -165,8 +171,8 @@ def round_to(
     $(x - a) / (b - a)$, so that its mean is $x$.
 
     Args:
-      x: float32, bfloat16 or float16.
-      format: a Format or its name.
+      x: float32, bfloat16 or float16; Python numbers count as float32.
+      format: a Format, its name or a dtype.
       rounding: `nearest`, `stochastic` or `floor`.
       key: random key, for stochastic rounding.
       saturate: whether what lies beyond the largest number, inf too, becomes that number;
@@ -179,8 +185,7 @@ def round_to(
       The rounded numbers, in the shape and dtype of x.
 
     Raises:
-      ConfigError: unknown format or rounding, stochastic without a key, or a dtype that is not
-        rounded.
+      ConfigError: unknown format or rounding, stochastic without a key, or what is not rounded.
 
     Example:
       >>> round_to(jnp.array([0.3, 500.0]), "e4m3").tolist()
@@ -191,9 +196,9 @@ def round_to(
     References:
       Gupta et al. 2015, Deep Learning with Limited Numerical Precision, section 3 (stochastic).
     """
-    format = Format(format) if isinstance(format, str) else format
-    x = jnp.asarray(x)
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    format = Format.of(format)
+    x = as_array(x, "round_to: x")
+    if x.dtype not in ROUNDED:
         raise ConfigError(
             f"round_to: x is {x.dtype.name}; float32, bfloat16 and float16 can be rounded, cast"
             " it first"

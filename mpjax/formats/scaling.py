@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats.rounding import round_to
 from mpjax.formats.table import Format
 
@@ -41,6 +41,17 @@ class Scaling:
     rows: int = 1
     columns: int = 0
 
+    def __post_init__(self) -> None:
+        blocks = self.kind in ("block", "mx", "nv")
+        sizes = (self.rows, self.columns)
+        whole = all(isinstance(n, int) and n > 0 for n in sizes) if blocks else sizes == (1, 0)
+        if self.kind not in ("none", "tensor", "row", "block", "mx", "nv") or not whole:
+            raise ConfigError(
+                f"scaling: kind={brief(self.kind)}, rows={brief(self.rows)},"
+                f" columns={brief(self.columns)}; write Scaling('tensor'), Scaling('row') or, with"
+                " the size of a block, Scaling('block', 1, 128)"
+            )
+
     @classmethod
     def parse(cls, text: str | Scaling) -> Scaling:
         """Reads `none`, `tensor`, `row`, `block(RxC)`, `mx(N)`, `nv(N)` or `nv(RxN)`.
@@ -50,12 +61,12 @@ class Scaling:
         """
         if isinstance(text, Scaling):
             return text
-        if text in ("none", "tensor", "row"):
+        if isinstance(text, str) and text in ("none", "tensor", "row"):
             return cls(text)
-        match = _BLOCK.fullmatch(text)
+        match = _BLOCK.fullmatch(text) if isinstance(text, str) else None
         if match is None or (match[1] == "block" and match[2] is None):
             raise ConfigError(
-                f"scaling: unknown {text!r}; write none, tensor, row, block(1x128),"
+                f"scaling: unknown {brief(text)}; write none, tensor, row, block(1x128),"
                 " block(128x128), mx(32), nv(16) or nv(16x16)"
             )
         return cls(match[1], int(match[2] or 1), int(match[3]))
@@ -114,7 +125,8 @@ def check_scaling(format: Format, scaling: Scaling, scale_rounding: str, where: 
     where = where and f"{where}: "
     if scale_rounding not in SCALE_ROUNDINGS:
         raise ConfigError(
-            f"{where}scale_rounding: unknown {scale_rounding!r}; known: {' '.join(SCALE_ROUNDINGS)}"
+            f"{where}scale_rounding: unknown {brief(scale_rounding)}; known:"
+            f" {' '.join(SCALE_ROUNDINGS)}"
         )
     if format.kind == "power":
         raise ConfigError(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 
 # name -> exponent bits, mantissa bits, bias, which patterns are not numbers.
 # "ieee": the all-ones exponent is inf and NaN; "nan": one NaN per sign, no inf; "none": every
@@ -59,6 +60,21 @@ _DTYPES = {
 _KNOWN = (*_FLOATS, "e8m0", *_INTEGERS)
 
 
+def _name_of(dtype: Any) -> str:
+    """The name of the format that a dtype holds."""
+    try:
+        held = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        held = None
+    for name, known in _DTYPES.items():
+        if known == held:
+            return name
+    raise ConfigError(
+        f"format: {brief(dtype)} is neither a name nor a dtype of numbers; write one of"
+        f" {' '.join(_KNOWN)}, eXmY, qI.F"
+    )
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class Format:
     r"""A number format.
@@ -73,7 +89,7 @@ class Format:
         e8m0`; `e5m2fnuz e4m3fnuz e4m3b11fnuz e4m3ieee`; any other `eXmY`, which is read as
         IEEE-like (all-ones exponent: inf and NaN), or `eXmYnone` where every pattern is a number;
         `int16 int8 int4 int2`; `qI.F`, fixed point with I integer bits (sign included) and F
-        fraction bits.
+        fraction bits. A dtype, such as `jnp.bfloat16`, means the format that it holds.
 
     Raises:
       ConfigError: the name is none of these.
@@ -95,7 +111,8 @@ class Format:
     bias: int
     specials: str
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str | DTypeLike) -> None:
+        name = name if isinstance(name, str) else _name_of(name)
         kind = "float"
         if name in _FLOATS:
             exponent_bits, mantissa_bits, bias, specials = _FLOATS[name]
@@ -115,7 +132,8 @@ class Format:
                 "none",
             )
         else:
-            near = difflib.get_close_matches(name, _KNOWN, n=2)
+            held = [key for key, dtype in _DTYPES.items() if dtype == name]
+            near = held or difflib.get_close_matches(name.lower(), _KNOWN, n=2)
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise ConfigError(
                 f"format: unknown name {name!r}; {hint}known: {' '.join(_KNOWN)}, any eXmY"
@@ -125,6 +143,15 @@ class Format:
         found = (name, kind, exponent_bits, mantissa_bits, bias, specials)
         for field, value in zip(dataclasses.fields(self), found, strict=True):
             object.__setattr__(self, field.name, value)
+
+    @classmethod
+    def of(cls, value: FormatLike) -> Format:
+        """Returns a Format as it is, or that of a name or a dtype.
+
+        Raises:
+          ConfigError: it is none of these.
+        """
+        return value if isinstance(value, Format) else cls(value)
 
     @property
     def bits(self) -> int:
@@ -181,3 +208,6 @@ class Format:
     def is_integer(self) -> bool:
         """Whether it is `int16`, `int8`, `int4` or `int2`."""
         return self.name in _INTEGERS
+
+
+FormatLike: TypeAlias = str | Format | DTypeLike  # what `Format.of` reads

@@ -13,7 +13,7 @@ from mpjax.interpret.lists import make_lists
 from mpjax.interpret.place import UNTOUCHED, Place
 from mpjax.interpret.region import regions
 from mpjax.interpret.retrace import cast
-from mpjax.interpret.trace import trace
+from mpjax.interpret.trace import check_function, trace
 
 
 def no_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,6 +23,9 @@ def no_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
       fn: any function of JAX arrays; inside, its arguments have the dtypes of a call without
         autocast.
 
+    Raises:
+      ConfigError: it is no function.
+
     Example:
       >>> import jax.numpy as jnp
       >>> keep = no_autocast(lambda x, w: x @ w)
@@ -30,6 +33,8 @@ def no_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
       >>> [y.dtype.name for y in f(jnp.ones((2, 2)), jnp.ones((2, 2)))]
       ['bfloat16', 'float32']
     """
+
+    check_function("no_autocast", fn)
 
     @functools.wraps(fn)
     def apart(*args: Any, **kwargs: Any) -> Any:
@@ -80,8 +85,8 @@ def autocast(
       checkpoint, scan and sharding.
 
     Raises:
-      ConfigError: an unknown dtype, list, name or path, a Precision with fields that a function
-        alone cannot honour; when called, a function that cannot be traced.
+      ConfigError: no function, an unknown dtype, list, name or path, a Precision with fields that
+        a function alone cannot honour; when called, a function that cannot be traced.
 
     Example:
       >>> import jax.numpy as jnp
@@ -94,6 +99,7 @@ def autocast(
     References:
       PyTorch documentation, Automatic Mixed Precision package, Autocast Op Reference.
     """
+    check_function("autocast", fn)
     where, names = regions(precision, rules), make_lists(lists, low, full, widest)
 
     @functools.wraps(fn)

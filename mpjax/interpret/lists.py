@@ -22,7 +22,7 @@ import jax.numpy
 import jax.scipy.special
 from jax.extend.core import JaxprEqn, Literal, primitives
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.interpret.walker import CUSTOM_RULES
 
 LOW = frozenset(
@@ -184,12 +184,17 @@ def make_lists(base: str, low: Iterable[str], full: Iterable[str], widest: Itera
     Raises:
       ConfigError: an unknown base, a name that no operation has, or one named in two lists.
     """
-    if base not in LISTS:
-        raise ConfigError(f"autocast: unknown lists {base!r}; known: {' '.join(LISTS)}")
+    if not isinstance(base, str) or base not in LISTS:
+        raise ConfigError(f"autocast: unknown lists {brief(base)}; known: {' '.join(LISTS)}")
     named: dict[str, str] = {}
     for kind, names in (("low", low), ("full", full), ("widest", widest)):
         if isinstance(names, str):
             raise ConfigError(f"autocast: {kind}={names!r} is one text; write {kind}=[{names!r}]")
+        if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(
+                f"autocast: {kind}={brief(names)}; write names of operations, such as"
+                f" {kind}=['exp']"
+            )
         for name in names:
             if named.setdefault(name, kind) != kind:
                 raise ConfigError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.interpret.control import Rebind
 from mpjax.interpret.measure import Candidate, Pair, as_stored, candidates, fold, measure, merge
 from mpjax.interpret.monitored import KINDS, Monitored
@@ -18,7 +18,7 @@ from mpjax.interpret.place import Place
 from mpjax.interpret.retrace import Records, Result
 from mpjax.interpret.statistics import Statistics
 from mpjax.interpret.tensors import Mark, Tensors, find_tensors
-from mpjax.interpret.trace import trace
+from mpjax.interpret.trace import check_function, trace
 from mpjax.interpret.walker import bind, scan_sizes, walk
 from mpjax.interpret.weights import Leaf
 from mpjax.precision.rule import matches, near_misses
@@ -261,12 +261,16 @@ def monitor(
       >>> sorted(stats.activations), float(stats.weights["w"].underflow("e4m3"))
       (['lhs', 'product'], 1.0)
     """
-    if not callable(fn):
-        raise ConfigError(f"monitor: {fn!r} is not a function; pass the function to monitor")
-    if isinstance(what, str) or not set(what) <= set(KINDS):
-        raise ConfigError(f"monitor: what={what!r} must be a list of: {' '.join(KINDS)}")
-    if sample < 0:
-        raise ConfigError(f"monitor: sample={sample} must not be negative; 0 measures all numbers")
+    check_function("monitor", fn)
+    if not isinstance(what, list | tuple | set) or not all(kind in KINDS for kind in what):
+        raise ConfigError(f"monitor: what={brief(what)} must be a list of: {' '.join(KINDS)}")
+    if not isinstance(sample, int) or sample < 0:
+        raise ConfigError(
+            f"monitor: sample={brief(sample)} must be a whole number, not negative; 0 measures all"
+            " numbers"
+        )
+    if not isinstance(where, str | list | tuple):
+        raise ConfigError(f"monitor: where={brief(where)}; write path patterns, such as ['**/mlp']")
     patterns = (where,) if isinstance(where, str) else tuple(where)
     found = candidates(formats)
 
@@ -278,7 +282,7 @@ def monitor(
         still = [lax.stop_gradient(jnp.asarray(x)) for x in program.args]
         # Apart from the function's own operations, so that XLA fuses these as without a monitor.
         still = lax.optimization_barrier(still)
-        stats = _Monitor(tensors, patterns, what, found, sample).run(program.closed, still)
+        stats = _Monitor(tensors, patterns, tuple(what), found, sample).run(program.closed, still)
         return fn(*args, **kwargs), stats
 
     return monitored

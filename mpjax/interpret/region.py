@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mpjax.errors import ConfigError
 from mpjax.precision import Precision, Recipe, get_precision
 from mpjax.precision.dtypes import dtype_name, parse_dtype
-from mpjax.precision.reading import parse_rule
+from mpjax.precision.reading import parse_rule, parse_rules
 from mpjax.precision.rule import Rule, matches, near_misses
 
 _LOW = (jnp.bfloat16, jnp.float16)
@@ -112,7 +112,7 @@ def regions(value: Any, rules: Sequence[str | Rule] = ()) -> Regions:
       ConfigError: fields of a Precision that a function alone cannot honour, or a dtype that
         autocast does not compute in.
     """
-    mine = [parse_rule(rule) for rule in rules]
+    mine = parse_rules(rules)
     if isinstance(value, Precision):
         precision = value
     else:

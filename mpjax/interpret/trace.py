@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 
 # What a tracer cannot give: its value, while the function is looked at.
 _NOT_TRACEABLE = (
@@ -42,6 +42,19 @@ class Program(NamedTuple):
     rebuild: Callable[[Sequence[Any]], Any]
 
 
+def check_function(what: str, fn: Any) -> None:
+    """Checks that a transform is given a function.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    if not callable(fn):
+        raise ConfigError(
+            f"{what}: {brief(fn)} is not a function; pass the function to transform first,"
+            f" {what}(fn, ...)"
+        )
+
+
 def trace(
     what: str, fn: Callable[..., Any], args: Any, kwargs: Any, *, runs: bool = False
 ) -> Program:
@@ -59,8 +72,7 @@ def trace(
       ConfigError: the function is none, cannot be traced, or changes an argument that is lost; an
         argument was donated before.
     """
-    if not callable(fn):
-        raise ConfigError(f"{what}: {fn!r} is not a function; pass the function to transform")
+    check_function(what, fn)
     paths, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     kept = [(path, leaf) for path, leaf in paths if is_array(leaf)]
     names = [_spell(path) for path, _ in kept]

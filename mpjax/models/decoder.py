@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mpjax import ops
 from mpjax.formats import slice_view
 from mpjax.models.config import DecoderConfig, decoder_config
+from mpjax.models.given import as_ids, below
 from mpjax.models.heads import next_token_loss, unembed
 from mpjax.models.network import Network
 from mpjax.models.skeleton import At, decoder_parts, init_boxed
@@ -64,11 +65,11 @@ class Model(Network):
         train: bool = False,
     ) -> tuple[Any, Any]:  # fmt: skip
         """Returns the features behind the last norm (B, T, D) and the new state, as `apply`."""
-        state = state or {}
+        state, ids_BT = state or {}, as_ids(ids_BT, "decoder")
         T = ids_BT.shape[1]
         stack = Stack(self.config, self.at, self.segments, rounding=self.rounds)
         x, cache, amax = Trunk(stack, self.shard)(
-            slice_view(params)["decoder"], ids_BT, sight_of(T, keep, state),
+            below(slice_view(params), "decoder"), ids_BT, sight_of(T, keep, state),
             cache=state.get("layers"), amax=state.get("amax", {}).get("layers"), key=key,
             train=train,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.block import Sight
 from mpjax.models.encoder_config import EncoderConfig, encoder_config
+from mpjax.models.given import as_ids, below
 from mpjax.models.heads import ClassHead, MaskedHead, MeanPooler, Pooler
 from mpjax.models.network import Network
 from mpjax.models.skeleton import At, Parts, init_boxed, outer_parts, part_key
@@ -117,10 +118,10 @@ class Encoder(Network):
           `masked` (B, T, V) for `masked` and `pretrain`, `next` (B, 2; 0 is the next sentence) for
           `pretrain`, `class` (B, C), `token` (B, T, C). What stands at padding means nothing.
         """
-        c, p, given = self.config, weight_view(params)["encoder"], self._inputs(inputs)
+        c, p, given = self.config, below(weight_view(params), "encoder"), self._inputs(inputs)
         seen = (state or {}).get("amax", {})
         keep = jnp.asarray(given["keep"]).astype(bool) if "keep" in given else None
-        ids = jnp.asarray(given["ids"])
+        ids = as_ids(given["ids"], "encoder")
         stack = Stack(c, self.at, self.segments, self.rounds, "encoder", causal=False)
         x, _, amax = Trunk(stack, self.shard, c.types)(
             p, ids, Sight(jnp.arange(ids.shape[1]), keep_BS=keep), kinds_BT=given.get("types"),

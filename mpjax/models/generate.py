@@ -85,7 +85,8 @@ def generate(
       The new token ids.
 
     Raises:
-      ConfigError: an empty prompt, a setting out of range, or more tokens than the model's context.
+      ConfigError: an empty prompt, a setting out of range, more tokens than the model's context, or
+        another model's params.
 
     Example:
       >>> from mpjax.models import decoder
@@ -96,7 +97,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p)
     sampling.check(model.config.vocabulary)
-    start, lengths = check_prompt(model, prompt, lengths, new, cache, end)
+    start, lengths = check_prompt(model, params, prompt, lengths, new, cache, end)
     key = sampling.need(key)
     state = model.init_state() if state is None else state
     return _generate(model, params, jnp.asarray(prompt), key, state, start, sampling, end, lengths)
@@ -159,7 +160,7 @@ def stream(
     """
     sampling = Sampling(temperature, top_k, top_p)
     sampling.check(model.config.vocabulary)
-    start, lengths = check_prompt(model, prompt, lengths, new, cache, None)
+    start, lengths = check_prompt(model, params, prompt, lengths, new, cache, None)
     keys = jax.random.split(sampling.need(key), new)
     state = model.init_state()
     token_B, state = _first(
@@ -221,7 +222,8 @@ def beam_search(
       Tokens (B, K, N) and their scores (B, K), -inf for beams beyond all continuations there are.
 
     Raises:
-      ConfigError: an empty prompt, a setting out of range, or more tokens than the model's context.
+      ConfigError: an empty prompt, a setting out of range, more tokens than the model's context, or
+        another model's params.
 
     Example:
       >>> from mpjax.models import decoder
@@ -235,7 +237,7 @@ def beam_search(
       Wu et al. 2016, Google's Neural Machine Translation System, section 7 (length normalisation).
     """
     check_beams(beams, length_penalty)
-    start, lengths = check_prompt(model, prompt, lengths, new, cache, end)
+    start, lengths = check_prompt(model, params, prompt, lengths, new, cache, end)
     state = model.init_state() if state is None else state
     return _beam_search(
         model, params, jnp.asarray(prompt), start, beams, end, length_penalty, lengths, state

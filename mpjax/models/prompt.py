@@ -16,6 +16,7 @@ from jaxtyping import Int
 
 from mpjax.errors import ConfigError
 from mpjax.models.cache import cache_storage
+from mpjax.models.given import check_params
 from mpjax.models.storage import Storage
 
 
@@ -75,7 +76,13 @@ def prefill(
 
 
 def check_prompt(
-    model: Any, prompt: Any, lengths: Any, new: int, cache: str | Storage, end: int | None
+    model: Any,
+    params: Any,
+    prompt: Any,
+    lengths: Any,
+    new: int,
+    cache: str | Storage,
+    end: int | None,
 ) -> tuple[Start, Any]:
     """Checks what the ways of generating have in common.
 
@@ -85,6 +92,8 @@ def check_prompt(
     Raises:
       ConfigError: see `generate`.
     """
+    if hasattr(model, "init"):
+        check_params(model, params, type(model).__name__.lower())
     shape = getattr(prompt, "shape", None)
     if shape is None or len(shape) != 2 or not jnp.issubdtype(prompt.dtype, jnp.integer):
         given = type(prompt).__name__ if shape is None else f"{prompt.dtype} {tuple(shape)}"

@@ -18,6 +18,7 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.cell import Cell
+from mpjax.models.given import as_ids, below
 from mpjax.models.heads import head_logits
 from mpjax.models.layers import Embed, Linear
 from mpjax.models.network import Network
@@ -85,7 +86,8 @@ class Recurrent(Network):
     ) -> tuple[Any, Any]:  # fmt: skip
         """Returns the last cell's outputs (B, T, D) and the new state, as `apply`."""
         keep_TB = None if keep is None else jnp.asarray(keep).astype(bool).T
-        c, p, state = self.config, weight_view(params)["recurrent"], state or {}
+        c, p, state = self.config, below(weight_view(params), "recurrent"), state or {}
+        ids_BT = as_ids(ids_BT, "recurrent")
         dropping = train and c.dropout > 0
         if dropping and key is None:
             raise ConfigError("model: dropout needs a key; pass key= or train=False")

@@ -19,6 +19,7 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.context import Layer
+from mpjax.models.given import below
 from mpjax.models.layers import Linear
 from mpjax.models.network import Network
 from mpjax.models.resnet_config import ResNetConfig, resnet_config
@@ -202,7 +203,7 @@ class ResNet(Network):
             raise ConfigError(
                 f"images: {images.dtype.name} is not floating-point; divide by 255 in float32"
             )
-        variables = {"params": weight_view(params)[self.root], **(state or {})}
+        variables = {"params": below(weight_view(params), self.root), **(state or {})}
         rngs = {"rounding": key} if key is not None and self.rounds else {}
         logits, state = self._body(self.at).apply(variables, images, rngs=rngs, mutable=["amax"])
         return logits, state or None

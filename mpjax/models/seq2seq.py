@@ -17,6 +17,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.block import Sight
 from mpjax.models.context import Context
+from mpjax.models.given import as_ids, below
 from mpjax.models.heads import next_token_loss, unembed
 from mpjax.models.network import Network
 from mpjax.models.seq2seq_config import Seq2SeqConfig, seq2seq_config
@@ -94,10 +95,10 @@ class Seq2Seq(Network):
         return x, cache, (state | {"amax": seen | {half: {"layers": amax}}} if amax else state)
 
     def _read(self, p: Any, source: Any, keep: Any, state: Any, key: Any, train: bool) -> Any:
-        own = p["encoder"]
+        own = below(p, "encoder")
         if not self.config.source_vocabulary:
-            own = own | {"embed": p["decoder"]["embed"]}
-        ids = jnp.asarray(source)
+            own = own | {"embed": below(p, "decoder")["embed"]}
+        ids = as_ids(source, "seq2seq: source")
         keep = None if keep is None else jnp.asarray(keep).astype(bool)
         if keep is not None and keep.shape != ids.shape:
             raise ConfigError(
@@ -116,7 +117,7 @@ class Seq2Seq(Network):
         """Returns the decoder's features (B, T, D) and the new state, as `apply`."""
         state, p = state or {}, weight_view(params)
         if "position" in state:
-            ids, keep = inputs, state.get("source_keep")
+            ids, keep = as_ids(inputs, "seq2seq"), state.get("source_keep")
             sight = sight_of(ids.shape[1], None, state)._replace(keep_source_BS=keep)
         else:
             if not isinstance(inputs, dict) or not {"source", "inputs"} <= set(inputs):
@@ -124,7 +125,7 @@ class Seq2Seq(Network):
                     "seq2seq: without a state from start() the input is a dict of source (B, S) and"
                     " inputs (B, T), and of source_keep and keep if there is padding"
                 )
-            ids = jnp.asarray(inputs["inputs"])
+            ids = as_ids(inputs["inputs"], "seq2seq: inputs")
             source, keep, state = self._read(
                 p, inputs["source"], inputs.get("source_keep"), state, key, train
             )

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats.delayed import AmaxHistory
+from mpjax.formats.given import as_array
+from mpjax.ops.given import Axes, float_dtype
 from mpjax.ops.product import How, product
-from mpjax.ops.quantized import Axes, Factor, opened
+from mpjax.ops.quantized import Factor, opened
 from mpjax.precision import Recipe, get_recipe
 
 
@@ -126,6 +128,25 @@ def conv_general_dilated(
             f"{where}: recipe {recipe.name!r} has {what}, which a convolution does not take, since"
             " its operands meet at shifted places; use mxfp8, fp8 or another without"
         )
+    x, kernel = as_array(x, f"{where}: x"), as_array(kernel, f"{where}: kernel")
+    compute = float_dtype(compute_dtype, x.dtype, f"{where}: compute_dtype")
+    output = float_dtype(preferred_element_type, x.dtype, f"{where}: preferred_element_type")
+    if isinstance(window_strides, tuple | list) and not all(window_strides):
+        raise ConfigError(f"{where}: window_strides={window_strides}; take strides of 1 or more")
+    try:
+        jax.eval_shape(
+            lambda x, kernel: lax.conv_general_dilated(
+                x, kernel.astype(x.dtype), window_strides, padding, lhs_dilation, rhs_dilation,
+                dimension_numbers, feature_group_count,
+            ),
+            x,
+            kernel,
+        )  # fmt: skip
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise ConfigError(
+            f"{where}: {error}; x has shape {x.shape} and the kernel {kernel.shape}, laid out by"
+            f" dimension_numbers={brief(dimension_numbers)}"
+        ) from error
     space = x.ndim - 2
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     dilations = tuple(lhs_dilation or (1,) * space), tuple(rhs_dilation or (1,) * space)
@@ -142,7 +163,5 @@ def conv_general_dilated(
         tuple(window_strides), tuple((int(a), int(b)) for a, b in padding), dilations, numbers,
         feature_group_count,
     )  # fmt: skip
-    compute = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
-    output = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
     y, amax = product(x, kernel, How(op, recipe, compute, output, where), key, amax)
     return y if amax is None else (y, amax)

@@ -7,17 +7,18 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats.delayed import AmaxHistory
+from mpjax.formats.given import ROUNDED, as_array, check_key
 from mpjax.formats.tiles import amax_of
-from mpjax.ops.quantized import Axes, Dims, Factor, backward_dims, combine, encode, need_key
+from mpjax.ops.given import Axes, Dims, float_dtype, read_dims
+from mpjax.ops.quantized import Factor, backward_dims, combine, encode, need_key
+from mpjax.ops.rotation import hadamard
 from mpjax.precision import Recipe, get_recipe
 
 _PRNG = "threefry2x32"
-_QUANTISED = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class Bilinear(Protocol):
@@ -160,42 +161,11 @@ def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def _hadamard_matrix(size: int) -> np.ndarray:
-    """Sylvester's matrix over the square root of its size: orthogonal."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype(np.float32)
-
-
-def hadamard(x: Any, axis: int, signs: Any) -> Any:
-    r"""Returns $H \mathrm{diag}(s) x$ along an axis, in blocks as long as the signs.
-
-    $H \mathrm{diag}(s)$ is orthogonal, so a product over this axis of two arrays so transformed is
-    the product of the two; an outlier is spread over its block. The last block is filled with
-    zeros.
-
-    Args:
-      x: an array.
-      axis: the axis.
-      signs: +1 and -1, a power of two of them.
-
-    Example:
-      >>> hadamard(jnp.array([1.0, 0.0]), 0, jnp.ones(2)).round(3).tolist()
-      [0.7070000171661377, 0.7070000171661377]
-    """
-    size = signs.shape[0]
-    rows = jnp.moveaxis(x, axis, -1).astype(jnp.float32)
-    rows = jnp.pad(rows, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[axis] % size)])
-    blocks = rows.reshape(*rows.shape[:-1], -1, size) * signs.reshape((1,) * x.ndim + (-1,))
-    turned = jnp.matmul(blocks, _hadamard_matrix(size), precision=lax.Precision.HIGHEST)
-    return jnp.moveaxis(turned.reshape(rows.shape), -1, axis)
-
-
-def _key_data(key: Any) -> Any:
+def _key_data(key: Any, where: str) -> Any:
     """Two words of threefry, whatever kind of key was given."""
     if key is None:
         return None
+    check_key(key, where)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if str(jax.random.key_impl(key)) != _PRNG:
@@ -214,10 +184,15 @@ def product(
     """
     recipe = how.recipe
     for name, x in (("left", a), ("right", b)):
-        if x.dtype not in _QUANTISED:
+        if x.dtype not in ROUNDED:
             raise ConfigError(
                 f"{how.where}: recipe {recipe.name!r} quantises float32, bfloat16 and float16"
                 f" operands, the {name} one is {x.dtype.name}; cast it, or leave the recipe out"
+            )
+        if x.size == 0:
+            raise ConfigError(
+                f"{how.where}: recipe {recipe.name!r} has nothing to quantise, the {name} operand"
+                f" has shape {x.shape}; leave the product out"
             )
     if recipe.history and amax is None:
         raise ConfigError(
@@ -225,15 +200,17 @@ def product(
             " state; pass amax=AmaxHistory.empty(steps) (a model: state=model.init_state()), or"
             f" take a recipe without history, such as fp8"
         )
+    if amax is not None and not isinstance(amax, AmaxHistory):
+        raise ConfigError(f"{how.where}: amax is {brief(amax)}; pass AmaxHistory.empty(steps)")
     if amax is not None and not recipe.history:
         raise ConfigError(
             f"{how.where}: recipe {recipe.name!r} keeps no amax history; leave amax out, or take"
             " fp8-delayed"
         )
     if amax is None:
-        return _product(a, b, _key_data(key), None, None, how)[0], None
+        return _product(a, b, _key_data(key, how.where), None, None, how)[0], None
     roomy = amax.amax * jnp.float32(2.0**recipe.margin)
-    y, seen = _product(a, b, _key_data(key), roomy, amax.seen, how)
+    y, seen = _product(a, b, _key_data(key, how.where), roomy, amax.seen, how)
     return y, amax._replace(seen=seen)
 
 
@@ -268,8 +245,8 @@ def dot_general(
       The product, laid out as by `lax.dot_general`; with delayed scaling `(product, amax)`.
 
     Raises:
-      ConfigError: unknown recipe, no key or no state where the recipe needs one, operands that
-        are not float32, bfloat16 or float16.
+      ConfigError: unknown recipe or dtype, no key or no state where the recipe needs one, operands
+        that are not float32, bfloat16 or float16, have no elements or not the axes named.
 
     Example:
       >>> x, w = jnp.ones((2, 3)), jnp.ones((3, 4))
@@ -280,8 +257,9 @@ def dot_general(
       Micikevicius et al. 2022, FP8 Formats for Deep Learning.
     """
     recipe = get_recipe(recipe, where)
-    dims: Any = tuple(tuple(tuple(map(int, axes)) for axes in pair) for pair in dimension_numbers)
-    compute = jnp.dtype(a.dtype if compute_dtype is None else compute_dtype)
-    output = jnp.dtype(a.dtype if preferred_element_type is None else preferred_element_type)
+    a, b = as_array(a, f"{where}: the left operand"), as_array(b, f"{where}: the right operand")
+    dims = read_dims(dimension_numbers, a.shape, b.shape, where)
+    compute = float_dtype(compute_dtype, a.dtype, f"{where}: compute_dtype")
+    output = float_dtype(preferred_element_type, a.dtype, f"{where}: preferred_element_type")
     y, amax = product(a, b, How(Dot(dims), recipe, compute, output, where), key, amax)
     return y if amax is None else (y, amax)

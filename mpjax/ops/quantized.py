@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats import Format, Scaling, round_to
 from mpjax.formats.quantize import find_scales, scaled_values
 from mpjax.formats.scaling import to_scale
 from mpjax.formats.tiles import amax_of, per_tile
-from mpjax.precision import Operand, Recipe
+from mpjax.ops.given import Axes, Dims
+from mpjax.precision import Operand, Recipe, get_recipe
 
-Axes = tuple[int, ...]
-Dims = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
 _FLOAT8 = ("e4m3", "e5m2")
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _INT32_TERMS = (2**31 - 1) // 128**2  # so many products of two int8 an int32 can sum
 
@@ -223,20 +223,24 @@ def _inverse(axes: Axes) -> Axes:
     return tuple(axes.index(d) for d in range(len(axes)))
 
 
-def how_it_runs(recipe: Recipe, platform: str, terms: int = 1) -> dict[str, str]:
+def how_it_runs(recipe: str | Recipe, platform: str, terms: int = 1) -> dict[str, str]:
     """Returns for each product of a recipe what multiplies it on a platform.
 
     Args:
-      recipe: the recipe.
-      platform: `cpu`, `cuda` or `tpu`.
+      recipe: a Recipe or its name.
+      platform: `cpu`, `cuda`, `rocm` or `tpu`.
       terms: how many products are summed.
 
+    Raises:
+      ConfigError: unknown recipe or platform.
+
     Example:
-      >>> from mpjax.precision import get_recipe
-      >>> how_it_runs(get_recipe("fp8"), "cuda")["dgrad"]
+      >>> how_it_runs("fp8", "cuda")["dgrad"]
       'native float8 product'
     """
-    found = {}
+    recipe, found = get_recipe(recipe), {}
+    if platform not in _PLATFORMS:
+        raise ConfigError(f"platform: {brief(platform)} is none; known: {' '.join(_PLATFORMS)}")
     for name in ("fprop", "dgrad", "wgrad"):
         left, right = getattr(recipe, name)
         pair = tuple(None if o is None else Format(o.format) for o in (left, right))

@@ -9,8 +9,9 @@ from mpjax.optim.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, S
 from mpjax.optim.losses import MultiLossScale, scaled_value_and_grads
 from mpjax.optim.moments import quantize_moments
 from mpjax.optim.named import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
-from mpjax.optim.pruning import cubic_sparsity, prune_weights, pruned, sparsity_by_path
+from mpjax.optim.pruning import prune_weights, pruned
 from mpjax.optim.scales import make_loss_scale
+from mpjax.optim.sparsity import cubic_sparsity, sparsity_by_path
 from mpjax.optim.storage import store_weights
 from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
 from mpjax.optim.wrap import Optimizer, OptState, apply_updates, global_norm, wrap

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax.errors import ConfigError
 from mpjax.formats import Format, round_to
+from mpjax.formats.given import as_array
 from mpjax.formats.tiles import amax_of, per_tile
 from mpjax.precision.moments import MomentFormat
 
@@ -184,7 +186,7 @@ class Blockwise:
         return per_tile(numbers, self.absmax, tile, lambda n, a: n * a).reshape(self.shape)
 
 
-def quantize_blocks(x: Any, format: MomentFormat, signed: bool) -> Blockwise:
+def quantize_blocks(x: Any, format: str | MomentFormat, signed: bool) -> Blockwise:
     """Returns a moment as codes of the nearest numbers, $x \\approx b_{code} \\max_{block} |x|$.
 
     A block of zeros has absmax 0 and stays zero. A block that holds inf or NaN becomes non-finite
@@ -192,14 +194,20 @@ def quantize_blocks(x: Any, format: MomentFormat, signed: bool) -> Blockwise:
 
     Args:
       x: float32.
-      format: with a block.
+      format: with a block, such as `int8@256`.
       signed: False for a moment that is never negative.
 
+    Raises:
+      ConfigError: a format without blocks, or no array.
+
     Example:
-      >>> q = quantize_blocks(jnp.array([0.0, 3.0, -1.5]), MomentFormat.parse("int8"), True)
+      >>> q = quantize_blocks(jnp.array([0.0, 3.0, -1.5]), "int8", signed=True)
       >>> q.codes.dtype.name, q.absmax.tolist(), q.dequantize().round(2).tolist()
       ('uint8', [3.0], [0.0, 3.0, -1.5])
     """
+    x, format = as_array(x, "quantize_blocks: x"), MomentFormat.parse(format, second=not signed)
+    if format.block is None:
+        raise ConfigError(f"quantize_blocks: {format} has no blocks; write int8@256")
     wide = x.astype(jnp.float32).reshape(x.shape or (1,))
     tile = tile_of(wide.shape, format.block or 0)
     absmax = amax_of(wide, tile)

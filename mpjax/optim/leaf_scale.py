@@ -22,7 +22,16 @@ from jaxtyping import Array, Bool
 
 from mpjax.errors import ConfigError
 from mpjax.formats import is_quantized
-from mpjax.optim.loss_scale import LossScale, as_pytree, rebuild, step_dynamic
+from mpjax.formats.given import as_array
+from mpjax.optim.loss_given import as_loss, check_differentiable, check_function, with_aux
+from mpjax.optim.loss_scale import (
+    LossScale,
+    as_flag,
+    as_pytree,
+    given_init,
+    rebuild,
+    step_dynamic,
+)
 from mpjax.precision import LossScaleSettings, matches
 
 Tree = TypeVar("Tree")
@@ -70,7 +79,7 @@ def scale_gradient(x: Tree, scale: Any) -> Tree:
       Zhao et al. 2019, Adaptive Loss Scaling for Mixed Precision Training (a scale for each
       layer, multiplied in between the layers).
     """
-    factor = jnp.asarray(scale, jnp.float32)
+    factor = as_array(scale, "scale_gradient: scale").astype(jnp.float32)
     return jax.tree.map(lambda leaf: _marked(leaf, factor), x)
 
 
@@ -129,14 +138,14 @@ class LeafLossScale(LossScale):
     ) -> None:
         self.settings = LossScaleSettings(
             "leaf",
-            init,
+            given_init(init),
             growth_factor,
             backoff_factor,
             growth_interval,
             hysteresis,
             min_scale,
             max_scale,
-            groups=tuple(groups),
+            groups=groups,  # type: ignore[arg-type]
         )
         count = len(self.settings.groups)
         if not count:
@@ -147,7 +156,7 @@ class LeafLossScale(LossScale):
         self.state = (
             jnp.full(count, self.settings.init, jnp.float32),
             jnp.zeros(count, jnp.int32),
-            jnp.full(count, hysteresis, jnp.int32),
+            jnp.full(count, self.settings.hysteresis, jnp.int32),
         )
 
     @property
@@ -197,12 +206,20 @@ class LeafLossScale(LossScale):
 
         Returns:
           `grad(params, *args) -> (scaled gradients, aux)`, to be unscaled by `unscale`.
+
+        Raises:
+          ConfigError: no function; at the call, one that returns no `(loss, aux)` with a scalar
+            loss, or params without floating-point arrays.
         """
 
+        check_function(fn)
+
         def grad(params: Any, *args: Any) -> tuple[Any, Any]:
+            check_differentiable(params)
+
             def in_float32(params: Any) -> tuple[Any, Any]:
-                loss, aux = fn(params, *args)
-                return loss.astype(jnp.float32), aux
+                loss, aux = with_aux(fn(params, *args))
+                return as_loss(loss).astype(jnp.float32), aux
 
             _, pull, aux = jax.vjp(in_float32, params, has_aux=True)
             scales = self.state[0]
@@ -243,7 +260,8 @@ class LeafLossScale(LossScale):
             ]
         )
 
-    def adjust(self, finite: Bool[Array, ""], grads: Any = None) -> LeafLossScale:
+    def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> LeafLossScale:
+        finite = as_flag(finite)
         if grads is None:
             raise ConfigError(
                 "loss scale: leaf reads the gradients; write scale.adjust(finite, grads) with the"

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format
-from mpjax.optim.loss_scale import StaticLossScale, as_pytree, rebuild
+from mpjax.formats.table import FormatLike
+from mpjax.optim.loss_scale import StaticLossScale, as_flag, as_pytree, given_init, rebuild
 from mpjax.precision import LossScaleSettings
 
 
@@ -87,7 +88,7 @@ class LogMaxLossScale(StaticLossScale):
 
     def __init__(
         self,
-        format: str = "float16",
+        format: FormatLike = "float16",
         deviations: int | float = 4.0,
         decay: int | float = 0.99,
         init: int | float = 1.0,
@@ -100,13 +101,13 @@ class LogMaxLossScale(StaticLossScale):
     ) -> None:
         self.settings = LossScaleSettings(
             "logmax",
-            init,
+            given_init(init),
             growth_factor,
             backoff_factor,
             growth_interval,
             min_scale=min_scale,
             max_scale=max_scale,
-            format=format,
+            format=Format.of(format).name,
             deviations=deviations,
             decay=decay,
             power_of_two=power_of_two,
@@ -120,7 +121,8 @@ class LogMaxLossScale(StaticLossScale):
             jnp.float32(0),
         )
 
-    def adjust(self, finite: Bool[Array, ""], grads: Any = None) -> LogMaxLossScale:
+    def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> LogMaxLossScale:
+        finite = as_flag(finite)
         if grads is None:
             raise ConfigError(
                 "loss scale: logmax reads the gradients; write scale.adjust(finite, grads) with"

@@ -7,15 +7,45 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
+from mpjax.errors import ConfigError, brief
 from mpjax.precision import LossScaleSettings
 
 Tree = TypeVar("Tree")
 
 
 def _to_float32(x: Any) -> Any:
+    x = jnp.asarray(x)  # a loss may be a Python number
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def as_flag(finite: Any) -> Any:
+    """Returns whether a step was finite as a bool scalar.
+
+    Raises:
+      ConfigError: it is something else.
+    """
+    known = isinstance(finite, bool | np.bool_ | np.ndarray | jax.Array)
+    flag = jnp.asarray(finite) if known else None
+    if flag is None or flag.shape != () or flag.dtype != jnp.bool_:
+        raise ConfigError(
+            f"loss scale: finite is {brief(finite)}; write adjust(finite) with one bool, such as"
+            " jnp.all(finite)"
+        )
+    return flag
+
+
+def given_init(init: Any) -> Any:
+    """Returns a first scale as it was given; settings take None for their default.
+
+    Raises:
+      ConfigError: it is None.
+    """
+    if init is None:
+        raise ConfigError("loss scale: init=None is no number; leave it out or write init=65536")
+    return init
 
 
 def as_pytree(kind: Any) -> Any:
@@ -70,14 +100,18 @@ class LossScale:
         """Returns gradients / scale in float32; exact where the scale is a power of two."""
         return jax.tree.map(_to_float32, tree)
 
-    def adjust(self, finite: Bool[Array, ""], grads: Any = None) -> LossScale:
+    def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> LossScale:
         """Returns the loss scale of the next step.
 
         Args:
-          finite: whether all gradients of this step were.
+          finite: whether all gradients of this step were, a bool scalar.
           grads: these gradients, unscaled; some kinds read them.
+
+        Raises:
+          ConfigError: `finite` is no bool scalar.
         """
-        del finite, grads
+        del grads
+        as_flag(finite)
         return self
 
     def at_minimum(self, grads: Any = None) -> Any:
@@ -116,18 +150,18 @@ class StaticLossScale(LossScale):
     names: tuple[str, ...] = ("scale",)
 
     def __init__(self, scale: int | float) -> None:
-        self.settings = LossScaleSettings("static", init=scale)
-        self.state = (jnp.float32(scale),)
+        self.settings = LossScaleSettings("static", init=given_init(scale))
+        self.state = (jnp.float32(self.settings.init),)
 
     @property
     def value(self) -> Any:
         return self.state[0]
 
     def scale(self, tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: x.astype(jnp.float32) * self.value, tree)
+        return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32) * self.value, tree)
 
     def unscale(self, tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: x.astype(jnp.float32) / self.value, tree)
+        return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32) / self.value, tree)
 
 
 def step_dynamic(
@@ -201,7 +235,7 @@ class DynamicLossScale(StaticLossScale):
     ) -> None:
         self.settings = LossScaleSettings(
             "dynamic",
-            init,
+            given_init(init),
             growth_factor,
             backoff_factor,
             growth_interval,
@@ -209,11 +243,12 @@ class DynamicLossScale(StaticLossScale):
             min_scale,
             max_scale,
         )
-        self.state = (jnp.float32(init), jnp.int32(0), jnp.int32(hysteresis))
+        s = self.settings
+        self.state = (jnp.float32(s.init), jnp.int32(0), jnp.int32(s.hysteresis))
 
-    def adjust(self, finite: Bool[Array, ""], grads: Any = None) -> DynamicLossScale:
+    def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> DynamicLossScale:
         del grads
-        state = step_dynamic(self.settings, self.state, finite)  # type: ignore[arg-type]
+        state = step_dynamic(self.settings, self.state, as_flag(finite))  # type: ignore[arg-type]
         return rebuild(type(self), self.settings, state)
 
     def at_minimum(self, grads: Any = None) -> Any:

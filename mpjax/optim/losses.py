@@ -9,8 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.optim.gate import all_finite
+from mpjax.optim.loss_given import (
+    as_loss,
+    check_differentiable,
+    check_function,
+    check_scale,
+    with_aux,
+)
 from mpjax.optim.loss_scale import LossScale
 
 
@@ -37,10 +44,11 @@ class MultiLossScale:
     scales: tuple[LossScale, ...]
 
     def __init__(self, scales: Sequence[LossScale]) -> None:
-        if not scales:
+        if not isinstance(scales, list | tuple) or not scales:
             raise ConfigError("loss scale: no scale for any loss; give a sequence of loss scales")
         for scale in scales:
-            kind = scale.settings.kind
+            check_scale(scale)
+            kind = getattr(getattr(scale, "settings", None), "kind", "none")
             if kind not in ("none", "static", "dynamic"):
                 raise ConfigError(
                     f"loss scale: {kind} reads the gradients of one loss and several are summed;"
@@ -62,7 +70,19 @@ class MultiLossScale:
         return jnp.stack([scale.value for scale in self.scales])
 
     def adjust(self, finite: Bool[Array, " losses"]) -> MultiLossScale:
-        """Returns the scales of the next step, each by the finiteness of its own loss."""
+        """Returns the scales of the next step, each by the finiteness of its own loss.
+
+        Args:
+          finite: a bool for each loss.
+
+        Raises:
+          ConfigError: not as many as scales.
+        """
+        if getattr(finite, "shape", None) != (len(self.scales),):
+            raise ConfigError(
+                f"losses: finite is {brief(finite)} and there are {len(self.scales)} scales; pass"
+                " what scaled_value_and_grads returned"
+            )
         each = zip(self.scales, finite, strict=True)
         return _of(tuple(scale.adjust(ok) for scale, ok in each))
 
@@ -104,7 +124,8 @@ def scaled_value_and_grads(
       `scale.adjust(finite)`.
 
     Raises:
-      ConfigError: as many scales as losses are needed (at the call).
+      ConfigError: no function; at the call, no MultiLossScale, another number of losses than of
+        scales, a loss that is no scalar, or params without floating-point arrays.
 
     Example:
       >>> from mpjax.optim import StaticLossScale
@@ -118,18 +139,27 @@ def scaled_value_and_grads(
       Micikevicius et al. 2018, Mixed Precision Training, section 3.2; NVIDIA Apex, num_losses.
     """
 
+    check_function(loss_fn)
+
     def fn(scale: MultiLossScale, params: Any, *args: Any) -> tuple[Any, Any, Any]:
+        if not isinstance(scale, MultiLossScale):
+            raise ConfigError(
+                f"losses: the scale is {brief(scale)}; pass MultiLossScale([DynamicLossScale()] *"
+                " 2), with a scale a loss, before params"
+            )
+        check_differentiable(params)
+
         def of(index: int) -> Callable[[Any], tuple[Any, Any]]:
             def scaled(params: Any) -> tuple[Any, Any]:
                 out = loss_fn(params, *args)
-                losses = out[0] if has_aux else out
+                losses = with_aux(out)[0] if has_aux else out
                 if not isinstance(losses, tuple | list) or len(losses) != len(scale.scales):
                     count = len(losses) if isinstance(losses, tuple | list) else "no tuple of"
                     raise ConfigError(
                         f"losses: the function returns {count} losses and there are"
                         f" {len(scale.scales)} scales; return a tuple with one loss a scale"
                     )
-                return scale.scales[index].scale(losses[index]), out
+                return scale.scales[index].scale(as_loss(losses[index])), out
 
             return scaled
 
@@ -140,7 +170,7 @@ def scaled_value_and_grads(
             grads = one.unscale(grads)
             finite.append(all_finite(grads))
             total = grads if index == 0 else jax.tree.map(lambda t, g: t + g, total, grads)
-        losses = tuple(loss.astype(jnp.float32) for loss in (out[0] if has_aux else out))
+        losses = tuple(as_loss(loss).astype(jnp.float32) for loss in (out[0] if has_aux else out))
         return ((losses, out[1]) if has_aux else losses), total, jnp.stack(finite)
 
     return fn

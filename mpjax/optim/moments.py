@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +11,68 @@ import optax
 
 from mpjax.errors import ConfigError
 from mpjax.optim.blockwise import Blockwise, quantize_blocks
+from mpjax.optim.given import check_optimizer
 from mpjax.precision import Moments, matches
 from mpjax.precision.moments import MomentFormat
 from mpjax.precision.rule import near_misses
 
 # Field names of optax's states: adam and lion call the mean mu, sgd trace, adafactor ema.
-_FIRST = dict.fromkeys(("mu", "m", "trace", "momentum", "ema"), "first")
-_SECOND = dict.fromkeys(("nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"), "second")
+_FIRST = dict.fromkeys(("mu", "m", "m1", "m2", "trace", "momentum", "ema", "exp_avg"), "first")
+_SECOND = dict.fromkeys(
+    ("nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares", "exp_avg_sq"), "second"
+)
 _MOMENTS = _FIRST | _SECOND
+# States in which such a name means another thing.
+_UNLIKE: dict[str, dict[str, str]] = {
+    "ScaleByAdanState": {"m": "first", "v": "first", "n": "second"},  # v: gradients' differences
+    "ScaleBySM3State": {"mu": "second", "nu": "first"},
+    "ScaleBySimplifiedAdEMAMixState": {"m": "first", "n": "second"},
+    "MechanicState": {},  # its own learning rates
+}
+# States of optax whose running square is never negative; in others its sign is stored too.
+_SQUARES = frozenset(
+    {
+        *("ScaleByAdamState", "ScaleByAmsgradState", "ScaleByBeliefState", "ScaleByNovogradState"),
+        *("ScaleByRmsState", "ScaleByRmsWithCountState", "ScaleByRStdDevState", "FactoredState"),
+        *("ScaleByRssState", "ScaleByAdanState", "ScaleBySM3State", "ScaleByAdemamixState"),
+        *("ScaleBySimplifiedAdEMAMixState", "ProdigyState", "MomoAdamState", "DAdaptAdamWState"),
+    }
+)
 # Fields that hold a tree of weights or gradients: what stands in it has the user's names.
 _OTHERS = frozenset({"acc_grads", "masks", "mask", "params", "slow_params", "prev_grad"})
 
 
-def _moment(path: tuple[Any, ...]) -> tuple[str | None, str]:
-    """Which moment a leaf of the state belongs to, and the path of its weight."""
+class _Moment(NamedTuple):
+    """Which moment a leaf of a state belongs to, its weight's path, and whether it has a sign."""
+
+    kind: str | None = None
+    where: str = ""
+    signed: bool = True
+
+
+def _moment(state: Any, path: tuple[Any, ...]) -> _Moment:
     for place, key in enumerate(path):
         # The state's field stands before those of a parameter tree of attributes.
         name = str(getattr(key, "name", ""))
         if name in _OTHERS:
             break
-        kind = _MOMENTS.get(name)
+        owner = type(state).__name__
+        kind = _UNLIKE.get(owner, _MOMENTS).get(name)
         if kind is not None:
-            return kind, jax.tree_util.keystr(path[place + 1 :], simple=True, separator="/")
-    return None, ""
+            where = jax.tree_util.keystr(path[place + 1 :], simple=True, separator="/")
+            return _Moment(kind, where, kind == "first" or owner not in _SQUARES)
+        state = _child(state, key)
+    return _Moment()
+
+
+def _child(state: Any, key: Any) -> Any:
+    """What a key of a path leads to; None where only the node knows."""
+    if isinstance(key, jax.tree_util.GetAttrKey):
+        return getattr(state, key.name, None)
+    if isinstance(key, jax.tree_util.SequenceKey | jax.tree_util.DictKey):
+        index = key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key
+        return None if state is None else state[index]
+    return None
 
 
 def quantize_moments(
@@ -53,7 +92,8 @@ def quantize_moments(
       optimizer: any optax optimizer with moments (adam, lion, sgd with momentum, adafactor ...).
       first: of the gradient's running mean; a dtype, or `int8@256 int4@128 e4m3@256 ...`, see
         `mpjax.precision.Moments`.
-      second: of its running square, which is never negative.
+      second: of its running square; where optax's state says that it is never negative, no code
+        is spent on a sign.
       keep: path patterns of weights whose moments stay float32, such as `**/embed`.
       min_size: moments of fewer numbers stay float32.
 
@@ -62,8 +102,8 @@ def quantize_moments(
       state are arrays, or `Blockwise` nodes of arrays in their place.
 
     Raises:
-      ConfigError: settings that cannot be read; at init, when the optimizer keeps no moment of a
-        kind that is to be low, or a pattern of `keep` matches no weight.
+      ConfigError: no optimizer, or settings that cannot be read; at init, when the optimizer keeps
+        no moment of a kind that is to be low, or a pattern of `keep` matches no weight.
 
     Example:
       >>> tx = quantize_moments(optax.adam(1e-3), first="int8@256", second="bf16")
@@ -75,27 +115,28 @@ def quantize_moments(
       Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization.
       Li et al. 2023, Memory Efficient Optimizers with 4-bit States.
     """
-    moments = Moments(first, second, tuple(keep), min_size)
+    check_optimizer(optimizer)
+    moments = Moments(first, second, keep, min_size)  # type: ignore[arg-type]
     formats = {"first": moments.first, "second": moments.second}
     low = {kind for kind, format in formats.items() if format.dtype != jnp.float32}
     if not low:
         return optimizer
 
-    def is_low(kind: str | None, where: str, x: Any) -> bool:
-        if kind not in low or not jnp.issubdtype(x.dtype, jnp.floating):
+    def is_low(moment: _Moment, x: Any) -> bool:
+        if moment.kind not in low or not jnp.issubdtype(x.dtype, jnp.floating):
             return False
-        kept = any(matches(pattern, where) for pattern in moments.keep)
+        kept = any(matches(pattern, moment.where) for pattern in moments.keep)
         return not kept and x.size >= max(1, moments.min_size)
 
     def store(state: Any) -> Any:
         def leaf(path: Any, x: Any) -> Any:
-            kind, where = _moment(path)
-            if kind is None or not jnp.issubdtype(x.dtype, jnp.floating):
+            moment = _moment(state, path)
+            if moment.kind is None or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
-            format = formats[kind] if is_low(kind, where, x) else MomentFormat()
+            format = formats[moment.kind] if is_low(moment, x) else MomentFormat()
             if format.dtype is not None:
                 return x.astype(format.dtype)
-            return quantize_blocks(x, format, signed=kind == "first")
+            return quantize_blocks(x, format, signed=moment.signed)
 
         return jax.tree_util.tree_map_with_path(leaf, state)
 
@@ -103,7 +144,7 @@ def quantize_moments(
         def leaf(path: Any, x: Any) -> Any:
             if isinstance(x, Blockwise):
                 return x.dequantize()
-            is_moment = _moment(path)[0] and jnp.issubdtype(x.dtype, jnp.floating)
+            is_moment = _moment(state, path).kind and jnp.issubdtype(x.dtype, jnp.floating)
             return x.astype(jnp.float32) if is_moment else x
 
         return jax.tree_util.tree_map_with_path(
@@ -111,8 +152,8 @@ def quantize_moments(
         )
 
     def check(state: Any) -> None:
-        leaves = [(*_moment(p), x) for p, x in jax.tree_util.tree_leaves_with_path(state)]
-        missing = low - {kind for kind, _, _ in leaves}
+        leaves = [(_moment(state, p), x) for p, x in jax.tree_util.tree_leaves_with_path(state)]
+        missing = low - {moment.kind for moment, _ in leaves}
         if missing:
             rest = sorted(low - missing)
             cure = f"write moments={rest[0]}={formats[rest[0]]}" if rest else "set moments=f32"
@@ -120,7 +161,7 @@ def quantize_moments(
                 f"moments: {' and '.join(sorted(missing))} moment is to be stored low, but"
                 f" this optimizer keeps none; {cure} or choose another optimizer"
             )
-        paths = sorted({where for kind, where, _ in leaves if kind in low})
+        paths = sorted({moment.where for moment, _ in leaves if moment.kind in low})
         for pattern in moments.keep:
             if not any(matches(pattern, path) for path in paths):
                 parents = {path.rpartition("/")[0] for path in paths} - {""}
@@ -140,8 +181,10 @@ def quantize_moments(
         check(state)
         return store(state)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, state = optimizer.update(grads, load(state), params)
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, state = inner.update(grads, load(state), params, **extra)
         return updates, store(state)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

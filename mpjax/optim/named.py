@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import optax
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
+from mpjax.optim.given import is_number
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -17,12 +18,12 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
 def _known(kind: str, name: str, choices: tuple[str, ...]) -> None:
     if name not in choices:
-        near = difflib.get_close_matches(name, choices, n=1)
+        near = difflib.get_close_matches(str(name).lower(), choices, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(f"{kind}: unknown name {name!r}; {hint}known: {' '.join(choices)}")
 
 
-def make_schedule(name: str, lr: float, steps: int, warmup: int) -> optax.Schedule:
+def make_schedule(name: str, lr: int | float, steps: int, warmup: int) -> optax.Schedule:
     """Returns a learning-rate schedule: linear warm-up to `lr`, then the named shape.
 
     Args:
@@ -40,9 +41,11 @@ def make_schedule(name: str, lr: float, steps: int, warmup: int) -> optax.Schedu
       0.5
     """
     _known("schedule", name, SCHEDULES)
-    if not 0 < lr < math.inf:
-        raise ConfigError(f"lr: {lr} is no finite number above 0; give one, such as 0.001")
-    if not 0 <= warmup < max(1, steps):
+    if not (is_number(lr) and 0 < lr < math.inf):
+        raise ConfigError(f"lr: {brief(lr)} is no finite number above 0; give one, such as 0.001")
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"steps: {brief(steps)} is no number of steps; give at least 1")
+    if not isinstance(warmup, int) or not 0 <= warmup < max(1, steps):
         raise ConfigError(f"warmup: {warmup} must be in 0..steps-1 = 0..{steps - 1}; change one")
     rest = max(1, steps - warmup)
     if name == "linear":
@@ -80,12 +83,12 @@ def _decayed(params: Any) -> Any:
 
 def make_optimizer(
     name: str,
-    lr: float,
+    lr: int | float,
     *,
     schedule: str = "constant",
     steps: int = 1,
     warmup: int = 0,
-    weight_decay: float = 0.0,
+    weight_decay: int | float = 0.0,
 ) -> optax.GradientTransformation:
     """Returns a raw optax optimizer with its schedule; `mpjax.optim.wrap` takes it.
 
@@ -106,7 +109,7 @@ def make_optimizer(
       >>> state = tx.init({"w": jnp.ones(1)})
     """
     _known("optimizer", name, OPTIMIZERS)
-    if not 0 <= weight_decay < math.inf:
+    if not (is_number(weight_decay) and 0 <= weight_decay < math.inf):
         raise ConfigError(
             f"weight_decay: {weight_decay} is no finite number of 0 or above; give one, such as 0.1"
         )

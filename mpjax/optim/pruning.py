@@ -13,6 +13,8 @@ import optax
 
 from mpjax.errors import ConfigError
 from mpjax.formats import is_quantized
+from mpjax.optim.given import check_optimizer
+from mpjax.optim.sparsity import cubic_sparsity, in_float32, named_weights, weight_name
 from mpjax.precision import matches
 from mpjax.precision.rule import near_misses
 
@@ -33,17 +35,8 @@ class PruneState(NamedTuple):
     inner: Any
 
 
-class Pruned(optax.GradientTransformation):
+class Pruned(optax.GradientTransformationExtraArgs):
     """Marks what `pruned` returns: `wrap` refuses the update rules that it cannot go with."""
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _named(params: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    return {_name(path): leaf for path, leaf in leaves}
 
 
 def _stacked(name: str) -> bool:
@@ -56,7 +49,7 @@ def _chosen(params: Any, keep: Sequence[str]) -> dict[str, Any]:
     """The weights that are pruned, by path: matrices and larger that no pattern keeps."""
     if isinstance(keep, str):
         raise ConfigError(f"prune: keep={keep!r} is one text; give a list of patterns")
-    named = _named(params)
+    named = named_weights(params)
     parents = {name.rpartition("/")[0] for name in named} - {""}
     for pattern in keep:
         if not any(matches(pattern, name) for name in named):
@@ -113,10 +106,6 @@ def _living(magnitudes: dict[str, Any], share: Any, scope: str) -> dict[str, Any
     }
 
 
-def _wide(leaf: Any) -> Any:
-    return leaf.dequantize(jnp.float32) if is_quantized(leaf) else leaf.astype(jnp.float32)
-
-
 def prune_weights(
     params: Any, sparsity: float, *, scope: str = "global", keep: Sequence[str] = ()
 ) -> Any:
@@ -141,17 +130,17 @@ def prune_weights(
       Han et al. 2015, Learning both Weights and Connections for Efficient Neural Networks.
     """
     _check(sparsity, scope)
-    magnitudes = {name: jnp.abs(_wide(leaf)) for name, leaf in _chosen(params, keep).items()}
+    magnitudes = {name: jnp.abs(in_float32(leaf)) for name, leaf in _chosen(params, keep).items()}
     living = _living(magnitudes, jnp.float32(sparsity), scope)
 
     def prune(path: Any, leaf: Any) -> Any:
-        mask = living.get(_name(path))
+        mask = living.get(weight_name(path))
         if mask is None:
             return leaf
         if is_quantized(leaf):
             if leaf.offsets is not None:
                 raise ConfigError(
-                    f"prune: {_name(path)} has offsets, so no zero; prune before quantising"
+                    f"prune: {weight_name(path)} has offsets, so no zero; prune before quantising"
                 )
             return dataclasses.replace(leaf, values=_masked(leaf.values, mask))
         return _masked(leaf, mask)
@@ -161,28 +150,6 @@ def prune_weights(
 
 def _masked(x: Any, mask: Any) -> Any:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
-
-
-def cubic_sparsity(step: Any, final: float, begin: int, end: int, initial: float = 0.0) -> Any:
-    r"""Returns the sparsity at a step, $s_f + (s_i - s_f)\,(1 - (t - t_0) / (t_1 - t_0))^3$.
-
-    Args:
-      step: $t$.
-      final: $s_f$, from $t_1$ on.
-      begin: $t_0$, the first pruning.
-      end: $t_1$, the last; equal to $t_0$ prunes once.
-      initial: $s_i$, at $t_0$; before it nothing is pruned.
-
-    Example:
-      >>> [round(float(cubic_sparsity(t, 0.8, 100, 200)), 3) for t in (100, 150, 200, 999)]
-      [0.0, 0.7, 0.8, 0.8]
-
-    References:
-      Zhu & Gupta 2017, To prune, or not to prune, equation 1.
-    """
-    t = jnp.clip(jnp.asarray(step, jnp.float32), begin, end)
-    rest = (jnp.float32(end) - t) / jnp.float32(max(end - begin, 1))
-    return jnp.float32(final) + jnp.float32(initial - final) * rest**3
 
 
 def pruned(
@@ -228,6 +195,7 @@ def pruned(
     """
     _check(sparsity, scope)
     _check(initial, scope, "initial")
+    check_optimizer(optimizer)
     if initial > sparsity:
         raise ConfigError(
             f"prune: initial={initial} is above sparsity={sparsity}; masks only lose numbers, so"
@@ -241,12 +209,16 @@ def pruned(
         chosen = _chosen(params, keep)
 
         def whole(path: Any, p: Any) -> Any:
-            return jnp.ones(p.shape, jnp.bool_) if _name(path) in chosen else None
+            return jnp.ones(p.shape, jnp.bool_) if weight_name(path) in chosen else None
 
         masks = jax.tree_util.tree_map_with_path(whole, params)
         return PruneState(jnp.int32(0), masks, optimizer.init(params))
 
-    def update(grads: Any, state: PruneState, params: Any = None) -> tuple[Any, PruneState]:
+    inner_optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(
+        grads: Any, state: PruneState, params: Any = None, **extra: Any
+    ) -> tuple[Any, PruneState]:
         if params is None:
             raise ConfigError("prune: params are missing; call update(grads, state, params)")
 
@@ -254,19 +226,21 @@ def pruned(
             return jax.tree.map(lambda x, m, *o: function(m, x, *o), first, state.masks, *rest)
 
         grads = over(lambda m, g: g if m is None else _masked(g, m), grads)
-        updates, inner = optimizer.update(grads, state.inner, params)
+        updates, inner = inner_optimizer.update(grads, state.inner, params, **extra)
         new = jax.tree.map(lambda p, u: p + u, params, updates)
 
         def drop(masks: Any) -> Any:
-            weights = _named(new)
+            weights = named_weights(new)
             # What is gone stays gone: it is smaller than all.
             magnitudes = {
                 name: jnp.where(mask, jnp.abs(weights[name]), jnp.float32(-1))
-                for name, mask in _named(masks).items()
+                for name, mask in named_weights(masks).items()
             }
             share = cubic_sparsity(state.count, sparsity, begin, end, initial)
             living = _living(magnitudes, share, scope)
-            return jax.tree_util.tree_map_with_path(lambda path, m: living[_name(path)] & m, masks)
+            return jax.tree_util.tree_map_with_path(
+                lambda path, m: living[weight_name(path)] & m, masks
+            )
 
         step = state.count
         due = (step >= begin) & (step <= end)
@@ -279,22 +253,3 @@ def pruned(
         return updates, PruneState(state.count + 1, masks, inner)
 
     return Pruned(init, update)
-
-
-def sparsity_by_path(params: Any) -> dict[str, float]:
-    """Returns the share of zeros of each weight, and of all of them under `total`.
-
-    Args:
-      params: arrays or Quantized leaves.
-
-    Example:
-      >>> sparsity_by_path({"a": jnp.array([0.0, 1.0]), "b": jnp.zeros(2)})
-      {'a': 0.5, 'b': 1.0, 'total': 0.75}
-    """
-    counts = {
-        name: (int(jnp.sum(_wide(leaf) == 0)), math.prod(leaf.shape))
-        for name, leaf in _named(params).items()
-    }
-    zeros, sizes = zip(*counts.values(), strict=True)
-    shares = {name: zero / size for name, (zero, size) in counts.items()}
-    return shares | {"total": sum(zeros) / sum(sizes)}

@@ -19,20 +19,21 @@ _KINDS: dict[str, type] = {
 }
 
 
-def make_loss_scale(settings: LossScaleSettings, params: Any = None) -> LossScale:
+def make_loss_scale(settings: str | LossScaleSettings, params: Any = None) -> LossScale:
     """Returns the loss scale that settings describe.
 
     Args:
-      settings: of any kind.
+      settings: of any kind, or their text, such as `dynamic:init=1024`.
       params: the weights, or any tree of their structure; `leaf` needs them.
 
     Raises:
-      ConfigError: `leaf` without params, or with groups that do not fit them.
+      ConfigError: what cannot be read; `leaf` without params, or with groups that do not fit them.
 
     Example:
-      >>> make_loss_scale(LossScaleSettings.parse("static:128")).value.item()
+      >>> make_loss_scale("static:128").value.item()
       128.0
     """
+    settings = LossScaleSettings.parse(settings)
     if settings.kind == "none":
         return NoOpLossScale()
     if settings.kind == "static":

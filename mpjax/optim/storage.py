@@ -13,17 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats import Format, Quantized, Scaling, is_quantized, quantize
 from mpjax.formats.quantize import scaled_values
 from mpjax.formats.scaling import to_scale
+from mpjax.formats.table import FormatLike
 from mpjax.formats.tiles import amax_of
 from mpjax.precision import matches
 from mpjax.precision.rule import near_misses
 
 
-def _storage_format(format: str | Format) -> Format:
-    format = Format(format) if isinstance(format, str) else format
+def _storage_format(format: FormatLike) -> Format:
+    format = Format.of(format)
     if format.kind != "float" or format.bits != 8 or format.dtype is None:
         raise ConfigError(
             f"store_weights: {format.name} is no 8-bit floating-point format that JAX stores;"
@@ -34,7 +35,7 @@ def _storage_format(format: str | Format) -> Format:
 
 def store_weights(
     params: Any,
-    format: str | Format = "e4m3",
+    format: FormatLike = "e4m3",
     scaling: str | Scaling = "row",
     where: str | Sequence[str] | Callable[[str], bool] = "**",
 ) -> Any:
@@ -76,6 +77,11 @@ def store_weights(
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
     if callable(where):
         chosen = [where(path) for path in paths]
+    elif not isinstance(where, str | list | tuple | set | frozenset):
+        raise ConfigError(
+            f"store_weights: where={brief(where)}; write a path pattern, a list of them, or a"
+            " function of the path"
+        )
     else:
         patterns = [where] if isinstance(where, str) else list(where)
         for pattern in patterns:
@@ -87,8 +93,10 @@ def store_weights(
         chosen = [any(matches(pattern, path) for pattern in patterns) for path in paths]
     leaves = []
     for path, take, (_, p) in zip(paths, chosen, named, strict=True):
-        if take and (is_quantized(p) or not jnp.issubdtype(p.dtype, jnp.floating)):
-            what = f"stored in {p.format.name}" if is_quantized(p) else f"{p.dtype.name} numbers"
+        dtype = getattr(p, "dtype", None)
+        if take and (is_quantized(p) or dtype is None or not jnp.issubdtype(dtype, jnp.floating)):
+            what = f"{dtype} numbers" if dtype is not None else brief(p)
+            what = f"stored in {p.format.name}" if is_quantized(p) else what
             raise ConfigError(
                 f"store_weights: {path} is {what}; choose floating-point arrays with where="
             )

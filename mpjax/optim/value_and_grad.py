@@ -10,6 +10,13 @@ import jax
 from mpjax.errors import ConfigError
 from mpjax.optim.gate import all_finite
 from mpjax.optim.leaf_scale import LeafLossScale
+from mpjax.optim.loss_given import (
+    as_loss,
+    check_differentiable,
+    check_function,
+    check_scale,
+    with_aux,
+)
 
 
 def scaled_grad(
@@ -26,15 +33,25 @@ def scaled_grad(
       `grad(params, *args) -> (gradients, aux)`; the gradients are to be unscaled.
 
     Raises:
-      ConfigError: a second argument that is not empty under a `LeafLossScale` (at the call).
+      ConfigError: no loss scale or no function; at the call, params without floating-point arrays,
+        a function that returns no `(loss, aux)` with a scalar loss, or a second argument that is
+        not empty under a `LeafLossScale`.
     """
+    check_scale(loss_scale)
+    check_function(fn)
     if not isinstance(loss_scale, LeafLossScale):
 
         def scaled(*args: Any) -> tuple[Any, Any]:
-            loss, aux = fn(*args)
-            return loss_scale.scale(loss), aux
+            loss, aux = with_aux(fn(*args))
+            return loss_scale.scale(as_loss(loss)), aux
 
-        return jax.grad(scaled, argnums, has_aux=True)
+        pull = jax.grad(scaled, argnums, has_aux=True)
+
+        def grad_of(params: Any, *args: Any) -> tuple[Any, Any]:
+            check_differentiable(params)
+            return pull(params, *args)
+
+        return grad_of
     if argnums == 0:
         return loss_scale.grad(fn)
 
@@ -66,6 +83,9 @@ def scaled_value_and_grad(
       `fn(loss_scale, params, *args) -> (value, grads, finite)`; value is the loss in float32, or
       `(loss, aux)`; grads are float32 with the structure of params; finite is a bool scalar.
 
+    Raises:
+      ConfigError: no function; at the call, as `scaled_grad`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from mpjax.optim import StaticLossScale
@@ -78,14 +98,17 @@ def scaled_value_and_grad(
       Micikevicius et al. 2018, Mixed Precision Training, section 3.2.
     """
 
+    check_function(loss_fn)
+
     def fn(loss_scale: Any, params: Any, *args: Any) -> tuple[Any, Any, Any]:
         def loss_and_out(params: Any) -> tuple[Any, Any]:
             out = loss_fn(params, *args)
-            return (out[0] if has_aux else out), out
+            loss = as_loss(with_aux(out)[0] if has_aux else out)
+            return loss, (loss, out[1] if has_aux else None)
 
-        grads, out = scaled_grad(loss_scale, loss_and_out)(params)
+        grads, (loss, aux) = scaled_grad(loss_scale, loss_and_out)(params)
         grads = loss_scale.unscale(grads)
-        loss = (out[0] if has_aux else out).astype("float32")
-        return ((loss, out[1]) if has_aux else loss), grads, all_finite(grads)
+        loss = loss.astype("float32")
+        return ((loss, aux) if has_aux else loss), grads, all_finite(grads)
 
     return fn

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, Quantized, is_quantized, round_to
+from mpjax.optim.given import check_seed, check_weights
 from mpjax.optim.storage import compensation, rewrite
 from mpjax.precision import dtype_name
 
@@ -47,9 +48,11 @@ def init_weights(params: Any, update: str, seed: Any = 0) -> dict[str, Any]:
       seed: of the random bits of `stochastic`.
 
     Raises:
-      ConfigError: low weights without an update rule, or one that rounds with float32 weights
-        only.
+      ConfigError: low weights without an update rule, one that rounds with float32 weights only,
+        leaves that are no floating-point arrays, or a seed that is no whole number.
     """
+    check_weights(params)
+    check_seed(seed)
     low = [p for p in jax.tree.leaves(params, is_leaf=is_quantized) if is_low(p)]
     for p in filter(is_quantized, low):
         if p.offsets is not None or p.tensor_scale is not None or p.is_stack:

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mpjax.errors import ConfigError, TrainingStopped
+from mpjax.errors import ConfigError, TrainingStopped, brief
 from mpjax.formats import is_quantized
+from mpjax.optim import given
 from mpjax.optim import weights as weight
 from mpjax.optim.gate import GateState, bits, choose, finite_by_leaf, leaf_path, record, select
 from mpjax.optim.loss_scale import LossScale
 from mpjax.optim.moments import quantize_moments
 from mpjax.optim.pruning import Pruned
 from mpjax.optim.scales import make_loss_scale
-from mpjax.precision import Precision
+from mpjax.precision import Precision, get_precision
 
 
 class OptState(NamedTuple):
@@ -37,14 +38,15 @@ class OptState(NamedTuple):
     gate: GateState
 
 
-class Wrapped(optax.GradientTransformation):
+class Wrapped(optax.GradientTransformationExtraArgs):
     """Marks what `as_optax` returns, so that it is not wrapped twice."""
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
     r"""Returns $\sqrt{\sum x^2}$ over all leaves, in float32."""
-    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares[1:], start=squares[0]))
+    leaves = map(jnp.asarray, jax.tree.leaves(tree))
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves]
+    return jnp.sqrt(sum(squares, start=jnp.float32(0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Optimizer:
           seed: of stochastic rounding, if it is to be another than `wrap` was given.
 
         Raises:
-          ConfigError: the weights' storage dtypes do not fit the update rule, or a wrapped
-            optimizer lies inside this one.
+          ConfigError: the weights' storage dtypes do not fit the update rule, a leaf is no array
+            of floating-point numbers, or a wrapped optimizer lies inside this one.
         """
         seed = self.seed if seed is None else seed
         weights = weight.init_weights(params, self.precision.update, seed)
@@ -84,7 +86,11 @@ class Optimizer:
             gate=GateState.zero(),
         )
 
-    def _advance(self, scaled: Any, state: OptState, params: Any) -> tuple[Any, Any, OptState, Any]:
+    def _advance(
+        self, scaled: Any, state: OptState, params: Any, extra: dict[str, Any]
+    ) -> tuple[Any, Any, OptState, Any]:
+        given.check_state(state, OptState)
+        given.check_like("gradients", scaled, params)
         metrics = {}
         grads = unscaled = state.loss_scale.unscale(scaled)
         finite_leaves = finite_by_leaf(grads) if self.gate else None
@@ -97,7 +103,7 @@ class Optimizer:
         # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
         # refuses; it is relaxed around this one call.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            updates, inner = self.inner.update(grads, state.inner, full)
+            updates, inner = given.update(self.inner, grads, state.inner, full, extra)
         new_params, weights = weight.take(
             updates, full, params, state.weights, self.precision.update
         )
@@ -115,27 +121,35 @@ class Optimizer:
         return new_params, updates, state, metrics
 
     def step_with_metrics(
-        self, scaled_grads: Any, state: OptState, params: Any
+        self, scaled_grads: Any, state: OptState, params: Any, **extra: Any
     ) -> tuple[Any, OptState, dict[str, Any]]:
         """Like `step`; also returns `grad_norm` (with clip) and `finite` (with gate)."""
-        new_params, _, state, metrics = self._advance(scaled_grads, state, params)
+        new_params, _, state, metrics = self._advance(scaled_grads, state, params, extra)
         return new_params, state, metrics
 
-    def step(self, scaled_grads: Any, state: OptState, params: Any) -> tuple[Any, OptState]:
+    def step(
+        self, scaled_grads: Any, state: OptState, params: Any, **extra: Any
+    ) -> tuple[Any, OptState]:
         """Takes one step.
 
         Args:
           scaled_grads: gradients of `state.loss_scale.scale(loss)`, structure of params.
           state: from `init` or the last step.
           params: weights as stored.
+          extra: what the optimizer asks of a step, such as `value` (the loss) of optax's
+            `reduce_on_plateau`.
+
+        Raises:
+          ConfigError: gradients of another structure or shape than params, a state that is not of
+            this optimizer, or an argument of the optimizer that is missing.
 
         Returns:
           The new weights and state; at a non-finite step both are unchanged bit for bit, but for
           the loss scale and the skip counters.
         """
-        return self.step_with_metrics(scaled_grads, state, params)[:2]
+        return self.step_with_metrics(scaled_grads, state, params, **extra)[:2]
 
-    def as_optax(self) -> optax.GradientTransformation:
+    def as_optax(self) -> optax.GradientTransformationExtraArgs:
         """Returns an optax transformation from scaled gradients to float32 deltas.
 
         Add the deltas with `mpjax.optim.apply_updates`, which keeps the weights' storage dtype. A
@@ -144,7 +158,9 @@ class Optimizer:
         sum. Under `master` such a difference heals at the next step.
         """
 
-        def update(grads: Any, state: OptState, params: Any = None) -> tuple[Any, OptState]:
+        def update(
+            grads: Any, state: OptState, params: Any = None, **extra: Any
+        ) -> tuple[Any, OptState]:
             if params is None:
                 raise ConfigError("update: params are missing; call update(grads, state, params)")
             if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
@@ -152,7 +168,7 @@ class Optimizer:
                     "as_optax: weights stored in fp8 have scales, which no delta can renew; use"
                     " Optimizer.step"
                 )
-            new_params, updates, state, _ = self._advance(grads, state, params)
+            new_params, updates, state, _ = self._advance(grads, state, params, extra)
             if state.weights:  # the weight does not follow its own update, rounded to nearest
                 updates = jax.tree.map(_delta, new_params, params, updates)
             return updates, state
@@ -182,9 +198,9 @@ class Optimizer:
 
 def wrap(
     optimizer: optax.GradientTransformation | Optimizer,
-    precision: Precision,
+    precision: str | Precision,
     *,
-    clip: float | None = None,
+    clip: int | float | None = None,
     gate: bool = True,
     patience: int = 50,
     seed: int = 0,
@@ -197,7 +213,8 @@ def wrap(
 
     Args:
       optimizer: a raw optax optimizer, schedule included.
-      precision: its loss scale, update rule and moments are used.
+      precision: a Precision, or what `get_precision` reads, such as `bf16`; its loss scale, update
+        rule and moments are used.
       clip: largest global gradient norm $c$, or None.
       gate: whether a non-finite step is skipped.
       patience: non-finite steps in a row, at the smallest scale, after which `check_alive` raises.
@@ -207,8 +224,8 @@ def wrap(
       An Optimizer: `init(params) -> state` and `step(grads, state, params) -> params, state`.
 
     Raises:
-      ConfigError: an optimizer that is wrapped already, a clip that is not positive, or a dynamic
-        loss scale without the gate.
+      ConfigError: no optimizer or one that is wrapped already, a Precision that cannot be read, a
+        clip that is not positive, or a dynamic loss scale without the gate.
 
     Example:
       >>> from mpjax.precision import get_precision
@@ -219,6 +236,8 @@ def wrap(
       >>> opt.step(grads, state, params)[0]["w"].tolist()
       [0.5, 0.5]
     """
+    precision = get_precision(precision)
+    given.check_seed(seed)
     if isinstance(optimizer, Optimizer | Wrapped):
         raise ConfigError(
             "optimizer: it is wrapped already; pass the raw optax optimizer, it is wrapped once"
@@ -228,10 +247,10 @@ def wrap(
             "prune: update=kahan adds its compensation to the zero of a pruned weight; set"
             " update=master or update=stochastic"
         )
-    if clip is not None and not clip > 0:
-        raise ConfigError(f"clip: {clip} is not positive; leave it out to train without clipping")
-    if patience < 1:
-        raise ConfigError(f"patience: {patience} is not positive; give at least 1")
+    if clip is not None and not (given.is_number(clip) and clip > 0):
+        raise ConfigError(f"clip: {brief(clip)} is not positive; leave it out or write clip=1.0")
+    if not isinstance(patience, int) or patience < 1:
+        raise ConfigError(f"patience: {brief(patience)} is not positive; give at least 1")
     if not gate and precision.loss_scale.kind not in ("none", "static"):
         raise ConfigError(
             f"gate: a {precision.loss_scale.kind} loss scale needs the finite gate; leave gate on"
@@ -272,5 +291,9 @@ def apply_updates(params: Any, updates: Any) -> Any:
     Example:
       >>> apply_updates(jnp.ones(1, jnp.bfloat16), jnp.full(1, 0.25)).dtype.name
       'bfloat16'
+
+    Raises:
+      ConfigError: updates of another structure or shape.
     """
+    given.check_like("updates", updates, params)
     return jax.tree.map(_add, params, updates)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jmp
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 
 # jmp knows full/f32/float32, f16/float16, bf16/bfloat16, f64/float64 and half (per backend).
 _EXTRA = {"fp32": "f32", "fp16": "f16", "fp64": "f64", "single": "f32", "double": "f64"}
@@ -50,7 +50,10 @@ def parse_dtype(text: Any, where: str = "dtype", stored: bool = False) -> Any:
       >>> parse_dtype("fp16") is jnp.float16
       True
     """
-    name = text if isinstance(text, str) else np.dtype(text).name
+    try:
+        name = text if isinstance(text, str) else np.dtype(text).name
+    except TypeError:
+        name = brief(text)
     short = next((key for key, d in _STORED.items() if name in (key, np.dtype(d).name)), None)
     if short is not None:
         if stored:
@@ -86,9 +89,13 @@ def dtype_name(dtype: Any) -> str:
     """
     short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
     short |= {np.dtype(d).name: key for key, d in _STORED.items()}
-    name = np.dtype(dtype).name
+    try:
+        name = "" if dtype is None else np.dtype(dtype).name
+    except TypeError:
+        name = ""
     if name not in short:
-        raise ConfigError(f"dtype: a policy cannot hold {name}; known: {' '.join(_KNOWN)}")
+        what = name or brief(dtype)
+        raise ConfigError(f"dtype: a policy cannot hold {what}; known: {' '.join(_KNOWN)}")
     return short[name]
 
 

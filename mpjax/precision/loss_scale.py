@@ -6,9 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats import Format
 
 _SHORT = {
@@ -125,9 +126,13 @@ class LossScaleSettings:
     def _check_number(self, short: str) -> None:
         field = _SHORT[short]
         value = getattr(self, field)
-        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        scalar = isinstance(value, np.integer | np.floating | jax.Array) and value.shape == ()
+        if scalar and not isinstance(value, jax.core.Tracer):
+            value = value.item()
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (known and math.isfinite(value) and value > 0):
             raise ConfigError(
-                f"loss scale: {short}={value} is not a positive finite number; give one"
+                f"loss scale: {short}={brief(value)} is not a positive finite number; give one"
             )
         number = int if field in _WHOLE else float
         if number(value) != value:
@@ -142,6 +147,7 @@ class LossScaleSettings:
         object.__setattr__(self, field, number(value))
 
     def _check_logmax(self) -> None:
+        object.__setattr__(self, "format", Format.of(self.format).name)
         if Format(self.format).kind != "float":
             raise ConfigError(
                 f"loss scale: format={self.format} is not a floating-point format; gradients are"
@@ -159,9 +165,15 @@ class LossScaleSettings:
         object.__setattr__(self, "power_of_two", bool(self.power_of_two))
 
     def _check_groups(self) -> None:
+        if not isinstance(self.groups, str | list | tuple):
+            raise ConfigError(
+                f"loss scale: groups={brief(self.groups)}; write a list of patterns, such as"
+                " ['**/embed', '**']"
+            )
         groups = (self.groups,) if isinstance(self.groups, str) else tuple(self.groups)
         for pattern in groups:
-            if not pattern or set(pattern) & set(" =,|") or groups.count(pattern) > 1:
+            bad = not isinstance(pattern, str) or not pattern or set(pattern) & set(" =,|")
+            if bad or groups.count(pattern) > 1:
                 raise ConfigError(
                     f"loss scale: the group {pattern!r} is empty, stands twice or holds one of"
                     " ' =,|'; write groups=PATTERN|PATTERN, such as groups=**/embed|**"
@@ -169,8 +181,24 @@ class LossScaleSettings:
         object.__setattr__(self, "groups", groups)
 
     @classmethod
-    def parse(cls, text: str) -> LossScaleSettings:
-        """Reads `none`, `static:1024`, `dynamic:init=...,growth=...`, `logmax:...`, `leaf:...`."""
+    def parse(cls, text: Any) -> LossScaleSettings:
+        """Reads `none`, `static:1024`, `dynamic:init=...,growth=...`, `logmax:...`, `leaf:...`.
+
+        Args:
+          text: one of these, settings, or a loss scale, whose settings are meant.
+
+        Raises:
+          ConfigError: anything else.
+        """
+        if not isinstance(text, str):
+            settings = getattr(text, "settings", text)
+            if not isinstance(settings, cls):
+                number = isinstance(text, int | float) and not isinstance(text, bool)
+                cure = f"static:{text}" if number else "static:1024"
+                raise ConfigError(
+                    f"loss_scale: {brief(text)} is no loss scale; write none, {cure} or dynamic"
+                )
+            return settings
         kind, _, rest = text.partition(":")
         if kind not in _READS:
             return cls(kind)  # which raises

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.precision.dtypes import dtype_name, parse_dtype
 
 # name -> the block that it has when none is given; 0 is the whole tensor.
@@ -124,9 +124,11 @@ class Moments:
         object.__setattr__(self, "second", second)
         if isinstance(self.keep, str):
             raise ConfigError(f"moments: keep={self.keep!r} is one text; give a tuple of patterns")
+        if not isinstance(self.keep, list | tuple | set | frozenset):
+            raise ConfigError(f"moments: keep={brief(self.keep)}; give a tuple of patterns")
         object.__setattr__(self, "keep", tuple(self.keep))
         for pattern in self.keep:
-            if not pattern or set(pattern) & set(" ,=\t\n"):
+            if not isinstance(pattern, str) or not pattern or set(pattern) & set(" ,=\t\n"):
                 raise ConfigError(
                     f"moments: keep={pattern!r} is empty or holds a blank, ',' or '='; write a path"
                     " pattern such as keep=**/embed"

@@ -36,7 +36,7 @@ def parse_policy(text: str | jmp.Policy, where: str = "policy") -> jmp.Policy:
     """
     if isinstance(text, jmp.Policy):
         text = policy_text(text)
-    if "=" not in text:
+    if not isinstance(text, str) or "=" not in text:
         dtype = parse_dtype(text, where)
         return jmp.Policy(dtype, dtype, dtype)
     found = {}

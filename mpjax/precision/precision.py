@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
@@ -43,6 +43,9 @@ class Precision:
       gradient_dtype: dtype in which weight gradients leave their product and are summed over
         replicas.
 
+    Raises:
+      ConfigError: values that cannot be read or do not fit each other.
+
     Example:
       >>> from mpjax.precision import get_precision
       >>> get_precision("bf16", rules=["**/head=fp32"]).layout(["decoder/head"])
@@ -60,6 +63,19 @@ class Precision:
     gradient_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ConfigError(f"precision: the name {brief(self.name)} is not one word")
+        rules = self.rules
+        if not isinstance(rules, list | tuple) or not all(isinstance(r, Rule) for r in rules):
+            raise ConfigError(
+                f"precision: rules={brief(rules)}; give a tuple of Rule, or write"
+                " get_precision('bf16', rules=['**/norm*=fp32'])"
+            )
+        given = {name: getattr(self, name) for name in OPTIONS}
+        for name in (name for name, value in given.items() if value is None):
+            raise ConfigError(f"{name}: None stands in its place; leave it out for the default")
+        for name, value in ({"rules": tuple(rules)} | parse_options(given)).items():
+            object.__setattr__(self, name, value)
         if self.name.split() != [self.name] or self.name.startswith("{"):
             raise ConfigError(f"precision: the name {self.name!r} is not one word; choose another")
         if self.update not in UPDATE_RULES:
@@ -173,8 +189,18 @@ class Precision:
                 )
 
     def layout(self, paths: Iterable[str]) -> dict[str, str]:
-        """Returns path -> policy and recipe, layers of equal ones written once."""
+        """Returns path -> policy and recipe, layers of equal ones written once.
+
+        Args:
+          paths: of modules or parameters, a list of texts.
+
+        Raises:
+          ConfigError: no list of texts, or no rule covers a path.
+        """
         found: dict[str, str] = {}
+        texts = isinstance(paths, Iterable) and all(isinstance(path, str) for path in paths)
+        if isinstance(paths, str) or not texts:
+            raise ConfigError(f"layout: {brief(paths)} is no list of paths; write ['decoder/head']")
         for path in paths:
             bare = spellings(path)[-1]
             self.policy(path)  # raises where no rule covers the path
@@ -248,20 +274,17 @@ def _moments(value: Any) -> Moments:
     return value if isinstance(value, Moments) else Moments(value, value)  # a dtype
 
 
-def _loss_scale(value: Any) -> LossScaleSettings:
-    if isinstance(value, str):
-        return LossScaleSettings.parse(value)
-    settings = getattr(value, "settings", value)
-    if not isinstance(settings, LossScaleSettings):
-        raise ConfigError(f"loss_scale: {value!r} is no loss scale; write none, static:{value} ...")
-    return settings
+def _update(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"update: {brief(value)} is no rule; known: {' '.join(UPDATE_RULES)}")
+    return value
 
 
 def parse_options(values: Mapping[str, Any]) -> dict[str, Any]:
     """Reads the fields of a Precision beside its rules; those that are None are left out."""
     parse: dict[str, Callable[[Any], Any]] = {
-        "loss_scale": _loss_scale,
-        "update": str,
+        "loss_scale": LossScaleSettings.parse,
+        "update": _update,
         "moments": _moments,
         "gradient_dtype": lambda v: parse_dtype(v, "gradient_dtype"),
     }

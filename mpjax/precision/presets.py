@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
 from mpjax.precision.policy import parse_policy
 from mpjax.precision.precision import Precision
-from mpjax.precision.recipe import Recipe, get_recipe, recipe_names
+from mpjax.precision.recipe import Recipe
+from mpjax.precision.recipes import get_recipe, recipe_names
 from mpjax.precision.rule import Rule
 
 _DYNAMIC = LossScaleSettings("dynamic")
@@ -52,7 +53,7 @@ def register_preset(precision: Precision) -> None:
       precision: with a name of its own.
 
     Raises:
-      ConfigError: the name is taken or is not one word.
+      ConfigError: no Precision, or a name that is taken or is not one word.
 
     Example:
       >>> import dataclasses
@@ -63,6 +64,11 @@ def register_preset(precision: Precision) -> None:
       >>> get_precision("bf16-mxfp8-mlp").recipe("decoder/mlp/up").name  # doctest: +SKIP
       'mxfp8'
     """
+    if not isinstance(precision, Precision):
+        raise ConfigError(
+            f"preset: {brief(precision)} is no Precision; register what get_precision"
+            " returns, with a name of its own"
+        )
     if precision.name in _PRESETS or not precision.name or set(" =:,") & set(precision.name):
         raise ConfigError(
             f"preset: the name {precision.name!r} is taken, empty or holds one of ' =:,';"

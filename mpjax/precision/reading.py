@@ -10,11 +10,12 @@ from typing import Any
 
 import jmp
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.precision.policy import parse_policy, policy_text
 from mpjax.precision.precision import OPTIONS, Precision, parse_options
 from mpjax.precision.presets import base_rules, find_preset, preset_names, quantised_rules
-from mpjax.precision.recipe import Recipe, get_recipe, recipe_names
+from mpjax.precision.recipe import Recipe
+from mpjax.precision.recipes import get_recipe, recipe_names
 from mpjax.precision.rule import Rule
 
 
@@ -37,11 +38,29 @@ def parse_rule(text: str | Rule) -> Rule:
     """
     if isinstance(text, Rule):
         return text
+    if not isinstance(text, str):
+        raise ConfigError(f"rule {brief(text)}: write PATTERN=VALUE, such as '**/norm*=fp32'")
     pattern, equals, value = text.partition("=")
     if not equals or not pattern or not value:
         raise ConfigError(f"rule {text!r}: write PATTERN=VALUE, such as **/norm*=fp32")
     policy, recipe = _read(value, f"rule {text!r}")
     return Rule(pattern, policy, recipe=recipe)
+
+
+def parse_rules(rules: Sequence[str | Rule]) -> tuple[Rule, ...]:
+    """Reads a list of rules.
+
+    Raises:
+      ConfigError: it is no list, or holds what is no rule.
+
+    Example:
+      >>> [str(rule) for rule in parse_rules(["**/head=fp32"])]
+      ['**/head=p=f32,c=f32,o=f32']
+    """
+    if not isinstance(rules, list | tuple):
+        shown = str(rules) if isinstance(rules, Rule) else rules
+        raise ConfigError(f"rules: {brief(shown)} is no list; write rules=['**/norm*=fp32']")
+    return tuple(map(parse_rule, rules))
 
 
 def _read(value: str, where: str) -> tuple[jmp.Policy, Recipe | None]:
@@ -119,7 +138,7 @@ def _start(word: str) -> dict[str, Any]:
     except ConfigError as error:
         if "=" in word:
             raise
-        near = difflib.get_close_matches(word, preset_names(), n=2, cutoff=0.5)
+        near = difflib.get_close_matches(word.lower(), preset_names(), n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ConfigError(
             f"precision: unknown preset {word!r}; {hint}presets: {' '.join(preset_names())}; or a"
@@ -216,6 +235,11 @@ def get_precision(
         fields = _fields(value)
     elif isinstance(value, dict):
         fields = _from_dict(value)
+    elif not isinstance(value, str):
+        raise ConfigError(
+            f"precision: {brief(value)} is no text, JSON or Precision; write a preset, such as"
+            f" bf16, of {' '.join(preset_names())}"
+        )
     elif value.lstrip().startswith("{"):
         try:
             fields = _from_dict(json.loads(value))
@@ -225,5 +249,5 @@ def get_precision(
             ) from None
     else:
         fields = _from_text(value)
-    fields["rules"] = (*map(parse_rule, rules), *fields["rules"])
+    fields["rules"] = (*parse_rules(rules), *fields["rules"])
     return Precision(**(fields | options))

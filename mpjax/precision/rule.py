@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import jmp
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.precision.policy import policy_text
 from mpjax.precision.recipe import Recipe
 
@@ -52,10 +52,18 @@ def matches(pattern: str, path: str) -> bool:
       pattern: such as `**/norm*`.
       path: such as `decoder/layers/3/norm_mlp/scale`.
 
+    Raises:
+      ConfigError: one of them is no text.
+
     Example:
       >>> matches("decoder/layers/mlp", "decoder/layers/0/mlp/up"), matches("*/mlp", "a/b/mlp")
       (True, False)
     """
+    if not isinstance(pattern, str) or not isinstance(path, str):
+        raise ConfigError(
+            f"matches: pattern={brief(pattern)}, path={brief(path)}; both are texts, such as"
+            " '**/norm*' and 'decoder/norm'"
+        )
     compiled = _compile(pattern)
     for spelling in spellings(path):
         parts = spelling.split("/")
@@ -91,6 +99,11 @@ class Rule:
     recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not isinstance(self.policy, jmp.Policy):
+            raise ConfigError(
+                f"rule: pattern={brief(self.pattern)}, policy={brief(self.policy)}; give a text and"
+                " a jmp.Policy, or write parse_rule('**/norm*=fp32')"
+            )
         if self.pattern.split() != [self.pattern] or "=" in self.pattern:
             raise ConfigError(
                 f"rule: the pattern {self.pattern!r} is empty or holds blanks or '=';"

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.precision.reading import get_precision
 from mpjax.precision.schedule import KINDS, PrecisionSchedule, dynamic, fixed, late, mixed, unknown
 from mpjax.precision.triggers import Triggers
@@ -32,6 +32,11 @@ def get_schedule(value: str | Mapping[str, Any] | PrecisionSchedule) -> Precisio
     """
     if isinstance(value, PrecisionSchedule):
         return value
+    if not isinstance(value, str | Mapping):
+        raise ConfigError(
+            f"precision schedule: {brief(value)} is no text; write a kind of {' '.join(KINDS)},"
+            " such as late:fp8:bf16:0.1"
+        )
     if not isinstance(value, str):
         return _from_dict(value)
     kind, *parts = value.split(":")

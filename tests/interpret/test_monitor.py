@@ -428,7 +428,7 @@ def test_where_and_what_select() -> None:
         ({"formats": "e4m3"}, r"write formats=\['e4m3'\]"),
         ({"formats": ["e4m3", "e4m3"]}, "named twice"),
         ({"formats": ["e8m0"]}, "holds scales"),
-        ({"sample": -1}, "sample=-1 must not be negative"),
+        ({"sample": -1}, "sample=-1 must be a whole number, not negative"),
         ({"where": "nett/up"}, "near misses: .*net/up"),
     ],
 )

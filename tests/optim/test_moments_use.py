@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax.errors import ConfigError
 from mpjax.models import decoder
-from mpjax.optim import Blockwise, quantize_moments, wrap
+from mpjax.optim import Blockwise, quantize_blocks, quantize_moments, wrap
 from mpjax.optim.blockwise import code_book
 from mpjax.precision import get_precision
 from mpjax.train import init_state, parse_mesh, state_shardings
@@ -97,6 +97,62 @@ def test_a_moment_is_the_float32_update_of_what_was_stored_stored_again() -> Non
             same = np.isclose(got, nearest, rtol=1e-5, atol=0)
             assert same.mean() > 0.999  # a fused multiply-add may tip a tie
             assert not np.allclose(got, x, rtol=1e-4)  # and it was not just kept
+
+
+class _OwnState(NamedTuple):
+    nu: Any
+
+
+def _own() -> optax.GradientTransformation:
+    """Somebody's optimizer whose nu has a sign, as a diagonal of the Hessian has."""
+    return optax.GradientTransformation(
+        lambda params: _OwnState(jax.tree.map(jnp.zeros_like, params)),
+        lambda grads, state, params=None: (grads, _OwnState(grads)),
+    )
+
+
+SIGNS = {
+    # optimizer -> moments of its state that are below zero after two steps
+    "adam": (optax.adam(0.1), {"mu"}),
+    "adan": (optax.adan(0.1), {"m", "v"}),  # v is of the gradients' differences, n their squares
+    "sm3": (optax.sm3(0.1), {"nu"}),  # its mu holds sums of squares, its nu the momentum
+    "ademamix": (optax.contrib.ademamix(0.1), {"m1", "m2"}),
+    "prodigy": (optax.contrib.prodigy(0.1), {"exp_avg"}),
+    "one's own": (_own(), {"nu"}),
+}
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_moment_that_has_a_sign_keeps_it(name: str) -> None:
+    tx, signed = SIGNS[name]
+    params, kinds = weights(), {"first": "int8", "second": "int8"}
+    low = quantize_moments(tx, **(kinds if name != "one's own" else {"second": "int8"}))
+    state, run = jax.tree.map(jnp.array, tx.init(params)), update(tx)  # Prodigy's holds params
+    for n in range(2):
+        _, state = run(weights(n + 1), state, params)
+    # one step more, from the same numbers: the stored moment is the float32 one, rounded
+    held = [jnp.array(x) for x in jax.tree.leaves(state)]
+    exact = run(weights(3), state, params)[1]
+    stored = low.init(params)
+    is_block = lambda x: isinstance(x, Blockwise)  # noqa: E731
+    flat, structure = jax.tree.flatten(stored, is_leaf=is_block)
+    again = [
+        quantize_blocks(x, s.format, s.signed) if is_block(s) else x
+        for x, s in zip(held, flat, strict=True)
+    ]
+    got = update(low)(weights(3), jax.tree.unflatten(structure, again), params)[1]
+    below = set()
+    leaves = jax.tree_util.tree_leaves_with_path(exact)
+    for (path, x), y in zip(leaves, jax.tree.leaves(got, is_leaf=is_block), strict=True):
+        if not is_block(y):
+            continue
+        field = next(key.name for key in reversed(path) if hasattr(key, "name"))
+        top = float(jnp.max(jnp.abs(x)))
+        assert np.abs(np.asarray(y.dequantize()) - x).max() <= 0.06 * top, field
+        if float(jnp.min(x)) < -0.2 * top:
+            below.add(field)
+            assert y.signed, field
+    assert below == signed
 
 
 def test_what_is_kept_and_what_is_small_stays_float32() -> None:

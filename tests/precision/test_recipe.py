@@ -15,15 +15,15 @@ from mpjax.precision import (
     get_precision,
     get_recipe,
     parse_rule,
-    recipe,
     recipe_names,
+    recipes,
     register_recipe,
 )
 
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(recipe, "_RECIPES", dict(recipe._RECIPES))
+    monkeypatch.setattr(recipes, "_RECIPES", dict(recipes._RECIPES))
     yield
 
 

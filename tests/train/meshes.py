@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from mpjax.models import Model, decoder
 from mpjax.train import TrainState, TrainStep
@@ -51,6 +54,18 @@ def relative(a: Any, b: Any) -> float:
     return max(float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-30)) for x, y in pairs)
 
 
+@contextlib.contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """No compilation cache inside: a program that is read from it writes no dump."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+
+
 @functools.cache
 def reductions(precision: Any, mesh: str) -> frozenset[str]:
     """Dtypes of arrays that devices sum, right after SPMD partitioning.
@@ -62,7 +77,7 @@ def reductions(precision: Any, mesh: str) -> frozenset[str]:
     from mpjax.train import build
 
     state, step = build(small(precision), optax.sgd(1.0), mesh, gate=False)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _compiled_anew():
         compiled(state, step, xla_dump_to=folder, xla_dump_hlo_pass_re="spmd-partitioning")
         (dump,) = Path(folder).glob("*jit_step*after_spmd-partitioning.before*.txt")
         text = dump.read_text()

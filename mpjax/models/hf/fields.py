@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from mpjax.errors import ConfigError
-from mpjax.models.hf.tensors import listed
+from mpjax.models.given import listed
 
 # What says how a model is trained, stored, called or sampled from, not what it computes. Dropout
 # inside the softmax is here too: our models have none there.

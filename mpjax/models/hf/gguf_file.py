@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from mpjax.errors import ConfigError, need
-from mpjax.models.hf.tensors import Tensor, Tensors, listed
+from mpjax.models.given import listed
+from mpjax.models.hf.tensors import Tensor, Tensors
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 call themselves llama
 _OUTER = {

@@ -12,11 +12,12 @@ import numpy as np
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized
+from mpjax.models.given import listed
 from mpjax.models.hf.architecture import Architecture, architecture_of
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.fields import Fields
 from mpjax.models.hf.leaves import filled, tensor_shape
-from mpjax.models.hf.tensors import Tensors, listed
+from mpjax.models.hf.tensors import Tensors
 from mpjax.models.skeleton import stored
 from mpjax.precision import Precision
 

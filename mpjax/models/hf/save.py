@@ -14,10 +14,10 @@ import numpy as np
 
 from mpjax.errors import ConfigError, need
 from mpjax.formats import weight_view
+from mpjax.models.given import check_params
 from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
 from mpjax.models.hf.checkpoint import CONFIG
 from mpjax.models.hf.leaves import joined
-from mpjax.models.hf.tensors import listed
 from mpjax.models.hf.weights import Weight
 from mpjax.precision import parse_dtype
 
@@ -62,7 +62,9 @@ def save_checkpoint(
         "model_type": model_type,
         "architectures": [kind.title(model.config)],
     }
-    leaves = _fitting(model, params)
+    check_params(model, params, "export")
+    named = jax.tree_util.tree_leaves_with_path(weight_view(params))
+    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in named}
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         partial.mkdir(parents=True)
@@ -79,32 +81,6 @@ def save_checkpoint(
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _fitting(model: Any, params: Any) -> dict[str, Any]:
-    """Path -> weight, dense, where they are those of the model; all that is wrong in one line."""
-
-    def leaves(tree: Any) -> dict[str, Any]:
-        found = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in found}
-
-    wanted = leaves(jax.eval_shape(lambda: weight_view(model.init(jax.random.key(0)))))
-    given = leaves(weight_view(params))
-    misshaped = [
-        f"{name} is {np.shape(x)}, not {wanted[name].shape}"
-        for name, x in given.items()
-        if name in wanted and np.shape(x) != wanted[name].shape
-    ]
-    said = [f"{what} {listed(names)}" for what, names in
-            (("missing", [name for name in wanted if name not in given]),
-             ("unexpected", [name for name in given if name not in wanted]),
-             ("misshaped", misshaped)) if names]  # fmt: skip
-    if said:
-        raise ConfigError(
-            f"export: params: {'; '.join(said)}; pass the parameters of this model, of a training"
-            " state state.params"
-        )
-    return given
 
 
 def _write_tensors(

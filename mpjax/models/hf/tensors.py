@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from mpjax.errors import ConfigError, need
+from mpjax.models.given import listed
 
 # What a safetensors header calls a dtype -> the dtype. A scaled format (F8_E4M3 and the like) is
 # not here: its numbers mean nothing without scales, which each maker names differently.
@@ -120,13 +121,6 @@ def read_sharded(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
     if extra:
         raise ConfigError(f"{index}: {listed(extra)} in the files but not in it; fetch it again")
     return {name: files[file][name] for name, file in names.items()}
-
-
-def listed(names: Iterable[str]) -> str:
-    """Returns names in one line: all up to eight, else the first eight and how many more."""
-    names = list(names)
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
 
 
 def _line(error: Exception) -> str:
