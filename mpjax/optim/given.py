@@ -1,0 +1,160 @@
+"""What a caller gives to an optimizer: weights, gradients, states, numbers; checked once traced."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mpjax.errors import ConfigError, brief
+from mpjax.formats import is_quantized
+
+
+def is_number(x: Any) -> bool:
+    """Returns whether it is a number, of Python or numpy, or a JAX scalar."""
+    if isinstance(x, jax.Array):
+        return x.shape == () and jnp.issubdtype(x.dtype, jnp.floating)
+    return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Checks that it is an optax optimizer.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ConfigError(
+            f"optimizer: {brief(optimizer)} is no optax optimizer; call it with its learning rate,"
+            " such as optax.adam(1e-3)"
+        )
+
+
+def check_weights(params: Any) -> None:
+    """Checks that an update rule can write every weight.
+
+    Raises:
+      ConfigError: a leaf that is no array of floating-point numbers, or fp8 without scales.
+    """
+    for path, p in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
+        if is_quantized(p):
+            continue
+        where = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        dtype = getattr(p, "dtype", None)
+        if dtype is None:
+            raise ConfigError(f"update: {where} is {brief(p)}, not an array; take jnp.asarray")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ConfigError(
+                f"update: {where} holds {dtype}, and an optimizer moves floating-point numbers;"
+                " keep it out of params"
+            )
+        if jnp.dtype(dtype).itemsize < 2:
+            raise ConfigError(
+                f"update: {where} holds {dtype} without scales, in which updates are lost; store"
+                " it by mpjax.optim.store_weights"
+            )
+
+
+def check_like(name: str, given: Any, params: Any) -> None:
+    """Checks that a tree has an array of each weight's shape in its place.
+
+    Args:
+      name: what to call the tree in an error.
+      given: the tree.
+      params: the weights as stored.
+
+    Raises:
+      ConfigError: another structure or shape.
+    """
+    shapes = [getattr(p, "shape", None) for p in jax.tree.leaves(params, is_leaf=is_quantized)]
+    structure: Any = jax.tree.structure(jax.tree.map(lambda _: 0, params, is_leaf=is_quantized))
+    same = structure == jax.tree.structure(given)
+    if same and shapes == [getattr(x, "shape", None) for x in jax.tree.leaves(given)]:
+        return
+    wanted = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    found = jax.tree_util.tree_leaves_with_path(given)
+    key = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    mine, theirs = {key(p): x for p, x in wanted}, {key(p): x for p, x in found}
+    for path in [*mine, *theirs]:
+        if path not in theirs or path not in mine:
+            who = f"params and not in {name}" if path in mine else f"{name} and not in params"
+            raise ConfigError(
+                f"update: {path or 'an array'} is in {who}; give {name} of the structure of params"
+            )
+        shape, own = (getattr(tree[path], "shape", None) for tree in (theirs, mine))
+        if shape != own:
+            what = brief(theirs[path]) if shape is None else f"of shape {shape}"
+            raise ConfigError(
+                f"update: {name} of {path or 'params'} are {what}, the weight has shape"
+                f" {own}; give {name} of these params"
+            )
+    raise ConfigError(
+        f"update: {name} stand in other containers than params ({jax.tree.structure(given)}); give"
+        " both in the same, such as dicts"
+    )
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Checks that a step gets a state in the state's place.
+
+    Raises:
+      ConfigError: it is something else.
+    """
+    if not isinstance(state, kind):
+        raise ConfigError(
+            f"update: the state is {brief(state)}; write step(grads, state, params), with the state"
+            " from init or the last step"
+        )
+
+
+def check_seed(seed: Any) -> None:
+    """Checks that a seed is a whole number.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    dtype = getattr(seed, "dtype", None) or np.dtype(type(seed))
+    if not jnp.issubdtype(dtype, np.integer) or getattr(seed, "shape", ()) != ():
+        raise ConfigError(f"seed: {brief(seed)} is not a whole number; write seed=0")
+
+
+def update(inner: Any, grads: Any, state: Any, params: Any, extra: dict[str, Any]) -> Any:
+    """Returns (updates, state) of an optax optimizer; says what does not fit it.
+
+    Args:
+      inner: the optimizer.
+      grads: float32, of the structure of params.
+      state: of the optimizer.
+      params: float32 view of the weights.
+      extra: further arguments that it may ask for.
+
+    Raises:
+      ConfigError: an argument is missing, or the state is another optimizer's or other params'.
+    """
+    inner = optax.with_extra_args_support(inner)
+    try:
+        return inner.update(grads, state, params, **extra)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        if "missing" in str(error) and "argument" in str(error):
+            raise ConfigError(
+                f"update: the optimizer needs more of a step ({error}); write step(grads, state,"
+                " params, value=loss)"
+            ) from error
+        if _layout(jax.eval_shape(inner.init, params)) == _layout(state):
+            raise
+        raise ConfigError(
+            "update: the optimizer state is not one of this optimizer and these params; make it"
+            " with init(params)"
+        ) from error
+
+
+def _layout(tree: Any) -> list[tuple[Any, ...]]:
+    """Path, shape and dtype of each leaf."""
+    return [
+        (path, getattr(x, "shape", None), getattr(x, "dtype", None))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]

@@ -1,0 +1,89 @@
+"""What a caller gives for a loss and its gradient, checked while it is traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.errors import ConfigError, brief
+from mpjax.formats import is_quantized
+
+_PROTOCOL = ("scale", "unscale", "adjust")
+
+
+def check_function(fn: Any) -> None:
+    """Checks that a loss is a function.
+
+    Raises:
+      ConfigError: it is not.
+    """
+    if not callable(fn):
+        raise ConfigError(f"loss: {brief(fn)} is not a function; give loss_fn(params, ...) -> loss")
+
+
+def check_scale(loss_scale: Any) -> None:
+    """Checks that a loss scale, with the three methods of the protocol, stands in its place.
+
+    Raises:
+      ConfigError: something else does.
+    """
+    if not all(callable(getattr(loss_scale, name, None)) for name in _PROTOCOL):
+        raise ConfigError(
+            f"loss scale: {brief(loss_scale)} is no loss scale; pass DynamicLossScale(),"
+            " StaticLossScale(1024.0) or state.loss_scale, before params"
+        )
+
+
+def check_differentiable(params: Any) -> None:
+    """Checks that gradients can be taken with respect to every leaf.
+
+    Raises:
+      ConfigError: a leaf that is no floating-point array.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
+        where = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        if is_quantized(leaf):
+            raise ConfigError(
+                f"loss: {where} is stored in {leaf.format.name} with scales; take gradients with"
+                " respect to mpjax.optim.weight_view(params)"
+            )
+        dtype = getattr(leaf, "dtype", None)
+        if not (isinstance(leaf, float) or jnp.issubdtype(dtype or jnp.int32, jnp.inexact)):
+            what = brief(leaf) if dtype is None else dtype
+            raise ConfigError(
+                f"loss: {where} is {what}, of which there is no gradient; pass floating-point"
+                " params first and the rest after them"
+            )
+
+
+def with_aux(out: Any) -> tuple[Any, Any]:
+    """Returns the loss and what stands beside it.
+
+    Raises:
+      ConfigError: the function returned no such pair.
+    """
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise ConfigError(
+            f"loss: the function returned {brief(out)}; return (loss, aux), or leave has_aux out"
+        )
+    return out
+
+
+def as_loss(loss: Any) -> Any:
+    """Returns a loss as a floating-point scalar.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    if isinstance(loss, int | float) or getattr(loss, "shape", None) == ():
+        loss = jnp.asarray(loss)
+        if jnp.issubdtype(loss.dtype, jnp.floating):
+            return loss
+    cure = "return one floating-point number"
+    if isinstance(loss, tuple):
+        cure = "return (loss, aux) with has_aux=True"
+    elif getattr(loss, "shape", ()):
+        cure = "take its mean"
+    raise ConfigError(f"loss: the function returned {brief(loss)}; {cure}")
