@@ -153,8 +153,5 @@ def update(inner: Any, grads: Any, state: Any, params: Any, extra: dict[str, Any
 
 
 def _layout(tree: Any) -> list[tuple[Any, ...]]:
-    """Path, shape and dtype of each leaf."""
-    return [
-        (path, getattr(x, "shape", None), getattr(x, "dtype", None))
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    """Path and shape of each leaf."""
+    return [(path, np.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)]

@@ -50,7 +50,7 @@ def check_differentiable(params: Any) -> None:
                 " respect to mpjax.optim.weight_view(params)"
             )
         dtype = getattr(leaf, "dtype", None)
-        if not (isinstance(leaf, float) or jnp.issubdtype(dtype or jnp.int32, jnp.inexact)):
+        if not (isinstance(leaf, float) or jnp.issubdtype(dtype or jnp.int32, jnp.floating)):
             what = brief(leaf) if dtype is None else dtype
             raise ConfigError(
                 f"loss: {where} is {what}, of which there is no gradient; pass floating-point"
