@@ -11,7 +11,7 @@ import numpy as np
 from mpjax.errors import ConfigError, brief
 
 ROUNDED = (jnp.float32, jnp.bfloat16, jnp.float16)  # what is rounded and quantised
-_NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, list, tuple)
+_NUMBERS = (np.ndarray, np.generic, bool, int, float, complex, list, tuple)
 
 
 def as_array(x: Any, where: str) -> jax.Array:
@@ -28,6 +28,8 @@ def as_array(x: Any, where: str) -> jax.Array:
       >>> as_array([1.0, 2.0], "x").shape
       (2,)
     """
+    if isinstance(x, jax.Array):
+        return x
     known = isinstance(x, _NUMBERS) or hasattr(x, "__jax_array__")
     flat = jax.tree.leaves(x) if isinstance(x, list | tuple) else []
     if known and not any(isinstance(one, str | bytes) for one in flat):

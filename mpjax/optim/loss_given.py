@@ -78,7 +78,7 @@ def as_loss(loss: Any) -> Any:
       ConfigError: it is none.
     """
     if isinstance(loss, int | float) or getattr(loss, "shape", None) == ():
-        loss = jnp.asarray(loss)
+        loss = loss if isinstance(loss, jax.Array) else jnp.asarray(loss)
         if jnp.issubdtype(loss.dtype, jnp.floating):
             return loss
     cure = "return one floating-point number"

@@ -17,8 +17,13 @@ Tree = TypeVar("Tree")
 
 
 def _to_float32(x: Any) -> Any:
-    x = jnp.asarray(x)  # a loss may be a Python number
+    x = _array(x)
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _array(x: Any) -> Any:
+    """An array; a loss may be a Python number."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def as_flag(finite: Any) -> Any:
@@ -158,10 +163,10 @@ class StaticLossScale(LossScale):
         return self.state[0]
 
     def scale(self, tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32) * self.value, tree)
+        return jax.tree.map(lambda x: _array(x).astype(jnp.float32) * self.value, tree)
 
     def unscale(self, tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: jnp.asarray(x).astype(jnp.float32) / self.value, tree)
+        return jax.tree.map(lambda x: _array(x).astype(jnp.float32) / self.value, tree)
 
 
 def step_dynamic(
