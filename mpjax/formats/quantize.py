@@ -147,7 +147,7 @@ def quantize(
     whole array NaN. No gradient passes; see `fake_quantize`.
 
     Args:
-      x: float32, bfloat16 or float16; Python numbers count as float32.
+      x: float32, bfloat16 or float16.
       format: of the values: a Format, its name or a dtype.
       scaling: who shares a scale: `none`, `tensor`, `row`, `block(1x128)`, `block(128x128)`,
         `mx(32)` (e8m0 scales), `nv(16)` (e4m3 scales and one of float32).

@@ -171,7 +171,7 @@ def round_to(
     $(x - a) / (b - a)$, so that its mean is $x$.
 
     Args:
-      x: float32, bfloat16 or float16; Python numbers count as float32.
+      x: float32, bfloat16 or float16.
       format: a Format, its name or a dtype.
       rounding: `nearest`, `stochastic` or `floor`.
       key: random key, for stochastic rounding.

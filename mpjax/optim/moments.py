@@ -38,8 +38,6 @@ _SQUARES = frozenset(
         *("ScaleBySimplifiedAdEMAMixState", "ProdigyState", "MomoAdamState", "DAdaptAdamWState"),
     }
 )
-# Fields that hold a tree of weights or gradients: what stands in it has the user's names.
-_OTHERS = frozenset({"acc_grads", "masks", "mask", "params", "slow_params", "prev_grad"})
 
 
 class _Moment(NamedTuple):
@@ -50,19 +48,37 @@ class _Moment(NamedTuple):
     signed: bool = True
 
 
-def _moment(state: Any, path: tuple[Any, ...]) -> _Moment:
+def _moment(state: Any, path: tuple[Any, ...], own: frozenset[type]) -> _Moment:
+    """What a leaf of a state is.
+
+    Args:
+      state: the optimizer's.
+      path: of the leaf.
+      own: types of which the weights' tree is made: attributes of these are the user's names, as
+        in a copy of the weights or of gradients that the state holds.
+    """
     for place, key in enumerate(path):
-        # The state's field stands before those of a parameter tree of attributes.
-        name = str(getattr(key, "name", ""))
-        if name in _OTHERS:
+        if type(state) in own:
             break
-        owner = type(state).__name__
+        name, owner = str(getattr(key, "name", "")), type(state).__name__
         kind = _UNLIKE.get(owner, _MOMENTS).get(name)
         if kind is not None:
             where = jax.tree_util.keystr(path[place + 1 :], simple=True, separator="/")
             return _Moment(kind, where, kind == "first" or owner not in _SQUARES)
         state = _child(state, key)
     return _Moment()
+
+
+def _own(params: Any) -> frozenset[type]:
+    """Types of the nodes with attributes of which a tree is made."""
+    found = set()
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        node = params
+        for key in path:
+            if isinstance(key, jax.tree_util.GetAttrKey):
+                found.add(type(node))
+            node = _child(node, key)
+    return frozenset(found)
 
 
 def _child(state: Any, key: Any) -> Any:
@@ -128,9 +144,9 @@ def quantize_moments(
         kept = any(matches(pattern, moment.where) for pattern in moments.keep)
         return not kept and x.size >= max(1, moments.min_size)
 
-    def store(state: Any) -> Any:
+    def store(state: Any, own: frozenset[type]) -> Any:
         def leaf(path: Any, x: Any) -> Any:
-            moment = _moment(state, path)
+            moment = _moment(state, path, own)
             if moment.kind is None or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
             format = formats[moment.kind] if is_low(moment, x) else MomentFormat()
@@ -140,19 +156,20 @@ def quantize_moments(
 
         return jax.tree_util.tree_map_with_path(leaf, state)
 
-    def load(state: Any) -> Any:
+    def load(state: Any, own: frozenset[type]) -> Any:
         def leaf(path: Any, x: Any) -> Any:
             if isinstance(x, Blockwise):
                 return x.dequantize()
-            is_moment = _moment(state, path).kind and jnp.issubdtype(x.dtype, jnp.floating)
+            is_moment = _moment(state, path, own).kind and jnp.issubdtype(x.dtype, jnp.floating)
             return x.astype(jnp.float32) if is_moment else x
 
         return jax.tree_util.tree_map_with_path(
             leaf, state, is_leaf=lambda x: isinstance(x, Blockwise)
         )
 
-    def check(state: Any) -> None:
-        leaves = [(_moment(state, p), x) for p, x in jax.tree_util.tree_leaves_with_path(state)]
+    def check(state: Any, own: frozenset[type]) -> None:
+        named = jax.tree_util.tree_leaves_with_path(state)
+        leaves = [(_moment(state, path, own), x) for path, x in named]
         missing = low - {moment.kind for moment, _ in leaves}
         if missing:
             rest = sorted(low - missing)
@@ -177,14 +194,15 @@ def quantize_moments(
 
     def init(params: Any) -> Any:
         # XLA would fold the codes of constant zeros, which takes it a second for 100 000 numbers.
-        state = jax.lax.optimization_barrier(optimizer.init(params))
-        check(state)
-        return store(state)
+        state, own = jax.lax.optimization_barrier(optimizer.init(params)), _own(params)
+        check(state, own)
+        return store(state, own)
 
     inner = optax.with_extra_args_support(optimizer)
 
     def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        updates, state = inner.update(grads, load(state), params, **extra)
-        return updates, store(state)
+        own = _own(grads)
+        updates, state = inner.update(grads, load(state, own), params, **extra)
+        return updates, store(state, own)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.optim import quantize_moments, wrap
+from mpjax.optim import Blockwise, quantize_moments, wrap
 from mpjax.precision import Moments, get_precision
 
 W = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)}
@@ -124,6 +124,29 @@ def test_an_optimizer_without_the_moment_is_refused(tx: Any, text: str, kind: st
     with pytest.raises(ConfigError, match=f"^moments: {kind} moment is to be stored low") as error:
         wrap(tx, get_precision("fp32", moments=text)).init(W)
     assert "set moments=f32 or choose another optimizer" in str(error.value)
+
+
+class Named(NamedTuple):
+    mu: Any
+    v: Any
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.contrib.mechanize(optax.adam(0.1)), optax.contrib.schedule_free_adamw(0.1)],
+    ids=["mechanic", "schedule-free"],
+)
+def test_copies_of_the_weights_in_a_state_are_no_moments(tx: Any) -> None:
+    """Mechanic's x0 and schedule-free's z are weights, whatever their attributes are called."""
+    params = Named(W["w"], 2 * W["w"])
+    low = quantize_moments(tx, second="int8")
+    state, exact = low.init(params), tx.init(params)
+    name = "x0" if hasattr(exact, "x0") else "z"
+    for got, want in zip(getattr(state, name), getattr(exact, name), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert any(isinstance(x, Blockwise) for x in jax.tree.leaves(
+        state, is_leaf=lambda x: isinstance(x, Blockwise)
+    ))  # fmt: skip
 
 
 def test_parameters_that_are_called_like_moments_are_not_moments() -> None:
