@@ -25,7 +25,7 @@ help:  ## print this list
 venv: $(INSTALLED)  ## make .venv and install mpjax into it
 
 demo: $(INSTALLED)  ## train one model under several precisions; table and plots in runs/demo
-	$(PY) experiments/compare_precisions.py --out runs/demo
+	$(PY) experiments/compare_precisions.py --out runs/demo --fresh
 
 test: $(INSTALLED_DEV)  ## run the tests and the examples in the docstrings
 	$(PY) -m pytest -n $(WORKERS) -m "not notebook and not smoke"
@@ -68,8 +68,8 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, six hours; pa
 	$(PY) tests/evidence/low_bit_inference.py
 	$(PY) tests/evidence/finetune.py
 	$(PY) experiments/bench_step.py
-	$(PY) experiments/low_bit_weights.py --out runs/evidence/low_bit_weights
-	$(PY) experiments/compare_precisions.py --out runs/evidence/demo
+	$(PY) experiments/low_bit_weights.py --out runs/evidence/low_bit_weights --fresh
+	$(PY) experiments/compare_precisions.py --out runs/evidence/demo --fresh
 
 verify-gpu: $(GPU_VENV)/.installed  ## compile for an H100 without one, 6 GB, once; page in docs/evidence
 	$(GPU_VENV)/bin/python tests/gpu/verify.py

@@ -45,6 +45,7 @@ class Config(sweep.Workload):
     """Seeds an arm."""
     out: Path = Path("runs/demo")
     """Folder of the report and of all runs."""
+    CHOOSING = (*sweep.Training.CHOOSING, "low_lr", "loss_scale")
 
 
 def arms(config: Config) -> list[sweep.Arm]:
@@ -89,7 +90,10 @@ def main(config: Config) -> None:
         if label == "fp32" and seed == 0:
             kept["params"], kept["batch"] = params, batch
 
-    outcomes = sweep.run_arms(arms(config), config, config.seeds, config.out, keep=keep)
+    outcomes = sweep.run_arms(
+        arms(config), config, config.seeds, config.out, keep=keep,
+        again=lambda label, seed: label == "fp32" and seed == 0,
+    )  # fmt: skip
     title = "One Transformer, several precisions"
     launch.wide().print(rich_table(outcomes, title))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import finished
 import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
@@ -28,7 +28,7 @@ from mpjax.precision.schedule import KINDS, fixed
 from mpjax.report import Outcome
 from mpjax.train import build
 from mpjax.train.loop import fit
-from mpjax.train.manifest import manifest, write_manifest
+from mpjax.train.manifest import manifest
 from mpjax.train.memory import bytes_per_parameter
 from mpjax.train.metrics import MetricsWriter
 from mpjax.train.progress import ProgressBar
@@ -66,14 +66,18 @@ class Tuning:
     """Peak learning rate."""
     schedule: str = "linear"
     """`constant`, `linear`, `cosine` or `wsd`."""
-    warmup: int = 12
-    """Steps of warm-up."""
+    WARMUP: ClassVar[int] = 12
+    warmup: launch.Warmup = None
+    """Steps of linear warm-up; by default 12, or half of the steps if these are fewer."""
     weight_decay: float = 0.01
     """Decoupled, on matrices."""
     clip: float = 1.0
     """Largest global gradient norm."""
     seeds: int = 3
     """Seeds an arm; the n-th seed has the same new weights, batches and dropout in every arm."""
+    fresh: bool = False
+    """Train again the runs that --out holds; without it those that have ended are taken as they
+    are, so that an interrupted comparison goes on."""
 
 
 def check(config: Any) -> None:
@@ -189,13 +193,28 @@ class Start:
 
 Judge = Callable[[Any], tuple[dict[str, float], np.ndarray]]  # params -> scores, which are right
 Keep = Callable[[str, int, Any, Any], None]
+Again = Callable[[str, int], bool]
 Change = Callable[[Batch, np.random.Generator], Batch]
+
+
+CHOOSING = ("seeds", "precision", "export")  # settings that change no run
+
+
+def page_of(
+    label: str, config: Any, schedule: PrecisionSchedule, model: Any, seed: int, out: Path,
+    again: Again = lambda *_: False,
+) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    """Returns the folder of a run and its manifest."""
+    folder = out / label.replace(":", "_").replace("/", "_") / f"seed{seed}"
+    settings = launch.settings(config, seed=seed, fresh=config.fresh or again(label, seed))
+    products = launch.products(model, config.batch * max(config.lengths))
+    return folder, manifest(schedule.first, settings, model.paths, products, schedule=schedule)
 
 
 def run_arm(
     label: str, config: Any, task: Any, start: Beginning, examples: Sequence[Any], vocabulary: int,
     judge: Judge, out: Path, keep: Keep = lambda *_: None,
-    change: Change = lambda batch, draw: batch,
+    change: Change = lambda batch, draw: batch, again: Again = lambda *_: False,
 ) -> Arm:  # fmt: skip
     """Trains one arm under each seed; its step is compiled once for each length.
 
@@ -210,6 +229,8 @@ def run_arm(
       out: folder in which each run gets its own.
       keep: called with (label, seed, model, parameters) at the end of each run.
       change: of each batch, as `bucket_batches` takes it, such as masking.
+      again: (label, seed) -> whether a run that has ended is trained again, because `keep` or
+        `judge` leaves more of it than its scores.
     """
     schedule = read_schedule(label, config.steps)
     model = start.model(schedule.first, vocabulary)
@@ -219,43 +240,41 @@ def run_arm(
     assert step.init is not None
     scores, correct, records, skipped, scales, bytes_each = [], [], [], [], [], 0.0
     for seed in range(config.seeds):
-        folder = out / label.replace(":", "_").replace("/", "_") / f"seed{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        values = json.loads(json.dumps(dataclasses.asdict(config) | {"seed": seed}, default=str))
-        products = launch.products(model, config.batch * max(config.lengths))
-        write_manifest(folder, manifest(schedule.first, values, model.paths, products))
-        writer = MetricsWriter(folder, {**values, "precision": label})
-        params = start.params(model, seed)
-        state = step.init(seed)
-        state = state._replace(params=params, opt_state=step.optimizer.init(params, seed))
-        history: list[dict[str, Any]] = []
-        with ProgressBar(
-            config.steps, console=console, label=f"{label}, seed {seed}", lines=1
-        ) as bar:
+        folder, page = page_of(label, config, schedule, model, seed, out, again)
+        if ended := finished.begin(folder, page, CHOOSING, console):
+            found, history = ended
+            right = np.array(found.pop("correct"))
+        else:
+            writer = MetricsWriter(folder, {**page["config"], "precision": label})
+            params = start.params(model, seed)
+            state = step.init(seed)
+            state = state._replace(params=params, opt_state=step.optimizer.init(params, seed))
+            history = []
+            with ProgressBar(
+                config.steps, console=console, label=f"{label}, seed {seed}", lines=1
+            ) as bar:
 
-            def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
-                history.append(record)  # noqa: B023
-                writer.write(record)  # noqa: B023
-                bar.update(record)
+                def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
+                    history.append(record)  # noqa: B023
+                    writer.write(record)  # noqa: B023
+                    bar.update(record)
 
-            data = bucket_batches(
-                examples,
-                batch=config.batch,
-                seed=seed,
-                lengths=config.lengths,
-                change=change,
-            )
-            state = fit(state, step, data, steps=config.steps, report=report)
-        found, right = judge(state.params)
-        keep(label, seed, model, state.params)
-        writer.write({"step": config.steps, "validation_loss": found["loss"]} | found)
-        writer.close()
+                data = bucket_batches(
+                    examples, batch=config.batch, seed=seed, lengths=config.lengths, change=change
+                )
+                state = fit(state, step, data, steps=config.steps, report=report)
+            found, right = judge(state.params)
+            keep(label, seed, model, state.params)
+            writer.write({"step": config.steps, "validation_loss": found["loss"]} | found)
+            writer.close()
+            found = found | {"bytes_per_parameter": bytes_per_parameter(state)}
+            finished.end(folder, found | {"correct": right.tolist()})
+        bytes_each = found.pop("bytes_per_parameter")
         scores.append(found)
         correct.append(right)
         records.append(history)
         skipped.append(history[-1]["skipped"])
         scales.append(history[-1]["loss_scale"])
-        bytes_each = bytes_per_parameter(state)
     speeds = [record["tokens_per_s"] for history in records for record in history[2:] or history]
     outcome = Outcome(
         label, config.precision[0], tuple(s["loss"] for s in scores), float(np.median(speeds)),
@@ -267,8 +286,8 @@ def run_arm(
 def raw_optimizer(config: Any) -> Any:
     """Returns the raw optimizer."""
     return make_optimizer(
-        "adamw", config.lr, schedule=config.schedule, steps=config.steps, warmup=config.warmup,
-        weight_decay=config.weight_decay,
+        "adamw", config.lr, schedule=config.schedule, steps=config.steps,
+        warmup=launch.warmup(config), weight_decay=config.weight_decay,
     )  # fmt: skip
 
 
@@ -287,6 +306,8 @@ def check_arms(config: Any, task: Any, start: Beginning, vocabulary: int) -> Any
                 f" {judging}; leave one of them out, or set --eval-precision"
             )
         model = start.model(schedule.first, vocabulary)
+        for seed in range(config.seeds):
+            finished.check(*page_of(label, config, schedule, model, seed, config.out), CHOOSING)
         jax.eval_shape(lambda m=model, s=schedule: build(
             m, raw_optimizer(config), clip=config.clip, objective=task.objective, schedule=s
         )[0])  # fmt: skip

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import finetune  # sets XLA flags before JAX starts
 import finetune_report
@@ -50,8 +50,9 @@ class Config(finetune.Tuning):
     """Steps a run; one epoch of the parts of speech."""
     lr: float = 5e-4
     """Peak learning rate."""
-    warmup: int = 60
-    """Steps of warm-up."""
+    WARMUP: ClassVar[int] = 60
+    warmup: launch.Warmup = None
+    """Steps of linear warm-up; by default 60, or half of the steps if these are fewer."""
     out: Path = Path("runs/finetune_tagger")
     """Folder of the report and of all runs."""
 

@@ -15,12 +15,12 @@ Expected:  at least .98 of the held-out digits, .90 of Fashion-MNIST's test imag
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import finished
 import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
@@ -36,7 +36,7 @@ from mpjax.report import Outcome, gap, interval, plot_loss
 from mpjax.train import build
 from mpjax.train.hlo import convolutions
 from mpjax.train.loop import fit
-from mpjax.train.manifest import manifest, write_manifest
+from mpjax.train.manifest import manifest
 from mpjax.train.memory import bytes_per_parameter
 from mpjax.train.metrics import MetricsWriter
 from mpjax.train.progress import ProgressBar
@@ -80,12 +80,16 @@ class Config:
     """Peak learning rate."""
     schedule: str = "linear"
     """`constant`, `linear`, `cosine` or `wsd`."""
-    warmup: int = 20
-    """Steps of warm-up."""
+    WARMUP: ClassVar[int] = 20
+    warmup: launch.Warmup = None
+    """Steps of linear warm-up; by default 20, or half of the steps if these are fewer."""
     weight_decay: float = 0.01
     """Decoupled, on kernels."""
     seeds: int = 3
     """Seeds an arm; the n-th has the same initial weights and batches in every arm."""
+    fresh: bool = False
+    """Train again the runs that --out holds; without it those that have ended are taken as they
+    are, so that an interrupted comparison goes on."""
     out: Path = Path("runs/image_cnn")
     """Folder of the report and of all runs."""
 
@@ -117,7 +121,7 @@ def optimizer(config: Config) -> Any:
     """Returns the raw optimizer."""
     return make_optimizer(
         config.optimizer, config.lr, schedule=config.schedule, steps=config.steps,
-        warmup=config.warmup, weight_decay=config.weight_decay,
+        warmup=launch.warmup(config), weight_decay=config.weight_decay,
     )  # fmt: skip
 
 
@@ -145,6 +149,16 @@ def evaluate(model: ResNet, images: Images, size: int = 500) -> Any:
     return judge
 
 
+CHOOSING = ("seeds", "precision")  # settings that change no run
+
+
+def page_of(config: Config, model: ResNet, text: str, seed: int) -> tuple[Path, dict[str, Any]]:
+    """Returns the folder of a run and its manifest."""
+    folder = config.out / text.replace(" ", "_").replace("/", "-") / f"seed{seed}"
+    how = {recipe.name: {"convolution": "emulated"} for recipe in model.recipes.values()}
+    return folder, manifest(model.precision, launch.settings(config, seed=seed), model.paths, how)
+
+
 def run_arm(config: Config, images: Images, text: str) -> Arm:
     """Trains one arm under each seed; the step is compiled once."""
     model = make(config, images, text)
@@ -156,38 +170,45 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
     exact = evaluate(dataclasses.replace(model, precision=get_precision("fp32")), images)
     losses, accuracy, skipped, scales, speeds, records = [], [], [], [], [], []
     for seed in range(config.seeds):
-        folder = config.out / text.replace(" ", "_").replace("/", "-") / f"seed{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        values = json.loads(json.dumps(dataclasses.asdict(config) | {"seed": seed}, default=str))
-        how = {recipe.name: {"convolution": "emulated"} for recipe in model.recipes.values()}
-        write_manifest(folder, manifest(model.precision, values, model.paths, how))
-        writer = MetricsWriter(folder, values | {"precision": model.precision.to_text()})
-        history: list[dict[str, Any]] = []
-        label = f"{text}, seed {seed}"
-        with ProgressBar(config.steps, console=stderr, label=label, lines=1) as bar:
+        folder, page = page_of(config, model, text, seed)
+        history: list[dict[str, Any]]
+        if ended := finished.begin(folder, page, CHOOSING, stderr):
+            outcome, history = ended
+        else:
+            writer = MetricsWriter(
+                folder, page["config"] | {"precision": model.precision.to_text()}
+            )
+            history = []
+            label = f"{text}, seed {seed}"
+            with ProgressBar(config.steps, console=stderr, label=label, lines=1) as bar:
 
-            def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
-                record["images_per_s"] = record["tokens_per_s"] / pixels
-                history.append(record)  # noqa: B023
-                writer.write(record)  # noqa: B023
-                bar.update(record)
+                def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
+                    record["images_per_s"] = record["tokens_per_s"] / pixels
+                    history.append(record)  # noqa: B023
+                    writer.write(record)  # noqa: B023
+                    bar.update(record)
 
-            data = image_batches(images.train, batch=config.batch, seed=seed)
-            state = fit(step.init(seed), step, data, steps=config.steps, report=report)
-        right = judge(state.params, state.model_state)[1]
-        losses.append(exact(state.params, None)[0])
-        accuracy.append(right)
-        writer.write({"step": config.steps, "validation_loss": losses[-1], "accuracy": right})
-        writer.close()
+                data = image_batches(images.train, batch=config.batch, seed=seed)
+                state = fit(step.init(seed), step, data, steps=config.steps, report=report)
+            outcome = {
+                "validation_loss": exact(state.params, None)[0],
+                "accuracy": judge(state.params, state.model_state)[1],
+                "bytes_per_parameter": bytes_per_parameter(state),
+            }
+            writer.write({"step": config.steps} | outcome)
+            writer.close()
+            finished.end(folder, outcome)
+        losses.append(outcome["validation_loss"])
+        accuracy.append(outcome["accuracy"])
         skipped.append(history[-1]["skipped"])
-        scales.append(float(state.opt_state.loss_scale.value))
+        scales.append(history[-1]["loss_scale"])
         speeds += [record["images_per_s"] for record in history[2:] or history]
         records.append(history)
-    outcome = Outcome(
+    arm = Outcome(
         text, config.precision[0], tuple(losses), float(np.median(speeds)),
-        bytes_per_parameter(state), tuple(skipped), tuple(scales), tuple(records),
+        outcome["bytes_per_parameter"], tuple(skipped), tuple(scales), tuple(records),
     )  # fmt: skip
-    return Arm(outcome, tuple(accuracy), "; ".join(dtypes))
+    return Arm(arm, tuple(accuracy), "; ".join(dtypes))
 
 
 def measured(form: str, mean: float, half: float) -> str:
@@ -222,6 +243,8 @@ def compare(config: Config) -> list[Arm]:
         model = make(config, images, text)
         wrapped = wrap(raw, model.precision)
         jax.eval_shape(lambda key, m=model, w=wrapped: w.init(m.init(key)), jax.random.key(0))
+        for seed in range(config.seeds):
+            finished.check(*page_of(config, model, text, seed), CHOOSING)
     launch.writable(config.out)
     arms = [run_arm(config, images, text) for text in config.precision]
     title = f"One ResNet on {Path(config.data).name}, several precisions"

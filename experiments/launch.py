@@ -6,7 +6,9 @@ Import it before JAX: flags are read when JAX starts. Only entry scripts set fla
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
+import json
 import logging
 import math
 import os
@@ -14,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -51,6 +53,7 @@ set_log()
 import jax  # noqa: E402
 
 from mpjax.data import Corpus  # noqa: E402
+from mpjax.data.cache import checksum  # noqa: E402
 from mpjax.errors import ConfigError, TrainingStopped  # noqa: E402
 from mpjax.models import Model, decoder  # noqa: E402
 from mpjax.precision import Precision  # noqa: E402
@@ -99,6 +102,25 @@ def wide() -> Console:
     return console if console.is_terminal else Console(width=130)
 
 
+Warmup = Annotated[
+    int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: fits the steps)")
+]
+
+
+def warmup(config: Any) -> int:
+    """Returns the steps of warm-up: those given, else the script's usual ones if they fit."""
+    return min(config.WARMUP, config.steps // 2) if config.warmup is None else config.warmup
+
+
+def settings(config: Any, **more: Any) -> dict[str, Any]:
+    """Returns all settings as JSON-able values, the steps of warm-up written out."""
+    values = dataclasses.asdict(config) | {"warmup": warmup(config)} | more
+    for place in (str(values["data"]), str(values["data"]).rpartition(":")[0]):  # FILE:COLUMN
+        if place and Path(place).is_file():
+            values["data_checksum"] = checksum(Path(place))
+    return json.loads(json.dumps(values, default=str))
+
+
 LARGEST = 2**31 - 1  # what the int32 of seeds, counters and indices holds
 
 
@@ -106,6 +128,8 @@ def _check(config: Any, names: tuple[str, ...], what: str, fits: Callable[[Any],
     for name in names:
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
+            if number is None:  # left to the script
+                continue
             if not (fits(number) and math.isfinite(number)):
                 raise ConfigError(f"{name}: {number} is out of range; give a finite number {what}")
             if isinstance(number, int) and number > LARGEST:

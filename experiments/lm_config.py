@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
+import launch
 import tyro
 from lm import Shape, shape_changes
 
@@ -77,8 +78,9 @@ class Config:
     """Peak learning rate."""
     schedule: str = "cosine"
     """`constant`, `linear`, `cosine` or `wsd`."""
-    warmup: int = 20
-    """Steps of linear warm-up."""
+    WARMUP: ClassVar[int] = 20
+    warmup: launch.Warmup = None
+    """Steps of linear warm-up; by default 20, or half of the steps if these are fewer."""
     weight_decay: float = 0.1
     """Decoupled, on matrices only."""
     clip: float = 1.0
@@ -169,7 +171,9 @@ class Config:
 
 def settings(config: Config) -> dict[str, Any]:
     """All settings as JSON-able values; the model's shape is written out."""
-    values = dataclasses.asdict(config) | {"out": str(config.out)}
+    values = dataclasses.asdict(config) | {
+        "out": str(config.out), "warmup": launch.warmup(config),
+    }  # fmt: skip
     if not config.precision_schedule:
         values["precision"] = config.named()
     # A setting that says nothing is left out, so that runs of before it can be resumed.

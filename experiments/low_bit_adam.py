@@ -54,6 +54,7 @@ class Config(sweep.Workload):
     """Seeds of Lion, SGD and Adafactor."""
     out: Path = Path("runs/low_bit_adam")
     """Folder of the report and of all runs."""
+    CHOOSING = (*sweep.Training.CHOOSING, "moments", "others", "other_seeds")
 
 
 def adam(config: Config) -> list[sweep.Arm]:

@@ -55,6 +55,7 @@ class Config(sweep.Workload):
     """Seeds are added until the 90 % interval of the gap is inside of ± so many percent, or out."""
     out: Path = Path("runs/low_bit_products")
     """Folder of the report and of all runs."""
+    CHOOSING = (*sweep.Training.CHOOSING, "recipe", "first_seed", "most_seeds", "within")
 
 
 def interval_90(values: Sequence[float]) -> tuple[float, float, float]:

@@ -41,6 +41,7 @@ class Config(sweep.Workload):
     """Seeds an arm."""
     out: Path = Path("runs/low_bit_weights")
     """Folder of the report and of all runs."""
+    CHOOSING = (*sweep.Training.CHOOSING, "update", "storage")
 
 
 def closed(outcome: Outcome, worst: Outcome, best: Outcome) -> tuple[float, float]:

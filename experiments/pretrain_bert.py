@@ -20,7 +20,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import finetune  # sets XLA flags before JAX starts
 import finetune_report
@@ -56,8 +56,9 @@ class Config(finetune.Tuning):
     """Steps a run."""
     lr: float = 1e-3
     """Peak learning rate; at 5e-3 the encoder learns nothing but how frequent tokens are."""
-    warmup: int = 50
-    """Steps of warm-up."""
+    WARMUP: ClassVar[int] = 50
+    warmup: launch.Warmup = None
+    """Steps of linear warm-up; by default 50, or half of the steps if these are fewer."""
     data: str = "stdlib"
     """`stdlib`, `janeausten`, a text file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or
     hf:NAME."""
@@ -168,8 +169,18 @@ def main(config: Config) -> None:
     first = judge(start.params(judged, 0))[0]
     arms = [
         finetune.run_arm(
-            label, config, task, start, train, pieces.vocab_size, judge, config.out, keep, mask
-        )
+            label,
+            config,
+            task,
+            start,
+            train,
+            pieces.vocab_size,
+            judge,
+            config.out,
+            keep,
+            mask,
+            again=lambda label, seed: bool(config.export) and seed == 0,
+        )  # fmt: skip
         for label in config.precision
     ]
     counted = {"counting": counting(train, held_out, targets, counts)}

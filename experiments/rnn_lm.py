@@ -113,7 +113,10 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
         if label == first and not seed:
             kept["params"] = params
 
-    outcomes = sweep.run_arms(arms, config, config.seeds, config.out, make=make, keep=keep)
+    outcomes = sweep.run_arms(
+        arms, config, config.seeds, config.out, make=make, keep=keep,
+        again=lambda label, seed: label == first and not seed,
+    )  # fmt: skip
     title = f"One {config.cell.upper()}, several precisions"
     launch.wide().print(rich_table(outcomes, title))
     on, off = carried_loss(config, kept["params"])

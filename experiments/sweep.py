@@ -10,12 +10,12 @@ Output:    the table of `make demo`, one arm per precision and rate, and per pre
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import finished
 import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
@@ -30,7 +30,7 @@ from mpjax.precision import Precision, get_precision
 from mpjax.report import Outcome, interval, plot_loss, plot_loss_scale, rich_table, write_report
 from mpjax.train import build
 from mpjax.train.loop import fit
-from mpjax.train.manifest import manifest, write_manifest
+from mpjax.train.manifest import manifest
 from mpjax.train.memory import bytes_per_parameter
 from mpjax.train.metrics import MetricsWriter
 from mpjax.train.progress import ProgressBar
@@ -61,14 +61,20 @@ class Training:
     """`adamw`, `sgd`, `lion` or `adafactor`."""
     schedule: str = "linear"
     """`constant`, `linear`, `cosine` or `wsd`."""
-    warmup: int = 20
-    """Steps of warm-up."""
+    WARMUP: ClassVar[int] = 20
+    warmup: launch.Warmup = None
+    """Steps of linear warm-up; by default 20, or half of the steps if these are fewer."""
     weight_decay: float = 0.0
     """Decoupled, on matrices."""
     clip: float = 1.0
     """Largest global gradient norm, in every arm at natural scale."""
     eval_batches: int = 32
     """Batches of held-out text that judge a run, evenly spread."""
+    fresh: bool = False
+    """Train again the runs that --out holds; without it those that have ended are taken as they
+    are, so that an interrupted comparison goes on."""
+    CHOOSING: ClassVar[tuple[str, ...]] = ("seeds", "precision")
+    """Settings that choose among runs and change none of them."""
 
     @property
     def extent(self) -> str:
@@ -141,8 +147,8 @@ def judge(model: Any, corpus: Corpus, work: Training) -> Callable[[Any], float]:
 def optimizer(arm: Arm, work: Training) -> optax.GradientTransformation:
     """Returns the raw optimizer of an arm."""
     return make_optimizer(
-        work.optimizer, arm.lr, schedule=work.schedule, steps=work.steps, warmup=work.warmup,
-        weight_decay=work.weight_decay,
+        work.optimizer, arm.lr, schedule=work.schedule, steps=work.steps,
+        warmup=launch.warmup(work), weight_decay=work.weight_decay,
     )  # fmt: skip
 
 
@@ -161,6 +167,49 @@ def stressed(stress: int, work: Training, raw: Any) -> tuple[Any, Callable[[Any]
     return tx, objective
 
 
+Again = Callable[[str, int], bool]  # label, seed -> whether a run that has ended is trained again
+
+
+def page_of(
+    arm: Arm, work: Training, model: Any, seed: int, out: Path, again: Again
+) -> tuple[Path, dict[str, Any]]:
+    """Returns the folder of a run and its manifest."""
+    folder = out / arm.label.replace(" ", "_") / f"seed{seed}"
+    settings = launch.settings(work, lr=arm.lr, stress=arm.stress, seed=seed, out=str(folder))
+    settings["fresh"] = work.fresh or again(arm.label, seed)
+    products = launch.products(model, work.batch * work.seq)
+    return folder, manifest(arm.precision, settings, model.paths, products)
+
+
+def train(
+    arm: Arm, work: Training, step: Any, data: Any, seed: int, folder: Path, page: dict[str, Any],
+    evaluate: Callable[[Any], float],
+) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:  # fmt: skip
+    """Trains one run; returns its outcome, a record a step, and its weights, None if it stopped."""
+    writer = MetricsWriter(folder, page["config"] | {"precision": arm.precision.to_text()})
+    history: list[dict[str, Any]] = []
+    label = f"{arm.label}, seed {seed}"
+    params: Any = None
+    with ProgressBar(work.steps, console=console, label=label, lines=1) as bar:
+
+        def report(record: dict[str, Any]) -> None:
+            record = record | {"loss": record["loss"] * 2.0**arm.stress}
+            history.append(record)
+            writer.write(record)
+            bar.update(record)
+
+        state = step.init(seed)
+        outcome = {"validation_loss": np.inf, "bytes_per_parameter": bytes_per_parameter(state)}
+        try:
+            params = fit(state, step, data, steps=work.steps, report=report).params
+            outcome["validation_loss"] = evaluate(params)
+        except TrainingStopped as error:  # the other arms go on
+            console.print(f"{label} stopped: {error}", style="red", highlight=False)
+    writer.write({"step": work.steps, "validation_loss": outcome["validation_loss"]})
+    writer.close()
+    return outcome, history, params
+
+
 def run_arm(
     arm: Arm,
     work: Training,
@@ -172,6 +221,7 @@ def run_arm(
     enough: Callable[[str, Sequence[float]], bool] = lambda *_: False,
     first: int = 0,
     make: Make = launch.make_decoder,
+    again: Again = lambda *_: False,
 ) -> Outcome:
     """Trains one arm under each seed and returns its outcome; the step is compiled once.
 
@@ -186,47 +236,27 @@ def run_arm(
       enough: asked with (label, losses so far) after each seed; True leaves out the rest.
       first: the first seed.
       make: builds the model.
+      again: (label, seed) -> whether a run that has ended is trained again: `keep` needs it.
     """
     model = make(work, corpus, arm.precision)
     tx, objective = stressed(arm.stress, work, optimizer(arm, work))
     _, step = build(model, tx, objective=objective)
-    assert step.init is not None
     losses, skipped, scales, speeds, records = [], [], [], [], []
     per_parameter = 0.0
     for seed in range(first, first + seeds):
-        folder = out / arm.label.replace(" ", "_") / f"seed{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = dataclasses.asdict(work) | {
-            "lr": arm.lr, "stress": arm.stress, "seed": seed, "out": str(folder),
-        }  # fmt: skip
-        values = json.loads(json.dumps(settings, default=str))
-        products = launch.products(model, work.batch * work.seq)
-        write_manifest(folder, manifest(arm.precision, values, model.paths, products))
-        writer = MetricsWriter(folder, settings | {"precision": arm.precision.to_text()})
-        history: list[dict[str, Any]] = []
-        label = f"{arm.label}, seed {seed}"
-        with ProgressBar(work.steps, console=console, label=label, lines=1) as bar:
-
-            def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
-                record = record | {"loss": record["loss"] * 2.0**arm.stress}
-                history.append(record)  # noqa: B023
-                writer.write(record)  # noqa: B023
-                bar.update(record)
-
+        folder, page = page_of(arm, work, model, seed, out, again)
+        if ended := finished.begin(folder, page, work.CHOOSING, console):
+            outcome, history = ended
+        else:
             data = batches(corpus.train, batch=work.batch, seq=work.seq, seed=seed)
-            state, stopped = step.init(seed), False
-            per_parameter = bytes_per_parameter(state)
-            try:
-                state = fit(state, step, data, steps=work.steps, report=report)
-            except TrainingStopped as error:  # the other arms go on
-                console.print(f"{label} stopped: {error}", style="red", highlight=False)
-                stopped = True
-                history += [history[-1] | {"loss": np.inf}] * (work.steps - len(history))
-        losses.append(np.inf if stopped else evaluate(state.params))
-        writer.write({"step": work.steps, "validation_loss": losses[-1]})
-        writer.close()
-        if not stopped:
-            keep(arm.label, seed, state.params, next(data))
+            outcome, history, params = train(arm, work, step, data, seed, folder, page, evaluate)
+            if params is not None:
+                keep(arm.label, seed, params, next(data))
+            finished.end(folder, outcome)
+        # a run that stopped has no losses to its end
+        history += [history[-1] | {"loss": np.inf}] * (work.steps - len(history))
+        losses.append(outcome["validation_loss"])
+        per_parameter = outcome["bytes_per_parameter"]
         skipped.append(history[-1]["skipped"])
         scales.append(history[-1]["loss_scale"])
         speeds += [record["tokens_per_s"] for record in history[2:] or history]
@@ -245,18 +275,23 @@ def run_arms(
     seeds: int,
     out: Path,
     make: Make = launch.make_decoder,
+    first: int = 0,
+    again: Again = lambda *_: False,
     **options: Any,
 ) -> list[Outcome]:
-    """Trains all arms, each under the same seeds."""
+    """Trains all arms, each under the same seeds; a run that has ended in `out` is taken."""
     corpus = load_corpus(work.data, work.tokenizer)
     batches(corpus.train, batch=work.batch, seq=work.seq, seed=0)
     models = [make(work, corpus, arm.precision) for arm in arms]
     for arm, model in zip(arms, models, strict=True):  # the last arm's mistake, before the first
         wrapped = wrap(optimizer(arm, work), arm.precision)
         jax.eval_shape(lambda key, m=model, w=wrapped: w.init(m.init(key)), jax.random.key(0))
+        for seed in range(first, first + seeds):
+            finished.check(*page_of(arm, work, model, seed, out, again), work.CHOOSING)
     evaluate = judge(models[0], corpus, work)
     launch.writable(out)
-    return [run_arm(arm, work, corpus, seeds, out, evaluate, make=make, **options) for arm in arms]
+    options |= {"make": make, "first": first, "again": again}
+    return [run_arm(arm, work, corpus, seeds, out, evaluate, **options) for arm in arms]
 
 
 def best(outcomes: Sequence[Outcome], labels: Sequence[str]) -> str:

@@ -107,7 +107,7 @@ def optimizer_settings(config: Config) -> dict[str, Any]:
     """The arguments of `make_optimizer`."""
     return {
         "name": config.optimizer, "lr": config.lr, "schedule": config.schedule,
-        "steps": config.steps, "warmup": config.warmup, "weight_decay": config.weight_decay,
+        "steps": config.steps, "warmup": launch.warmup(config), "weight_decay": config.weight_decay,
     }  # fmt: skip
 
 
@@ -161,13 +161,17 @@ def prepare(config: Config) -> Run:
         may_change: tuple[str, ...] = MAY_CHANGE
         if config.recast:
             may_change += PRECISION
-        if config.schedule == "constant" and not (schedule and schedule.kind == "late"):
-            may_change += ("schedule_steps",)
-        compare_settings(
-            meta["config"] | {"schedule_steps": meta["config"]["steps"]},
-            settings(config) | {"schedule_steps": config.steps},
-            may_change=may_change,
-        )
+        steps = meta["config"]["steps"]
+        over_steps = [f"--schedule {config.schedule}"] * (config.schedule != "constant")
+        if schedule and schedule.kind == "late":
+            over_steps.append(f"--precision-schedule {config.precision_schedule}")
+        if steps != config.steps and over_steps:
+            raise ConfigError(
+                f"steps: {config.steps} now, {steps} at the save, and {' and '.join(over_steps)}"
+                f" runs over all steps; resume with --steps {steps}, or start a new run of its"
+                f" weights with --init-from {config.out} and another --out"
+            )
+        compare_settings(meta["config"], settings(config), may_change=may_change)
         tokenizer = Tokenizer.from_text(meta["tokenizer"])
     corpus = load_corpus(config.data, tokenizer, held_out=config.held_out)
     if meta:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import finetune  # sets XLA flags before JAX starts
 import finetune_report
@@ -77,14 +77,18 @@ class Config:
     """Peak learning rate."""
     schedule: str = "cosine"
     """`constant`, `linear`, `cosine` or `wsd`."""
-    warmup: int = 50
-    """Steps of warm-up."""
+    WARMUP: ClassVar[int] = 50
+    warmup: launch.Warmup = None
+    """Steps of linear warm-up; by default 50, or half of the steps if these are fewer."""
     weight_decay: float = 0.01
     """Decoupled, on matrices."""
     clip: float = 1.0
     """Largest global gradient norm."""
     seeds: int = 3
     """Seeds an arm; the n-th has the same initial weights, batches and dropout in every arm."""
+    fresh: bool = False
+    """Train again the runs that --out holds; without it those that have ended are taken as they
+    are, so that an interrupted comparison goes on."""
     out: Path = Path("runs/translate")
     """Folder of the report and of all runs."""
 
@@ -168,8 +172,16 @@ def main(config: Config) -> None:
     for label in config.precision:
         arms.append(
             finetune.run_arm(
-                label, config, task, start, examples, task.vocabulary, judge, config.out
-            )
+                label,
+                config,
+                task,
+                start,
+                examples,
+                task.vocabulary,
+                judge,
+                config.out,
+                again=lambda label, seed: seed == config.seeds - 1,  # its translations are shown
+            )  # fmt: skip
         )
         shown.append((label, samples["last"]))
     known = {word for source, _ in train for word in source.split()}

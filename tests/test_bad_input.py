@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import logging
 import os
 import shlex
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+
+from mpjax.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("fast_compile")]
 ROOT = Path(__file__).resolve().parent.parent
@@ -351,7 +354,13 @@ RESUMED = [
     ("--resume latest --width 32", "shape.width was 16", "is 32", "another --out"),
     ("--resume latest --dropout 0.1", "shape.dropout was", "is 0.1", "another --out"),
     ("--resume latest --optimizer sgd", 'optimizer was "adamw"', '"sgd"', "another --out"),
-    ("--resume latest --steps 8", "schedule_steps was 4", "is 8", "give the saved settings"),
+    (
+        "--resume latest --steps 8",
+        "steps: 8 now, 4 at the save",
+        "--schedule cosine",
+        "--steps 4",
+        "--init-from",
+    ),
     ("--resume latest --data {files}/rows.jsonl --held-out .5", "data was", "held_out was 0.05"),
     ("--resume latest --tokenizer bpe:300", 'tokenizer was "bytes"', "bpe:300", "another --out"),
     ("--resume latest --accumulate 8 --batch 64", "accumulate was 1", "is 8", "another --out"),
@@ -409,6 +418,61 @@ def test_the_same_commands_without_a_mistake_succeed(command, files, run, tmp_pa
     done = command("sweep", arguments("sweep", "", files=files, out=tmp_path / "sweep"))
     assert done.code == 0 and (tmp_path / "sweep" / "report.md").is_file()
     assert "Traceback" not in done.err
+
+
+SWEEP = "--precision fp32 bf16 --lr 1e-3 --seeds 2"
+
+
+def test_an_interrupted_sweep_goes_on_and_nothing_that_has_ended_is_trained_again(
+    command, files, tmp_path
+):
+    out = tmp_path / "sweep"
+
+    def again(typed: str) -> Done:
+        return command("sweep", arguments("sweep", typed, files=files, out=out))
+
+    assert again(SWEEP).code == 0
+    runs = sorted(path.parent for path in out.glob("*/seed*/outcome.json"))
+    assert len(runs) == 4
+    first = {run: snapshot(run) for run in runs}
+    table = (out / "report.md").read_text().split("Took")[0]
+    torn = out / "bf16_lr=0.001" / "seed1"
+    (torn / "outcome.json").unlink()  # as if it had been killed
+    (torn / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
+    done = again(SWEEP)
+    assert done.code == 0 and done.err.count("has ended before") == 3
+    assert {run: snapshot(run) for run in runs if run != torn} == {
+        run: found for run, found in first.items() if run != torn
+    }
+    losses = [r["loss"] for r in read_metrics(torn / "metrics.jsonl") if "loss" in r]
+    assert losses == [
+        r["loss"]
+        for line in first[torn]["metrics.jsonl"].decode().splitlines()
+        if "loss" in (r := json.loads(line))
+    ]
+    cells = [line.split("|") for line in table.splitlines() if " lr=" in line]
+    now = [line.split("|") for line in (out / "report.md").read_text().splitlines()]
+    assert [c[1:5] for c in cells] == [c[1:5] for c in now if len(c) > 5 and " lr=" in c[1]]
+
+    before = snapshot(out)
+    require_one_line(
+        again(f"{SWEEP} --steps 5"), ("steps was 4", "is 5", "another --out", "--fresh")
+    )
+    assert snapshot(out) == before
+    done = again(f"{SWEEP} --fresh")
+    assert done.code == 0 and "has ended before" not in done.err
+    assert snapshot(torn)["outcome.json"] == first[torn]["outcome.json"], "the same bits"
+
+
+@pytest.mark.parametrize("script", ["train_lm", "sweep"])
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_a_short_run_needs_no_word_of_the_warm_up(command, files, tmp_path, script, steps):
+    args = arguments(script, f"--steps {steps}", files=files, out=tmp_path / "run")
+    place = args.index("--warmup")
+    done = command(script, args[:place] + args[place + 2 :])
+    assert done.code == 0, done.err
+    (page,) = (json.loads(path.read_text()) for path in tmp_path.rglob("manifest.json"))
+    assert page["config"]["warmup"] == steps // 2
 
 
 def largest(step: Path) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mpjax.formats import Format
 from mpjax.report.canvas import COLOURS, canvas
-from mpjax.report.results import Outcome
+from mpjax.report.results import Outcome, check_outcomes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,15 +27,28 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Seque
     return figure, list(axes)
 
 
-def _smooth(values: Any, window: int) -> Any:
-    """Mean of the finite of the last `window` steps, fewer at the start; NaN if none is."""
-    x = np.asarray(values, np.float64)
+def _sums(values: np.ndarray, window: int) -> np.ndarray:
+    """Sums over each window of consecutive steps; only whole windows."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    return total[window:] - total[:-window]
+
+
+def _smooth(losses: Any, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Running mean of a curve, at the mean of its steps: a straight line stays where it is.
+
+    Args:
+      losses: one a step, from step 1 on; those that are not finite are left out.
+      window: steps of the mean. A mean over fewer steps at an end would bend the curve there.
+
+    Returns:
+      (steps, means); both NaN where a window holds no finite loss.
+    """
+    x = np.asarray(losses, np.float64)
     fine = np.isfinite(x)
-    ends = np.arange(1, len(x) + 1)
-    starts = np.maximum(0, ends - window)
-    total, count = (np.cumsum(np.insert(v, 0, 0.0)) for v in (np.where(fine, x, 0.0), fine))
-    counts = count[ends] - count[starts]
-    return np.where(counts, total[ends] - total[starts], np.nan) / np.maximum(counts, 1)
+    count = _sums(fine.astype(np.float64), window)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where nothing is finite
+        steps = _sums(np.where(fine, np.arange(1.0, len(x) + 1), 0.0), window) / count
+        return steps, _sums(np.where(fine, x, 0.0), window) / count
 
 
 def plot_loss(outcomes: Sequence[Outcome], window: int = 20, unit: str = "nats/token") -> Figure:
@@ -44,30 +57,33 @@ def plot_loss(outcomes: Sequence[Outcome], window: int = 20, unit: str = "nats/t
     Args:
       outcomes: arms; those that share a reference share a line style. Without one that is compared
         with another there are no gaps and no panel of them.
-      window: steps of the running mean, at most half of the shortest run.
+      window: steps of the running mean, at most half of the shortest run; each mean stands at the
+        middle of its steps.
       unit: of the loss.
     """
+    check_outcomes(outcomes)
     compared = [o for o in outcomes if o.reference != o.label]
     losses = {
         o.label: np.mean([[r["loss"] for r in run if "loss" in r] for run in o.records], axis=0)
         for o in outcomes
     }
     window = max(1, min([window, *(len(loss) // 2 for loss in losses.values())]))
-    curves = {label: _smooth(loss, window) for label, loss in losses.items()}
     figure, axes = _figure(9, 7 if compared else 4, panels=2 if compared else 1)
     references = list(dict.fromkeys(o.reference for o in outcomes))
     for number, o in enumerate(outcomes):
-        curve = curves[o.label]
+        loss = losses[o.label]
         style = dict(
             color=COLOURS[number % 10],
             linestyle=_STYLES[references.index(o.reference) % 4],
             lw=1.4 + 2.4 * (len(outcomes) - 1 - number) / len(outcomes),  # equal curves all show
         )
-        steps = np.arange(1, len(curve) + 1)
-        axes[0].plot(steps, curve, label=o.label, **style)
+        axes[0].plot(*_smooth(loss, window), label=o.label, **style)
         if o.reference != o.label:
-            difference = 100 * (curve / curves[o.reference] - 1)
-            axes[1].plot(steps[window - 1 :], difference[window - 1 :], **style)
+            reference = losses[o.reference]
+            loss = np.where(np.isfinite(reference), loss, np.nan)  # the same steps of both
+            steps, own = _smooth(loss, window)
+            _, other = _smooth(np.where(np.isfinite(loss), reference, np.nan), window)
+            axes[1].plot(steps, 100 * (own / other - 1), **style)
     axes[0].set_ylabel(f"training loss ({unit},\nmean of {window} steps and of seeds)")
     axes[0].legend(ncols=2, fontsize=9, frameon=False)
     if compared:

@@ -40,6 +40,27 @@ class Outcome:
     records: tuple[list[dict[str, Any]], ...] = dataclasses.field(repr=False)
 
 
+def check_outcomes(outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
+    """Returns outcomes by label.
+
+    Raises:
+      ConfigError: there is none, two share a label, or the reference of one is missing.
+    """
+    by_label = {o.label: o for o in outcomes}
+    if not outcomes:
+        raise ConfigError("report: no outcomes; give at least one arm")
+    if len(by_label) < len(outcomes):
+        twice = [o.label for o in outcomes if by_label[o.label] is not o]
+        raise ConfigError(f"report: two arms are labelled {twice[0]!r}; name each once")
+    for o in outcomes:
+        if o.reference not in by_label:
+            raise ConfigError(
+                f"report: {o.label} is compared with {o.reference!r}, which is not among"
+                f" {' '.join(by_label)}; add it, or name the arm itself"
+            )
+    return by_label
+
+
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
     r"""Returns mean and half-width of the confidence interval of the mean, 95 % by default.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mpjax.report.results import Outcome, gap, interval
+from mpjax.report.results import Outcome, check_outcomes, gap, interval
 
 COLUMNS = (
     "arm",
@@ -37,7 +37,7 @@ def _scale(values: Sequence[float]) -> str:
 
 def rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     """Returns the cells of the table, one row an arm."""
-    by_label = {outcome.label: outcome for outcome in outcomes}
+    by_label = check_outcomes(outcomes)
     cells: list[tuple[str, ...]] = []
     for o in outcomes:
         own = o.reference == o.label
@@ -74,9 +74,21 @@ def markdown_table(outcomes: Sequence[Outcome]) -> str:
 
 
 def write_report(
-    out: Path, title: str, outcomes: Sequence[Outcome], notes: Sequence[str], plots: Sequence[str]
+    out: str | Path,
+    title: str,
+    outcomes: Sequence[Outcome],
+    notes: Sequence[str],
+    plots: Sequence[str],
 ) -> Path:
-    """Writes `report.md` with the table, notes and plots, and returns its path."""
+    """Writes `report.md` with the table, notes and plots, and returns its path.
+
+    Args:
+      out: folder; it is made if it is not there.
+      title: heading.
+      outcomes: rows of the table.
+      notes: paragraphs below it.
+      plots: files of pictures in the folder.
+    """
     parts = [f"# {title}", markdown_table(outcomes)]
     parts.append(
         "Loss in nats a token on held-out files, judged in float32. ± is the 95 % confidence"
@@ -85,6 +97,7 @@ def write_report(
     )
     parts += notes
     parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
-    path = out / "report.md"
+    path = Path(out) / "report.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(parts) + "\n")
     return path

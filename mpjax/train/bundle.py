@@ -96,7 +96,7 @@ def load_bundle(folder: str | Path, abstract_state: Any) -> tuple[Any, dict[str,
     return state, batch, number
 
 
-def explain(step: TrainStep, state: Any, batch: Any, folder: Path | None = None) -> str:
+def explain(step: TrainStep, state: Any, batch: Any, folder: str | Path | None = None) -> str:
     """Returns what broke in a step, in a few lines; also written into a bundle's folder.
 
     Args:
@@ -109,7 +109,7 @@ def explain(step: TrainStep, state: Any, batch: Any, folder: Path | None = None)
     report = trace_nonfinite(taken.function, plain, step.place(batch))
     text = "nothing broke: the step is finite when it runs again" if report is None else str(report)
     if folder is not None:
-        (folder / _REPORT).write_text(text + "\n")
+        (Path(folder) / _REPORT).write_text(text + "\n")
     return text
 
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpjax.errors import ConfigError, need
+import numpy as np
+
+from mpjax.errors import ConfigError, brief, need
 
 # JSON has no such numbers; as text, as in Protocol Buffers' JSON, float() and pandas read them.
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -55,6 +57,34 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a record as Python's own numbers and texts; scalars of JAX and NumPy are read.
+
+    Raises:
+      ConfigError: no `step`, or a value that is neither a number nor a text.
+
+    Example:
+      >>> import numpy as np
+      >>> plain({"step": np.int32(3), "loss": np.float32(0.5)})
+      {'step': 3, 'loss': 0.5}
+    """
+    if not isinstance(record, Mapping) or "step" not in record:
+        raise ConfigError(f"metrics: {brief(record)} has no step; write {{'step': n, ...}}")
+    found = {}
+    for name, value in record.items():
+        if getattr(value, "shape", None) == () and hasattr(value, "dtype"):
+            value = np.asarray(value).item()
+        if not isinstance(value, bool | int | float | str | None):
+            raise ConfigError(
+                f"metrics: {name!r} is {brief(value)}; write one number or text a name, such as"
+                " its mean"
+            )
+        found[name] = value
+    if isinstance(found["step"], bool) or not isinstance(found["step"], int):
+        raise ConfigError(f"metrics: step {brief(found['step'])} is no whole number; give one")
+    return found
+
+
 def keep_until(path: Path, step: int) -> None:
     """Drops the records after a step: a resumed run writes them again."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
@@ -76,7 +106,7 @@ class MetricsWriter:
     """Writes one record a step to `metrics.jsonl` and every few steps to TensorBoard.
 
     Args:
-      out: folder of the run.
+      out: folder of the run; it is made if it is not there.
       settings: flat settings, which TensorBoard shows as HParams.
       start: step that the run resumes from; later records of an earlier try are dropped.
       every: steps between points in TensorBoard and Weights & Biases.
@@ -104,6 +134,7 @@ class MetricsWriter:
         from tensorboardX.summary import hparams
 
         path = Path(out) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             keep_until(path, start)
         self._every = every
@@ -113,19 +144,28 @@ class MetricsWriter:
             str(Path(out) / "tensorboard"), purge_step=start + 1, flush_secs=10
         )
         self._summary = Summary
-        plain = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
-        for summary in hparams(plain, {"validation_loss": math.nan}):
+        shown = {k: v if isinstance(v, int | float) else str(v) for k, v in settings.items()}
+        for summary in hparams(shown, {"validation_loss": math.nan}):
             self._board.file_writer.add_summary(summary)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Writes one record; it holds at least `step`."""
+        """Writes one record, numbers and texts by name; it holds at least `step`.
+
+        Raises:
+          ConfigError: as `plain`; nothing of the record is written.
+        """
+        record = plain(record)
         self._file.write(to_line(record) + "\n")
         self._file.flush()
         step = record["step"]
         if step % self._every and "validation_loss" not in record:
             return
         texts = {key for key, value in record.items() if isinstance(value, str)}
-        numbers = {key: value for key, value in record.items() if key not in {"step", *texts}}
+        numbers = {
+            key: value
+            for key, value in record.items()
+            if key not in {"step", *texts} and value is not None
+        }
         # One event for all: `add_scalar` costs three times as much, and warns of each NaN.
         points = [self._summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]
         self._board.file_writer.add_summary(self._summary(value=points), step)

@@ -40,19 +40,26 @@ def compare_settings(
       Traceback (most recent call last):
       mpjax.errors.ConfigError: resume: model.width was 64 at the save, is 128 now; give ...
     """
+    found = differences(saved, current, may_change)
+    if found:
+        raise ConfigError(
+            f"resume: {'; '.join(found)}; give the saved settings, or start a new run in another"
+            " --out"
+        )
+
+
+def differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], may_change: Iterable[str]
+) -> list[str]:
+    """Returns what `compare_settings` refuses: a text for each setting, with both values."""
     before, now = _flat(saved), _flat(current)
     allowed = tuple(may_change)
-    differences = [
+    return [
         f"{name} was {before.get(name, _ABSENT)} at the save, is {now.get(name, _ABSENT)} now"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
         and not any(name == other or name.startswith(f"{other}.") for other in allowed)
     ]
-    if differences:
-        raise ConfigError(
-            f"resume: {'; '.join(differences)}; give the saved settings, or start a new run "
-            "in another --out"
-        )
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -109,6 +109,7 @@ class TensorWriter:
         from tensorboardX import SummaryWriter  # here: 0.3 s that `--help` need not wait for
 
         path = Path(out) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             keep_until(path, start)
         self._file = path.open("a")

@@ -16,6 +16,7 @@ import pytest
 
 from mpjax.data import assets
 from mpjax.data.asset_table import TABLE, Asset
+from mpjax.data.assets.__main__ import main
 from mpjax.data.package import unpack
 from mpjax.errors import ConfigError
 
@@ -218,8 +219,8 @@ def test_members_that_are_absent_or_lead_out_are_refused(tmp_path):
 def test_an_unknown_name_is_told_a_near_one(capsys):
     with pytest.raises(ConfigError, match="did you mean minilm"):
         assets.fetch("minlm")
-    assert assets.main(["minlm"]) == 2 and "error: asset 'minlm'" in capsys.readouterr().err
-    assert assets.main([]) == 0 and "Apache-2.0" in capsys.readouterr().out
+    assert main(["minlm"]) == 2 and "error: asset 'minlm'" in capsys.readouterr().err
+    assert main([]) == 0 and "Apache-2.0" in capsys.readouterr().out
 
 
 def test_the_table_is_whole():

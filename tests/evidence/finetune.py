@@ -116,7 +116,14 @@ def main() -> bool:
     if "--page" not in sys.argv:
         for name, command in RUNS.items():
             script, *options = command
-            line = [sys.executable, str(Path(ROOT) / script), *options, "--out", str(OUT / name)]
+            line = [
+                sys.executable,
+                str(Path(ROOT) / script),
+                *options,
+                "--out",
+                str(OUT / name),
+                "--fresh",
+            ]
             subprocess.run(line, cwd=ROOT, check=True)
     parts = [found for name in RUNS if (found := part(name)) is not None]
     about = (

@@ -53,7 +53,7 @@ def main() -> None:
             for name, (_, changes) in PARTS.items()
         ]
         arms = [sweep.Arm(p.name, p, config.lr, "fp32") for p in (get_precision("fp32"), *made)]
-        sweep.run_arms(arms, config, SEEDS, OUT)
+        sweep.run_arms(arms, dataclasses.replace(config, fresh=True), SEEDS, OUT)
     found = {name: losses(OUT / name) for name in ("fp32", *PARTS)}
     seeds, rows = sorted(found["fp32"]), []
     for name, (what, _) in PARTS.items():

@@ -18,10 +18,10 @@ import image_cnn as experiment  # noqa: E402
 
 OUT = ROOT / "runs" / "evidence" / "image_cnn"
 RUNS = (
-    experiment.Config(out=OUT / "digits"),
+    experiment.Config(out=OUT / "digits", fresh=True),
     # both modes in one format: an arm takes minutes here
     experiment.Config(
-        data="fashion-mnist", model="small", batch=64, steps=2800, seeds=3, out=OUT / "fashion",
+        data="fashion-mnist", model="small", batch=64, steps=2800, seeds=3, out=OUT / "fashion", fresh=True,
         precision=("fp32", "bf16-x32", "bf16-x16"),
     ),
 )  # fmt: skip

@@ -25,7 +25,9 @@ def main() -> bool:
     parts, met = [], True
     for cell in ("lstm", "gru"):
         out = ROOT / "runs" / "evidence" / "rnn_lm" / cell
-        outcomes, notes = experiment.compare(experiment.Config(cell=cell, seeds=SEEDS, out=out))
+        outcomes, notes = experiment.compare(
+            experiment.Config(cell=cell, seeds=SEEDS, out=out, fresh=True)
+        )
         found = {o.label: gap(o, outcomes[0])[0] for o in outcomes}
         missed = [name for name in ("bf16", "fp16") if abs(found[name]) > experiment.BAR]
         met = met and not missed

@@ -28,9 +28,31 @@ def test_gaps_are_of_means_over_seeds_and_steps():
     widths = [line.get_linewidth() for line in top.lines]
     assert widths[0] > widths[1]  # a later curve does not hide an equal one
     steps, gaps = bottom.lines[0].get_data()
-    assert list(steps) == list(range(4, 13))
-    want = [100 * (b[:, k - 4 : k].mean() / a[:, k - 4 : k].mean() - 1) for k in steps]
+    assert list(steps) == [k - 1.5 for k in range(4, 13)]  # the middle of steps k - 3 to k
+    ends = range(4, 13)
+    want = [100 * (b[:, k - 4 : k].mean() / a[:, k - 4 : k].mean() - 1) for k in ends]
     np.testing.assert_allclose(gaps, want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("lost", [(), (0, 1), (7, 8, 9), range(4, 20)], ids=str)
+def test_a_straight_line_stays_where_it_is(lost):
+    line = np.where(np.isin(np.arange(40), list(lost)), np.nan, 5.0 - 0.1 * np.arange(1, 41))
+    figure = plot_loss(
+        [outcome("a", "a", [line.tolist()]), outcome("b", "a", [(2 * line).tolist()])]
+    )
+    steps, means = figure.axes[0].lines[0].get_data()
+    drawn = np.isfinite(means)
+    np.testing.assert_allclose(means[drawn], 5.0 - 0.1 * steps[drawn], rtol=1e-12)
+    assert drawn.sum() > 5
+    gaps = figure.axes[1].lines[0].get_ydata()
+    np.testing.assert_allclose(gaps[np.isfinite(gaps)], 100.0, rtol=1e-9)
+
+
+def test_steps_that_only_one_run_has_are_no_gap():
+    a = np.linspace(5.0, 1.0, 40)
+    b = np.where(np.arange(40) % 3 == 0, np.nan, a)
+    figure = plot_loss([outcome("a", "a", [a.tolist()]), outcome("b", "a", [b.tolist()])])
+    np.testing.assert_allclose(figure.axes[1].lines[0].get_ydata(), 0.0, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])

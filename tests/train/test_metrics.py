@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -179,3 +180,45 @@ def test_wandb_gets_settings_and_points(tmp_path, monkeypatch):
         (2, {"tokens_per_s": 100.5, "loss": 0.5, "skipped": 0}),
         "finish",
     ]
+
+
+# What is no record.
+
+
+def test_scalars_of_jax_and_numpy_are_numbers_in_a_folder_that_was_not_there(tmp_path):
+    values = {
+        "loss": jnp.float32(0.5), "low": jnp.bfloat16(1.5), "half": np.float16(0.25),
+        "count": np.int64(7), "flag": jnp.array(True), "none": None, "text": "a",
+        "bad": jnp.float32(jnp.nan),
+    }  # fmt: skip
+    out = tmp_path / "new" / "run"
+    write(out, [{"step": jnp.int32(10)} | values])
+    (found,) = read_metrics(out / "metrics.jsonl")
+    assert math.isnan(found.pop("bad"))
+    assert found == {
+        "step": 10, "loss": 0.5, "low": 1.5, "half": 0.25, "count": 7, "flag": True, "none": None,
+        "text": "a",
+    }  # fmt: skip
+    assert (10, "low", 1.5) in points(out)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "parts"),
+    [
+        ({"loss": 1.0}, ("no step", "{'step': n")),
+        ({"step": 1.5}, ("step 1.5", "whole number")),
+        ({"step": True}, ("step True", "whole number")),
+        ({"step": 1, "loss": np.zeros(3)}, ("'loss'", "shape (3,)", "its mean")),
+        ({"step": 1, "loss": [1.0]}, ("'loss'", "[1.0]", "its mean")),
+        ({"step": 1, "loss": {"a": 1}}, ("'loss'", "its mean")),
+        ([1, 2], ("no step",)),
+    ],
+)
+def test_what_is_no_record_is_one_line_and_nothing_is_written(tmp_path, wrong, parts):
+    writer = MetricsWriter(tmp_path, SETTINGS)
+    writer.write(record(1))
+    with pytest.raises(ConfigError) as found:
+        writer.write(wrong)
+    writer.close()
+    assert all(part in str(found.value) for part in parts), found.value
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]

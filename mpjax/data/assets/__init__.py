@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -144,23 +143,3 @@ def _sweep(home: Path, asset: Asset) -> None:
     for left in home.glob(f".{asset.name}-*"):
         if time.time() - left.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def main(names: list[str]) -> int:
-    """Fetches the named assets, or lists all; returns the exit status."""
-    try:
-        for name in names:
-            print(fetch(name))
-        if not names:
-            here = available()
-            for asset in TABLE:
-                state = "here" if asset.name in here else f"{asset.megabytes:g} MB"
-                print(f"{asset.name:20} {state:8}  {asset.what} [{asset.licence}]")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
