@@ -37,8 +37,8 @@ lint: $(INSTALLED_DEV)  ## ruff: rules and formatting
 types: $(INSTALLED_DEV)  ## mypy
 	$(PY) -m mypy mpjax experiments
 
-notebooks: $(INSTALLED_DEV)  ## execute the notebooks
-	$(PY) -m pytest -n $(WORKERS) tests/test_notebooks.py
+notebooks: $(INSTALLED_DEV)  ## execute the notebooks, and the Python blocks of README and docs
+	$(PY) -m pytest -n $(WORKERS) tests/test_notebooks.py tests/test_documents.py
 
 smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mistakes
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/test_experiments.py \

@@ -21,7 +21,8 @@ RUNS = (
     experiment.Config(out=OUT / "digits", fresh=True),
     # both modes in one format: an arm takes minutes here
     experiment.Config(
-        data="fashion-mnist", model="small", batch=64, steps=2800, seeds=3, out=OUT / "fashion", fresh=True,
+        data="fashion-mnist", model="small", batch=64, steps=2800, seeds=3, out=OUT / "fashion",
+        fresh=True,
         precision=("fp32", "bf16-x32", "bf16-x16"),
     ),
 )  # fmt: skip

@@ -44,6 +44,7 @@ def train(number: int) -> subprocess.Popen[bytes]:
     names, seeds = SHARES[number]
     words = [sys.executable, str(ROOT / "experiments" / "low_bit_products.py")]
     words += ["--out", str(OUT / str(number)), "--seeds", str(seeds), "--most-seeds", str(seeds)]
+    words += ["--fresh"]
     return subprocess.Popen(
         [*words, "--recipe", *names],
         preexec_fn=lambda: os.sched_setaffinity(0, {cores[number % len(cores)]}),
