@@ -17,9 +17,10 @@ from mpjax.interpret.cost import MOVES, PRODUCTS, is_product, operations, size_i
 from mpjax.interpret.donation import undonated
 from mpjax.interpret.flow import Flow, Step
 from mpjax.interpret.leaks import Cause, Leaks, remedy
+from mpjax.interpret.place import unmatched
 from mpjax.interpret.platforms import check_platform
 from mpjax.interpret.trace import Program, trace
-from mpjax.precision.rule import matches, near_misses
+from mpjax.precision.rule import matches
 
 
 def audit(
@@ -104,14 +105,9 @@ def assert_low_precision(
     paths = [path for path in flow.paths if path]
     for pattern in patterns:
         if not any(matches(pattern, path) for path in paths):
-            near = " ".join(near_misses(pattern, paths)) if paths else ""
-            hint = (
-                f"near misses: {near}"
-                if near
-                else "it has no module paths; wrap parts of it in jax.named_scope('name')"
-            )
             raise ConfigError(
-                f"assert_low_precision: allow {pattern!r} matches no path of the function; {hint}"
+                f"assert_low_precision: allow {pattern!r} matches no path of the function;"
+                f" {unmatched(pattern, paths)}"
             )
 
     def allowed(product: Product) -> bool:

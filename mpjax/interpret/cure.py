@@ -126,12 +126,13 @@ class _Outcome:
         outputs = {key for key in found if key[0] == len(watch.closed.jaxpr.eqns)}
         sites = frozenset(found) - outputs
         lost = {key for key in sites if found[key].code < SEEN}  # a value that did not fit
-        elsewhere = sites & culprit.others
-        other = Reach(watch.closed, elsewhere, watch.sites, sites).touched - lost
-        left = sites - culprit.others - other
-        misfits = {key for key in outputs if not culprit.reached or key[1] in culprit.outs}
         own = found.get(culprit.found.key)
         self.is_finite = own is None or own.order > culprit.found.order
+        left = sites - culprit.others
+        if self.is_finite:  # what follows from other faults is theirs; they do not explain this one
+            elsewhere = sites & culprit.others
+            left -= Reach(watch.closed, elsewhere, watch.sites, sites).touched - lost
+        misfits = {key for key in outputs if not culprit.reached or key[1] in culprit.outs}
         self.is_held = self.is_finite and not misfits and not lost - culprit.others
         self._next = [f for f in found.values() if f.key in left and f.key != culprit.found.key]
         if not culprit.reached or misfits:
