@@ -114,6 +114,8 @@ def regions(value: Any, rules: Sequence[str | Rule] = ()) -> Regions:
         try:
             dtype = parse_dtype(value, "autocast")
         except (ConfigError, TypeError):
+            dtype = None
+        if dtype is None:  # not in the handler: a mistake in it is no consequence of the other
             precision = get_precision(value)
         else:
             if dtype not in _LOW:
