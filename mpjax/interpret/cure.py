@@ -71,8 +71,8 @@ def _may_fit(culprit: Culprit, exact: float | None) -> bool:
     if exact is None or {*culprit.watch.sites[culprit.found.key].levels} - {"shard"}:
         return True
     eqn = culprit.watch.sites[culprit.found.key].eqn
-    tops = [float(jnp.finfo(v.aval.dtype).max) for v in eqn.outvars if is_number(v.aval)]
-    return abs(exact) <= max(tops)  # not so for NaN
+    avals: list[Any] = [var.aval for var in eqn.outvars if is_number(var.aval)]
+    return abs(exact) <= max(float(jnp.finfo(a.dtype).max) for a in avals)  # not so for NaN
 
 
 def _of_this_value(
@@ -91,7 +91,8 @@ def _of_this_value(
     if not finite:
         return NONE
     eqn = culprit.watch.sites[culprit.found.key].eqn
-    dtype = next(v.aval.dtype.name for v in eqn.outvars if is_number(v.aval))
+    avals: list[Any] = [var.aval for var in eqn.outvars if is_number(var.aval)]
+    dtype = avals[0].dtype.name
     value = "it" if exact is None or not math.isfinite(exact) else f"{exact:.6g}"
     if not is_low(dtype):
         return "all of it in float32, its outputs too"
