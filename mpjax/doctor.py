@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpjax import probe
+from mpjax.errors import install_command
 
 if TYPE_CHECKING:
     import rich.console
@@ -116,10 +116,8 @@ def missing_extras() -> dict[str, str]:
     Returns:
       For each missing extra the pip command that installs it.
     """
-    checkout = (Path(__file__).resolve().parent.parent / "pyproject.toml").exists()
-    what = "-c constraints.txt -e '.[{}]'" if checkout else "'mpjax[{}]'"
     return {
-        extra: f"pip install {what.format(extra)}"
+        extra: install_command(extra)
         for extra, modules in EXTRAS.items()
         if not all(importlib.util.find_spec(module) for module in modules)
     }

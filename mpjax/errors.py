@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import json
+import sys
 import types
+from pathlib import Path
 from typing import Any
 
 
@@ -68,10 +72,48 @@ def need(module: str, extra: str, what: str, instead: str = "") -> Any:
       >>> need("json", "none", "this line").loads("1")
       1
     """
+    package = module.split(".")[0]
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        if (error.name or package).split(".")[0] != package:  # something of its own
+            raise ConfigError(
+                f"{what}: the package {package} cannot be imported ({error}); install it anew:"
+                f" {install_command(extra)}{instead}"
+            ) from error
         raise ConfigError(
-            f"{what}: needs the package {module.split('.')[0]}, which is not installed; pip install"
-            f" 'mpjax[{extra}]'{instead}"
-        ) from error
+            f"{what}: needs the package {package}, which is not installed;"
+            f" {install_command(extra)}{instead}"
+        ) from None
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that adds an extra of mpjax, in the way in which mpjax was installed.
+
+    From the folder of a clone, from the address that pip noted (a repository, a folder, a wheel),
+    else from the package index.
+
+    Args:
+      extra: such as `hub`.
+
+    Example:
+      >>> install_command("hub")[-7:]
+      "[hub]'"
+    """
+    folder = Path(__file__).resolve().parent.parent
+    if (folder / "pyproject.toml").exists():  # a clone, installed with -e or on PYTHONPATH
+        pip = ".venv/bin/pip" if Path(sys.prefix) == folder / ".venv" else "pip"
+        tested = "-c constraints.txt " if (folder / "constraints.txt").exists() else ""
+        there = "" if Path.cwd() == folder else f"cd {folder} && "
+        return f"{there}{pip} install {tested}-e '.[{extra}]'"
+    try:
+        noted = importlib.metadata.distribution("mpjax").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        noted = None
+    if noted is None:
+        return f"pip install 'mpjax[{extra}]'"
+    source = json.loads(noted)
+    where, vcs = source["url"], source.get("vcs_info")
+    if vcs:
+        where = f"{vcs['vcs']}+{where}@{vcs.get('requested_revision') or vcs['commit_id']}"
+    return f"pip install 'mpjax[{extra}] @ {where}'"

@@ -241,7 +241,7 @@ CASES = [
     ("data", "train_lm", "--data {files}/emptydir", "emptydir", "no text", "name a source"),
     ("data", "train_lm", "--data {files}/one.txt", "one.txt", "1 character", "a longer text"),
     ("data", "train_lm", "--data {files}/broken.parquet", "broken.parquet", "write it again"),
-    ("data", "train_lm", "--data hf:some/thing", "hf:some/thing", "pip install 'mpjax[hub]'"),
+    ("data", "train_lm", "--data hf:some/thing", "hf:some/thing", "pip install", "[hub]'"),
     ("data", "sweep", "--data {files}/none.txt", "data", "none.txt", "expected stdlib"),
     ("data", "compare_precisions", "--data {files}/none.txt", "none.txt", "expected stdlib"),
     ("column", "train_lm", "--data {files}/rows.jsonl:body", "'body'", "there: text", "SOURCE:"),

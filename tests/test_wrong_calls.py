@@ -21,9 +21,11 @@ def test_a_wrong_call_is_one_line_and_a_right_one_is_taken() -> None:
     done = json.loads(run.stdout)
     assert set(done["wrong"]) == set(CASES) and set(done["right"]) == set(RIGHT)
     odd = {}
-    for name, (kind, message) in done["wrong"].items():
+    for name, (kind, message, tracebacks) in done["wrong"].items():
         missing = [word for word in CASES[name][1].split() if word not in message]
         if kind != "ConfigError" or "\n" in message or len(message) >= 500 or missing:
             odd[name] = f"{kind}: {message} (lacks {missing})"
+        if tracebacks != 1:  # what went before says nothing more
+            odd[name] = f"{tracebacks} tracebacks: {message}"
     odd |= {name: result for name, result in done["right"].items() if result != "True"}
     assert not odd

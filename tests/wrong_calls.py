@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -339,6 +340,28 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "monitor(sample='a')": (lambda: mpjax.monitor(layer, sample="a"), "sample='a' whole number"),
     "monitor(where=None)": (lambda: mpjax.monitor(layer, where=None), "where=None"),
     "monitor(what=None)": (lambda: mpjax.monitor(layer, what=None), "what=None weights"),
+    "autocast('bf61')": (lambda: mpjax.autocast(layer, "bf61"), "bf61 did you mean bf16"),
+    "autocast(a rule)": (
+        lambda: mpjax.autocast(layer, "bf16", rules=["**/mlp=bf61"]), "bf61 did you mean bf16"),
+    "autocast(no path)": (
+        lambda: mpjax.autocast(layer, "bf16", rules=["**/mlp=fp32"])(x, w), "mpjax.named(model)"),
+    "autocast(a list)": (
+        lambda: mpjax.autocast(layer, "bf16", low=["dot_generl"]), "dot_general"),
+    "a rule that matches nothing": (
+        lambda: models.decoder("tiny", P.get_precision("bf16", rules=["**/mpl=fp32"])).init(key),
+        "near misses: **/mlp"),
+    "a layer too many": (
+        lambda: models.decoder("tiny", P.get_precision("bf16", rules=["**/layers/9=fp32"]),
+                               layers=2).init(key), "2 layers, 0 to 1"),
+    "audit(platform='gpu')": (
+        lambda: mpjax.audit(layer, x, w, platform="gpu"), "platform='gpu' cuda"),
+    "audit of a typo": (
+        lambda: mpjax.audit(lambda x: formats.round_to(x, "e4mx"), x), "e4mx"),
+    "trace_nonfinite of a typo": (
+        lambda: mpjax.trace_nonfinite(jax.jit(lambda x: formats.round_to(x, "e4mx")), x), "e4mx"),
+    "a key missing in a gradient": (
+        lambda: mpjax.audit(jax.grad(lambda w: jnp.sum(mpjax.dot_general(
+            x, w, DIMS, recipe="int8"))), w), "int8 key=jax.random.key"),
 }  # fmt: skip
 
 # What looks wrong and is right: nothing of it may be refused.
@@ -381,13 +404,19 @@ RIGHT: dict[str, Callable[[], bool]] = {
 }
 
 
-def outcome(call: Callable[[], Any]) -> tuple[str, str]:
-    """The type of the error of a call, and what it says."""
+def outcome(call: Callable[[], Any]) -> tuple[str, str, int]:
+    """The type of the error of a call, what it says, and how many tracebacks Python would print."""
     try:
         call()
     except Exception as error:
-        return type(error).__name__, str(error)
-    return "none", ""
+        printed = "".join(traceback.format_exception(error))
+        chained = ("During handling of", "direct cause of", "The preceding stack trace")
+        return (
+            type(error).__name__,
+            str(error),
+            printed.count("Traceback (most recent") + sum(map(printed.count, chained)),
+        )
+    return "none", "", 0
 
 
 if __name__ == "__main__":

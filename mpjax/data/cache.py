@@ -90,10 +90,10 @@ def _default_folder() -> Path:
         return Path(base) / "mpjax"
     try:
         return Path.home() / ".cache" / "mpjax"
-    except RuntimeError as error:
+    except RuntimeError:
         raise ConfigError(
             "cache folder: this user has no home directory; set MPJAX_CACHE to a folder"
-        ) from error
+        ) from None
 
 
 def checksum(path: Path) -> str:

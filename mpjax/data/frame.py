@@ -76,7 +76,7 @@ def read_frame(path: str | Path) -> dict[str, np.ndarray]:
                 columns[str(names[place])] = row
         return {str(name): columns[str(name)] for name in names}
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); fetch it again") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); fetch it again") from None
     except Exception as error:  # bytes of anybody: whatever they do to the unpickler
         raise ConfigError(
             f"{path}: no pickled table of numbers and texts ({error}); nothing of it was run"

@@ -196,14 +196,14 @@ def make_tokenizer(
     path = Path(spec).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         raise ConfigError(
             f"tokenizer {spec!r}: no such file; expected bytes, bpe:SIZE (bpe:4096) or a file"
-        ) from error
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"tokenizer {spec!r}: cannot be read ({error}); name a tokenizer.json"
-        ) from error
+        ) from None
     return _from_text(text, f"tokenizer {spec!r}")
 
 
@@ -238,7 +238,7 @@ def _from_text(text: str, where: str) -> Tokenizer:
     try:
         fields = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{where}: not JSON ({error}); expected a tokenizer.json") from error
+        raise ConfigError(f"{where}: not JSON ({error}); expected a tokenizer.json") from None
     if fields == {"mpjax_tokenizer": "bytes"}:
         return _Bytes()
     if not isinstance(fields, dict) or "model" not in fields:

@@ -13,32 +13,44 @@ from mpjax.errors import ConfigError
 from mpjax.interpret import hlo
 from mpjax.interpret.audited import Audit, Cost, Leak, Product
 from mpjax.interpret.casts import dead_casts, double_casts, low_reductions
-from mpjax.interpret.cost import MOVES, is_product, operations, size_in_bytes
+from mpjax.interpret.cost import MOVES, PRODUCTS, is_product, operations, size_in_bytes
 from mpjax.interpret.donation import undonated
 from mpjax.interpret.flow import Flow, Step
 from mpjax.interpret.leaks import Cause, Leaks, remedy
+from mpjax.interpret.place import unmatched
+from mpjax.interpret.platforms import check_platform
 from mpjax.interpret.trace import Program, trace
-from mpjax.precision.rule import matches, near_misses
+from mpjax.precision.rule import matches
 
 
-def audit(fn: Callable[..., Any], *args: Any, compiled: bool = False, **kwargs: Any) -> Audit:
+def audit(
+    fn: Callable[..., Any],
+    *args: Any,
+    compiled: bool = False,
+    platform: str | None = None,
+    **kwargs: Any,
+) -> Audit:
     """Returns what a function runs: FLOPs and bytes by dtype and module path, leaks, waste.
 
     The function is traced and nothing of it is run. A leak is a product in float32 in a program
     that has low-precision ones; it is reported once for each cause, with the source line where a
     low value became wide. Causes that reach less than 0.1 % of the product FLOPs, or less than
     5 % in products that sum nothing (the angles of rotary embeddings), are listed apart as minor.
-    Regions of `no_autocast` are no leaks. The body of a scan counts as often as it runs.
+    Regions of `no_autocast` are no leaks. The body of a scan counts as often as it runs, that of a
+    `while` once, and every branch of a `cond` counts: `notes` says where a program has these. Of
+    `jax.lax.platform_dependent` only the branch of one platform counts.
 
     Args:
       fn: any function that JAX can trace: a loss, its `jax.grad`, a training step.
       *args: its arguments; `jax.ShapeDtypeStruct` will do for arrays.
       compiled: also compile it for this backend and read the optimised HLO. On CPU that is no
         oracle of dtype: bfloat16 products are rewritten to float32 there.
+      platform: `cpu cuda rocm tpu`, the one whose branches count; by default the one where JAX
+        runs.
       **kwargs: its arguments by name.
 
     Raises:
-      ConfigError: a function that cannot be traced, or a donated argument.
+      ConfigError: a function that cannot be traced, a donated argument, or an unknown platform.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,12 +63,17 @@ def audit(fn: Callable[..., Any], *args: Any, compiled: bool = False, **kwargs: 
       >>> sorted({leak.mechanism for leak in report.leaks}), report.share("bfloat16")
       (['cast'], 0.5)
     """
+    where = check_platform("audit", platform)
     program = trace("audit", fn, args, kwargs)
-    return _audit(fn, program, Flow(program), _compile(program) if compiled else None)
+    return _audit(fn, program, Flow(program, where), _compile(program) if compiled else None)
 
 
 def assert_low_precision(
-    fn: Callable[..., Any], *args: Any, allow: Iterable[str] = (), **kwargs: Any
+    fn: Callable[..., Any],
+    *args: Any,
+    allow: Iterable[str] = (),
+    platform: str | None = None,
+    **kwargs: Any,
 ) -> None:
     """Raises if a function has float32 products that no pattern allows; for tests.
 
@@ -65,12 +82,13 @@ def assert_low_precision(
       *args: its arguments.
       allow: patterns of the module paths whose products may be wide, such as `decoder/head`;
         grammar of rules. Minor leaks (see `audit`) are always allowed.
+      platform: the one whose branches count, as in `audit`.
       **kwargs: its arguments by name.
 
     Raises:
       AssertionError: leaks, each with line, path and remedy; or a program that has float32
         products only.
-      ConfigError: a pattern that matches no path.
+      ConfigError: a pattern that matches no path, or an unknown platform.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,19 +99,15 @@ def assert_low_precision(
         raise ConfigError(
             f"assert_low_precision: allow={allow!r} is one text; write allow=[{allow!r}]"
         )
+    where = check_platform("assert_low_precision", platform)
     program = trace("assert_low_precision", fn, args, kwargs)
-    flow, patterns = Flow(program), list(allow)
+    flow, patterns = Flow(program, where), list(allow)
     paths = [path for path in flow.paths if path]
     for pattern in patterns:
         if not any(matches(pattern, path) for path in paths):
-            near = " ".join(near_misses(pattern, paths)) if paths else ""
-            hint = (
-                f"near misses: {near}"
-                if near
-                else "it has no module paths; wrap parts of it in jax.named_scope('name')"
-            )
             raise ConfigError(
-                f"assert_low_precision: allow {pattern!r} matches no path of the function; {hint}"
+                f"assert_low_precision: allow {pattern!r} matches no path of the function;"
+                f" {unmatched(pattern, paths)}"
             )
 
     def allowed(product: Product) -> bool:
@@ -115,6 +129,9 @@ def assert_low_precision(
 
 def _audit(fn: Any, program: Program, flow: Flow, optimised: hlo.Optimised | None) -> Audit:
     products = {step: _product(step) for step in flow.steps if is_product(step.eqn)}
+    whole = sum(s.place.loops for s in flow.steps if s.name in PRODUCTS and s not in products)
+    if whole:
+        flow.notes[f"products of integers are not counted; there are {whole}"] = None
     total = sum(product.flops for product in products.values())
     lows: Counter[str] = Counter()
     for step, product in products.items():

@@ -20,7 +20,7 @@ from mpjax.interpret.reach import Reach
 from mpjax.interpret.sites import SEEN, Found, Key
 from mpjax.interpret.watch import Watch
 
-_AT_ONCE = 32  # sites that are looked at closely in one more program
+_FIRST, _AT_ONCE = 8, 32  # sites that are looked at closely in one more program: at first, later
 
 
 class Culprit(NamedTuple):
@@ -30,6 +30,7 @@ class Culprit(NamedTuple):
       found: the site and when it broke.
       others: sites that are not finite for other reasons.
       reached: whether it came through to an output, not only finite numbers that it left behind.
+      outs: the numbers of the outputs that it came through to.
       watch: the plain run.
       records: of the run in which it was looked at.
     """
@@ -37,6 +38,7 @@ class Culprit(NamedTuple):
     found: Found
     others: frozenset[Key]
     reached: bool
+    outs: frozenset[int]
     watch: Watch
     records: dict[Any, Any]
 
@@ -52,14 +54,25 @@ def first_culprit(closed: ClosedJaxpr, args: Sequence[Any], shards: bool) -> Cul
     plain = Watch(closed)
     records, _ = plain(args)
     checked: list[Key] = []
-    bad, watch, healthy = plain.found(records), plain, None
-    while new := [f.key for f in bad if _is_new(f, plain, checked)][:_AT_ONCE]:
-        checked += new
-        watch = Watch(closed, checked=tuple(checked), shards=shards)
-        if culprit := _felt(plain, watch, args):
-            return culprit
-        records, healthy = watch(args, checked)
-        bad = watch.found(records)
+    watch: Watch | None = None
+    healthy: Any = None
+    bad = plain.found(records)
+    broken = frozenset(f.key for f in bad)
+    while new := [f.key for f in bad if _is_new(f, plain, checked)]:
+        checked += new[: _AT_ONCE if checked else _FIRST]
+        looked = Watch(closed, checked=tuple(checked), shards=shards, only=frozenset(checked))
+        records, _ = looked(args)
+        found = [f for f in looked.found(records) if f.key in checked and f.code < SEEN]
+        for one in found:
+            reach = Reach(closed, {one.key}, plain.sites, broken)
+            if reach.felt:
+                return Culprit(one, broken - reach.touched, True, reach.outs, plain, records)
+        if found:  # what they left behind is looked for in a program that repairs them
+            watch = Watch(closed, checked=tuple(checked), shards=shards)
+            records, healthy = watch(args, checked)
+            bad = watch.found(records)
+    if watch is None:
+        return None
     # All others are finite by now, or not finite for a reason that is no fault.
     found = [f for f in bad if f.code < SEEN]
     keys = [f.key for f in found]
@@ -81,23 +94,10 @@ def _is_new(found: Found, plain: Watch, checked: Sequence[Key]) -> bool:
     return found.key not in checked and can_make(plain.sites[found.key].eqn)
 
 
-def _felt(plain: Watch, watch: Watch, args: Sequence[Any]) -> Culprit | None:
-    """The first fault that comes through, with nothing repaired."""
-    records, _ = watch(args)
-    found = watch.found(records)
-    bad = frozenset(f.key for f in found)
-    for one in found:
-        if one.code < SEEN:
-            reach = Reach(plain.closed, {one.key}, watch.sites, bad)
-            if reach.felt:
-                return Culprit(one, bad - reach.touched, True, plain, records)
-    return None
-
-
 def _alone(
     plain: Watch, watch: Watch, args: Sequence[Any], key: Key, records: dict[Any, Any]
 ) -> Culprit:
     (found,) = [f for f in watch.found(records) if f.key == key]
     without, _ = watch(args, [key])
     others = frozenset(f.key for f in watch.found(without)) - {key}
-    return Culprit(found, others, False, plain, records)
+    return Culprit(found, others, False, frozenset(), plain, records)

@@ -42,3 +42,18 @@ def range_of(x: Any) -> Any:
     low, high = jnp.min(jnp.where(nan, inf, x)), jnp.max(jnp.where(nan, -inf, x))
     amax = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.float32(0)))
     return jnp.stack([low, high, amax])
+
+
+def among(x: Any, mask: Any, least: Any, most: Any) -> tuple[Any, Any]:
+    """Returns the least and the largest value where a mask is set, or those given beyond them.
+
+    Args:
+      x: an array; of complex numbers the magnitudes count.
+      mask: in its shape.
+      least: a float32 number.
+      most: a float32 number.
+    """
+    x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
+    x, inf = x.astype(jnp.float32), jnp.float32(jnp.inf)  # to be read, not computed with
+    low, high = jnp.min(jnp.where(mask, x, inf)), jnp.max(jnp.where(mask, x, -inf))
+    return jnp.minimum(least, low), jnp.maximum(most, high)

@@ -13,6 +13,7 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from mpjax.interpret.place import Place
+from mpjax.interpret.platforms import branch_taken, check_platform
 from mpjax.interpret.retrace import is_float
 from mpjax.interpret.trace import Program
 from mpjax.interpret.walker import SCALAR, inner_jaxprs, scan_sizes, walk
@@ -82,11 +83,15 @@ class Step:
 class Flow:
     """The steps of a program in order, those inside control flow where their holder stands.
 
+    A call that depends on the platform is the branch that one platform takes.
+
     Args:
       program: a traced function.
+      platform: that platform, as `check_platform` gives it; None for the default device's.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, platform: str | None = None) -> None:
+        self._platform = check_platform("flow", None) if platform is None else platform
         self.steps: list[Step] = []
         self.paths: dict[str, None] = {}
         self.notes: dict[str, None] = {}
@@ -167,6 +172,10 @@ class Flow:
         return [_join(var.aval, x, y) for var, x, y in zip(eqn.outvars, carry, outs, strict=True)]
 
     def _cond(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+        number = branch_taken(eqn, self._platform)
+        if number is not None:
+            self.notes[f"a call that depends on the platform counts as on {self._platform}"] = None
+            return self._run(eqn.params["branches"][number], ins[1:], place)
         self.notes["every branch of a conditional counts as if it ran"] = None
         ins[0].returned = True  # it decides
         branches = [self._run(branch, ins[1:], place) for branch in eqn.params["branches"]]

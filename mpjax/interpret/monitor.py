@@ -14,14 +14,14 @@ from mpjax.errors import ConfigError, brief
 from mpjax.interpret.control import Rebind
 from mpjax.interpret.measure import Candidate, Pair, as_stored, candidates, fold, measure, merge
 from mpjax.interpret.monitored import KINDS, Monitored
-from mpjax.interpret.place import Place
+from mpjax.interpret.place import Place, unmatched
 from mpjax.interpret.retrace import Records, Result
 from mpjax.interpret.statistics import Statistics
 from mpjax.interpret.tensors import Mark, Tensors, find_tensors
 from mpjax.interpret.trace import check_function, trace
 from mpjax.interpret.walker import bind, scan_sizes, walk
 from mpjax.interpret.weights import Leaf
-from mpjax.precision.rule import matches, near_misses
+from mpjax.precision.rule import matches
 
 _AT_ONCE = 2**26  # numbers that may wait for each other: 256 MiB
 FORMATS = ("e4m3", "e5m2", "bf16", "fp16")
@@ -278,7 +278,7 @@ def monitor(
     def monitored(*args: Any, **kwargs: Any) -> tuple[Any, Monitored]:
         program = trace("monitor", fn, args, kwargs, runs=True)
         tensors = find_tensors(program)
-        _check(patterns, [*tensors.paths, *(leaf.name for leaf in tensors.weights)])
+        _check(patterns, tensors.paths, [leaf.name for leaf in tensors.weights])
         still = [lax.stop_gradient(jnp.asarray(x)) for x in program.args]
         # Apart from the function's own operations, so that XLA fuses these as without a monitor.
         still = lax.optimization_barrier(still)
@@ -288,11 +288,11 @@ def monitor(
     return monitored
 
 
-def _check(patterns: Sequence[str], paths: Sequence[str]) -> None:
-    known = [path for path in paths if path]
+def _check(patterns: Sequence[str], paths: Sequence[str], weights: Sequence[str]) -> None:
+    known = [path for path in (*paths, *weights) if path]
     for pattern in patterns:
         if pattern != "**" and not any(matches(pattern, path) for path in known):
-            near = " ".join(near_misses(pattern, known)) if known else "none"
             raise ConfigError(
-                f"monitor: where={pattern!r} matches no path of the function; near misses: {near}"
+                f"monitor: where={pattern!r} matches no path of the function;"
+                f" {unmatched(pattern, paths, weights)}"
             )

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 
 from mpjax.errors import ConfigError
 from mpjax.interpret.culprit import Culprit, first_culprit
 from mpjax.interpret.cure import NONE, find_cure
-from mpjax.interpret.direction import direction, held_jaxprs
+from mpjax.interpret.direction import direction
 from mpjax.interpret.fault import KINDS, is_number
-from mpjax.interpret.place import Place, place_of
 from mpjax.interpret.reason import Range, reason
-from mpjax.interpret.sites import MASK, RANGES, Key
+from mpjax.interpret.sites import MASK, RANGES, place_at
 from mpjax.interpret.trace import Program, trace
 from mpjax.interpret.watch import Watch
+from mpjax.interpret.widen import runs_wide
+
+_log = logging.getLogger("mpjax.interpret")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,11 @@ class Nonfinite:
       ranges: of each of its inputs.
       shard: indices of the broken shards, of `shard_map` or of an output that lies on several
         devices; None elsewhere.
-      cure: the smallest change of precision that removes it.
+      cure: the smallest change of precision that removes it; empty if none was looked for.
       reason: what happened, in a few words.
+      exact: what the operation gives in float32 on the same operands, where it broke: the number
+        of the largest magnitude, an infinity or NaN if one of them is not finite in float32 either;
+        None if the operation cannot be run in float32.
     """
 
     primitive: str
@@ -52,6 +58,7 @@ class Nonfinite:
     shard: tuple[int, ...] | None
     cure: str
     reason: str
+    exact: float | None = None
 
     def __str__(self) -> str:
         where = [self.path] if self.path else []
@@ -62,20 +69,27 @@ class Nonfinite:
         rows += [("input" if i == 0 else "", str(r)) for i, r in enumerate(self.ranges)]
         if self.shard is not None:
             rows += [("shard", ", ".join(map(str, self.shard)))]
-        rows += [("cure", self.cure)]
+        if self.exact is not None and math.isfinite(self.exact):
+            rows += [("value", f"{self.exact:.6g} in float32")]
+        elif self.exact is not None and self.cure != NONE:
+            rows += [("value", "not finite in float32 either, from these inputs")]
+        rows += [("cure", self.cure)] if self.cure else []
         head = f"first {self.kind}: {self.primitive}, {self.direction} pass"
         return "\n".join([head, *(f"  {name:6} {text}" for name, text in rows)])
 
 
-def trace_nonfinite(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Nonfinite | None:
+def trace_nonfinite(
+    fn: Callable[..., Any], *args: Any, cure: bool = True, **kwargs: Any
+) -> Nonfinite | None:
     """Returns the first operation that made an infinity or a NaN, and what would cure it.
 
     The function runs once with every operation under watch, compiled as one program; nothing of it
     is edited and no argument is donated. A NaN is a fault where no input is NaN, an infinity where
     all inputs are finite; so masks of -inf and what follows from them are none, but a row that is
     masked as a whole is, at -inf - -inf. What no output feels is none either, such as log(0) in
-    the branch that `where` drops. If something broke, it runs again a few times: with what broke
-    repaired, with its inputs measured, and with each cure.
+    the branch that `where` drops. If something broke, it is compiled and run again: to measure
+    what went in, and for each cure that is tried. That takes a few times as long as to find it, so
+    one line is logged as soon as it is found (a warning of the logger `mpjax.interpret`).
 
     XLA may compute more exactly than the dtypes say (float16 sums in float32); here every
     operation rounds to its own dtype.
@@ -84,6 +98,7 @@ def trace_nonfinite(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Nonfin
       fn: any function of JAX arrays: a loss, its gradient, a train step that is not donating or
         that was not called with these arguments yet; `jax.jit` around it is looked through.
       args: its arguments.
+      cure: whether to look for a cure; without, the report has none.
       kwargs: its arguments by name.
 
     Returns:
@@ -113,7 +128,15 @@ def trace_nonfinite(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Nonfin
     culprit = first_culprit(program.closed, program.args, _is_spread(program.args))
     if culprit is None:
         return _given(program)
-    return _report(program, culprit)
+    report = _report(program, culprit)
+    if not cure:
+        return report
+    where = ", ".join(part for part in (report.path, report.line) if part)
+    _log.warning(
+        "trace_nonfinite: first %s: %s%s (%s); now its cure is looked for (cure=False: it is not)",
+        report.kind, report.primitive, f", {where}" if where else "", report.reason,
+    )  # fmt: skip
+    return dataclasses.replace(report, cure=find_cure(program, culprit, report.exact))
 
 
 def _given(program: Program) -> Nonfinite | None:
@@ -139,7 +162,7 @@ def _given(program: Program) -> Nonfinite | None:
 def _report(program: Program, culprit: Culprit) -> Nonfinite:
     found = culprit.found
     eqn = culprit.watch.sites[found.key].eqn
-    ranges, shard = _measured(culprit)
+    ranges, shard, exact = _measured(culprit)
     place = place_at(program.closed, found.key)
     kind = KINDS[found.code]
     layers = found.layers
@@ -152,41 +175,33 @@ def _report(program: Program, culprit: Culprit) -> Nonfinite:
         kind=kind,
         ranges=ranges,
         shard=shard,
-        cure=find_cure(program, culprit),
+        cure="",
         reason=reason(eqn, kind, ranges),
+        exact=exact,
     )
 
 
-def place_at(closed: ClosedJaxpr, key: Key) -> Place:
-    """Returns where a site stands, with its source line."""
-    place, jaxpr = Place(), closed.jaxpr
-    numbers = list(key)
-    while numbers:
-        index = numbers.pop(0)
-        assert index is not None
-        eqn = jaxpr.eqns[index]
-        place = place_of(eqn, place)
-        if numbers:
-            number, held = numbers.pop(0), held_jaxprs(eqn)
-            jaxpr = held[number if number is not None else len(held) - 1].jaxpr
-    return place
-
-
-def _measured(culprit: Culprit) -> tuple[tuple[Range, ...], tuple[int, ...] | None]:
-    """The ranges of the culprit's inputs, and the broken shards."""
+def _measured(
+    culprit: Culprit,
+) -> tuple[tuple[Range, ...], tuple[int, ...] | None, float | None]:
+    """The ranges of the culprit's inputs, the broken shards, and what it gives in float32."""
     found, records = culprit.found, culprit.records
     eqn = culprit.watch.sites[found.key].eqn
-    values = np.asarray(records[RANGES, *found.key])[found.stands][-3 * len(eqn.invars) :]
+    row = np.asarray(records[RANGES, *found.key])[found.stands]
+    values = row[-3 * len(eqn.invars) - 2 : -2]
     avals: list[Any] = [atom.aval for atom in eqn.invars]
     ranges = tuple(
-        Range(aval.dtype.name, tuple(aval.shape), *map(float, row))
-        for aval, row in zip(avals, values.reshape(-1, 3), strict=True)
+        Range(aval.dtype.name, tuple(aval.shape), *map(float, three))
+        for aval, three in zip(avals, values.reshape(-1, 3), strict=True)
         if is_number(aval)
     )
+    exact = (
+        max(map(float, row[-2:]), key=lambda x: (math.isnan(x), abs(x))) if runs_wide(eqn) else None
+    )
     if found.shards:
-        return ranges, found.shards
+        return ranges, found.shards, exact
     mask = records.get((MASK, *found.key))
-    return ranges, None if mask is None else _bad_shards(mask, found.stands)
+    return ranges, None if mask is None else _bad_shards(mask, found.stands), exact
 
 
 def _is_spread(args: Sequence[Any]) -> bool:

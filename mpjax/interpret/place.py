@@ -6,7 +6,7 @@ import functools
 import re
 import sys
 import sysconfig
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from jax.extend import source_info_util
 from jax.extend.core import JaxprEqn
 
 from mpjax.precision.policy import CARRIED
+from mpjax.precision.rule import nearest
 
 # A scope that `einsum` opens is named by its specification: no module.
 _EINSUM = re.compile(r"^[\w.]*(,[\w.]*)*->[\w.]*$|^[\w.]*(,[\w.]*)+$")
@@ -150,6 +151,27 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
         _line(eqn.source_info.traceback, outer.line) if line else outer.line,
         outer.loops,
     )
+
+
+def unmatched(pattern: str, paths: Iterable[str], weights: Sequence[str] = ()) -> str:
+    """Returns what an error should say after `matches no path of the function`.
+
+    Args:
+      pattern: matches none of the paths.
+      paths: of the function. Those of an Equinox model without names are its modules' classes.
+      weights: paths of arrays, which it could have matched too.
+    """
+    parts = [path.split("/") for path in paths if path]
+    named = ["/".join(names) for names in parts if not all(map(_CLASS.match, names))]
+    known = [*named, *weights]
+    advice = "wrap the model with mpjax.named(model), or parts of it in jax.named_scope('name')"
+    if not known:
+        return f"it has no module paths; {advice}"
+    if not named:
+        return f"{nearest(pattern, known)}; it has no module paths: {advice}"
+    if any(_CLASS.match(name) for names in parts for name in names):
+        return f"{nearest(pattern, known)}; Equinox modules have paths in mpjax.named(model)"
+    return nearest(pattern, known)
 
 
 def called(eqn: JaxprEqn) -> tuple[str, ...]:

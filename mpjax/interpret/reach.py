@@ -38,7 +38,8 @@ class Reach:
         self._asked = False
         self.touched: set[Key] = set(starts)
         outs = self._through(closed.jaxpr, (), [False] * len(closed.jaxpr.invars))
-        self.felt = self._asked or any(outs)
+        self.outs = frozenset(number for number, is_bad in enumerate(outs) if is_bad)
+        self.felt = self._asked or bool(self.outs)
 
     def _through(self, jaxpr: Jaxpr, key: Key, ins: Sequence[bool]) -> list[bool]:
         broken = {var for var, is_bad in zip(jaxpr.invars, ins, strict=True) if is_bad}

@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
+from mpjax.interpret.place import unmatched
 from mpjax.precision import Precision, Recipe, get_precision
 from mpjax.precision.dtypes import dtype_name, parse_dtype
 from mpjax.precision.reading import parse_rule, parse_rules
-from mpjax.precision.rule import Rule, matches, near_misses
+from mpjax.precision.rule import Rule, matches
 
 _LOW = (jnp.bfloat16, jnp.float16)
 
@@ -65,15 +66,9 @@ class Regions:
         """
         for rule, _ in self.rules:
             if rule.user and not any(matches(rule.pattern, path) for path in paths):
-                near = " ".join(near_misses(rule.pattern, paths)) if paths else ""
-                rest = (
-                    f"near misses: {near}"
-                    if near
-                    else "it has no module paths; wrap the model with mpjax.named(model), or parts"
-                    " of it in jax.named_scope('name')"
-                )
                 raise ConfigError(
-                    f"autocast: rule {str(rule)!r} matches no path of the function; {rest}"
+                    f"autocast: rule {str(rule)!r} matches no path of the function;"
+                    f" {unmatched(rule.pattern, paths)}"
                 )
 
 
@@ -119,6 +114,8 @@ def regions(value: Any, rules: Sequence[str | Rule] = ()) -> Regions:
         try:
             dtype = parse_dtype(value, "autocast")
         except (ConfigError, TypeError):
+            dtype = None
+        if dtype is None:  # not in the handler: a mistake in it is no consequence of the other
             precision = get_precision(value)
         else:
             if dtype not in _LOW:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import JaxprEqn
+from jax.extend.core import ClosedJaxpr, JaxprEqn
 
+from mpjax.interpret.direction import held_jaxprs
 from mpjax.interpret.fault import FINE, NAN
-from mpjax.interpret.place import Place
+from mpjax.interpret.place import Place, place_of
 
 WHILES = 3  # nested `while` loops whose iterations are told apart
 HEAD = 1 + WHILES
@@ -126,7 +127,34 @@ def level(eqn: JaxprEqn) -> tuple[str, ...]:
     return {"while": ("while",), "shard_map": ("shard",)}.get(eqn.primitive.name, ())
 
 
+def output_key(closed: ClosedJaxpr, number: int) -> Key:
+    """Returns what stands for an output of a program where sites have keys; no site has it."""
+    return len(closed.jaxpr.eqns), number
+
+
+def place_at(closed: ClosedJaxpr, key: Key) -> Place:
+    """Returns where a site stands, with its source line."""
+    place, jaxpr = Place(), closed.jaxpr
+    numbers = list(key)
+    while numbers:
+        index = numbers.pop(0)
+        assert index is not None
+        eqn = jaxpr.eqns[index]
+        place = place_of(eqn, place)
+        if numbers:
+            number, held = numbers.pop(0), held_jaxprs(eqn)
+            jaxpr = held[number if number is not None else len(held) - 1].jaxpr
+    return place
+
+
 def packed(codes: Sequence[Any]) -> Any:
-    """Returns codes as records: each with room for the iterations of the loops around it."""
-    column = jnp.stack([jnp.int32(FINE) if code is None else code for code in codes])[:, None]
+    """Returns codes as records: each with room for the iterations of the loops around it.
+
+    Args:
+      codes: each a bool, whether all is finite, or an int32 code; the bools first.
+    """
+    fine = [code for code in codes if code.dtype == jnp.bool_]
+    told = [code for code in codes if code.dtype != jnp.bool_]
+    parts = [jnp.where(jnp.stack(fine), jnp.int32(FINE), jnp.int32(SEEN))] if fine else []
+    column = jnp.concatenate([*parts, *([jnp.stack(told)] if told else [])])[:, None]
     return jnp.concatenate([column, *[jnp.zeros_like(column)] * WHILES], axis=1)

@@ -99,6 +99,8 @@ def trace(
     arrays = [leaf for _, leaf in kept]
     try:
         closed = jax.make_jaxpr(flat)(*arrays)
+    except ConfigError as error:
+        raise error from None  # JAX hangs where it was traced first on it, a second traceback
     except _NOT_TRACEABLE as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -3,7 +3,10 @@
 One jitted pass. Each site, an operation that could make one, records whether its output is finite,
 and for loops of unknown length in which iteration it was not (`_first`). What more there is to
 know costs ten times as much to compile, so it is asked of chosen sites only: whether the operation
-is at fault, what went in, and its output can be repaired.
+is at fault, what went in, what it gives in float32, and its output can be repaired.
+
+To compile a program with every site in it takes four times as long as without, and compiling is
+all that takes time here. So questions about few sites are asked of a program with these alone.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +24,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
 from mpjax.interpret.control import Rebind
-from mpjax.interpret.digest import digest, has_nan, range_of
+from mpjax.interpret.digest import among, digest, has_nan, range_of
 from mpjax.interpret.fault import (
     FINE,
     INFINITY,
@@ -33,6 +36,7 @@ from mpjax.interpret.fault import (
     repaired,
 )
 from mpjax.interpret.place import Place
+from mpjax.interpret.platforms import branch_taken, check_platform
 from mpjax.interpret.retrace import Result, cast, is_float
 from mpjax.interpret.shards import agreed
 from mpjax.interpret.sites import (
@@ -46,6 +50,7 @@ from mpjax.interpret.sites import (
     first,
     found_in,
     level,
+    output_key,
     packed,
 )  # fmt: skip
 from mpjax.interpret.walker import CALLS, CUSTOM_RULES, bind, walk
@@ -66,14 +71,18 @@ class Watch:
       checked: sites of which more is asked; which of them are repaired is an input.
       shards: whether they also give the mask of their bad values, to see its shards.
       wide: which operations are computed in float32, by key and place; None leaves all as traced.
+      only: the sites that record anything; with them do what asks `is_finite`, and the outputs
+        (see `output_key`). None: all sites do.
     """
 
     closed: ClosedJaxpr
     checked: tuple[Key, ...] = ()
     shards: bool = False
     wide: Callable[[Key, Place], bool] | None = None
+    only: Collection[Key] | None = None
 
     def __post_init__(self) -> None:
+        self._platform = check_platform("trace_nonfinite", None)
         self.sites: dict[Key, Site] = {}
         self._frames: dict[Key, tuple[Key, ...]] = {}
         self._rebind = Rebind(first)
@@ -92,7 +101,8 @@ class Watch:
           repairs: sites to repair, of `checked`.
 
         Returns:
-          What was recorded; and for each output a digest of its bits and whether it holds a NaN.
+          What was recorded; and for each output a digest of its bits and whether it holds a NaN,
+          none if `only` says what to record.
         """
         if self._compiled is None:
             # Otherwise XLA may keep a float16 sum in float32, where it does not overflow.
@@ -115,16 +125,33 @@ class Watch:
     def _run(self, args: list[Any], repairs: Any) -> tuple[list[Any], Any, Any]:
         self.sites, self._frames, self._repairs = {}, {}, repairs
         outs, records, _ = self._evaluate(self.closed, args, Place(), (), (), None)
-        if self.wide is not None and self.closed.jaxpr.eqns:
-            outs, lost = self._narrowed(outs, [aval.dtype for aval in self.closed.out_avals])
-            last: Key = (len(self.closed.jaxpr.eqns),)
-            self.sites[last] = Site(self.closed.jaxpr.eqns[-1], Place(), ())
-            self._frames[last] = (last,)
-            records[FLAGS, *last] = packed([lost])
+        if self.closed.jaxpr.eqns:
+            records |= self._outputs(outs)
         self._masked = [key for key in records if key[0] == MASK]
         masks = [records.pop(key) for key in self._masked]
         self._recorded = list(records)
-        return list(records.values()), masks, [(digest(x), has_nan(x)) for x in outs]
+        digests = [(digest(x), has_nan(x)) for x in outs] if self.only is None else []
+        return list(records.values()), masks, digests
+
+    def _outputs(self, outs: Sequence[Any]) -> dict[Any, Any]:
+        """What the outputs record: one that does not fit its dtype, or is not finite."""
+        records: dict[Any, Any] = {}
+        for number, (x, aval) in enumerate(zip(outs, self.closed.out_avals, strict=True)):
+            codes = []
+            if self.wide is not None:
+                (x,), lost = self._narrowed([x], [getattr(aval, "dtype", None)])
+                codes += [] if lost is None else [lost]
+            if self.only is not None and is_number(x) and jnp.size(x):
+                codes.append(jnp.where(all_finite(x), jnp.int32(FINE), jnp.int32(SEEN)))
+            if codes:
+                key = output_key(self.closed, number)
+                self.sites[key] = Site(self.closed.jaxpr.eqns[-1], Place(), ())
+                self._frames[key] = (key,)
+                code = codes[0]
+                if len(codes) > 1:  # that it does not fit says more than that it is infinite
+                    code = jnp.where(code > FINE, code, codes[1])
+                records[FLAGS, *key] = packed([code])
+        return records
 
     def _evaluate(
         self,
@@ -145,6 +172,7 @@ class Watch:
 
         outs = walk(closed, args, visit, outer, lines=False)
         if frame is None and mine:
+            mine.sort(key=lambda pair: pair[1].dtype != jnp.bool_)  # so that few are converted
             self._frames[key] = tuple(each for each, _ in mine)
             records[FLAGS, *key] = packed([code for _, code in mine])
         return Result(outs, records)
@@ -168,6 +196,10 @@ class Watch:
             same = frame if name in _SAME else None
             return self._evaluate(inner, values, place, (*key, step), around, same)
 
+        branch = branch_taken(eqn, self._platform)
+        if branch is not None:  # the others are not compiled
+            inner = eqn.params["branches"][branch]
+            return self._evaluate(inner, args[1:], place, (*key, branch), levels, frame)
         held = self._rebind(eqn, args, run)
         if held is not None:
             return held
@@ -179,19 +211,24 @@ class Watch:
                 dtypes = [getattr(atom.aval, "dtype", None) for atom in eqn.invars]
                 args, lost = self._narrowed(args, dtypes)
             outs = bind(eqn, args)
-        if not (can_make(eqn) or can_stop(eqn) or lost is not None):
+        asks = self.only is not None and name == "is_finite"
+        site = asks if self.only is not None else can_make(eqn) or can_stop(eqn) or lost is not None
+        if not site and not (self.only is not None and key in self.only):
             return Result(outs)
         self.sites[key] = Site(eqn, place, levels)
         if key in self.checked:
             outs, code, records = self._check(eqn, args, outs, key, levels)
-        else:
-            numbers = [out for out in outs if is_number(out) and out.size]
-            fine = [all_finite(out) for out in numbers if can_make(eqn) or can_stop(eqn)]
-            code, records = jnp.int32(FINE), {}
-            if fine:
-                code = jnp.where(functools.reduce(operator.and_, fine), code, jnp.int32(SEEN))
-        frame.append((key, code if lost is None else jnp.maximum(code, lost)))
-        return Result(outs, records)
+            frame.append((key, code if lost is None else jnp.maximum(code, lost)))
+            return Result(outs, records)
+        fine = [jnp.all(out) for out in outs] if asks else []
+        if can_make(eqn) or can_stop(eqn):
+            fine = [all_finite(out) for out in outs if is_number(out) and out.size]
+        code = functools.reduce(operator.and_, fine) if fine else jnp.ones((), jnp.bool_)
+        if lost is not None:
+            code = jnp.where(code, jnp.int32(FINE), jnp.int32(SEEN))
+            code = jnp.where(lost > FINE, lost, code)
+        frame.append((key, code))
+        return Result(outs)
 
     def _check(
         self, eqn: JaxprEqn, args: list[Any], outs: list[Any], key: Key, levels: tuple[str, ...]
@@ -199,10 +236,13 @@ class Watch:
         """Outputs, repaired if that is chosen; how bad they were; and what was measured."""
         code, kept = jnp.int32(FINE), []
         records: dict[Any, Any] = {}
-        for out in outs:
+        wide = widened(eqn, args) or outs
+        least, most = jnp.float32(jnp.inf), jnp.float32(-jnp.inf)  # in float32, where it broke
+        for out, exact in zip(outs, wide, strict=True):
             if is_number(out) and out.size:
                 found, bad = faults(eqn, args, out)
                 code = jnp.where(found > FINE, found, code)
+                least, most = among(exact, bad, least, most)
                 out = repaired(out, agreed(bad, out) & self._repairs[self.checked.index(key)])
                 if self.shards and set(levels) <= {"scan", "reverse"}:
                     records.setdefault((MASK, *key), bad)
@@ -210,6 +250,7 @@ class Watch:
                 code = jnp.where(legal, jnp.int32(SEEN), code)
             kept.append(out)
         measured = [packed([code])[0].astype(jnp.float32), *map(range_of, args)]
+        measured.append(jnp.stack([least, most]))
         return kept, code, records | {(RANGES, *key): jnp.concatenate(measured)}
 
     def _narrowed(self, values: Sequence[Any], dtypes: Sequence[Any]) -> tuple[list[Any], Any]:

@@ -53,6 +53,13 @@ def widened(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any] | None:
     return bind(eqn, values, **changed)
 
 
+def runs_wide(eqn: JaxprEqn) -> bool:
+    """Returns whether an operation is float32 already, or `widened` can run it so."""
+    return eqn.primitive.name in _KNOWN or not any(
+        is_low(getattr(atom.aval, "dtype", None)) for atom in (*eqn.invars, *eqn.outvars)
+    )
+
+
 def _mixed(eqn: JaxprEqn, given: Sequence[Any]) -> bool:
     """Whether it was traced low and comes in float32 already."""
     recorded = [a.aval.dtype for a in eqn.invars if hasattr(a.aval, "dtype") and is_float(a.aval)]

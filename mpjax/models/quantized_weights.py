@@ -18,7 +18,7 @@ from mpjax.formats import Quantized, is_quantized, sqnr
 from mpjax.models.calibration import store_weighed
 from mpjax.models.storage import Storage, stored_bytes
 from mpjax.precision import matches
-from mpjax.precision.rule import near_misses
+from mpjax.precision.rule import nearest
 
 KEEP = "keep"
 # Few numbers, or ones that every token passes through: kept unless a rule of the user says more.
@@ -86,8 +86,8 @@ def _unused(rule: str, paths: Sequence[str]) -> ConfigError:
         )
     else:
         modules = {path.rpartition("/")[0] for path in paths}
-        near = near_misses(pattern, [*paths, *modules, *(m.rpartition("/")[0] for m in modules)])
-        why = f"matches no weight; near misses: {' '.join(near)}"
+        near = nearest(pattern, [*paths, *modules, *(m.rpartition("/")[0] for m in modules)])
+        why = f"matches no weight; {near}"
     return ConfigError(f"weights: rule {rule!r}: {why}")
 
 

@@ -146,7 +146,7 @@ def conv_general_dilated(
         raise ConfigError(
             f"{where}: {error}; x has shape {x.shape} and the kernel {kernel.shape}, laid out by"
             f" dimension_numbers={brief(dimension_numbers)}"
-        ) from error
+        ) from None
     space = x.ndim - 2
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     dilations = tuple(lhs_dilation or (1,) * space), tuple(rhs_dilation or (1,) * space)

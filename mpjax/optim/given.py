@@ -143,13 +143,13 @@ def update(inner: Any, grads: Any, state: Any, params: Any, extra: dict[str, Any
             raise ConfigError(
                 f"update: the optimizer needs more of a step ({error}); write step(grads, state,"
                 " params, value=loss)"
-            ) from error
+            ) from None
         if _layout(jax.eval_shape(inner.init, params)) == _layout(state):
             raise
         raise ConfigError(
             "update: the optimizer state is not one of this optimizer and these params; make it"
             " with init(params)"
-        ) from error
+        ) from None
 
 
 def _layout(tree: Any) -> list[tuple[Any, ...]]:

@@ -14,7 +14,7 @@ from mpjax.optim.blockwise import Blockwise, quantize_blocks
 from mpjax.optim.given import check_optimizer
 from mpjax.precision import Moments, matches
 from mpjax.precision.moments import MomentFormat
-from mpjax.precision.rule import near_misses
+from mpjax.precision.rule import nearest
 
 # Field names of optax's states: adam and lion call the mean mu, sgd trace, adafactor ema.
 _FIRST = dict.fromkeys(("mu", "m", "m1", "m2", "trace", "momentum", "ema", "exp_avg"), "first")
@@ -183,8 +183,8 @@ def quantize_moments(
             if not any(matches(pattern, path) for path in paths):
                 parents = {path.rpartition("/")[0] for path in paths} - {""}
                 raise ConfigError(
-                    f"moments: keep={pattern} matches no weight of the optimizer state; near"
-                    f" misses: {' '.join(near_misses(pattern, [*parents, *paths]))}"
+                    f"moments: keep={pattern} matches no weight of the optimizer state;"
+                    f" {nearest(pattern, [*parents, *paths])}"
                 )
         if not any(is_low(*leaf) for leaf in leaves):
             raise ConfigError(

@@ -16,7 +16,7 @@ from mpjax.formats import is_quantized
 from mpjax.optim.given import check_optimizer
 from mpjax.optim.sparsity import cubic_sparsity, in_float32, named_weights, weight_name
 from mpjax.precision import matches
-from mpjax.precision.rule import near_misses
+from mpjax.precision.rule import nearest
 
 SCOPES = ("global", "layer")
 
@@ -54,8 +54,7 @@ def _chosen(params: Any, keep: Sequence[str]) -> dict[str, Any]:
     for pattern in keep:
         if not any(matches(pattern, name) for name in named):
             raise ConfigError(
-                f"prune: keep={pattern} matches no weight; near misses:"
-                f" {' '.join(near_misses(pattern, [*parents, *named]))}"
+                f"prune: keep={pattern} matches no weight; {nearest(pattern, [*parents, *named])}"
             )
     found = {
         name: leaf

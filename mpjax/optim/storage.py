@@ -20,7 +20,7 @@ from mpjax.formats.scaling import to_scale
 from mpjax.formats.table import FormatLike
 from mpjax.formats.tiles import amax_of
 from mpjax.precision import matches
-from mpjax.precision.rule import near_misses
+from mpjax.precision.rule import nearest
 
 
 def _storage_format(format: FormatLike) -> Format:
@@ -87,8 +87,7 @@ def store_weights(
         for pattern in patterns:
             if not any(matches(pattern, path) for path in paths):
                 raise ConfigError(
-                    f"store_weights: {pattern!r} matches no weight; near misses:"
-                    f" {' '.join(near_misses(pattern, paths))}"
+                    f"store_weights: {pattern!r} matches no weight; {nearest(pattern, paths)}"
                 )
         chosen = [any(matches(pattern, path) for pattern in patterns) for path in paths]
     leaves = []

@@ -20,7 +20,7 @@ from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
 from mpjax.precision.recipe import Recipe
-from mpjax.precision.rule import Rule, matches, near_misses, spellings
+from mpjax.precision.rule import Rule, matches, nearest, spellings
 
 OPTIONS = ("loss_scale", "update", "moments", "gradient_dtype")
 UPDATE_RULES = ("none", "master", "nearest", "stochastic", "kahan")
@@ -154,8 +154,8 @@ class Precision:
                 continue
             if not mine:
                 raise ConfigError(
-                    f"rule {str(rule)!r}: matches no path of the model; near misses:"
-                    f" {' '.join(near_misses(rule.pattern, paths))}"
+                    f"rule {str(rule)!r}: matches no path of the model;"
+                    f" {nearest(rule.pattern, paths)}"
                 )
             p = rule.policy
             follows = jnp.float32 if is_fp8(p.param_dtype) else p.param_dtype

@@ -135,7 +135,7 @@ def _start(word: str) -> dict[str, Any]:
         )
     try:
         return _from_policy(word)
-    except ConfigError as error:
+    except ConfigError:
         if "=" in word:
             raise
         near = difflib.get_close_matches(word.lower(), preset_names(), n=2, cutoff=0.5)
@@ -143,7 +143,7 @@ def _start(word: str) -> dict[str, Any]:
         raise ConfigError(
             f"precision: unknown preset {word!r}; {hint}presets: {' '.join(preset_names())}; or a"
             " policy such as p=f32,c=bf16,o=f32"
-        ) from error
+        ) from None
 
 
 def _from_dict(data: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jmp
 
@@ -72,14 +72,136 @@ def matches(pattern: str, path: str) -> bool:
     return False
 
 
+_ALIKE = 0.55  # similarity of two components from which one may be a misspelling of the other
+_ANY = "**"
+
+
 def near_misses(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]:
-    """Returns the paths, and their endings as `**/` patterns, that look most like a pattern."""
+    """Returns patterns that match a path and look most like one that matches none.
+
+    First the pattern with its misspelt components put right, as `**/mlp` for `**/mpl`: it is laid
+    along each path and its ancestors, component by component; `**` takes any number of them. Then
+    paths, and their endings as `**/` patterns, that look like it as a whole.
+
+    Args:
+      pattern: matches none of the paths.
+      paths: what it could have matched.
+      count: how many at most.
+
+    Example:
+      >>> near_misses("**/mpl", ["net/layers/0/mlp/up"])[0]
+      '**/mlp'
+    """
+    paths = list(paths)
     bare = sorted({spellings(path)[-1] for path in paths})
+    corrected: dict[str, float] = {}
+    anywhere = [] if pattern.startswith(_ANY) else [f"{_ANY}/{pattern}"]
+    for path in dict.fromkeys([*bare, *paths]):
+        for text in (pattern, *anywhere):
+            if alike := _laid_along(tuple(text.split("/")), tuple(path.split("/"))):
+                right = "/".join(alike[1])
+                corrected[right] = max(corrected.get(right, 0.0), alike[0])
+    best = sorted(corrected, key=lambda text: (-corrected[text], len(text), text))
+    best = [text for text in best if not (text.startswith("**/") and text[3:] in corrected)]
+    best = [text for text in best if any(matches(text, path) for path in paths)]
     endings = {f"**/{path.split('/')[-1]}" for path in bare}
     found = difflib.get_close_matches(pattern, [*endings, *bare], n=count, cutoff=0.5)
     core = pattern.replace("*", "").strip("/").split("/")[-1]
     near = difflib.get_close_matches(core, [path.split("/")[-1] for path in bare], n=2, cutoff=0.6)
-    return list(dict.fromkeys([*(f"**/{end}" for end in near), *found]))[:count] or bare[:count]
+    others = [*(f"**/{end}" for end in near), *found]
+    return list(dict.fromkeys([*best, *others]))[:count] or bare[:count]
+
+
+def _laid_along(
+    pattern: tuple[str, ...], path: tuple[str, ...]
+) -> tuple[float, tuple[str, ...]] | None:
+    """How much a pattern's components are like those of a path, from 0 to 1; the pattern put right.
+
+    None if a component has no counterpart. What is left of the path lies below the pattern.
+    """
+    if not pattern:
+        return 1.0, ()
+    head, rest = pattern[0], pattern[1:]
+    if head == _ANY:
+        starts = range(len(path) + 1) if rest else (0,)
+        options = [_laid_along(rest, path[start:]) for start in starts]
+        found = [option for option in options if option]
+        best = max(found, key=lambda option: option[0], default=None)
+        return (best[0], (head, *best[1])) if best else None
+    if not path:
+        return None
+    likeness, right = _alike(head, path[0])
+    if likeness < _ALIKE:
+        return None
+    following = _laid_along(rest, path[1:])
+    return (likeness * following[0], (right, *following[1])) if following else None
+
+
+@functools.lru_cache(maxsize=65536)
+def _alike(wanted: str, name: str) -> tuple[float, str]:
+    """How much a component of a pattern is like one of a path, from 0 to 1, and what it becomes."""
+    if _compile(wanted).fullmatch(name):
+        return 1.0, wanted
+    if wanted.isdigit() and name.isdigit():
+        return 0.9, name
+    core = wanted.strip("*")
+    if not core or "*" in core or "?" in core or wanted.isdigit():
+        return 0.0, name
+    if core == wanted:
+        return difflib.SequenceMatcher(None, core, name).ratio(), name
+    # `nrom*` stands for the beginning of a name, `*_nrom` for its end, `*nrom*` for any part
+    parts = [name[start : start + len(core)] for start in range(max(len(name) - len(core), 0) + 1)]
+    if not wanted.startswith("*"):
+        parts = parts[:1]
+    elif not wanted.endswith("*"):
+        parts = parts[-1:]
+    likeness, part = max((difflib.SequenceMatcher(None, core, x).ratio(), x) for x in parts)
+    return likeness, wanted.replace(core, part)
+
+
+_NUMBER = re.compile(r"(\d+)")
+
+
+def _too_large(pattern: str, paths: Sequence[str]) -> str:
+    """How many there are of what a pattern counts beyond, as `layers/9`; empty if it does not."""
+    parts = pattern.split("/")
+    for index, part in enumerate(parts):
+        any_number = "".join(
+            r"(\d+)" if text.isdigit() else re.escape(text) for text in _NUMBER.split(part) if text
+        )
+        if not _NUMBER.search(part) or "*" in part:
+            continue
+        # Whether it is this number alone that does not fit, and which ones do.
+        numbers: set[int] = set()
+        for path in paths:
+            for name in path.split("/"):
+                if re.fullmatch(any_number, name) and matches(
+                    "/".join([*parts[:index], name, *parts[index + 1 :]]), path
+                ):
+                    numbers |= {int(number) for number in _NUMBER.findall(name)[-1:]}
+        if numbers:
+            before = parts[index - 1] if part.isdigit() and index else part
+            noun = before.rstrip("0123456789_").strip("*") or "of them"
+            if len(numbers) == 1:
+                return f"there is 1 of {noun}, number {min(numbers)}"
+            return f"there are {len(numbers)} {noun}, {min(numbers)} to {max(numbers)}"
+    return ""
+
+
+def nearest(pattern: str, paths: Iterable[str]) -> str:
+    """Returns what an error should say after `matches no path`: near misses, or the layers' count.
+
+    Args:
+      pattern: matches none of the paths.
+      paths: what it could have matched.
+
+    Example:
+      >>> nearest("**/layers/9", ["net/layers/0/mlp", "net/layers/1/mlp"])
+      'there are 2 layers, 0 to 1'
+    """
+    paths = list(paths)
+    numbers = _too_large(pattern, paths) or _too_large(f"{_ANY}/{pattern}", paths)
+    return numbers or f"near misses: {' '.join(near_misses(pattern, paths))}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,7 +199,7 @@ class Checkpointer(CheckpointReader):
             raise ConfigError(
                 f"{self.directory}: checkpoints cannot be written here ({error.strerror}); "
                 "give a folder that you may write"
-            ) from error
+            ) from None
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:
@@ -293,4 +293,4 @@ class Checkpointer(CheckpointReader):
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"meta: expected JSON values, got one that is not ({error})"
-            ) from error
+            ) from None

@@ -169,14 +169,14 @@ def test_unreadable_data_is_named(tmp_path, closed, mode, named):
 
 def test_hub_without_the_package_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # import fails
-    with pytest.raises(ConfigError, match=r"hf:imdb: .*pip install 'mpjax\[hub\]'"):
+    with pytest.raises(ConfigError, match=r"hf:imdb: .*pip install .*\[hub\]'"):
         read_documents("hf:imdb")
 
 
 def test_parquet_without_the_package_says_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     write(tmp_path, {"a.parquet": b"PAR1"})
-    with pytest.raises(ConfigError, match=r"a.parquet: .*pip install 'mpjax\[parquet\]'"):
+    with pytest.raises(ConfigError, match=r"a.parquet: .*pip install .*\[parquet\]'"):
         read_documents(str(tmp_path / "a.parquet"))
 
 

@@ -11,8 +11,9 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec
 
+import mpjax
 from mpjax.errors import ConfigError
-from mpjax.interpret.audit import audit
+from mpjax.interpret.audit import assert_low_precision, audit
 from mpjax.interpret.hlo import read
 from tests.interpret.clean import linen_encoder
 from tests.interpret.leaky import LOW, PLANTS, W, X, wide
@@ -21,6 +22,11 @@ from tests.models.shapes import BATCH, small
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 F32 = jnp.float32
+# dtypes as StableHLO spells them
+SHORT = {
+    **{"float32": "f32", "bfloat16": "bf16"},
+    **{"float8_e4m3fn": "f8E4M3FN", "float8_e5m2": "f8E5M2"},
+}
 
 
 def low(*shape: int) -> Any:
@@ -285,3 +291,56 @@ def test_bad_input() -> None:
     gone.delete()
     with pytest.raises(ConfigError, match=r"audit: args\[0\] was donated"):
         audit(lambda x: x, gone)
+
+
+def one_layer(recipe: str) -> Any:
+    """A product of (8, 32) by (32, 16) as a recipe multiplies it, and its gradients."""
+
+    def value(x: Any, w: Any) -> Any:
+        numbers = (((1,), (0,)), ((), ()))
+        return jnp.sum(mpjax.dot_general(x, w, numbers, recipe=recipe))
+
+    # int8 rounds its gradients at random: loops, which StableHLO's text does not count
+    return value if recipe == "int8" else jax.value_and_grad(value, (0, 1))
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8"])
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_branch_of_one_platform_counts(recipe: str, platform: str) -> None:
+    """The products are those of the program that JAX lowers for this platform."""
+    step, args = one_layer(recipe), (wide(8, 32), wide(32, 16))
+    report = audit(step, *args, platform=platform)
+    lowered = jax.jit(step).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    counted = product_flops(lowered)
+    assert sum(counted.values()) == (1 if recipe == "int8" else 3) * 2 * 8 * 32 * 16
+    integers = counted.pop(("i8", "i8"), 0)  # an audit counts none of these, and says so
+    assert (recipe == "int8") == (integers > 0) == any("integers" in n for n in report.notes)
+    by_operands: dict[Any, int] = {}
+    for product in report.products:
+        pair = tuple(SHORT[name] for name in product.operands)
+        by_operands[pair] = by_operands.get(pair, 0) + product.flops
+    assert by_operands == dict(counted)
+    assert (("f8E4M3FN", "f8E4M3FN") in counted) == (recipe == "fp8" and platform == "cuda")
+    if platform == "cpu":
+        assert str(audit(step, *args)) == str(report)  # here
+
+
+def test_platforms_inside_of_control_flow() -> None:
+    def by_platform(x: Any) -> Any:
+        return lax.platform_dependent(
+            x, cuda=lambda x: x @ x @ x, cpu=lambda x: x @ x, default=lambda x: x + x
+        )
+
+    x, one = low(4, 4), 2 * 4**3
+    scan = lambda x: lax.scan(lambda c, _: (by_platform(c), None), x, None, length=3)[0]  # noqa: E731
+    inside = jax.checkpoint(jax.jit(scan))
+    for fn, times in ((by_platform, 1), (scan, 3), (inside, 3), (jax.vmap(scan), 6)):
+        given = low(2, 4, 4) if times == 6 else x
+        for platform, products in (("cpu", 1), ("cuda", 2), ("rocm", 0), (None, 1)):
+            assert audit(fn, given, platform=platform).flops == products * times * one
+    report = audit(lambda x: lax.cond(x[0, 0] > 0, by_platform, lambda x: x @ x.T, x), x)
+    assert report.flops == 2 * one  # a branch that the numbers choose counts as ever
+    assert len(report.notes) == 2
+    assert_low_precision(by_platform, x, platform="cuda")
+    with pytest.raises(ConfigError, match="audit: platform='gpu'; known: cpu cuda rocm tpu"):
+        audit(by_platform, x, platform="gpu")

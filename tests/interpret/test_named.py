@@ -17,7 +17,9 @@ import pytest
 from flax import linen, nnx
 
 from mpjax.errors import ConfigError
+from mpjax.interpret.audit import assert_low_precision
 from mpjax.interpret.autocast import autocast
+from mpjax.interpret.monitor import monitor
 from mpjax.interpret.named import named
 from mpjax.interpret.trace import trace
 from mpjax.interpret.walker import equations
@@ -69,8 +71,30 @@ def test_every_product_has_the_path_of_its_attributes() -> None:
 def test_without_it_there_are_none(library: str) -> None:
     weights, apply = OF[library].functional(OF[library].model(SHAPE, 0))
     assert not {p for p in paths(apply, weights, IDS) if "block" in p or "attention" in p}
-    with pytest.raises(ConfigError, match=r"matches no path .*(mpjax.named|near misses)"):
+    hint = (
+        r"matches no path .*; (it has no module paths; wrap|.*; Equinox modules have paths).*named"
+    )
+    with pytest.raises(ConfigError, match=hint):
         jax.make_jaxpr(autocast(apply, "bf16", rules=["**/attention=fp32"]))(weights, IDS)
+    with pytest.raises(ConfigError, match=hint):
+        assert_low_precision(apply, weights, IDS, allow=["**/attention"])
+
+
+@pytest.mark.parametrize("library", ["equinox", "nnx"])
+def test_a_model_without_names_is_told_of_them(library: str) -> None:
+    """A rule, an allowed path and a monitored one that match nothing; with names they match."""
+    mlp: Any = eqx.nn.MLP(4, 4, 4, 1, key=KEY)
+    if library == "nnx":
+        mlp = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    for call in (
+        lambda model: autocast(model, "bf16", rules=["**/layers/0=fp32"])(X),
+        lambda model: assert_low_precision(autocast(model, "bf16"), X, allow=["**/layers/0"]),
+    ):
+        with pytest.raises(ConfigError, match=r"no module paths; wrap .*mpjax\.named\(model\)"):
+            call(mlp)
+        call(named(mlp))
+    with pytest.raises(ConfigError, match=r"where='lin_in' matches no path .*mpjax\.named"):
+        monitor(lambda x: mlp(x), where="lin_in")(X)
 
 
 def test_backward_and_recomputed_products_have_it_too() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mpjax.errors import ConfigError
 from mpjax.precision import Rule, matches, parse_policy, parse_rule, policy_text, preset_names
-from mpjax.precision.rule import near_misses, spellings
+from mpjax.precision.rule import near_misses, nearest, spellings
 
 F32 = parse_policy("f32")
 
@@ -144,3 +144,85 @@ def test_near_misses_find_the_misspelt_component_first() -> None:
     assert near_misses("**/nrom_mlp", paths)[0] == "**/norm_mlp"
     assert "decoder/head" in near_misses("decoder/haed", paths)
     assert near_misses("zzz", paths) == ["decoder/head", "decoder/layers/norm_mlp"]
+
+
+# Paths as four libraries and two families of ours have them.
+MODELS: dict[str, list[str]] = {
+    "decoder": [
+        *(f"decoder/layers/{i}/{part}" for i in range(2) for part in (
+            "norm_attention", "attention/query", "attention/key", "attention/value",
+            "attention/out", "norm_mlp", "mlp/up", "mlp/gate", "mlp/down")),
+        "decoder/embed", "decoder/norm", "decoder/head",
+    ],
+    "flax": [f"encoder/layer_{i}/{part}" for i in range(3) for part in (
+        "LayerNorm_0", "MultiHeadDotProductAttention_0/query", "Dense_0", "Dense_1")],
+    "transformers": [f"bert/encoder/layer/{i}/{part}" for i in range(2) for part in (
+        "attention/self/query", "attention/output/dense", "intermediate/dense", "output/dense")],
+    "equinox": [f"blocks/{i}/{part}" for i in range(2) for part in (
+        "attention/query_proj", "mlp/layers/0", "mlp/layers/1")],
+    "resnet": [f"resnet/stage{i}/block{j}/{part}" for i in range(2) for j in range(1) for part in (
+        "convolution1", "convolution2", "norm1")],
+}  # fmt: skip
+
+
+def mistyped(word: str) -> set[str]:
+    """A word with two neighbours swapped, one letter left out, doubled or replaced."""
+    spots = range(len(word))
+    swapped = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in spots[:-1]}
+    left_out = {word[:i] + word[i + 1 :] for i in spots}
+    doubled = {word[:i] + word[i] + word[i:] for i in spots}
+    replaced = {word[:i] + "q" + word[i + 1 :] for i in spots}
+    return (swapped | left_out | doubled | replaced) - {word}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_slip_of_one_letter_is_put_right_in_any_component(model: str) -> None:
+    """Every component of every pattern is mistyped; the right one is suggested."""
+    paths = MODELS[model]
+    bare = sorted({spellings(path)[-1] for path in paths})
+    parents = {
+        "/".join(path.split("/")[:n]) for path in bare for n in range(1, path.count("/") + 2)
+    }
+    patterns = sorted({f"**/{path.split('/')[-1]}" for path in parents} | parents)
+    tried = found = 0
+    for pattern in patterns:
+        parts = pattern.split("/")
+        for index, part in enumerate(parts):
+            if not part.isalpha() or len(part) < 3:
+                continue
+            for wrong in sorted(mistyped(part))[::3]:
+                typo = "/".join([*parts[:index], wrong, *parts[index + 1 :]])
+                if any(matches(typo, path) for path in paths):
+                    continue
+                near = near_misses(typo, paths)
+                assert all(any(matches(one, path) for path in paths) for one in near), (typo, near)
+                tried, found = tried + 1, found + (pattern in near)
+    assert tried > 90
+    assert found == tried
+
+
+@pytest.mark.parametrize(
+    ("pattern", "model", "text"),
+    [
+        ("**/mpl", "decoder", "near misses: **/mlp"),
+        ("**/mpl/up", "decoder", "near misses: **/mlp/up"),
+        ("mlp", "decoder", "near misses: **/mlp"),
+        ("decoder/layres/mlp", "decoder", "near misses: decoder/layers/mlp"),
+        ("decoder/layers/1/mpl", "decoder", "near misses: decoder/layers/1/mlp"),
+        ("**/nrom*", "decoder", "near misses: **/norm*"),
+        ("**/*_nrom", "decoder", "near misses: **/"),
+        ("layers/2", "decoder", "there are 2 layers, 0 to 1"),
+        ("**/layers/99/mlp", "decoder", "there are 2 layers, 0 to 1"),
+        ("decoder/layers/2/**/up", "decoder", "there are 2 layers, 0 to 1"),
+        ("encoder/layer_3", "flax", "there are 3 layer, 0 to 2"),
+        ("bert/encoder/layer/2", "transformers", "there are 2 layer, 0 to 1"),
+        ("blocks/2", "equinox", "there are 2 blocks, 0 to 1"),
+        ("**/mlp/layers/5", "equinox", "there are 2 layers, 0 to 1"),
+        ("**/stage2", "resnet", "there are 2 stage, 0 to 1"),
+    ],
+)
+def test_what_is_said_of_a_pattern_that_matches_nothing(
+    pattern: str, model: str, text: str
+) -> None:
+    assert not any(matches(pattern, path) for path in MODELS[model])
+    assert nearest(pattern, MODELS[model]).startswith(text)

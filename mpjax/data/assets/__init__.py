@@ -104,7 +104,7 @@ def fetch(name: str | Asset, *, cache_dir: str | os.PathLike[str] | None = None)
         raise ConfigError(
             f"asset {asset.name}: {folder.parent} cannot be written ({error.strerror or error});"
             " free some space or set MPJAX_CACHE to another folder"
-        ) from error
+        ) from None
     if (placed := find(asset, cache_dir=cache_dir)) is None:
         raise ConfigError(f"asset {asset.name}: {folder} was changed while it was written; retry")
     return placed

@@ -78,7 +78,7 @@ def save_checkpoint(
         why = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"{target}: cannot be written ({why}); free some space or name another folder"
-        ) from error
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -56,12 +56,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such file; name the folder that a checkpoint was saved to"
-        ) from error
+        ) from None
     except (OSError, ValueError) as error:  # a JSON or a Unicode error is a ValueError
-        raise ConfigError(f"{path}: not readable as JSON ({error}); fetch it again") from error
+        raise ConfigError(f"{path}: not readable as JSON ({error}); fetch it again") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: expected a JSON object, got a {type(found).__name__}")
     return found
@@ -79,7 +79,7 @@ def read_safetensors(path: Path) -> Tensors:
     except (OSError, package.SafetensorError) as error:
         raise ConfigError(
             f"{path}: not a whole safetensors file ({_line(error)}); fetch it again"
-        ) from error
+        ) from None
     tensors = {}
     for name in file.keys():  # noqa: SIM118  (the file is no dict)
         part = file.get_slice(name)

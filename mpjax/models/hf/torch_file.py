@@ -126,8 +126,8 @@ def read_torch(path: Path) -> Tensors:
             zipped = file.read(2) == b"PK"
             file.seek(0)
             state, offsets = _zipped(path) if zipped else _older(file, size)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file; name a pytorch_model.bin") from error
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; name a pytorch_model.bin") from None
     # A hostile or broken pickle raises anything: an IndexError at a mark that is not there, say.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
