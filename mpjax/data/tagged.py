@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from mpjax.data.assets import fetch
-from mpjax.data.rows import check_first, header_of, layout, read_cells, read_text_file, say_counts
+from mpjax.data.cells import check_first, header_of, layout, read_cells, read_text_file
+from mpjax.data.rows import say_counts
 from mpjax.data.split import held_out
 from mpjax.errors import ConfigError
 

@@ -81,7 +81,9 @@ TABLES = {
     "unicode separators": Table(
         "a.tsv", TSV + "pos\ta\u2028b\x85c\x0bd\u2029e\n", (("pos", "a\u2028b\x85c\x0bd\u2029e"),)
     ),
-    "unicode separators, csv": Table("a.csv", CSV + "pos,a\u2028b\x1ec\n", (("pos", "a\u2028b\x1ec"),)),
+    "unicode separators, csv": Table(
+        "a.csv", CSV + "pos,a\u2028b\x1ec\n", (("pos", "a\u2028b\x1ec"),)
+    ),
     "unicode separators, jsonl": Table(
         "a.jsonl",
         lines(OBJECTS) + json.dumps({"label": "pos", "text": "a\u2028b"}, ensure_ascii=False),
@@ -95,72 +97,119 @@ TABLES = {
     "header in quotes": Table("a.csv", '"label","text"\n' + CSV),
     "header, other order": Table("a.csv", "text,label\n" + "".join(f"{b},{a}\n" for a, b in ROWS)),
     "header, more columns": Table(
-        "a.csv", ",id,text,label\n" + "".join(f"{i},x{i},{b},{a}\n" for i, (a, b) in enumerate(ROWS))
+        "a.csv",
+        ",id,text,label\n" + "".join(f"{i},x{i},{b},{a}\n" for i, (a, b) in enumerate(ROWS)),
     ),
-    "header of other names": Table("a.csv", "sentiment,review\n" + CSV, error="'sentiment' is in no other"),
+    "header of other names": Table(
+        "a.csv", "sentiment,review\n" + CSV, error="'sentiment' is in no other"
+    ),
     "header of one name": Table("a.csv", "sentence,label\n" + CSV, error="'label' and none 'text'"),
     "header with a name twice": Table("a.csv", "label,text,text\n" + CSV, error="name twice"),
-    "header again": Table("a.tsv", ("label\ttext\n" + TSV) * 2, error="line 42: the header of line 1"),
+    "header again": Table(
+        "a.tsv", ("label\ttext\n" + TSV) * 2, error="line 42: the header of line 1"
+    ),
     "header only": Table("a.tsv", "label\ttext\n", error="no rows"),
     # quotes
     "doubled quotes": Table(
-        "a.tsv", TSV + 'pos\t"He said ""wow"" to me"\nneg\t"a, b"\n',
+        "a.tsv",
+        TSV + 'pos\t"He said ""wow"" to me"\nneg\t"a, b"\n',
         (("pos", 'He said "wow" to me'), ("neg", "a, b")),
     ),
     "doubled quotes, csv": Table(
         "a.csv", CSV + 'pos,"He said ""wow"", to me"\n', (("pos", 'He said "wow", to me'),)
     ),
     "all in quotes": Table("a.csv", "".join(f'"{a}","{b}"\n' for a, b in ROWS)),
-    "line ends in a cell": Table("a.csv", CSV + 'pos,"one\ntwo\r\nthree"\n', (("pos", "one\ntwo\nthree"),)),
+    "line ends in a cell": Table(
+        "a.csv", CSV + 'pos,"one\ntwo\r\nthree"\n', (("pos", "one\ntwo\nthree"),)
+    ),
     "line end in a cell, tsv": Table("a.tsv", TSV + 'pos\t"one\ntwo"\n', (("pos", "one\ntwo"),)),
     "tab in a cell": Table("a.tsv", TSV + 'pos\t"left\tright"\n', (("pos", "left\tright"),)),
     "quotes that are text": Table(
-        "a.tsv", TSV + 'pos\t"Great" film\nneg\tsaid "no"\n', (("pos", '"Great" film'), ("neg", 'said "no"'))
+        "a.tsv",
+        TSV + 'pos\t"Great" film\nneg\tsaid "no"\n',
+        (("pos", '"Great" film'), ("neg", 'said "no"')),
     ),
-    "a quote that stays open": Table(
-        "a.tsv", 'pos\t"open\n' + TSV, (("pos", '"open'),)
-    ),
+    "a quote that stays open": Table("a.tsv", 'pos\t"open\n' + TSV, (("pos", '"open'),)),
     "quotes that cross rows": Table(
         "a.tsv", 'pos\t"open\n' + TSV + 'neg\tclosed"\n', (("pos", '"open'), ("neg", 'closed"'))
     ),
-    "a quote that stays open, csv": Table("a.csv", CSV + 'pos,"open\n', error="line 41: unexpected end"),
+    "a quote that stays open, csv": Table(
+        "a.csv", CSV + 'pos,"open\n', error="line 41: unexpected end"
+    ),
     "text behind quotes, csv": Table("a.csv", CSV + 'pos,"a" b\n', error="line 41: .*double those"),
     # cells and rows
     "ragged": Table("a.csv", CSV + "pos,one, two\n", error="line 41: 3 field"),
-    "ragged under a header": Table("a.csv", "label,text\n" + CSV + "pos\n", error="line 42: 1 field"),
+    "ragged under a header": Table(
+        "a.csv", "label,text\n" + CSV + "pos\n", error="line 42: 1 field"
+    ),
     "ragged behind a cell of two lines": Table(
         "a.csv", CSV + 'pos,"a\nb"\npos\n', error="line 43: 1 field"
     ),
     "empty cell": Table("a.csv", CSV + "pos,\n", error="line 41: empty field"),
     "cell of spaces": Table("a.tsv", TSV + "pos\t  \n", error="line 41: empty field"),
     "empty lines": Table("a.tsv", "\n" + TSV.replace("\n", "\n\n  \n")),
-    "rows of empty cells": Table("a.csv", CSV + ",\n,\n" + "pos,last\n", (("pos", "last"),), left=("2 blank",)),
+    "rows of empty cells": Table(
+        "a.csv", CSV + ",\n,\n" + "pos,last\n", (("pos", "last"),), left=("2 blank",)
+    ),
     "spaces around": Table("a.csv", CSV + " pos , last \n", (("pos", "last"),)),
-    "label with spaces": Table("a.csv", CSV + "very good,x\nvery good,y\nvery good,z\nvery good,w\nvery good,v\n",
-                               tuple(("very good", c) for c in "xyzwv")),
+    "label with spaces": Table(
+        "a.csv",
+        CSV + "very good,x\nvery good,y\nvery good,z\nvery good,w\nvery good,v\n",
+        tuple(("very good", c) for c in "xyzwv"),
+    ),
     "huge cell": Table("a.csv", CSV + f"pos,{HUGE}\n", (("pos", HUGE),)),
     "huge cell in quotes": Table("a.tsv", TSV + f'pos\t"{HUGE}"\n', (("pos", HUGE),)),
-    "duplicates": Table("a.tsv", TSV + TSV[: TSV.index("text 3")] + "text 3\n", left=("4 equal to an earlier",)),
-    "duplicates of another label": Table("a.tsv", TSV + "neg\ttext 1\npos\ttext 1\n",
-                                         left=("1 equal to an earlier", "1 equal but for the label")),
+    "duplicates": Table(
+        "a.tsv", TSV + TSV[: TSV.index("text 3")] + "text 3\n", left=("4 equal to an earlier",)
+    ),
+    "duplicates of another label": Table(
+        "a.tsv",
+        TSV + "neg\ttext 1\npos\ttext 1\n",
+        left=("1 equal to an earlier", "1 equal but for the label"),
+    ),
     "columns swapped": Table("a.tsv", "".join(f"{b}\t{a}\n" for a, b in ROWS), error="swapped"),
     "one class": Table("a.tsv", TSV.replace("neg", "pos"), error="one class, 'pos'"),
     "empty": Table("a.csv", "", error="empty; expected label,text"),
-    "text of missing values": Table("a.csv", CSV + "pos,nan\npos,None\npos,null\npos,NA\n",
-                                    tuple(("pos", t) for t in ("nan", "None", "null", "NA"))),
+    "text of missing values": Table(
+        "a.csv",
+        CSV + "pos,nan\npos,None\npos,null\npos,NA\n",
+        tuple(("pos", t) for t in ("nan", "None", "null", "NA")),
+    ),
     # classes that are numbers
-    "numbers": Table("a.csv", "".join(f"{i % 3},text {i}\n" for i in range(40)), own(["0", "1", "2"]), True),
-    "0 and 0.0": Table("a.csv", "".join(f"{['0', '1', '0.0', '1.0'][i % 4]},text {i}\n" for i in range(40)),
-                       own(["0", "1"]), True),
-    "leading zeros": Table("a.csv", "".join(f"{['007', '7', '07'][i % 3]},text {i}\n" for i in range(60)),
-                           tuple((["007", "7", "07"][i % 3], f"text {i}") for i in range(60)), True),
+    "numbers": Table(
+        "a.csv", "".join(f"{i % 3},text {i}\n" for i in range(40)), own(["0", "1", "2"]), True
+    ),
+    "0 and 0.0": Table(
+        "a.csv",
+        "".join(f"{['0', '1', '0.0', '1.0'][i % 4]},text {i}\n" for i in range(40)),
+        own(["0", "1"]),
+        True,
+    ),
+    "leading zeros": Table(
+        "a.csv",
+        "".join(f"{['007', '7', '07'][i % 3]},text {i}\n" for i in range(60)),
+        tuple((["007", "7", "07"][i % 3], f"text {i}") for i in range(60)),
+        True,
+    ),
     "jsonl numbers": Table("a.jsonl", labelled([0, 1, 0.0, 1.0]), own(["0", "1"]), True),
-    "jsonl negative zero": Table("a.jsonl", labelled([-1, 0, -0.0, 1]), own(["-1", "0", "0", "1"]), True),
+    "jsonl negative zero": Table(
+        "a.jsonl", labelled([-1, 0, -0.0, 1]), own(["-1", "0", "0", "1"]), True
+    ),
     "jsonl true and false": Table("a.jsonl", labelled([True, False]), own(["True", "False"]), True),
-    "jsonl bool and number": Table("a.jsonl", labelled([True, 1]), error="true or false in line 1 and a number in line 2"),
-    "jsonl number and text": Table("a.jsonl", labelled([0, "0"]), error="a number in line 1 and text in line 2"),
-    "jsonl scores": Table("a.jsonl", labelled([1, 0.37]), error="line 2: 'label' is of type float .0.37.; expected one"),
-    "jsonl infinity": Table("a.jsonl", labelled([1, float("inf")]), error="line 2: 'label' is of type float"),
+    "jsonl bool and number": Table(
+        "a.jsonl", labelled([True, 1]), error="true or false in line 1 and a number in line 2"
+    ),
+    "jsonl number and text": Table(
+        "a.jsonl", labelled([0, "0"]), error="a number in line 1 and text in line 2"
+    ),
+    "jsonl scores": Table(
+        "a.jsonl",
+        labelled([1, 0.37]),
+        error="line 2: 'label' is of type float .0.37.; expected one",
+    ),
+    "jsonl infinity": Table(
+        "a.jsonl", labelled([1, float("inf")]), error="line 2: 'label' is of type float"
+    ),
     # JSON
     "jsonl": Table("a.jsonl", lines(OBJECTS)),
     "jsonl in capitals": Table("a.JSONL", lines(OBJECTS)),
@@ -169,21 +218,51 @@ TABLES = {
     "jsonl more keys": Table("a.jsonl", lines([one | {"id": [1], "x": None} for one in OBJECTS])),
     "json list": Table("a.json", json.dumps(OBJECTS, indent=1)),
     "json of lines": Table("a.json", lines(OBJECTS)),
-    "jsonl NaN text": Table("a.jsonl", lines([*OBJECTS, {"label": "a", "text": float("nan")}]), error="line 41: 'text' is NaN"),
-    "jsonl NaN label": Table("a.jsonl", lines([*OBJECTS, {"label": float("nan"), "text": "a"}]), error="line 41: 'label' is NaN"),
-    "jsonl null": Table("a.jsonl", lines([*OBJECTS, {"label": "a", "text": None}]), error="line 41: no 'text'"),
-    "jsonl list text": Table("a.jsonl", lines([*OBJECTS, {"label": "a", "text": ["b"]}]), error="line 41: 'text' is of type list"),
-    "jsonl dict text": Table("a.jsonl", lines([{"label": "a", "text": {"en": "b"}}]), error="line 1: 'text' is of type dict"),
-    "jsonl number text": Table("a.jsonl", lines([{"label": "a", "text": 3}]), error="line 1: 'text' is of type int"),
-    "jsonl list label": Table("a.jsonl", lines([{"label": ["a", "b"], "text": "c"}]), error="'label' is of type list"),
-    "jsonl key twice": Table("a.jsonl", '{"label": "a", "label": "b", "text": "c"}', error="'label' twice"),
-    "jsonl surrogate": Table("a.jsonl", '{"label": "a", "text": "\\ud800"}', error="half a surrogate"),
+    "jsonl NaN text": Table(
+        "a.jsonl",
+        lines([*OBJECTS, {"label": "a", "text": float("nan")}]),
+        error="line 41: 'text' is NaN",
+    ),
+    "jsonl NaN label": Table(
+        "a.jsonl",
+        lines([*OBJECTS, {"label": float("nan"), "text": "a"}]),
+        error="line 41: 'label' is NaN",
+    ),
+    "jsonl null": Table(
+        "a.jsonl", lines([*OBJECTS, {"label": "a", "text": None}]), error="line 41: no 'text'"
+    ),
+    "jsonl list text": Table(
+        "a.jsonl",
+        lines([*OBJECTS, {"label": "a", "text": ["b"]}]),
+        error="line 41: 'text' is of type list",
+    ),
+    "jsonl dict text": Table(
+        "a.jsonl",
+        lines([{"label": "a", "text": {"en": "b"}}]),
+        error="line 1: 'text' is of type dict",
+    ),
+    "jsonl number text": Table(
+        "a.jsonl", lines([{"label": "a", "text": 3}]), error="line 1: 'text' is of type int"
+    ),
+    "jsonl list label": Table(
+        "a.jsonl", lines([{"label": ["a", "b"], "text": "c"}]), error="'label' is of type list"
+    ),
+    "jsonl key twice": Table(
+        "a.jsonl", '{"label": "a", "label": "b", "text": "c"}', error="'label' twice"
+    ),
+    "jsonl surrogate": Table(
+        "a.jsonl", '{"label": "a", "text": "\\ud800"}', error="half a surrogate"
+    ),
     "jsonl NUL": Table("a.jsonl", '{"label": "a", "text": "b\\u0000"}', error="NUL"),
     "jsonl indented": Table("a.jsonl", json.dumps(OBJECTS, indent=1), error="line 1: not JSON"),
-    "jsonl second in some": Table("a.jsonl", lines([*OBJECTS, OBJECTS[0] | {"second": "b"}]), error="line 41: 3 field"),
+    "jsonl second in some": Table(
+        "a.jsonl", lines([*OBJECTS, OBJECTS[0] | {"second": "b"}]), error="line 41: 3 field"
+    ),
     "json list of lists": Table("a.json", '[["a", "b"]]', error="object 1: list"),
-    "json object of columns": Table("a.json", '{"label": ["a"], "text": ["b"]}', error="'label' is of type list"),
-}  # fmt: skip
+    "json object of columns": Table(
+        "a.json", '{"label": ["a"], "text": ["b"]}', error="'label' is of type list"
+    ),
+}
 
 
 def rows_of(path: Path) -> set[tuple[str, str]]:
@@ -230,14 +309,16 @@ def test_a_table_is_read_right_or_refused_in_one_line(case, tmp_path, caplog):
     ("columns", "error"),
     [
         ({"label": [a for a, _ in ROWS], "text": [b for _, b in ROWS], "id": list(range(40))}, ""),
-        ({"label": [a for a, _ in ROWS] + ["a"], "text": [b for _, b in ROWS] + [None]},
-         "row 41: no 'text'"),
+        (
+            {"label": [a for a, _ in ROWS] + ["a"], "text": [b for _, b in ROWS] + [None]},
+            "row 41: no 'text'",
+        ),
         ({"label": [0.0, 1.5], "text": ["a", "b"]}, "row 2: 'label' is of type float"),
         ({"label": ["a"], "body": ["b"]}, "no 'text'"),
         ({"x": ["a"]}, "no column 'label'"),
         ({"label": ["a"], "text": [b"b"]}, "'text' is of type bytes"),
     ],
-)  # fmt: skip
+)
 def test_parquet_is_read_by_its_types(columns, error, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -259,14 +340,22 @@ PAIR_LINES = "".join(f"{a}\t{b}\n" for a, b in PAIRS)
 PAIR_FILES = {
     "plain": ("a.tsv", PAIR_LINES, 0),
     "header": ("a.tsv", "source\ttarget\n" + PAIR_LINES, 0),
-    "header, other order": ("a.csv", "target,source\n" + "".join(f"{b},{a}\n" for a, b in PAIRS), 0),
-    "header of one name": ("a.csv", "source,translation\n" + PAIR_LINES, "'source' and none 'target'"),
+    "header, other order": (
+        "a.csv",
+        "target,source\n" + "".join(f"{b},{a}\n" for a, b in PAIRS),
+        0,
+    ),
+    "header of one name": (
+        "a.csv",
+        "source,translation\n" + PAIR_LINES,
+        "'source' and none 'target'",
+    ),
     "duplicates": ("a.tsv", PAIR_LINES + PAIR_LINES, 60),
     "jsonl": ("a.jsonl", lines([{"source": a, "target": b} for a, b in PAIRS]), 0),
     "number": ("a.jsonl", lines([{"source": "1+1", "target": 2}]), "'target' is of type int"),
     "list": ("a.jsonl", lines([{"source": "a", "target": ["b"]}]), "'target' is of type list"),
     "three columns": ("a.tsv", "a\tb\tc\n", "line 1: 3 field"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", PAIR_FILES)
@@ -290,22 +379,42 @@ QUOTED = (('"', "O"), ("a", "O"), ('"', "O"))
 TAG_FILES = {
     "plain": ("a.txt", CONLL, (), 0),
     "header": ("a.tsv", "word\ttag\n" + CONLL, (), 0),
-    "header, other order": ("a.csv", "tag,id,word\n" + "\n".join("".join(f"{t},1,{w}\n" for w, t in s) for s in SENTENCES), (), 0),
-    "header of other names": ("a.txt", "token\tner\n" + CONLL, (), "the tag 'ner' is in no other row"),
+    "header, other order": (
+        "a.csv",
+        "tag,id,word\n" + "\n".join("".join(f"{t},1,{w}\n" for w, t in s) for s in SENTENCES),
+        (),
+        0,
+    ),
+    "header of other names": (
+        "a.txt",
+        "token\tner\n" + CONLL,
+        (),
+        "the tag 'ner' is in no other row",
+    ),
     "header of one name": ("a.txt", "token\ttag\n" + CONLL, (), "'tag' and none 'word'"),
     "docstart": ("a.txt", "-DOCSTART-\tO\n\n" + CONLL, (), 1),
     "crlf": ("a.txt", CONLL.replace("\n", "\r\n"), (), 0),
     "mark": ("a.txt", "\ufeff" + CONLL, (), 0),
     "line of a tab": ("a.txt", CONLL.replace("\n\n", "\n\t\n"), (), 0),
     "words that are quotes": ("a.txt", CONLL + '\n"\tO\na\tO\n"\tO\n', (QUOTED,), 0),
-    "quotes of a spreadsheet": ("a.csv", CONLL.replace("\t", ",") + '\n"""",O\na,O\n"""",O\n', (QUOTED,), 0),
+    "quotes of a spreadsheet": (
+        "a.csv",
+        CONLL.replace("\t", ",") + '\n"""",O\na,O\n"""",O\n',
+        (QUOTED,),
+        0,
+    ),
     "words of commas": ("a.txt", CONLL + "\n,\tO\n1,000\tO\n", (((",", "O"), ("1,000", "O")),), 0),
     "duplicates": ("a.txt", CONLL + "\n" + CONLL, (), 60),
-    "four columns": ("a.txt", CONLL.replace("\t", "\tX\tX\t"), (), "line 1: 'w00 X X O'; expected word"),
+    "four columns": (
+        "a.txt",
+        CONLL.replace("\t", "\tX\tX\t"),
+        (),
+        "line 1: 'w00 X X O'; expected word",
+    ),
     "spaces": ("a.txt", CONLL.replace("\t", " "), (), "line 1: 'w00 O'; expected word"),
     "a word without a tag": ("a.txt", CONLL + "x\n", (), "expected word"),
     "header only": ("a.txt", "word\ttag\n", (), "no sentence"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", TAG_FILES)
