@@ -54,8 +54,18 @@ class WordPiece:
         self._backend = backend
 
     def tokens(self, ids: Any) -> list[str]:
-        """The token of each id."""
-        return [str(self._backend.id_to_token(int(i))) for i in ids]
+        """The token of each id.
+
+        Raises:
+            ConfigError: an id that is none of the tokenizer's.
+        """
+        found = [self._backend.id_to_token(int(i)) if i >= 0 else None for i in ids]
+        if None in found:
+            odd = int(ids[found.index(None)])
+            raise ConfigError(
+                f"tokenizer: id {odd} is no token; expected 0 to {self.vocab_size - 1}"
+            )
+        return found
 
     def to_text(self) -> str:
         """JSON as in a tokenizer.json."""
