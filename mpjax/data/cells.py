@@ -80,6 +80,11 @@ def read_cells(path: Path, fields: Sequence[str]) -> list[Cells]:
         # A quote that only a later row's quote closes is text, and so are all others.
         crossed = any("\n" in cell and "\t" in cell for _, cells in rows for cell in cells)
         if delimiter != "\t" or not crossed:
+            if swallowed := [row.line for row in rows if _holds_rows(row, delimiter)]:
+                logger.warning(
+                    "data %r: line %d: a cell in quotes holds lines that look like rows; is its"
+                    " quote closed?", str(path), swallowed[0],
+                )  # fmt: skip
             return rows
     except csv.Error as error:
         if delimiter != "\t":
@@ -109,6 +114,11 @@ def _cells(text: str, **dialect: Any) -> Iterator[Cells]:
             return
         except csv.Error as error:
             raise csv.Error(f"line {line}: {error}") from error
+
+
+def _holds_rows(row: Cells, delimiter: str) -> bool:
+    inner = [line for cell in row.cells for line in cell.split("\n")[1:-1]]
+    return len(inner) > 1 and {line.count(delimiter) for line in inner} == {len(row.cells) - 1}
 
 
 def _is_spreadsheets(cell: str) -> bool:

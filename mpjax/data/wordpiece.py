@@ -59,12 +59,14 @@ class WordPiece:
         Raises:
             ConfigError: an id that is none of the tokenizer's.
         """
-        found = [self._backend.id_to_token(int(i)) if i >= 0 else None for i in ids]
-        if None in found:
-            odd = int(ids[found.index(None)])
-            raise ConfigError(
-                f"tokenizer: id {odd} is no token; expected 0 to {self.vocab_size - 1}"
-            )
+        found = []
+        for i in ids:
+            token = self._backend.id_to_token(int(i)) if i >= 0 else None
+            if token is None:
+                raise ConfigError(
+                    f"tokenizer: id {int(i)} is no token; expected 0 to {self.vocab_size - 1}"
+                )
+            found.append(str(token))
         return found
 
     def to_text(self) -> str:

@@ -455,6 +455,17 @@ def test_a_mixture_of_quotes_is_said(tmp_path, caplog):
     assert "quotes are read as text" in caplog.text and "line 42" in caplog.text
 
 
+def test_rows_inside_quotes_are_said(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text(CSV + 'pos,"one, two\nthree\nfour, five"\n')
+    load_labelled(str(tmp_path / "a.csv"))
+    assert "look like rows" not in caplog.text
+    (tmp_path / "a.csv").write_text(
+        CSV + 'pos,"open\n' + CSV.replace("text", "more") + 'neg,closed"\n'
+    )
+    load_labelled(str(tmp_path / "a.csv"))
+    assert "line 41: a cell in quotes holds lines that look like rows" in caplog.text
+
+
 def test_documents_have_no_byte_order_mark(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello\r\n")
     (tmp_path / "a.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')
