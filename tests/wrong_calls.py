@@ -326,6 +326,40 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: models.generate(decoder, of(wider), IDS, new=2),
         "model: misshaped decoder/embed/table (50, 32) (50, 16)",
     ),
+    # batches
+    "left_pad(a number)": (lambda: models.left_pad(5), "prompt: 5 a list of prompts [[5, 6]]"),
+    "left_pad(fractions)": (lambda: models.left_pad([[1.7]]), "prompt: [1.7] integers"),
+    "judge(a number)": (lambda: models.judge(decoder, of(decoder), 5), "judge: batches 5 [batch]"),
+    "judge(a batch)": (
+        lambda: models.judge(decoder, of(decoder), {"inputs": IDS, "targets": IDS}),
+        "judge: batches [batch]",
+    ),
+    "compare(None)": (
+        lambda: models.compare(decoder, of(decoder), None, [models.Variant()]),
+        "compare: batches None [batch]",
+    ),
+    "input_moments(a number)": (
+        lambda: models.input_moments(decoder, of(decoder), 5), "input_moments: batches 5",
+    ),
+    "loss(a tuple)": (
+        lambda: decoder.loss(of(decoder), (IDS, IDS)), "decoder: a batch a tuple of 2 'inputs'",
+    ),
+    "loss(targets of fractions)": (
+        lambda: decoder.loss(of(decoder), {"inputs": IDS, "targets": IDS + 0.5}),
+        "decoder: targets float32 (1, 2) integers",
+    ),
+    "cross_entropy(targets of fractions)": (
+        lambda: ops.cross_entropy(
+            jnp.ones((1, 2, 3)), IDS + 0.5, lambda x: x, bf16.policy("loss"), chunk=2
+        ),
+        "cross_entropy: targets float32 integers",
+    ),
+    "cross_entropy(nothing)": (
+        lambda: ops.cross_entropy(
+            jnp.ones((0, 2, 3)), IDS[:0], lambda x: x, bf16.policy("loss"), chunk=2
+        ),
+        "cross_entropy: no targets (0, 2)",
+    ),
     # transforms
     "autocast(swapped)": (lambda: mpjax.autocast("bf16", layer), "autocast: 'bf16' not a function"),
     "autocast(None)": (lambda: mpjax.autocast(layer, None), "precision: None"),

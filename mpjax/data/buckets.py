@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 
 Example = Mapping[str, Any]  # name -> one number, or an array with an entry a token
 Batch = dict[str, np.ndarray]
@@ -17,34 +17,110 @@ IGNORE = -100  # the label of what is no target; also what labels are padded wit
 _PADDING: dict[str, int] = {"labels": IGNORE}  # all else is padded with 0
 
 
-def pad(examples: Sequence[Example], length: int, padding: Mapping[str, int] = {}) -> Batch:
+class Field(NamedTuple):
+    """What a field is in all examples.
+
+    Args:
+        dtype: holds the numbers of each.
+        ndim: 0 of numbers, 1 of arrays.
+    """
+
+    dtype: np.dtype[Any]
+    ndim: int
+
+
+def fields_of(examples: Sequence[Example]) -> dict[str, Field]:
+    """Returns the fields that examples have, each with the dtype that holds all its numbers.
+
+    Raises:
+        ConfigError: no examples, one that is no dict, a field that only some have, that holds
+            something else than numbers, or that is a number in some and an array in others.
+
+    Example:
+        >>> fields_of([{"weights": [1, 0]}, {"weights": [0.5]}])["weights"].dtype.name
+        'float64'
+    """
+    axes: dict[str, int] = {}
+    dtypes: dict[str, set[np.dtype[Any]]] = {}
+    for number, example in enumerate(examples):
+        where = f"examples[{number}]"
+        if not isinstance(example, Mapping) or not example:
+            raise ConfigError(f"{where} is {brief(example)}; give a dict of field -> numbers")
+        if number and (odd := sorted(map(str, axes.keys() ^ example.keys()))):
+            there = "lacks" if odd[0] in axes else "has"
+            raise ConfigError(
+                f"{where}: {there} the field {odd[0]!r}, unlike examples[0]; give all the same"
+            )
+        for name, value in example.items():
+            array = _numbers(value, f"{where}: {name}")
+            if axes.setdefault(name, array.ndim) != array.ndim:
+                raise ConfigError(
+                    f"{where}: {name} has {array.ndim} axes, in examples[0] {axes[name]}; give"
+                    " numbers or arrays, not both"
+                )
+            known = dtypes.setdefault(name, set())
+            if array.size:  # NumPy takes [] for float64
+                known.add(array.dtype)
+    if not axes:
+        raise ConfigError("examples: none; name more data")
+    try:
+        return {
+            name: Field(np.result_type(*dtypes[name] or [np.int32]), ndim)
+            for name, ndim in axes.items()
+        }
+    except TypeError as error:
+        raise ConfigError(
+            f"examples: a field of dtypes that do not mix ({error}); cast it"
+        ) from error
+
+
+def _numbers(value: Any, where: str) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):  # a key of JAX, lists of several lengths
+        array = np.empty(0, object)
+    # Kind V is that of bfloat16 and its like.
+    if array.dtype.kind not in "biufV" or array.dtype.fields or array.ndim > 1:
+        raise ConfigError(f"{where} is {brief(value)}; give a number, or one a token")
+    return array
+
+
+def pad(
+    examples: Sequence[Example],
+    length: int,
+    padding: Mapping[str, int] = {},
+    fields: Mapping[str, Field] | None = None,
+) -> Batch:
     """Stacks examples: arrays are padded behind to `length`, numbers become a vector.
 
     Args:
         examples: with equal names.
         length: tokens a row.
         padding: name -> what fills it up; `labels` are filled with `IGNORE`, all others with 0.
+        fields: of all examples that these are some of, from `fields_of`; else of these alone.
 
     Returns:
-        Name -> array of shape (examples, length) or (examples,).
+        Name -> array of shape (examples, length) or (examples,), of a dtype that holds all.
 
     Raises:
-        ConfigError: an example is longer.
+        ConfigError: an example is longer, or what `fields_of` raises.
 
     Example:
         >>> pad([{"ids": np.array([5, 6]), "labels": 1}], 3)
         {'ids': array([[5, 6, 0]]), 'labels': array([1])}
     """
     batch: Batch = {}
-    for name in examples[0]:
+    for name, (dtype, ndim) in (fields or fields_of(examples)).items():
         parts = [np.asarray(example[name]) for example in examples]
-        if parts[0].ndim == 0:
-            batch[name] = np.stack(parts)
+        if ndim == 0:
+            batch[name] = np.array(parts, dtype)
             continue
         if (longest := max(map(len, parts))) > length:
             raise ConfigError(f"{name}: {longest} tokens do not fit {length}; raise the length")
         fill = (_PADDING | dict(padding)).get(name, 0)
-        batch[name] = np.full((len(parts), length), fill, parts[0].dtype)
+        if dtype.kind in "biu" and fill != np.asarray(fill).astype(dtype):  # unsigned labels
+            dtype = np.promote_types(dtype, np.min_scalar_type(fill))
+        batch[name] = np.full((len(parts), length), fill, dtype)
         for row, part in zip(batch[name], parts, strict=True):
             row[: len(part)] = part
     return batch
@@ -61,8 +137,6 @@ def _buckets(sizes: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     ladder = np.array(sorted(set(lengths)))
     if not len(ladder) or ladder[0] < 1:
         raise ConfigError(f"lengths={tuple(lengths)}: expected at least one positive length")
-    if not len(sizes):
-        raise ConfigError("examples: none; name more data")
     if sizes.max() > ladder[-1]:
         raise ConfigError(
             f"lengths: an example has {sizes.max()} tokens, the longest is {ladder[-1]}; raise it"
@@ -87,7 +161,7 @@ class _Epochs:
         padding: Mapping[str, int],
     ):
         self._examples, self._batch, self._seed = examples, batch, seed
-        self._change, self._padding = change, padding
+        self._change, self._padding, self._fields = change, padding, fields_of(examples)
         self._of = _buckets(_sizes(examples), lengths)
         self._count = -(-len(examples) // batch)
         self._planned: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
@@ -115,7 +189,7 @@ class _Epochs:
     def __getitem__(self, index: int) -> Batch:
         epoch, place = divmod(index, self._count)
         length, rows = self._plan(epoch)[place]
-        batch = pad([self._examples[row] for row in rows], length, self._padding)
+        batch = pad([self._examples[row] for row in rows], length, self._padding, self._fields)
         return self._change(batch, np.random.default_rng((self._seed, index, 1)))
 
 
@@ -142,7 +216,8 @@ def bucket_batches(
         grain's iterator of batches, with ``get_state()`` and ``set_state()``.
 
     Raises:
-        ConfigError: no examples, one that is too long, a batch or length below 1.
+        ConfigError: no examples, one that is too long, a batch or length below 1, fields that
+            differ.
 
     Example:
         >>> examples = [{"ids": np.arange(n)} for n in (3, 2, 7, 4)]
@@ -185,6 +260,7 @@ def eval_batches(
     """
     if batch < 1:
         raise ConfigError(f"batch={batch}: expected at least 1 row")
+    fields = fields_of(examples)
     of = _buckets(_sizes(examples), lengths)
     found = []
     for length in np.unique(of):
@@ -192,5 +268,6 @@ def eval_batches(
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
             filled = np.concatenate([part, np.repeat(part[:1], batch - len(part))])
-            found.append((part, pad([examples[row] for row in filled], int(length), padding)))
+            chosen = [examples[row] for row in filled]
+            found.append((part, pad(chosen, int(length), padding, fields)))
     return found

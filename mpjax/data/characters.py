@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from mpjax.errors import ConfigError
+
 
 class Characters:
     """Each character of some texts is a token; all others are id 0.
@@ -36,5 +38,13 @@ class Characters:
         return [np.array([self._ids.get(c, 0) for c in text], np.int32) for text in texts]
 
     def decode(self, ids: Any) -> str:
-        """The text of some ids."""
+        """The text of some ids.
+
+        Raises:
+            ConfigError: one that is no character's.
+        """
+        if odd := [int(i) for i in ids if not 0 <= i < self.vocab_size]:
+            raise ConfigError(
+                f"characters: cannot decode id {odd[0]}; expected 0 to {self.vocab_size - 1}"
+            )
         return "".join(self._characters[int(i)] for i in ids)

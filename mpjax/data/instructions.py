@@ -14,6 +14,13 @@ from mpjax.errors import ConfigError
 logger = logging.getLogger("mpjax.data")
 
 
+def _ids(encode: Callable[[str], Any], text: str) -> np.ndarray:
+    ids = np.asarray(encode(text))
+    if ids.size and ids.dtype.kind not in "iu":
+        raise ConfigError(f"encode: gives {ids.dtype.name}; expected token ids, which are integers")
+    return ids.astype(np.int32)
+
+
 def instruction_examples(
     pairs: Sequence[tuple[str, str]],
     encode: Callable[[str], Any],
@@ -44,7 +51,7 @@ def instruction_examples(
     """
     examples = []
     for number, (prompt, answer) in enumerate(pairs):
-        first, second = (np.asarray(encode(text), np.int32) for text in (prompt, answer))
+        first, second = (_ids(encode, text) for text in (prompt, answer))
         if not len(first) or not len(second):
             raise ConfigError(f"pair {number}: empty prompt or answer; drop it or fill it in")
         ids = np.concatenate([first, second, np.array([end], np.int32)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ import numpy as np
 
 from mpjax.data.assets import fetch
 from mpjax.data.frame import read_frame
-from mpjax.data.rows import read_rows
+from mpjax.data.rows import Rows as FileRows
+from mpjax.data.rows import read_rows, say_counts
 from mpjax.data.split import held_out
 from mpjax.errors import ConfigError
 
+logger = logging.getLogger("mpjax.data")
+
 _HELD_OUT = 0.2
+_OTHER = "equal but for the label"
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,15 @@ def load_labelled(source: str, *, seed: int = 0) -> tuple[LabelledTexts, Labelle
     """Loads labelled texts as a training and a held-out side that share no text.
 
     Of equal texts the first is kept; a training text that is held out too is dropped from
-    training. A source without a split of its own holds 20 % out, by a hash of seed and text.
+    training; what is left out is counted in one logged line. A source without a split of its own
+    holds 20 % out, by a hash of seed and text.
 
     Args:
         source: ``reviews``, ``movie-snippets`` or ``bbc``, fetched at first use; or a file of
-            ``label<TAB>text`` or ``label<TAB>text<TAB>second text`` lines, or of JSON lines with
-            ``label``, ``text`` and perhaps ``second``.
+            ``label<TAB>text`` or ``label<TAB>text<TAB>second text`` lines, perhaps with a header
+            that names the columns ``label``, ``text``, ``second``; the same in ``.csv``; or
+            ``.jsonl``, ``.json`` or ``.parquet`` with these keys. Labels are text, whole numbers,
+            or true and false.
         seed: of the split, where the source has none.
 
     Returns:
@@ -103,16 +111,25 @@ def load_labelled(source: str, *, seed: int = 0) -> tuple[LabelledTexts, Labelle
         ConfigError: an asset that cannot be had, a file that cannot be read, one class only.
     """
     if source in _SOURCES:
-        train, test = _SOURCES[source](fetch(source))
+        read, tests = _SOURCES[source](fetch(source))
+        blank = 0
     else:
         what = f"expected {' '.join(_SOURCES)} or a file of label<TAB>text lines"
         if not Path(source).is_file():
             raise ConfigError(f"data {source!r}: no such source or file; {what}")
-        train, test = read_rows(Path(source), ("label", "text"), ("second",)), []
-    train, test = _distinct(train), _distinct(test)
+        (read, blank), tests = _read(Path(source)), []
+    train, test = _distinct(read), _distinct(tests)
+    dropped = {"blank": blank} | _repeats([read, tests], [train, test])
+    if (other := dropped[_OTHER]) > len(read + tests) / 2:
+        raise ConfigError(
+            f"data {source!r}: {other} of {len(read + tests)} rows repeat a text under another"
+            " label; are the columns of labels and texts swapped? name them in a header"
+        )
     if test:
         known = {tuple(row[1:]) for row in test}
+        before = len(train)
         train = [row for row in train if tuple(row[1:]) not in known]
+        dropped["held out too"] = before - len(train)
     else:
         out = held_out(["\0".join(row[1:]) for row in train], _HELD_OUT, seed=seed)
         test = [row for row, one in zip(train, out, strict=True) if one]
@@ -124,12 +141,32 @@ def load_labelled(source: str, *, seed: int = 0) -> tuple[LabelledTexts, Labelle
         raise ConfigError(
             f"data {source!r}: class {min(strange)!r} is only held out; give it more examples"
         )
+    folded = {name.casefold(): name for name in classes}
+    if twins := [
+        (name, folded[name.casefold()]) for name in classes if name not in folded.values()
+    ]:
+        logger.warning("data %r: the classes %r and %r differ in case only", source, *twins[0])
+    say_counts(source, "rows", {"for training": len(train), "held out": len(test)}, dropped)
     return _texts(train, classes), _texts(test, classes)
+
+
+def _read(path: Path) -> FileRows:
+    return read_rows(path, ("label", "text"), ("second",), classes="label")
 
 
 def _distinct(rows: Rows) -> Rows:
     first = {tuple(row[1:]): row for row in reversed(rows)}
     return [row for row in rows if first[tuple(row[1:])] is row]
+
+
+def _repeats(sides: Sequence[Rows], distinct: Sequence[Rows]) -> dict[str, int]:
+    """How many rows repeat an earlier text of their side, by whether the label is the same."""
+    same = other = 0
+    for rows, kept in zip(sides, distinct, strict=True):
+        labels = {tuple(row[1:]): row[0] for row in kept}
+        other += sum(labels[tuple(row[1:])] != row[0] for row in rows)
+        same += len(rows) - len(kept)
+    return {"equal to an earlier one": same - other, _OTHER: other}
 
 
 def _texts(rows: Rows, classes: Sequence[str]) -> LabelledTexts:

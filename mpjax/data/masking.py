@@ -32,8 +32,13 @@ def masking(pieces: WordPiece, rate: float = 0.15) -> Callable[[Batch, np.random
     special = [pieces.pad, pieces.first, pieces.separator]
 
     def change(batch: Batch, draw: np.random.Generator) -> Batch:
+        if "ids" not in batch or ("keep" in batch) == ("attention_mask" in batch):
+            raise ConfigError(
+                f"masking: the batch holds {' '.join(batch)}; give ids, and keep or attention_mask"
+            )
         ids = batch["ids"]
-        chosen = (draw.random(ids.shape) < rate) & batch["keep"] & ~np.isin(ids, special)
+        keep = np.asarray(batch["keep" if "keep" in batch else "attention_mask"]).astype(bool)
+        chosen = (draw.random(ids.shape) < rate) & keep & ~np.isin(ids, special)
         kind = draw.random(ids.shape)
         other = draw.integers(0, pieces.vocab_size, ids.shape).astype(ids.dtype)
         hidden = np.where(kind < 0.8, ids.dtype.type(pieces.mask), np.where(kind < 0.9, other, ids))

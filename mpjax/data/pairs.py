@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mpjax.data.assets import fetch
-from mpjax.data.rows import read_rows
+from mpjax.data.rows import read_rows, say_counts
 from mpjax.data.split import held_out
 from mpjax.errors import ConfigError
 
@@ -56,12 +56,13 @@ def load_pairs(source: str, *, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
     """Loads pairs of sequences as a training and a held-out side that share no source sequence.
 
     Equal pairs are kept once; 5 % of the source sequences are held out, by a hash of seed and
-    sequence, with all their targets.
+    sequence, with all their targets. What is left out is counted in one logged line.
 
     Args:
         source: ``names`` (Arabic to Latin script), ``libreoffice-help`` (English to German),
-            fetched at first use; or a file of ``source<TAB>target`` lines, or of JSON lines with
-            ``source`` and ``target``.
+            fetched at first use; or a file of ``source<TAB>target`` lines, perhaps with a header
+            that names these columns; the same in ``.csv``; or ``.jsonl``, ``.json`` or
+            ``.parquet`` with these keys.
         seed: of the split.
 
     Returns:
@@ -70,10 +71,12 @@ def load_pairs(source: str, *, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
     Raises:
         ConfigError: an asset that cannot be had, or a file that cannot be read.
     """
+    blank = 0
     if source in _SOURCES:
         pairs = _SOURCES[source]()
     elif Path(source).is_file():
-        pairs = [(a, b) for a, b in read_rows(Path(source), ("source", "target"))]
+        rows, blank = read_rows(Path(source), ("source", "target"))
+        pairs = [(a, b) for a, b in rows]
     else:
         raise ConfigError(
             f"data {source!r}: no such source or file; expected {' '.join(_SOURCES)} or a file of"
@@ -82,4 +85,7 @@ def load_pairs(source: str, *, seed: int = 0) -> tuple[list[Pair], list[Pair]]:
     distinct = list(dict.fromkeys(pairs))
     out = held_out([first for first, _ in distinct], _HELD_OUT, seed=seed)
     train = [pair for pair, one in zip(distinct, out, strict=True) if not one]
-    return train, [pair for pair, one in zip(distinct, out, strict=True) if one]
+    test = [pair for pair, one in zip(distinct, out, strict=True) if one]
+    dropped = {"blank": blank, "equal to an earlier one": len(pairs) - len(distinct)}
+    say_counts(source, "pairs", {"for training": len(train), "held out": len(test)}, dropped)
+    return train, test

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 
 Batch = dict[str, np.ndarray]
 
@@ -241,6 +241,8 @@ def _rows(batch: int, process_index: int, process_count: int) -> slice:
 def _window_count(tokens: np.ndarray, seq: int) -> int:
     if seq < 1:
         raise ConfigError(f"seq={seq}: expected at least 1 token")
+    if getattr(getattr(tokens, "dtype", None), "kind", "") not in ("i", "u") or tokens.ndim != 1:
+        raise ConfigError(f"tokens: {brief(tokens)}; give an array of token ids, shape (tokens,)")
     if len(tokens) <= seq:
         raise ConfigError(
             f"seq={seq}: longer than the text, which has {len(tokens)} tokens (a window takes "

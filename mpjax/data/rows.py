@@ -1,78 +1,178 @@
-"""Rows of a user's own file of examples: tab-separated text or JSON lines."""
+"""Rows of a user's own file of examples, with the types that the file has.
+
+Text tables are read by `mpjax.data.cells`; JSON lines, a JSON list of objects and parquet by
+`mpjax.data.table`.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import logging
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from mpjax.errors import ConfigError
+from mpjax.data.cells import check_first, header_of, layout, read_cells
+from mpjax.data.table import TYPED, read_records
+from mpjax.errors import ConfigError, brief
 
+logger = logging.getLogger("mpjax.data")
 
-def read_text_file(path: Path, what: str) -> str:
-    """Reads a UTF-8 file.
-
-    Raises:
-        ConfigError: absent, unreadable, not UTF-8, or without text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Excel begins with a mark
-    except FileNotFoundError:
-        raise ConfigError(f"data {str(path)!r}: no such file; expected {what}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"data {str(path)!r}: cannot be read ({error}); expected UTF-8 text"
-        ) from None
-    if not text.strip():
-        raise ConfigError(f"data {str(path)!r}: empty; expected {what}")
-    return text
+_WHOLE = re.compile(r"(-?)(0|[1-9][0-9]*)(\.0*)?")  # 007 is a name, and no number
 
 
-def read_rows(path: Path, fields: Sequence[str], optional: Sequence[str] = ()) -> list[list[str]]:
-    """Reads the named fields of each row.
-
-    A ``.jsonl`` file has an object a line with these keys; any other file has them separated by
-    tabs, in this order.
+class Rows(NamedTuple):
+    """The rows of a file.
 
     Args:
-        path: the file.
+        rows: the fields' texts of each.
+        blank: how many others have empty cells only; an empty line is no row.
+    """
+
+    rows: list[list[str]]
+    blank: int
+
+
+def read_rows(
+    path: Path, fields: Sequence[str], optional: Sequence[str] = (), *, classes: str = ""
+) -> Rows:
+    """Reads the named fields of each row.
+
+    A text table has them in this order, or in the order of a header that names them; other columns
+    of a header, and other keys of objects, are left out. A field is text. One of classes may also
+    hold whole numbers, of which 0 and 0.0 are the same, or true and false, but not all of these.
+
+    Args:
+        path: the file: ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet`` with these keys, or a
+            text table as `read_cells` reads it.
         fields: names of the fields, none of which may be empty.
         optional: fields that may follow them, in all rows or in none.
-
-    Returns:
-        A list of the fields' texts for each row that is not blank.
+        classes: the field that holds classes, or none.
 
     Raises:
-        ConfigError: a row that lacks a field, with its line.
+        ConfigError: a row that lacks a field, or holds something else in it, with its line.
     """
-    layout = f"{'<TAB>'.join(fields)} on each line, or JSON lines with {' and '.join(fields)}"
-    rows: list[list[str]] = []
-    width = 0
-    for number, line in enumerate(read_text_file(path, layout).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"data {str(path)!r}, line {number}"
-        if path.suffix == ".jsonl":
-            row = _json_row(line, fields, optional, where)
-        else:
-            row = [part.strip() for part in line.rstrip("\r").split("\t")]
-        width = width or len(row)
-        if len(row) != width or not len(fields) <= width <= len(fields) + len(optional):
-            raise ConfigError(f"{where}: {len(row)} field(s); expected {layout}")
-        if "" in row:
-            raise ConfigError(f"{where}: empty field; every example needs a text, drop the line")
-        rows.append(row)
+    where = f"data {str(path)!r}"
+    expected = f"{layout(path, fields)} on each line, or JSON lines with {' and '.join(fields)}"
+    if path.suffix.lower() in TYPED:
+        rows = Rows(list(_typed_rows(path, fields, optional, classes, expected)), 0)
+    else:
+        rows = _text_rows(path, fields, optional, classes, expected)
+    if not rows.rows:
+        raise ConfigError(f"{where}: no rows; expected {expected}")
+    if classes:
+        place = tuple(fields).index(classes)
+        found = [_WHOLE.fullmatch(row[place]) for row in rows.rows]
+        if all(found):
+            for row, match in zip(rows.rows, found, strict=True):
+                assert match is not None
+                row[place] = match[2] if match[2] == "0" else match[1] + match[2]
     return rows
 
 
-def _json_row(line: str, fields: Sequence[str], optional: Sequence[str], where: str) -> list[str]:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON ({error}); expected one object a line") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{where}: {type(found).__name__}; expected an object a line")
-    held = {name: value for name, value in found.items() if value is not None}
-    if lacking := [name for name in fields if name not in held]:
-        raise ConfigError(f"{where}: no {lacking[0]!r}; expected the keys {' '.join(fields)}")
-    return [str(held[name]).strip() for name in (*fields, *optional) if name in held]
+def _typed_rows(
+    path: Path, fields: Sequence[str], optional: Sequence[str], classes: str, expected: str
+) -> Iterator[list[str]]:
+    kinds: dict[str, str] = {}  # kind of class -> where it was first
+    wanted: list[str] = []
+    for record in read_records(path, (*fields, *optional)):
+        where = f"data {str(path)!r}, {record.where}"
+        held = {n: x for n, x in record.fields.items() if x is not None}  # null is not there
+        if lacking := [name for name in fields if name not in held]:
+            raise ConfigError(
+                f"{where}: no {lacking[0]!r}; expected the keys {' '.join(fields)}, drop the row"
+            )
+        names = [name for name in (*fields, *optional) if name in held]
+        wanted = wanted or names
+        if names != wanted:
+            raise ConfigError(
+                f"{where}: {len(names)} field(s); expected {' '.join(wanted)} as above"
+            )
+        row = []
+        for name in names:
+            kind, text = _value(held[name], f"{where}: {name!r}", name == classes)
+            if not text:
+                raise ConfigError(f"{where}: empty field; every example needs a text, drop the row")
+            row.append(text)
+            if name == classes and kinds.setdefault(kind, record.where) and len(kinds) > 1:
+                (one, first), (other, second) = kinds.items()
+                raise ConfigError(
+                    f"data {str(path)!r}: {name!r} is {one} in {first} and {other} in {second};"
+                    " write all alike"
+                )
+        yield row
+
+
+def _value(value: Any, where: str, is_class: bool) -> tuple[str, str]:
+    """The kind of a value, and its text."""
+    if isinstance(value, str):
+        if "\0" in value or re.search("[\ud800-\udfff]", value):
+            raise ConfigError(f"{where} holds a NUL character or half a surrogate pair; clean it")
+        return "text", value.strip()
+    if isinstance(value, float) and math.isnan(value):
+        raise ConfigError(f"{where} is NaN, a missing value; fill it in or drop the row")
+    if is_class and isinstance(value, bool):
+        return "true or false", str(value)
+    if is_class and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
+        return "a number", str(int(value))
+    allowed = "one text or whole number" if is_class else "text"
+    raise ConfigError(
+        f"{where} is of type {type(value).__name__} ({brief(value)}); expected {allowed}, convert"
+        " it"
+    )
+
+
+def _text_rows(
+    path: Path, fields: Sequence[str], optional: Sequence[str], classes: str, expected: str
+) -> Rows:
+    where = f"data {str(path)!r}"
+    table = read_cells(path, fields)
+    filled = [row for row in table if not row.blank]
+    blank = sum(row.blank and len(row.cells) > 1 for row in table)
+    first = filled[0]
+    header = header_of(first, fields, optional, where)
+    if header:
+        places, width = list(header.values()), len(first.cells)
+    else:
+        width = len(first.cells)
+        places = list(range(width))
+    rows = []
+    for line, cells in filled[bool(header) :]:
+        at = f"{where}, line {line}"
+        if len(cells) != width or not (
+            header or len(fields) <= width <= len(fields) + len(optional)
+        ):
+            raise ConfigError(f"{at}: {len(cells)} field(s); expected {expected}")
+        if header and cells == first.cells:
+            raise ConfigError(f"{at}: the header of line {first.line} again; drop the line")
+        row = [cells[place].strip() for place in places]
+        if "" in row:
+            raise ConfigError(f"{at}: empty field; every example needs a text, drop the line")
+        rows.append(row)
+    if classes and rows and not header:
+        values = [row[tuple(fields).index(classes)] for row in rows]
+        check_first(values, "class", fields, f"{where}, line {first.line}")
+    return Rows(rows, blank)
+
+
+def say_counts(source: str, unit: str, used: Mapping[str, int], dropped: Mapping[str, int]) -> None:
+    """Logs how many rows were read, used and left out; a warning if any was.
+
+    Args:
+        source: the data.
+        unit: what is counted.
+        used: kind -> count.
+        dropped: reason -> count.
+    """
+    lost = {reason: n for reason, n in dropped.items() if n}
+    total = sum(used.values()) + sum(lost.values())
+    text = f"data {source!r}: {total} {unit} read: {_listed(used.items())}"
+    if lost:
+        logger.warning("%s; left out: %s", text, _listed(lost.items()))
+    else:
+        logger.info("%s", text)
+
+
+def _listed(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{n} {what}" for what, n in counts)

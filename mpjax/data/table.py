@@ -1,16 +1,47 @@
-"""Rows of text: JSONL, parquet, Hugging Face data sets."""
+"""Rows of tables with types: JSON lines, parquet, Hugging Face data sets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpjax.errors import ConfigError, need
 
-SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".jsonl", ".parquet")  # of files whose rows are documents
+TYPED = (*SUFFIXES, ".ndjson", ".json")  # of files whose values have types
 Row = tuple[str, Any]  # name of the row, what its text column holds
+
+
+class Record(NamedTuple):
+    """One row of a table.
+
+    Args:
+        number: of its line, from 1, or in parquet of its row, from 0.
+        where: the same in words, from 1.
+        fields: column -> value, as typed in the file; of parquet only what was asked for.
+    """
+
+    number: int
+    where: str
+    fields: dict[str, Any]
+
+
+def read_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    """Reads the rows of a file of JSON lines, of a JSON list of objects, or of parquet.
+
+    Args:
+        path: the file; its suffix says which, in any case.
+        columns: what is read of parquet, where it is there.
+
+    Raises:
+        ConfigError: a file that cannot be read or parsed, or a key twice in one object.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _read_parquet(path, columns)
+    return _read_json(path, whole=suffix == ".json")
 
 
 def read_table(path: Path, name: str, column: str | None) -> list[Row]:
@@ -27,8 +58,12 @@ def read_table(path: Path, name: str, column: str | None) -> list[Row]:
     Raises:
         ConfigError: a file that cannot be read or parsed, or has no such column.
     """
-    read = _read_jsonl if path.suffix == ".jsonl" else _read_parquet
-    return [(f"{name}:{row}", value) for row, value in read(path, column or "text")]
+    key, rows = column or "text", []
+    for record in read_records(path, (key,)):
+        if key not in record.fields:
+            _check_column(f"{path}: {record.where}", key, record.fields)
+        rows.append((f"{name}:{record.number}", record.fields[key]))
+    return rows
 
 
 def read_hub(source: str, column: str | None) -> Iterator[Row]:
@@ -65,42 +100,63 @@ def read_hub(source: str, column: str | None) -> Iterator[Row]:
     return ((f"{name}:{row}", value) for row, value in enumerate(rows[key]))
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[tuple[int, Any]]:
+def _read_json(path: Path, whole: bool) -> Iterator[Record]:
     try:
-        lines = path.read_bytes().decode().split("\n")  # not splitlines: it cuts at U+2028 too
+        text = path.read_bytes().decode("utf-8-sig")  # a mark at the front is no text
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); check its permissions"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: expected UTF-8, found binary data; convert it") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"{path}: line {number} is not JSON ({_first_line(error)}); "
-                "expected one JSON object a line"
-            ) from None
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8, found binary data; convert it") from error
+    if whole and text.lstrip().startswith("["):
+        found = _parsed(text, f"{path}", "expected a list of objects")
+        parts = ((number, f"object {number}", one) for number, one in enumerate(found, 1))
+    else:
+        parts = (
+            (number, f"line {number}", _parsed(line, f"{path}: line {number}", _LINES))
+            for number, line in enumerate(text.split("\n"), 1)  # splitlines cuts at U+2028 too
+            if line.strip()
+        )
+    for number, where, row in parts:
         if not isinstance(row, dict):
-            raise ConfigError(
-                f"{path}: line {number} holds {type(row).__name__}; expected one JSON object a line"
-            )
-        _check_column(f"{path}: line {number}", column, row)
-        yield number, row[column]
+            raise ConfigError(f"{path}: {where}: {type(row).__name__}; {_LINES}")
+        yield Record(number, where, row)
 
 
-def _read_parquet(path: Path, column: str) -> Iterator[tuple[int, Any]]:
+_LINES = "expected one JSON object a line"
+
+
+def _parsed(text: str, where: str, wanted: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not JSON ({_first_line(error)}); {wanted}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} twice in one object")
+    return found
+
+
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     pyarrow, parquet = (need(m, "parquet", str(path)) for m in ("pyarrow", "pyarrow.parquet"))
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            _check_column(str(path), column, file.schema_arrow.names)
-            for batch in file.iter_batches(columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    yield number, value
+            names = file.schema_arrow.names
+            if twice := [name for name in columns if names.count(name) > 1]:
+                raise ConfigError(f"{path}: the column {twice[0]!r} twice; rename one")
+            there = [name for name in columns if name in names]
+            if not there:
+                _check_column(str(path), columns[0], names)
+            for batch in file.iter_batches(columns=there):
+                for row in batch.to_pylist():
+                    yield Record(number, f"row {number + 1}", row)
                     number += 1
     except (OSError, pyarrow.ArrowException) as error:
         raise ConfigError(

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from mpjax.data.assets import fetch
-from mpjax.data.rows import read_text_file
+from mpjax.data.cells import check_first, header_of, layout, read_cells, read_text_file
+from mpjax.data.rows import say_counts
 from mpjax.data.split import held_out
 from mpjax.errors import ConfigError
 
 _HELD_OUT = 0.1
+_MARK = "-DOCSTART-"  # CoNLL's between documents
+_FIELDS = ("word", "tag")
 _FILES = {"pos-oanc": "tagged-en-oanc.txt", "ner-tweets": "ner.txt"}
 
 Sentence = tuple[tuple[str, str], ...]  # (word, tag) pairs
@@ -47,10 +50,12 @@ def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedS
     """Loads tagged sentences as a training and a held-out side that share no sentence.
 
     Of sentences with equal words the first is kept; 10 % are held out, by a hash of seed and words.
+    What is left out, as are the marks ``-DOCSTART-``, is counted in one logged line.
 
     Args:
         source: ``pos-oanc`` or ``ner-tweets``, fetched at first use; or a file of
-            ``word<TAB>tag`` lines with a blank line after each sentence.
+            ``word<TAB>tag`` lines, or ``.csv``, with a blank line after each sentence and perhaps
+            the header ``word<TAB>tag``.
         seed: of the split.
 
     Returns:
@@ -69,8 +74,12 @@ def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedS
         )
     else:
         path = Path(source)
-    text = read_text_file(path, "word<TAB>tag lines")
-    sentences = _slashed(text) if source == "pos-oanc" else _lines(text, str(path))
+    if source == "pos-oanc":
+        sentences = _slashed(read_text_file(path, "word/tag lines"))
+    else:
+        sentences = _lines(path, own=source not in _FILES)
+    read = len(sentences)
+    sentences = [s for s in sentences if _words(s) != (_MARK,)]
     first: dict[tuple[str, ...], Sentence] = {}
     for sentence in sentences:
         first.setdefault(_words(sentence), sentence)
@@ -82,6 +91,9 @@ def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedS
     names = tuple(sorted(seen | {tag for s in test for _, tag in s}))
     if len(names) < 2:
         raise ConfigError(f"data {source!r}: one tag, {names[0]!r}; expected at least two")
+    dropped = {"-DOCSTART-": read - len(sentences)}
+    dropped["equal to an earlier one"] = len(sentences) - len(distinct)
+    say_counts(source, "sentences", {"for training": len(train), "held out": len(test)}, dropped)
     return _tagged(train, names), _tagged(test, names)
 
 
@@ -111,21 +123,36 @@ def _slashed(text: str) -> list[Sentence]:
     ]
 
 
-def _lines(text: str, where: str) -> list[Sentence]:
+def _lines(path: Path, own: bool) -> list[Sentence]:
+    """Rows of word and tag; `own` is whether the file is a user's, which may have a header."""
+    where = f"data {str(path)!r}"
+    rows = read_cells(path, _FIELDS)
+    first = next(row for row in rows if not row.blank)
+    header = header_of(first, _FIELDS, (), where) if own else {}
+    width = len(first.cells) if header else len(_FIELDS)
+    places = [header.get(name, place) for place, name in enumerate(_FIELDS)]
     sentences: list[Sentence] = []
     current: list[tuple[str, str]] = []
-    for number, line in enumerate([*text.split("\n"), ""], 1):
-        if line.strip():
-            word, tab, tag = line.strip("\r").partition("\t")
-            if not (word.strip() and tab and tag.strip()) or "\t" in tag:
-                raise ConfigError(
-                    f"data {where!r}, line {number}: {line[:40]!r}; expected word<TAB>tag, or a"
-                    " blank line after a sentence"
-                )
-            current.append((word, tag.strip()))
-        elif current:
-            sentences.append(tuple(current))
+    for row in rows:
+        if header and row is first:
+            continue
+        if row.blank:
+            sentences += [tuple(current)] if current else []
             current = []
+            continue
+        word, tag = (row.cells[i] if i < len(row.cells) else "" for i in places)
+        if len(row.cells) != width or not (word.strip() and tag.strip()):
+            raise ConfigError(
+                f"{where}, line {row.line}: {' '.join(row.cells)[:40]!r}; expected"
+                f" {layout(path, _FIELDS)}, or a blank line after a sentence"
+            )
+        current.append((word, tag.strip()))
+    sentences += [tuple(current)] if current else []
+    if not sentences:
+        raise ConfigError(f"{where}: no sentence; expected {layout(path, _FIELDS)} lines")
+    if own and not header:
+        tags = [tag for sentence in sentences for _, tag in sentence]
+        check_first(tags, "tag", _FIELDS, f"{where}, line {first.line}")
     return sentences
 
 

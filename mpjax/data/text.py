@@ -90,7 +90,7 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
         if path.is_dir():
             documents, tables = _read_directory(path, column)
         elif path.is_file():
-            tables = path.suffix in table.SUFFIXES
+            tables = path.suffix.lower() in table.SUFFIXES
             documents = _read_file(path, path.name, column)
         else:
             raise ConfigError(
@@ -156,7 +156,7 @@ def _read_directory(root: Path, column: str | None) -> tuple[list[Document], boo
                 continue
         except OSError as error:
             _unreadable(path, error)
-        if path.suffix in table.SUFFIXES:
+        if path.suffix.lower() in table.SUFFIXES:
             tables = True
             documents += _read_file(path, name, column)
         else:
@@ -170,7 +170,7 @@ def _read_directory(root: Path, column: str | None) -> tuple[list[Document], boo
 
 
 def _read_file(path: Path, name: str, column: str | None) -> list[Document]:
-    if path.suffix in table.SUFFIXES:
+    if path.suffix.lower() in table.SUFFIXES:
         rows = table.read_table(path, name, column)
         return [_row_document(str(path), row, value) for row, value in rows]
     text = _read_text(path)
@@ -207,7 +207,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _read_text(path: Path) -> str | None:
-    """The text of a file, exactly as stored; None when it is binary."""
+    """The text of a file as stored, without a byte order mark; None when it is binary."""
     try:
         with path.open("rb") as file:
             data = file.read(_HEAD_BYTES)
@@ -219,7 +219,7 @@ def _read_text(path: Path) -> str | None:
     if b"\0" in data:
         return None
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")  # a mark at the front is no text
     except UnicodeDecodeError:
         return None
 

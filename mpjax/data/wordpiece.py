@@ -54,8 +54,20 @@ class WordPiece:
         self._backend = backend
 
     def tokens(self, ids: Any) -> list[str]:
-        """The token of each id."""
-        return [str(self._backend.id_to_token(int(i))) for i in ids]
+        """The token of each id.
+
+        Raises:
+            ConfigError: an id that is none of the tokenizer's.
+        """
+        found = []
+        for i in ids:
+            token = self._backend.id_to_token(int(i)) if i >= 0 else None
+            if token is None:
+                raise ConfigError(
+                    f"tokenizer: id {int(i)} is no token; expected 0 to {self.vocab_size - 1}"
+                )
+            found.append(str(token))
+        return found
 
     def to_text(self) -> str:
         """JSON as in a tokenizer.json."""

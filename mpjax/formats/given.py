@@ -43,6 +43,41 @@ def as_array(x: Any, where: str) -> jax.Array:
     raise ConfigError(f"{where} is {brief(x)}; give an array{cure}")
 
 
+def batch_rows(batch: Any, where: str) -> set[int]:
+    """Returns how many rows the arrays of a batch have.
+
+    Args:
+      batch: a tree of NumPy or JAX arrays whose first axis is that of the examples.
+      where: what takes it.
+
+    Raises:
+      ConfigError: a leaf is something else, or an array has no rows.
+
+    Example:
+      >>> batch_rows({"inputs": np.zeros((2, 3)), "targets": np.zeros(2)}, "step")
+      {2}
+    """
+    rows = set()
+    for x in jax.tree.leaves(batch):
+        array = isinstance(x, np.ndarray | jax.Array) and x.ndim
+        if not array or (isinstance(x, np.ndarray) and x.dtype.kind in "OSUMm"):
+            raise ConfigError(
+                f"{where}: {_leaf(batch, x)}; give arrays whose first axis is that of the examples"
+            )
+        rows.add(x.shape[0])
+        if not x.shape[0]:
+            raise ConfigError(f"{where}: {_leaf(batch, x)}, no example; leave an empty batch out")
+    return rows
+
+
+def _leaf(batch: Any, leaf: Any) -> str:
+    found = jax.tree_util.tree_leaves_with_path(batch)
+    path = next(path for path, x in found if x is leaf)
+    what = "an array of no axes" if getattr(leaf, "shape", None) == () else brief(leaf)
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return f"{name} of the batch is {what}" if name else f"the batch is {what}"
+
+
 def check_key(key: Any, where: str) -> None:
     """Checks that a random key is one.
 

@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats import Quantized, round_to
 from mpjax.formats.tiles import per_tile, sum_of
 from mpjax.models.storage import Storage
@@ -37,10 +37,10 @@ def _ids(batch: Any, vocabulary: int) -> np.ndarray:
             f"{' of ' + ' '.join(map(str, batch)) if isinstance(batch, Mapping) else ''}; write"
             " [{'inputs': ids}]"
         )
-    if "keep" in batch:
+    if masks := [name for name in ("keep", "attention_mask") if name in batch]:
         raise ConfigError(
-            "input_moments: a batch has keep, and padding is no text; give windows of running text"
-            " without it"
+            f"input_moments: a batch has {masks[0]}, and padding is no text; give windows of"
+            " running text without it"
         )
     try:
         ids_BT = np.asarray(batch["inputs"])
@@ -57,6 +57,15 @@ def _ids(batch: Any, vocabulary: int) -> np.ndarray:
             f" vocabulary is 0 to {vocabulary - 1}; encode with its own tokenizer"
         )
     return ids_BT.astype(np.int32)
+
+
+def _listed(batches: Any) -> Iterable[Any]:
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"input_moments: batches are {brief(batches)}; give a list of dicts, as"
+            " [{'inputs': ids}]"
+        )
+    return batches
 
 
 def input_moments(model: Any, params: Any, batches: Iterable[Any]) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def input_moments(model: Any, params: Any, batches: Iterable[Any]) -> dict[str, 
 
     total: Any = None
     tokens = 0
-    for batch in batches:
+    for batch in _listed(batches):
         ids_BT = _ids(batch, model.config.vocabulary)
         total = add(params, ids_BT, total)
         tokens += ids_BT.size

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from mpjax import ops
 from mpjax.formats import slice_view
 from mpjax.models.config import DecoderConfig, decoder_config
-from mpjax.models.given import as_ids, below
+from mpjax.models.given import as_counts, as_ids, below, language_inputs, targets_of
 from mpjax.models.heads import next_token_loss, unembed
 from mpjax.models.network import Network
 from mpjax.models.skeleton import At, decoder_parts, init_boxed
@@ -108,11 +108,12 @@ class Model(Network):
 
         Args:
           batch: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there
-            is padding, and `weights` (B, T) of the tokens in the mean, if they are not all alike.
+            is padding, which may be called `attention_mask`, and `weights` (B, T) of the tokens in
+            the mean, if they are not all alike.
         """
-        x, state = self.features(
-            params, batch["inputs"], keep=batch.get("keep"), state=state, key=key, train=train
-        )
+        ids, keep = language_inputs(batch, "decoder")
+        targets_of(batch, ids.shape, "decoder")
+        x, state = self.features(params, ids, keep=keep, state=state, key=key, train=train)
         p = slice_view(params)["decoder"]
         return next_token_loss(self.config, self.at, p, x, batch, key, train), state
 
@@ -129,7 +130,7 @@ class Model(Network):
           pads: (B,) tokens of padding on the left of each row; None is none.
         """
         state = empty_cache(self.config, self.precision, batch, length, storage)
-        return state if pads is None else state | {"pads": jnp.asarray(pads, jnp.int32)}
+        return state if pads is None else state | {"pads": jnp.asarray(as_counts(pads, "pads"))}
 
 
 def decoder(

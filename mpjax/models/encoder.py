@@ -17,7 +17,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.block import Sight
 from mpjax.models.encoder_config import EncoderConfig, encoder_config
-from mpjax.models.given import as_ids, below
+from mpjax.models.given import as_ids, below, keep_of
 from mpjax.models.heads import ClassHead, MaskedHead, MeanPooler, Pooler
 from mpjax.models.network import Network
 from mpjax.models.skeleton import At, Parts, init_boxed, outer_parts, part_key
@@ -84,6 +84,9 @@ class Encoder(Network):
 
     def _inputs(self, inputs: Any) -> dict[str, Any]:
         given = dict(inputs) if isinstance(inputs, dict) else {"ids": inputs}
+        if "attention_mask" in given:
+            given["keep"] = keep_of(given, "encoder")
+            del given["attention_mask"]
         if "ids" not in given or (odd := sorted(set(given) - set(_INPUTS))):
             what = "lacks 'ids'" if "ids" not in given else f"holds {odd[0]!r}"
             raise ConfigError(f"encoder: the input {what}; give ids, and keep and types if any")
@@ -108,7 +111,8 @@ class Encoder(Network):
         Args:
           params: from `init`.
           inputs: token ids (B, T), or a dict of `ids`, `keep` (B, T; True or 1 where there is no
-            padding) and `types` (B, T; 0 or 1 for the two texts of a pair).
+            padding; `attention_mask` is another name for it) and `types` (B, T; 0 or 1 for the two
+            texts of a pair).
           state: amax histories from `init_state`, or None.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.

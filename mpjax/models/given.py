@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats import is_quantized, weight_view
 from mpjax.formats.given import as_array
+from mpjax.ops.cross_entropy import check_targets
 
 
 def listed(names: Iterable[str], count: int = 8) -> str:
@@ -41,6 +42,116 @@ def below(params: Any, root: str) -> Any:
     )
 
 
+def field(batch: Any, name: str, where: str) -> Any:
+    """Returns a field of a batch.
+
+    Args:
+      batch: name -> array.
+      name: of the field.
+      where: what takes it.
+
+    Raises:
+      ConfigError: the batch is no dict, or has no such field.
+
+    Example:
+      >>> field({"inputs": 1}, "inputs", "decoder")
+      1
+    """
+    if not isinstance(batch, Mapping):
+        raise ConfigError(f"{where}: a batch is {brief(batch)}; give a dict with {name!r}")
+    if name not in batch:
+        raise ConfigError(
+            f"{where}: the batch holds {listed(map(str, batch)) or 'nothing'} and no {name!r}; add"
+            " it, or give it this name"
+        )
+    return batch[name]
+
+
+def each_batch(batches: Any, where: str) -> Iterator[Mapping[str, Any]]:
+    """Yields batches.
+
+    Args:
+      batches: dicts.
+      where: what takes them.
+
+    Raises:
+      ConfigError: one of them is no dict, or they are a single batch or nothing that holds any.
+    """
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"{where}: batches are {brief(batches)}; give a list of dicts, as [batch]"
+        )
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise ConfigError(f"{where}: batch {number} is {brief(batch)}; give a dict of arrays")
+        yield batch
+
+
+def keep_of(
+    batch: Mapping[str, Any], where: str, *, keep: str = "keep", mask: str = "attention_mask"
+) -> Any:
+    """Returns what of a batch is no padding: its `keep`, or `attention_mask` as elsewhere.
+
+    Args:
+      batch: name -> array.
+      where: what takes it.
+      keep: name of the field.
+      mask: the name that transformers has for it.
+
+    Returns:
+      bool or 0 and 1, or None where the batch has neither.
+
+    Raises:
+      ConfigError: both are given, or a mask of floating-point numbers, which is to be added.
+
+    Example:
+      >>> keep_of({"attention_mask": np.array([[1, 0]])}, "decoder").tolist()
+      [[1, 0]]
+    """
+    given = batch.get(keep)
+    if batch.get(mask) is None:
+        return given
+    if given is not None:
+        raise ConfigError(f"{where}: the batch holds {keep} and {mask}; give one of them")
+    found = as_array(batch[mask], f"{where}: {mask}")
+    if jnp.issubdtype(found.dtype, jnp.floating):
+        raise ConfigError(
+            f"{where}: {mask} is {found.dtype.name}; give True or 1 where there is no padding"
+        )
+    return found
+
+
+def language_inputs(batch: Any, where: str) -> tuple[jax.Array, Any]:
+    """Returns the token ids (B, T) of a language model's batch and what of them is no padding.
+
+    Args:
+      batch: with `inputs`, and `keep` or `attention_mask` if there is padding.
+      where: what takes it.
+
+    Raises:
+      ConfigError: what is given is something else.
+    """
+    ids = as_ids(field(batch, "inputs", where), where)
+    keep = keep_of(batch, where)
+    if keep is not None and jnp.shape(keep) != ids.shape:
+        raise ConfigError(
+            f"{where}: what is no padding has shape {jnp.shape(keep)}, inputs {ids.shape}; give one"
+            " for each token"
+        )
+    return ids, keep
+
+
+def targets_of(batch: Mapping[str, Any], shape: tuple[int, ...], where: str) -> jax.Array:
+    """Returns the `targets` of a batch, integers of a shape.
+
+    Raises:
+      ConfigError: they are missing, or something else.
+    """
+    found = as_array(field(batch, "targets", where), f"{where}: targets")
+    check_targets(found, shape, where)
+    return found
+
+
 def as_ids(ids: Any, where: str) -> jax.Array:
     """Returns token ids as an array.
 
@@ -62,6 +173,22 @@ def as_ids(ids: Any, where: str) -> jax.Array:
             " (B, T), such as jnp.array([[5, 6]])"
         )
     return found
+
+
+def as_counts(counts: Any, where: str) -> np.ndarray:
+    """Returns numbers of tokens, (B,) int32.
+
+    Raises:
+      ConfigError: they are no integers, or not one for each row.
+
+    Example:
+      >>> as_counts([3, 1], "lengths").tolist()
+      [3, 1]
+    """
+    found = np.asarray(counts)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ConfigError(f"{where}: {brief(counts)}; give integers, one for each row")
+    return found.astype(np.int32)
 
 
 @functools.lru_cache(maxsize=64)

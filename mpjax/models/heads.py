@@ -14,6 +14,7 @@ from mpjax.models.block import activate
 from mpjax.models.block_config import BlockConfig
 from mpjax.models.config import DecoderConfig
 from mpjax.models.context import Context, Layer
+from mpjax.models.given import targets_of
 from mpjax.models.layers import Linear, Norm
 from mpjax.models.skeleton import At, decoder_parts, part_key
 
@@ -141,7 +142,7 @@ def next_token_loss(
       key: of recipes that draw, or None.
       train: whether the z-loss is part of it.
     """
-    c, targets = config, batch["targets"]
+    c, targets = config, targets_of(batch, x.shape[:2], at("loss").prefix[0])
     B, T = targets.shape
     return ops.cross_entropy(
         x,

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
+from mpjax.formats.given import batch_rows
+from mpjax.models.given import each_batch, language_inputs, targets_of
 from mpjax.models.quantized_weights import has_scales, quantize_weights
 from mpjax.models.storage import stored_bytes
 from mpjax.precision import get_precision
@@ -48,21 +50,29 @@ def exp(x: float) -> float:
 _LARGEST = math.log(sys.float_info.max)
 
 
+_FIELDS = ("inputs", "targets", "keep", "attention_mask", "weights")
+
+
 @functools.partial(jax.jit, static_argnames=("model", "cache"))
 def _sums(model: Any, params: Any, batch: Any, cache: str) -> Any:
-    targets_BT, keep, weights_BT = batch["targets"], batch.get("keep"), batch.get("weights")
+    ids_BT, keep = language_inputs(batch, "judge")
+    targets_BT, weights_BT = targets_of(batch, ids_BT.shape, "judge"), batch.get("weights")
     B, T = targets_BT.shape
     state = model.init_state() or {}
     if cache:
         state = state | model.init_cache(B, T, cache)
     hidden = {} if keep is None else {"keep": keep}
-    logits_BTV, _ = model.apply(params, batch["inputs"], state=state or None, **hidden)
+    logits_BTV, _ = model.apply(params, ids_BT, state=state or None, **hidden)
     if weights_BT is None:
         weights_BT = jnp.ones((B, T), jnp.float32)
     weights_BT = jnp.asarray(weights_BT).astype(jnp.float32)
     logp_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)  # sums of V terms
-    nll = -jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    # As in the loss: a target that is no token is NaN, where an index would wrap around.
+    known_BT = (targets_BT >= 0) & (targets_BT < logp_BTV.shape[-1])
+    index_BT1 = jnp.where(known_BT, targets_BT, 0)[..., None]
+    nll = -jnp.take_along_axis(logp_BTV, index_BT1, axis=-1)[..., 0]
     right = (jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(jnp.float32)
+    nll, right = (jnp.where(known_BT, x, jnp.nan) for x in (nll, right))
     # Where, not times: what has no weight may be infinite.
     nll, right = (jnp.sum(jnp.where(weights_BT != 0, weights_BT * x, 0)) for x in (nll, right))
     return nll, right, jnp.sum(weights_BT), jnp.count_nonzero(weights_BT)
@@ -75,12 +85,13 @@ def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: str = "") -
       model: a decoder.
       params: its weights, quantised or not.
       batches: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there is
-        padding, and `weights` (B, T) of the targets, if they are not all alike.
+        padding, which may be called `attention_mask`, and `weights` (B, T) of the targets, if they
+        are not all alike. A target that is no token gives NaN unless it weighs nothing.
       cache: storage of keys and values, which are then read back from it as in `generate`; by
         default there is no cache.
 
     Raises:
-      ConfigError: no batch, or `keep` beside a cache.
+      ConfigError: no batch, one that is something else, or `keep` beside a cache.
 
     Example:
       >>> from mpjax.models import decoder
@@ -92,8 +103,10 @@ def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: str = "") -
     """
     loss = right = weight = 0.0
     tokens = 0
-    for batch in batches:
-        nll, hits, weights, targets = _sums(model, params, dict(batch), cache)
+    for batch in each_batch(batches, "judge"):
+        held = {name: batch[name] for name in _FIELDS if name in batch}
+        batch_rows(held, "judge")
+        nll, hits, weights, targets = _sums(model, params, held, cache)
         loss, right, weight = loss + float(nll), right + float(hits), weight + float(weights)
         tokens += int(targets)
     if not tokens:
@@ -184,7 +197,7 @@ def compare(
                 f"compare: {variant}: nothing is rounded to a grid with scales; drop calibrated, or"
                 " store weights as int4@32"
             )
-    batches, rows = list(batches), list[Compared]()
+    batches, rows = list(each_batch(batches, "compare")), list[Compared]()
     for variant in variants:
         own = model
         if variant.precision:

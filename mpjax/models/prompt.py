@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.models.cache import cache_storage
-from mpjax.models.given import check_params
+from mpjax.models.given import as_counts, check_params
 from mpjax.models.storage import Storage
 
 
 def left_pad(
-    prompts: Sequence[Sequence[int]], length: int = 0
+    prompts: Sequence[Any], length: int = 0
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Returns prompts as one array, each ending in the last column, and their lengths.
 
@@ -30,22 +30,33 @@ def left_pad(
       length: T; 0 takes the longest prompt's. A few fixed lengths spare compilations.
 
     Raises:
-      ConfigError: no prompt, an empty one, or one that is longer than `length`.
+      ConfigError: no prompt, one that is empty or not made of integers, or one that is longer than
+        `length`.
 
     Example:
       >>> left_pad([[5], [6, 7]])[0].tolist(), left_pad([[5], [6, 7]])[1].tolist()
       ([[0, 5], [6, 7]], [1, 2])
     """
-    lengths = [len(prompt) for prompt in prompts]
+    try:
+        rows = [np.asarray(prompt) for prompt in prompts]
+    except (TypeError, ValueError):
+        rows = [np.zeros(())]
+    if not all(row.ndim == 1 for row in rows):
+        raise ConfigError(f"prompt: {brief(prompts)}; give a list of prompts, such as [[5, 6]]")
+    lengths = [len(row) for row in rows]
     if not lengths or min(lengths) < 1:
         raise ConfigError("prompt: empty; give at least one token for each")
+    largest = np.iinfo(np.int32).max
+    for row in rows:
+        if row.dtype.kind not in "iu" or row.max() > largest or row.min() < -largest:
+            raise ConfigError(f"prompt: {brief(row.tolist())}; give token ids, which are integers")
     length = length or max(lengths)
     if max(lengths) > length:
         raise ConfigError(
             f"prompt: {max(lengths)} tokens do not fit length={length}; raise it or shorten it"
         )
     out = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in zip(out, prompts, strict=True):
+    for row, prompt in zip(out, rows, strict=True):
         row[length - len(prompt) :] = prompt
     return out, np.asarray(lengths, np.int32)
 
@@ -126,7 +137,7 @@ def check_prompt(
     start = Start(new, cache_storage(cache) if cache else "")
     if lengths is None:
         return start, None
-    lengths = np.asarray(lengths, np.int32)
+    lengths = as_counts(lengths, "lengths")
     if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
         raise ConfigError(
             f"lengths: {lengths.tolist()} do not fit prompts of shape {(B, T)}; give for each row"

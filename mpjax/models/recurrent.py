@@ -18,7 +18,7 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.cell import Cell
-from mpjax.models.given import as_ids, below
+from mpjax.models.given import as_ids, below, language_inputs, targets_of
 from mpjax.models.heads import head_logits
 from mpjax.models.layers import Embed, Linear
 from mpjax.models.network import Network
@@ -159,15 +159,16 @@ class Recurrent(Network):
 
         Args:
           batch: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there
-            is padding, and `weights` (B, T) of the tokens in the mean, if they are not all alike.
+            is padding, which may be called `attention_mask`, and `weights` (B, T) of the tokens in
+            the mean, if they are not all alike.
         """
         c = self.config
-        x, state = self.features(
-            params, batch["inputs"], keep=batch.get("keep"), state=state, key=key, train=train
-        )
-        B, T = batch["targets"].shape
+        ids, keep = language_inputs(batch, "recurrent")
+        targets = targets_of(batch, ids.shape, "recurrent")
+        x, state = self.features(params, ids, keep=keep, state=state, key=key, train=train)
+        B, T = targets.shape
         loss = ops.cross_entropy(
-            x, batch["targets"], functools.partial(self._unembed, params, key=key),
+            x, targets, functools.partial(self._unembed, params, key=key),
             self.precision.policy("recurrent/loss"),
             chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
             weights_BT=batch.get("weights"),

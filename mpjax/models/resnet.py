@@ -18,8 +18,9 @@ from flax import linen as nn
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
+from mpjax.formats.given import as_array
 from mpjax.models.context import Layer
-from mpjax.models.given import below
+from mpjax.models.given import below, field, targets_of
 from mpjax.models.layers import Linear
 from mpjax.models.network import Network
 from mpjax.models.resnet_config import ResNetConfig, resnet_config
@@ -218,10 +219,11 @@ class ResNet(Network):
           batch: `{"inputs": images (N, H, W, C), "targets": classes (N,)}`, and `weights` (N,) if
             not all images count alike.
         """
-        weights = batch.get("weights")
-        logits, state = self.apply(params, batch["inputs"], state=state, key=key, train=train)
+        images = as_array(field(batch, "inputs", self.root), f"{self.root}: images")
+        weights, targets = batch.get("weights"), targets_of(batch, images.shape[:1], self.root)
+        logits, state = self.apply(params, images, state=state, key=key, train=train)
         loss = ops.cross_entropy(
-            logits[:, None], batch["targets"][:, None], lambda x: x,
+            logits[:, None], targets[:, None], lambda x: x,
             self.precision.policy(f"{self.root}/loss"), chunk=1,
             weights_BT=None if weights is None else weights[:, None],
         )  # fmt: skip

@@ -17,7 +17,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.block import Sight
 from mpjax.models.context import Context
-from mpjax.models.given import as_ids, below
+from mpjax.models.given import as_ids, below, field, keep_of
 from mpjax.models.heads import next_token_loss, unembed
 from mpjax.models.network import Network
 from mpjax.models.seq2seq_config import Seq2SeqConfig, seq2seq_config
@@ -126,10 +126,10 @@ class Seq2Seq(Network):
                     " inputs (B, T), and of source_keep and keep if there is padding"
                 )
             ids = as_ids(inputs["inputs"], "seq2seq: inputs")
-            source, keep, state = self._read(
-                p, inputs["source"], inputs.get("source_keep"), state, key, train
-            )
-            sight = sight_of(ids.shape[1], inputs.get("keep"), state)._replace(
+            source_keep = keep_of(inputs, "seq2seq", keep="source_keep")
+            source, keep, state = self._read(p, inputs["source"], source_keep, state, key, train)
+            own = keep_of(inputs, "seq2seq", mask="decoder_attention_mask")
+            sight = sight_of(ids.shape[1], own, state)._replace(
                 source_BSD=source, keep_source_BS=keep
             )
         x, cache, new = self._run(
@@ -148,8 +148,9 @@ class Seq2Seq(Network):
         Args:
           params: from `init`.
           inputs: a dict of `source` (B, S) and `inputs` (B, T) token ids, and of `source_keep`
-            (B, S) and `keep` (B, T), True or 1 where there is no padding; with a state from
-            `start`, the next token ids of the target alone.
+            (B, S) and `keep` (B, T), True or 1 where there is no padding, which may be called
+            `attention_mask` and `decoder_attention_mask`; with a state from `start`, the next token
+            ids of the target alone.
           state: from `start`, amax histories from `init_state`, or None.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.
@@ -169,6 +170,8 @@ class Seq2Seq(Network):
           batch: what `apply` takes, `targets` (B, T), and `weights` (B, T) of the tokens in the
             mean: 0 at padding.
         """
+        for name in ("source", "inputs", "targets"):
+            field(batch, name, "seq2seq")
         x, state = self.features(params, batch, state=state, key=key, train=train)
         p = weight_view(params)["decoder"]
         return next_token_loss(self.config, self._target_at, p, x, batch, key, train), state

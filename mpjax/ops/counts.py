@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -10,17 +10,24 @@ import jax.numpy as jnp
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
-def counted(count: Callable[[Any], Any]) -> Callable[[Loss], Loss]:
+def counted(
+    count: Callable[[Any], Any], parts: Callable[..., tuple[dict[str, Any], Any]] | None = None
+) -> Callable[[Loss], Loss]:
     r"""Says of a loss function how many targets of a batch its mean is over.
 
     `mpjax.train.make_train_step(accumulate=n)` then takes
-    $\sum_i n_i L_i \big/ \sum_i n_i$ of the microbatches, the mean of the whole batch.
+    $\sum_i n_i L_i \big/ \sum_i n_i$ of the microbatches, the mean of the whole batch. A sum of
+    means over different targets has a count for each,
+    $\sum_j \big(\sum_i n_{ij} L_{ij} \big/ \sum_i n_{ij}\big)$.
 
     Args:
       count: batch -> the number of targets, or the sum of their weights; None if rows count alike.
+        With `parts`, name -> number.
+      parts: takes what the loss function takes; returns the parts whose sum is the loss, name ->
+        loss, and the state.
 
     Returns:
-      A decorator; it sets the attribute `count`.
+      A decorator; it sets the attributes `count` and `parts`.
 
     Example:
       >>> @counted(lambda batch: jnp.sum(batch["weights"]))
@@ -32,7 +39,7 @@ def counted(count: Callable[[Any], Any]) -> Callable[[Loss], Loss]:
     """
 
     def mark(loss: Loss) -> Loss:
-        loss.count = count  # type: ignore[attr-defined]
+        loss.count, loss.parts = count, parts  # type: ignore[attr-defined]
         return loss
 
     return mark
@@ -48,5 +55,5 @@ def weight_sum(batch: Any) -> Any:
       >>> weight_sum({"targets": jnp.ones((2, 3))}) is None
       True
     """
-    weights = batch.get("weights")
+    weights = batch.get("weights") if isinstance(batch, Mapping) else None
     return None if weights is None else jnp.sum(jnp.asarray(weights, jnp.float32))

@@ -45,6 +45,26 @@ def chunk_length(batch: int, tokens: int, vocabulary: int, chunk: int = 0) -> in
     return next((n for n in divisors if batch * n * vocabulary <= WHOLE), 1)
 
 
+def check_targets(targets: Any, shape: tuple[int, ...], where: str) -> None:
+    """Checks the targets of a loss.
+
+    Args:
+      targets: classes.
+      shape: that they must have.
+      where: what takes them.
+
+    Raises:
+      ConfigError: they have another shape, are no integers, or are none.
+    """
+    if targets.shape != shape or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ConfigError(
+            f"{where}: targets are {targets.dtype.name} of shape {targets.shape}; give integers of"
+            f" shape {shape}"
+        )
+    if not targets.size:
+        raise ConfigError(f"{where}: no targets, shape {shape}; leave an empty batch out")
+
+
 def _chunks(x: Any, chunk: int) -> Any:
     B, T, *rest = x.shape
     return x.reshape(B, T // chunk, chunk, *rest).swapaxes(0, 1)
@@ -80,7 +100,7 @@ def cross_entropy(
       The mean, a scalar of the output dtype.
 
     Raises:
-      ConfigError: weights of another shape than the targets.
+      ConfigError: targets that are no integers or none, weights of another shape than they.
 
     Example:
       >>> from mpjax.precision import parse_policy
@@ -112,6 +132,7 @@ def cross_entropy(
         return jnp.sum(loss if weights is None else jnp.where(weights != 0, loss * weights, 0))
 
     B, T, _ = x_BTD.shape
+    check_targets(targets_BT, (B, T), "cross_entropy")
     count: Any = B * T
     if weights_BT is not None:
         if weights_BT.shape != (B, T):

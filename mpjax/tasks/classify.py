@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mpjax.data.buckets import IGNORE
 from mpjax.data.labelled import LabelledTexts
 from mpjax.data.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
@@ -40,6 +41,8 @@ class TextClassification:
         Raises:
           ConfigError: a label outside the classes, or what `WordPiece.encode` raises.
         """
+        if texts.labels.dtype.kind not in "iu":
+            raise ConfigError(f"labels: {texts.labels.dtype.name}; give integers, one a text")
         if texts.labels.size and not 0 <= texts.labels.min() <= texts.labels.max() < len(
             self.classes
         ):
@@ -60,14 +63,28 @@ class TextClassification:
 
     def correct(self, logits: Sequence[Any], examples: Sequence[Example]) -> np.ndarray:
         """Returns for each example whether its most likely class is right, (N,) bool."""
-        return np.argmax(np.stack(logits), -1) == np.array([e["labels"] for e in examples])
+        labels = np.array([e["labels"] for e in examples])
+        if (wrong := np.flatnonzero((labels < 0) | (labels >= len(self.classes)))).size:
+            raise ConfigError(
+                f"examples[{wrong[0]}]: label {labels[wrong[0]]} is no class; expected 0 to"
+                f" {len(self.classes) - 1}, leave the example out"
+            )
+        return np.argmax(np.stack(logits), -1) == labels
 
     def evaluate(self, logits: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        """Returns accuracy, F1, cross-entropy in nats and calibration error (15 bins)."""
+        """Returns accuracy, F1, cross-entropy in nats and calibration error (15 bins).
+
+        Examples whose label is `IGNORE` count for nothing, as in the loss.
+
+        Raises:
+          ConfigError: no label, or one that is no class.
+        """
         labels = np.array([e["labels"] for e in examples])
-        probabilities = softmax(np.stack(logits))
+        chosen = labels != IGNORE
+        labels, probabilities = labels[chosen], softmax(np.stack(logits))[chosen]
+        scores = class_scores(labels, probabilities.argmax(-1), self.classes)
         picked = probabilities[np.arange(len(labels)), labels]
-        return class_scores(labels, probabilities.argmax(-1), self.classes) | {
+        return scores | {
             "loss": float(-np.log(np.maximum(picked, np.finfo(np.float64).tiny)).mean()),
             "calibration error": calibration_error(probabilities, labels),
         }

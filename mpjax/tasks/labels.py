@@ -13,16 +13,32 @@ import jmp
 
 from mpjax import ops
 from mpjax.data.buckets import IGNORE
-
-_INPUTS = ("ids", "types", "keep")
+from mpjax.errors import ConfigError
+from mpjax.formats.given import as_array
+from mpjax.models.given import field, keep_of
+from mpjax.ops.cross_entropy import check_targets
 
 
 def encoder_inputs(batch: Any) -> dict[str, Any]:
-    """Returns the part of a batch that an encoder reads; labels stay out of its sight."""
-    return {name: batch[name] for name in _INPUTS if name in batch}
+    """Returns the part of a batch that an encoder reads; labels stay out of its sight.
+
+    Raises:
+      ConfigError: there are no `ids`, or `keep` and `attention_mask`.
+    """
+    inputs = {"ids": field(batch, "ids", "encoder")}
+    own = {"types": batch.get("types"), "keep": keep_of(batch, "encoder")}
+    return inputs | {name: value for name, value in own.items() if value is not None}
 
 
-def label_loss(logits: Any, labels: Any, policy: jmp.Policy) -> Any:
+def target_weight(labels: Any, weights: Any = None) -> Any:
+    """Returns the sum of the weights of labels that are targets, float32; each is 1 by default."""
+    known = jnp.asarray(labels) != IGNORE
+    if weights is None:
+        return jnp.sum(known, dtype=jnp.float32)
+    return jnp.sum(jnp.where(known, jnp.asarray(weights).astype(jnp.float32), 0.0))
+
+
+def label_loss(logits: Any, labels: Any, policy: jmp.Policy, weights: Any = None) -> Any:
     r"""Mean over targets of $\log \sum_c e^{l_c} - l_y$; a batch without a target has loss 0.
 
     Args:
@@ -30,9 +46,13 @@ def label_loss(logits: Any, labels: Any, policy: jmp.Policy) -> Any:
       labels: (B, T) or (B,) classes $y$, `IGNORE` where there is no target; any other number
         outside of 0 .. C - 1 gives NaN.
       policy: of the loss: logits in its compute dtype, the mean in its output dtype.
+      weights: of the labels in the mean, of their shape; None is all alike.
 
     Returns:
       A scalar.
+
+    Raises:
+      ConfigError: labels that are no integers or none, or labels or weights of another shape.
 
     Example:
       >>> from mpjax.precision import parse_policy
@@ -41,16 +61,27 @@ def label_loss(logits: Any, labels: Any, policy: jmp.Policy) -> Any:
       >>> round(float(jnp.exp(-loss)), 6)
       0.75
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    logits, labels = jnp.asarray(logits), as_array(labels, "labels")
+    check_targets(labels, logits.shape[:-1], "labels")
+    chosen = labels != IGNORE
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        if weights.shape != labels.shape:
+            raise ConfigError(
+                f"weights: shape {weights.shape} is not {labels.shape}, that of the labels"
+            )
+        chosen = jnp.where(chosen, weights, jnp.zeros_like(weights))
     if labels.ndim == 1:
-        logits, labels = logits[:, None], labels[:, None]
+        logits, labels, chosen = logits[:, None], labels[:, None], chosen[:, None]
     return ops.cross_entropy(
-        logits, labels, lambda x: x, policy, chunk=labels.shape[1], weights_BT=labels != IGNORE
+        logits, labels, lambda x: x, policy, chunk=labels.shape[1], weights_BT=chosen
     )
 
 
 def label_objective(model: Any, output: str, path: str) -> Callable[..., tuple[Any, Any]]:
     """Returns the loss function of a batch's `labels` under one output of an encoder.
+
+    `weights` of the labels, of their shape, say which count more than others.
 
     Args:
       model: with `precision` and `apply(params, inputs, *, state, key, train)`.
@@ -59,12 +90,13 @@ def label_objective(model: Any, output: str, path: str) -> Callable[..., tuple[A
     """
     policy = model.precision.policy(path)
 
-    @ops.counted(lambda batch: jnp.sum(jnp.asarray(batch["labels"]) != IGNORE, dtype=jnp.float32))
+    @ops.counted(lambda batch: target_weight(field(batch, "labels", path), batch.get("weights")))
     def loss_fn(
         params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:
+        labels = field(batch, "labels", path)
         inputs = encoder_inputs(batch)
         outputs, state = model.apply(params, inputs, state=state, key=key, train=train)
-        return label_loss(outputs[output], batch["labels"], policy), state
+        return label_loss(outputs[output], labels, policy, batch.get("weights")), state
 
     return loss_fn

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 
 from mpjax.errors import ConfigError
+from mpjax.formats.given import batch_rows
+from mpjax.models.given import each_batch, field
 from mpjax.models.perplexity import exp
 
 
@@ -18,7 +20,8 @@ class Language:
     """The mean cross-entropy of next tokens, as the model's own `loss` gives it.
 
     A decoder reads `inputs` and `targets`; `weights` of the tokens leave prompts out of the loss
-    (`mpjax.data.instructions`) and `keep` hides padding. An encoder-decoder reads its source too.
+    (`mpjax.data.instructions`) and `keep`, or `attention_mask`, hides padding. An encoder-decoder
+    reads its source too.
     """
 
     def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
@@ -35,9 +38,10 @@ class Language:
 
         def evaluate(params: Any, batches: Iterable[Any], state: Any = None) -> dict[str, float]:
             total, count = 0.0, 0.0
-            for batch in batches:
-                weights = batch.get("weights")
-                n = float(np.sum(weights)) if weights is not None else float(batch["targets"].size)
+            for batch in each_batch(batches, "judge"):
+                batch_rows(batch, "judge")
+                weights, targets = batch.get("weights"), field(batch, "targets", "judge")
+                n = float(np.sum(weights)) if weights is not None else float(targets.size)
                 total += n * float(one(params, batch, state))
                 count += n
             if not count:

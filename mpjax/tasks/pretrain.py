@@ -11,9 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax import ops
 from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
-from mpjax.tasks.labels import encoder_inputs, label_loss
+from mpjax.formats.given import batch_rows
+from mpjax.models.given import each_batch, field
+from mpjax.tasks.labels import encoder_inputs, label_loss, target_weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,7 @@ class MaskedLanguage:
     r"""Masked tokens and next sentences, $L = w_m L_m + w_n L_n$.
 
     A batch holds `labels` (B, T) for the masked tokens and `next` (B,) for the sentences. Each loss
-    has targets of its own, so microbatches that are accumulated count alike.
+    is the mean over targets of its own, however the batch is cut into microbatches.
 
     Args:
       masked: $w_m$.
@@ -68,7 +71,8 @@ class MaskedLanguage:
             )
             names = self.weights
             return {
-                name: (found[outputs[name]], batch[self._labels[name]]) for name in names
+                name: (found[outputs[name]], field(batch, self._labels[name], self.loss))
+                for name in names
             }, state
 
         return pairs_fn
@@ -87,9 +91,20 @@ class MaskedLanguage:
         """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
         losses_fn = self.losses(model)
 
-        def loss_fn(params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
+        def count(batch: Any) -> dict[str, Any]:
+            names = self.weights
+            return {
+                name: target_weight(field(batch, self._labels[name], self.loss)) for name in names
+            }
+
+        def parts(params: Any, batch: Any, **options: Any) -> tuple[dict[str, Any], Any]:
             losses, state = losses_fn(params, batch, **options)
-            return sum(weight * losses[name] for name, weight in self.weights.items()), state
+            return {name: weight * losses[name] for name, weight in self.weights.items()}, state
+
+        @ops.counted(count, parts)
+        def loss_fn(params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
+            losses, state = parts(params, batch, **options)
+            return sum(losses.values()), state
 
         return loss_fn
 
@@ -97,22 +112,30 @@ class MaskedLanguage:
         """Returns a function (params, batches) -> scores, and which targets are right.
 
         Scores are by target, whatever batch it is in: `masked` and `next` are the mean losses,
-        `masked accuracy` and `next accuracy` in 0 ... 1; which are right is bool, (targets,).
+        `masked accuracy` and `next accuracy` in 0 ... 1; which are right is bool, (targets,). A
+        label that is no class, nor `IGNORE`, gives NaN.
         """
         policy, pairs_fn = model.precision.policy(self.loss), self._pairs(model)
 
         @jax.jit
-        def measure(params: Any, batch: Any) -> dict[str, tuple[Any, Any]]:
+        def measure(params: Any, batch: Any) -> dict[str, tuple[Any, Any, Any]]:
             return {
-                name: (label_loss(logits, labels, policy), jnp.argmax(logits, -1) == labels)
+                name: (
+                    label_loss(logits, labels, policy),
+                    jnp.argmax(logits, -1) == labels,
+                    jnp.any((labels != IGNORE) & ((labels < 0) | (labels >= logits.shape[-1]))),
+                )
                 for name, (logits, labels) in pairs_fn(params, batch)[0].items()
             }
 
         def evaluate(
             params: Any, batches: Sequence[Any]
         ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+            batches = list(each_batch(batches, "judge"))
             if not batches:
                 raise ConfigError("batches: none to judge; name more held-out data")
+            for batch in batches:
+                batch_rows(batch, "judge")
             found = [jax.device_get(measure(params, batch)) for batch in batches]
             scores, right = {}, {}
             for name in self.weights:
@@ -126,7 +149,9 @@ class MaskedLanguage:
                 counts = np.array([len(part) for part in parts])
                 losses = np.array([one[name][0] for one in found], np.float64)
                 scores[name] = float(losses @ counts / counts.sum())
-                scores[f"{name} accuracy"] = float(right[name].mean())
+                # A label that is no class has no loss, and is neither right nor wrong.
+                wrong = any(one[name][2] for one in found)
+                scores[f"{name} accuracy"] = math.nan if wrong else float(right[name].mean())
             return scores, right
 
         return evaluate

@@ -57,6 +57,8 @@ class TokenClassification:
         examples = []
         for example, places, tags in zip(found, starts, sentences.tags, strict=True):
             labels = np.full(len(example["ids"]), IGNORE, np.int32)
+            if np.asarray(tags).dtype.kind not in "iu":
+                raise ConfigError(f"tags: {np.asarray(tags).dtype.name}; give integers, one a word")
             labels[places] = tags
             examples.append(example | {"labels": labels})
         return examples

@@ -8,13 +8,13 @@ as long.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from mpjax.errors import TrainingStopped
+from mpjax.errors import ConfigError, TrainingStopped, brief
 from mpjax.train.step import TrainState, TrainStep
 
 Action = Callable[[int, TrainState], None]
@@ -25,7 +25,7 @@ _BURST_SECONDS, _MOST_STEPS = 0.2, 16
 def fit(
     state: TrainState,
     step: TrainStep,
-    batches: Iterator[Any],
+    batches: Iterable[Any],
     *,
     steps: int,
     report: Callable[[dict[str, Any]], None],
@@ -55,8 +55,12 @@ def fit(
       The last state.
 
     Raises:
+      ConfigError: there are fewer batches than steps, or they are something else.
       TrainingStopped: the loss scale cannot fall and gradients stay non-finite.
     """
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise ConfigError(f"fit: batches are {brief(batches)}; give an iterator of batches")
+    batches = iter(batches)
     running: list[tuple[int, Any, int]] = []
     burst = 1
     clock = time.perf_counter()
@@ -86,9 +90,15 @@ def fit(
                     raise
 
     for number in range(int(state.step) + 1, steps + 1):
-        batch = next(batches)
-        tokens = int(np.size(jax.tree.leaves(batch)[0])) * jax.process_count()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            raise ConfigError(
+                f"fit: batches ended before step {number} of {steps}; give an endless iterator,"
+                " such as itertools.cycle(batches), or fewer steps"
+            ) from None
         state, metrics = step(state, batch)
+        tokens = sum(map(np.size, jax.tree.leaves(batch)[:1])) * jax.process_count()
         running.append((number, metrics, tokens))
         if len(running) > burst:
             flush(late=1)

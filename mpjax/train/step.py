@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import begin_step, end_step, seen_of, with_seen
+from mpjax.formats.given import batch_rows
 from mpjax.optim import Optimizer, OptState, scaled_grad, select, weight_view
 
 
@@ -59,16 +60,22 @@ def _gradients(
 ) -> tuple[Any, Any, Any]:
     """Scaled gradients, mean loss and model state; microbatches are summed in float32.
 
-    Each weighs by its share of the targets, where the loss function says how many there are.
+    Each weighs by its share of the targets, where the loss function says how many there are; of
+    several losses each by its own (see `mpjax.ops.counted`).
     """
     scale, weights = state.opt_state.loss_scale, weight_view(state.params)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
     begun = begin_step(state.model_state, scale.value)
 
-    def loss_of(params: Any, seen: Any, micro: Any, model_state: Any, key: Any) -> tuple[Any, Any]:
+    def loss_of(
+        params: Any, seen: Any, micro: Any, model_state: Any, key: Any, shares: Any = None
+    ) -> tuple[Any, Any]:
         model_state = with_seen(model_state, seen)
-        loss, model_state = loss_fn(params, micro, state=model_state, key=key, train=True)
+        run: Any = loss_fn if shares is None else loss_fn.parts  # type: ignore[attr-defined]
+        loss, model_state = run(params, micro, state=model_state, key=key, train=True)
+        if shares is not None:
+            loss = sum(shares[name] * part.astype(jnp.float32) for name, part in loss.items())
         return loss, (loss, model_state)
 
     # The amax of gradients leaves as the cotangent of `seen`; an empty list costs nothing.
@@ -83,9 +90,12 @@ def _gradients(
     def body(carry: Any, part: Any) -> tuple[Any, None]:
         total, total_loss, largest, model_state = carry
         index, micro, share = part
+        several = share if isinstance(share, dict) else None  # inside: gradients are of the sum
         (grads, amax), (loss, model_state) = grad(
-            weights, seen_of(model_state), micro, model_state, jax.random.fold_in(key, index)
-        )
+            weights, seen_of(model_state), micro, model_state, jax.random.fold_in(key, index),
+            several,
+        )  # fmt: skip
+        share = None if several else share
 
         def add(total: Any, x: Any) -> Any:
             x = x.astype(jnp.float32)
@@ -99,7 +109,8 @@ def _gradients(
     carry = (zeros, jnp.float32(0), jax.tree.map(jnp.zeros_like, seen_of(begun)), begun)
     micros = jax.tree.map(split, batch)
     counts = jax.vmap(getattr(loss_fn, "count", lambda micro: None))(micros)
-    shares = None if counts is None else counts * (accumulate / jnp.maximum(jnp.sum(counts), 1e-30))
+    # Of no count there are no leaves, of several losses as many.
+    shares = jax.tree.map(lambda n: n * (accumulate / jnp.maximum(jnp.sum(n), 1e-30)), counts)
     parts = (jnp.arange(accumulate), micros, shares)
     (grads, loss, amax, model_state), _ = jax.lax.scan(body, carry, parts)
     model_state = end_step(model_state, state.model_state, amax, scale.value)
@@ -146,9 +157,16 @@ class TrainStep:
         """Puts this process's part of a global batch on its devices.
 
         Raises:
-          ConfigError: the batch is not divided by the mesh and the microbatches.
+          ConfigError: the batch is not divided by the mesh and the microbatches, is empty, or holds
+            something else than arrays.
         """
-        for rows in {x.shape[0] for x in jax.tree.leaves(batch)}:
+        found = batch_rows(batch, "step")
+        if len(found) > 1 and (self.accumulate > 1 or self.mesh is not None):
+            raise ConfigError(
+                f"step: the batch has arrays of {' and '.join(map(str, sorted(found)))} rows, and"
+                " is cut by rows; give all as many"
+            )
+        for rows in found:
             self.check_batch(rows * jax.process_count())
         if self.mesh is None:
             return batch

@@ -94,3 +94,67 @@ def test_mistakes_are_one_line(changes, said):
         eval_batches([], batch=1, lengths=(8,))
     with pytest.raises(ConfigError, match="ids: 2 tokens do not fit 1"):
         pad([{"ids": np.array([1, 2])}], 1)
+
+
+# What each field must hold, whatever example comes first: NumPy's stack of the same lists.
+MIXED = [
+    ("weights", [[1, 1], [0.5, 0.25]], np.float64),
+    ("weights", [np.ones(2, np.int32), np.array([0.5], np.float32)], np.float64),
+    ("ids", [np.array([5], np.uint8), np.array([300, 70_000], np.int32)], np.int32),
+    ("ids", [np.array([5], np.int8), np.array([300], np.uint16)], np.int32),
+    ("ids", [[True, False], [3, 300]], np.int64),
+    ("weights", [[], [0.5]], np.float64),
+    ("ids", [[], np.array([7], np.int32)], np.int32),
+    ("score", [1, 0.5], np.float64),
+    ("labels", [np.array([200], np.uint8), np.array([1, 2], np.uint8)], np.int16),
+    ("labels", [np.array([True]), np.array([False, True])], np.int8),
+    ("keep", [np.ones(2, bool), np.ones(1, bool)], np.bool_),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "dtype"), MIXED)
+@pytest.mark.parametrize("way", ["pad", "train", "eval"])
+def test_a_field_has_the_dtype_that_holds_all_examples(name, values, dtype, way):
+    examples = [{name: v, "row": i, "size": np.zeros(2)} for i, v in enumerate(values)]
+    batches = {
+        "pad": lambda: [pad(examples, 2)],
+        "train": lambda: itertools.islice(
+            bucket_batches(examples, batch=1, seed=0, lengths=(2,)), 2
+        ),
+        "eval": lambda: [b for _, b in eval_batches(examples, batch=1, lengths=(2,))],
+    }[way]()
+    rows = {}
+    for batch in batches:
+        assert batch[name].dtype == dtype, "in every batch"
+        rows |= dict(zip(batch["row"].tolist(), batch[name].tolist(), strict=True))
+    fill = IGNORE if name == "labels" else 0
+    for i, value in enumerate(values):
+        want = np.asarray(value).tolist()
+        if isinstance(want, list):
+            want = want + [fill] * (2 - len(want))
+        assert rows[i] == want
+
+
+@pytest.mark.parametrize(
+    ("examples", "said"),
+    [
+        ([{"ids": [1]}, {"ids": [2], "weights": [1]}], r"examples\[1\]: has the field 'weights'"),
+        ([{"ids": [1], "weights": [1]}, {"ids": [2]}], r"examples\[1\]: lacks the field 'weights'"),
+        ([{"ids": [1]}, {"ids": 2}], "ids has 0 axes, in examples.0. 1"),
+        ([{"ids": ["a"]}], r"examples\[0\]: ids is \['a'\]; give a number"),
+        ([{"ids": [[1, 2]]}], "ids is"),
+        ([{"ids": [1, [2]]}], "ids is"),
+        ([{"ids": None}], "ids is None"),
+        ([[1, 2]], r"examples\[0\] is \[1, 2\]; give a dict"),
+        ([{}], "give a dict"),
+        ([], "examples: none"),
+    ],
+)
+def test_examples_that_do_not_go_together_are_one_line(examples, said):
+    for use in (
+        lambda: pad(examples, 4),
+        lambda: eval_batches(examples, batch=1, lengths=(4,)),
+        lambda: bucket_batches(examples, batch=1, seed=0, lengths=(4,)),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            use()

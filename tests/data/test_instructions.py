@@ -28,3 +28,8 @@ def test_mistakes_are_one_line():
         instruction_examples([("a", "b"), ("a", "")], encode, end=0, longest=9)
     with pytest.raises(ConfigError, match="none of 1 fits 2 tokens"):
         instruction_examples([("abc", "d")], encode, end=0, longest=2)
+
+
+def test_what_encodes_gives_integers():
+    with pytest.raises(ConfigError, match="encode: gives float64; expected token ids"):
+        instruction_examples([("a", "b")], lambda text: [1.5], end=0, longest=8)

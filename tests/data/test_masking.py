@@ -55,3 +55,17 @@ def test_half_of_the_second_segments_are_of_another_document(pieces):
         segment_pairs(documents[:1], pieces, longest=19, seed=0)
     with pytest.raises(ConfigError, match="longest=4"):
         segment_pairs(documents, pieces, longest=4, seed=0)
+
+
+def test_padding_may_be_called_attention_mask(pieces):
+    ids = np.full((4, 6), pieces.unknown, np.int32)
+    keep = np.tile(np.arange(6) < 4, (4, 1))
+    change = masking(pieces, 0.9)
+    ours = change({"ids": ids, "keep": keep}, np.random.default_rng(0))
+    other = {"ids": ids, "attention_mask": keep.astype(np.int64)}
+    theirs = change(other, np.random.default_rng(0))
+    assert np.array_equal(ours["labels"], theirs["labels"])
+    assert (ours["labels"][~keep] == IGNORE).all() and (ours["labels"] != IGNORE).any()
+    for odd in ({"ids": ids}, other | {"keep": keep}, {"keep": keep}):
+        with pytest.raises(ConfigError, match="masking: the batch holds"):
+            change(odd, np.random.default_rng(0))

@@ -158,3 +158,14 @@ def test_bad_validation_settings_are_refused(change, message):
 def test_the_longest_sequence_that_fits_is_taken():
     first = next(batches(TOKENS, batch=1, seq=999, seed=0))
     assert first["targets"][0, -1] == 999
+
+
+@pytest.mark.parametrize(
+    "tokens", [np.linspace(0, 9, 40), np.ones(40, bool), np.array(list("ab" * 20)),
+               np.arange(40).reshape(2, 20), list(range(40))],
+)  # fmt: skip
+def test_a_stream_is_of_token_ids(tokens):
+    for make in (lambda: batches(tokens, batch=1, seq=4, seed=0),
+                 lambda: validation_batches(tokens, batch=1, seq=4)):  # fmt: skip
+        with pytest.raises(ConfigError, match="tokens: .*give an array of token ids"):
+            make()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mpjax.data.characters import Characters
 from mpjax.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mpjax.errors import ConfigError
 from tests.assets import asset
@@ -93,3 +94,11 @@ def test_minilms_tokenizer_neither_pads_nor_cuts():
     example = pieces.encode(["This is an example sentence"], longest=512)[0]
     assert example["ids"].tolist() == [101, 2023, 2003, 2019, 2742, 6251, 102]
     assert len(pieces.encode(["dog " * 300], longest=512)[0]["ids"]) == 302
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, 10_000])
+def test_an_id_that_is_no_token_is_one_line(wrong):
+    pieces, characters = train_wordpiece(["the quick fox"], 60), Characters(["abc"])
+    for read in (pieces.tokens, characters.decode):
+        with pytest.raises(ConfigError, match=f"id {wrong}.*expected 0 to"):
+            read([1, wrong])

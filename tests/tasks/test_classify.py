@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from mpjax.data.buckets import bucket_batches
+from mpjax.data.buckets import IGNORE, bucket_batches
 from mpjax.data.labelled import LabelledTexts
 from mpjax.data.wordpiece import train_wordpiece
 from mpjax.errors import ConfigError
-from mpjax.tasks import TextClassification
+from mpjax.precision import parse_policy
+from mpjax.tasks import TextClassification, label_loss
 from mpjax.train import build
 from tests.tasks.bag import Bag
 
@@ -83,3 +84,37 @@ def test_mistakes_are_one_line(pieces):
     texts = dataclasses.replace(draw_texts(3), labels=np.array([0, 2, 1], np.int32))
     with pytest.raises(ConfigError, match="labels: 0 to 2, expected 0 to 1"):
         TextClassification(("bad", "good")).examples(pieces, texts, longest=16)
+    fractions = dataclasses.replace(draw_texts(2), labels=np.array([0.0, 0.5]))
+    with pytest.raises(ConfigError, match="labels: float64; give integers"):
+        TextClassification(("bad", "good")).examples(pieces, fractions, longest=16)
+
+
+def test_a_label_that_is_ignored_is_judged_as_in_the_loss():
+    task = TextClassification(("a", "b", "c"))
+    logits = np.array([[2.0, 0, 1], [0, 3, 1], [5, 0, 0], [0, 1, 0]], np.float32)
+    labels = [0, 2, IGNORE, 1]
+    found = task.evaluate(logits, [{"labels": np.int32(y)} for y in labels])
+    wide = logits.astype(np.float64)[[0, 1, 3]]
+    losses = np.log(np.exp(wide).sum(1)) - wide[[0, 1, 2], [0, 2, 1]]
+    assert found["loss"] == pytest.approx(losses.mean(), rel=1e-6)
+    assert found["loss"] == pytest.approx(
+        float(label_loss(logits, np.array(labels), parse_policy("f32"))), rel=1e-6
+    )
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    for wrong in (-1, -3, 3, 7):
+        with pytest.raises(ConfigError, match=f"labels: {wrong} is no class"):
+            task.evaluate(logits[:2], [{"labels": 0}, {"labels": wrong}])
+    for wrong in (IGNORE, -1, 3):
+        with pytest.raises(ConfigError, match=rf"examples\[1\]: label {wrong} is no class"):
+            task.correct(logits[:2], [{"labels": 0}, {"labels": wrong}])
+
+
+def test_weights_of_labels_are_those_of_their_mean():
+    logits = np.array([[2.0, 0, 1], [0, 3, 1], [5, 0, 0]], np.float32)
+    labels, weights = np.array([0, IGNORE, 1]), np.array([0.25, 9.0, 0.5], np.float32)
+    wide = logits.astype(np.float64)[[0, 2]]
+    losses = np.log(np.exp(wide).sum(1)) - wide[[0, 1], [0, 1]]
+    got = label_loss(logits, labels, parse_policy("f32"), weights)
+    assert float(got) == pytest.approx(weights[[0, 2]] @ losses / 0.75, rel=1e-6)
+    with pytest.raises(ConfigError, match=r"weights: shape \(2,\) is not \(3,\)"):
+        label_loss(logits, labels, parse_policy("f32"), weights[:2])

@@ -89,3 +89,12 @@ def test_weights_out_of_range_are_one_line(weights):
         MaskedLanguage(*weights)
     with pytest.raises(ConfigError, match="none to judge"):
         MaskedLanguage().judge(MODEL)(PARAMS, [])
+
+
+@pytest.mark.parametrize("wrong", [-1, -7, 20, 500])
+def test_a_label_that_is_no_class_has_no_scores(wrong):
+    labels = BATCH["labels"].copy()
+    labels[0, 0] = wrong
+    scores, _ = MaskedLanguage().judge(MODEL)(PARAMS, [BATCH | {"labels": labels}])
+    assert np.isnan([scores["masked"], scores["masked accuracy"]]).all()
+    assert np.isfinite([scores["next"], scores["next accuracy"]]).all()

@@ -63,3 +63,9 @@ def test_mistakes_are_one_line(pieces):
         TokenClassification(("O",))
     with pytest.raises(ConfigError, match="the sentences have 3 names, the task 2"):
         TokenClassification(("A", "B")).examples(pieces, draw_sentences(2), longest=32)
+
+
+def test_tags_are_integers(pieces):
+    sentences = TaggedSentences((("go",),), (np.array([0.5]),), NAMES)
+    with pytest.raises(ConfigError, match="tags: float64; give integers"):
+        TokenClassification(NAMES).examples(pieces, sentences, longest=16)
