@@ -122,6 +122,7 @@ class Start:
       classes: outputs of the head.
       texts: on which a tokenizer is trained where there is no checkpoint.
       pool: what a head of whole texts takes of them, as of EncoderConfig.
+      labels: names of the classes, which an export of the model writes.
     """
 
     config: Any
@@ -129,6 +130,7 @@ class Start:
     classes: int
     texts: Sequence[str]
     pool: str = "first"
+    labels: tuple[str, ...] = ()
 
     @property
     def source(self) -> str | Path | None:
@@ -165,7 +167,7 @@ class Start:
     def _changes(self) -> dict[str, Any]:
         return {
             "head": self.head, "classes": self.classes, "dropout": self.config.dropout,
-            "pool": self.pool,
+            "pool": self.pool, "labels": self.labels,
         }  # fmt: skip
 
     def _loaded(self, precision: Any, seed: int) -> tuple[Any, Any]:

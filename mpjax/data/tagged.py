@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mpjax.data.assets import fetch
+from mpjax.data.class_names import places_in, sorted_names
 from mpjax.data.rows import read_text_file
 from mpjax.data.split import held_out
 from mpjax.errors import ConfigError
@@ -27,7 +28,7 @@ class TaggedSentences:
     Args:
         words: of each sentence, at least one.
         tags: of each sentence, int32, one a word, indices into `names`.
-        names: of the tags, sorted.
+        names: of the tags; sorted, where `load_tagged` made it.
     """
 
     words: tuple[tuple[str, ...], ...]
@@ -41,6 +42,20 @@ class TaggedSentences:
     def word_count(self) -> int:
         """Words of all sentences."""
         return sum(map(len, self.words))
+
+    def ordered(self, names: Sequence[str]) -> TaggedSentences:
+        """The same sentences with their tags in another order, as a checkpoint has them.
+
+        Args:
+            names: of tags, such as `model.config.labels`; there may be more than the data has.
+
+        Raises:
+            ConfigError: a tag of the data is not among them.
+        """
+        if tuple(names) == self.names:
+            return self
+        places = places_in(self.names, names, "tags")
+        return TaggedSentences(self.words, tuple(places[t] for t in self.tags), tuple(names))
 
 
 def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedSentences]:
@@ -79,7 +94,7 @@ def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedS
     train = [s for s, one in zip(distinct, out, strict=True) if not one]
     test = [s for s, one in zip(distinct, out, strict=True) if one]
     seen = {tag for s in train for _, tag in s}
-    names = tuple(sorted(seen | {tag for s in test for _, tag in s}))
+    names = sorted_names(seen | {tag for s in test for _, tag in s})
     if len(names) < 2:
         raise ConfigError(f"data {source!r}: one tag, {names[0]!r}; expected at least two")
     return _tagged(train, names), _tagged(test, names)

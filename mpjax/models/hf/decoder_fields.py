@@ -186,7 +186,7 @@ def write_llama(c: DecoderConfig) -> dict[str, Any]:
 
 def write_mistral(c: DecoderConfig) -> dict[str, Any]:
     """Returns the fields of a config.json."""
-    return write_llama(c) | dict(sliding_window=c.window)
+    return write_llama(c) | dict(sliding_window=c.window or None)
 
 
 def write_qwen(c: DecoderConfig) -> dict[str, Any]:

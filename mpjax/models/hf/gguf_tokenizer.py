@@ -18,6 +18,27 @@ _PIECES = {
 }
 
 
+def gguf_special(reader: Any) -> dict[str, int]:
+    """Returns the ids of the special tokens that a GGUF file names, by the names of config.json."""
+    named = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "separator": "sep"}
+    fields = {ours: f"tokenizer.ggml.{name}_token_id" for name, ours in named.items()}
+    return {
+        f"{ours}_token_id": int(reader.fields[field].contents())
+        for ours, field in fields.items()
+        if field in reader.fields
+    }
+
+
+def gguf_settings(reader: Any) -> dict[str, Any]:
+    """Returns what a tokenizer_config.json would say of the tokenizer of a GGUF file."""
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {n.removesuffix("_id"): tokens[i] for n, i in gguf_special(reader).items()}
+    if "tokenizer.chat_template" in reader.fields:
+        settings["chat_template"] = reader.fields["tokenizer.chat_template"].contents()
+    return settings
+
+
 def gguf_tokenizer(path: Path, reader: Any) -> str:
     """Returns a tokenizer.json with the vocabulary and merges of a GGUF file.
 
