@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.models.quantized_weights import has_scales, quantize_weights
+from mpjax.models.settings import as_cache
 from mpjax.models.storage import stored_bytes
 from mpjax.precision import get_precision
 
@@ -49,7 +50,7 @@ _LARGEST = math.log(sys.float_info.max)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache"))
-def _sums(model: Any, params: Any, batch: Any, cache: str) -> Any:
+def _sums(model: Any, params: Any, batch: Any, cache: Any) -> Any:
     targets_BT, keep, weights_BT = batch["targets"], batch.get("keep"), batch.get("weights")
     B, T = targets_BT.shape
     state = model.init_state() or {}
@@ -91,7 +92,7 @@ def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: str = "") -
       7
     """
     loss = right = weight = 0.0
-    tokens = 0
+    tokens, cache = 0, as_cache(cache)
     for batch in batches:
         nll, hits, weights, targets = _sums(model, params, dict(batch), cache)
         loss, right, weight = loss + float(nll), right + float(hits), weight + float(weights)
@@ -122,6 +123,10 @@ class Variant:
     precision: str = ""
     cache: str = ""
     calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cache, str):  # None or a dtype
+            object.__setattr__(self, "cache", str(as_cache(self.cache)))
 
     def __str__(self) -> str:
         parts = [f"{self.weights} weights{' (calibrated)' * self.calibrated}", *self.rules]

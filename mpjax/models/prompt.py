@@ -6,7 +6,7 @@ Shapes: B prompts, T tokens of the longest, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from mpjax.errors import ConfigError
-from mpjax.models.cache import cache_storage
+from mpjax.errors import ConfigError, brief
 from mpjax.models.given import check_params
+from mpjax.models.settings import as_cache, as_count
 from mpjax.models.storage import Storage
 
 
@@ -36,18 +36,42 @@ def left_pad(
       >>> left_pad([[5], [6, 7]])[0].tolist(), left_pad([[5], [6, 7]])[1].tolist()
       ([[0, 5], [6, 7]], [1, 2])
     """
-    lengths = [len(prompt) for prompt in prompts]
+    rows = [_row(prompt) for prompt in _several(prompts)]
+    lengths = [len(row) for row in rows]
     if not lengths or min(lengths) < 1:
         raise ConfigError("prompt: empty; give at least one token for each")
-    length = length or max(lengths)
+    length = as_count(length, "length") or max(lengths)
     if max(lengths) > length:
         raise ConfigError(
             f"prompt: {max(lengths)} tokens do not fit length={length}; raise it or shorten it"
         )
-    out = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in zip(out, prompts, strict=True):
-        row[length - len(prompt) :] = prompt
+    out = np.zeros((len(rows), length), np.int32)
+    for to, row in zip(out, rows, strict=True):
+        to[length - len(row) :] = row
     return out, np.asarray(lengths, np.int32)
+
+
+def _several(prompts: Any) -> Any:
+    whole = isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__iter__")
+    if whole or getattr(prompts, "shape", None) == ():
+        raise ConfigError(f"prompt: {brief(prompts)}; give lists of token ids, such as [[5, 6]]")
+    return prompts
+
+
+def _row(prompt: Any) -> np.ndarray:
+    """The ids of one prompt, which must be whole numbers that an int32 holds."""
+    try:
+        row = np.asarray(prompt)
+    except (TypeError, ValueError):
+        row = np.asarray(None)
+    if row.shape == (0,):
+        return row.astype(np.int32)
+    if row.ndim != 1 or row.dtype.kind not in "iu":
+        raise ConfigError(f"prompt: {brief(prompt)}; give token ids, such as [5, 6]")
+    if row.min() < 0 or row.max() > np.iinfo(np.int32).max:
+        odd = row.min() if row.min() < 0 else row.max()
+        raise ConfigError(f"prompt: {odd} is no token; give ids of the model's tokenizer")
+    return row
 
 
 class Start(NamedTuple):
@@ -80,9 +104,8 @@ def check_prompt(
     params: Any,
     prompt: Any,
     lengths: Any,
-    new: int,
-    cache: str | Storage,
-    end: int | None,
+    new: Any,
+    cache: Any,
 ) -> tuple[Start, Any]:
     """Checks what the ways of generating have in common.
 
@@ -104,10 +127,9 @@ def check_prompt(
     vocabulary = model.config.vocabulary
     if B < 1 or T < 1:
         raise ConfigError(f"prompt: shape {prompt.shape} is empty; give at least one token a row")
+    new, storage = as_count(new, "new"), as_cache(cache)
     if new < 1:
         raise ConfigError(f"new: {new} tokens to add; ask for at least 1")
-    if end is not None and not 0 <= end < vocabulary:
-        raise ConfigError(f"end: {end} is no token of the model; give one of 0..{vocabulary - 1}")
     ids = np.zeros(1) if isinstance(prompt, jax.core.Tracer) else np.asarray(prompt)
     if (odd := ids[(ids < 0) | (ids >= vocabulary)]).size:
         raise ConfigError(
@@ -116,20 +138,45 @@ def check_prompt(
         )
     takes = inspect.signature(model.init_cache).parameters
     for what, asked, name in (
-        ("cache", cache, "storage"),
+        ("cache", storage, "storage"),
         ("lengths", lengths is not None, "pads"),
     ):
         if asked and name not in takes:
             raise ConfigError(
                 f"{what}: {type(model).__name__} keeps no keys and values; leave {what} out"
             )
-    start = Start(new, cache_storage(cache) if cache else "")
+    start = Start(new, storage)
     if lengths is None:
         return start, None
-    lengths = np.asarray(lengths, np.int32)
+    try:
+        found = np.asarray(lengths)
+    except (TypeError, ValueError):  # ragged, or traced
+        found = np.asarray(None)
+    if found.dtype.kind not in "iu":
+        raise ConfigError(
+            f"lengths: {brief(lengths)}; give a whole number for each row, how many of its last"
+            " tokens are the prompt"
+        )
+    lengths = found
     if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
         raise ConfigError(
             f"lengths: {lengths.tolist()} do not fit prompts of shape {(B, T)}; give for each row"
             f" how many of its last tokens are the prompt, 1..{T}"
         )
-    return start, (None if (lengths == T).all() else jnp.asarray(lengths))
+    return start, (None if (lengths == T).all() else jnp.asarray(lengths, jnp.int32))
+
+
+def check_state(model: Any, state: Any) -> Any:
+    """Returns the state that a generation begins with, checked.
+
+    Raises:
+      ConfigError: no state of a model.
+    """
+    if state is None:
+        return model.init_state()
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            f"state: {brief(state)}; give amax histories, of a training state state.model_state, or"
+            " leave it out"
+        )
+    return state

@@ -17,8 +17,9 @@ import numpy as np
 from mpjax.data.buckets import Example, eval_batches
 from mpjax.data.pairs import Pair
 from mpjax.errors import ConfigError
-from mpjax.models.cache import cache_storage
+from mpjax.models.beam import check_beams
 from mpjax.models.generate import beam_search, generate
+from mpjax.models.settings import as_cache
 from mpjax.tasks.language import Language
 
 logger = logging.getLogger("mpjax.tasks")
@@ -158,9 +159,7 @@ class Translation:
         Raises:
           ConfigError: no beam, or a storage that is unknown.
         """
-        if beams < 1:
-            raise ConfigError(f"beams: {beams} must be at least 1; 1 takes the likeliest token")
-        storage = cache_storage(cache) if cache else ""
+        beams, storage = check_beams(beams, 1.0)[0], as_cache(cache)
         longest, continued = max(lengths), _Continued(model)
         read = jax.jit(
             lambda params, source, keep: model.start(
