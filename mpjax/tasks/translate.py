@@ -39,6 +39,12 @@ class Tokens(Protocol):
         ...
 
 
+def _plain(tokens: Tokens, texts: Sequence[str]) -> list[np.ndarray]:
+    """The ids of each text alone: a target has its own begin and end, and a source none."""
+    before, behind = (len(getattr(tokens, name, ())) for name in ("prefix", "suffix"))
+    return [ids[before : len(ids) - behind] for ids in tokens.encode_batch(texts)]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Continued:
     """An encoder-decoder that has read its source, as `generate` continues any model."""
@@ -83,7 +89,7 @@ class Translation:
         return self.tokens.vocab_size + 2
 
     def _sources(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
-        ids = [one.astype(np.int32) for one in self.tokens.encode_batch(texts)]
+        ids = [one.astype(np.int32) for one in _plain(self.tokens, texts)]
         return [{"source": one, "source_keep": np.ones(len(one), bool)} for one in ids]
 
     def fitting(self, pairs: Sequence[Pair], *, longest: int) -> list[Pair]:
@@ -98,7 +104,7 @@ class Translation:
         """
         if longest < 2:
             raise ConfigError(f"longest={longest}: no room for a token and the end; give 2 or more")
-        sources, targets = (self.tokens.encode_batch([p[side] for p in pairs]) for side in (0, 1))
+        sources, targets = (_plain(self.tokens, [p[side] for p in pairs]) for side in (0, 1))
         sizes = [max(len(a), len(b) + 1) for a, b in zip(sources, targets, strict=True)]
         keep = np.array(sizes, int) <= longest
         if not keep.any():
@@ -114,7 +120,7 @@ class Translation:
 
     def examples(self, pairs: Sequence[Pair]) -> list[Example]:
         """Returns what the model reads of each pair: a target moved by one, and its weights."""
-        targets = self.tokens.encode_batch([target for _, target in pairs])
+        targets = _plain(self.tokens, [target for _, target in pairs])
         found: list[Example] = []
         for source, ids in zip(self._sources([s for s, _ in pairs]), targets, strict=True):
             target = np.array([self.begin, *ids, self.end], np.int32)

@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mpjax.errors import ConfigError
+from mpjax.models.hf.special_tokens import with_flags
 
 _CONTROL, _USER = 3, 4  # kinds of tokens that are no result of merges
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,4 +73,7 @@ def gguf_tokenizer(path: Path, reader: Any) -> str:
     for token, one in zip(tokens, kinds if isinstance(kinds, list) else [], strict=False):
         if one in (_CONTROL, _USER):
             tokenizer.add_tokens([AddedToken(token, special=one == _CONTROL, normalized=False)])
-    return tokenizer.to_str()
+    flags = {name: bool(value(name)) for name in ("add_bos_token", "add_eos_token")}
+    if not any(flags.values()):
+        return tokenizer.to_str()
+    return with_flags(tokenizer.to_str(), gguf_settings(reader) | flags)
