@@ -36,7 +36,7 @@ class ChatTemplate:
     def __init__(self, template: str) -> None:
         jinja2 = need("jinja2", "chat", "chat")
         sandbox = need("jinja2.sandbox", "chat", "chat")
-        self._refusal = type("Refusal", (jinja2.TemplateError,), {})
+        self._refusal: Any = type("Refusal", (jinja2.TemplateError,), {})
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,

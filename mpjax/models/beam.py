@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from mpjax.errors import ConfigError
 from mpjax.models.cache import take_rows
-from mpjax.models.settings import as_count, as_ends, as_number
+from mpjax.models.settings import Count, Ends, Number, as_count, as_ends, as_number
 
 _NEVER = -1e30  # log-probability of what must not be taken; finite, for 0 times it is 0
 
@@ -61,7 +61,7 @@ def search(
     *,
     beams: int,
     new: int,
-    end: tuple[int, ...],
+    end: Ends,
     penalty: float,
 ) -> Beams:
     """Searches with any model that decodes; `beam_search` is the front of it.
@@ -134,7 +134,7 @@ def is_end(token: Any, ends: tuple[int, ...]) -> Any:
     return found
 
 
-def check_beams(beams: Any, penalty: Any) -> tuple[int, float]:
+def check_beams(beams: Count, penalty: Number) -> tuple[int, float]:
     """Returns the settings of a search, checked.
 
     Raises:

@@ -6,7 +6,7 @@ Shapes: B batch, T prompt tokens, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,10 +17,8 @@ from jaxtyping import Array, Int
 from mpjax.models.beam import Beams, check_beams, is_end, search
 from mpjax.models.prompt import Start, check_prompt, check_state, prefill
 from mpjax.models.sampling import Sampling
-from mpjax.models.settings import as_ends
-from mpjax.models.storage import Storage
+from mpjax.models.settings import CacheStorage, Count, Ends, Number, as_ends
 
-Cache = str | Storage | Any  # Any: a dtype
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
 
@@ -56,14 +54,14 @@ def generate(
     params: Any,
     prompt: Ids,
     *,
-    new: int,
+    new: Count,
     key: Any = None,
-    temperature: float = 1.0,
-    top_k: int | None = 0,
-    top_p: float | None = 1.0,
-    end: int | Sequence[int] | None = None,
+    temperature: Number = 1.0,
+    top_k: Count | None = 0,
+    top_p: Number | None = 1.0,
+    end: Ends = None,
     lengths: Any = None,
-    cache: Cache = "",
+    cache: CacheStorage = "",
     state: Any = None,
 ) -> Int[Array, "B N"]:
     """Continues prompts.
@@ -132,13 +130,13 @@ def stream(
     params: Any,
     prompt: Ids,
     *,
-    new: int,
+    new: Count,
     key: Any = None,
-    temperature: float = 1.0,
-    top_k: int | None = 0,
-    top_p: float | None = 1.0,
+    temperature: Number = 1.0,
+    top_k: Count | None = 0,
+    top_p: Number | None = 1.0,
     lengths: Any = None,
-    cache: Cache = "",
+    cache: CacheStorage = "",
 ) -> Iterator[Int[Array, " B"]]:
     """Yields the tokens that `generate` returns, one for each row at a time.
 
@@ -199,12 +197,12 @@ def beam_search(
     params: Any,
     prompt: Ids,
     *,
-    new: int,
-    beams: int = 4,
-    length_penalty: float = 1.0,
-    end: int | Sequence[int] | None = None,
+    new: Count,
+    beams: Count = 4,
+    length_penalty: Number = 1.0,
+    end: Ends = None,
     lengths: Any = None,
-    cache: Cache = "",
+    cache: CacheStorage = "",
     state: Any = None,
 ) -> Beams:
     r"""Returns the best continuations that beam search finds, best first.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.models.quantized_weights import has_scales, quantize_weights
-from mpjax.models.settings import as_cache
+from mpjax.models.settings import CacheStorage, as_cache
 from mpjax.models.storage import stored_bytes
 from mpjax.precision import get_precision
 
@@ -69,7 +69,7 @@ def _sums(model: Any, params: Any, batch: Any, cache: Any) -> Any:
     return nll, right, jnp.sum(weights_BT), jnp.count_nonzero(weights_BT)
 
 
-def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: str = "") -> Judged:
+def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: CacheStorage = "") -> Judged:
     """Returns how well a model predicts a text.
 
     Args:
@@ -121,7 +121,7 @@ class Variant:
     weights: str = "f32"
     rules: tuple[str, ...] = ()
     precision: str = ""
-    cache: str = ""
+    cache: CacheStorage = ""
     calibrated: bool = False
 
     def __post_init__(self) -> None:

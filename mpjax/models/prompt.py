@@ -6,7 +6,7 @@ Shapes: B prompts, T tokens of the longest, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +16,12 @@ from jaxtyping import Int
 
 from mpjax.errors import ConfigError, brief
 from mpjax.models.given import check_params
-from mpjax.models.settings import as_cache, as_count
+from mpjax.models.settings import CacheStorage, Count, as_cache, as_count
 from mpjax.models.storage import Storage
 
 
 def left_pad(
-    prompts: Sequence[Sequence[int]], length: int = 0
+    prompts: Any, length: Count = 0
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Returns prompts as one array, each ending in the last column, and their lengths.
 
@@ -104,8 +104,8 @@ def check_prompt(
     params: Any,
     prompt: Any,
     lengths: Any,
-    new: Any,
-    cache: Any,
+    new: Count,
+    cache: CacheStorage,
 ) -> tuple[Start, Any]:
     """Checks what the ways of generating have in common.
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from mpjax.errors import ConfigError
 from mpjax.formats.given import check_key
-from mpjax.models.settings import as_count, as_number
+from mpjax.models.settings import Count, Number, as_count, as_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Sampling:
       Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, section 3.1 (nucleus).
     """
 
-    temperature: float = 1.0
-    top_k: int | None = 0
-    top_p: float | None = 1.0
+    temperature: Number = 1.0
+    top_k: Count = 0
+    top_p: Number = 1.0
 
     def __post_init__(self) -> None:
         # Plain numbers, for a program is kept for each of them.

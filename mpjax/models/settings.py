@@ -13,6 +13,12 @@ from mpjax.errors import ConfigError, brief
 from mpjax.models.cache import cache_storage
 from mpjax.models.storage import Storage
 
+# What a caller may give; the functions below say what it must be.
+Count = Any  # a whole number of Python, NumPy or JAX
+Number = Any  # a real one
+Ends = Any  # a token, several or None
+CacheStorage = Any  # text such as `int8`, a dtype, a Storage or None
+
 
 def as_count(value: Any, name: str) -> int:
     """Returns a whole number.

@@ -19,7 +19,7 @@ from mpjax.data.pairs import Pair
 from mpjax.errors import ConfigError
 from mpjax.models.beam import check_beams
 from mpjax.models.generate import beam_search, generate
-from mpjax.models.settings import as_cache
+from mpjax.models.settings import CacheStorage, Count, as_cache
 from mpjax.tasks.language import Language
 
 logger = logging.getLogger("mpjax.tasks")
@@ -150,7 +150,13 @@ class Translation:
         return judged
 
     def translator(
-        self, model: Any, *, batch: int, lengths: Sequence[int], beams: int = 1, cache: str = ""
+        self,
+        model: Any,
+        *,
+        batch: int,
+        lengths: Sequence[int],
+        beams: Count = 1,
+        cache: CacheStorage = "",
     ) -> Callable[[Any, Sequence[str]], list[str]]:
         """Returns a function (params, texts) -> their translations, of at most max(lengths) tokens.
 

@@ -23,7 +23,7 @@ def with_flags(text: str, settings: Mapping[str, Any]) -> str:
     backend = Tokenizer.from_str(text)
     around = {}
     for flag, name in _FLAGS.items():
-        token = settings.get(name)
+        token: Any = settings.get(name)
         token = token.get("content") if isinstance(token, Mapping) else token
         known = isinstance(token, str) and backend.token_to_id(token) is not None
         around[name] = [token] if settings.get(flag) and known else []
