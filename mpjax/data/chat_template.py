@@ -83,11 +83,9 @@ class ChatTemplate:
                 ' [{"role": "user", "content": "hello"}]'
             )
         turns = [{name: x for name, x in m.items() if x is not None} for m in messages]
-        for turn in turns:
-            thought = [turn[name] for name in _REASONING if name in turn]
-            if thought:
-                turn["reasoning_content"] = thought[0]
-                turn.setdefault("thinking", thought[0])
+        for i, turn in enumerate(turns):
+            if thoughts := [turn[name] for name in _REASONING if name in turn]:
+                turns[i] = {"thinking": thoughts[0]} | turn | {"reasoning_content": thoughts[0]}
         try:
             return self._template.render(
                 messages=turns, tools=tools, documents=documents,

@@ -85,8 +85,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "llama": _llama("LlamaForCausalLM", fields.read_llama, fields.write_llama),
     "mistral": _llama("MistralForCausalLM", fields.read_mistral, fields.write_mistral),
-    "qwen2": _llama("Qwen2ForCausalLM", fields.read_qwen2, fields.write_qwen),
-    "qwen3": _llama("Qwen3ForCausalLM", fields.read_qwen3, fields.write_qwen),
+    "qwen2": _llama("Qwen2ForCausalLM", fields.read_qwen2, fields.write_qwen2),
+    "qwen3": _llama("Qwen3ForCausalLM", fields.read_qwen3, fields.write_qwen3),
     "pytorch-seq2seq": Architecture("", SEQ2SEQ, fields.read_seq2seq, _seq2seq),
 }  # fmt: skip
 

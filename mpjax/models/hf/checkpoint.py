@@ -13,7 +13,6 @@ from typing import Any
 from mpjax.errors import ConfigError, need
 from mpjax.models.hf.gguf_file import open_gguf, read_gguf
 from mpjax.models.hf.gguf_tokenizer import gguf_settings, gguf_tokenizer
-from mpjax.models.hf.special_tokens import with_flags
 from mpjax.models.hf.tensors import Tensors, read_json, read_safetensors, read_sharded
 from mpjax.models.hf.torch_file import read_torch
 from mpjax.models.metadata import GENERATION, Metadata
@@ -83,28 +82,19 @@ class Checkpoint:
     def tokenizer_json(self) -> str | None:
         """Returns the tokenizer.json that belongs to it, or None where there is none.
 
-        That of the folder, with the tokens around a text that the tokenizer_config.json beside it
-        asks for, or one made of what a GGUF file holds; `mpjax.data.Tokenizer.from_text` reads it.
+        That of the folder, or one made of what a GGUF file holds; `mpjax.data.Tokenizer.from_text`
+        reads it.
 
         Raises:
           ConfigError: a file that is no text, a GGUF file with a tokenizer of another kind.
         """
         if self.gguf:
             return gguf_tokenizer(self.where, self.gguf)
-        path, beside = self.where.parent / TOKENIZER, self.where.parent / TOKENIZER_SETTINGS
-        if not path.is_file():
-            return None
+        path = self.where.parent / TOKENIZER
         try:
-            text = path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8") if path.is_file() else None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); download it again") from None
-        settings = read_json(beside) if beside.is_file() else {}
-        try:
-            return with_flags(text, settings)
-        except Exception as error:  # the package of tokenizers raises nothing narrower
-            raise ConfigError(
-                f"{path}: not a tokenizer.json ({error}); download it again"
-            ) from None
 
     def metadata(self, fields: Collection[str] = ()) -> Metadata:
         """Returns what it says beside shape and weights.

@@ -218,14 +218,19 @@ def write_mistral(c: DecoderConfig) -> dict[str, Any]:
     return write_llama(c) | dict(sliding_window=c.window or None)
 
 
-def write_qwen(c: DecoderConfig) -> dict[str, Any]:
-    """Returns the fields of a config.json of Qwen2 or Qwen3."""
+def write_qwen2(c: DecoderConfig) -> dict[str, Any]:
+    """Returns the fields of a config.json, which has no head_dim where heads share the width."""
+    return {k: v for k, v in write_qwen3(c).items() if k != "head_dim" or c.head_width}
+
+
+def write_qwen3(c: DecoderConfig) -> dict[str, Any]:
+    """Returns the fields of a config.json."""
     kind = "sliding_attention" if c.window else "full_attention"
     return write_llama(c) | dict(
         use_sliding_window=bool(c.window),
         sliding_window=c.window or None,
-        max_window_layers=0 if c.window else c.layers,
         layer_types=[kind] * c.layers,
+        **({"max_window_layers": 0} if c.window else {}),
     )
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mpjax.errors import ConfigError
-from mpjax.models.hf.special_tokens import with_flags
 
 _CONTROL, _USER = 3, 4  # kinds of tokens that are no result of merges
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,7 +72,17 @@ def gguf_tokenizer(path: Path, reader: Any) -> str:
     for token, one in zip(tokens, kinds if isinstance(kinds, list) else [], strict=False):
         if one in (_CONTROL, _USER):
             tokenizer.add_tokens([AddedToken(token, special=one == _CONTROL, normalized=False)])
-    flags = {name: bool(value(name)) for name in ("add_bos_token", "add_eos_token")}
-    if not any(flags.values()):
-        return tokenizer.to_str()
-    return with_flags(tokenizer.to_str(), gguf_settings(reader) | flags)
+    special = gguf_special(reader)
+    begin, end = (
+        [tokens[special[f"{name}_token_id"]]]
+        if value(f"add_{name}_token") and f"{name}_token_id" in special
+        else []
+        for name in ("bos", "eos")
+    )
+    if begin or end:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*begin, "$A", *end],
+            pair=[*begin, "$A", *end, *begin, "$B", *end],
+            special_tokens=[(token, vocabulary[token]) for token in {*begin, *end}],
+        )
+    return tokenizer.to_str()
