@@ -100,8 +100,8 @@ def find_chat(checkpoint: Checkpoint) -> Chat:
             template = apart.read_text() if apart.is_file() else settings["chat_template"]
             if isinstance(template, list):  # several, by name
                 template = {one["name"]: one["template"] for one in template}["default"]
-            for name in ("bos_token", "eos_token"):
-                if token := settings.get(name):
+            for name, token in settings.items():
+                if name.endswith("_token") and isinstance(token, str | dict):
                     names[name] = token["content"] if isinstance(token, dict) else token
     except FileNotFoundError:
         raise ConfigError(f"checkpoint: {where} is missing; name a model that can chat") from None
@@ -116,7 +116,9 @@ def find_chat(checkpoint: Checkpoint) -> Chat:
             f"checkpoint: {where.parent} has no tokenizer.json or names no end token; name a model"
             " that can chat"
         )
-    return Chat(tokenizer, template, names["eos_token"], names)
+    # An instruct model may end a turn with a token and a text with another.
+    ends = checkpoint.metadata({"eos_token_id"}).ends
+    return Chat(tokenizer, template, [names["eos_token"], *ends], names)
 
 
 def sample(source: str) -> str:
@@ -161,7 +163,7 @@ def say(chat: Chat, tokens: Any, write: Callable[[str], None]) -> tuple[str, str
         now = time.perf_counter()
         first = first or now - start
         warm = now if len(ids) == WARM else warm
-        if ids[-1] == chat.end:
+        if ids[-1] in chat.ends:
             break
         text = chat.text(ids)
         if not text.endswith("\ufffd"):  # a letter whose other bytes are still to come

@@ -126,6 +126,7 @@ class Start:
       classes: outputs of the head.
       texts: on which a tokenizer is trained where there is no checkpoint.
       pool: what a head of whole texts takes of them, as of EncoderConfig.
+      labels: names of the classes, which an export of the model writes.
     """
 
     config: Any
@@ -133,6 +134,7 @@ class Start:
     classes: int
     texts: Sequence[str]
     pool: str = "first"
+    labels: tuple[str, ...] = ()
 
     @property
     def source(self) -> str | Path | None:
@@ -169,7 +171,7 @@ class Start:
     def _changes(self) -> dict[str, Any]:
         return {
             "head": self.head, "classes": self.classes, "dropout": self.config.dropout,
-            "pool": self.pool,
+            "pool": self.pool, "labels": self.labels,
         }  # fmt: skip
 
     def _loaded(self, precision: Any, seed: int) -> tuple[Any, Any]:

@@ -76,7 +76,9 @@ def main(config: Config) -> None:
     train, test = load_labelled(config.data)
     need("sklearn.metrics", "tasks", "metrics")
     task = TextClassification(train.classes)
-    start = finetune.Start(config, "class", len(train.classes), train.texts, config.pool)
+    start = finetune.Start(
+        config, "class", len(train.classes), train.texts, config.pool, train.classes
+    )
     pieces, longest = start.pieces(), max(config.lengths)
     examples, held_out = (task.examples(pieces, side, longest=longest) for side in (train, test))
     model = finetune.check_arms(config, task, start, pieces.vocab_size)

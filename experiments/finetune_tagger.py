@@ -71,7 +71,7 @@ def main(config: Config) -> None:
         need("seqeval.metrics", "tasks", "metrics")
     task = TokenClassification(train.names, capitals=config.capitals)
     texts = [" ".join(words) for words in train.words]
-    start = finetune.Start(config, "token", len(train.names), texts)
+    start = finetune.Start(config, "token", len(train.names), texts, labels=train.names)
     pieces, longest = start.pieces(), max(config.lengths)
     examples, held_out = (task.examples(pieces, side, longest=longest) for side in (train, test))
     model = finetune.check_arms(config, task, start, pieces.vocab_size)

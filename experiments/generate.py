@@ -13,7 +13,7 @@ import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import tyro
-from lm import CHECKPOINTS, Shape, lm_model, prompt_ids, room, sample, text_of
+from lm import CHECKPOINTS, Shape, continuation, lm_model, prompt_ids, room, sample
 
 from mpjax.data import Tokenizer
 from mpjax.errors import ConfigError
@@ -117,7 +117,7 @@ def main(config: Config) -> None:
             model, params, ids, new=room(model, ids, config.tokens), beams=config.beams,
             length_penalty=config.length_penalty, cache=config.cache, state=state,
         )  # fmt: skip
-        text = config.prompt + text_of(tokenizer, found.tokens[0, 0])
+        text = config.prompt + continuation(tokenizer, ids[0], found.tokens[0, 0])
     else:
         text = sample(
             model, params, tokenizer, config.prompt, config.tokens, seed=config.seed,

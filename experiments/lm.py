@@ -136,7 +136,7 @@ def prompt_ids(model: Model, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
     Raises:
       ConfigError: it is empty, or fills a context of learned positions.
     """
-    ids = tokenizer.encode(prompt).astype(np.int32)[None]
+    ids = tokenizer.prompt(prompt).astype(np.int32)[None]
     if not ids.size:
         raise ConfigError(f"prompt: {prompt!r} holds no token; give some text")
     if model.config.position == "learned" and ids.size >= model.config.context:
@@ -163,10 +163,15 @@ def sample(
         model, params, jnp.asarray(ids), new=room(model, ids, new), key=jax.random.key(seed),
         temperature=temperature, top_k=top_k, top_p=top_p, cache=cache, state=state,
     )  # fmt: skip
-    return prompt + text_of(tokenizer, out[0])
+    return prompt + continuation(tokenizer, ids[0], out[0])
 
 
-def text_of(tokenizer: Tokenizer, ids: Any) -> str:
-    """Returns the text of ids; those above the tokenizer's, which pad a vocabulary, have none."""
-    ids = np.asarray(ids)
-    return tokenizer.decode(ids[ids < tokenizer.vocab_size])
+def continuation(tokenizer: Tokenizer, prompt: Any, ids: Any) -> str:
+    """Returns the text of ids behind a prompt's; some decoders drop the first space of a text.
+
+    Ids above the tokenizer's, which pad a vocabulary, have no text.
+    """
+    new = np.asarray(ids)
+    new = new[new < tokenizer.vocab_size]
+    start, whole = tokenizer.decode(prompt), tokenizer.decode(np.concatenate([prompt, new]))
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(new)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tokenizers
 
+from mpjax.data.chat_template import ChatTemplate, Message
 from mpjax.errors import ConfigError, need
 
-Message = dict[str, str]  # {"role": "user", "content": "..."}; roles system, user, assistant
+__all__ = ["Chat", "ChatTemplate", "Message"]
 
 
 class Chat:
     """Conversation to ids and back, special tokens included.
 
-    A special token that a message spells out is taken for the token, as in `transformers`.
+    A special token that a message spells out is taken for the token, as in `transformers`. The
+    template writes the tokens around a conversation, so the tokenizer adds none.
 
     Args:
         tokenizer: text of a ``tokenizer.json``.
-        template: Jinja template of a conversation; it is run in a sandbox.
-        end: the token that ends an answer.
+        template: Jinja template of a conversation, as `ChatTemplate` takes it.
+        end: the token that ends an answer, or several, each as text or as id; the first that is
+            text is the template's ``eos_token``.
         names: of the tokens that the template asks for, such as ``bos_token``.
+
+    Attributes:
+        ends: ids of the tokens that end an answer.
+        end: the first of them.
+        vocab_size: ids are 0 ... vocab_size - 1.
 
     Raises:
         ConfigError: jinja2 is not installed, a tokenizer or template with an error, or an end that
@@ -40,11 +49,10 @@ class Chat:
         self,
         tokenizer: str,
         template: str,
-        end: str,
-        names: dict[str, str] | None = None,
+        end: str | Sequence[str | int],
+        names: Mapping[str, str] | None = None,
     ) -> None:
-        sandbox = need("jinja2.sandbox", "chat", "chat")
-        self._errors = need("jinja2", "chat", "chat").TemplateError
+        need("jinja2", "chat", "chat")
         try:
             backend = tokenizers.Tokenizer.from_str(tokenizer)
         except Exception as error:  # the package raises nothing narrower
@@ -53,42 +61,37 @@ class Chat:
             ) from None
         backend.no_truncation()
         backend.no_padding()
-        found = backend.token_to_id(end)
-        if found is None:
-            raise ConfigError(
-                f"chat: the end token {end!r} is no token; fetch the checkpoint again"
-            )
-        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = self._refuse
-        try:
-            self._template = environment.from_string(template)
-        except self._errors as error:
-            raise ConfigError(
-                f"chat: the template is malformed ({error}); fetch it again"
-            ) from None
+        ends = [end] if isinstance(end, str) else list(end)
+        found = []
+        for one in ends:
+            place = backend.token_to_id(one) if isinstance(one, str) else one
+            if place is None or backend.id_to_token(place) is None:
+                raise ConfigError(
+                    f"chat: the end token {one!r} is no token; fetch the checkpoint again"
+                )
+            found.append(place)
+        if not found:
+            raise ConfigError("chat: no end token; name the one that ends an answer")
+        self._template = ChatTemplate(template)
         self._backend = backend
-        self._names = {"eos_token": end} | (names or {})
-        self.end: int = found
+        texts = [one for one in ends if isinstance(one, str)]
+        self._names = ({"eos_token": texts[0]} if texts else {}) | dict(names or {})
+        self.ends: tuple[int, ...] = tuple(dict.fromkeys(found))
+        self.end: int = self.ends[0]
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
 
-    def _refuse(self, message: str) -> None:
-        raise self._errors(message)
-
-    def ids(self, messages: Sequence[Message]) -> list[int]:
+    def ids(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """The ids of a conversation, up to where the assistant is to speak.
+
+        Args:
+            messages: the turns.
+            variables: `tools`, `documents` and what else `ChatTemplate.render` takes.
 
         Raises:
             ConfigError: a conversation that the template refuses.
         """
-        try:
-            text = self._template.render(
-                messages=list(messages), add_generation_prompt=True, **self._names
-            )
-        except self._errors as error:
-            raise ConfigError(
-                f"chat: the template refuses this conversation ({error}); let user and assistant"
-                " take turns"
-            ) from None
+        settings = {"add_generation_prompt": True} | self._names | variables
+        text = self._template.render(messages, **settings)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def text(self, ids: Sequence[int]) -> str:

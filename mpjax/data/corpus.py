@@ -45,8 +45,10 @@ def load_corpus(
     """Reads a source, holds documents out, and encodes both sides.
 
     Documents are ordered by a hash of their content, so a stream depends on the texts alone, not
-    on their names; each is followed by the tokenizer's separator. Ids are cached by content,
-    tokenizer and split, and mapped from the cache into memory from then on.
+    on their names; each is followed by the tokenizer's separator, and where its `tokenizer.json`
+    asks for tokens before a text, such as BOS, these stand before each document, not before the
+    windows that a stream is cut into. Ids are cached by content, tokenizer and split, and mapped
+    from the cache into memory from then on.
 
     Args:
         source: as `read_documents` takes it.
@@ -76,7 +78,10 @@ def load_corpus(
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, [document.text for document in train], cache=cache)
     content = hashlib.sha256(b"".join(sorted(document.digest for document in documents)))
-    key = hashlib.sha256(content.digest() + f"{held_out!r} {tokenizer.to_text()}".encode())
+    how = f"{held_out!r} {tokenizer.to_text()}"
+    if tokenizer.prefix or tokenizer.suffix:
+        how += f" {tokenizer.prefix} {tokenizer.suffix}"
+    key = hashlib.sha256(content.digest() + how.encode())
     ids = [
         _cached(f"{key.hexdigest()[:32]}.{side}.npy", _encoder(part, tokenizer), cache)
         for side, part in (("train", train), ("validation", validation))
@@ -98,7 +103,8 @@ def _encoder(documents: list[Document], tokenizer: Tokenizer) -> Callable[[], np
     def encode() -> np.ndarray:
         # The split reads the first half of the digest; the order uses the other, independent one.
         ordered = sorted(documents, key=lambda document: document.digest[16:])
-        separator = np.array([tokenizer.separator], tokenizer.dtype)
+        ended = tokenizer.suffix[-1:] == (tokenizer.separator,)  # once is enough
+        separator = np.array([] if ended else [tokenizer.separator], tokenizer.dtype)
         pieces = tokenizer.encode_batch([document.text for document in ordered])
         return np.concatenate([part for piece in pieces for part in (piece, separator)])
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from mpjax.data.tokenizer import Tokenizer
 from mpjax.data.wordpiece import Example
 from mpjax.errors import ConfigError
 
@@ -32,7 +34,8 @@ def instruction_examples(
 
     Args:
         pairs: (prompt, answer), the prompt with all that a chat template puts around it.
-        encode: text -> ids, such as `Tokenizer.encode`.
+        encode: text -> ids, such as `Tokenizer.encode`, of which the tokens before a text stand
+            before the prompt alone.
         end: id that ends an answer.
         longest: tokens at most; a pair that is longer is left out, which is logged, because an
             answer that is cut teaches to stop anywhere.
@@ -49,9 +52,12 @@ def instruction_examples(
         >>> one[0]["inputs"].tolist(), one[0]["targets"].tolist(), one[0]["weights"].tolist()
         ([97, 98, 99], [98, 99, 0], [0.0, 1.0, 1.0])
     """
+    begin = go_on = encode
+    if isinstance(own := getattr(encode, "__self__", None), Tokenizer):
+        begin, go_on = own.prompt, functools.partial(own.encode, special=False)
     examples = []
     for number, (prompt, answer) in enumerate(pairs):
-        first, second = (_ids(encode, text) for text in (prompt, answer))
+        first, second = _ids(begin, prompt), _ids(go_on, answer)
         if not len(first) or not len(second):
             raise ConfigError(f"pair {number}: empty prompt or answer; drop it or fill it in")
         ids = np.concatenate([first, second, np.array([end], np.int32)])

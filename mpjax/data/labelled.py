@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mpjax.data.assets import fetch
+from mpjax.data.class_names import places_in, sorted_names
 from mpjax.data.frame import read_frame
 from mpjax.data.rows import Rows as FileRows
 from mpjax.data.rows import read_rows, say_counts
@@ -30,7 +31,7 @@ class LabelledTexts:
     Args:
         texts: the texts, none empty, none twice.
         labels: int32, shape (texts,), indices into `classes`.
-        classes: names of the classes, sorted.
+        classes: names of the classes; sorted, where `load_labelled` made it.
         seconds: the second text of each pair; empty where texts stand alone.
     """
 
@@ -48,6 +49,25 @@ class LabelledTexts:
         seconds = tuple(self.seconds[i] for i in places) if self.seconds else ()
         texts = tuple(self.texts[i] for i in places)
         return LabelledTexts(texts, self.labels[places], self.classes, seconds)
+
+    def ordered(self, classes: Sequence[str]) -> LabelledTexts:
+        """The same texts with their classes in another order, as a checkpoint has them.
+
+        Args:
+            classes: names, such as `model.config.labels`; there may be more than the data has.
+
+        Raises:
+            ConfigError: a class of the data is not among them.
+
+        Example:
+            >>> texts = LabelledTexts(("fine", "poor"), np.array([1, 0], np.int32), ("bad", "good"))
+            >>> texts.ordered(("good", "bad")).labels.tolist()
+            [0, 1]
+        """
+        if tuple(classes) == self.classes:
+            return self
+        labels = places_in(self.classes, classes, "classes")[self.labels]
+        return LabelledTexts(self.texts, labels, tuple(classes), self.seconds)
 
 
 Rows = list[list[str]]  # label, text and, of pairs, a second text
@@ -134,7 +154,7 @@ def load_labelled(source: str, *, seed: int = 0) -> tuple[LabelledTexts, Labelle
         out = held_out(["\0".join(row[1:]) for row in train], _HELD_OUT, seed=seed)
         test = [row for row, one in zip(train, out, strict=True) if one]
         train = [row for row, one in zip(train, out, strict=True) if not one]
-    classes = tuple(sorted({row[0] for row in train}))
+    classes = sorted_names(row[0] for row in train)
     if len(classes) < 2:
         raise ConfigError(f"data {source!r}: one class, {classes[0]!r}; expected at least two")
     if strange := {row[0] for row in test} - set(classes):

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpjax.data.assets import fetch
 from mpjax.data.cells import check_first, header_of, layout, read_cells, read_text_file
+from mpjax.data.class_names import places_in, sorted_names
 from mpjax.data.rows import say_counts
 from mpjax.data.split import held_out
 from mpjax.errors import ConfigError
@@ -30,7 +31,7 @@ class TaggedSentences:
     Args:
         words: of each sentence, at least one.
         tags: of each sentence, int32, one a word, indices into `names`.
-        names: of the tags, sorted.
+        names: of the tags; sorted, where `load_tagged` made it.
     """
 
     words: tuple[tuple[str, ...], ...]
@@ -44,6 +45,20 @@ class TaggedSentences:
     def word_count(self) -> int:
         """Words of all sentences."""
         return sum(map(len, self.words))
+
+    def ordered(self, names: Sequence[str]) -> TaggedSentences:
+        """The same sentences with their tags in another order, as a checkpoint has them.
+
+        Args:
+            names: of tags, such as `model.config.labels`; there may be more than the data has.
+
+        Raises:
+            ConfigError: a tag of the data is not among them.
+        """
+        if tuple(names) == self.names:
+            return self
+        places = places_in(self.names, names, "tags")
+        return TaggedSentences(self.words, tuple(places[t] for t in self.tags), tuple(names))
 
 
 def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedSentences]:
@@ -88,7 +103,7 @@ def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedS
     train = [s for s, one in zip(distinct, out, strict=True) if not one]
     test = [s for s, one in zip(distinct, out, strict=True) if one]
     seen = {tag for s in train for _, tag in s}
-    names = tuple(sorted(seen | {tag for s in test for _, tag in s}))
+    names = sorted_names(seen | {tag for s in test for _, tag in s})
     if len(names) < 2:
         raise ConfigError(f"data {source!r}: one tag, {names[0]!r}; expected at least two")
     dropped = {"-DOCSTART-": read - len(sentences)}

@@ -34,7 +34,10 @@ class Tokenizer(abc.ABC):
     Attributes:
         name: what it is, as ``bytes`` or ``bpe:4096``.
         vocab_size: ids are 0 ... vocab_size - 1.
-        separator: the id between documents; no text is ever encoded to it.
+        separator: the id between documents; nothing in a text is ever encoded to it.
+        prefix: ids that stand before every text, such as a Llama's BOS or BERT's [CLS], as the
+            post-processor of a ``tokenizer.json`` says; empty for tokenizers that were made here.
+        suffix: ids that stand behind every text, such as BERT's [SEP].
 
     Example:
         >>> tokenizer = make_tokenizer("bytes", [])
@@ -49,19 +52,33 @@ class Tokenizer(abc.ABC):
     name: str
     vocab_size: int
     separator: int
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """The smallest unsigned dtype that holds every id."""
         return np.min_scalar_type(self.vocab_size - 1)
 
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, shape (tokens,), without separator."""
-        return self.encode_batch([text])[0]
+    def encode(self, text: str, *, special: bool = True) -> np.ndarray:
+        """The ids of a text, shape (tokens,), without separator.
+
+        Args:
+            text: the text.
+            special: whether `prefix` and `suffix` are around it, as a model expects of a whole
+                text; False for a part that continues another.
+        """
+        ids = self.encode_batch([text])[0]
+        return ids if special else ids[len(self.prefix) : len(ids) - len(self.suffix)]
+
+    def prompt(self, text: str) -> np.ndarray:
+        """The ids of a text that a model is to continue: behind `prefix`, without `suffix`."""
+        ids = self.encode_batch([text])[0]
+        return ids[: len(ids) - len(self.suffix)]
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of several texts, each as by `encode`."""
+        """The ids of several whole texts, each as by `encode`."""
 
     def decode(self, ids: Any) -> str:
         """The text of ids (a list or an array, shape (tokens,)); the separator shows as stored.
@@ -134,6 +151,8 @@ class _HuggingFace(Tokenizer):
         self.separator = known[0]
         self.vocab_size = max(backend.get_vocab().values()) + 1  # ids may have holes
         self.name = f"{type(backend.model).__name__.lower()}:{self.vocab_size}"
+        self.prefix, self.suffix = _around(backend)
+        self._ends = [np.array(ids, self.dtype) for ids in (self.prefix, self.suffix)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = []
@@ -141,6 +160,9 @@ class _HuggingFace(Tokenizer):
             batch = list(texts[start : start + _BATCH])
             for one in self._backend.encode_batch_fast(batch, add_special_tokens=False):
                 encoded.append(np.array(one.ids, self.dtype))
+        if self.prefix or self.suffix:
+            before, behind = self._ends
+            encoded = [np.concatenate([before, ids, behind]) for ids in encoded]
         return encoded
 
     def _decode(self, ids: np.ndarray) -> str:
@@ -148,6 +170,19 @@ class _HuggingFace(Tokenizer):
 
     def to_text(self) -> str:
         return self._backend.to_str()
+
+
+def _around(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that a post-processor puts before and behind a text, whatever its kind."""
+    if backend.post_processor is None:
+        return (), ()
+    known = [backend.decode([i], skip_special_tokens=False) for i in range(32)]
+    for text in ("a", "0", *known):  # the first that is no empty list of ids
+        if count := len(backend.encode(text, add_special_tokens=False).ids):
+            one = backend.encode(text)
+            first = one.special_tokens_mask.index(0) if 0 in one.special_tokens_mask else 0
+            return tuple(one.ids[:first]), tuple(one.ids[first + count :])
+    return (), ()
 
 
 def make_tokenizer(

@@ -51,6 +51,10 @@ class WordPiece:
             known[token] for token in _SPECIAL
         )
         self.vocab_size = max(known.values()) + 1  # ids may have holes
+        if backend.post_processor is None:  # a BERT reads no text without these two
+            backend.post_processor = processors.BertProcessing(
+                ("[SEP]", self.separator), ("[CLS]", self.first)
+            )
         self._backend = backend
 
     def tokens(self, ids: Any) -> list[str]:

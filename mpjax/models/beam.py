@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from mpjax.errors import ConfigError
 from mpjax.models.cache import take_rows
+from mpjax.models.settings import Count, Ends, Number, as_count, as_ends, as_number
 
 _NEVER = -1e30  # log-probability of what must not be taken; finite, for 0 times it is 0
 
@@ -54,7 +55,14 @@ def _top(values_BM: Any, tokens_BMN: Any, count: int) -> tuple[Any, Any, Any]:
 
 
 def search(
-    step: Any, last_BV: Any, state: Any, *, beams: int, new: int, end: int | None, penalty: float
+    step: Any,
+    last_BV: Any,
+    state: Any,
+    *,
+    beams: int,
+    new: int,
+    end: Ends,
+    penalty: float,
 ) -> Beams:
     """Searches with any model that decodes; `beam_search` is the front of it.
 
@@ -62,10 +70,11 @@ def search(
       step: (tokens (R, 1), state) -> (logits (R, V), state).
       last_BV: logits behind the prompts.
       state: behind the prompts; see `cache.take_rows`.
+      end: the token that ends a continuation, several, or None.
     """
     B, V = last_BV.shape
-    K, N = beams, new
-    blank = jnp.full((B, K, N), 0 if end is None else end, jnp.int32)
+    K, N, end = beams, new, as_ends(end, V)
+    blank = jnp.full((B, K, N), end[0] if end else 0, jnp.int32)
     # K equal rows would be K times one beam: at the start only the first counts.
     start = jnp.where(jnp.arange(K) == 0, jnp.float32(0), jnp.float32(_NEVER))
     live = (jnp.broadcast_to(start[None], (B, K)), blank)
@@ -80,7 +89,7 @@ def search(
 
     def goes_on(s: _Search) -> Any:
         more = s.length < N
-        if end is None:
+        if not end:
             return more
         # A sum only falls, so no row can beat what its sum is worth at full length.
         reach = score(s.live[0][:, 0], jnp.int32(N))
@@ -95,11 +104,12 @@ def search(
         tokens = jnp.take_along_axis(s.live[1], parent[..., None], axis=1)
         tokens = tokens.at[:, :, s.length].set(token)
         length = s.length + 1
-        ends = jnp.zeros_like(token, bool) if end is None else token == end
+        ends = is_end(token, end)
         ended = s.ended
-        if end is not None:
+        if end:
             worth = jnp.where(ends, score(total, length), _NEVER)
-            both = jnp.concatenate([ended[0], worth], 1), jnp.concatenate([ended[1], tokens], 1)
+            whole = jnp.where(jnp.arange(N) > s.length, token[..., None], tokens)
+            both = jnp.concatenate([ended[0], worth], 1), jnp.concatenate([ended[1], whole], 1)
             ended = _top(*both, K)[:2]
         best, kept, at = _top(jnp.where(ends, _NEVER, total), tokens, K)
         parent = jnp.take_along_axis(parent, at, axis=1)
@@ -116,15 +126,25 @@ def search(
     return Beams(tokens, jnp.where(scores < _NEVER / N**penalty / 2, -jnp.inf, scores))
 
 
-def check_beams(beams: int, penalty: float) -> None:
-    """Checks the settings of a search.
+def is_end(token: Any, ends: tuple[int, ...]) -> Any:
+    """Returns where tokens are one of the ends."""
+    found = jnp.zeros_like(token, bool)
+    for end in ends:
+        found = found | (token == end)
+    return found
+
+
+def check_beams(beams: Count, penalty: Number) -> tuple[int, float]:
+    """Returns the settings of a search, checked.
 
     Raises:
       ConfigError: no beam, or a penalty below 0 or not finite.
     """
+    beams, penalty = as_count(beams, "beams"), as_number(penalty, "length_penalty")
     if beams < 1:
         raise ConfigError(f"beams: {beams} must be at least 1; 1 keeps the likeliest alone")
     if not 0 <= penalty < math.inf:
         raise ConfigError(
             f"length_penalty: {penalty} must be 0 or above; 0 compares sums of log-probabilities"
         )
+    return beams, penalty

@@ -16,7 +16,7 @@ from mpjax.formats import Scaling, is_quantized, quantize
 from mpjax.models.storage import Storage
 
 
-def cache_storage(value: str | Storage) -> Storage:
+def cache_storage(value: Any) -> Storage:
     """Reads the storage of a cache.
 
     Raises:

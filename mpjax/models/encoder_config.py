@@ -20,7 +20,10 @@ class EncoderConfig(BlockConfig):
       types: number of token types; 0 is no such embedding.
       head: `none` (features and pooled), `masked` (tokens), `pretrain` (tokens, and whether the
         second sentence is the next), `class` (of a text or a pair) or `token` (of each token).
-      classes: of the heads `class` and `token`.
+      classes: of the heads `class` and `token`; 1 is a number instead of classes (regression, the
+        score of a pair), which `mpjax.tasks.TextRegression` trains.
+      labels: names of the classes in the order of the logits, as the checkpoint has them; empty
+        where they have none.
       pool: what the heads `none`, `pretrain` and `class` take of a text: the `first` token through
         BERT's pooler, or the `mean` of all tokens that are no padding.
 
@@ -47,14 +50,26 @@ class EncoderConfig(BlockConfig):
     types: int = 2
     head: str = "none"
     classes: int = 2
+    labels: tuple[str, ...] = ()
     pool: str = "first"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head in ("class", "token") and self.classes < 2:
+        if isinstance(self.labels, str) or not all(isinstance(x, str) for x in self.labels):
             raise ConfigError(
-                f"model: head={self.head!r} needs at least 2 classes, classes={self.classes};"
-                " raise it"
+                f"model: labels={self.labels!r}; give the name of each class, such as"
+                " labels=('negative', 'positive')"
+            )
+        object.__setattr__(self, "labels", tuple(self.labels))  # a list where JSON kept it
+        if self.labels and self.head not in ("class", "token"):
+            raise ConfigError(
+                f"model: head={self.head!r} has no classes that labels could name; leave them out,"
+                " or set head='class' or head='token'"
+            )
+        if self.labels and len(self.labels) != self.classes:
+            raise ConfigError(
+                f"model: {len(self.labels)} labels {self.labels} for classes={self.classes}; give"
+                " one for each class"
             )
         if self.pool != "first" and not self.pools:
             raise ConfigError(
@@ -98,4 +113,10 @@ def encoder_config(size: str | EncoderConfig, **changes: Any) -> EncoderConfig:
     References:
       Devlin et al. 2019 (BERT); Turc et al. 2019 (tiny, mini); Wang et al. 2020 (MiniLM).
     """
+    if changes.get("labels") and "classes" not in changes:
+        changes = changes | {"classes": len(changes["labels"])}
+    if isinstance(size, EncoderConfig) and "labels" not in changes:
+        same = (changes.get("head", size.head), changes.get("classes", size.classes))
+        if same != (size.head, size.classes):  # names of another head's classes
+            changes = changes | {"labels": ()}
     return named_config(EncoderConfig, _SIZES, size, changes)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from mpjax.models.beam import Beams, check_beams, search
-from mpjax.models.prompt import Start, check_prompt, prefill
+from mpjax.models.beam import Beams, check_beams, is_end, search
+from mpjax.models.prompt import Start, check_prompt, check_state, prefill
 from mpjax.models.sampling import Sampling
+from mpjax.models.settings import CacheStorage, Count, Ends, Number, as_ends
 
 Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
@@ -24,13 +25,12 @@ Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 @functools.partial(jax.jit, static_argnames=("model", "start", "sampling", "end"))
 def _generate(
     model: Any, params: Any, prompt_BT: Any, key: Any, state: Any, start: Start,
-    sampling: Sampling, end: int | None, lengths_B: Any,
+    sampling: Sampling, end: tuple[int, ...], lengths_B: Any,
 ) -> Any:  # fmt: skip
     last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
     keys = jax.random.split(key, start.new)
     token_B = sampling.pick(last_BV, keys[0])
-    out_BN = jnp.full((prompt_BT.shape[0], start.new), 0 if end is None else end, jnp.int32)
-    out_BN = out_BN.at[:, 0].set(token_B)
+    out_BN = jnp.zeros((prompt_BT.shape[0], start.new), jnp.int32).at[:, 0].set(token_B)
 
     def goes_on(carry: Any) -> Any:
         n, _, done_B, _, _ = carry
@@ -39,14 +39,14 @@ def _generate(
     def body(carry: Any) -> Any:
         n, token_B, done_B, state, out_BN = carry
         logits, state = model.apply(params, token_B[:, None], state=state)
-        token_B = sampling.pick(logits[:, -1], keys[n])
-        if end is not None:
-            token_B = jnp.where(done_B, end, token_B)
-            done_B = done_B | (token_B == end)
+        picked_B = sampling.pick(logits[:, -1], keys[n])
+        token_B = jnp.where(done_B, token_B, picked_B) if end else picked_B
+        done_B = done_B | is_end(token_B, end)
         return n + 1, token_B, done_B, state, out_BN.at[:, n].set(token_B)
 
-    done_B = jnp.zeros_like(token_B, bool) if end is None else token_B == end
-    return jax.lax.while_loop(goes_on, body, (jnp.int32(1), token_B, done_B, state, out_BN))[-1]
+    carry = (jnp.int32(1), token_B, is_end(token_B, end), state, out_BN)
+    n, token_B, _, _, out_BN = jax.lax.while_loop(goes_on, body, carry)
+    return jnp.where(jnp.arange(start.new)[None] < n, out_BN, token_B[:, None])
 
 
 def generate(
@@ -54,14 +54,14 @@ def generate(
     params: Any,
     prompt: Ids,
     *,
-    new: int,
+    new: Count,
     key: Any = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    end: int | None = None,
+    temperature: Number = 1.0,
+    top_k: Count | None = 0,
+    top_p: Number | None = 1.0,
+    end: Ends = None,
     lengths: Any = None,
-    cache: str = "",
+    cache: CacheStorage = "",
     state: Any = None,
 ) -> Int[Array, "B N"]:
     """Continues prompts.
@@ -73,11 +73,14 @@ def generate(
       new: N, tokens to add.
       key: of the draws; may be left out when temperature is 0.
       temperature: divides the logits; 0 takes the likeliest token.
-      top_k: draws among the k likeliest tokens; 0 among all.
-      top_p: draws among the fewest likeliest tokens that together have probability p; 1 among all.
-      end: token that ends a row; what follows it is filled with it. Stops when all rows have ended.
+      top_k: draws among the k likeliest tokens; 0 or None among all.
+      top_p: draws among the fewest likeliest tokens that together have probability p; 1 or None
+        among all.
+      end: token that ends a row, or several, as of a loaded model `model.metadata.ends`; what
+        follows it is filled with it. Stops when all rows have ended.
       lengths: how many tokens at the end of each row are its prompt; by default all.
-      cache: storage of keys and values, such as `int8`; by default the products' compute dtype.
+      cache: storage of keys and values, such as `int8` or a dtype; by default the products'
+        compute dtype.
       state: amax histories of a training with delayed scaling; without them the current tensors
         decide.
 
@@ -97,10 +100,10 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p)
     sampling.check(model.config.vocabulary)
-    start, lengths = check_prompt(model, params, prompt, lengths, new, cache, end)
-    key = sampling.need(key)
-    state = model.init_state() if state is None else state
-    return _generate(model, params, jnp.asarray(prompt), key, state, start, sampling, end, lengths)
+    start, lengths = check_prompt(model, params, prompt, lengths, new, cache)
+    ends = as_ends(end, model.config.vocabulary)
+    key, state = sampling.need(key), check_state(model, state)
+    return _generate(model, params, jnp.asarray(prompt), key, state, start, sampling, ends, lengths)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "start", "sampling"))
@@ -127,13 +130,13 @@ def stream(
     params: Any,
     prompt: Ids,
     *,
-    new: int,
+    new: Count,
     key: Any = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    temperature: Number = 1.0,
+    top_k: Count | None = 0,
+    top_p: Number | None = 1.0,
     lengths: Any = None,
-    cache: str = "",
+    cache: CacheStorage = "",
 ) -> Iterator[Int[Array, " B"]]:
     """Yields the tokens that `generate` returns, one for each row at a time.
 
@@ -160,7 +163,8 @@ def stream(
     """
     sampling = Sampling(temperature, top_k, top_p)
     sampling.check(model.config.vocabulary)
-    start, lengths = check_prompt(model, params, prompt, lengths, new, cache, None)
+    start, lengths = check_prompt(model, params, prompt, lengths, new, cache)
+    new = start.new
     keys = jax.random.split(sampling.need(key), new)
     state = model.init_state()
     token_B, state = _first(
@@ -176,7 +180,7 @@ def stream(
 
 @functools.partial(jax.jit, static_argnames=("model", "start", "beams", "end", "penalty"))
 def _beam_search(
-    model: Any, params: Any, prompt_BT: Any, start: Start, beams: int, end: int | None,
+    model: Any, params: Any, prompt_BT: Any, start: Start, beams: int, end: tuple[int, ...],
     penalty: float, lengths_B: Any, state: Any,
 ) -> Beams:  # fmt: skip
     last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
@@ -193,12 +197,12 @@ def beam_search(
     params: Any,
     prompt: Ids,
     *,
-    new: int,
-    beams: int = 4,
-    length_penalty: float = 1.0,
-    end: int | None = None,
+    new: Count,
+    beams: Count = 4,
+    length_penalty: Number = 1.0,
+    end: Ends = None,
     lengths: Any = None,
-    cache: str = "",
+    cache: CacheStorage = "",
     state: Any = None,
 ) -> Beams:
     r"""Returns the best continuations that beam search finds, best first.
@@ -213,9 +217,10 @@ def beam_search(
       beams: K, how many are kept at a time; 1 is the greedy continuation, or one that ended
         on its way and is likelier.
       length_penalty: $\alpha$, 0 or above; larger ones favour longer continuations.
-      end: token that ends a continuation; what follows it is filled with it.
+      end: token that ends a continuation, or several; what follows it is filled with it.
       lengths: how many tokens at the end of each row are its prompt; by default all.
-      cache: storage of keys and values, such as `int8`; by default the products' compute dtype.
+      cache: storage of keys and values, such as `int8` or a dtype; by default the products'
+        compute dtype.
       state: amax histories, as in `generate`.
 
     Returns:
@@ -236,9 +241,9 @@ def beam_search(
     References:
       Wu et al. 2016, Google's Neural Machine Translation System, section 7 (length normalisation).
     """
-    check_beams(beams, length_penalty)
-    start, lengths = check_prompt(model, params, prompt, lengths, new, cache, end)
-    state = model.init_state() if state is None else state
+    beams, penalty = check_beams(beams, length_penalty)
+    start, lengths = check_prompt(model, params, prompt, lengths, new, cache)
+    ends, state = as_ends(end, model.config.vocabulary), check_state(model, state)
     return _beam_search(
-        model, params, jnp.asarray(prompt), start, beams, end, length_penalty, lengths, state
+        model, params, jnp.asarray(prompt), start, beams, ends, penalty, lengths, state
     )

@@ -185,7 +185,10 @@ def as_counts(counts: Any, where: str) -> np.ndarray:
       >>> as_counts([3, 1], "lengths").tolist()
       [3, 1]
     """
-    found = np.asarray(counts)
+    try:
+        found = np.asarray(counts)
+    except (TypeError, ValueError):  # ragged, or traced
+        found = np.asarray(None)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise ConfigError(f"{where}: {brief(counts)}; give integers, one for each row")
     return found.astype(np.int32)

@@ -12,6 +12,7 @@ from flax import linen as nn
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.models.context import Context, unsharded
+from mpjax.models.metadata import NONE, Metadata
 from mpjax.models.skeleton import At, stored
 from mpjax.precision import Precision, Recipe, dtype_name, get_precision
 
@@ -34,11 +35,14 @@ class Network:
       config: shape.
       precision: the Precision that it carries.
       shard: constrains activations to logical axes; `sharded` sets it.
+      metadata: what the checkpoint that it was loaded from says beside shape and weights.
     """
 
     config: Any
     precision: Precision
     shard: Any = unsharded
+    # Of no effect on any program, so models that differ in it alone share one.
+    metadata: Metadata = dataclasses.field(default=NONE, compare=False, repr=False)
 
     root: ClassVar[str]  # first part of every path; empty where parts have several
     unthreaded: ClassVar[str] = ""  # path of a product that cannot thread an amax history

@@ -19,6 +19,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats.given import batch_rows
 from mpjax.models.given import each_batch, language_inputs, targets_of
 from mpjax.models.quantized_weights import has_scales, quantize_weights
+from mpjax.models.settings import CacheStorage, as_cache
 from mpjax.models.storage import stored_bytes
 from mpjax.precision import get_precision
 
@@ -54,7 +55,7 @@ _FIELDS = ("inputs", "targets", "keep", "attention_mask", "weights")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache"))
-def _sums(model: Any, params: Any, batch: Any, cache: str) -> Any:
+def _sums(model: Any, params: Any, batch: Any, cache: Any) -> Any:
     ids_BT, keep = language_inputs(batch, "judge")
     targets_BT, weights_BT = targets_of(batch, ids_BT.shape, "judge"), batch.get("weights")
     B, T = targets_BT.shape
@@ -78,7 +79,7 @@ def _sums(model: Any, params: Any, batch: Any, cache: str) -> Any:
     return nll, right, jnp.sum(weights_BT), jnp.count_nonzero(weights_BT)
 
 
-def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: str = "") -> Judged:
+def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: CacheStorage = "") -> Judged:
     """Returns how well a model predicts a text.
 
     Args:
@@ -102,7 +103,7 @@ def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: str = "") -
       7
     """
     loss = right = weight = 0.0
-    tokens = 0
+    tokens, cache = 0, as_cache(cache)
     for batch in each_batch(batches, "judge"):
         held = {name: batch[name] for name in _FIELDS if name in batch}
         batch_rows(held, "judge")
@@ -133,8 +134,12 @@ class Variant:
     weights: str = "f32"
     rules: tuple[str, ...] = ()
     precision: str = ""
-    cache: str = ""
+    cache: CacheStorage = ""
     calibrated: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.cache, str):  # None or a dtype
+            object.__setattr__(self, "cache", str(as_cache(self.cache)))
 
     def __str__(self) -> str:
         parts = [f"{self.weights} weights{' (calibrated)' * self.calibrated}", *self.rules]

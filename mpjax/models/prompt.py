@@ -6,7 +6,7 @@ Shapes: B prompts, T tokens of the longest, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Int
 
 from mpjax.errors import ConfigError, brief
-from mpjax.models.cache import cache_storage
 from mpjax.models.given import as_counts, check_params
+from mpjax.models.settings import CacheStorage, Count, as_cache, as_count
 from mpjax.models.storage import Storage
 
 
 def left_pad(
-    prompts: Sequence[Any], length: int = 0
+    prompts: Any, length: Count = 0
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Returns prompts as one array, each ending in the last column, and their lengths.
 
@@ -37,28 +37,44 @@ def left_pad(
       >>> left_pad([[5], [6, 7]])[0].tolist(), left_pad([[5], [6, 7]])[1].tolist()
       ([[0, 5], [6, 7]], [1, 2])
     """
-    try:
-        rows = [np.asarray(prompt) for prompt in prompts]
-    except (TypeError, ValueError):
-        rows = [np.zeros(())]
-    if not all(row.ndim == 1 for row in rows):
-        raise ConfigError(f"prompt: {brief(prompts)}; give a list of prompts, such as [[5, 6]]")
+    rows = [_row(prompt) for prompt in _several(prompts)]
     lengths = [len(row) for row in rows]
     if not lengths or min(lengths) < 1:
         raise ConfigError("prompt: empty; give at least one token for each")
-    largest = np.iinfo(np.int32).max
-    for row in rows:
-        if row.dtype.kind not in "iu" or row.max() > largest or row.min() < -largest:
-            raise ConfigError(f"prompt: {brief(row.tolist())}; give token ids, which are integers")
-    length = length or max(lengths)
+    length = as_count(length, "length") or max(lengths)
     if max(lengths) > length:
         raise ConfigError(
             f"prompt: {max(lengths)} tokens do not fit length={length}; raise it or shorten it"
         )
-    out = np.zeros((len(prompts), length), np.int32)
-    for row, prompt in zip(out, rows, strict=True):
-        row[length - len(prompt) :] = prompt
+    out = np.zeros((len(rows), length), np.int32)
+    for to, row in zip(out, rows, strict=True):
+        to[length - len(row) :] = row
     return out, np.asarray(lengths, np.int32)
+
+
+def _several(prompts: Any) -> Any:
+    whole = isinstance(prompts, str | bytes | Mapping) or not hasattr(prompts, "__iter__")
+    if whole or getattr(prompts, "shape", None) == ():
+        raise ConfigError(f"prompt: {brief(prompts)}; give a list of prompts, such as [[5, 6]]")
+    return prompts
+
+
+def _row(prompt: Any) -> np.ndarray:
+    """The ids of one prompt, which must be whole numbers that an int32 holds."""
+    try:
+        row = np.asarray(prompt)
+    except (TypeError, ValueError):
+        row = np.asarray(None)
+    if row.shape == (0,):
+        return row.astype(np.int32)
+    if row.ndim != 1:
+        raise ConfigError(f"prompt: {brief(prompt)}; give a list of prompts, such as [[5, 6]]")
+    if row.dtype.kind not in "iu":
+        raise ConfigError(f"prompt: {brief(prompt)}; give token ids, which are integers")
+    if row.min() < 0 or row.max() > np.iinfo(np.int32).max:
+        odd = row.min() if row.min() < 0 else row.max()
+        raise ConfigError(f"prompt: {odd} is no token; give token ids of the model's tokenizer")
+    return row
 
 
 class Start(NamedTuple):
@@ -91,9 +107,8 @@ def check_prompt(
     params: Any,
     prompt: Any,
     lengths: Any,
-    new: int,
-    cache: str | Storage,
-    end: int | None,
+    new: Count,
+    cache: CacheStorage,
 ) -> tuple[Start, Any]:
     """Checks what the ways of generating have in common.
 
@@ -115,10 +130,9 @@ def check_prompt(
     vocabulary = model.config.vocabulary
     if B < 1 or T < 1:
         raise ConfigError(f"prompt: shape {prompt.shape} is empty; give at least one token a row")
+    new, storage = as_count(new, "new"), as_cache(cache)
     if new < 1:
         raise ConfigError(f"new: {new} tokens to add; ask for at least 1")
-    if end is not None and not 0 <= end < vocabulary:
-        raise ConfigError(f"end: {end} is no token of the model; give one of 0..{vocabulary - 1}")
     ids = np.zeros(1) if isinstance(prompt, jax.core.Tracer) else np.asarray(prompt)
     if (odd := ids[(ids < 0) | (ids >= vocabulary)]).size:
         raise ConfigError(
@@ -127,14 +141,14 @@ def check_prompt(
         )
     takes = inspect.signature(model.init_cache).parameters
     for what, asked, name in (
-        ("cache", cache, "storage"),
+        ("cache", storage, "storage"),
         ("lengths", lengths is not None, "pads"),
     ):
         if asked and name not in takes:
             raise ConfigError(
                 f"{what}: {type(model).__name__} keeps no keys and values; leave {what} out"
             )
-    start = Start(new, cache_storage(cache) if cache else "")
+    start = Start(new, storage)
     if lengths is None:
         return start, None
     lengths = as_counts(lengths, "lengths")
@@ -143,4 +157,20 @@ def check_prompt(
             f"lengths: {lengths.tolist()} do not fit prompts of shape {(B, T)}; give for each row"
             f" how many of its last tokens are the prompt, 1..{T}"
         )
-    return start, (None if (lengths == T).all() else jnp.asarray(lengths))
+    return start, (None if (lengths == T).all() else jnp.asarray(lengths, jnp.int32))
+
+
+def check_state(model: Any, state: Any) -> Any:
+    """Returns the state that a generation begins with, checked.
+
+    Raises:
+      ConfigError: no state of a model.
+    """
+    if state is None:
+        return model.init_state()
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            f"state: {brief(state)}; give amax histories, of a training state state.model_state, or"
+            " leave it out"
+        )
+    return state

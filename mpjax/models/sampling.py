@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mpjax.errors import ConfigError
+from mpjax.formats.given import check_key
+from mpjax.models.settings import Count, Number, as_count, as_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Sampling:
 
     Args:
       temperature: divides the logits; 0 takes the likeliest token.
-      top_k: draws among the k likeliest tokens; 0 among all.
-      top_p: draws among the fewest likeliest tokens whose probabilities add up to at least p; 1
-        among all.
+      top_k: draws among the k likeliest tokens; 0 or None among all.
+      top_p: draws among the fewest likeliest tokens whose probabilities add up to at least p; 1 or
+        None among all.
 
     Raises:
       ConfigError: a setting out of range, or a filter beside temperature 0, which does not draw.
@@ -37,11 +39,17 @@ class Sampling:
       Holtzman et al. 2020, The Curious Case of Neural Text Degeneration, section 3.1 (nucleus).
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: Number = 1.0
+    top_k: Count = 0
+    top_p: Number = 1.0
 
     def __post_init__(self) -> None:
+        # Plain numbers, for a program is kept for each of them.
+        object.__setattr__(self, "temperature", as_number(self.temperature, "temperature"))
+        top_k = 0 if self.top_k is None else as_count(self.top_k, "top_k")
+        object.__setattr__(self, "top_k", top_k)
+        top_p = 1.0 if self.top_p is None else as_number(self.top_p, "top_p")
+        object.__setattr__(self, "top_p", top_p)
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(
                 f"temperature: {self.temperature} must be 0 or above; 0 takes the likeliest token"
@@ -80,6 +88,8 @@ class Sampling:
         """
         if key is None and self.draws:
             raise ConfigError("generate: sampling needs a key; pass key= or temperature=0")
+        if key is not None:
+            check_key(key, "generate")
         return jax.random.key(0) if key is None else key
 
     def filtered(self, logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats import Format, Scaling, check_offset, check_scaling, quantize
 
 _DTYPES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -40,11 +40,12 @@ class Storage:
     offset: bool = False
 
     @classmethod
-    def parse(cls, value: str | Storage, where: str = "storage") -> Storage:
+    def parse(cls, value: Any, where: str = "storage") -> Storage:
         """Reads a dtype, `FORMAT@SCALING` or `FORMAT@SCALING+offset`; a FORMAT alone has rows.
 
         Args:
-          value: such as `bf16`, `int8`, `int4@32`, `int4@32+offset`, `e4m3@tensor`, `e2m1@mx(32)`.
+          value: such as `bf16`, `int8`, `int4@32`, `int4@32+offset`, `e4m3@tensor`, `e2m1@mx(32)`;
+            or a dtype such as `jnp.bfloat16`.
           where: what to call the setting in an error.
 
         Raises:
@@ -52,6 +53,8 @@ class Storage:
         """
         if isinstance(value, Storage):
             return value
+        if not isinstance(value, str):
+            value = _dtype_name(value, where)
         offset = value.endswith(_OFFSET)
         name, at, scaling = value.removesuffix(_OFFSET).partition("@")
         if name in _DTYPES:
@@ -93,6 +96,16 @@ class Storage:
     def shaped(self, x: Any, axis: int | tuple[int, ...] = -1) -> Any:
         """Returns shapes and dtypes of `store(x)`."""
         return jax.eval_shape(lambda x: self.store(x, axis), x)
+
+
+def _dtype_name(value: Any, where: str) -> str:
+    """The name of a dtype, such as jnp.bfloat16, which is a class, or an instance."""
+    if isinstance(value, np.dtype | type) or hasattr(value, "dtype"):
+        try:
+            return np.dtype(value).name
+        except TypeError:
+            pass
+    raise ConfigError(f"{where}: {brief(value)}; {_HELP}")
 
 
 def stored_bytes(tree: Any) -> int:

@@ -6,6 +6,7 @@ from mpjax.tasks.language import Language
 from mpjax.tasks.metrics import calibration_error, class_scores, entity_scores, text_scores
 from mpjax.tasks.predict import predictor, softmax
 from mpjax.tasks.pretrain import MaskedLanguage
+from mpjax.tasks.regress import TextRegression
 from mpjax.tasks.tag import TokenClassification
 from mpjax.tasks.translate import Translation
 
@@ -13,6 +14,7 @@ __all__ = [
     "Language",
     "MaskedLanguage",
     "TextClassification",
+    "TextRegression",
     "TokenClassification",
     "Translation",
     "calibration_error",

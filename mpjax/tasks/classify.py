@@ -12,7 +12,7 @@ from mpjax.data.buckets import IGNORE
 from mpjax.data.labelled import LabelledTexts
 from mpjax.data.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
-from mpjax.tasks.labels import label_objective
+from mpjax.tasks.labels import check_labels, label_objective
 from mpjax.tasks.metrics import calibration_error, class_scores
 from mpjax.tasks.predict import Predict, predictor, softmax
 
@@ -22,7 +22,8 @@ class TextClassification:
     """One class for each text, or for each pair of texts.
 
     Args:
-      classes: their names.
+      classes: their names in the order of the logits; of a checkpoint with a head of its own,
+        `model.config.labels`.
       output: name of the model's output that holds the logits (B, C).
       loss: path whose policy the loss takes.
     """
@@ -36,29 +37,33 @@ class TextClassification:
             raise ConfigError(f"classes: {self.classes}; expected at least two, each once")
 
     def examples(self, pieces: WordPiece, texts: LabelledTexts, *, longest: int) -> list[Example]:
-        """Returns the encoded texts, each with its class as `labels`.
+        """Returns the encoded texts, each with its class as `labels`, which is taken by its name.
 
         Raises:
-          ConfigError: a label outside the classes, or what `WordPiece.encode` raises.
+          ConfigError: a class that is none of the task's, a label outside them, or what
+            `WordPiece.encode` raises.
         """
         if texts.labels.dtype.kind not in "iu":
             raise ConfigError(f"labels: {texts.labels.dtype.name}; give integers, one a text")
         if texts.labels.size and not 0 <= texts.labels.min() <= texts.labels.max() < len(
-            self.classes
+            texts.classes
         ):
             raise ConfigError(
                 f"labels: {texts.labels.min()} to {texts.labels.max()}, expected 0 to"
-                f" {len(self.classes) - 1}; give all {len(set(texts.labels.tolist()))} classes"
+                f" {len(texts.classes) - 1}; give all {len(set(texts.labels.tolist()))} classes"
             )
+        texts = texts.ordered(self.classes)
         found = pieces.encode(texts.texts, texts.seconds, longest=longest)
         return [e | {"labels": np.int32(y)} for e, y in zip(found, texts.labels, strict=True)]
 
     def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
         """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
+        check_labels(model, self.classes, "classes")
         return label_objective(model, self.output, self.loss)
 
     def predictor(self, model: Any, **settings: Any) -> Predict:
         """Returns a function (params, examples) -> logits (C,) of each; see `predictor`."""
+        check_labels(model, self.classes, "classes")
         return predictor(model, self.output, **settings)
 
     def correct(self, logits: Sequence[Any], examples: Sequence[Example]) -> np.ndarray:

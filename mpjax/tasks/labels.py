@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, C classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,10 @@ from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
 from mpjax.formats.given import as_array
 from mpjax.models.given import field, keep_of
+from mpjax.models.metadata import NONE
 from mpjax.ops.cross_entropy import check_targets
+
+logger = logging.getLogger("mpjax.tasks")
 
 
 def encoder_inputs(batch: Any) -> dict[str, Any]:
@@ -36,6 +40,46 @@ def target_weight(labels: Any, weights: Any = None) -> Any:
     if weights is None:
         return jnp.sum(known, dtype=jnp.float32)
     return jnp.sum(jnp.where(known, jnp.asarray(weights).astype(jnp.float32), 0.0))
+
+
+def check_labels(model: Any, names: tuple[str, ...], what: str) -> None:
+    """Checks that a task numbers its classes as a model does.
+
+    Args:
+      model: whose config may have `labels`, as of a checkpoint.
+      names: of the task's classes.
+      what: what the task calls them.
+
+    Raises:
+      ConfigError: another order, other names, too few outputs, or a model that was trained for
+        something else.
+    """
+    config = getattr(model, "config", None)
+    labels = tuple(getattr(config, "labels", ()))
+    problem = getattr(model, "metadata", NONE).config.get("problem_type")
+    if problem not in (None, "single_label_classification"):
+        raise ConfigError(
+            f"{what}: the checkpoint's problem_type is {problem!r}, not one class for each; draw a"
+            " new head with load_checkpoint(..., new=['encoder/class/**'], unused=['classifier.*'])"
+        )
+    if (outputs := getattr(config, "classes", len(names))) < len(names):
+        raise ConfigError(
+            f"{what}: the task has {len(names)}, the model {outputs} output(s); make the model with"
+            f" classes={len(names)}"
+        )
+    if not labels or labels == names:
+        return
+    numbers = tuple(map(str, range(len(labels))))
+    if labels != tuple(f"LABEL_{i}" for i in range(len(labels))):
+        raise ConfigError(
+            f"{what}: the task has {names}, the model {labels}; make the task with"
+            " model.config.labels, whose order its logits have: it takes the data's by name"
+        )
+    if names != numbers[: len(names)]:
+        logger.warning(
+            "%s: the checkpoint does not name its own; its outputs are taken for %s in this order"
+            " (load_checkpoint(..., labels=...) names them)", what, " ".join(names),
+        )  # fmt: skip
 
 
 def label_loss(logits: Any, labels: Any, policy: jmp.Policy, weights: Any = None) -> Any:

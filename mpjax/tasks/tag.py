@@ -12,7 +12,7 @@ from mpjax.data.buckets import IGNORE
 from mpjax.data.tagged import TaggedSentences
 from mpjax.data.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
-from mpjax.tasks.labels import label_objective
+from mpjax.tasks.labels import check_labels, label_objective
 from mpjax.tasks.metrics import class_scores, entity_scores
 from mpjax.tasks.predict import Predict, predictor
 
@@ -22,7 +22,8 @@ class TokenClassification:
     """A tag for each word, read at the word's first piece.
 
     Args:
-      names: of the tags.
+      names: of the tags in the order of the logits; of a checkpoint with a head of its own,
+        `model.config.labels`.
       output: name of the model's output that holds the logits (B, T, C).
       loss: path whose policy the loss takes.
       capitals: whether token types tell which words begin with a capital letter, as of
@@ -41,16 +42,12 @@ class TokenClassification:
     def examples(
         self, pieces: WordPiece, sentences: TaggedSentences, *, longest: int
     ) -> list[Example]:
-        """Returns the encoded sentences, with `labels` at each word's first piece.
+        """Returns the encoded sentences, with `labels`, taken by name, at each word's first piece.
 
         Raises:
-          ConfigError: other names of tags, or what `WordPiece.encode_words` raises.
+          ConfigError: a tag that is none of the task's, or what `WordPiece.encode_words` raises.
         """
-        if sentences.names != self.names:
-            raise ConfigError(
-                f"tags: the sentences have {len(sentences.names)} names, the task"
-                f" {len(self.names)}, or others; make the task with the sentences' names"
-            )
+        sentences = sentences.ordered(self.names)
         found, starts = pieces.encode_words(
             sentences.words, longest=longest, capitals=self.capitals
         )
@@ -65,10 +62,12 @@ class TokenClassification:
 
     def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
         """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
+        check_labels(model, self.names, "tags")
         return label_objective(model, self.output, self.loss)
 
     def predictor(self, model: Any, **settings: Any) -> Predict:
         """Returns a function (params, examples) -> logits (T, C) of each; see `predictor`."""
+        check_labels(model, self.names, "tags")
         return predictor(model, self.output, **settings)
 
     def tags(self, logits: Sequence[Any], examples: Sequence[Example]) -> list[np.ndarray]:
@@ -86,6 +85,7 @@ class TokenClassification:
           sentences: the right ones.
           entities: whether tags are BIO, and whole entities are scored too.
         """
+        sentences = sentences.ordered(self.names)
         right, guess = (np.concatenate(list(side)) for side in (sentences.tags, predicted))
         found = class_scores(right, guess, self.names)
         scores = {name: found[name] for name in ("accuracy", "macro f1")}

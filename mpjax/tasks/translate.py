@@ -17,8 +17,9 @@ import numpy as np
 from mpjax.data.buckets import Example, eval_batches
 from mpjax.data.pairs import Pair
 from mpjax.errors import ConfigError
-from mpjax.models.cache import cache_storage
+from mpjax.models.beam import check_beams
 from mpjax.models.generate import beam_search, generate
+from mpjax.models.settings import CacheStorage, Count, as_cache
 from mpjax.tasks.language import Language
 
 logger = logging.getLogger("mpjax.tasks")
@@ -36,6 +37,12 @@ class Tokens(Protocol):
     def decode(self, ids: Any) -> str:
         """The text of some ids."""
         ...
+
+
+def _plain(tokens: Tokens, texts: Sequence[str]) -> list[np.ndarray]:
+    """The ids of each text alone: a target has its own begin and end, and a source none."""
+    before, behind = (len(getattr(tokens, name, ())) for name in ("prefix", "suffix"))
+    return [ids[before : len(ids) - behind] for ids in tokens.encode_batch(texts)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Translation:
         return self.tokens.vocab_size + 2
 
     def _sources(self, texts: Sequence[str]) -> list[dict[str, np.ndarray]]:
-        ids = [one.astype(np.int32) for one in self.tokens.encode_batch(texts)]
+        ids = [one.astype(np.int32) for one in _plain(self.tokens, texts)]
         return [{"source": one, "source_keep": np.ones(len(one), bool)} for one in ids]
 
     def fitting(self, pairs: Sequence[Pair], *, longest: int) -> list[Pair]:
@@ -97,7 +104,7 @@ class Translation:
         """
         if longest < 2:
             raise ConfigError(f"longest={longest}: no room for a token and the end; give 2 or more")
-        sources, targets = (self.tokens.encode_batch([p[side] for p in pairs]) for side in (0, 1))
+        sources, targets = (_plain(self.tokens, [p[side] for p in pairs]) for side in (0, 1))
         sizes = [max(len(a), len(b) + 1) for a, b in zip(sources, targets, strict=True)]
         keep = np.array(sizes, int) <= longest
         if not keep.any():
@@ -113,7 +120,7 @@ class Translation:
 
     def examples(self, pairs: Sequence[Pair]) -> list[Example]:
         """Returns what the model reads of each pair: a target moved by one, and its weights."""
-        targets = self.tokens.encode_batch([target for _, target in pairs])
+        targets = _plain(self.tokens, [target for _, target in pairs])
         found: list[Example] = []
         for source, ids in zip(self._sources([s for s, _ in pairs]), targets, strict=True):
             target = np.array([self.begin, *ids, self.end], np.int32)
@@ -143,7 +150,13 @@ class Translation:
         return judged
 
     def translator(
-        self, model: Any, *, batch: int, lengths: Sequence[int], beams: int = 1, cache: str = ""
+        self,
+        model: Any,
+        *,
+        batch: int,
+        lengths: Sequence[int],
+        beams: Count = 1,
+        cache: CacheStorage = "",
     ) -> Callable[[Any, Sequence[str]], list[str]]:
         """Returns a function (params, texts) -> their translations, of at most max(lengths) tokens.
 
@@ -158,9 +171,7 @@ class Translation:
         Raises:
           ConfigError: no beam, or a storage that is unknown.
         """
-        if beams < 1:
-            raise ConfigError(f"beams: {beams} must be at least 1; 1 takes the likeliest token")
-        storage = cache_storage(cache) if cache else ""
+        beams, storage = check_beams(beams, 1.0)[0], as_cache(cache)
         longest, continued = max(lengths), _Continued(model)
         read = jax.jit(
             lambda params, source, keep: model.start(

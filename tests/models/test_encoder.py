@@ -209,7 +209,7 @@ def test_every_parameter_has_logical_axes() -> None:
     ("changes", "message"),
     [
         ({"head": "mlm"}, "head='mlm' is unknown; known: none masked pretrain class token"),
-        ({"head": "class", "classes": 1}, "head='class' needs at least 2 classes, classes=1"),
+        ({"head": "class", "classes": 0}, "classes=0 must be at least 1"),
         ({"pool": "men"}, "pool='men' is unknown; known: first mean"),
         ({"pool": "mean", "head": "token"}, "head='token' pools nothing, pool='mean'; leave"),
         ({"types": -1}, "types=-1 must not be negative"),

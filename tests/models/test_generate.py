@@ -155,7 +155,7 @@ def test_wrong_prompts_are_one_line() -> None:
     for odd, given in (([[1, 2]], "list"), (jnp.zeros(3, jnp.int32), r"int32 \(3,\)"),
                        (jnp.zeros((1, 3)), r"float32 \(1, 3\)")):  # fmt: skip
         with pytest.raises(ConfigError, match=f"prompt: {given}; give integer ids of shape"):
-            check_prompt(model, params, odd, None, 6, "", None)
+            check_prompt(model, params, odd, None, 6, "")
     with pytest.raises(ConfigError, match="is empty"):
         generate(model, params, jnp.zeros((1, 0), jnp.int32), **GREEDY)
     with pytest.raises(ConfigError, match="longer than context=16"):

@@ -61,7 +61,9 @@ def test_labels_are_at_first_pieces_and_predictions_a_word(pieces):
 def test_mistakes_are_one_line(pieces):
     with pytest.raises(ConfigError, match="at least two"):
         TokenClassification(("O",))
-    with pytest.raises(ConfigError, match="the sentences have 3 names, the task 2"):
+    with pytest.raises(
+        ConfigError, match="tags: the data names .*, which is none of .'A', 'B'.; rename"
+    ):
         TokenClassification(("A", "B")).examples(pieces, draw_sentences(2), longest=32)
 
 

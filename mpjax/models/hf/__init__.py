@@ -3,5 +3,6 @@
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.load import load_checkpoint
 from mpjax.models.hf.save import save_checkpoint
+from mpjax.models.metadata import Metadata
 
-__all__ = ["Checkpoint", "load_checkpoint", "open_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoint", "Metadata", "load_checkpoint", "open_checkpoint", "save_checkpoint"]

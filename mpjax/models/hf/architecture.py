@@ -85,8 +85,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "llama": _llama("LlamaForCausalLM", fields.read_llama, fields.write_llama),
     "mistral": _llama("MistralForCausalLM", fields.read_mistral, fields.write_mistral),
-    "qwen2": _llama("Qwen2ForCausalLM", fields.read_qwen2, fields.write_qwen),
-    "qwen3": _llama("Qwen3ForCausalLM", fields.read_qwen3, fields.write_qwen),
+    "qwen2": _llama("Qwen2ForCausalLM", fields.read_qwen2, fields.write_qwen2),
+    "qwen3": _llama("Qwen3ForCausalLM", fields.read_qwen3, fields.write_qwen3),
     "pytorch-seq2seq": Architecture("", SEQ2SEQ, fields.read_seq2seq, _seq2seq),
 }  # fmt: skip
 
@@ -117,22 +117,38 @@ def architecture_of(checkpoint: Checkpoint, named: str | None) -> Architecture:
     return ARCHITECTURES[kind]
 
 
-def architecture_name(config: Any) -> str:
+def architecture_name(config: Any, loaded: str = "") -> str:
     """Returns the model_type that has the shape of a config of ours.
+
+    Args:
+      config: of a model.
+      loaded: the model_type that it was loaded from, which it keeps where it still has that shape:
+        a Mistral without a window has Llama's too.
 
     Raises:
       ConfigError: none has.
     """
     if type(config) is DecoderConfig:  # no encoder-decoder, which is one too
-        return fields.decoder_architecture(config)
+        found = fields.decoder_architecture(config)
+        return loaded if _has_shape(config, loaded, found) else found
     if isinstance(config, EncoderConfig):
         if is_bert(config):
             return "bert"
         if config.pool != "first":
             raise ConfigError(
-                f"export: pool={config.pool!r}; BERT of transformers pools the first token alone"
+                f"export: pool={config.pool!r} of head={config.head!r}; BERT of transformers pools"
+                " the first token alone"
             )
     raise ConfigError(
         f"export: no architecture of transformers that we know has this {type(config).__name__};"
         f" expected the shape of one of {' '.join(ARCHITECTURES)}"
     )
+
+
+def _has_shape(config: DecoderConfig, name: str, natural: str) -> bool:
+    """Whether a model_type of the natural one's tensors is read back as this config."""
+    kind = ARCHITECTURES.get(name)
+    if kind is None or kind.write is None or kind.table is not ARCHITECTURES[natural].table:
+        return False
+    again = kind.read(Fields(kind.write(config), name))
+    return dataclasses.replace(config, **again) == config

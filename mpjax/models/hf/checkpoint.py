@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from mpjax.errors import ConfigError, need
 from mpjax.models.hf.gguf_file import open_gguf, read_gguf
-from mpjax.models.hf.gguf_tokenizer import gguf_tokenizer
+from mpjax.models.hf.gguf_tokenizer import gguf_settings, gguf_tokenizer
 from mpjax.models.hf.tensors import Tensors, read_json, read_safetensors, read_sharded
 from mpjax.models.hf.torch_file import read_torch
+from mpjax.models.metadata import GENERATION, Metadata
+
+logger = logging.getLogger("mpjax.models")
 
 CONFIG = "config.json"
+TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
+# What a checkpoint's folder may hold beside config and weights, and an export writes again: the
+# tokenizer of any kind, its chat templates, settings of generation, and the modules by which
+# sentence-transformers pools.
+_BESIDE = (
+    GENERATION, TOKENIZER, TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "[0-9]_*/*",
+)  # fmt: skip
+# Special tokens that transformers assumes where a config.json leaves them out.
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "bert": {"pad_token_id": 0},
+    "gpt2": {"bos_token_id": 50256, "eos_token_id": 50256},
+    "llama": {"bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {"bos_token_id": 1, "eos_token_id": 2},
+}
+# Fields of config.json that say what an export knows better, or whose files it has not.
+_OWN_FIELDS = frozenset(
+    """
+    architectures attribute_map auto_map _attn_implementation _name_or_path name_or_path _num_labels
+    num_labels id2label label2id dtype torch_dtype transformers_version quantization_config n_ctx
+    """.split()
+)
 # File or index -> reader of a file; the first that a folder has is taken.
 _FILES: dict[str, Callable[[Path], Tensors]] = {
     "model.safetensors.index.json": read_safetensors,
@@ -60,11 +90,47 @@ class Checkpoint:
         """
         if self.gguf:
             return gguf_tokenizer(self.where, self.gguf)
-        path = self.where.parent / "tokenizer.json"
+        path = self.where.parent / TOKENIZER
         try:
             return path.read_text(encoding="utf-8") if path.is_file() else None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); download it again") from None
+
+    def metadata(self, fields: Collection[str] = ()) -> Metadata:
+        """Returns what it says beside shape and weights.
+
+        Args:
+          fields: of config.json that have no effect on logits; those that an export writes itself
+            are left out.
+
+        Raises:
+          ConfigError: a file that cannot be read.
+        """
+        names = set(fields) - _OWN_FIELDS
+        config = {name: value for name, value in self.config.items() if name in names}
+        files = self._gguf_files() if self.gguf else self._files()
+        return Metadata(_SPECIAL.get(config.get("model_type", ""), {}) | config, files)
+
+    def _files(self) -> dict[str, bytes]:
+        folder = self.where.parent
+        found = sorted({path for one in _BESIDE for path in folder.glob(one) if path.is_file()})
+        try:
+            files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot be read ({error}); download it again") from None
+        if GENERATION in files:
+            read_json(folder / GENERATION)  # one line now, not at the first look
+        return files
+
+    def _gguf_files(self) -> dict[str, bytes]:
+        """The files that say what a GGUF file says of its tokenizer."""
+        try:
+            files = {TOKENIZER: gguf_tokenizer(self.where, self.gguf).encode()}
+        except ConfigError as error:
+            logger.warning("%s; an export will have no tokenizer", error)
+            return {}
+        settings = gguf_settings(self.gguf)
+        return files | {TOKENIZER_SETTINGS: json.dumps(settings, indent=2).encode()}
 
 
 def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Checkpoint:
@@ -119,7 +185,7 @@ def _weights(folder: Path) -> Path:
 
 def _from_hub(name: str, revision: str | None) -> Path:
     hub = need("huggingface_hub", "hub", f"{name}: no such folder, so a name on the Hub")
-    texts = [CONFIG, "tokenizer.json", "tokenizer_config.json", "*.index.json"]
+    texts = [CONFIG, "*.index.json", *_BESIDE]
     try:
         for weights in ("*.safetensors", "pytorch_model*.bin"):
             folder = hub.snapshot_download(

@@ -13,6 +13,22 @@ GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "
 GELU_BACK = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu"}
 
 
+# What transformers takes where a config.json leaves a field out; null is something else.
+_LLAMA = dict(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32, max_position_embeddings=2048,
+)  # fmt: skip
+_MISTRAL = _LLAMA | dict(
+    intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072
+)
+_QWEN = _LLAMA | dict(
+    vocab_size=151936, intermediate_size=22016, num_key_value_heads=32,
+    max_position_embeddings=32768,
+)  # fmt: skip
+_WINDOW, _FIRST_WINDOW = 4096, 28  # sliding_window, and Qwen's max_window_layers
+_QWEN3_HEAD = 128
+
+
 def read_gpt2(fields: Fields) -> dict[str, Any]:
     """Returns the fields of a DecoderConfig for GPT-2."""
     f = fields
@@ -24,11 +40,11 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
         norm="layer",
         position="learned",
         bias=True,
-        vocabulary=f.take("vocab_size", int),
-        context=f.take("n_positions", int),
-        width=f.take("n_embd", int),
-        layers=f.take("n_layer", int),
-        heads=f.take("n_head", int),
+        vocabulary=f.take("vocab_size", int, absent=50257),
+        context=f.take("n_positions", int, absent=1024),
+        width=f.take("n_embd", int, absent=768),
+        layers=f.take("n_layer", int, absent=12),
+        heads=f.take("n_head", int, absent=12),
         mlp_width=f.take("n_inner", int, 0),
         activation=f.one_of("activation_function", GELU, "gelu_new"),
         epsilon=f.take("layer_norm_epsilon", float, 1e-5),
@@ -62,46 +78,58 @@ def read_llama(fields: Fields) -> dict[str, Any]:
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
     fields.only("rope_interleaved", False)
-    return _kin(fields)
+    return _kin(fields, _LLAMA)
 
 
 def read_mistral(fields: Fields) -> dict[str, Any]:
     """Returns the fields of a DecoderConfig for Mistral, with its sliding window."""
-    found = _kin(fields)
-    return found | dict(window=fields.take("sliding_window", int, 0))
+    found = _kin(fields, _MISTRAL)
+    return found | dict(window=fields.take("sliding_window", int, 0, absent=_WINDOW))
 
 
 def read_qwen2(fields: Fields) -> dict[str, Any]:
     """Returns the fields of a DecoderConfig for Qwen2: biases of queries, keys and values."""
-    found = _kin(fields)
+    found = _kin(fields, _QWEN)
     return found | dict(qkv_bias=True, window=_window(fields, found["layers"]))
 
 
 def read_qwen3(fields: Fields) -> dict[str, Any]:
     """Returns the fields of a DecoderConfig for Qwen3: queries and keys are normalised."""
     fields.only("attention_bias", False)
-    found = _kin(fields)
+    found = _kin(fields, _QWEN, _QWEN3_HEAD)
     return found | dict(qk_norm=True, window=_window(fields, found["layers"]))
 
 
-def _kin(f: Fields) -> dict[str, Any]:
+def _kin(f: Fields, absent: dict[str, int], head_width: int = 0) -> dict[str, Any]:
+    """Llama's fields.
+
+    Args:
+      f: of the config.json.
+      absent: what those that it leaves out are.
+      head_width: without `head_dim`; 0 is the width over the heads.
+    """
+
+    def size(name: str) -> int:
+        return f.take(name, int, absent=absent[name])
+
     f.one_of("hidden_act", {"silu": "swiglu"}, "silu")
     f.only("is_encoder_decoder", False)
-    heads, width = f.take("num_attention_heads", int), f.take("hidden_size", int)
-    per_head = f.take("head_dim", int, 0)
+    heads, width = size("num_attention_heads"), size("hidden_size")
+    per_head = f.take("head_dim", int, head_width)
+    groups = absent.get("num_key_value_heads", heads)
     return dict(
         norm="rms",
         position="rotary",
         activation="swiglu",
         bias=False,
-        vocabulary=f.take("vocab_size", int),
-        context=f.take("max_position_embeddings", int),
+        vocabulary=size("vocab_size"),
+        context=size("max_position_embeddings"),
         width=width,
-        layers=f.take("num_hidden_layers", int),
+        layers=size("num_hidden_layers"),
         heads=heads,
-        kv_heads=f.take("num_key_value_heads", int, heads),
+        kv_heads=f.take("num_key_value_heads", int, heads, absent=groups),
         head_width=0 if per_head * heads == width else per_head,
-        mlp_width=f.take("intermediate_size", int),
+        mlp_width=size("intermediate_size"),
         epsilon=f.take("rms_norm_eps", float, 1e-6),
         tied=f.take("tie_word_embeddings", bool, False),
         **_read_rope(f),
@@ -137,8 +165,9 @@ def _scaled(scaling: Fields, theta: float) -> dict[str, Any]:
 
 def _window(f: Fields, layers: int) -> int:
     """Qwen slides in the layers from max_window_layers on, or in those that layer_types names."""
-    used, size = f.take("use_sliding_window", bool, False), f.take("sliding_window", int, 0)
-    first = f.take("max_window_layers", int, layers)
+    used = f.take("use_sliding_window", bool, False)
+    size = f.take("sliding_window", int, 0, absent=_WINDOW)
+    first = f.take("max_window_layers", int, layers, absent=_FIRST_WINDOW)
     sliding = layers - min(first, layers)
     kinds = f.take("layer_types", list, [])
     if kinds:
@@ -186,17 +215,22 @@ def write_llama(c: DecoderConfig) -> dict[str, Any]:
 
 def write_mistral(c: DecoderConfig) -> dict[str, Any]:
     """Returns the fields of a config.json."""
-    return write_llama(c) | dict(sliding_window=c.window)
+    return write_llama(c) | dict(sliding_window=c.window or None)
 
 
-def write_qwen(c: DecoderConfig) -> dict[str, Any]:
-    """Returns the fields of a config.json of Qwen2 or Qwen3."""
+def write_qwen2(c: DecoderConfig) -> dict[str, Any]:
+    """Returns the fields of a config.json, which has no head_dim where heads share the width."""
+    return {k: v for k, v in write_qwen3(c).items() if k != "head_dim" or c.head_width}
+
+
+def write_qwen3(c: DecoderConfig) -> dict[str, Any]:
+    """Returns the fields of a config.json."""
     kind = "sliding_attention" if c.window else "full_attention"
     return write_llama(c) | dict(
         use_sliding_window=bool(c.window),
         sliding_window=c.window or None,
-        max_window_layers=0 if c.window else c.layers,
         layer_types=[kind] * c.layers,
+        **({"max_window_layers": 0} if c.window else {}),
     )
 
 

@@ -29,32 +29,47 @@ def read_bert(fields: Fields) -> dict[str, Any]:
     title = (f.take("architectures", list, []) or ["BertModel"])[0]
     if title not in _HEADS:
         f.refuse(f"architectures names {title!r}; known: {' '.join(_HEADS)}")
-    classes = len(f.take("id2label", dict, {})) or 2
+    head, classes = _HEADS[title], f.take("num_labels", int, 2)
+    names = f.take("id2label", dict, {})
+    labels: tuple[str, ...] = ()
+    if names and head in ("class", "token"):
+        labels = _labels(f, names)
+        classes = len(labels)  # as in transformers, whatever num_labels says
     return dict(
         norm="layer",
         norm_first=False,
         norm_embed=True,
         position="learned",
         bias=True,
-        vocabulary=f.take("vocab_size", int),
-        context=f.take("max_position_embeddings", int),
+        vocabulary=f.take("vocab_size", int, absent=30522),
+        context=f.take("max_position_embeddings", int, absent=512),
         types=f.take("type_vocab_size", int, 2),
-        width=f.take("hidden_size", int),
-        layers=f.take("num_hidden_layers", int),
-        heads=f.take("num_attention_heads", int),
-        mlp_width=f.take("intermediate_size", int),
+        width=f.take("hidden_size", int, absent=768),
+        layers=f.take("num_hidden_layers", int, absent=12),
+        heads=f.take("num_attention_heads", int, absent=12),
+        mlp_width=f.take("intermediate_size", int, absent=3072),
         activation=f.one_of("hidden_act", GELU, "gelu"),
         epsilon=f.take("layer_norm_eps", float, 1e-12),
         dropout=f.take("hidden_dropout_prob", float, 0.1),
         tied=f.take("tie_word_embeddings", bool, True),
-        head=_HEADS[title],
-        classes=f.take("num_labels", int, classes),
+        head=head,
+        classes=classes,
+        labels=labels,
     )
+
+
+def _labels(f: Fields, names: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the classes in the order of the logits, whatever their order in the file."""
+    places = [str(i) for i in range(len(names))]
+    if sorted(names) != sorted(places) or not all(isinstance(x, str) for x in names.values()):
+        f.refuse(f"id2label={names}; expected a name for each of 0 to {len(names) - 1}")
+    return tuple(names[place] for place in places)
 
 
 def write_bert(c: EncoderConfig) -> dict[str, Any]:
     """Returns the fields of a config.json."""
-    labels = {str(i): f"LABEL_{i}" for i in range(c.classes)}
+    names = c.labels or tuple(f"LABEL_{i}" for i in range(c.classes))
+    labels = {str(i): name for i, name in enumerate(names)}
     return dict(
         vocab_size=c.vocabulary,
         max_position_embeddings=c.context,
@@ -80,7 +95,14 @@ def bert_class(c: EncoderConfig) -> str:
 
 def is_bert(c: EncoderConfig) -> bool:
     """Returns whether a config has the shape of BERT."""
-    odd = (c.qk_norm, c.window, c.head_width, c.scale_embed, c.norm_first, c.pool != "first")
+    odd = (
+        c.qk_norm,
+        c.window,
+        c.head_width,
+        c.scale_embed,
+        c.norm_first,
+        c.pool != "first" and c.head != "none",
+    )  # the mean: see `pooling_files`
     shape = (c.norm, c.position, c.bias, c.norm_embed, c.groups == c.heads, c.types > 0)
     return not any(odd) and shape == ("layer", "learned", True, True, True, True) and (
         c.activation in GELU_BACK

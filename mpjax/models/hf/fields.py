@@ -10,7 +10,7 @@ from mpjax.models.given import listed
 
 # What says how a model is trained, stored, called or sampled from, not what it computes. Dropout
 # inside the softmax is here too: our models have none there.
-_FREE = frozenset(
+FREE = frozenset(
     """
     _attn_implementation _name_or_path _num_labels architectures attention_dropout
     attention_probs_dropout_prob attn_pdrop attribute_map auto_map bos_token_id cache_dir
@@ -22,7 +22,7 @@ _FREE = frozenset(
     pretraining_tp problem_type reorder_and_upcast_attn return_dict
     sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
     summary_use_proj task_specific_params tokenizer_class torch_dtype torchscript
-    transformers.js_config transformers_version use_bfloat16 use_cache
+    transformers.js_config transformers_version unk_token_id use_bfloat16 use_cache
     """.split()
 )
 _NO_DEFAULT = object()
@@ -39,15 +39,25 @@ class Fields:
 
     def __init__(self, values: dict[str, Any], where: str, ignore: Collection[str] = ()) -> None:
         self._values, self._where = values, where
-        self._asked = set(_FREE) | set(ignore)
+        self._asked = set(FREE) | set(ignore)
 
-    def take(self, name: str, kind: type[Any], default: Any = _NO_DEFAULT) -> Any:
+    def take(
+        self, name: str, kind: type[Any], default: Any = _NO_DEFAULT, absent: Any = _NO_DEFAULT
+    ) -> Any:
         """Returns a field; null and an absent one are the default.
+
+        Args:
+          name: of the field.
+          kind: its type.
+          default: where it is null, and where it is absent.
+          absent: where it is absent, if that is something else.
 
         Raises:
           ConfigError: absent without a default, or of another type.
         """
         self._asked.add(name)
+        if name not in self._values and absent is not _NO_DEFAULT:
+            return absent
         value = self._values.get(name)
         if value is None:
             if default is _NO_DEFAULT:

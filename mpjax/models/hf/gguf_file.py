@@ -11,6 +11,7 @@ import numpy as np
 
 from mpjax.errors import ConfigError, need
 from mpjax.models.given import listed
+from mpjax.models.hf.gguf_tokenizer import gguf_special
 from mpjax.models.hf.tensors import Tensor, Tensors
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 call themselves llama
@@ -90,7 +91,8 @@ def read_gguf(path: Path, reader: Any) -> tuple[dict[str, Any], Tensors]:
             f"{path}: unknown setting {listed(f'{kind}.{n}' for n in unknown)}, which may change"
             " the result; take the safetensors of this model"
         )
-    config: dict[str, Any] = {"model_type": kind}
+    config: dict[str, Any] = {"model_type": kind, "bos_token_id": None, "eos_token_id": None}
+    config |= gguf_special(reader)
     config |= {field: own[name] for name, field in _FIELDS.items() if name in own}
     rope = {field: own[name] for name, field in _SCALING.items() if name in own}
     if rope.get("rope_type") in (None, "none"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from mpjax.formats import Quantized
 from mpjax.models.given import listed
 from mpjax.models.hf.architecture import Architecture, architecture_of
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
-from mpjax.models.hf.fields import Fields
+from mpjax.models.hf.fields import FREE, Fields
 from mpjax.models.hf.leaves import filled, tensor_shape
+from mpjax.models.hf.pooling import pools_mean
 from mpjax.models.hf.tensors import Tensors
 from mpjax.models.skeleton import stored
 from mpjax.precision import Precision
@@ -56,7 +58,13 @@ def load_checkpoint(
       place: (logical axes, shape) -> the Sharding of a weight; all on the default device by
         default.
       revision: branch, tag or commit on the Hub.
-      changes: fields of the model's config, such as `dropout=0.1` or `remat="full"`.
+      changes: fields of the model's config, such as `dropout=0.1` or `remat="full"`; `labels=` of
+        a classifier names its classes anew, in the order of its logits.
+
+    Returns:
+      The model and its parameters. `model.config.labels` are the classes of a checkpoint's head in
+      their order, and `model.metadata` is what the checkpoint says of special tokens and
+      generation, with the files of its tokenizer: `save_checkpoint` writes them again.
 
     Raises:
       ConfigError: nothing at source, a broken file, an architecture, field or value that is not
@@ -80,8 +88,25 @@ def load_checkpoint(
     fields = Fields(checkpoint.config, checkpoint.config_file, ignore)
     settings = kind.read(fields)
     fields.finish()
+    free = {"model_type", *FREE, *ignore}
+    head = settings.get("head", "")
+    if changes.get("head", head) != head or _is_new(f"encoder/{head}/head/kernel", new):
+        # What the checkpoint says of its own head does not hold for another one.
+        free -= {"problem_type"}
+        changes = {"labels": ()} | changes if "labels" in settings else changes
+    if changes.get("labels") and "classes" not in changes:
+        changes = changes | {"classes": len(changes["labels"])}
+    metadata = checkpoint.metadata(free)
+    if head == "none" and pools_mean(metadata.files):
+        if not any("pooler" in name for name in checkpoint.tensors):
+            settings["pool"] = "mean"
     model = kind.make(precision, settings, changes)
-    return model, load_params(model, checkpoint, kind, new, key, unused, place)
+    params = load_params(model, checkpoint, kind, new, key, unused, place)
+    return dataclasses.replace(model, metadata=metadata), params
+
+
+def _is_new(name: str, new: Sequence[str]) -> bool:
+    return not isinstance(new, str) and any(fnmatch.fnmatchcase(name, one) for one in new)
 
 
 def load_params(

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import secrets
 import shutil
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from mpjax.models.given import check_params
 from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
 from mpjax.models.hf.checkpoint import CONFIG
 from mpjax.models.hf.leaves import joined
+from mpjax.models.hf.pooling import pooling_files
 from mpjax.models.hf.weights import Weight
+from mpjax.models.metadata import Metadata
 from mpjax.precision import parse_dtype
 
 _INDEX = "model.safetensors.index.json"
@@ -31,10 +34,12 @@ def save_checkpoint(
     *,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
+    metadata: Metadata | None = None,
 ) -> None:
-    """Writes safetensors and a config.json, whole or not at all.
+    """Writes safetensors, a config.json and what the model's metadata holds, whole or not at all.
 
-    Quantised storage is written dequantised.
+    Quantised storage is written dequantised. Of a model that `load_checkpoint` returned, special
+    tokens, settings of generation, the tokenizer's files and the labels go out again.
 
     Args:
       folder: new, or empty.
@@ -42,6 +47,9 @@ def save_checkpoint(
       params: its weights.
       dtype: of all tensors in the files, such as `bf16`; None keeps the dtype of each weight.
       shard_bytes: most bytes of a file; larger checkpoints become several and an index.
+      metadata: special tokens and files, such as a tokenizer.json, of a model that was made here;
+        by default what the model was loaded with. The names of a classifier's classes are in its
+        config: `load_checkpoint(..., labels=...)`, `encoder(..., labels=...)`.
 
     Raises:
       ConfigError: a folder that holds something, a shape that transformers has not, parameters of
@@ -54,20 +62,28 @@ def save_checkpoint(
     package = need("safetensors.numpy", "hub", f"{target}: export")
     broken = need("safetensors", "hub", f"{target}: export").SafetensorError  # no OSError
     wanted = None if dtype is None else parse_dtype(dtype)
-    kind = ARCHITECTURES[model_type := architecture_name(model.config)]
+    metadata = model.metadata if metadata is None else metadata
+    loaded = str(metadata.config.get("model_type", ""))
+    kind = ARCHITECTURES[model_type := architecture_name(model.config, loaded)]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: export needs a new or empty folder; name another one")
     assert kind.write is not None  # `architecture_name` gives none of those
-    config = kind.write(model.config) | {
-        "model_type": model_type,
-        "architectures": [kind.title(model.config)],
-    }
+    own = {"model_type": model_type, "architectures": [kind.title(model.config)]}
+    config = kind.write(model.config)
+    if getattr(model.config, "classes", 0) == 1 and model.config.head == "class":
+        own["problem_type"] = "regression"
+    config |= dict(metadata.config) | own
+    files = _checked(target, metadata.files)
+    files |= pooling_files(model.config, files)
     check_params(model, params, "export")
     named = jax.tree_util.tree_leaves_with_path(weight_view(params))
     leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in named}
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         partial.mkdir(parents=True)
+        for name, content in files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
         dtypes = _write_tensors(partial, model, leaves, kind, package, wanted, shard_bytes)
         config["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -81,6 +97,23 @@ def save_checkpoint(
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _checked(target: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of metadata; a name must stay in the folder and clear of what is written anyway."""
+    for name, content in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or name == CONFIG or path.match("model*.safe*"):
+            raise ConfigError(
+                f"{target}: metadata names the file {name!r}; give names inside the folder, of"
+                " other files than weights and config"
+            )
+        if not isinstance(content, bytes):
+            raise ConfigError(
+                f"{target}: metadata: {name} is {type(content).__name__}; give bytes, such as"
+                " tokenizer.to_text().encode()"
+            )
+    return dict(files)
 
 
 def _write_tensors(

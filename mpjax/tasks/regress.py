@@ -1,0 +1,114 @@
+"""Regression of texts and of pairs of texts: a number for each, as of cross-encoders."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax import ops
+from mpjax.data.wordpiece import Example, WordPiece
+from mpjax.errors import ConfigError
+from mpjax.tasks.labels import encoder_inputs
+from mpjax.tasks.predict import Predict, predictor
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRegression:
+    r"""One number for each text, or for each pair of texts.
+
+    The loss is $\frac{1}{B} \sum_b (l_b - y_b)^2$ of the model's only output $l$, as transformers
+    has it where `problem_type` is `regression`.
+
+    Args:
+      output: name of the model's output that holds the numbers, (B, 1).
+      loss: path whose policy the loss takes.
+
+    Example:
+      >>> from mpjax.models import encoder
+      >>> model = encoder("bert-tiny", layers=1, width=16, heads=2, head="class", classes=1)
+      >>> loss = TextRegression().objective(model)
+    """
+
+    output: str = "class"
+    loss: str = "encoder/loss"
+
+    def examples(
+        self, pieces: WordPiece, texts: Sequence[str], values: Sequence[float],
+        seconds: Sequence[str] = (), *, longest: int,
+    ) -> list[Example]:  # fmt: skip
+        """Returns the encoded texts, each with its number as `values`.
+
+        Args:
+          pieces: the tokenizer.
+          texts: the texts.
+          values: a number for each.
+          seconds: the second text of each pair, or empty.
+          longest: tokens at most.
+
+        Raises:
+          ConfigError: numbers that are not finite or not one for each text, or what
+            `WordPiece.encode` raises.
+        """
+        found = np.asarray(values)
+        if found.dtype.kind not in "iuf" or found.shape != (len(texts),):
+            raise ConfigError(
+                f"values: {found.dtype} of shape {found.shape} for {len(texts)} texts; give a"
+                " number for each"
+            )
+        if not np.isfinite(found).all():
+            raise ConfigError(
+                f"values: number {int(np.argmin(np.isfinite(found)))} is"
+                f" {found[~np.isfinite(found)][0]}; leave such texts out"
+            )
+        encoded = pieces.encode(texts, seconds, longest=longest)
+        return [e | {"values": np.float32(y)} for e, y in zip(encoded, found, strict=True)]
+
+    def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
+        """Returns the loss function of a model, for `mpjax.train.build(objective=...)`.
+
+        Raises:
+          ConfigError: a model with classes.
+        """
+        self._check(model)
+        policy = model.precision.policy(self.loss)
+
+        @ops.counted(lambda batch: jnp.float32(batch["values"].shape[0]))
+        def loss_fn(
+            params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
+        ) -> tuple[Any, Any]:
+            inputs = encoder_inputs(batch)
+            outputs, state = model.apply(params, inputs, state=state, key=key, train=train)
+            found = outputs[self.output][:, 0].astype(policy.compute_dtype)
+            error = found - jnp.asarray(batch["values"]).astype(policy.compute_dtype)
+            # A sum over the batch, and squares that leave float16 beyond 256.
+            squares = jnp.square(error.astype(jnp.float32))
+            return jnp.mean(squares).astype(policy.output_dtype), state
+
+        return loss_fn
+
+    def predictor(self, model: Any, **settings: Any) -> Predict:
+        """Returns a function (params, examples) -> the number (1,) of each; see `predictor`."""
+        self._check(model)
+        return predictor(model, self.output, **settings)
+
+    def evaluate(self, predicted: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+        """Returns the mean squared error as `loss`, and Pearson's correlation, in float64."""
+        right = np.array([e["values"] for e in examples], np.float64)
+        found = np.stack(list(predicted)).astype(np.float64)[:, 0]
+        varies = right.std() > 0 and found.std() > 0
+        return {
+            "loss": float(np.mean((found - right) ** 2)),
+            "pearson": float(np.corrcoef(found, right)[0, 1]) if varies else 0.0,
+        }
+
+    def _check(self, model: Any) -> None:
+        outputs = getattr(getattr(model, "config", None), "classes", 1)
+        if outputs != 1:
+            raise ConfigError(
+                f"regression: the model has {outputs} outputs, expected 1; make it with classes=1,"
+                " or take TextClassification"
+            )
