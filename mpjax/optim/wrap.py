@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from mpjax.formats import is_quantized
 from mpjax.optim import given
 from mpjax.optim import weights as weight
 from mpjax.optim.gate import GateState, bits, choose, finite_by_leaf, leaf_path, record, select
+from mpjax.optim.layer_view import LAYERS, each_layer
 from mpjax.optim.loss_scale import LossScale
 from mpjax.optim.moments import quantize_moments
 from mpjax.optim.pruning import Pruned
@@ -204,6 +206,7 @@ def wrap(
     gate: bool = True,
     patience: int = 50,
     seed: int = 0,
+    stacked: str | Sequence[str] = LAYERS,
 ) -> Optimizer:
     r"""Wraps an optax optimizer once: unscale -> finite gate -> clip -> optimizer -> weights.
 
@@ -219,6 +222,9 @@ def wrap(
       gate: whether a non-finite step is skipped.
       patience: non-finite steps in a row, at the smallest scale, after which `check_alive` raises.
       seed: of stochastic rounding.
+      stacked: path patterns of subtrees whose arrays have a leading axis of layers, as below
+        `layers` in our models. An optimizer that reads shapes (Muon, LAMB, a mask by `ndim`) sees
+        each layer as weights of its own.
 
     Returns:
       An Optimizer: `init(params) -> state` and `step(grads, state, params) -> params, state`.
@@ -257,6 +263,9 @@ def wrap(
             " or set loss_scale=static:SCALE"
         )
     m = precision.moments
+    optimizer = given.as_transformation(optimizer)
+    if not isinstance(optimizer, Pruned):  # which knows of stacks, and shows its own inside layers
+        optimizer = each_layer(optimizer, stacked)
     inner = quantize_moments(
         optimizer, first=m.first, second=m.second, keep=m.keep, min_size=m.min_size
     )
