@@ -270,7 +270,8 @@ def _partial(eqn: Any, operands: Sequence[_Kind], shape: tuple[int, ...]) -> _Ki
     if _REDUCTIONS.get(name) == reduction and not shape:
         return _Kind("partial", leaves, reduction)
     neutral = all(
-        isinstance(x, core.Literal) and (reduction in ("max", "min") or x.val == _NEUTRAL[reduction])
+        isinstance(x, core.Literal)
+        and (reduction in ("max", "min") or x.val == _NEUTRAL[reduction])
         for x in rest
     )
     if name == reduction and neutral and not shape:
@@ -279,7 +280,7 @@ def _partial(eqn: Any, operands: Sequence[_Kind], shape: tuple[int, ...]) -> _Ki
 
 
 def traced(function: Any, *args: Any) -> Any:
-    """Returns the closed jaxpr of a function of one flat list of abstract arrays, and its output."""
+    """Returns the closed jaxpr of a function of abstract arrays, and its abstract output."""
     # Third parties mix dtypes and ranks, as where the optimizer really runs.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         return jax.make_jaxpr(function, return_shape=True)(*args)
