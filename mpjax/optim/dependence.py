@@ -37,6 +37,10 @@ _SIZES = frozenset(
 )
 
 
+def _aval(x: Any) -> Any:
+    return x.aval
+
+
 class _NotElementwise(Exception):
     """Shapes matter to the program, or cannot be shown not to."""
 
@@ -91,7 +95,7 @@ def alike(a: Any, b: Any) -> bool:
 
     def name(side: int, x: Any) -> Any:
         if isinstance(x, core.Literal):
-            return ("literal", np.asarray(x.val).tobytes(), str(x.aval.dtype))
+            return ("literal", np.asarray(x.val).tobytes(), str(_aval(x).dtype))
         x = alias.get(x, x)
         return numbers[side].setdefault(x, len(numbers[side]))
 
@@ -192,7 +196,7 @@ def _kinds(jaxpr: Any, given: Sequence[_Kind], count: int) -> list[_Kind]:
 
     def read(x: Any) -> _Kind:
         if isinstance(x, core.Literal):
-            return without_leaf(x.aval.shape)
+            return without_leaf(_aval(x).shape)
         return known[x] if x in known else without_leaf(x.aval.shape)  # a constant of the closure
 
     for eqn in jaxpr.eqns:

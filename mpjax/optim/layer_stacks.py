@@ -65,8 +65,8 @@ def stacks(params: Any, stacked: str | Sequence[str] = LAYERS) -> dict[Path, int
                 break
     found = {}
     for prefix, leaves in below.items():
-        sizes = {leaf.shape[0] if getattr(leaf, "ndim", 0) else None for _, leaf in leaves}
-        if len(sizes) == 1 and None not in sizes and not any(n.isdigit() for n, _ in leaves):
+        sizes = {leaf.shape[0] if getattr(leaf, "ndim", 0) else 0 for _, leaf in leaves}
+        if len(sizes) == 1 and 0 not in sizes and not any(n.isdigit() for n, _ in leaves):
             found[prefix] = sizes.pop()
     return found
 
@@ -137,6 +137,11 @@ def split_like(tree: Any, like: Any) -> Any:
         return Layers([jax.tree.map(lambda a, i=i: a[i], x) for i in range(len(shown.layers))])
 
     return jax.tree.map(split, like, tree, is_leaf=_is_layers)
+
+
+def structure_of(tree: Any) -> Any:
+    """Returns the structure of a tree."""
+    return jax.tree.structure(tree)
 
 
 def stack_of(path: Path, where: Mapping[Path, int]) -> Path | None:

@@ -17,7 +17,7 @@ from mpjax.optim.dependence import (
     traced,
     without_leaf,
 )
-from mpjax.optim.layer_stacks import Path, own_paths, parts_of, stack_of
+from mpjax.optim.layer_stacks import Path, own_paths, parts_of, stack_of, structure_of
 
 
 class Owner(NamedTuple):
@@ -114,12 +114,10 @@ def trace_update(
     """
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         state = abstract(jax.eval_shape(optimizer.init, params))
-    arrays = {name: x for name, x in extra.items() if not callable(x)}
-    rest = {name: x for name, x in extra.items() if callable(x)}
-    args = (params, state, params, arrays)
+    args = (params, state, params, extra)
 
-    def update(grads: Any, state: Any, params: Any, arrays: Any) -> Any:
-        return optimizer.update(grads, state, params, **arrays, **rest)
+    def update(grads: Any, state: Any, params: Any, extra: Any) -> Any:
+        return optimizer.update(grads, state, params, **extra)
 
     closed, out = traced(update, *args)
     names = ("grads", "state", "params", "extra")
@@ -134,7 +132,7 @@ def sees_no_shapes(
     layer: UpdateTrace, whole: UpdateTrace, where: Mapping[Path, int], shapes: Any
 ) -> bool:
     """Whether the optimizer does with a stack what it does with each of its layers."""
-    if jax.tree.structure(layer.state) != jax.tree.structure(whole.state):
+    if structure_of(layer.state) != structure_of(whole.state):
         return False
     index = {owner: i for i, owner in enumerate(own_paths(shapes))}
     sizes = [x.shape for x in jax.tree.leaves(shapes)]

@@ -37,6 +37,7 @@ from mpjax.optim.layer_stacks import (
     split_like,
     stack_of,
     stacks,
+    structure_of,
 )
 from mpjax.optim.layer_trace import UpdateTrace, abstract, owners_of, sees_no_shapes, trace_update
 
@@ -77,21 +78,21 @@ class LayerView:
         plan = self.plan(grads if params is None else params, extra)
         if plan.mode == "whole":
             return self._optimizer.update(grads, state, params, **extra)
-        structure = jax.tree.structure(grads)
+        structure = structure_of(grads)
 
         def is_tree(x: Any) -> bool:
-            return not callable(x) and jax.tree.structure(x) == structure
+            return not callable(x) and structure_of(x) == structure
 
         if plan.mode == "leaves":
             apart = functools.partial(split, where=plan.where, deep=plan.deep)
-            shown = jax.tree.structure(apart(grads))
+            shown = structure_of(apart(grads))
 
             def seen(x: Any) -> Any:
                 if not callable(x):
                     return apart(x) if is_tree(x) else x
 
                 def function(*args: Any, **rest: Any) -> Any:  # such as the loss of a line search
-                    whole = (joined(a) if jax.tree.structure(a) == shown else a for a in args)
+                    whole = (joined(a) if structure_of(a) == shown else a for a in args)
                     return x(*whole, **rest)
 
                 return function
@@ -157,21 +158,19 @@ class LayerView:
 
     def _found(self, shapes: Any, where: dict[Path, int], extra: dict[str, Any]) -> _Plan:
         number = jax.ShapeDtypeStruct((), jnp.float32)
-        extra = {"value": number, "grad": shapes} | {
-            name: x if callable(x) else abstract(x) for name, x in extra.items()
-        }
+        # Without functions: what wants one (a line search) is shown leaves.
+        given = {name: abstract(x) for name, x in extra.items() if not callable(x)}
+        extra = {"value": number, "grad": shapes} | given
         one, own = one_layer(shapes, where), own_paths(shapes)
 
-        def given(view: Callable[[Any], Any]) -> dict[str, Any]:
-            structure = jax.tree.structure(shapes)
-            return {
-                name: view(x) if not callable(x) and jax.tree.structure(x) == structure else x
-                for name, x in extra.items()
-            }
+        structure = structure_of(shapes)
 
         def attempt(params: Any, view: Any, weights: Any) -> UpdateTrace | None:
+            seen = {
+                name: view(x) if structure_of(x) == structure else x for name, x in extra.items()
+            }
             try:
-                return trace_update(self._optimizer, params, given(view), weights)
+                return trace_update(self._optimizer, params, seen, weights)
             except Exception as error:  # whatever a third party raises, a view that it cannot take
                 log.debug("optimizer: a view of the layers does not fit it: %s", error)
                 return None
