@@ -2,7 +2,10 @@
 
 from mpjax.formats import weight_view
 from mpjax.optim.blockwise import Blockwise, quantize_blocks
+from mpjax.optim.buffers import copied, without_repeats
+from mpjax.optim.deltas import apply_updates
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
+from mpjax.optim.layer_view import each_layer
 from mpjax.optim.leaf_scale import LeafLossScale, scale_gradient
 from mpjax.optim.logmax import LogMaxLossScale
 from mpjax.optim.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
@@ -10,11 +13,12 @@ from mpjax.optim.losses import MultiLossScale, scaled_value_and_grads
 from mpjax.optim.moments import quantize_moments
 from mpjax.optim.named import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 from mpjax.optim.pruning import prune_weights, pruned
+from mpjax.optim.scaled import ScaledGradients
 from mpjax.optim.scales import make_loss_scale
 from mpjax.optim.sparsity import cubic_sparsity, sparsity_by_path
 from mpjax.optim.storage import store_weights
 from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
-from mpjax.optim.wrap import Optimizer, OptState, apply_updates, global_norm, wrap
+from mpjax.optim.wrap import Optimizer, OptState, global_norm, wrap
 
 __all__ = [
     "OPTIMIZERS",
@@ -31,10 +35,13 @@ __all__ = [
     "NoOpLossScale",
     "OptState",
     "Optimizer",
+    "ScaledGradients",
     "StaticLossScale",
     "all_finite",
     "apply_updates",
+    "copied",
     "cubic_sparsity",
+    "each_layer",
     "finite_by_leaf",
     "global_norm",
     "leaf_path",
@@ -51,5 +58,6 @@ __all__ = [
     "sparsity_by_path",
     "store_weights",
     "weight_view",
+    "without_repeats",
     "wrap",
 ]

@@ -21,17 +21,30 @@ def is_number(x: Any) -> bool:
     return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
 
 
+def as_transformation(optimizer: Any) -> Any:
+    """Returns an optax transformation; `optax.MultiSteps` and its like have its two methods.
+
+    Raises:
+      ConfigError: it is none.
+    """
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optimizer
+    made = not isinstance(optimizer, type)  # a class is not called yet
+    if not made or not all(callable(getattr(optimizer, n, None)) for n in ("init", "update")):
+        raise ConfigError(
+            f"optimizer: {brief(optimizer)} is no optax optimizer; call it with its learning rate,"
+            " such as optax.adam(1e-3)"
+        )
+    return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+
+
 def check_optimizer(optimizer: Any) -> None:
     """Checks that it is an optax optimizer.
 
     Raises:
       ConfigError: it is not.
     """
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise ConfigError(
-            f"optimizer: {brief(optimizer)} is no optax optimizer; call it with its learning rate,"
-            " such as optax.adam(1e-3)"
-        )
+    as_transformation(optimizer)
 
 
 def check_weights(params: Any) -> None:

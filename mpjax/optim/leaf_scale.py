@@ -32,6 +32,7 @@ from mpjax.optim.loss_scale import (
     rebuild,
     step_dynamic,
 )
+from mpjax.optim.scaled import bare
 from mpjax.precision import LossScaleSettings, matches
 
 Tree = TypeVar("Tree")
@@ -239,6 +240,7 @@ class LeafLossScale(LossScale):
 
     def unscale(self, tree: Tree) -> Tree:
         """Returns each leaf / its group's scale in float32."""
+        tree = bare(tree)
         leaves, structure = jax.tree.flatten(tree)
         scales = self.state[0]
         return jax.tree.unflatten(
@@ -270,7 +272,7 @@ class LeafLossScale(LossScale):
         own = self.finite_groups(grads)
         own = jnp.where(jnp.all(own), finite, own)  # not finite for another reason: all back off
         state = step_dynamic(self.settings, self.state, own)  # type: ignore[arg-type]
-        return rebuild(type(self), self.settings, state)
+        return rebuild(type(self), self.settings, state, self.owned)
 
     def at_minimum(self, grads: Any = None) -> Any:
         low = self.state[0] <= self.settings.min_scale

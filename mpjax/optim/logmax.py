@@ -154,7 +154,7 @@ class LogMaxLossScale(StaticLossScale):
         grown = jnp.minimum(scale * s.growth_factor, s.max_scale)
         scale = jnp.where(finite, jnp.where(amax > 0, wanted, grown), lowered)
         state = (scale, jnp.where(release, 0, good), mean, variance, seen, headroom)
-        return rebuild(type(self), s, state)
+        return rebuild(type(self), s, state, self.owned)
 
     def at_minimum(self, grads: Any = None) -> Any:
         del grads

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from mpjax.errors import ConfigError, brief
+from mpjax.optim.scaled import bare
 from mpjax.precision import LossScaleSettings
 
 Tree = TypeVar("Tree")
@@ -56,20 +56,32 @@ def given_init(init: Any) -> Any:
 def as_pytree(kind: Any) -> Any:
     """Registers a loss scale: its state are the leaves, its settings belong to the structure."""
 
-    def with_keys(x: Any) -> tuple[Any, LossScaleSettings]:
+    def with_keys(x: Any) -> tuple[Any, _Static]:
         keys = map(jax.tree_util.GetAttrKey, kind.names)
-        return tuple(zip(keys, x.state, strict=True)), x.settings
+        return tuple(zip(keys, x.state, strict=True)), _Static(x.settings, x.owned)
 
     jax.tree_util.register_pytree_with_keys(
-        kind, with_keys, functools.partial(rebuild, kind), lambda x: (x.state, x.settings)
+        kind,
+        with_keys,
+        lambda static, state: rebuild(kind, static.settings, tuple(state), static.owned),
+        lambda x: (x.state, _Static(x.settings, x.owned)),
     )
     return kind
 
 
-def rebuild(kind: type, settings: LossScaleSettings, state: tuple[Any, ...]) -> Any:
+class _Static(NamedTuple):
+    """What of a loss scale belongs to the tree's structure."""
+
+    settings: LossScaleSettings
+    owned: bool
+
+
+def rebuild(
+    kind: type, settings: LossScaleSettings, state: tuple[Any, ...], owned: bool = False
+) -> Any:
     """Returns a loss scale of this kind with this state."""
     out: Any = object.__new__(kind)
-    out.settings, out.state = settings, tuple(state)
+    out.settings, out.state, out.owned = settings, tuple(state), owned
     return out
 
 
@@ -88,9 +100,14 @@ class LossScale:
     names: tuple[str, ...] = ()  # of the state's arrays
     settings: LossScaleSettings
     state: tuple[Array, ...]
+    owned: bool = False  # by an optimizer, whose step unscales
 
     def __init__(self) -> None:
         self.settings, self.state = LossScaleSettings("none"), ()
+
+    def of_optimizer(self) -> Any:
+        """Returns the same loss scale as part of an optimizer's state."""
+        return rebuild(type(self), self.settings, self.state, owned=True)
 
     @property
     def value(self) -> Any:
@@ -103,7 +120,7 @@ class LossScale:
 
     def unscale(self, tree: Tree) -> Tree:
         """Returns gradients / scale in float32; exact where the scale is a power of two."""
-        return jax.tree.map(_to_float32, tree)
+        return jax.tree.map(_to_float32, bare(tree))
 
     def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> LossScale:
         """Returns the loss scale of the next step.
@@ -166,7 +183,7 @@ class StaticLossScale(LossScale):
         return jax.tree.map(lambda x: _array(x).astype(jnp.float32) * self.value, tree)
 
     def unscale(self, tree: Tree) -> Tree:
-        return jax.tree.map(lambda x: _array(x).astype(jnp.float32) / self.value, tree)
+        return jax.tree.map(lambda x: _array(x).astype(jnp.float32) / self.value, bare(tree))
 
 
 def step_dynamic(
@@ -254,7 +271,7 @@ class DynamicLossScale(StaticLossScale):
     def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> DynamicLossScale:
         del grads
         state = step_dynamic(self.settings, self.state, as_flag(finite))  # type: ignore[arg-type]
-        return rebuild(type(self), self.settings, state)
+        return rebuild(type(self), self.settings, state, self.owned)
 
     def at_minimum(self, grads: Any = None) -> Any:
         del grads

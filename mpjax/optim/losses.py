@@ -19,6 +19,7 @@ from mpjax.optim.loss_given import (
     with_aux,
 )
 from mpjax.optim.loss_scale import LossScale
+from mpjax.optim.scaled import mark_unscaled
 
 
 class MultiLossScale:
@@ -171,6 +172,7 @@ def scaled_value_and_grads(
             finite.append(all_finite(grads))
             total = grads if index == 0 else jax.tree.map(lambda t, g: t + g, total, grads)
         losses = tuple(as_loss(loss).astype(jnp.float32) for loss in (out[0] if has_aux else out))
+        total = mark_unscaled(total)
         return ((losses, out[1]) if has_aux else losses), total, jnp.stack(finite)
 
     return fn

@@ -11,7 +11,7 @@ import optax
 
 from mpjax.errors import ConfigError
 from mpjax.optim.blockwise import Blockwise, quantize_blocks
-from mpjax.optim.given import check_optimizer
+from mpjax.optim.given import as_transformation
 from mpjax.precision import Moments, matches
 from mpjax.precision.moments import MomentFormat
 from mpjax.precision.rule import nearest
@@ -131,7 +131,7 @@ def quantize_moments(
       Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization.
       Li et al. 2023, Memory Efficient Optimizers with 4-bit States.
     """
-    check_optimizer(optimizer)
+    optimizer = as_transformation(optimizer)
     moments = Moments(first, second, keep, min_size)  # type: ignore[arg-type]
     formats = {"first": moments.first, "second": moments.second}
     low = {kind for kind, format in formats.items() if format.dtype != jnp.float32}

@@ -13,7 +13,8 @@ import optax
 
 from mpjax.errors import ConfigError
 from mpjax.formats import is_quantized
-from mpjax.optim.given import check_optimizer
+from mpjax.optim.given import as_transformation
+from mpjax.optim.layer_view import each_layer
 from mpjax.optim.sparsity import cubic_sparsity, in_float32, named_weights, weight_name
 from mpjax.precision import matches
 from mpjax.precision.rule import nearest
@@ -194,7 +195,7 @@ def pruned(
     """
     _check(sparsity, scope)
     _check(initial, scope, "initial")
-    check_optimizer(optimizer)
+    optimizer = each_layer(as_transformation(optimizer))
     if initial > sparsity:
         raise ConfigError(
             f"prune: initial={initial} is above sparsity={sparsity}; masks only lose numbers, so"
@@ -213,8 +214,6 @@ def pruned(
         masks = jax.tree_util.tree_map_with_path(whole, params)
         return PruneState(jnp.int32(0), masks, optimizer.init(params))
 
-    inner_optimizer = optax.with_extra_args_support(optimizer)
-
     def update(
         grads: Any, state: PruneState, params: Any = None, **extra: Any
     ) -> tuple[Any, PruneState]:
@@ -225,7 +224,7 @@ def pruned(
             return jax.tree.map(lambda x, m, *o: function(m, x, *o), first, state.masks, *rest)
 
         grads = over(lambda m, g: g if m is None else _masked(g, m), grads)
-        updates, inner = inner_optimizer.update(grads, state.inner, params, **extra)
+        updates, inner = optimizer.update(grads, state.inner, params, **extra)
         new = jax.tree.map(lambda p, u: p + u, params, updates)
 
         def drop(masks: Any) -> Any:

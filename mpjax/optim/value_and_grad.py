@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
+from mpjax.formats import weight_view
 from mpjax.optim.gate import all_finite
 from mpjax.optim.leaf_scale import LeafLossScale
 from mpjax.optim.loss_given import (
@@ -17,6 +18,8 @@ from mpjax.optim.loss_given import (
     check_scale,
     with_aux,
 )
+from mpjax.optim.loss_scale import NoOpLossScale
+from mpjax.optim.scaled import ScaledGradients, check_unowned, mark_unscaled
 
 
 def scaled_grad(
@@ -84,7 +87,8 @@ def scaled_value_and_grad(
       `(loss, aux)`; grads are float32 with the structure of params; finite is a bool scalar.
 
     Raises:
-      ConfigError: no function; at the call, as `scaled_grad`.
+      ConfigError: no function; at the call, as `scaled_grad`, or a loss scale that belongs to a
+        wrapped optimizer, whose `value_and_grad` is to be taken.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,14 +105,49 @@ def scaled_value_and_grad(
     check_function(loss_fn)
 
     def fn(loss_scale: Any, params: Any, *args: Any) -> tuple[Any, Any, Any]:
-        def loss_and_out(params: Any) -> tuple[Any, Any]:
-            out = loss_fn(params, *args)
-            loss = as_loss(with_aux(out)[0] if has_aux else out)
-            return loss, (loss, out[1] if has_aux else None)
-
-        grads, (loss, aux) = scaled_grad(loss_scale, loss_and_out)(params)
+        check_unowned(loss_scale)
+        value, grads = _value_and_scaled(loss_fn, has_aux, loss_scale, params, args)
         grads = loss_scale.unscale(grads)
-        loss = loss.astype("float32")
-        return ((loss, aux) if has_aux else loss), grads, all_finite(grads)
+        if not isinstance(loss_scale, NoOpLossScale):
+            grads = mark_unscaled(grads)
+        return value, grads, all_finite(grads)
+
+    return fn
+
+
+def _value_and_scaled(
+    loss_fn: Any, has_aux: bool, loss_scale: Any, params: Any, args: Any
+) -> tuple[Any, Any]:
+    def loss_and_out(params: Any) -> tuple[Any, Any]:
+        out = loss_fn(params, *args)
+        loss = as_loss(with_aux(out)[0] if has_aux else out)
+        return loss, (loss, out[1] if has_aux else None)
+
+    grads, (loss, aux) = scaled_grad(loss_scale, loss_and_out)(params)
+    loss = loss.astype("float32")
+    return ((loss, aux) if has_aux else loss), grads
+
+
+def value_and_scaled_grad(
+    loss_fn: Callable[..., Any], state_type: Any, *, has_aux: bool = False
+) -> Callable[..., tuple[Any, ScaledGradients]]:
+    """Returns what `Optimizer.value_and_grad` does; see there.
+
+    Args:
+      loss_fn: the loss.
+      state_type: of the optimizer's state, which holds the loss scale.
+      has_aux: whether it returns `(loss, aux)`.
+    """
+    check_function(loss_fn)
+
+    def fn(state: Any, params: Any, *args: Any) -> tuple[Any, ScaledGradients]:
+        if not isinstance(state, state_type):
+            raise ConfigError(
+                f"loss: the optimizer's state is {brief(state)}; write"
+                " opt.value_and_grad(loss_fn)(opt_state, params, ...)"
+            )
+        weights = weight_view(params)
+        value, grads = _value_and_scaled(loss_fn, has_aux, state.loss_scale, weights, args)
+        return value, ScaledGradients(grads)
 
     return fn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +12,19 @@ import optax
 from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, TrainingStopped, brief
-from mpjax.formats import is_quantized
 from mpjax.optim import given
 from mpjax.optim import weights as weight
-from mpjax.optim.gate import GateState, bits, choose, finite_by_leaf, leaf_path, record, select
+from mpjax.optim.buffers import distinct
+from mpjax.optim.deltas import Wrapped, delta_transformation
+from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, select
+from mpjax.optim.layer_stacks import LAYERS
+from mpjax.optim.layer_view import each_layer
 from mpjax.optim.loss_scale import LossScale
 from mpjax.optim.moments import quantize_moments
 from mpjax.optim.pruning import Pruned
+from mpjax.optim.scaled import ScaledGradients, bare, check_plain, check_scaled
 from mpjax.optim.scales import make_loss_scale
+from mpjax.optim.value_and_grad import value_and_scaled_grad
 from mpjax.precision import Precision, get_precision
 
 
@@ -38,12 +44,9 @@ class OptState(NamedTuple):
     gate: GateState
 
 
-class Wrapped(optax.GradientTransformationExtraArgs):
-    """Marks what `as_optax` returns, so that it is not wrapped twice."""
-
-
 def global_norm(tree: Any) -> Float[Array, ""]:
     r"""Returns $\sqrt{\sum x^2}$ over all leaves, in float32."""
+    check_plain("global_norm", tree)
     leaves = map(jnp.asarray, jax.tree.leaves(tree))
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves]
     return jnp.sqrt(sum(squares, start=jnp.float32(0)))
@@ -79,17 +82,18 @@ class Optimizer:
                 "optimizer: a part of it is wrapped already; pass the raw optax optimizer, chained"
                 " first and wrapped once"
             )
-        return OptState(
-            inner=inner,
-            weights=weights,
-            loss_scale=make_loss_scale(self.precision.loss_scale, params),
-            gate=GateState.zero(),
-        )
+        scale = make_loss_scale(self.precision.loss_scale, params).of_optimizer()
+        # Some optimizers keep the first weights: as arrays of their own, which may be donated.
+        inner, weights = distinct((inner, weights), besides=params)
+        return OptState(inner, weights, scale, GateState.zero())
 
     def _advance(
         self, scaled: Any, state: OptState, params: Any, extra: dict[str, Any]
     ) -> tuple[Any, Any, OptState, Any]:
         given.check_state(state, OptState)
+        scaled = bare(scaled)
+        if self.precision.loss_scale.kind != "none":
+            check_scaled(scaled)
         given.check_like("gradients", scaled, params)
         metrics = {}
         grads = unscaled = state.loss_scale.unscale(scaled)
@@ -103,6 +107,7 @@ class Optimizer:
         # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
         # refuses; it is relaxed around this one call.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            extra = {"grad": grads} | extra
             updates, inner = given.update(self.inner, grads, state.inner, full, extra)
         new_params, weights = weight.take(
             updates, full, params, state.weights, self.precision.update
@@ -120,6 +125,37 @@ class Optimizer:
         state = state._replace(inner=inner, weights=weights)
         return new_params, updates, state, metrics
 
+    def value_and_grad(
+        self, loss_fn: Callable[..., Any], *, has_aux: bool = False
+    ) -> Callable[..., tuple[Any, ScaledGradients]]:
+        r"""Transforms a loss into one that returns its value and the gradients that `step` takes.
+
+        $$L(\theta),\quad \nabla_\theta\,(s\,L(\theta))$$ with the loss scale $s$ of the state.
+
+        Args:
+          loss_fn: `loss_fn(params, *args) -> loss` or `(loss, aux)`; a scalar loss.
+          has_aux: whether it returns `(loss, aux)`.
+
+        Returns:
+          `fn(opt_state, params, *args) -> (value, grads)`; value is the unscaled loss in float32,
+          or `(loss, aux)`; grads are `ScaledGradients`, a pytree. Weights stored in fp8 are given
+          to the loss dequantised.
+
+        Raises:
+          ConfigError: no function; at the call, a state that is not of `init` or `step`, or what
+            `scaled_grad` refuses.
+
+        Example:
+          >>> opt = wrap(optax.sgd(0.5), "fp16")
+          >>> params = {"w": jnp.ones(2)}
+          >>> state = opt.init(params)
+          >>> loss, grads = opt.value_and_grad(lambda p: jnp.sum(p["w"]))(state, params)
+          >>> params, state = opt.step(grads, state, params)
+          >>> float(loss), params["w"].tolist()
+          (2.0, [0.5, 0.5])
+        """
+        return value_and_scaled_grad(loss_fn, OptState, has_aux=has_aux)
+
     def step_with_metrics(
         self, scaled_grads: Any, state: OptState, params: Any, **extra: Any
     ) -> tuple[Any, OptState, dict[str, Any]]:
@@ -133,15 +169,17 @@ class Optimizer:
         """Takes one step.
 
         Args:
-          scaled_grads: gradients of `state.loss_scale.scale(loss)`, structure of params.
+          scaled_grads: from `value_and_grad`, or gradients of `state.loss_scale.scale(loss)` in the
+            structure of params.
           state: from `init` or the last step.
           params: weights as stored.
           extra: what the optimizer asks of a step, such as `value` (the loss) of optax's
             `reduce_on_plateau`.
 
         Raises:
-          ConfigError: gradients of another structure or shape than params, a state that is not of
-            this optimizer, or an argument of the optimizer that is missing.
+          ConfigError: gradients of another structure or shape than params or already unscaled by
+            `scaled_value_and_grad`, a state that is not of this optimizer, or an argument of the
+            optimizer that is missing.
 
         Returns:
           The new weights and state; at a non-finite step both are unchanged bit for bit, but for
@@ -158,22 +196,7 @@ class Optimizer:
         sum. Under `master` such a difference heals at the next step.
         """
 
-        def update(
-            grads: Any, state: OptState, params: Any = None, **extra: Any
-        ) -> tuple[Any, OptState]:
-            if params is None:
-                raise ConfigError("update: params are missing; call update(grads, state, params)")
-            if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
-                raise ConfigError(
-                    "as_optax: weights stored in fp8 have scales, which no delta can renew; use"
-                    " Optimizer.step"
-                )
-            new_params, updates, state, _ = self._advance(grads, state, params, extra)
-            if state.weights:  # the weight does not follow its own update, rounded to nearest
-                updates = jax.tree.map(_delta, new_params, params, updates)
-            return updates, state
-
-        return Wrapped(self.init, update)
+        return delta_transformation(self.init, self._advance)
 
     def check_alive(self, state: OptState, params: Any, stuck: int | None = None) -> None:
         """Stops a run that cannot recover.
@@ -204,6 +227,7 @@ def wrap(
     gate: bool = True,
     patience: int = 50,
     seed: int = 0,
+    stacked: str | Sequence[str] = LAYERS,
 ) -> Optimizer:
     r"""Wraps an optax optimizer once: unscale -> finite gate -> clip -> optimizer -> weights.
 
@@ -219,6 +243,9 @@ def wrap(
       gate: whether a non-finite step is skipped.
       patience: non-finite steps in a row, at the smallest scale, after which `check_alive` raises.
       seed: of stochastic rounding.
+      stacked: path patterns of subtrees whose arrays have a leading axis of layers, as below
+        `layers` in our models. An optimizer that reads shapes (Muon, LAMB, a mask by `ndim`) sees
+        each layer as weights of its own.
 
     Returns:
       An Optimizer: `init(params) -> state` and `step(grads, state, params) -> params, state`.
@@ -232,7 +259,7 @@ def wrap(
       >>> opt = wrap(optax.sgd(0.5), get_precision("fp16"))
       >>> params = {"w": jnp.ones(2)}
       >>> state = opt.init(params)
-      >>> grads = jax.grad(lambda p: state.loss_scale.scale(jnp.sum(p["w"])))(params)
+      >>> _, grads = opt.value_and_grad(lambda p: jnp.sum(p["w"]))(state, params)
       >>> opt.step(grads, state, params)[0]["w"].tolist()
       [0.5, 0.5]
     """
@@ -257,6 +284,9 @@ def wrap(
             " or set loss_scale=static:SCALE"
         )
     m = precision.moments
+    optimizer = given.as_transformation(optimizer)
+    if not isinstance(optimizer, Pruned):  # which knows of stacks, and shows its own inside layers
+        optimizer = each_layer(optimizer, stacked)
     inner = quantize_moments(
         optimizer, first=m.first, second=m.second, keep=m.keep, min_size=m.min_size
     )
@@ -265,35 +295,3 @@ def wrap(
 
 def _is_state(x: Any) -> bool:
     return isinstance(x, OptState)
-
-
-def _delta(new: Any, old: Any, update: Any) -> Any:
-    """The float32 delta from a low weight to its new value; other weights take their update."""
-    if not weight.is_low(old):
-        return update
-    delta = new.astype(jnp.float32) - old.astype(jnp.float32)
-    return jnp.where(bits(new) == bits(old), jnp.float32(-0.0), delta)
-
-
-def _add(old: Any, update: Any) -> Any:
-    if weight.is_low(old):
-        new = (old.astype(jnp.float32) + update).astype(old.dtype)
-    else:
-        new = old + update
-    return choose((update == 0) & jnp.signbit(update), old, new)
-
-
-def apply_updates(params: Any, updates: Any) -> Any:
-    """Returns params + float32 deltas, each in the weight's storage dtype.
-
-    A delta of -0.0 leaves every bit of its weight alone.
-
-    Example:
-      >>> apply_updates(jnp.ones(1, jnp.bfloat16), jnp.full(1, 0.25)).dtype.name
-      'bfloat16'
-
-    Raises:
-      ConfigError: updates of another structure or shape.
-    """
-    given.check_like("updates", updates, params)
-    return jax.tree.map(_add, params, updates)

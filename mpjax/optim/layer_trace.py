@@ -1,0 +1,162 @@
+"""An optimizer's update traced on abstract weights: what of which weight enters what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.optim.dependence import (
+    RANDOM,
+    alike,
+    element,
+    inputs_of,
+    is_elementwise,
+    traced,
+    without_leaf,
+)
+from mpjax.optim.layer_stacks import Path, own_paths, parts_of, stack_of, structure_of
+
+
+class Owner(NamedTuple):
+    """The weight, and the layer of it, that a leaf belongs to; what is left of the leaf's path."""
+
+    weight: Path
+    layer: int | None
+    rest: str
+
+
+def owners_of(tree: Any, weights: Mapping[Path, tuple[Path, int | None]]) -> list[Owner | None]:
+    """For each leaf of a state, the weight whose path its own path holds."""
+    found: list[Owner | None] = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        parts = parts_of(path)
+        spans = (
+            (start, end)
+            for size in range(len(parts), 0, -1)
+            for start in range(len(parts) - size + 1)
+            for end in (start + size,)
+        )
+        span = next((s for s in spans if parts[slice(*s)] in weights), None)
+        if span is None:
+            # A tree of one array has no path: nothing in a state tells that it is its own.
+            found.append(None)
+        else:
+            weight, layer = weights[parts[slice(*span)]]
+            rest = "/".join((*parts[: span[0]], "*", *parts[span[1] :]))
+            found.append(Owner(weight, layer, rest))
+    return found
+
+
+def abstract(tree: Any) -> Any:
+    """Returns the shapes and dtypes of a tree."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
+
+
+class UpdateTrace(NamedTuple):
+    """An optimizer's update on abstract weights.
+
+    Args:
+      state: abstract.
+      jaxpr: of the update, without the closure; its inputs are gradients, state, weights, extras.
+      inputs: the owner of each input.
+      outputs: of each output: updates, state.
+      kinds: `grads`, `state`, `params` or `extra`, for each input.
+      reads: the inputs that each output depends on.
+    """
+
+    state: Any
+    jaxpr: Any
+    inputs: list[Owner | None]
+    outputs: list[Owner | None]
+    kinds: list[str]
+    reads: list[frozenset[int]]
+
+    @property
+    def crossing(self) -> bool:
+        """Whether a weight's update, or a number of no weight, depends on another weight's."""
+        for owner, inputs in zip(self.outputs, self.reads, strict=True):
+            for i in inputs - {RANDOM}:
+                other = self.inputs[i]
+                if other is not None and (owner is None or owner[:2] != other[:2]):
+                    return True
+        return False
+
+    @property
+    def random(self) -> bool:
+        """Whether random numbers are drawn."""
+        return any(RANDOM in inputs for inputs in self.reads)
+
+    def own_inputs(self) -> dict[tuple[Path, str], set[frozenset[str]]]:
+        """What of its own enters each weight's update and state; all layers of one give one set."""
+        found: dict[tuple[Path, str], set[frozenset[str]]] = {}
+        for owner, inputs in zip(self.outputs, self.reads, strict=True):
+            if owner is not None:
+                known = [(self.kinds[i], self.inputs[i]) for i in inputs - {RANDOM}]
+                own = frozenset(f"{kind}:{o.rest}" for kind, o in known if o and o[:2] == owner[:2])
+                found.setdefault((owner.weight, owner.rest), set()).add(own)
+        return found
+
+
+def trace_update(
+    optimizer: Any, params: Any, extra: dict[str, Any],
+    weights: Mapping[Path, tuple[Path, int | None]],
+) -> UpdateTrace:  # fmt: skip
+    """Returns the trace of an update.
+
+    Args:
+      optimizer: takes any extras.
+      params: abstract weights, in the view that is tried.
+      extra: what else a step gives.
+      weights: path in the view -> path of the weight, and its layer.
+    """
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        state = abstract(jax.eval_shape(optimizer.init, params))
+    args = (params, state, params, extra)
+
+    def update(grads: Any, state: Any, params: Any, extra: Any) -> Any:
+        return optimizer.update(grads, state, params, **extra)
+
+    closed, out = traced(update, *args)
+    names = ("grads", "state", "params", "extra")
+    kinds = [n for n, x in zip(names, args, strict=True) for _ in jax.tree.leaves(x)]
+    outputs = owners_of(out[0], weights) + owners_of(out[1], weights)
+    inputs = [owner for x in args for owner in owners_of(x, weights)]
+    reads = inputs_of(closed.jaxpr, [frozenset((i,)) for i in range(len(inputs))])
+    return UpdateTrace(state, closed.jaxpr, inputs, outputs, kinds, reads)
+
+
+def sees_no_shapes(
+    layer: UpdateTrace, whole: UpdateTrace, where: Mapping[Path, int], shapes: Any
+) -> bool:
+    """Whether the optimizer does with a stack what it does with each of its layers."""
+    if structure_of(layer.state) != structure_of(whole.state):
+        return False
+    index = {owner: i for i, owner in enumerate(own_paths(shapes))}
+    sizes = [x.shape for x in jax.tree.leaves(shapes)]
+    owners = owners_of(whole.state, own_paths(shapes))
+    states = zip(jax.tree.leaves(layer.state), jax.tree.leaves(whole.state), owners, strict=True)
+    kinds = []
+    for x, y, owner in states:
+        stack = owner and stack_of(owner.weight, where)
+        if y.shape != ((where[stack], *x.shape) if stack else x.shape) or x.dtype != y.dtype:
+            return False
+        own = owner is not None and y.shape == sizes[index[owner.weight]]
+        if own:
+            kinds.append(element(index[owner.weight]))  # type: ignore[union-attr]
+        elif stack:
+            return False
+        else:
+            kinds.append(without_leaf(y.shape))
+    if len(whole.outputs) != len(sizes) + len(kinds):  # its state changes its structure
+        return False
+    if not alike(layer.jaxpr, whole.jaxpr):
+        return False
+    elements = [element(i) for i in range(len(sizes))]
+    count = len(whole.jaxpr.invars) - 2 * len(sizes) - len(kinds)
+    tail = whole.inputs[len(whole.inputs) - count :]
+    extras = [without_leaf(()) if o is None else element(index[o.weight]) for o in tail]
+    given = [*elements, *kinds, *elements, *extras]
+    return is_elementwise(whole.jaxpr, given, [*elements, *kinds])

@@ -1,0 +1,115 @@
+"""Gradients that carry whether they are scaled, so that nobody divides by the scale twice or never.
+
+Scaled ones, from `Optimizer.value_and_grad`, are a node of their own: `step` takes it, and what
+wants plain gradients refuses it. Unscaled ones, from `scaled_value_and_grad`, are plain trees, for
+any optimizer; their arrays are remembered for as long as they live, and `step` refuses them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from mpjax.errors import ConfigError
+
+# Arrays and tracers that an unscaling returned, by their id; none is kept alive.
+_UNSCALED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class ScaledGradients:
+    """Gradients of a loss times the loss scale: what `Optimizer.step` takes.
+
+    A pytree: `jax.tree.map` and `jax.lax.psum` go through it, and it stays what it is. Whoever
+    wants the gradients themselves writes `opt_state.loss_scale.unscale(grads)`.
+
+    Args:
+      tree: the gradients, in the structure of params.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> grads = ScaledGradients({"w": jnp.ones(2)})
+      >>> doubled = jax.tree.map(lambda g: 2 * g, grads)
+      >>> type(doubled).__name__, doubled["w"].tolist()
+      ('ScaledGradients', [2.0, 2.0])
+    """
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.tree[key]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.tree
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tree)
+
+    def __repr__(self) -> str:
+        return f"ScaledGradients({self.tree})"
+
+    def tree_flatten_with_keys(self) -> Any:
+        """See `jax.tree_util`."""
+        return ((jax.tree_util.GetAttrKey("tree"), self.tree),), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: Any) -> ScaledGradients:
+        """See `jax.tree_util`."""
+        return cls(*children)
+
+
+def bare(tree: Any) -> Any:
+    """Returns the tree of scaled gradients, and any other tree as it is."""
+    return tree.tree if isinstance(tree, ScaledGradients) else tree
+
+
+def check_plain(name: str, tree: Any) -> None:
+    """Checks that gradients are not scaled.
+
+    Raises:
+      ConfigError: they are.
+    """
+    if isinstance(tree, ScaledGradients):
+        raise ConfigError(
+            f"{name}: these are gradients of the scaled loss, from opt.value_and_grad; give them to"
+            " opt.step, or take opt_state.loss_scale.unscale(grads)"
+        )
+
+
+def mark_unscaled(tree: Any) -> Any:
+    """Returns a tree of gradients, and remembers that they are unscaled."""
+    for leaf in jax.tree.leaves(tree):
+        _UNSCALED[id(leaf)] = leaf
+    return tree
+
+
+def check_scaled(grads: Any) -> None:
+    """Checks that gradients are not known to be unscaled.
+
+    Raises:
+      ConfigError: `scaled_value_and_grad` returned them, so that they are.
+    """
+    if any(_UNSCALED.get(id(leaf)) is leaf for leaf in jax.tree.leaves(grads)):
+        raise ConfigError(
+            "gradients: scaled_value_and_grad has unscaled them, and step divides by the loss scale"
+            " of its own state; write loss, grads = opt.value_and_grad(loss_fn)(opt_state, params,"
+            " batch)"
+        )
+
+
+def check_unowned(loss_scale: Any) -> None:
+    """Checks that a loss scale is no optimizer's, whose step unscales.
+
+    Raises:
+      ConfigError: it is.
+    """
+    if getattr(loss_scale, "owned", False):
+        raise ConfigError(
+            "loss scale: it belongs to an optimizer, whose step unscales; write loss, grads ="
+            " opt.value_and_grad(loss_fn)(opt_state, params, batch), or take a loss scale of your"
+            " own and a raw optax optimizer"
+        )
