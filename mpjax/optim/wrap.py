@@ -16,7 +16,7 @@ from mpjax.optim import given
 from mpjax.optim import weights as weight
 from mpjax.optim.gate import GateState, bits, choose, finite_by_leaf, leaf_path, record, select
 from mpjax.optim.loss_scale import LossScale
-from mpjax.optim.moments import quantize_moments
+from mpjax.optim.moments import low_moments
 from mpjax.optim.pruning import Pruned
 from mpjax.optim.scales import make_loss_scale
 from mpjax.precision import Precision, get_precision
@@ -256,10 +256,7 @@ def wrap(
             f"gate: a {precision.loss_scale.kind} loss scale needs the finite gate; leave gate on"
             " or set loss_scale=static:SCALE"
         )
-    m = precision.moments
-    inner = quantize_moments(
-        optimizer, first=m.first, second=m.second, keep=m.keep, min_size=m.min_size
-    )
+    inner = low_moments(optimizer, precision.moments)
     return Optimizer(inner, precision, clip, gate, patience, seed)
 
 
