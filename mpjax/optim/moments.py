@@ -59,7 +59,7 @@ class MomentState(NamedTuple):
     draws: Int[Array, ""]
 
 
-class _Moment(NamedTuple):
+class Moment(NamedTuple):
     """Which moment a leaf of a state belongs to, its weight's path, and whether it has a sign."""
 
     kind: str | None = None
@@ -67,8 +67,8 @@ class _Moment(NamedTuple):
     signed: bool = True
 
 
-def _moment(state: Any, path: tuple[Any, ...], own: frozenset[type]) -> _Moment:
-    """What a leaf of a state is.
+def moment_of(state: Any, path: tuple[Any, ...], own: frozenset[type]) -> Moment:
+    """Returns what a leaf of a state is.
 
     Args:
       state: the optimizer's.
@@ -83,13 +83,13 @@ def _moment(state: Any, path: tuple[Any, ...], own: frozenset[type]) -> _Moment:
         kind = _UNLIKE.get(owner, _MOMENTS).get(name)
         if kind is not None:
             where = jax.tree_util.keystr(path[place + 1 :], simple=True, separator="/")
-            return _Moment(kind, where, kind == "first" or owner not in _SQUARES)
+            return Moment(kind, where, kind == "first" or owner not in _SQUARES)
         state = _child(state, key)
-    return _Moment()
+    return Moment()
 
 
-def _own(params: Any) -> frozenset[type]:
-    """Types of the nodes with attributes of which a tree is made."""
+def types_of(params: Any) -> frozenset[type]:
+    """Returns the types of the nodes with attributes of which a tree is made."""
     found = set()
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
         node = params
@@ -171,7 +171,7 @@ def low_moments(
     if not low:
         return optimizer
 
-    def is_low(moment: _Moment, x: Any) -> bool:
+    def is_low(moment: Moment, x: Any) -> bool:
         if moment.kind not in low or not jnp.issubdtype(x.dtype, jnp.floating):
             return False
         kept = any(matches(pattern, moment.where) for pattern in moments.keep)
@@ -179,17 +179,17 @@ def low_moments(
 
     def store(state: Any, own: frozenset[type], key: Any = None) -> Any:
         def leaf(path: Any, x: Any) -> Any:
-            moment = _moment(state, path, own)
+            moment = moment_of(state, path, own)
             if moment.kind is None or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
             format = formats[moment.kind] if is_low(moment, x) else MomentFormat()
-            return _stored(x, format, moment.signed, _folded(key, path))
+            return stored(x, format, moment.signed, folded(key, path))
 
         return jax.tree_util.tree_map_with_path(leaf, _centered(state))
 
     def check(state: Any, own: frozenset[type]) -> None:
         named = jax.tree_util.tree_leaves_with_path(state)
-        leaves = [(_moment(state, path, own), x) for path, x in named]
+        leaves = [(moment_of(state, path, own), x) for path, x in named]
         missing = low - {moment.kind for moment, _ in leaves}
         if missing:
             rest = sorted(low - missing)
@@ -220,7 +220,7 @@ def low_moments(
 
     def init(params: Any) -> MomentState:
         # XLA would fold the codes of constant zeros, which takes it a second for 100 000 numbers.
-        state, own = jax.lax.optimization_barrier(optimizer.init(params)), _own(params)
+        state, own = jax.lax.optimization_barrier(optimizer.init(params)), types_of(params)
         check(state, own)
         return MomentState(store(state, own), jnp.int32(0))
 
@@ -229,7 +229,7 @@ def low_moments(
     def update(
         grads: Any, state: MomentState, params: Any = None, **extra: Any
     ) -> tuple[Any, MomentState]:
-        own = _own(grads)
+        own = types_of(grads)
         updates, new = inner.update(grads, widen(state, own), params, **extra)
         if moments.rounding == "nearest":
             return updates, MomentState(store(new, own), state.draws)
@@ -239,16 +239,17 @@ def low_moments(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _folded(key: Any, path: Any) -> Any:
-    """The key of a leaf: by path and not by index, so that another leaf changes no bits here."""
+def folded(key: Any, path: Any) -> Any:
+    """Returns the key of a leaf, None without a key."""
     if key is None:
         return None
+    # By path and not by index: another leaf that comes or goes changes no bits here.
     where = jax.tree_util.keystr(path, simple=True, separator="/")
     return jax.random.fold_in(key, zlib.crc32(where.encode()))
 
 
-def _stored(x: Any, format: MomentFormat, signed: bool, key: Any = None) -> Any:
-    """A float32 moment in its format."""
+def stored(x: Any, format: MomentFormat, signed: bool, key: Any = None) -> Any:
+    """Returns a float32 moment in its format, rounded to nearest without a key."""
     if format.block is not None:
         return quantize_blocks(x, format, signed, key)
     if key is None or jnp.dtype(format.dtype).itemsize > 2:
@@ -258,16 +259,27 @@ def _stored(x: Any, format: MomentFormat, signed: bool, key: Any = None) -> Any:
 
 def _centered(state: Any) -> Any:
     """A float32 state with variances in place of the squares that mu is taken from."""
-    return _at_centered(lambda m, n: jnp.maximum(n - m * m, 0), state)
+    return at_variances(lambda m, n: jnp.maximum(n - m * m, 0), state)
 
 
-def _at_centered(function: Any, state: Any) -> Any:
+def at_variances(function: Any, state: Any) -> Any:
+    """Returns a state with function(mu, nu) for the nu of a centered optimizer."""
+
     def node(x: Any) -> Any:
         if not isinstance(x, _CENTERED):
             return x
         return x._replace(nu=jax.tree.map(function, x.mu, x.nu))
 
     return jax.tree.map(node, state, is_leaf=lambda x: isinstance(x, _CENTERED))
+
+
+def is_variance(state: Any, path: tuple[Any, ...]) -> bool:
+    """Returns whether a leaf of a state is the nu of a centered optimizer."""
+    for key in path:
+        if isinstance(state, _CENTERED):
+            return getattr(key, "name", None) == "nu"
+        state = _child(state, key)
+    return False
 
 
 def _is_debiased(x: Any) -> bool:
@@ -285,10 +297,10 @@ def widen(state: MomentState, own: frozenset[type]) -> Any:
     def leaf(path: Any, x: Any) -> Any:
         if isinstance(x, Blockwise):
             return x.dequantize()
-        is_moment = _moment(state.inner, path, own).kind and jnp.issubdtype(x.dtype, jnp.floating)
+        is_moment = moment_of(state.inner, path, own).kind and jnp.issubdtype(x.dtype, jnp.floating)
         return x.astype(jnp.float32) if is_moment else x
 
     wide = jax.tree_util.tree_map_with_path(
         leaf, state.inner, is_leaf=lambda x: isinstance(x, Blockwise)
     )
-    return _at_centered(lambda m, s: s + m * m, wide)
+    return at_variances(lambda m, s: s + m * m, wide)
