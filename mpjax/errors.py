@@ -52,7 +52,9 @@ def brief(value: Any) -> str:
             return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, types.FunctionType):
         return f"the function {value.__qualname__}"
-    text = " ".join(repr(value).split())
+    text, name = " ".join(repr(value).split()), getattr(value, "name", None)
+    if len(text) > 60 and isinstance(name, str):  # a Precision's, and not how its rules begin
+        return f"the {type(value).__name__} {name}"
     return text if len(text) <= 60 else f"{text[:56]} ..."
 
 

@@ -83,31 +83,52 @@ def code_book(name: str, signed: bool) -> np.ndarray:
     return book.astype(np.float32)
 
 
-def encode(x: Any, name: str, signed: bool) -> Any:
-    """Returns the codes of the nearest numbers of a book, uint8; ties go towards zero.
+def encode(x: Any, name: str, signed: bool, key: Any = None) -> Any:
+    r"""Returns the codes of numbers of a book near x, uint8.
+
+    Without a key the nearest number is taken, ties towards zero. With one, $x$ between the
+    neighbours $a < x < b$ becomes $b$ with probability $(x - a) / (b - a)$, so that its mean is
+    $x$; in a book without signs $b$ alone is taken where $a$ is zero, because a running square
+    of zero makes the next step arbitrarily large.
 
     The place in a run of equal steps is computed, which is faster than a search, so that numbers
-    within a float32 rounding of a tie may go either way.
+    within a float32 rounding of a tie (with a key, of a number of the book) may go either way.
 
     Args:
       x: float32 in [-1, 1].
       name: `int8`, `int4` or `int8-linear`.
       signed: which of its two books.
+      key: random key of stochastic rounding; None rounds to nearest.
     """
     size = 2 ** _BITS[name]
     book = code_book(name, signed)
     magnitude = jnp.abs(x) if signed else x
     runs, start = _runs(name, signed)
     place = jnp.zeros(x.shape, jnp.int32)
+    share = None if key is None else _uniform(key, x.shape)
     for first, step, count in runs:
-        steps = jnp.ceil((magnitude - np.float32(first)) * np.float32(1 / step) - 0.5)
+        steps = (magnitude - np.float32(first)) * np.float32(1 / step)
+        steps = jnp.ceil(steps - 0.5) if share is None else jnp.floor(steps + share)
         inside = jnp.clip(steps, 0, count - 1).astype(jnp.int32) + start
-        tie = np.float32((book[start - 1] + book[start]) / 2) if start else np.float32(-np.inf)
-        place = jnp.where(magnitude > tie, inside, place)
+        below = book[start - 1] if start else np.float32(-np.inf)
+        if share is None or not start:
+            above = magnitude > np.float32((below + book[start]) / 2)
+        elif not signed and below == 0:
+            above = magnitude > 0
+        else:  # between the last number of a run and the first of the next
+            gap = np.float32(book[start] - below)
+            above = (magnitude >= book[start]) | (magnitude - below > (1 - share) * gap)
+        place = jnp.where(above, inside, place)
         start += count
     if signed:
         place = jnp.where(x < 0, size - jnp.minimum(place, size // 2 - 1), place)
     return (place & (size - 1)).astype(jnp.uint8)
+
+
+def _uniform(key: Any, shape: tuple[int, ...]) -> Any:
+    """Multiples of 2^-24 in [0, 1)."""
+    bits = jax.random.bits(key, shape, jnp.uint32)
+    return (bits >> jnp.uint32(8)).astype(jnp.float32) * np.float32(2.0**-24)
 
 
 def decode(codes: Any, name: str, signed: bool) -> Any:
@@ -186,16 +207,38 @@ class Blockwise:
         return per_tile(numbers, self.absmax, tile, lambda n, a: n * a).reshape(self.shape)
 
 
-def quantize_blocks(x: Any, format: str | MomentFormat, signed: bool) -> Blockwise:
-    """Returns a moment as codes of the nearest numbers, $x \\approx b_{code} \\max_{block} |x|$.
+def round_moment(x: Any, format: str, signed: bool, key: Any = None) -> Any:
+    """Returns float32 numbers rounded to a format, in float32.
 
-    A block of zeros has absmax 0 and stays zero. A block that holds inf or NaN becomes non-finite
-    as a whole: its absmax is.
+    Args:
+      x: float32.
+      format: `bfloat16 float16 e4m3 e5m2`.
+      signed: False for a moment that is never negative; rounded stochastically, it stays above 0.
+      key: random key of stochastic rounding; None rounds to nearest.
+    """
+    number, saturate = Format(format), format in ("e4m3", "e5m2")
+    if key is None:
+        return round_to(x, number, saturate=saturate)
+    rounded = round_to(x, number, "stochastic", key, saturate=saturate)
+    if signed:
+        return rounded
+    return jnp.where((x > 0) & (rounded == 0), np.float32(number.min_subnormal), rounded)
+
+
+def quantize_blocks(x: Any, format: str | MomentFormat, signed: bool, key: Any = None) -> Blockwise:
+    """Returns a moment as codes, $x \\approx b_{code} \\max_{block} |x|$.
+
+    Codes are those of the nearest numbers or, with a key, of one of the two neighbours, drawn so
+    that the mean is x. A block of zeros has absmax 0 and stays zero. A block that holds inf or NaN
+    becomes non-finite as a whole: its absmax is.
 
     Args:
       x: float32.
       format: with a block, such as `int8@256`.
-      signed: False for a moment that is never negative.
+      signed: False for a moment that is never negative; rounded stochastically, what is above 0
+        stays above 0.
+      key: random key of stochastic rounding; None rounds to nearest. With a key absmax may be
+        larger than it says, so that its code exists.
 
     Raises:
       ConfigError: a format without blocks, or no array.
@@ -211,12 +254,16 @@ def quantize_blocks(x: Any, format: str | MomentFormat, signed: bool) -> Blockwi
     wide = x.astype(jnp.float32).reshape(x.shape or (1,))
     tile = tile_of(wide.shape, format.block or 0)
     absmax = amax_of(wide, tile)
+    if key is not None and signed and format.name in _BITS:
+        # A tree has no code for -1: a largest number below zero must not shrink at each step.
+        lowest = -code_book(format.name, signed).min()
+        absmax = amax_of(jnp.where(wide < 0, wide / lowest, wide), tile)
     # A division, because 1 / absmax overflows where absmax is subnormal.
     unit = per_tile(wide, jnp.where(absmax > 0, absmax, 1.0), tile, lambda n, a: n / a)
     if format.name in _BITS:
-        codes = encode(unit, format.name, signed)
+        codes = encode(unit, format.name, signed, key)
         codes = _pack(codes) if _BITS[format.name] == 4 else codes
     else:
         number = Format(format.name)
-        codes = round_to(unit * number.max, number).astype(number.dtype)
+        codes = round_moment(unit * number.max, format.name, signed, key).astype(number.dtype)
     return Blockwise(codes, absmax, format, signed, x.shape)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
-from mpjax.optim.blockwise import Blockwise, quantize_blocks
+from mpjax.optim.blockwise import Blockwise, quantize_blocks, round_moment
+from mpjax.optim.dither import dither_key
 from mpjax.optim.given import as_transformation
 from mpjax.precision import Moments, matches
 from mpjax.precision.moments import MomentFormat
@@ -29,6 +32,9 @@ _UNLIKE: dict[str, dict[str, str]] = {
     "ScaleBySimplifiedAdEMAMixState": {"m": "first", "n": "second"},
     "MechanicState": {},  # its own learning rates
 }
+# States whose formula takes the square of mu from nu: the difference is stored in place of nu, as
+# two roundings could make it negative.
+_CENTERED = (optax.ScaleByRStdDevState,)
 # States of optax whose running square is never negative; in others its sign is stored too.
 _SQUARES = frozenset(
     {
@@ -40,7 +46,20 @@ _SQUARES = frozenset(
 )
 
 
-class _Moment(NamedTuple):
+class MomentState(NamedTuple):
+    """State of an optimizer whose moments are stored low.
+
+    Args:
+      inner: the optimizer's own state; low moments are arrays, or `Blockwise` nodes of arrays. In
+        that of a centered optimizer `nu` is the variance, the square of `mu` taken off.
+      draws: steps that were rounded stochastically.
+    """
+
+    inner: Any
+    draws: Int[Array, ""]
+
+
+class Moment(NamedTuple):
     """Which moment a leaf of a state belongs to, its weight's path, and whether it has a sign."""
 
     kind: str | None = None
@@ -48,8 +67,8 @@ class _Moment(NamedTuple):
     signed: bool = True
 
 
-def _moment(state: Any, path: tuple[Any, ...], own: frozenset[type]) -> _Moment:
-    """What a leaf of a state is.
+def moment_of(state: Any, path: tuple[Any, ...], own: frozenset[type]) -> Moment:
+    """Returns what a leaf of a state is.
 
     Args:
       state: the optimizer's.
@@ -64,13 +83,13 @@ def _moment(state: Any, path: tuple[Any, ...], own: frozenset[type]) -> _Moment:
         kind = _UNLIKE.get(owner, _MOMENTS).get(name)
         if kind is not None:
             where = jax.tree_util.keystr(path[place + 1 :], simple=True, separator="/")
-            return _Moment(kind, where, kind == "first" or owner not in _SQUARES)
+            return Moment(kind, where, kind == "first" or owner not in _SQUARES)
         state = _child(state, key)
-    return _Moment()
+    return Moment()
 
 
-def _own(params: Any) -> frozenset[type]:
-    """Types of the nodes with attributes of which a tree is made."""
+def types_of(params: Any) -> frozenset[type]:
+    """Returns the types of the nodes with attributes of which a tree is made."""
     found = set()
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
         node = params
@@ -98,11 +117,16 @@ def quantize_moments(
     second: str | MomentFormat = "f32",
     keep: Sequence[str] = (),
     min_size: int = 0,
+    rounding: str = "stochastic",
 ) -> optax.GradientTransformation:
     r"""Returns an optimizer that stores its moments in other formats.
 
     Each step makes them float32, runs the optimizer, and stores them again:
-    $m = \hat b_{code}\,\max_{block}|m|$ for formats with blocks.
+    $m = \hat b_{code}\,\max_{block}|m|$ for formats with blocks. They are rounded up or down at
+    random, so that the mean is $m$: a step moves a moment by a share $1 - \beta$ of it, and
+    rounding to nearest loses all of that where it is less than half the distance of two numbers
+    (with $\beta = 0.999$ a second moment in bf16, int8 or fp8 can no longer fall). The random bits
+    depend on the step and on the moment's path alone. A second moment above zero stays above zero.
 
     Args:
       optimizer: any optax optimizer with moments (adam, lion, sgd with momentum, adafactor ...).
@@ -112,10 +136,11 @@ def quantize_moments(
         is spent on a sign.
       keep: path patterns of weights whose moments stay float32, such as `**/embed`.
       min_size: moments of fewer numbers stay float32.
+      rounding: `stochastic` or `nearest`.
 
     Returns:
-      The optimizer; one whose moments are all float32 is returned as it is. Low moments of its
-      state are arrays, or `Blockwise` nodes of arrays in their place.
+      The optimizer, whose state is a `MomentState`; one whose moments are all float32 is returned
+      as it is.
 
     Raises:
       ConfigError: no optimizer, or settings that cannot be read; at init, when the optimizer keeps
@@ -123,53 +148,48 @@ def quantize_moments(
 
     Example:
       >>> tx = quantize_moments(optax.adam(1e-3), first="int8@256", second="bf16")
-      >>> state = tx.init({"w": jnp.ones(2)})
+      >>> state = tx.init({"w": jnp.ones(2)}).inner
       >>> state[0].mu["w"].codes.dtype.name, state[0].nu["w"].dtype.name
       ('uint8', 'bfloat16')
 
     References:
       Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization.
       Li et al. 2023, Memory Efficient Optimizers with 4-bit States.
+      Gupta et al. 2015, Deep Learning with Limited Numerical Precision, section 3 (stochastic).
     """
+    moments = Moments(first, second, keep, min_size, rounding)  # type: ignore[arg-type]
+    return low_moments(optimizer, moments)
+
+
+def low_moments(
+    optimizer: optax.GradientTransformation, moments: Moments
+) -> optax.GradientTransformation:
+    """Returns `quantize_moments` of settings that have been read."""
     optimizer = as_transformation(optimizer)
-    moments = Moments(first, second, keep, min_size)  # type: ignore[arg-type]
     formats = {"first": moments.first, "second": moments.second}
     low = {kind for kind, format in formats.items() if format.dtype != jnp.float32}
     if not low:
         return optimizer
 
-    def is_low(moment: _Moment, x: Any) -> bool:
+    def is_low(moment: Moment, x: Any) -> bool:
         if moment.kind not in low or not jnp.issubdtype(x.dtype, jnp.floating):
             return False
         kept = any(matches(pattern, moment.where) for pattern in moments.keep)
         return not kept and x.size >= max(1, moments.min_size)
 
-    def store(state: Any, own: frozenset[type]) -> Any:
+    def store(state: Any, own: frozenset[type], key: Any = None) -> Any:
         def leaf(path: Any, x: Any) -> Any:
-            moment = _moment(state, path, own)
+            moment = moment_of(state, path, own)
             if moment.kind is None or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
             format = formats[moment.kind] if is_low(moment, x) else MomentFormat()
-            if format.dtype is not None:
-                return x.astype(format.dtype)
-            return quantize_blocks(x, format, signed=moment.signed)
+            return stored(x, format, moment.signed, folded(key, path))
 
-        return jax.tree_util.tree_map_with_path(leaf, state)
-
-    def load(state: Any, own: frozenset[type]) -> Any:
-        def leaf(path: Any, x: Any) -> Any:
-            if isinstance(x, Blockwise):
-                return x.dequantize()
-            is_moment = _moment(state, path, own).kind and jnp.issubdtype(x.dtype, jnp.floating)
-            return x.astype(jnp.float32) if is_moment else x
-
-        return jax.tree_util.tree_map_with_path(
-            leaf, state, is_leaf=lambda x: isinstance(x, Blockwise)
-        )
+        return jax.tree_util.tree_map_with_path(leaf, _centered(state))
 
     def check(state: Any, own: frozenset[type]) -> None:
         named = jax.tree_util.tree_leaves_with_path(state)
-        leaves = [(_moment(state, path, own), x) for path, x in named]
+        leaves = [(moment_of(state, path, own), x) for path, x in named]
         missing = low - {moment.kind for moment, _ in leaves}
         if missing:
             rest = sorted(low - missing)
@@ -178,8 +198,14 @@ def quantize_moments(
                 f"moments: {' and '.join(sorted(missing))} moment is to be stored low, but"
                 f" this optimizer keeps none; {cure} or choose another optimizer"
             )
+        if any(map(_is_debiased, jax.tree.leaves(state, is_leaf=_is_debiased))):
+            raise ConfigError(
+                "moments: rmsprop(centered=True, bias_correction=True) takes one moment from the"
+                " square of another after its bias correction, which low moments make negative;"
+                " set moments=f32 or bias_correction=False"
+            )
         paths = sorted({moment.where for moment, _ in leaves if moment.kind in low})
-        for pattern in moments.keep:
+        for pattern in moments.keep if moments.user else ():
             if not any(matches(pattern, path) for path in paths):
                 parents = {path.rpartition("/")[0] for path in paths} - {""}
                 raise ConfigError(
@@ -192,17 +218,89 @@ def quantize_moments(
                 " exclude fewer or set moments=f32"
             )
 
-    def init(params: Any) -> Any:
+    def init(params: Any) -> MomentState:
         # XLA would fold the codes of constant zeros, which takes it a second for 100 000 numbers.
-        state, own = jax.lax.optimization_barrier(optimizer.init(params)), _own(params)
+        state, own = jax.lax.optimization_barrier(optimizer.init(params)), types_of(params)
         check(state, own)
-        return store(state, own)
+        return MomentState(store(state, own), jnp.int32(0))
 
     inner = optax.with_extra_args_support(optimizer)
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        own = _own(grads)
-        updates, state = inner.update(grads, load(state, own), params, **extra)
-        return updates, store(state, own)
+    def update(
+        grads: Any, state: MomentState, params: Any = None, **extra: Any
+    ) -> tuple[Any, MomentState]:
+        own = types_of(grads)
+        updates, new = inner.update(grads, widen(state, own), params, **extra)
+        if moments.rounding == "nearest":
+            return updates, MomentState(store(new, own), state.draws)
+        key = dither_key("moments", state.draws)
+        return updates, MomentState(store(new, own, key), state.draws + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def folded(key: Any, path: Any) -> Any:
+    """Returns the key of a leaf, None without a key."""
+    if key is None:
+        return None
+    # By path and not by index: another leaf that comes or goes changes no bits here.
+    where = jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.random.fold_in(key, zlib.crc32(where.encode()))
+
+
+def stored(x: Any, format: MomentFormat, signed: bool, key: Any = None) -> Any:
+    """Returns a float32 moment in its format, rounded to nearest without a key."""
+    if format.block is not None:
+        return quantize_blocks(x, format, signed, key)
+    if key is None or jnp.dtype(format.dtype).itemsize > 2:
+        return x.astype(format.dtype)
+    return round_moment(x, format.name, signed, key).astype(format.dtype)  # exact
+
+
+def _centered(state: Any) -> Any:
+    """A float32 state with variances in place of the squares that mu is taken from."""
+    return at_variances(lambda m, n: jnp.maximum(n - m * m, 0), state)
+
+
+def at_variances(function: Any, state: Any) -> Any:
+    """Returns a state with function(mu, nu) for the nu of a centered optimizer."""
+
+    def node(x: Any) -> Any:
+        if not isinstance(x, _CENTERED):
+            return x
+        return x._replace(nu=jax.tree.map(function, x.mu, x.nu))
+
+    return jax.tree.map(node, state, is_leaf=lambda x: isinstance(x, _CENTERED))
+
+
+def is_variance(state: Any, path: tuple[Any, ...]) -> bool:
+    """Returns whether a leaf of a state is the nu of a centered optimizer."""
+    for key in path:
+        if isinstance(state, _CENTERED):
+            return getattr(key, "name", None) == "nu"
+        state = _child(state, key)
+    return False
+
+
+def _is_debiased(x: Any) -> bool:
+    return type(x).__name__ == "ScaleByRStdDevWithCountState"  # optax does not export it
+
+
+def widen(state: MomentState, own: frozenset[type]) -> Any:
+    """Returns the optimizer's own state with float32 moments.
+
+    Args:
+      state: with low moments.
+      own: types of which the weights' tree is made.
+    """
+
+    def leaf(path: Any, x: Any) -> Any:
+        if isinstance(x, Blockwise):
+            return x.dequantize()
+        is_moment = moment_of(state.inner, path, own).kind and jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(jnp.float32) if is_moment else x
+
+    wide = jax.tree_util.tree_map_with_path(
+        leaf, state.inner, is_leaf=lambda x: isinstance(x, Blockwise)
+    )
+    return at_variances(lambda m, s: s + m * m, wide)

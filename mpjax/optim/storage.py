@@ -19,11 +19,16 @@ from mpjax.formats.quantize import scaled_values
 from mpjax.formats.scaling import to_scale
 from mpjax.formats.table import FormatLike
 from mpjax.formats.tiles import amax_of
-from mpjax.precision import matches
+from mpjax.precision import Precision, matches
 from mpjax.precision.rule import nearest
 
 
 def _storage_format(format: FormatLike) -> Format:
+    if isinstance(format, Precision):
+        raise ConfigError(
+            f"store_weights: {brief(format)} is no number format; write the one in which weights"
+            " are stored, such as store_weights(params, 'e4m3'), and give the Precision to wrap"
+        )
     format = Format.of(format)
     if format.kind != "float" or format.bits != 8 or format.dtype is None:
         raise ConfigError(

@@ -20,7 +20,7 @@ from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, selec
 from mpjax.optim.layer_stacks import LAYERS
 from mpjax.optim.layer_view import each_layer
 from mpjax.optim.loss_scale import LossScale
-from mpjax.optim.moments import quantize_moments
+from mpjax.optim.moments import low_moments
 from mpjax.optim.pruning import Pruned
 from mpjax.optim.scaled import ScaledGradients, bare, check_plain, check_scaled
 from mpjax.optim.scales import make_loss_scale
@@ -283,13 +283,10 @@ def wrap(
             f"gate: a {precision.loss_scale.kind} loss scale needs the finite gate; leave gate on"
             " or set loss_scale=static:SCALE"
         )
-    m = precision.moments
     optimizer = given.as_transformation(optimizer)
     if not isinstance(optimizer, Pruned):  # which knows of stacks, and shows its own inside layers
         optimizer = each_layer(optimizer, stacked)
-    inner = quantize_moments(
-        optimizer, first=m.first, second=m.second, keep=m.keep, min_size=m.min_size
-    )
+    inner = low_moments(optimizer, precision.moments)
     return Optimizer(inner, precision, clip, gate, patience, seed)
 
 

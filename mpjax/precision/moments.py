@@ -18,8 +18,9 @@ _BLOCKS = {"int8": 256, "int4": 128, "e4m3": 256, "e5m2": 256, "int8-linear": 0}
 _PAIRS = {"fp8": ("e4m3", "e5m2")}
 _DTYPES = ("f32", "bf16", "f16", "fp32", "fp16", "float32", "bfloat16", "float16", "f64", "float64")
 _HELP = (
-    "write FORMAT for both or first=FORMAT,second=FORMAT, then keep=PATTERN and min=NUMBER, with"
-    " FORMAT a dtype (bf16) or int8@256 int4@128 fp8@256 e4m3@256 e5m2@256 int8-linear"
+    "write FORMAT for both or first=FORMAT,second=FORMAT, then keep=PATTERN, min=NUMBER,"
+    " rounding=nearest, with FORMAT a dtype (bf16) or int8@256 int4@128 fp8@256 e4m3@256 e5m2@256"
+    " int8-linear"
 )
 
 
@@ -97,6 +98,9 @@ class Moments:
         kept by default; Dettmers et al. keep embeddings.
       min_size: moments of fewer numbers stay float32. 0 by default: small leaves cost little
         either way; bitsandbytes has 4096.
+      rounding: `stochastic`, whose mean is the moment, or `nearest`, as bitsandbytes rounds: with
+        it a running square with a decay of .999 cannot fall.
+      user: a user's pattern of `keep` must match something, a preset's need not.
 
     Raises:
       ConfigError: unknown formats, or exclusions where nothing is stored low.
@@ -116,6 +120,8 @@ class Moments:
     second: Any = MomentFormat()
     keep: tuple[str, ...] = ()
     min_size: int = 0
+    rounding: str = "stochastic"
+    user: bool = dataclasses.field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         first = MomentFormat.parse(self.first, "moments: first")
@@ -137,7 +143,16 @@ class Moments:
             raise ConfigError(
                 f"moments: min={self.min_size!r} is not a number of elements; write min=4096"
             )
+        if self.rounding not in ("stochastic", "nearest"):
+            raise ConfigError(
+                f"moments: rounding={brief(self.rounding)} is unknown; write stochastic or nearest"
+            )
         plain = first.dtype == second.dtype == jnp.float32
+        if plain and self.rounding == "nearest":
+            raise ConfigError(
+                "moments: rounding= rounds low moments, but both are float32; give a format, such"
+                " as int8@256, or drop it"
+            )
         if plain and (self.keep or self.min_size):
             raise ConfigError(
                 "moments: keep= and min= exclude leaves from a low format, but both moments are"
@@ -146,7 +161,7 @@ class Moments:
 
     @classmethod
     def parse(cls, text: str) -> Moments:
-        """Reads a format for both or `first=FORMAT,second=FORMAT`, then `keep=` and `min=`."""
+        """Reads a format for both or `first=FORMAT,second=FORMAT`, then `keep= min= rounding=`."""
         found: dict[str, Any] = {}
         keep: list[str] = []
         for part in text.split(","):
@@ -158,6 +173,8 @@ class Moments:
                 found[key] = MomentFormat.parse(value, f"moments: {key}", key == "second")
             elif equals and key == "keep":
                 keep.append(value)
+            elif equals and key == "rounding" and key not in found:
+                found[key] = value
             elif key == "min" and "min_size" not in found and value.isascii() and value.isdigit():
                 found["min_size"] = int(value)
             else:
@@ -168,4 +185,5 @@ class Moments:
         first, second = str(self.first), str(self.second)
         words = [first if first == second else f"first={first},second={second}"]
         words += [f"keep={pattern}" for pattern in self.keep]
-        return ",".join(words + [f"min={self.min_size}"] * (self.min_size > 0))
+        words += [f"min={self.min_size}"] * (self.min_size > 0)
+        return ",".join(words + ["rounding=nearest"] * (self.rounding == "nearest"))

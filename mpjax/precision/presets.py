@@ -97,7 +97,11 @@ for _preset in (
     Precision("pure-bf16-sr", _low("bf16", "bf16"), update="stochastic"),
     Precision("pure-bf16-kahan", _low("bf16", "bf16"), update="kahan"),
     # Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization: embeddings stay 32-bit.
-    Precision("adam8bit", _mixed("f32", "bf16"), moments=Moments.parse("int8@256,keep=**/embed")),
+    Precision(
+        "adam8bit",
+        _mixed("f32", "bf16"),
+        moments=Moments("int8@256", "int8@256", keep=("**/embed",), user=False),
+    ),
     # One for each recipe, whose source the table prints.
     *(Precision(name, quantised_rules(get_recipe(name))) for name in recipe_names()),
 ):

@@ -166,7 +166,15 @@ def _from_dict(data: dict[str, Any]) -> dict[str, Any]:
             f"precision: JSON field rules is {data['rules']!r}; write [PATTERN, POLICY, true]"
             " for each"
         ) from None
-    return {"name": data["name"], "rules": rules} | parse_options(data)
+    return _of_preset({"name": data["name"], "rules": rules} | parse_options(data))
+
+
+def _of_preset(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a whole Precision, as written by it, with the preset's moments as such."""
+    preset = find_preset(fields["name"])
+    if preset is not None and fields.get("moments") == preset.moments:
+        fields["moments"] = preset.moments
+    return fields
 
 
 def _from_text(text: str) -> dict[str, Any]:
@@ -191,7 +199,8 @@ def _from_text(text: str) -> dict[str, Any]:
                 f" {' '.join(OPTIONS)}"
             )
     start = {"name": words[0], "rules": ()} if complete else _start(words[0])
-    return start | {"rules": (*rules, *start["rules"])} | parse_options(options)
+    fields = start | {"rules": (*rules, *start["rules"])} | parse_options(options)
+    return _of_preset(fields) if complete else fields
 
 
 def get_precision(

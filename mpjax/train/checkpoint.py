@@ -3,7 +3,8 @@
 A folder holds one folder a step, written under a temporary name and renamed when whole:
 
     STEP/state/           the arrays, one entry a leaf, named by its tree path
-    STEP/meta/meta.json   {"leaves": path -> dtype[shape], "metrics": ..., "meta": ...}
+    STEP/meta/meta.json   {"leaves": path -> dtype[shape], "metrics": ..., "meta": ...,
+                           "nodes": path -> what low moments are, where there are any}
     STEP/digest.json      size and CRC-32 of every file, written before the rename
 """
 
@@ -28,6 +29,7 @@ from jax.experimental import multihost_utils
 from mpjax.errors import ConfigError
 from mpjax.train import digest, leaves, store
 from mpjax.train.reader import CheckpointReader
+from mpjax.train.recast import describe_nodes
 
 _log = logging.getLogger("mpjax.train")
 _TRIES, _PAUSE = 50, 0.1  # seconds: a failed save is cleared away while its threads end
@@ -125,7 +127,7 @@ class Checkpointer(CheckpointReader):
             return
         table = leaves.named_leaves(state)
         leaves.require_arrays(table)
-        page = self._page(table, meta, metrics or {})
+        page = self._page(table, meta, metrics or {}, describe_nodes(state))
         self._drop_later(step)
         if self._writer is None:
             self._writer = store.open_writer(self._root, self._choose, self._before_commit)
@@ -278,7 +280,11 @@ class Checkpointer(CheckpointReader):
         ) from error
 
     def _page(
-        self, table: dict[str, Any], meta: Mapping[str, Any], metrics: Mapping[str, float]
+        self,
+        table: dict[str, Any],
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        nodes: Mapping[str, str],
     ) -> dict[str, Any]:
         if metrics and self._keep_best and self._best_metric not in metrics:
             raise ConfigError(
@@ -289,6 +295,8 @@ class Checkpointer(CheckpointReader):
         try:
             # copied by way of JSON, because the file is written later
             page = {"leaves": described, "metrics": dict(metrics), "meta": dict(meta)}
+            if nodes:
+                page["nodes"] = dict(nodes)
             return json.loads(json.dumps(page))
         except (TypeError, ValueError) as error:
             raise ConfigError(

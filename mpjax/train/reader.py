@@ -71,6 +71,14 @@ class CheckpointReader:
         described = self._read_page(self._existing(step))["leaves"]
         return {name: leaves.parse(text) for name, text in described.items()}
 
+    def read_nodes(self, step: int | None = None) -> dict[str, str]:
+        """Returns path -> description of the low moments that were saved with a step.
+
+        Raises:
+          ConfigError: there is no such step, or its metadata is damaged.
+        """
+        return self._read_page(self._existing(step)).get("nodes", {})
+
     def restore(
         self, abstract_state: Any, *, step: int | None = None, good_only: bool = False
     ) -> tuple[Any, dict[str, Any], int]:

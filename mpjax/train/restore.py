@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.train import leaves
+from mpjax.train import leaves, recast
 from mpjax.train.reader import CheckpointReader
 
 _ABSENT = "(not set)"
@@ -80,7 +80,11 @@ def restore_into(
     Leaves are matched by tree path. A leaf of another dtype is cast. A float32 master copy
     (`.../master/PATH` in the optimizer state) stands for the weight `params/PATH` and the other
     way round: weights whose dtype changes come from the master where the checkpoint has one, and
-    a master that it lacks is filled from the saved weights.
+    a master that it lacks is filled from the saved weights. Moments that were stored in another
+    format are made float32 and stored as they are now; the counts that belong to them are kept.
+    Where the checkpoint lacks a part of an optimizer's moments, such as after a change from Lion to
+    Adam, all of that part's state begins anew, its count too: a count of old steps with new
+    moments makes steps of many times the learning rate. Schedules have a count of their own.
 
     Args:
       state: a fresh state of the new Precision; its shardings are honoured. Leaves may be
@@ -96,33 +100,81 @@ def restore_into(
       ConfigError: nothing matches, a shape differs, a cast is between numbers of different
         kinds or overflows, or a leaf is neither saved nor fresh.
     """
-    saved = checkpointer.read_leaves(step)
+    saved, nodes = checkpointer.read_leaves(step), checkpointer.read_nodes(step)
     fresh = leaves.named_leaves(state)
     masters = {path: name for name in saved if (path := _mirrored(name)) is not None}
     sources = {name: _source(name, leaf, saved, masters) for name, leaf in fresh.items()}
-    _require_matches(f"{checkpointer.directory}", fresh, saved, sources)
+    params = _params(state)
+    roots = [recast.SavedRoot.find(root, saved, nodes) for root in recast.find_roots(state, nodes)]
+    for root in roots:  # low moments, now or then, are read as whole states
+        for name in root.below(fresh):
+            del sources[name]
+    lines = _without_history(state, params, sources, roots)
+    where = f"{checkpointer.directory}"
+    if not any(sources.values()) and not any(root.parts for root in roots):
+        raise ConfigError(
+            f"{where}: no leaf of the checkpoint has a path of this state ({min(saved)} there, "
+            f"{min(fresh)} here); restore the same model"
+        )
+    _require_matches(where, fresh, saved, sources)
     wanted = {
         source: leaves.target(fresh[name], saved[source].dtype)
         for name, source in sources.items()
         if source is not None
     }
+    for root in roots:
+        wanted |= root.wanted(where, saved)
     read = checkpointer.read(wanted, step)
-    lines: list[str] = []
-    restored = []
-    for name, leaf in fresh.items():
-        source = sources[name]
+    restored: dict[str, Any] = {}
+    for root in roots:
+        found, said = root.recast(read, params)
+        restored |= found
+        lines += said
+    for name, source in sources.items():
+        leaf = fresh[name]
         if source is None:
-            restored.append(leaf)
+            restored[name] = leaf
             lines.append(f"{name}: not in the checkpoint, left fresh")
             continue
-        restored.append(_cast(name, read[source], leaf.dtype))
+        restored[name] = _cast(name, read[source], leaf.dtype)
         if source != name:
             lines.append(f"{name}: from {source}, {saved[source].dtype} -> {leaf.dtype}")
         elif saved[name].dtype != leaf.dtype:
             lines.append(f"{name}: {saved[name].dtype} -> {leaf.dtype}")
-    known = fresh.keys() | set(sources.values())
+    known = fresh.keys() | wanted.keys()
     lines += [f"{name}: only in the checkpoint, dropped" for name in saved if name not in known]
-    return jax.tree.unflatten(jax.tree.structure(state), restored), lines
+    values = [restored[name] for name in fresh]
+    return jax.tree.unflatten(jax.tree.structure(state), values), lines
+
+
+def _params(state: Any) -> Any:
+    return state.get("params") if isinstance(state, dict) else getattr(state, "params", None)
+
+
+def _without_history(
+    state: Any, params: Any, sources: dict[str, str | None], roots: list[recast.SavedRoot]
+) -> list[str]:
+    """Leaves whole an optimizer's history fresh where the checkpoint lacks a part; says which."""
+    owners = recast.history_owners(state, params)
+    found = {name: source is not None for name, source in sources.items() if name in owners}
+    places = {}
+    for root in roots:
+        for name, part in root.names().items():
+            if name in owners:
+                found[name], places[name] = part in root.parts, (root, part)
+    lacking = {owners[name]: name for name, there in found.items() if not there}
+    lines = []
+    for name, there in found.items():
+        if not there or owners[name] not in lacking:
+            continue
+        if name in places:
+            root, part = places[name]
+            del root.parts[part]
+        else:
+            sources.pop(name)
+            sources[name] = None
+        lines.append(f"{name}: begins anew, as {lacking[owners[name]]} is not in the checkpoint")
+    return lines
 
 
 def _mirrored(name: str) -> str | None:
@@ -151,11 +203,6 @@ def _require_matches(
     saved: Mapping[str, jax.ShapeDtypeStruct],
     sources: Mapping[str, str | None],
 ) -> None:
-    if not any(sources.values()):
-        raise ConfigError(
-            f"{where}: no leaf of the checkpoint has a path of this state ({min(saved)} there, "
-            f"{min(fresh)} here); restore the same model"
-        )
     for name, source in sources.items():
         leaf = fresh[name]
         if source is None:

@@ -1,0 +1,102 @@
+"""Moments from one storage into another: what a checkpoint of other moments is restored by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.errors import ConfigError
+from mpjax.optim.blockwise import Blockwise, quantize_blocks
+from mpjax.optim.dither import dither_key
+from mpjax.optim.moments import (
+    MomentState,
+    at_variances,
+    folded,
+    is_variance,
+    moment_of,
+    stored,
+    widen,
+)
+from mpjax.precision.moments import MomentFormat
+
+
+def is_block(x: Any) -> bool:
+    """Returns whether a node is a moment in codes."""
+    return isinstance(x, Blockwise)
+
+
+def describe_format(x: Blockwise) -> str:
+    """Returns what the arrays of a moment in codes do not say: its format and its sign.
+
+    Example:
+      >>> from mpjax.optim.blockwise import quantize_blocks
+      >>> describe_format(quantize_blocks(jnp.ones(3), "int8", signed=False))
+      'int8@256 unsigned'
+    """
+    return f"{x.format} {'signed' if x.signed else 'unsigned'}"
+
+
+def parse_format(text: str, x: Any) -> Blockwise:
+    """Returns a float32 moment in the format that `describe_format` wrote."""
+    name, _, sign = text.partition(" ")
+    return quantize_blocks(x, MomentFormat.parse(name), sign == "signed")
+
+
+def recast_moments(state: Any, like: Any, own: frozenset[type]) -> Any:
+    """Returns an optimizer's state with its moments stored like those of another state.
+
+    What is stored alike keeps its bits; the rest goes by way of float32 and is rounded
+    stochastically. Counts are kept.
+
+    Args:
+      state: a MomentState or an optimizer's own state.
+      like: the same of the same optimizer; arrays or shapes.
+      own: types of which the weights' tree is made.
+
+    Raises:
+      ConfigError: numbers overflow a dtype.
+    """
+    before, after = isinstance(state, MomentState), isinstance(like, MomentState)
+    held = state.inner if before else state
+    wide = widen(state, own) if before else state
+    wide = at_variances(lambda m, n: jnp.maximum(n - m * m, 0), wide) if after else wide
+    key = dither_key("recast", 0)
+
+    def leaf(path: Any, template: Any, x: Any, raw: Any) -> Any:
+        moved = before != after and is_variance(held, path)
+        if not moved and _alike(raw, template):
+            return raw
+        if isinstance(template, Blockwise):
+            return stored(x, template.format, template.signed, folded(key, path))
+        if not jnp.issubdtype(template.dtype, jnp.floating) or x.dtype == template.dtype:
+            return x
+        signed = moment_of(held, path, own).signed
+        format = MomentFormat(jnp.dtype(template.dtype).name)
+        cast = stored(x.astype(jnp.float32), format, signed, folded(key, path))
+        lost = jnp.isfinite(x) & ~jnp.isfinite(cast)
+        if lost.any():
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ConfigError(
+                f"moments: {int(lost.sum())} values of {where} overflow {template.dtype}, whose"
+                f" largest is {float(jnp.finfo(template.dtype).max):g}; choose another format"
+            )
+        return cast
+
+    inner = jax.tree_util.tree_map_with_path(
+        leaf, like.inner if after else like, wide, held, is_leaf=is_block
+    )
+    if not after:
+        return inner
+    return MomentState(inner, state.draws if before else jnp.int32(0))
+
+
+def _alike(x: Any, template: Any) -> bool:
+    """Whether two leaves are stored alike."""
+    if isinstance(x, Blockwise) or isinstance(template, Blockwise):
+        if type(x) is not type(template) or describe_format(x) != describe_format(template):
+            return False
+        pairs = ((x.codes, template.codes), (x.absmax, template.absmax))
+        return all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs)
+    return bool(x.dtype == template.dtype)
