@@ -44,7 +44,7 @@ class Scaling:
     def __post_init__(self) -> None:
         blocks = self.kind in ("block", "mx", "nv")
         sizes = (self.rows, self.columns)
-        whole = all(isinstance(n, int) and n > 0 for n in sizes) if blocks else sizes == (1, 0)
+        whole = all(type(n) is int and n > 0 for n in sizes) if blocks else sizes == (1, 0)
         if self.kind not in ("none", "tensor", "row", "block", "mx", "nv") or not whole:
             raise ConfigError(
                 f"scaling: kind={brief(self.kind)}, rows={brief(self.rows)},"
@@ -146,6 +146,11 @@ def check_scaling(format: Format, scaling: Scaling, scale_rounding: str, where: 
         raise ConfigError(
             f"{where}{scaling} has e8m0 scales, powers of two; set scale_rounding to up or down,"
             " or use block(1x32) for float32 scales"
+        )
+    if scaling.kind == "none" and scale_rounding != "none":
+        raise ConfigError(
+            f"{where}scale_rounding={scale_rounding!r}: scaling=none has no scale to round; leave it"
+            " out, or set scaling=tensor"
         )
     if scaling.kind == "nv" and scale_rounding != "none":
         raise ConfigError(f"{where}{scaling} rounds its scales to e4m3; leave scale_rounding out")

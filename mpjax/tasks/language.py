@@ -37,7 +37,9 @@ class Language:
             total, count = 0.0, 0.0
             for batch in batches:
                 weights = batch.get("weights")
-                n = float(np.sum(weights)) if weights is not None else float(batch["targets"].size)
+                n = float(batch["targets"].size)
+                if weights is not None:  # NumPy would sum 16-bit weights in 16 bits
+                    n = float(np.sum(np.asarray(weights).astype(np.float64)))
                 total += n * float(one(params, batch, state))
                 count += n
             if not count:
