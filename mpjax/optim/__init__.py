@@ -2,6 +2,7 @@
 
 from mpjax.formats import weight_view
 from mpjax.optim.blockwise import Blockwise, quantize_blocks
+from mpjax.optim.flax_state import register_when_imported
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
 from mpjax.optim.leaf_scale import LeafLossScale, scale_gradient
 from mpjax.optim.logmax import LogMaxLossScale
@@ -53,3 +54,5 @@ __all__ = [
     "weight_view",
     "wrap",
 ]
+
+register_when_imported()

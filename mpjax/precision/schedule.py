@@ -272,7 +272,9 @@ def late(low: Any, high: Any, *, last: float = 0.1, steps: int = 0) -> Precision
     pair = (get_precision(low), get_precision(high))
     for name, value in (("last", last), ("steps", steps)):
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"precision schedule: late: {name}={brief(value)} is no number; give one")
+            raise ConfigError(
+                f"precision schedule: late: {name}={brief(value)} is no number; give one"
+            )
     return PrecisionSchedule("late", pair, last=float(last), steps=steps)
 
 
