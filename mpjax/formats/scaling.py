@@ -160,8 +160,8 @@ def check_scaling(format: Format, scaling: Scaling, scale_rounding: str, where: 
         )
     if scaling.kind == "none" and scale_rounding != "none":
         raise ConfigError(
-            f"{where}scale_rounding={scale_rounding!r}: scaling=none has no scale to round; leave it"
-            " out, or set scaling=tensor"
+            f"{where}scale_rounding={scale_rounding!r}: scaling=none has no scale to round; leave"
+            " it out, or set scaling=tensor"
         )
     if scaling.kind == "nv" and scale_rounding != "none":
         raise ConfigError(f"{where}{scaling} rounds its scales to e4m3; leave scale_rounding out")

@@ -19,8 +19,8 @@ from mpjax.formats import Quantized
 from mpjax.optim.blockwise import Blockwise
 from mpjax.optim.leaf_scale import LeafLossScale
 from mpjax.optim.logmax import LogMaxLossScale
-from mpjax.optim.losses import MultiLossScale
 from mpjax.optim.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
+from mpjax.optim.losses import MultiLossScale
 
 MODULE = "flax.serialization"
 _SCALES = (

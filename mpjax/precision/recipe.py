@@ -148,7 +148,7 @@ class Recipe:
             )
         if format.name == "float32" and self.chunk != 128:
             raise ConfigError(
-                f"{where}: chunk={self.chunk} is of sums that are rounded, and float32 sums are not;"
+                f"{where}: chunk={self.chunk} is of sums that are rounded, not of float32 ones;"
                 " give accumulate too, such as accumulate='e6m9', or leave chunk out"
             )
 
