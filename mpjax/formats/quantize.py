@@ -23,7 +23,7 @@ from mpjax.formats.scaling import (
     two_level,
 )
 from mpjax.formats.table import Format, FormatLike
-from mpjax.formats.tiles import amax_of, largest, per_tile, scale_down, split
+from mpjax.formats.tiles import amax_of, largest, per_tile, scale_down, scale_up, split
 
 
 def find_scales(
@@ -35,7 +35,7 @@ def find_scales(
     amax = amax_of(x, tile)
     if scaling.kind == "nv":
         return two_level(amax, format, largest(amax, tuple(range(amax.ndim))))
-    return to_scale(amax, format, scale_rounding), None
+    return to_scale(amax, format, scale_rounding, scaling.least), None
 
 
 def scaled_values(
@@ -117,8 +117,7 @@ class Quantized:
 def _dequantize(q: Quantized, dtype: Any) -> Any:
     if q.is_stack:
         return jax.vmap(lambda one: _dequantize(one, dtype))(q)
-    values = q.values.astype(jnp.float32)
-    out = per_tile(values, q.full_scales, q.tile, lambda v, s: v * s)
+    out = scale_up(q.values, q.full_scales, q.tile)
     if q.offsets is not None:
         out = per_tile(out, q.offsets, q.tile, lambda v, m: v + m)
     return out.astype(dtype)

@@ -32,6 +32,8 @@ def _top(limit: float, format: Format, dtype: Any) -> int:
     """The float32 pattern of the largest number within a limit that format and dtype both hold."""
     info = jnp.finfo(dtype)
     limit = min(limit, float(info.max))
+    if limit <= 0:  # q1.0 has the numbers -1 and 0
+        return 0
     exponent = math.floor(math.log2(limit))
     step = 2.0 ** (exponent - info.nmant)
     if format.kind == "fixed":
@@ -97,6 +99,9 @@ def _round_pattern(
     else:
         edge = _u(_top(format.max, format, jnp.float32))
         out = jnp.where(out > edge, _u(_INF if format.specials == "ieee" else _NAN), out)
+        if rounding == "floor":  # IEEE 754, towards negative: no finite number rises to inf
+            largest = _u(_top(format.max, format, dtype))
+            out = jnp.where((sign == 0) & (m < _u(_INF)) & (m > largest), largest, out)
     out = jnp.where(m > _u(_INF), m, out)  # NaN stays, whatever the format
     if format.kind == "fixed" or format.specials == "fnuz":
         sign = jnp.where(out == 0, _u(0), sign)  # there is no -0
@@ -177,7 +182,8 @@ def round_to(
       key: random key, for stochastic rounding.
       saturate: whether what lies beyond the largest number, inf too, becomes that number;
         otherwise it becomes inf where the format has one, else NaN, else still the largest
-        number. NaN stays NaN in every format.
+        number; but floor takes finite numbers above the largest to it, as IEEE 754 does. NaN stays
+        NaN in every format.
       straight_through: whether gradients pass as if nothing had been rounded; otherwise they are
         zero.
 

@@ -21,6 +21,12 @@ from mpjax.formats.table import Format
 SCALE_ROUNDINGS = ("none", "down", "up")
 _BLOCK = re.compile(r"(block|mx|nv)\((?:([1-9][0-9]*)x)?([1-9][0-9]*)\)")
 _TINY = 2.0**-126  # smallest normal float32: jitted arithmetic has nothing below it
+_SMALLEST = 0x00400000  # the float32 pattern of 2^-127, e8m0's smallest number
+
+
+def _is_zero(amax: Any) -> Any:
+    """Whether a magnitude is 0; on bits, for compiled comparisons take subnormal numbers for it."""
+    return jax.lax.bitcast_convert_type(amax, jnp.uint32) == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Scaling:
     def __post_init__(self) -> None:
         blocks = self.kind in ("block", "mx", "nv")
         sizes = (self.rows, self.columns)
-        whole = all(isinstance(n, int) and n > 0 for n in sizes) if blocks else sizes == (1, 0)
+        whole = all(type(n) is int and n > 0 for n in sizes) if blocks else sizes == (1, 0)
         if self.kind not in ("none", "tensor", "row", "block", "mx", "nv") or not whole:
             raise ConfigError(
                 f"scaling: kind={brief(self.kind)}, rows={brief(self.rows)},"
@@ -87,6 +93,11 @@ class Scaling:
     def scale_bits(self) -> int:
         """Bits of a scale: of float32, of e8m0 (mx), of e4m3 (nv); 0 without scales."""
         return {"none": 0, "mx": 8, "nv": 8}.get(self.kind, 32)
+
+    @property
+    def least(self) -> float:
+        """Smallest scale: of mx that of e8m0, else the smallest normal float32."""
+        return 2.0**-127 if self.kind == "mx" else _TINY
 
     @property
     def default_rounding(self) -> str:
@@ -147,6 +158,11 @@ def check_scaling(format: Format, scaling: Scaling, scale_rounding: str, where: 
             f"{where}{scaling} has e8m0 scales, powers of two; set scale_rounding to up or down,"
             " or use block(1x32) for float32 scales"
         )
+    if scaling.kind == "none" and scale_rounding != "none":
+        raise ConfigError(
+            f"{where}scale_rounding={scale_rounding!r}: scaling=none has no scale to round; leave"
+            " it out, or set scaling=tensor"
+        )
     if scaling.kind == "nv" and scale_rounding != "none":
         raise ConfigError(f"{where}{scaling} rounds its scales to e4m3; leave scale_rounding out")
 
@@ -182,38 +198,42 @@ def _quotient(x: Any, by: np.float32) -> Any:
     return x * (np.float32(1) / by)
 
 
-def _power_of_two(amax: Any, limit: np.float32, up: bool) -> Any:
+def _power_of_two(amax: Any, limit: np.float32, up: bool, least: float) -> Any:
     """Returns powers of two for finite amax: 2^ceil(log2(amax / limit)), or floors of both logs.
 
     On bits: a rounded quotient may end just beside a power of two that the true one equals.
     """
     u = jax.lax.bitcast_convert_type(amax, jnp.uint32)
+    # numbers up to 2^-127 take the smallest scale there is, as zero does in what follows
+    u = jnp.where(u <= jnp.uint32(_SMALLEST), jnp.uint32(0), u)
     largest = int(limit.view(np.uint32))
     if up:  # carries into the exponent where amax has the larger mantissa
         u = u + jnp.uint32(0x7FFFFF - (largest & 0x7FFFFF))
     exponent = (u >> jnp.uint32(23)).astype(jnp.int32) - jnp.int32((largest >> 23) - 127)
-    field = jnp.clip(exponent, 1, 254).astype(jnp.uint32)  # 2^-126 .. 2^127
-    return jax.lax.bitcast_convert_type(field << jnp.uint32(23), jnp.float32)
+    field = jnp.clip(exponent, int(least >= _TINY), 254).astype(jnp.uint32)  # of 2^(field - 127)
+    pattern = jnp.where(field == 0, jnp.uint32(_SMALLEST), field << jnp.uint32(23))
+    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
 
 
-def to_scale(amax: Any, format: Format, scale_rounding: str) -> Any:
+def to_scale(amax: Any, format: Format, scale_rounding: str, least: float = _TINY) -> Any:
     """Returns the scale of groups from their largest magnitudes, float32.
 
     1 where amax is 0, so that nothing is divided by zero; NaN where amax is not finite, so that
-    every number of the group becomes NaN and the step is skipped; at least 2^-126.
+    every number of the group becomes NaN and the step is skipped.
 
     Args:
       amax: largest magnitudes, float32.
       format: of the values.
       scale_rounding: `none`; `up` to a power of two, so that nothing overflows; `down`, the OCP
         rule $2^{\\lfloor \\log_2 amax \\rfloor - e_{max}}$, under which the largest may saturate.
+      least: smallest scale, 2^-126 or, of powers of two, 2^-127.
     """
     limit = _limit(format)
     if scale_rounding == "none":
         scale = jnp.maximum(_quotient(amax, limit), jnp.float32(_TINY))
     else:
-        scale = _power_of_two(amax, limit, scale_rounding == "up")
-    scale = jnp.where(amax == 0, jnp.float32(1), scale)
+        scale = _power_of_two(amax, limit, scale_rounding == "up", least)
+    scale = jnp.where(_is_zero(amax), jnp.float32(1), scale)
     return jnp.where(jnp.isfinite(amax), scale, jnp.float32(jnp.nan))
 
 
@@ -249,7 +269,7 @@ def two_level(amax: Any, format: Format, tensor_amax: Any) -> tuple[Any, Any]:
     e4m3 = Format("e4m3")
     least = jnp.float32(_TINY / e4m3.min_subnormal)
     whole = jnp.maximum(_quotient(to_scale(tensor_amax, format, "none"), _limit(e4m3)), least)
-    whole = jnp.where(tensor_amax == 0, jnp.float32(1), whole)
+    whole = jnp.where(_is_zero(tensor_amax), jnp.float32(1), whole)
     block = round_to(_quotient(amax, _limit(format)) * (1 / whole), e4m3)
     # a block whose scale rounds to zero would be 0 / 0
     return jnp.maximum(block, jnp.float32(e4m3.min_subnormal)), whole

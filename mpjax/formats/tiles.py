@@ -57,6 +57,55 @@ def per_tile(x: Any, scales: Any, tile: tuple[int, ...], work: Any) -> Any:
     return _join(work(split(x, tile), wide), x.shape)
 
 
+# Compiled arithmetic on CPUs takes subnormal float32 for zero. So 2^-127, the smallest number of
+# e8m0, subnormal numbers and subnormal products are read and made as integers, which count 2^-149.
+_LEAST = 0x00400000  # the pattern of 2^-127
+_COUNTS = 149 << 23  # a factor of 2^149, added to a pattern
+
+
+def _pattern(x: Any) -> Any:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(pattern: Any) -> Any:
+    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+
+
+def _divide(x: Any, inverse: Any) -> Any:
+    pattern = _pattern(x)
+    magnitude = pattern & 0x7FFFFFFF
+    count = jnp.where(pattern < 0, -magnitude, magnitude).astype(jnp.float32)
+    # 1 / scale of one of them: nothing, and NaN of NaN, where the scale is far above 2^-149
+    one = jnp.where(inverse > 2.0**24, _float(_pattern(inverse) - _COUNTS), inverse * 0)
+    divided = jnp.where(magnitude < 0x00800000, count * one, x * inverse)
+    return jnp.where(inverse == 1, x, divided)
+
+
+def _multiply(values: Any, scales: Any) -> Any:
+    pattern = _pattern(scales)
+    least = pattern == _LEAST
+    half, safe = jnp.where(least, 0.5, 1.0), jnp.where(least, jnp.float32(2.0**-126), scales)
+    counts = jnp.where(scales < 2.0**-24, _float(pattern + _COUNTS), jnp.float32(jnp.inf))
+    count = values * jnp.where(least, jnp.float32(2.0**22), counts)
+    sign = _pattern(values) & jnp.int32(-(2**31))
+    subnormal = _float(jnp.round(jnp.abs(count)).astype(jnp.int32) | sign)
+    product = jnp.where(jnp.abs(count) < 2.0**23, subnormal, values * half * safe)
+    return jnp.where(scales == 1, values, product)
+
+
 def scale_down(x: Any, scales: Any, tile: tuple[int, ...]) -> Any:
     """Returns x times 1 / scales, float32: what XLA makes of a division by repeated numbers."""
-    return per_tile(x.astype(jnp.float32), 1 / scales, tile, lambda x, s: x * s)
+    inverse = 1 / scales
+    inverse = jnp.where(inverse > 2.0**127, jnp.float32(2.0**127), inverse)  # inf, of 2^-127
+    return per_tile(x.astype(jnp.float32), inverse, tile, _divide)
+
+
+def scale_up(values: Any, scales: Any, tile: tuple[int, ...]) -> Any:
+    """Returns values times scales, float32.
+
+    Args:
+      values: numbers of a format.
+      scales: float32; of its subnormal numbers only 2^-127.
+      tile: of the scales.
+    """
+    return per_tile(values.astype(jnp.float32), scales, tile, _multiply)

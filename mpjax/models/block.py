@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from mpjax import ops
@@ -19,8 +20,23 @@ from mpjax.models.cache import read, write
 from mpjax.models.context import Layer
 from mpjax.models.layers import Linear, Norm
 
+_LINEAR = 16.0  # from here on the tanh of GELU is 1 in float16, and GELU the identity
+
+
+def _gelu(x: Any) -> Any:
+    """GELU in its tanh form, with a finite gradient at all numbers of float16.
+
+    There jax.nn.gelu's gradient is NaN from 148 on: inf, of the derivative of the cube, times the
+    zero of tanh's.
+    """
+    if x.dtype != jnp.float16:
+        return jax.nn.gelu(x, approximate=True)
+    near = jax.nn.gelu(jnp.clip(x, -_LINEAR, _LINEAR), approximate=True)
+    return jnp.where(x >= _LINEAR, x, near)
+
+
 _ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": _gelu,
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
     "swiglu": jax.nn.silu,

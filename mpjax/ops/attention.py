@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mpjax.errors import ConfigError
-from mpjax.precision import dtype_name, wider
+from mpjax.ops.softmax import softmax as softmaxed
+from mpjax.precision import dtype_name, sum_dtype, wider
 
 KERNELS = ("auto", "xla", "cudnn")
 BLOCKS = 4  # of queries, each against the keys up to its end: 5/8 of the products and the softmax
@@ -80,7 +81,8 @@ def attention(
       policy: both products take their operands in its compute dtype; the result has its output
         dtype.
       softmax: scores leave their product in its compute dtype (or the products' if that is
-        wider), in which the softmax runs; probabilities have its output dtype.
+        wider), in which the softmax runs; probabilities have its output dtype. With float16
+        the scores and the sum over keys are float32, which no number of terms overflows.
       first: position of the first query.
       causal: whether a query sees no key behind its own position.
       window: a query sees keys less than `window` positions away; 0 is all.
@@ -130,7 +132,8 @@ def attention(
     # Heads that share keys are rows of one product: batch axes are B and G, and there is no third.
     q_BGRTK = (q * K**-0.5).reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4)
     k_BGSK, v_BGSK = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    wide: Any = wider(compute, softmax.compute_dtype)
+    softmax_dtype = sum_dtype(softmax.compute_dtype)
+    wide: Any = wider(compute, softmax_dtype)
     full = lax.Precision.HIGHEST if compute == jnp.float32 else None
     cut = causal and from_start and T == S and T % BLOCKS == 0 and T // BLOCKS >= SHORTEST
     blocks = BLOCKS if cut else 1
@@ -139,7 +142,7 @@ def attention(
         stop = start + T // blocks
         end = stop if blocks > 1 else S
         q_BGNK = q_BGRTK[:, :, :, start:stop].reshape(B, G, R * (stop - start), K)
-        scores = _score(q_BGNK, k_BGSK[:, :, :end], full, wide).astype(softmax.compute_dtype)
+        scores = _score(q_BGNK, k_BGSK[:, :, :end], full, wide).astype(softmax_dtype)
         seen_TS = _seen(start, stop, end, first, causal, window)
         lowest = jnp.finfo(scores.dtype).min  # finite: a row of -inf would be NaN
         if seen_TS is not None:
@@ -147,7 +150,7 @@ def attention(
             scores = jnp.where(seen_NS[None, None], scores, lowest)
         if keep_BS is not None:
             scores = jnp.where(keep_BS[:, None, None, :end], scores, lowest)
-        probs = jax.nn.softmax(scores, axis=-1)
+        probs = softmaxed(scores, softmax.compute_dtype)
         probs = probs.astype(softmax.output_dtype).astype(compute)
         out_BGNK = jnp.einsum(
             "BGNS,BGSK->BGNK", probs, v_BGSK[:, :, :end], precision=full,

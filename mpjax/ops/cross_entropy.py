@@ -14,6 +14,8 @@ import jmp
 from jaxtyping import Array, Float, Int
 
 from mpjax.errors import ConfigError
+from mpjax.ops.softmax import log_sum_exp
+from mpjax.precision import sum_dtype, wider
 
 WHOLE = 2**24  # logits: 64 MiB of float32; above it the automatic chunk is smaller than T
 
@@ -91,6 +93,7 @@ def cross_entropy(
       targets_BT: token ids $y$; one outside of 0 .. V - 1 gives NaN unless its weight is 0.
       unembed: features to logits, (B, chunk, D) -> (B, chunk, V).
       policy: logits are cast to its compute dtype; the mean over tokens is in its output dtype.
+        Sums of float16 are float32: those over V and over tokens overflow it.
       chunk: tokens a chunk, a divisor of T.
       z_loss: $z$.
       logit_cap: $c > 0$ replaces $l$ by $c \tanh(l / c)$; 0 does not.
@@ -113,21 +116,23 @@ def cross_entropy(
       Chowdhery et al. 2022, PaLM, section 5 (z-loss); Gemma Team 2024 (soft-cap).
     """
 
+    summed = sum_dtype(policy.output_dtype)
+
     def total(x: Any, targets: Any, weights: Any = None) -> Any:
         logits = unembed(x).astype(policy.compute_dtype)
         if logit_cap:
             logits = logit_cap * jnp.tanh(logits / logit_cap)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
+        log_z = log_sum_exp(logits)
         # A masked sum, not a gather: its gradient is elementwise and works on a sharded V.
         hit = targets[..., None] == jnp.arange(logits.shape[-1])[None, None]
-        picked = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+        picked = jnp.sum(jnp.where(hit, logits, 0), axis=-1).astype(log_z.dtype)
         # A class that is none of the V would be pushed to probability 0 for ever: NaN, loud.
         known = (targets >= 0) & (targets < logits.shape[-1])
         known = known if weights is None else known | (weights == 0)
         loss = (log_z - picked) * jnp.where(known, jnp.ones_like(log_z), jnp.nan)
         if z_loss:
             loss = loss + z_loss * jnp.square(log_z)
-        loss = loss.astype(policy.output_dtype)
+        loss = loss.astype(summed)
         # Where, not times: what has no weight may be infinite.
         return jnp.sum(loss if weights is None else jnp.where(weights != 0, loss * weights, 0))
 
@@ -139,18 +144,20 @@ def cross_entropy(
             raise ConfigError(
                 f"weights: shape {weights_BT.shape} is not {(B, T)}, that of the targets"
             )
-        weights_BT = weights_BT.astype(policy.output_dtype)  # as the mean over tokens
+        weights_BT = weights_BT.astype(summed)  # as the mean over tokens
         count = jnp.sum(weights_BT)
         count = jnp.where(count > 0, count, jnp.ones_like(count))
     if chunk == T:
-        return total(x_BTD, targets_BT, weights_BT) / count
+        return (total(x_BTD, targets_BT, weights_BT) / count).astype(policy.output_dtype)
     x_CBtD = _chunks(x_BTD, chunk)
     parts: tuple[Any, ...] = (x_CBtD, _chunks(targets_BT, chunk))
     if weights_BT is not None:
         parts += (_chunks(weights_BT, chunk),)
 
-    def body(so_far: Any, part: Any) -> Any:
-        return so_far + jax.checkpoint(total)(*part), None
+    wide: Any = wider(summed, jnp.float32)  # from 256 equal chunks on bfloat16 would stand still
 
-    start = jnp.zeros((), policy.output_dtype)
-    return jax.lax.scan(body, start, parts)[0] / count
+    def body(so_far: Any, part: Any) -> Any:
+        return so_far + jax.checkpoint(total)(*part).astype(wide), None
+
+    whole = jax.lax.scan(body, jnp.zeros((), wide), parts)[0].astype(summed)
+    return (whole / count).astype(policy.output_dtype)

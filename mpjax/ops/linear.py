@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops.product import Dot, How, product
-from mpjax.precision import Recipe, wider
+from mpjax.precision import Recipe, sum_dtype, wider
 
 
 def _dot(a: Any, b: Any, contract: tuple[int, int], out: Any) -> Any:
@@ -125,13 +125,14 @@ def scale_by(x: Float[Array, "... D"], scale: Float[Array, " D"], gradient_dtype
     return x * _row(scale, x)
 
 
-scale_by.defvjp(
-    lambda x, scale, dtype: (scale_by(x, scale, dtype), (x, scale)),
-    lambda dtype, kept, dy: (
-        dy * _row(kept[1], dy),
-        _sum_tokens(dy * kept[0], dtype, kept[1].dtype),
-    ),
-)
+def _scale_by_bwd(gradient_dtype: Any, kept: Any, dy: Any) -> Any:
+    x, scale = kept
+    wide = sum_dtype(dy.dtype)  # the terms of the sum, too
+    terms = dy.astype(wide) * x.astype(wide)
+    return dy * _row(scale, dy), _sum_tokens(terms, gradient_dtype, scale.dtype)
+
+
+scale_by.defvjp(lambda x, scale, dtype: (scale_by(x, scale, dtype), (x, scale)), _scale_by_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -1,4 +1,4 @@
-"""LayerNorm, RMSNorm and GroupNorm with their statistics in the policy's compute dtype."""
+"""LayerNorm, RMSNorm and GroupNorm; statistics in the compute dtype, of float16 in float32."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mpjax.ops.linear import scale_by, shift_by
+from mpjax.precision import sum_dtype
 
 Axes = tuple[int, ...]
 
@@ -19,7 +20,9 @@ Axes = tuple[int, ...]
 def _statistics(
     x: Any, compute: Any, centre: bool, epsilon: float, axes: Axes
 ) -> tuple[Any, Any, Any]:
-    x = x.astype(compute)
+    # float16 overflows in the square of 256, in a difference of two of its numbers, and in the
+    # reciprocal of a deviation that is subnormal
+    x = x.astype(sum_dtype(compute))
     mean = jnp.mean(x, axis=axes, keepdims=True) if centre else None
     centred = x if mean is None else x - mean
     inverse = lax.rsqrt(jnp.mean(jnp.square(centred), axis=axes, keepdims=True) + epsilon)
@@ -28,12 +31,12 @@ def _statistics(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def _normalise(x: Any, compute: Any, centre: bool, epsilon: float, axes: Axes) -> Any:
-    return _statistics(x, compute, centre, epsilon, axes)[0]
+    return _statistics(x, compute, centre, epsilon, axes)[0].astype(compute)
 
 
 def _normalise_fwd(x: Any, compute: Any, centre: bool, epsilon: float, axes: Axes) -> Any:
     y, mean, inverse = _statistics(x, compute, centre, epsilon, axes)
-    return y, (x, mean, inverse)  # x in its own dtype: no float32 copy is kept
+    return y.astype(compute), (x, mean, inverse)  # x in its own dtype: no float32 copy is kept
 
 
 def _normalise_bwd(
@@ -42,8 +45,9 @@ def _normalise_bwd(
     # dx = (dy - mean(dy) - y mean(dy y)) / sigma. Differentiating the rsqrt instead would form
     # sigma^-3, which overflows float16 once sigma is below 0.025.
     x, mean, inverse = kept
-    centred = x.astype(compute) if mean is None else x.astype(compute) - mean
-    y = centred * inverse
+    wide = sum_dtype(compute)
+    centred = x.astype(wide) if mean is None else x.astype(wide) - mean
+    y, dy = centred * inverse, dy.astype(wide)
     dx = dy - y * jnp.mean(dy * y, axis=axes, keepdims=True)
     if centre:
         dx = dx - jnp.mean(dy, axis=axes, keepdims=True)
@@ -71,7 +75,8 @@ def norm(
       x: (..., D).
       scale: $\gamma$, (D,).
       bias: $\beta$, (D,) or None.
-      policy: everything is computed in its compute dtype; the result has its output dtype.
+      policy: normalised, scaled and shifted in its compute dtype; the statistics of float16 are
+        float32, as in torch and Apex. The result has its output dtype.
       centre: True for LayerNorm, False for RMSNorm.
       epsilon: $\epsilon$.
       gradient_dtype: dtype in which the gradients of scale and bias are summed.
@@ -115,7 +120,7 @@ def group_norm(
       x: images.
       scale: $\gamma$, one a channel.
       bias: $\beta$, one a channel.
-      policy: everything is computed in its compute dtype; the result has its output dtype.
+      policy: as of `norm`.
       groups: G, a divisor of C.
       epsilon: $\epsilon$.
       gradient_dtype: dtype in which the gradients of scale and bias are summed.

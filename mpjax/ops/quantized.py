@@ -20,7 +20,7 @@ from mpjax.errors import ConfigError, brief
 from mpjax.formats import Format, Scaling, round_to
 from mpjax.formats.quantize import find_scales, scaled_values
 from mpjax.formats.scaling import to_scale
-from mpjax.formats.tiles import amax_of, per_tile
+from mpjax.formats.tiles import amax_of, scale_up
 from mpjax.ops.given import Axes, Dims
 from mpjax.precision import Operand, Recipe, get_recipe
 
@@ -155,7 +155,7 @@ def opened(f: Factor) -> Any:
     """A factor's numbers with their scales applied."""
     if f.scales is None:
         return f.values
-    return per_tile(f.values, f.scales, f.tile, lambda v, s: v * s)
+    return scale_up(f.values, f.scales, f.tile)
 
 
 def _chunked(a: Any, b: Any, dims: Dims, accumulate: Format, chunk: int) -> Any:

@@ -4,6 +4,7 @@ from mpjax.formats import weight_view
 from mpjax.optim.blockwise import Blockwise, quantize_blocks
 from mpjax.optim.buffers import copied, without_repeats
 from mpjax.optim.deltas import apply_updates
+from mpjax.optim.flax_state import register_when_imported
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
 from mpjax.optim.layer_view import each_layer
 from mpjax.optim.leaf_scale import LeafLossScale, scale_gradient
@@ -61,3 +62,5 @@ __all__ = [
     "without_repeats",
     "wrap",
 ]
+
+register_when_imported()

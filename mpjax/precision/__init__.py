@@ -1,6 +1,6 @@
 """Who gets which format: policies, rules and the Precision that holds them."""
 
-from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype, wider
+from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype, sum_dtype, wider
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
 from mpjax.precision.policy import parse_policy, policy_text
@@ -38,5 +38,6 @@ __all__ = [
     "recipe_names",
     "register_preset",
     "register_recipe",
+    "sum_dtype",
     "wider",
 ]

@@ -112,3 +112,16 @@ def wider(a: Any, b: Any) -> Any:
     if a.itemsize == b.itemsize:
         return np.dtype(np.float32)
     return max(a, b, key=lambda dtype: dtype.itemsize)
+
+
+def sum_dtype(dtype: Any) -> Any:
+    """Returns the dtype that sums over many terms are formed in, terms included.
+
+    float32 for float16, whose squares overflow from 256 on and whose sums do from 65504 on; any
+    other dtype is its own: bfloat16 has the range of float32.
+
+    Example:
+      >>> sum_dtype(jnp.float16).name, sum_dtype(jnp.bfloat16).name
+      ('float32', 'bfloat16')
+    """
+    return np.dtype(np.float32) if dtype == jnp.float16 else np.dtype(dtype)

@@ -108,6 +108,11 @@ class LossScaleSettings:
                 f" backoff={self.backoff_factor} below 1; such as growth=2,backoff=0.5"
             )
         reads = _READS[self.kind]
+        if "init" not in reads and self.init != 2.0**16:
+            raise ConfigError(
+                f"loss scale: {self.kind} does not read init={self.init:g}; leave it out or write"
+                f" static:{self.init:g}"
+            )
         if "min" in reads and not self.min_scale <= self.init <= self.max_scale:
             raise ConfigError(
                 f"loss scale: init={self.init:g} lies outside min={self.min_scale:g} .."

@@ -128,12 +128,41 @@ class Recipe:
                 f"{where}: history={self.history}, chunk={self.chunk}; history is 0 or more and"
                 " chunk at least 1"
             )
-        object.__setattr__(self, "accumulate", Format.of(self.accumulate).name)
+        self._check_sums(where)
+        self._check_margin(where)
         delayed = [operand for operand in self.operands if operand.scaling != "tensor"]
         if self.history and (delayed or None in (*self.fprop, *self.dgrad, *self.wgrad)):
             raise ConfigError(
                 f"{where}: delayed scaling (history={self.history}) needs tensor scaling of every"
                 " operand; set scaling=tensor or history=0"
+            )
+
+    def _check_sums(self, where: str) -> None:
+        format = Format.of(self.accumulate)
+        object.__setattr__(self, "accumulate", format.name)
+        holds_float32 = format.mantissa_bits >= 23 and format.exponent_bits >= 8
+        if format.kind == "power" or (holds_float32 and format.name != "float32"):
+            raise ConfigError(
+                f"{where}: accumulate={format.name} rounds no running sum of float32; take a"
+                " narrower format with zero and a sign, such as e6m9, or leave it out"
+            )
+        if format.name == "float32" and self.chunk != 128:
+            raise ConfigError(
+                f"{where}: chunk={self.chunk} is of sums that are rounded, not of float32 ones;"
+                " give accumulate too, such as accumulate='e6m9', or leave chunk out"
+            )
+
+    def _check_margin(self, where: str) -> None:
+        if self.margin and not self.history:
+            raise ConfigError(
+                f"{where}: margin={self.margin} is of delayed scaling, and history=0 takes scales"
+                " from the current tensor; give history too, such as history=1024, or leave margin"
+                " out"
+            )
+        if abs(self.margin) > 126:
+            raise ConfigError(
+                f"{where}: margin={self.margin}: 2^margin is no float32; give one of -126 .. 126,"
+                " such as 0"
             )
 
     @property

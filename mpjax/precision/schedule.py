@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.precision.dtypes import dtype_name
 from mpjax.precision.precision import Precision
 from mpjax.precision.reading import get_precision, parse_rule
@@ -63,6 +63,7 @@ class PrecisionSchedule:
                 f"precision schedule: {self.kind} takes {count} precisions,"
                 f" got {len(self.precisions)}; write {KINDS[self.kind]}"
             )
+        self._check_unread()
         if count == 1:
             return
         low, high = self.precisions
@@ -83,6 +84,22 @@ class PrecisionSchedule:
             raise ConfigError(
                 f"precision schedule: late: the share {self.last} of the run must lie between 0"
                 " and 1, such as 0.1; a run in one precision is fixed"
+            )
+
+    def _check_unread(self) -> None:
+        """Refuses what another kind reads, and a dynamic schedule without triggers."""
+        readers = {"last": "late", "steps": "late", "triggers": "dynamic"}
+        for name, kind in readers.items():
+            value = getattr(self, name)
+            if self.kind != kind and value:
+                raise ConfigError(
+                    f"precision schedule: {self.kind} does not read {name}={brief(value)}; leave it"
+                    f" out or choose {kind}"
+                )
+        if self.kind == "dynamic" and not isinstance(self.triggers, Triggers):
+            raise ConfigError(
+                f"precision schedule: dynamic has triggers={brief(self.triggers)} and would never"
+                " switch; write dynamic('fp16', 'fp32') or give triggers=Triggers()"
             )
 
     @property
@@ -253,6 +270,11 @@ def late(low: Any, high: Any, *, last: float = 0.1, steps: int = 0) -> Precision
       late: fp8, then bf16 in the last 0.1 of the run (steps 901 to 1000)
     """
     pair = (get_precision(low), get_precision(high))
+    for name, value in (("last", last), ("steps", steps)):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ConfigError(
+                f"precision schedule: late: {name}={brief(value)} is no number; give one"
+            )
     return PrecisionSchedule("late", pair, last=float(last), steps=steps)
 
 

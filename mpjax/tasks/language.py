@@ -41,7 +41,9 @@ class Language:
             for batch in each_batch(batches, "judge"):
                 batch_rows(batch, "judge")
                 weights, targets = batch.get("weights"), field(batch, "targets", "judge")
-                n = float(np.sum(weights)) if weights is not None else float(targets.size)
+                n = float(targets.size)
+                if weights is not None:  # NumPy would sum 16-bit weights in 16 bits
+                    n = float(np.sum(np.asarray(weights).astype(np.float64)))
                 total += n * float(one(params, batch, state))
                 count += n
             if not count:

@@ -182,8 +182,15 @@ def groups(shape: tuple[int, int], scaling: str) -> list[tuple[slice, slice]]:
     ]
 
 
-def slow_scale(amax: np.float32, top: float, scale_rounding: str) -> np.float32:
-    """A group's scale from its largest magnitude; powers of two in exact arithmetic."""
+def slow_scale(amax: np.float32, top: float, scale_rounding: str, least: int = -126) -> np.float32:
+    """A group's scale from its largest magnitude; powers of two in exact arithmetic.
+
+    Args:
+      amax: largest magnitude.
+      top: largest number of the format.
+      scale_rounding: none, up or down.
+      least: exponent of the smallest scale, -127 of e8m0.
+    """
     one = np.float32(1)
     if amax == 0:
         return np.float32(1)
@@ -197,7 +204,7 @@ def slow_scale(amax: np.float32, top: float, scale_rounding: str) -> np.float32:
             power += 1
     else:  # OCP Microscaling 1.0, section 6.3
         power = (math.frexp(amax)[1] - 1) - (math.frexp(top)[1] - 1)
-    return np.float32(2.0 ** max(power, -126))
+    return np.float32(2.0 ** max(power, least))
 
 
 def slow_quantize(
@@ -217,10 +224,12 @@ def slow_quantize(
             scales.append(np.float32(wanted))
             scale = scales[-1] * whole
         else:
-            scale = slow_scale(amax, grid.max, scale_rounding)
+            least = -127 if scaling.startswith("mx") else -126
+            scale = slow_scale(amax, grid.max, scale_rounding, least)
             scales.append(scale)
-        values = grid.round(x[place] * (one / scale)).astype(np.float32)
-        out[place] = values * scale
+        with np.errstate(under="ignore"):  # NumPy keeps subnormal numbers
+            values = grid.round(x[place] * (one / scale)).astype(np.float32)
+            out[place] = values * scale
     return out, scales
 
 
