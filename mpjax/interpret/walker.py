@@ -102,7 +102,7 @@ def run(primitive: Primitive, args: Sequence[Any], params: dict[str, Any]) -> An
 
 
 def as_typed(x: Any) -> Any:
-    """Returns a constant of a jaxpr with a dtype: JAX leaves Python's True and False as they are."""
+    """Returns a constant of a jaxpr with a dtype, which JAX gives numbers but not True or False."""
     return np.bool_(x) if isinstance(x, bool) else x
 
 
