@@ -71,6 +71,9 @@ class Leak:
 
     def __str__(self) -> str:
         where = self.path or "(no path)"
+        if not self.products:  # inside an operation that is not looked into
+            start = f"{self.line}: {where}: {self.mechanism}: {self.dtype}"
+            return f"{start} in {self.origin}; {self.remedy}"
         reached = dict.fromkeys(f"{p.path or '(no path)'} {short(p.line)}" for p in self.products)
         return (
             f"{self.line}: {where}: {self.mechanism}: {self.dtype} from {self.origin} reaches"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
-from mpjax.interpret.frame import Caster
+from mpjax.formats.given import check_key
+from mpjax.interpret.caster import Caster
 from mpjax.interpret.lists import make_lists
 from mpjax.interpret.place import UNTOUCHED, Place
 from mpjax.interpret.region import regions
 from mpjax.interpret.retrace import cast
 from mpjax.interpret.trace import check_function, trace
+
+_log = logging.getLogger("mpjax.interpret")
 
 
 def no_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,6 +58,7 @@ def autocast(
     widest: Iterable[str] = (),
     rules: Sequence[Any] = (),
     restore_dtypes: bool = True,
+    key: Any = None,
 ) -> Callable[..., Any]:
     """Returns a function that computes its products low and its delicate operations in float32.
 
@@ -68,10 +73,17 @@ def autocast(
     float32 model `x.astype(float32)` cannot be seen, and only lists and rules can keep such a
     place in float32.
 
+    What JAX or a library hands over as one operation with rules of its own (a linear solve, a
+    kernel) stays as it was traced; if it holds products, that is logged once, with the source
+    line, and `audit` lists it as a leak.
+
     Args:
       fn: any function of JAX arrays.
-      precision: `bf16`, `fp16`, a policy, a recipe or a `Precision` without loss scale, update
-        rule or moments.
+      precision: `bf16`, `fp16`, a policy, a recipe or a `Precision`, of which its rules are read:
+        loss scale, update rule, moments and the gradients' dtype are for `mpjax.optim.wrap` with
+        the same Precision, which is logged. `fp32` leaves everything as it was traced but for
+        `rules`: `**/mlp=bf16` computes some paths low, and a recipe alone (`**=r=fp8`) quantises
+        products and leaves the rest in float32.
       lists: `cuda` or `cpu`, after PyTorch's lists for them.
       low: names of operations to run low; of primitives, or of functions that JAX keeps as a call.
       full: names of operations to run in float32.
@@ -79,14 +91,16 @@ def autocast(
       rules: `PATTERN=VALUE` by module path, first match wins: `**/head=fp32` leaves these paths as
         they were traced, `**/mlp=r=fp8` quantises their products.
       restore_dtypes: whether outputs get the dtypes that they had without autocast.
+      key: random key for recipes that draw, such as int8 in its gradients; fold the step in. Each
+        product has its own, the iterations of a loop share theirs.
 
     Returns:
       A function of the same arguments. It composes with grad (inside and outside), jit, vmap,
       checkpoint, scan and sharding.
 
     Raises:
-      ConfigError: no function, an unknown dtype, list, name or path, a Precision with fields that
-        a function alone cannot honour; when called, a function that cannot be traced.
+      ConfigError: no function, an unknown dtype, list, name or path, a rule that a function alone
+        cannot follow; when called, a function that cannot be traced.
 
     Example:
       >>> import jax.numpy as jnp
@@ -100,12 +114,17 @@ def autocast(
       PyTorch documentation, Automatic Mixed Precision package, Autocast Op Reference.
     """
     check_function("autocast", fn)
-    where, names = regions(precision, rules), make_lists(lists, low, full, widest)
+    (where, note), names = regions(precision, rules), make_lists(lists, low, full, widest)
+    said: set[str] = set()
+    if key is not None:
+        check_key(key, "autocast")
+    if note:
+        _log.warning("%s", note)
 
     @functools.wraps(fn)
     def cast_fn(*args: Any, **kwargs: Any) -> Any:
         program = trace("autocast", fn, args, kwargs, runs=True)
-        caster = Caster(where, names)
+        caster = Caster(where, names, said, key)
         given = [None] * len(program.args)
         outs = caster.evaluate(program.closed, program.args, given, Place()).outs
         where.check([path for path in caster.paths if path])

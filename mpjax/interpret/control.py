@@ -17,7 +17,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun, mapped_aval
 
-from mpjax.interpret.retrace import Result, Run, Traced, cast, is_float, retrace, widest
+from mpjax.interpret.retrace import (
+    Result,
+    Run,
+    Traced,
+    at_least,
+    cast,
+    is_float,
+    retrace,
+    widen,
+    widest,
+)
 from mpjax.interpret.shards import run_shards, varying
 from mpjax.interpret.walker import CUSTOM_RULES, bind, scan_sizes
 
@@ -96,13 +106,13 @@ class Rebind:
 
         def body(*values: Any) -> Result:
             outs, records, note = run(p["jaxpr"], values, 0)
-            return Result(_at_least(outs, values[n:m]), records, note)
+            return Result(at_least(outs, values[n:m]), records, note)
 
         while True:
             avals = _avals([*consts, *carry])
             avals += [mapped_aval(p["length"], 0, aval) for aval in _avals(xs)]
             new = self.traced(p["jaxpr"], avals, body, _also(tag, n, m))
-            if not _widen(carry, new):
+            if not widen(carry, new):
                 break
         if "num_consts" not in p:  # JAX 0.12 spells it in private trees
             return _public_scan(eqn, new, [*new.consts, *consts], carry, xs)
@@ -118,13 +128,13 @@ class Rebind:
 
         def body(*values: Any) -> Result:
             outs, records, note = run(p["body_jaxpr"], values, 1)
-            return Result(_at_least(outs, values[m - n :]), records, note)
+            return Result(at_least(outs, values[m - n :]), records, note)
 
         while True:
             new = self.traced(
                 p["body_jaxpr"], _avals([*consts, *carry]), body, _also(tag, "body", m - n)
             )
-            if not _widen(carry, new):
+            if not widen(carry, new):
                 break
         if new.keys:
             return self._recording_while(p["cond_jaxpr"], tests, [*new.consts, *consts], carry, new)
@@ -223,6 +233,11 @@ class Rebind:
         outs = bind(eqn, [args[0], *hoisted, *operands], branches=tuple(t.closed for t in final))
         return final[0].split(outs)
 
+    def _composite(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
+        held = eqn.params["jaxpr"]
+        new = self.traced(held, _avals(args), lambda *xs: run(held, xs, 0), _also(tag, "composite"))
+        return new.split(bind(eqn, [*new.consts, *args], jaxpr=new.closed))
+
     def _remat(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
         held = ClosedJaxpr(eqn.params["jaxpr"], ())
         new = self.traced(held, _avals(args), lambda *xs: run(held, xs, 0), _also(tag, "remat"))
@@ -255,25 +270,8 @@ def _also(tag: Hashable, *more: Hashable) -> Hashable:
     return None if tag is None else (tag, *more)
 
 
-def _at_least(outs: Sequence[Any], carry: Sequence[Any]) -> list[Any]:
-    """The outputs that are carried, at least as wide as the carry came in; the others as is."""
-    kept = [
-        cast(x, widest(x.dtype, c.dtype)) if is_float(x) else x
-        for x, c in zip(outs, carry, strict=False)
-    ]
-    return [*kept, *outs[len(kept) :]]
-
-
-def _widen(carry: list[Any], body: Traced) -> bool:
-    """Casts a loop's carry to what its body gives; whether that changed anything."""
-    wanted = [aval.dtype for aval in body.closed.out_avals[: len(carry)]]
-    changed = wanted != [c.dtype for c in carry]
-    carry[:] = [cast(c, dtype) for c, dtype in zip(carry, wanted, strict=True)]
-    return changed
-
-
 def _in_place(eqn: JaxprEqn, args: Sequence[Any], run: Run, *_: Any) -> Result:
-    held = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+    held = next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in eqn.params)
     held = held if isinstance(held, ClosedJaxpr) else ClosedJaxpr(held, ())
     outs, records, note = run(held, args, 0)
     shardings = eqn.params.get("out_shardings", (None,) * len(outs))
@@ -284,7 +282,7 @@ def _in_place(eqn: JaxprEqn, args: Sequence[Any], run: Run, *_: Any) -> Result:
     return Result(kept, records, note)
 
 
-_IN_PLACE_WHEN_FOLDED = CUSTOM_RULES | {"jit", "pjit"}
+_IN_PLACE_WHEN_FOLDED = CUSTOM_RULES | {"jit", "pjit", "composite", "custom_vmap_call"}
 _RULES: dict[str, Callable[..., Result]] = {
     "jit": Rebind._jit,
     "pjit": Rebind._jit,
@@ -295,6 +293,7 @@ _RULES: dict[str, Callable[..., Result]] = {
     "cond": Rebind._cond,
     "remat2": Rebind._remat,
     "checkpoint": Rebind._remat,
+    "composite": Rebind._composite,
     "shard_map": lambda self, eqn, args, run, tag: run_shards(eqn, args, run),
 }
 REBUILT = frozenset(_RULES)  # names of the equations that `Rebind` knows

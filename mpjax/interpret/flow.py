@@ -135,6 +135,8 @@ class Flow:
             return self._cond(eqn, place, ins)
         if name == "shard_map":
             return self._shard_map(eqn, place, ins)
+        if name == "custom_linear_solve":
+            return self._linear_solve(eqn, place, ins)
         held = inner_jaxprs(eqn)
         if len(held) == 1:
             inner = held[0].jaxpr
@@ -183,6 +185,13 @@ class Flow:
             _join(var.aval, *outs)
             for var, outs in zip(eqn.outvars, zip(*branches, strict=True), strict=True)
         ]
+
+    def _linear_solve(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+        sizes = list(eqn.params["const_lengths"])
+        first = sum(sizes[:2])  # after the constants of the operator and of its transpose
+        given = [*ins[first : first + sizes[2]], *ins[sum(sizes) :]]
+        outs = self._run(eqn.params["jaxprs"].solve, given, place)
+        return [_join(var.aval, x) for var, x in zip(eqn.outvars, outs, strict=False)]
 
     def _shard_map(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
         (held,) = inner_jaxprs(eqn)

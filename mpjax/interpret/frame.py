@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,51 +11,25 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from mpjax.errors import ConfigError
 from mpjax.interpret import custom
-from mpjax.interpret.control import REBUILT, Rebind
+from mpjax.interpret.control import REBUILT
+from mpjax.interpret.cost import held_products, is_product
 from mpjax.interpret.demand import demanded
 from mpjax.interpret.lists import APART, LOW, PLAIN, WHOLE, Lists, operation
-from mpjax.interpret.place import Place, place_of
+from mpjax.interpret.place import OPAQUE, Place, place_of
 from mpjax.interpret.products import add_bias, biases, product
-from mpjax.interpret.region import UNTOUCHED, Region, Regions
+from mpjax.interpret.region import UNTOUCHED, Region
 from mpjax.interpret.retrace import Result, cast, is_float, widest
-from mpjax.interpret.walker import CALLS, CUSTOM_RULES, bind, walk
+from mpjax.interpret.walker import CALLS, CUSTOM_RULES, bind
 from mpjax.interpret.weak import Weak, is_number
+
+if TYPE_CHECKING:
+    from mpjax.interpret.caster import Caster
 
 _SHORT = 8  # equations
 _NARROW = 4  # bytes: what is at least as wide is not cast to float32
 
 
-class Caster:
-    """One autocast of one function call.
-
-    Args:
-      regions: what happens where.
-      lists: which operations run low.
-    """
-
-    def __init__(self, regions: Regions, lists: Lists) -> None:
-        self.regions = regions
-        self.lists = lists
-        self.paths: dict[str, None] = {}
-        self.rebind = Rebind()
-
-    def evaluate(
-        self,
-        closed: ClosedJaxpr,
-        args: Sequence[Any],
-        weak: Sequence[float | None],
-        outer: Place,
-        lists: Lists | None = None,
-    ) -> Result:
-        """Evaluates a jaxpr; the note is, for each output, its bound if it is a weak constant."""
-        lists = self.lists if lists is None else lists
-        frame = _Frame(self, closed, args, weak, outer, lists)
-        outs = walk(closed, args, frame.visit, outer, lines=False)
-        note = [frame.weak.bound(atom) for atom in closed.jaxpr.outvars]
-        return Result(list(outs), {}, note)
-
-
-class _Frame:
+class Equations:
     """What is known while the equations of one jaxpr are evaluated."""
 
     def __init__(
@@ -82,7 +56,7 @@ class _Frame:
     def _kind(self, eqn: JaxprEqn) -> str | None:
         """The list that an equation is on; `full` where it stays as it was traced."""
         by_path = self.caster.regions.by_path
-        if by_path and self._region(place_of(eqn, self.outer, line=False)) is UNTOUCHED:
+        if by_path and self._region(place_of(eqn, self.outer, line=False)).low is None:
             return "full"
         kind = self.lists.kind(operation(eqn))
         return "bias" if kind == "widest" and id(eqn) in self.biases else kind
@@ -124,8 +98,8 @@ class _Frame:
                 " mpjax.models.decoder('small', 'bf16'), and leave autocast out"
             )
         name, region = operation(eqn), self._region(place)
-        if region is UNTOUCHED:
-            return self._untouched(eqn, args, place)
+        if region.low is None:
+            return self._untouched(eqn, args, region, place)
         kind = self.lists.kind(name)
         if kind == "full" or id(eqn) in self.demanded:
             return self._full(eqn, args, place)
@@ -144,13 +118,35 @@ class _Frame:
             return bind(eqn, args)
         if _holds(eqn):
             return self._inside(eqn, args, place)
-        return bind(eqn, self._recorded(eqn, args))
+        return self._opaque(eqn, args, place)
 
-    def _untouched(self, eqn: JaxprEqn, args: list[Any], place: Place) -> list[Any]:
+    def _opaque(self, eqn: JaxprEqn, args: Sequence[Any], place: Place) -> list[Any]:
+        """As it was traced; if it holds products, that is logged, and `audit` finds the mark."""
+        values, count = self._recorded(eqn, args), held_products(eqn)
+        if not count:
+            return bind(eqn, values)
+        line = place_of(eqn, self.outer).line
+        where = ": ".join(part for part in (line, place.path) if part)
+        self.caster.say(
+            f"autocast: {where or 'the function'}: {eqn.primitive.name} stays as it was traced,"
+            f" with {count} {'product' if count == 1 else 'products'} in float32, for it has rules"
+            " of its own; call mpjax.autocast on the function that is given to it, if these are to"
+            " be low"
+        )
+        with jax.named_scope(f"{OPAQUE}{eqn.primitive.name}"):
+            return bind(eqn, values)
+
+    def _untouched(self, eqn: JaxprEqn, args: list[Any], region: Region, place: Place) -> list[Any]:
         """As it was traced; what stands inside may have a rule of its own."""
         values = self._recorded(eqn, args)
-        if place.untouched or not (self.caster.regions.by_path and _holds(eqn)):
+        if region.recipe is not None and is_product(eqn) and all(map(_may_change, values[:2])):
+            y = product(eqn, values, region, place, self.caster.draw(region))
+            return [cast(y, _dtype(eqn.outvars[0]))]
+        regions = self.caster.regions
+        if place.untouched or not (regions.by_path or regions.quantises):
             return bind(eqn, values)
+        if not _holds(eqn):
+            return bind(eqn, values) if region.recipe is None else self._opaque(eqn, args, place)
         outs = self._inside(eqn, values, place)
         return [cast(x, _dtype(var)) for x, var in zip(outs, eqn.outvars, strict=True)]
 
@@ -202,7 +198,7 @@ class _Frame:
             return bind(eqn, self._recorded(eqn, args))
         values = self._all(eqn, args, region.low)
         if eqn.primitive.name in LOW:
-            return [product(eqn, values, region, place)]
+            return [product(eqn, values, region, place, self.caster.draw(region))]
         outs = self._whole(eqn, values, place) if _holds(eqn) else bind(eqn, values)
         return [cast(x, region.output) for x in outs]
 
@@ -234,9 +230,7 @@ class _Frame:
             mine = weak if passed else [None] * len(values)
             return caster.evaluate(closed, values, mine, place, lists)
 
-        if eqn.primitive.name in CUSTOM_RULES:
-            if not custom.can_rebuild(eqn):
-                return bind(eqn, self._recorded(eqn, args))
+        if eqn.primitive.name in _WITH_RULES:
             return custom.rebuild(eqn, self._following(eqn, args), run)
         if eqn.primitive.name in ("jit", "pjit") and _is_wrapper(eqn):
             result = caster.evaluate(eqn.params["jaxpr"], args, weak, place, lists)
@@ -257,7 +251,8 @@ class _Frame:
 
 
 _PASSES_WEAK = CALLS | {"remat2", "checkpoint"}
-_HOLDING = REBUILT | CUSTOM_RULES
+_WITH_RULES = CUSTOM_RULES | {"custom_vmap_call"}
+_HOLDING = REBUILT | _WITH_RULES
 
 
 def _is_wrapper(eqn: JaxprEqn) -> bool:

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Hashable
 from typing import Any
 
-from mpjax.interpret.cost import contracted, is_product, operations
+from mpjax.interpret.cost import contracted, held_products, is_product, operations
 from mpjax.interpret.flow import Flow, Step, Value
 from mpjax.interpret.place import called, written
 from mpjax.interpret.provenance import Makers, is_argument, origin, readers
@@ -34,7 +34,8 @@ class Cause:
       mechanism: `constant`, `number`, `argument` or `made`: what a low value met that was wide;
         `cast`: it was cast up; `product`: a product of low operands gives a wide result;
         `operation`: another operation does; `cotangent`: only the gradient is wide, as the
-        product's result is; `inputs`: all that the product is made of is wide.
+        product's result is; `inputs`: all that the product is made of is wide; `opaque`: autocast
+        left it so, inside an operation that has rules of its own.
       line: the source line, of the promotion where there is one.
       path: module path.
       dtype: the wide dtype.
@@ -53,6 +54,11 @@ class Cause:
 def wide_product(step: Step) -> bool:
     """Returns whether a step is a product with a float32 or float64 operand."""
     return is_product(step.eqn) and any(x.wide for x in step.ins[:2])
+
+
+def is_opaque(step: Step) -> bool:
+    """Returns whether a step holds float32 products that nobody looks into."""
+    return not is_product(step.eqn) and held_products(step.eqn) > 0
 
 
 def low_product(step: Step) -> bool:
@@ -85,6 +91,11 @@ class Leaks:
         reached: dict[Cause, list[Step]] = {}
         low = False
         for step in self._flow.steps:
+            if step.place.opaque and (is_opaque(step) or wide_product(step)):
+                products = reached.setdefault(_opaque(step), [])
+                products += [step] if is_product(step.eqn) else []
+                low = True  # all of the program was to be
+                continue
             low |= is_product(step.eqn) and any(x.low for x in step.ins[:2])
             if not wide_product(step) or step.place.untouched:
                 continue
@@ -101,7 +112,9 @@ class Leaks:
         return reached
 
     def is_minor(self, products: list[Step], total: int) -> bool:
-        """Returns whether what a cause reaches is too small to matter."""
+        """Returns whether what a cause reaches is too small to matter; no, if it is not known."""
+        if not products:
+            return False
         share = sum(operations(s.eqn) * s.place.loops for s in products) / max(total, 1)
         outer = all(contracted(s.eqn) == 1 for s in products)
         return share < MINOR or (outer and share < MINOR_OUTER)
@@ -220,6 +233,12 @@ def _cotangent(product: Step) -> Cause:
     return _of("cotangent", product, wide, "the gradient of a wide result")
 
 
+def _opaque(step: Step) -> Cause:
+    count, place = held_products(step.eqn), step.place
+    held = f" ({count} products inside)" if count else ""
+    return Cause("opaque", place.line, place.path, "float32", "", f"{place.opaque}{held}")
+
+
 def _of(mechanism: str, step: Step, wide: Value, origin: str) -> Cause:
     low = next((_dtype(x) for x in step.ins if x.low), "")
     return Cause(mechanism, step.place.line, step.place.path, _dtype(wide), low, origin)
@@ -239,6 +258,8 @@ _REMEDIES: dict[str, str] = {
     "operation": "cast the operation's result to {low} before the next product",
     "cotangent": "let the product give {low} and cast that up, or cast the cotangent in a"
     " custom_vjp",
+    "opaque": "call mpjax.autocast on the function that is given to it, or keep it in float32 with"
+    " mpjax.no_autocast",
     "inputs": "cast both operands of the product to {low}",
 }
 

@@ -30,6 +30,7 @@ _MANY_FRAMES = 60  # deep enough to leave any library
 # Scopes that mark a region instead of naming a module.
 RECOMPUTED = "rematted_computation"
 UNTOUCHED = "mpjax.no_autocast"
+OPAQUE = "mpjax.opaque."  # and the name of a primitive
 
 
 class Place(NamedTuple):
@@ -42,6 +43,7 @@ class Place(NamedTuple):
       recomputed: `jax.checkpoint` runs it a second time.
       untouched: it stands in a region of `no_autocast`.
       carried: it belongs to a model that takes its policies by path already.
+      opaque: the primitive that holds it, which autocast left as it was traced; empty elsewhere.
       line: the user's source line, `file.py:12 (function)`, in a notebook `Cell In[3]:12
         (function)`; of the enclosing equation where the traceback was cut.
       loops: how often it runs in one call: the lengths of the scans around it, multiplied.
@@ -53,6 +55,7 @@ class Place(NamedTuple):
     recomputed: bool = False
     untouched: bool = False
     carried: bool = False
+    opaque: str = ""
     line: str = ""
     loops: int = 1
 
@@ -66,11 +69,12 @@ NOWHERE = Place()
 
 
 @functools.lru_cache(maxsize=65536)
-def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bool, bool]:
+def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """Module names of a name stack's elements, and the flags of a Place in their order."""
     names: list[str] = []
     before, again = "", 0
     backward = tangent = recomputed = untouched = carried = False
+    opaque = ""
     for element in stack:
         kind, name = type(element).__name__, element.name
         if kind == "Transform":
@@ -83,13 +87,15 @@ def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], bool, bool, bool, bo
             untouched = True
         elif name == CARRIED:
             carried = True
+        elif name.startswith(OPAQUE):
+            opaque = opaque or name.removeprefix(OPAQUE)
         elif not _EINSUM.match(name) and not (before and name.startswith(f"{before}.")):
             names += [part for part in name.split("/") if part]
             before = name  # Linen names a module's method `module.method`, inside `module`
     if names[again : 2 * again] == names[:again]:
         names = names[again:]  # a rule within the gradient of a rule names its scopes from the root
     names = [name for name in names if not _CLASS.match(name)] or names
-    return tuple(names), backward, tangent, recomputed, untouched, carried
+    return tuple(names), (backward, tangent, recomputed, untouched, carried, opaque)
 
 
 def _root(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -131,9 +137,7 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
       outer: where the equation that holds this jaxpr stands.
       line: whether to look the source line up, which costs more than the rest.
     """
-    names, backward, tangent, recomputed, untouched, carried = _read(
-        eqn.source_info.name_stack.stack
-    )
+    names, flags = _read(eqn.source_info.name_stack.stack)
     if not outer.path:
         names = _root(names)
     elif names and _CLASS.match(names[0]):
@@ -141,6 +145,7 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
     path = "/".join(names)
     if outer.path and path:
         path = f"{outer.path}/{path}"
+    backward, tangent, recomputed, untouched, carried, opaque = flags
     return Place(
         path or outer.path,
         backward or outer.backward,
@@ -148,6 +153,7 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
         recomputed or outer.recomputed,
         untouched or outer.untouched,
         carried or outer.carried,
+        opaque or outer.opaque,
         _line(eqn.source_info.traceback, outer.line) if line else outer.line,
         outer.loops,
     )

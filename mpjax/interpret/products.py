@@ -16,8 +16,8 @@ from mpjax.interpret.walker import bind
 from mpjax.ops import conv_general_dilated, dot_general
 
 
-def product(eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -> Any:
-    """Returns a product whose floating-point operands are already low.
+def product(eqn: JaxprEqn, values: list[Any], region: Region, place: Place, key: Any = None) -> Any:
+    """Returns a product whose floating-point operands are already in the dtype of the region.
 
     It leaves in the region's output dtype, unless the function asked for a dtype of its own: a
     `preferred_element_type` other than that of the operands.
@@ -27,15 +27,18 @@ def product(eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -> A
       values: its operands.
       region: what happens here.
       place: where it stands.
+      key: random key, for a recipe that draws.
 
     Raises:
-      ConfigError: a recipe that needs a state or a random key, or for a product of a backward
-        pass, whose operands a recipe cannot tell apart.
+      ConfigError: a recipe that needs a state, or a key and has none, or for a product of a
+        backward pass, whose operands a recipe cannot tell apart.
     """
     asked = _asked(eqn)
-    wanted = region.output if asked is None else asked
+    recorded: Any = eqn.outvars[0].aval
+    follows = recorded.dtype if region.output is None else region.output
+    wanted = follows if asked is None else asked
     if region.recipe is not None and eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-        return cast(_quantised(eqn, values, region, place), wanted)
+        return cast(_quantised(eqn, values, region, place, key), wanted)
     if "preferred_element_type" not in eqn.params:
         return cast(bind(eqn, values)[0], wanted)
     return bind(eqn, values, preferred_element_type=jnp.dtype(wanted))[0]
@@ -107,7 +110,7 @@ def _asked(eqn: JaxprEqn) -> Any:
     return None if preferred is None or {jnp.dtype(preferred)} == operands else preferred
 
 
-def _quantised(eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -> Any:
+def _quantised(eqn: JaxprEqn, values: list[Any], region: Region, place: Place, key: Any) -> Any:
     recipe, where = region.recipe, f"autocast: {place.path or 'the function'}"
     assert recipe is not None
     if place.backward:
@@ -121,11 +124,6 @@ def _quantised(eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -
             f"{where}: recipe {recipe.name!r} takes its scales from past steps, for which a"
             " function alone has no state; take fp8"
         )
-    if recipe.uses_key:
-        raise ConfigError(
-            f"{where}: recipe {recipe.name!r} rounds at random, for which autocast has no key;"
-            " take a recipe that rounds to nearest, or call mpjax.dot_general with key="
-        )
     p = eqn.params
     if eqn.primitive.name == "dot_general":
         return dot_general(
@@ -133,6 +131,7 @@ def _quantised(eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -
             values[1],
             p["dimension_numbers"],
             recipe,
+            key=key,
             preferred_element_type=jnp.float32,
             where=where,
         )
@@ -147,6 +146,7 @@ def _quantised(eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -
         p["window_strides"],
         p["padding"],
         recipe,
+        key=key,
         lhs_dilation=p["lhs_dilation"],
         rhs_dilation=p["rhs_dilation"],
         dimension_numbers=p["dimension_numbers"],

@@ -136,3 +136,20 @@ def retrace(
         )
         closed = ClosedJaxpr(jaxpr, ())
     return Traced(closed, consts, *seen[0])
+
+
+def at_least(outs: Sequence[Any], carry: Sequence[Any]) -> list[Any]:
+    """Returns a loop's outputs, those carried at least as wide as the carry came in."""
+    kept = [
+        cast(x, widest(x.dtype, c.dtype)) if is_float(x) else x
+        for x, c in zip(outs, carry, strict=False)
+    ]
+    return [*kept, *outs[len(kept) :]]
+
+
+def widen(carry: list[Any], body: Traced) -> bool:
+    """Casts a loop's carry to what its body gives; returns whether that changed anything."""
+    wanted = [aval.dtype for aval in body.closed.out_avals[: len(carry)]]
+    changed = wanted != [c.dtype for c in carry]
+    carry[:] = [cast(c, dtype) for c, dtype in zip(carry, wanted, strict=True)]
+    return changed

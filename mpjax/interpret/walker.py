@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.extend import source_info_util
@@ -100,6 +101,11 @@ def run(primitive: Primitive, args: Sequence[Any], params: dict[str, Any]) -> An
     return primitive.bind(*args, **params)
 
 
+def as_typed(x: Any) -> Any:
+    """Returns a constant of a jaxpr with a dtype, which JAX gives numbers but not True or False."""
+    return np.bool_(x) if isinstance(x, bool) else x
+
+
 def walk(
     closed: ClosedJaxpr,
     args: Sequence[Any],
@@ -121,11 +127,11 @@ def walk(
       One value for each output.
     """
     jaxpr = closed.jaxpr
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(as_typed, closed.consts), strict=True))
     env |= dict(zip(jaxpr.invars, args, strict=True))
 
     def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else env[atom]
+        return as_typed(atom.val) if isinstance(atom, Literal) else env[atom]
 
     last, before = _last_uses(jaxpr), source_info_util.current_name_stack()
     for index, eqn in enumerate(jaxpr.eqns):

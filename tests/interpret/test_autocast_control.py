@@ -461,13 +461,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "one text": (lambda: autocast(_model, "bf16", full="exp"), r"write full=\['exp'\]"),
     "unknown list": (lambda: autocast(_model, "bf16", lists="tpu"), "known: cuda cpu"),
     "unknown dtype": (lambda: autocast(_model, "bf61"), "bf61"),
-    "not low": (lambda: autocast(_model, "float32"), "f32 is not low"),
-    "loss scale": (
-        lambda: autocast(
-            _model, mpjax.get_precision("bf16", loss_scale=mpjax.StaticLossScale(8.0))
-        ),
-        "sets loss_scale, which a function alone cannot honour",
-    ),
+    "no key": (lambda: autocast(_model, "bf16", key=3), "the random key is 3; write jax.random"),
     "donated": (_donated, r"args\[0\] was donated to an earlier call"),
     "recipe inside a gradient": (
         lambda: jax.eval_shape(

@@ -1,0 +1,69 @@
+"""One autocast of one function call: the jaxprs in it, evaluated with casts put in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr
+
+from mpjax.interpret.control import Rebind
+from mpjax.interpret.frame import Equations
+from mpjax.interpret.lists import Lists
+from mpjax.interpret.place import Place
+from mpjax.interpret.region import Region, Regions
+from mpjax.interpret.retrace import Result
+from mpjax.interpret.walker import walk
+
+_log = logging.getLogger("mpjax.interpret")
+
+
+class Caster:
+    """One autocast of one function call.
+
+    Args:
+      regions: what happens where.
+      lists: which operations run low.
+      said: what was logged already; each line is logged once.
+      key: for recipes that draw random numbers.
+    """
+
+    def __init__(
+        self, regions: Regions, lists: Lists, said: set[str] | None = None, key: Any = None
+    ) -> None:
+        self.regions = regions
+        self.lists = lists
+        self._said = set() if said is None else said
+        self._key, self._drawn = key, 0
+        self.paths: dict[str, None] = {}
+        self.rebind = Rebind()
+
+    def say(self, line: str) -> None:
+        """Logs a line, once."""
+        if line not in self._said:
+            self._said.add(line)
+            _log.warning("%s", line)
+
+    def draw(self, region: Region) -> Any:
+        """A key of its own for each product whose recipe draws; None without one."""
+        if self._key is None or region.recipe is None or not region.recipe.uses_key:
+            return None
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn)
+
+    def evaluate(
+        self,
+        closed: ClosedJaxpr,
+        args: Sequence[Any],
+        weak: Sequence[float | None],
+        outer: Place,
+        lists: Lists | None = None,
+    ) -> Result:
+        """Evaluates a jaxpr; the note is, for each output, its bound if it is a weak constant."""
+        lists = self.lists if lists is None else lists
+        frame = Equations(self, closed, args, weak, outer, lists)
+        outs = walk(closed, args, frame.visit, outer, lines=False)
+        note = [frame.weak.bound(atom) for atom in closed.jaxpr.outvars]
+        return Result(list(outs), {}, note)
