@@ -14,6 +14,7 @@ from mpjax.formats.delayed import AmaxHistory
 from mpjax.formats.given import ROUNDED, as_array, check_key
 from mpjax.formats.tiles import amax_of
 from mpjax.ops.given import Axes, Dims, float_dtype, read_dims
+from mpjax.ops.linear_map import linear_map, with_derivative
 from mpjax.ops.quantized import Factor, backward_dims, combine, encode, need_key
 from mpjax.ops.rotation import hadamard
 from mpjax.precision import Recipe, get_recipe
@@ -111,25 +112,90 @@ def _multiply(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
     return y, seen
 
 
+# A product is linear in x, in W and, backwards, in dy. Rounding is taken as the identity
+# (straight-through) in derivatives of every order, which are so made of products of the same three
+# kinds, each quantised as the recipe says for its kind:
+#
+#   push  (dx, dW) -> dx W + x dW        at x, W; its transpose is pull
+#   pull  dy -> (dy W', x' dy)           at x, W; its transpose is push
+#   cross (dx, dW) -> (dy dW', dx' dy)   at dy; it is its own transpose
+#
+# An operand that is the derivative of another stands in its place. It takes its own amax, since a
+# history knows nothing of it, and draws from a key of its own, `_key(key, number)` with the number
+# of what was replaced. A dy that is differentiated again takes its own amax too: the history is
+# that of the outermost cotangent.
+_FOR_X, _FOR_W, _FOR_DY, _FOR_BOTH = 7, 8, 9, 10
+
+
+def _fresh(amax: Any, *replaced: int) -> Any:
+    """The state of delayed scaling without what it knows of operands that were replaced."""
+    if amax is None:
+        return None
+    keep = [float(number not in replaced) for number in range(3)]
+    return amax * jnp.asarray(keep, amax.dtype)
+
+
+def _folded(key: Any, number: int) -> Any:
+    return None if key is None else jax.random.key_data(_key(key, number))
+
+
+def _still(tree: Any) -> Any:
+    return jax.tree.map(lax.stop_gradient, tree)
+
+
 def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
     need_key(how.recipe, key, False, how.where)
-    return _multiply(a, b, key, amax, seen, how._replace(where=""))
+    operands = a, b, key, amax, seen
+    outs = _multiply(*_still(operands), how._replace(where=""))
+    return with_derivative(OfProduct(how), outs, operands)
 
 
-_product = jax.custom_vjp(_forward, nondiff_argnums=(5,))
+# The rule says nothing that the function does not; what walks over a program meets one equation.
+_product = jax.custom_jvp(_forward, nondiff_argnums=(5,))
 
 
-def _product_fwd(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
-    out = _forward(a, b, key, amax, seen, how)
-    return out, (a.astype(how.compute), b, key, amax, jnp.zeros(0, a.dtype))
+@_product.defjvp
+def _product_jvp(how: How, primals: Any, tangents: Any) -> Any:
+    outs = _forward(*primals, how)
+    return outs, OfProduct(how).along(outs, primals, tangents)
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
-def _pull_back(how: How, kept: Any, cotangents: Any) -> Any:
-    x, b, key, amax, like = kept
-    dy, gradient_seen = cotangents
+class OfProduct(NamedTuple):
+    """The derivative of `_multiply`.
+
+    Args:
+      how: the product.
+    """
+
+    how: How
+
+    def along(self, outs: Any, operands: Any, tangents: Any) -> Any:
+        """The tangents of its results."""
+        a, b, key, amax, _ = operands
+        da, db, _, _, dseen = tangents
+        # x is kept as the product used it; the weight's cast is repeated, which costs no memory.
+        at = a.astype(self.how.compute), b, key, amax
+        return LinearMap("push", self.how).bind(at, (da, db, dseen), outs)
+
+    def derivative(self, outs: Any, operands: Any, tangents: Any) -> Any:
+        """See `mpjax.ops.linear_map.Rule`."""
+        outs = with_derivative(self, outs, operands)
+        return outs, self.along(outs, operands, tangents)
+
+
+def _push(how: How, at: Any, tangents: Any) -> Any:
+    a, b, key, amax = at
+    da, db, dseen = tangents
+    left = _product(da, b, _folded(key, _FOR_X), _fresh(amax, 0), None, how)[0]
+    right = _product(a, db, _folded(key, _FOR_W), _fresh(amax, 1), None, how)[0]
+    return left + right, dseen
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _pull_back(how: How, like: Any, operands: Any) -> Any:
+    x, b, dy, key, amax = operands
     recipe, compute = how.recipe, how.compute
-    dy = dy.astype(compute)
+    x, dy = x.astype(compute), dy.astype(compute)
     _, (dy_axes, b_axes), (x_axes, dy_tokens) = how.op.axes(x, b)
 
     left = encode(dy, recipe.dgrad[0], dy_axes, _key(key, 2), compute, _part(amax, 2))
@@ -144,21 +210,83 @@ def _pull_back(how: How, kept: Any, cotangents: Any) -> Any:
     left = encode(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0))
     right = encode(gradient, recipe.wgrad[1], dy_tokens, _key(key, 6), compute, _part(amax, 2))
     db = how.op.wgrad(left, right, recipe, b)
+    now = None if amax is None else amax_of(dy, dy.shape).reshape(())
+    return (dx.astype(like), db.astype(b.dtype)), now
 
-    if gradient_seen is not None:
-        now = amax_of(dy, dy.shape).reshape(())
+
+class OfPull(NamedTuple):
+    """The derivative of `_pull_back`.
+
+    Args:
+      how: the product.
+      like: dtype of the gradient of x.
+    """
+
+    how: How
+    like: Any
+
+    def derivative(self, outs: Any, operands: Any, tangents: Any) -> Any:
+        """See `mpjax.ops.linear_map.Rule`."""
+        (a, b, dy, key, amax), (da, db, ddy, _, _) = operands, tangents
+        own = _fresh(amax, 2)
+        if amax is not None:  # this dy is not the one that the history is of
+            still = _still((a, b, dy, key, own))
+            outs, _ = _pull_back(self.how._replace(where=""), self.like, still)
+        outs = with_derivative(self, outs, (a, b, dy, key, own))
+        along = LinearMap("pull", *self).bind((a, b, key, own), (ddy,), outs)
+        across = LinearMap("cross", *self).bind((dy, key, own), (da, db), outs)
+        return outs, tuple(x + y for x, y in zip(along, across, strict=True))
+
+
+def _pull(how: How, like: Any, operands: Any) -> Any:
+    """The gradients of x, in a dtype, and of W; and the amax of dy for delayed scaling."""
+    need_key(how.recipe, operands[3], True, how.where)
+    outs, now = _pull_back(how._replace(where=""), like, _still(operands))
+    return with_derivative(OfPull(how, like), outs, operands), now
+
+
+class LinearMap(NamedTuple):
+    """One of the maps above; see there.
+
+    Args:
+      kind: push, pull or cross.
+      how: the product.
+      like: dtype of the gradient of x that it gives, except for push.
+    """
+
+    kind: str
+    how: How
+    like: Any = None
+
+    def bind(self, at: Any, tangents: Any, outs: Any) -> Any:
+        """Applies it at a point, to what it is linear in; `outs` are like its results."""
+        result, shape = jax.tree.flatten(outs)
+        alike = tuple(jax.typeof(x).to_tangent_aval() for x in result)
+        return jax.tree.unflatten(shape, linear_map(self, alike, at, tangents))
+
+    def apply(self, at: Any, tangents: Any) -> Any:
+        """Its value."""
+        how = self.how
+        if self.kind == "push":
+            return _push(how, at, tangents)
+        if self.kind == "pull":
+            (a, b, key, amax), (dy,) = at, tangents
+            return _pull(how, self.like, (a, b, dy, _folded(key, _FOR_DY), _fresh(amax, 2)))[0]
+        (dy, key, amax), (a, b) = at, tangents
+        operands = a, b, dy, _folded(key, _FOR_BOTH), _fresh(amax, 0, 1, 2)
+        return _pull(how, self.like, operands)[0]
+
+    def transpose(self, at: Any, cotangents: Any, tangents: Any) -> Any:
+        """The cotangents of `tangents`, which are shapes and dtypes."""
+        if self.kind == "pull":
+            return (_push(self.how, at, (*cotangents, None))[0].astype(tangents[0].dtype),)
+        if self.kind == "cross":
+            return self._replace(like=tangents[0].dtype).apply(at, cotangents)
+        (a, b, key, amax), (dy, *seen) = at, cotangents
+        (da, db), now = _pull(self.how, tangents[0].dtype, (a, b, dy, key, amax))
         zero = jnp.float32(0)
-        gradient_seen = jnp.maximum(gradient_seen, jnp.stack([zero, zero, now]))
-    return dx.astype(like.dtype), db.astype(b.dtype), None, None, gradient_seen
-
-
-def _product_bwd(how: How, kept: Any, cotangents: Any) -> Any:
-    _, _, key, _, _ = kept
-    need_key(how.recipe, key, True, how.where)
-    return _pull_back(how._replace(where=""), kept, cotangents)
-
-
-_product.defvjp(_product_fwd, _product_bwd)
+        new = [jnp.maximum(s, jnp.stack([zero, zero, lax.stop_gradient(now)])) for s in seen]
+        return da, db, *new
 
 
 def _key_data(key: Any, where: str) -> Any:

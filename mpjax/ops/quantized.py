@@ -21,6 +21,7 @@ from mpjax.formats import Format, Scaling, round_to
 from mpjax.formats.quantize import find_scales, scaled_values
 from mpjax.formats.scaling import to_scale
 from mpjax.formats.tiles import amax_of, scale_up
+from mpjax.ops.dot import dot, free_axes
 from mpjax.ops.given import Axes, Dims
 from mpjax.precision import Operand, Recipe, get_recipe
 
@@ -107,11 +108,6 @@ def native_unit(left: Format | None, right: Format | None, blocks: bool, terms: 
     return "float8" if left.name in _FLOAT8 and right.name in _FLOAT8 else ""
 
 
-def _dot(a: Any, b: Any, dims: Dims) -> Any:
-    full = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, dims, precision=full, preferred_element_type=jnp.float32)
-
-
 def _multiply(a: Factor, b: Factor, dims: Dims) -> Any:
     """The product of two factors' values, float32."""
     terms = math.prod(a.values.shape[axis] for axis in dims[0][0])
@@ -124,17 +120,17 @@ def _multiply(a: Factor, b: Factor, dims: Dims) -> Any:
         return whole.astype(jnp.float32)
 
     if not (a.short and b.short):
-        return _dot(a.values.astype(jnp.float32), b.values.astype(jnp.float32), dims)
+        return dot(a.values.astype(jnp.float32), b.values.astype(jnp.float32), dims)
 
     def short(x: Any, y: Any) -> Any:  # exact, and the faster one wherever bfloat16 has a unit
-        return _dot(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), dims)
+        return dot(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), dims)
 
     if unit != "float8":
         return short(a.values, b.values)
     left, right = (f.format.dtype for f in (a, b) if f.format is not None)
 
     def eight(x: Any, y: Any) -> Any:
-        return _dot(x.astype(left), y.astype(right), dims)
+        return dot(x.astype(left), y.astype(right), dims)
 
     return lax.platform_dependent(a.values, b.values, cuda=eight, default=short)
 
@@ -147,10 +143,6 @@ def _spread(scales: Any, batch: Axes, free: Axes, summed: Axes, before: int, aft
     return moved.reshape(*shape[:split], *(1,) * before, *shape[split:], *(1,) * after)
 
 
-def _free(ndim: int, *used: Axes) -> Axes:
-    return tuple(d for d in range(ndim) if not any(d in axes for axes in used))
-
-
 def opened(f: Factor) -> Any:
     """A factor's numbers with their scales applied."""
     if f.scales is None:
@@ -161,7 +153,7 @@ def opened(f: Factor) -> Any:
 def _chunked(a: Any, b: Any, dims: Dims, accumulate: Format, chunk: int) -> Any:
     """A product whose running sum is rounded to a format after each chunk of summands."""
     (ca, cb), (ba, bb) = dims
-    fa, fb = _free(a.ndim, ca, ba), _free(b.ndim, cb, bb)
+    fa, fb = free_axes(a.ndim, ca, ba), free_axes(b.ndim, cb, bb)
     shape = [a.shape[d] for d in (*ba, *fa)] + [b.shape[d] for d in fb]
     groups, terms = math.prod(a.shape[d] for d in ba), math.prod(a.shape[d] for d in ca)
     pad = (0, -terms % chunk)
@@ -174,7 +166,7 @@ def _chunked(a: Any, b: Any, dims: Dims, accumulate: Format, chunk: int) -> Any:
     def add(total: Any, part: Any) -> tuple[Any, None]:
         dims = (((2,), (2,)), ((0,), (0,)))
         left, right = part
-        return round_to(total + _dot(left, right, dims), accumulate, saturate=False), None
+        return round_to(total + dot(left, right, dims), accumulate, saturate=False), None
 
     left, right = lay_out(a, ba, fa, ca), lay_out(b, bb, fb, cb)
     zero = jnp.zeros((groups, left.shape[2], right.shape[2]), jnp.float32)
@@ -186,15 +178,15 @@ def combine(a: Factor, b: Factor, dims: Dims, recipe: Recipe) -> Any:
     if recipe.accumulate != "float32":
         return _chunked(opened(a), opened(b), dims, Format(recipe.accumulate), recipe.chunk)
     if a.format is None and b.format is None:
-        return _dot(a.values, b.values, dims)
+        return dot(a.values, b.values, dims)
     if a.blocks or b.blocks or a.format is None or b.format is None:
         wide = jnp.bfloat16 if a.short and b.short else jnp.float32
-        return _dot(opened(a).astype(wide), opened(b).astype(wide), dims)
+        return dot(opened(a).astype(wide), opened(b).astype(wide), dims)
     (ca, cb), (ba, bb) = dims
     terms = math.prod(a.values.shape[axis] for axis in ca)
     if a.top * b.top * terms > _LARGEST:  # of bfloat16 and wider: their sums would overflow
-        return _dot(opened(a).astype(jnp.float32), opened(b).astype(jnp.float32), dims)
-    fa, fb = _free(a.values.ndim, ca, ba), _free(b.values.ndim, cb, bb)
+        return dot(opened(a).astype(jnp.float32), opened(b).astype(jnp.float32), dims)
+    fa, fb = free_axes(a.values.ndim, ca, ba), free_axes(b.values.ndim, cb, bb)
     y = _multiply(a, b, dims)
     # one after the other: the product of two small scales may underflow
     if a.scales is not None:
@@ -207,7 +199,7 @@ def combine(a: Factor, b: Factor, dims: Dims, recipe: Recipe) -> Any:
 def backward_dims(dims: Dims, a_ndim: int, b_ndim: int) -> tuple[Any, Any]:
     """Returns (dims, permutation) of dgrad, dy by b, and of wgrad, a by dy."""
     (ca, cb), (ba, bb) = dims
-    fa, fb = _free(a_ndim, ca, ba), _free(b_ndim, cb, bb)
+    fa, fb = free_axes(a_ndim, ca, ba), free_axes(b_ndim, cb, bb)
     n = len(ba)
     batch = tuple(range(n))
     dy_a = tuple(range(n, n + len(fa)))
