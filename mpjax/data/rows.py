@@ -17,12 +17,12 @@ def read_text_file(path: Path, what: str) -> str:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")  # Excel begins with a mark
-    except FileNotFoundError:
-        raise ConfigError(f"data {str(path)!r}: no such file; expected {what}") from None
+    except FileNotFoundError as error:
+        raise ConfigError(f"data {str(path)!r}: no such file; expected {what}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data {str(path)!r}: cannot be read ({error}); expected UTF-8 text"
-        ) from None
+        ) from error
     if not text.strip():
         raise ConfigError(f"data {str(path)!r}: empty; expected {what}")
     return text
@@ -69,7 +69,7 @@ def _json_row(line: str, fields: Sequence[str], optional: Sequence[str], where: 
     try:
         found = json.loads(line)
     except ValueError as error:
-        raise ConfigError(f"{where}: not JSON ({error}); expected one object a line") from None
+        raise ConfigError(f"{where}: not JSON ({error}); expected one object a line") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{where}: {type(found).__name__}; expected an object a line")
     held = {name: value for name, value in found.items() if value is not None}

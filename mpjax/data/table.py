@@ -71,9 +71,9 @@ def _read_jsonl(path: Path, column: str) -> Iterator[tuple[int, Any]]:
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); check its permissions"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: expected UTF-8, found binary data; convert it") from None
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8, found binary data; convert it") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -83,7 +83,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[tuple[int, Any]]:
             raise ConfigError(
                 f"{path}: line {number} is not JSON ({_first_line(error)}); "
                 "expected one JSON object a line"
-            ) from None
+            ) from error
         if not isinstance(row, dict):
             raise ConfigError(
                 f"{path}: line {number} holds {type(row).__name__}; expected one JSON object a line"
