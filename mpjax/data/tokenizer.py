@@ -97,6 +97,22 @@ class Tokenizer(abc.ABC):
             )
         return self._decode(array)
 
+    def continuation(self, before: Any, ids: Any) -> str:
+        """The text of ids that stand behind others, its first space included.
+
+        A decoder of SentencePiece's kind drops the first space of what it is given.
+
+        Args:
+            before: ids, as of a prompt.
+            ids: what follows them.
+
+        Raises:
+            ConfigError: an id outside the vocabulary.
+        """
+        before, ids = np.asarray(before, np.int64), np.asarray(ids, np.int64)
+        start, whole = self.decode(before), self.decode(np.concatenate([before, ids]))
+        return whole[len(start) :] if whole.startswith(start) else self.decode(ids)
+
     @abc.abstractmethod
     def _decode(self, ids: np.ndarray) -> str: ...
 

@@ -1,7 +1,10 @@
 """WordPiece: the ids that BERT expects."""
 
+import json
+
 import numpy as np
 import pytest
+import tokenizers
 
 from mpjax.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mpjax.errors import ConfigError
@@ -93,3 +96,14 @@ def test_minilms_tokenizer_neither_pads_nor_cuts():
     example = pieces.encode(["This is an example sentence"], longest=512)[0]
     assert example["ids"].tolist() == [101, 2023, 2003, 2019, 2742, 6251, 102]
     assert len(pieces.encode(["dog " * 300], longest=512)[0]["ids"]) == 302
+
+
+def test_a_file_without_a_post_processor_is_a_bert_too(pieces):
+    """Else a text would have no [CLS], which the pooler reads."""
+    backend = tokenizers.Tokenizer.from_str(pieces.to_text())
+    bare = json.loads(backend.to_str()) | {"post_processor": None}
+    found = WordPiece(tokenizers.Tokenizer.from_str(json.dumps(bare)))
+    for texts in ((["the dog"], []), (["the dog"], ["a fox"])):
+        one, want = (p.encode(*texts, longest=16)[0] for p in (found, pieces))
+        assert one["ids"].tolist() == want["ids"].tolist()
+        assert one["types"].tolist() == want["types"].tolist()
