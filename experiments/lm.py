@@ -167,11 +167,9 @@ def sample(
 
 
 def continuation(tokenizer: Tokenizer, prompt: Any, ids: Any) -> str:
-    """Returns the text of ids behind a prompt's; some decoders drop the first space of a text.
+    """Returns the text of ids behind a prompt's.
 
-    Ids above the tokenizer's, which pad a vocabulary, have no text.
+    Those above the tokenizer's, which pad a vocabulary, have none.
     """
-    new = np.asarray(ids)
-    new = new[new < tokenizer.vocab_size]
-    start, whole = tokenizer.decode(prompt), tokenizer.decode(np.concatenate([prompt, new]))
-    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(new)
+    ids = np.asarray(ids)
+    return tokenizer.continuation(prompt, ids[ids < tokenizer.vocab_size])

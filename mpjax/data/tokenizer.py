@@ -16,6 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpjax.data.cache import Cache
+from mpjax.data.special_ids import ids_around
 from mpjax.errors import ConfigError
 
 logger = logging.getLogger("mpjax.data")
@@ -97,6 +98,22 @@ class Tokenizer(abc.ABC):
             )
         return self._decode(array)
 
+    def continuation(self, before: Any, ids: Any) -> str:
+        """The text of ids that stand behind others, its first space included.
+
+        A decoder of SentencePiece's kind drops the first space of what it is given.
+
+        Args:
+            before: ids, as of a prompt.
+            ids: what follows them.
+
+        Raises:
+            ConfigError: an id outside the vocabulary.
+        """
+        before, ids = np.asarray(before, np.int64), np.asarray(ids, np.int64)
+        start, whole = self.decode(before), self.decode(np.concatenate([before, ids]))
+        return whole[len(start) :] if whole.startswith(start) else self.decode(ids)
+
     @abc.abstractmethod
     def _decode(self, ids: np.ndarray) -> str: ...
 
@@ -151,7 +168,7 @@ class _HuggingFace(Tokenizer):
         self.separator = known[0]
         self.vocab_size = max(backend.get_vocab().values()) + 1  # ids may have holes
         self.name = f"{type(backend.model).__name__.lower()}:{self.vocab_size}"
-        self.prefix, self.suffix = _around(backend)
+        self.prefix, self.suffix = ids_around(backend)
         self._ends = [np.array(ids, self.dtype) for ids in (self.prefix, self.suffix)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -170,19 +187,6 @@ class _HuggingFace(Tokenizer):
 
     def to_text(self) -> str:
         return self._backend.to_str()
-
-
-def _around(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that a post-processor puts before and behind a text, whatever its kind."""
-    if backend.post_processor is None:
-        return (), ()
-    known = [backend.decode([i], skip_special_tokens=False) for i in range(32)]
-    for text in ("a", "0", *known):  # the first that is no empty list of ids
-        if count := len(backend.encode(text, add_special_tokens=False).ids):
-            one = backend.encode(text)
-            first = one.special_tokens_mask.index(0) if 0 in one.special_tokens_mask else 0
-            return tuple(one.ids[:first]), tuple(one.ids[first + count :])
-    return (), ()
 
 
 def make_tokenizer(

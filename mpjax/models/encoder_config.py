@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from mpjax.errors import ConfigError
@@ -50,7 +51,7 @@ class EncoderConfig(BlockConfig):
     types: int = 2
     head: str = "none"
     classes: int = 2
-    labels: tuple[str, ...] = ()
+    labels: Sequence[str] = ()  # kept as a tuple
     pool: str = "first"
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class Metadata:
     """
 
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, bytes | str] = dataclasses.field(default_factory=dict)
 
     @property
     def ends(self) -> tuple[int, ...]:

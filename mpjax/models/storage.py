@@ -100,7 +100,7 @@ class Storage:
 
 def _dtype_name(value: Any, where: str) -> str:
     """The name of a dtype, such as jnp.bfloat16, which is a class, or an instance."""
-    if isinstance(value, np.dtype | type) or hasattr(value, "dtype"):
+    if isinstance(value, np.dtype | type):
         try:
             return np.dtype(value).name
         except TypeError:

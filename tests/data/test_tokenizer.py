@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from mpjax.data import Tokenizer, make_tokenizer
+from mpjax.data import Tokenizer, load_corpus, make_tokenizer
 from mpjax.data.cache import Cache
+from mpjax.data.instructions import instruction_examples
 from mpjax.errors import ConfigError
+from mpjax.tasks import Translation
+from tests.models.hf import text_cases
 
 TEXTS = [Path(textwrap.__file__).read_text(), "héllo wörld, 数 <|endoftext|>"]
 
@@ -142,3 +145,71 @@ def test_bad_specs_are_one_line_with_the_remedy(tokenizers, tmp_path, monkeypatc
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "hf_texts.json").read_text())["ids"]
+HI, BOS, EOS = [74, 75], 1, 2
+
+
+def around(name):
+    return Tokenizer.from_text(text_cases.tokenizer(text_cases.AROUND[name][0]).to_str())
+
+
+@pytest.mark.parametrize("name", text_cases.AROUND)
+def test_whole_texts_are_the_ids_of_transformers(name):
+    tokenizer, want = around(name), GOLDEN[name]
+    assert [tokenizer.encode(text).tolist() for text in text_cases.TEXTS] == want
+    assert [ids.tolist() for ids in tokenizer.encode_batch(text_cases.TEXTS)] == want
+    for text, ids in zip(text_cases.TEXTS, want, strict=True):
+        assert tokenizer.encode(text).dtype == tokenizer.dtype
+        plain = tokenizer.encode(text, special=False).tolist()
+        assert [*tokenizer.prefix, *plain, *tokenizer.suffix] == ids
+        assert tokenizer.prompt(text).tolist() == [*tokenizer.prefix, *plain], (
+            "it goes on behind it"
+        )
+        assert tokenizer.decode(plain) == text
+    assert Tokenizer.from_text(tokenizer.to_text()).prefix == tokenizer.prefix
+
+
+def test_documents_begin_and_end_once(tmp_path):
+    """Packed: BOS before each document, one separator behind it, none inside."""
+    (tmp_path / "a.txt").write_text("hi")
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.txt").write_text("hi" + "i" * i)
+    bodies = [HI + [75] * i for i in range(4)]
+    before = {"byte level, as GPT-2": [], "BOS, as Llama 2": [BOS]}
+    for name in (*before, "BOS and EOS", "RoBERTa"):
+        tokenizer = around(name)
+        assert tokenizer.separator == EOS
+        corpus = load_corpus(str(folder), tokenizer, held_out=0.25, cache_dir=tmp_path / "cache")
+        stream = np.concatenate([corpus.train, corpus.validation]).tolist()
+        documents = [[*before.get(name, [BOS]), *body, EOS] for body in bodies]
+        assert len(stream) == sum(map(len, documents))
+        parts = [
+            list(part) for part in np.split(stream, np.flatnonzero(np.array(stream) == EOS) + 1)
+        ]
+        assert sorted(parts[:-1]) == sorted(documents), name
+
+
+def test_answers_and_translations_do_not_begin_anew():
+    tokenizer = around("BOS and EOS")
+    (one,) = instruction_examples([("hi", "i")], tokenizer.encode, end=EOS, longest=9)
+    assert [*one["inputs"].tolist(), one["targets"][-1]] == [BOS, *HI, 75, EOS]
+    task = Translation(tokenizer)
+    (pair,) = task.examples([("hi", "i")])
+    assert pair["source"].tolist() == HI and pair["inputs"].tolist() == [task.begin, 75]
+    assert task.fitting([("hi", "i")], longest=2) == [("hi", "i")]
+
+
+def test_a_continuation_keeps_its_first_space():
+    tokenizer = Tokenizer.from_text(text_cases.pieces().to_str())
+    assert tokenizer.prefix == (BOS,)
+    prompt, new = tokenizer.prompt("a b"), tokenizer.encode("a", special=False)
+    assert tokenizer.decode(new) == "a", "alone it has none"
+    assert tokenizer.continuation(prompt, new) == " a"
+    plain = make_tokenizer("bytes", [])
+    half = "é".encode()
+    assert plain.continuation(list(half[:1]), list(half[1:])) == "\ufffd", "not of one letter"
+    assert plain.continuation(list(b"ab"), list(b" c")) == " c"

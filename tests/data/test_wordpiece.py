@@ -1,7 +1,10 @@
 """WordPiece: the ids that BERT expects."""
 
+import json
+
 import numpy as np
 import pytest
+import tokenizers
 
 from mpjax.data.characters import Characters
 from mpjax.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
@@ -102,3 +105,14 @@ def test_an_id_that_is_no_token_is_one_line(wrong):
     for read in (pieces.tokens, characters.decode):
         with pytest.raises(ConfigError, match=f"id {wrong}.*expected 0 to"):
             read([1, wrong])
+
+
+def test_a_file_without_a_post_processor_is_a_bert_too(pieces):
+    """Else a text would have no [CLS], which the pooler reads."""
+    backend = tokenizers.Tokenizer.from_str(pieces.to_text())
+    bare = json.loads(backend.to_str()) | {"post_processor": None}
+    found = WordPiece(tokenizers.Tokenizer.from_str(json.dumps(bare)))
+    for texts in ((["the dog"], []), (["the dog"], ["a fox"])):
+        one, want = (p.encode(*texts, longest=16)[0] for p in (found, pieces))
+        assert one["ids"].tolist() == want["ids"].tolist()
+        assert one["types"].tolist() == want["types"].tolist()

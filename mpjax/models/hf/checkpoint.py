@@ -123,7 +123,9 @@ class Checkpoint:
         return files
 
     def _gguf_files(self) -> dict[str, bytes]:
-        """The files that say what a GGUF file says of its tokenizer."""
+        """The files that say what a GGUF file says of its tokenizer, if it has one."""
+        if "tokenizer.ggml.model" not in self.gguf.fields:
+            return {}
         try:
             files = {TOKENIZER: gguf_tokenizer(self.where, self.gguf).encode()}
         except ConfigError as error:

@@ -12,7 +12,7 @@ _MODULES, _POOLING = "modules.json", "1_Pooling/config.json"
 _MEAN = "pooling_mode_mean_tokens"
 
 
-def pools_mean(files: Mapping[str, bytes]) -> bool:
+def pools_mean(files: Mapping[str, bytes | str]) -> bool:
     """Returns whether the files of a checkpoint pool the mean of its tokens, and nothing else."""
     if _MODULES not in files or _POOLING not in files:
         return False

@@ -99,7 +99,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _checked(target: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
+def _checked(target: Path, files: Mapping[str, bytes | str]) -> dict[str, bytes]:
     """The files of metadata; a name must stay in the folder and clear of what is written anyway."""
     for name, content in files.items():
         path = PurePosixPath(name)
@@ -108,12 +108,11 @@ def _checked(target: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
                 f"{target}: metadata names the file {name!r}; give names inside the folder, of"
                 " other files than weights and config"
             )
-        if not isinstance(content, bytes):
+        if not isinstance(content, bytes | str):
             raise ConfigError(
-                f"{target}: metadata: {name} is {type(content).__name__}; give bytes, such as"
-                " tokenizer.to_text().encode()"
+                f"{target}: metadata: {name} is {type(content).__name__}; give its text or bytes"
             )
-    return dict(files)
+    return {n: x.encode() if isinstance(x, str) else x for n, x in files.items()}
 
 
 def _write_tensors(

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 
 from mpjax.errors import ConfigError
-from mpjax.models.hf import load_checkpoint, open_checkpoint
+from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 from mpjax.models.hf.gguf_file import _INNER, _OUTER
 from tests.models.hf import cases
 
@@ -145,7 +145,7 @@ def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-def test_its_tokenizer(tmp_path: Path) -> None:
+def test_its_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<|endoftext|>", *alphabet, "ab", "abc", "12"]
     add = dict(
@@ -161,3 +161,17 @@ def test_its_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tokenizer 'gpt2' with pieces 'tekken'; expected"):
         other = add | dict(add_tokenizer_pre=("tekken",))
         open_checkpoint(write(tmp_path / "b.gguf", **other)).tokenizer_json()
+    said = dict(add_bos_token_id=(0,), add_eos_token_id=(3,), add_add_bos_token=(True,),
+                add_chat_template=("{{ bos_token }}",))  # fmt: skip
+    model, params = load_checkpoint(write(tmp_path / "c.gguf", **add, **said))
+    assert model.metadata.ends == (3,)
+    assert load_checkpoint(write(tmp_path / "d.gguf", **add))[0].metadata.ends == ()
+    save_checkpoint(tmp_path / "out", model, params)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (0, 3)
+    page = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (page["bos_token"], page["chat_template"]) == (tokens[0], "{{ bos_token }}")
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert made.encode("abc").tokens == [tokens[0], "abc"]
+    load_checkpoint(write(tmp_path / "e.gguf", **other))
+    assert "an export will have no tokenizer" in caplog.text
