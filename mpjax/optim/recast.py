@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.optim.blockwise import Blockwise, quantize_blocks
+from mpjax.optim.blockwise import Blockwise, quantize_blocks, stored
 from mpjax.optim.dither import dither_key
 from mpjax.optim.moments import (
     MomentState,
@@ -16,7 +16,6 @@ from mpjax.optim.moments import (
     folded,
     is_variance,
     moment_of,
-    stored,
     widen,
 )
 from mpjax.precision.moments import MomentFormat
