@@ -267,3 +267,12 @@ def quantize_blocks(x: Any, format: str | MomentFormat, signed: bool, key: Any =
         number = Format(format.name)
         codes = round_moment(unit * number.max, format.name, signed, key).astype(number.dtype)
     return Blockwise(codes, absmax, format, signed, x.shape)
+
+
+def stored(x: Any, format: MomentFormat, signed: bool, key: Any = None) -> Any:
+    """Returns a float32 moment in its format, rounded to nearest without a key."""
+    if format.block is not None:
+        return quantize_blocks(x, format, signed, key)
+    if key is None or jnp.dtype(format.dtype).itemsize > 2:
+        return x.astype(format.dtype)
+    return round_moment(x, format.name, signed, key).astype(format.dtype)  # exact

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
-from mpjax.optim.blockwise import Blockwise, quantize_blocks, round_moment
+from mpjax.optim.blockwise import Blockwise, stored
 from mpjax.optim.dither import dither_key
 from mpjax.optim.given import as_transformation
 from mpjax.precision import Moments, matches
@@ -246,15 +246,6 @@ def folded(key: Any, path: Any) -> Any:
     # By path and not by index: another leaf that comes or goes changes no bits here.
     where = jax.tree_util.keystr(path, simple=True, separator="/")
     return jax.random.fold_in(key, zlib.crc32(where.encode()))
-
-
-def stored(x: Any, format: MomentFormat, signed: bool, key: Any = None) -> Any:
-    """Returns a float32 moment in its format, rounded to nearest without a key."""
-    if format.block is not None:
-        return quantize_blocks(x, format, signed, key)
-    if key is None or jnp.dtype(format.dtype).itemsize > 2:
-        return x.astype(format.dtype)
-    return round_moment(x, format.name, signed, key).astype(format.dtype)  # exact
 
 
 def _centered(state: Any) -> Any:

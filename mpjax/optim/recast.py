@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.optim.blockwise import Blockwise, quantize_blocks
+from mpjax.optim.blockwise import Blockwise, quantize_blocks, stored
 from mpjax.optim.dither import dither_key
 from mpjax.optim.moments import (
     MomentState,
@@ -16,10 +16,13 @@ from mpjax.optim.moments import (
     folded,
     is_variance,
     moment_of,
-    stored,
     widen,
 )
 from mpjax.precision.moments import MomentFormat
+
+# Compiled: operation by operation, the shapes of a model would be some thousand programs.
+_widen = jax.jit(widen, static_argnums=1)
+_stored = jax.jit(stored, static_argnums=(1, 2))
 
 
 def is_block(x: Any) -> bool:
@@ -60,7 +63,7 @@ def recast_moments(state: Any, like: Any, own: frozenset[type]) -> Any:
     """
     before, after = isinstance(state, MomentState), isinstance(like, MomentState)
     held = state.inner if before else state
-    wide = widen(state, own) if before else state
+    wide = _widen(state, own) if before else state
     wide = at_variances(lambda m, n: jnp.maximum(n - m * m, 0), wide) if after else wide
     key = dither_key("recast", 0)
 
@@ -69,12 +72,12 @@ def recast_moments(state: Any, like: Any, own: frozenset[type]) -> Any:
         if not moved and _alike(raw, template):
             return raw
         if isinstance(template, Blockwise):
-            return stored(x, template.format, template.signed, folded(key, path))
+            return _stored(x, template.format, template.signed, folded(key, path))
         if not jnp.issubdtype(template.dtype, jnp.floating) or x.dtype == template.dtype:
             return x
         signed = moment_of(held, path, own).signed
         format = MomentFormat(jnp.dtype(template.dtype).name)
-        cast = stored(x.astype(jnp.float32), format, signed, folded(key, path))
+        cast = _stored(x.astype(jnp.float32), format, signed, folded(key, path))
         lost = jnp.isfinite(x) & ~jnp.isfinite(cast)
         if lost.any():
             where = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -4,7 +4,7 @@ A folder holds one folder a step, written under a temporary name and renamed whe
 
     STEP/state/           the arrays, one entry a leaf, named by its tree path
     STEP/meta/meta.json   {"leaves": path -> dtype[shape], "metrics": ..., "meta": ...,
-                           "nodes": path -> what low moments are, where there are any}
+                           "nodes": path -> format of a moment in codes}
     STEP/digest.json      size and CRC-32 of every file, written before the rename
 """
 
@@ -127,7 +127,7 @@ class Checkpointer(CheckpointReader):
             return
         table = leaves.named_leaves(state)
         leaves.require_arrays(table)
-        page = self._page(table, meta, metrics or {}, describe_nodes(state))
+        page = self._page(table, meta, metrics or {}) | {"nodes": describe_nodes(state)}
         self._drop_later(step)
         if self._writer is None:
             self._writer = store.open_writer(self._root, self._choose, self._before_commit)
@@ -280,11 +280,7 @@ class Checkpointer(CheckpointReader):
         ) from error
 
     def _page(
-        self,
-        table: dict[str, Any],
-        meta: Mapping[str, Any],
-        metrics: Mapping[str, float],
-        nodes: Mapping[str, str],
+        self, table: dict[str, Any], meta: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> dict[str, Any]:
         if metrics and self._keep_best and self._best_metric not in metrics:
             raise ConfigError(
@@ -295,8 +291,6 @@ class Checkpointer(CheckpointReader):
         try:
             # copied by way of JSON, because the file is written later
             page = {"leaves": described, "metrics": dict(metrics), "meta": dict(meta)}
-            if nodes:
-                page["nodes"] = dict(nodes)
             return json.loads(json.dumps(page))
         except (TypeError, ValueError) as error:
             raise ConfigError(

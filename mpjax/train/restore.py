@@ -206,6 +206,17 @@ def _require_matches(
     for name, source in sources.items():
         leaf = fresh[name]
         if source is None:
+            parent = name.rpartition("/")[0]
+            scaled = name.endswith(("/values", "/scales")) and parent in saved
+            if scaled or f"{name}/values" in saved:
+                which = (
+                    "with scales here and without in" if scaled else "without scales here, not in"
+                )
+                raise ConfigError(
+                    f"{where}: {parent if scaled else name} is stored {which} the checkpoint;"
+                    " restore into its own p=, and store that with mpjax.optim.store_weights or"
+                    " weight_view"
+                )
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 raise ConfigError(
                     f"{where}: {name} is not in the checkpoint and has no fresh value; "

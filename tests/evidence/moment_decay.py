@@ -96,9 +96,9 @@ def main() -> bool:
     head = ("second moment", "mean of v", "spread", *(f"step {n}" for n in MARKS), "bar")
     text = (
         f"{STEPS} steps of Adam, b2 = {B2}: gradient 1 for {HIGH} steps, then {SMALL}; one number"
-        " in each block keeps its gradient of 1, so that the absmax of the block stays. Steps are over"
+        " in each block keeps its gradient of 1, so that its absmax stays. Steps are over"
         " the learning rate, means over the numbers that fell. A step moves v by a thousandth of"
-        " itself, which rounding to nearest loses wherever two numbers of the format lie more than"
+        " itself, which rounding to nearest loses wherever two numbers of the format are more than"
         " two thousandths apart: v stays where it was, and steps stay too small for good. Rounded"
         " stochastically the mean of v is float32's. What is left is the spread of v in a format of"
         " few digits, and steps go with the mean of 1 / sqrt(v), which is more than 1 / sqrt of the"

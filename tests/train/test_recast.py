@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax import contrib
 
 from mpjax.errors import ConfigError
-from mpjax.optim import Blockwise, quantize_moments, wrap
+from mpjax.optim import Blockwise, quantize_moments, store_weights, wrap
 from mpjax.optim.moments import MomentState
 from mpjax.optim.recast import is_block
 from mpjax.precision import get_precision
@@ -114,7 +114,7 @@ def test_the_next_step_after_a_recast_is_the_one_without_it(
     keep = lambda zero, x: x if jnp.issubdtype(x.dtype, jnp.integer) else zero  # noqa: E731
     moved = steps["f32"](jax.tree.map(keep, begun, states))
     for name in ("adam, scheduled", "amsgrad", "ademamix", "adafactor"):
-        assert distance(moved[name], wanted[name]) > 0.3, name
+        assert distance(moved[name], wanted[name]) > 0.15, name
 
 
 def test_counts_are_kept_and_every_moment_is_named(runs: Any, recast: Any) -> None:
@@ -251,3 +251,14 @@ def test_a_checkpoint_of_an_earlier_version_is_recast_where_its_codes_are_known(
         with pytest.raises(ConfigError, match="does not tell the format of its codes") as error:
             restore_into({"o": other}, checkpointer)
     assert "\n" not in str(error.value)
+
+
+def test_weights_with_scales_and_without_are_not_taken_for_new_ones(tmp_path: Any) -> None:
+    low = {"params": {"w": store_weights(W)["w"]}, "step": jnp.int32(1)}
+    high = {"params": W, "step": jnp.int32(1)}
+    with Checkpointer(tmp_path) as checkpointer:
+        for n, (saved, now) in enumerate(((low, high), (high, low))):
+            checkpointer.save(n, saved, {})
+            with pytest.raises(ConfigError, match="params/w is stored with") as error:
+                restore_into(now, checkpointer, n)
+            assert "\n" not in str(error.value)
