@@ -92,6 +92,7 @@ OTHER: dict[str, str] = {
     "lbfgs": "its line search wants the loss as a function; `build` gives it (tests/train)",
     "scale_by_zoom_linesearch": "as lbfgs",
     "scale_by_backtracking_linesearch": "as lbfgs",
+    "scale_by_muon": "takes matrices alone; `contrib.muon` runs it on these",
     "lookahead": "wants params of optax's own pair type, fast and slow",
     "hutchinson_estimator_diag_hessian": "wants a Hessian-vector product of the loss",
     "sophia": "wants the loss as a function of its own form",
@@ -165,7 +166,7 @@ def tree_of(kind: str, precision: str) -> Any:
         return jnp.asarray(rng.normal(size=shape), low.get(precision, jnp.float32))
 
     layers = {"kernel": draw(LAYERS, 4, 6), "scale": draw(LAYERS, 4)}
-    return {"model": {"layers": layers, "head": draw(4, 3), "bias": draw(3)}}
+    return {"model": {"layers": layers, "embed": draw(4, 3), "bias": draw(3)}}
 
 
 def unstacked(tree: Any) -> Any:
