@@ -216,6 +216,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "wrap(precision=None)": (lambda: opt(None), "precision: None bf16"),
     "wrap(None)": (lambda: opt(optimizer=None), "optimizer: None optax.adam(1e-3)"),
     "wrap(optax.adam)": (lambda: opt(optimizer=optax.adam), "function adam optax.adam(1e-3)"),
+    "wrap(stacked=3)": (lambda: opt(stacked=3), "stacked: 3 stacked='**/layers'"),
+    "value_and_grad(loss, params)": (
+        lambda: opt().value_and_grad(total)(params, params), "loss: state opt_state, params",
+    ),
     "wrap(clip='1')": (lambda: opt(clip="1"), "clip: '1' 1.0"),
     "wrap(clip=True)": (lambda: opt(clip=True), "clip: True 1.0"),
     "wrap(patience=None)": (lambda: opt(patience=None), "patience: None"),

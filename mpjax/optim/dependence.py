@@ -59,6 +59,14 @@ def _branches(eqn: Any) -> list[Any]:
     return [branch.jaxpr for branch in eqn.params["branches"]]
 
 
+def called(eqn: Any) -> tuple[list[Any], list[Any]]:
+    """Returns the jaxprs that an equation calls, none for a primitive, and their operands."""
+    if eqn.primitive.name == "cond":
+        return _branches(eqn), eqn.invars[1:]
+    body = _inner(eqn)
+    return ([] if body is None else [body]), eqn.invars
+
+
 def inputs_of(jaxpr: Any, given: Sequence[frozenset[int]]) -> list[frozenset[int]]:
     """Returns for each output the inputs that its value depends on.
 

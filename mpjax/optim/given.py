@@ -38,15 +38,6 @@ def as_transformation(optimizer: Any) -> Any:
     return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Checks that it is an optax optimizer.
-
-    Raises:
-      ConfigError: it is not.
-    """
-    as_transformation(optimizer)
-
-
 def check_weights(params: Any) -> None:
     """Checks that an update rule can write every weight.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from mpjax.optim.dependence import (
     RANDOM,
     alike,
+    called,
     element,
     inputs_of,
     is_elementwise,
@@ -18,6 +21,11 @@ from mpjax.optim.dependence import (
     without_leaf,
 )
 from mpjax.optim.layer_stacks import Path, own_paths, parts_of, stack_of, structure_of
+
+_MOVES = frozenset(
+    "reshape concatenate slice squeeze transpose split dynamic_slice gather copy pad"
+    " broadcast_in_dim convert_element_type expand_dims".split()
+)
 
 
 class Owner(NamedTuple):
@@ -90,14 +98,56 @@ class UpdateTrace(NamedTuple):
         return any(RANDOM in inputs for inputs in self.reads)
 
     def own_inputs(self) -> dict[tuple[Path, str], set[frozenset[str]]]:
-        """What of its own enters each weight's update and state; all layers of one give one set."""
+        """What of its own enters each weight's update and state, and by how many operations.
+
+        Layers to which the same happens give one set.
+        """
         found: dict[tuple[Path, str], set[frozenset[str]]] = {}
-        for owner, inputs in zip(self.outputs, self.reads, strict=True):
+        outputs = zip(self.outputs, self.reads, strict=True)
+        for index, (owner, inputs) in enumerate(outputs):
             if owner is not None:
                 known = [(self.kinds[i], self.inputs[i]) for i in inputs - {RANDOM}]
-                own = frozenset(f"{kind}:{o.rest}" for kind, o in known if o and o[:2] == owner[:2])
-                found.setdefault((owner.weight, owner.rest), set()).add(own)
+                own = {f"{kind}:{o.rest}" for kind, o in known if o and o[:2] == owner[:2]}
+                steps, _ = _arithmetic(self.jaxpr, index)
+                own |= {f"{count} {name}" for name, count in steps.items()}
+                found.setdefault((owner.weight, owner.rest), set()).add(frozenset(own))
         return found
+
+
+def _arithmetic(
+    jaxpr: Any, output: int, shape: tuple[int, ...] | None = None
+) -> tuple[collections.Counter[str], set[int]]:
+    """Operations on arrays behind an output, by name, and the inputs that they lead to.
+
+    Only arrays with the shape of the output are followed, further axes in front aside: a norm over
+    all weights has as many terms as there are leaves. Nor is counted what only moves numbers.
+    """
+    shape = jaxpr.outvars[output].aval.shape if shape is None else shape
+    made = {x: (eqn, i) for eqn in jaxpr.eqns for i, x in enumerate(eqn.outvars)}
+    inputs = {x: i for i, x in enumerate(jaxpr.invars)}
+    steps: collections.Counter[str] = collections.Counter()
+    rest, seen, reached = [jaxpr.outvars[output]], set(), set()
+    while rest:
+        x = rest.pop()
+        if isinstance(x, core.Literal) or x in seen:
+            continue
+        if not shape or x.aval.shape[-len(shape) :] != shape:
+            continue
+        seen.add(x)
+        if x in inputs:
+            reached.add(inputs[x])
+        elif x in made:
+            eqn, i = made[x]
+            bodies, operands = called(eqn)
+            for body in bodies:
+                more, ends = _arithmetic(body, i, shape)
+                steps += more
+                rest += [operands[end] for end in ends]
+            if not bodies:
+                steps[eqn.primitive.name] += eqn.primitive.name not in _MOVES
+                if len(eqn.outvars) == 1:  # a loop over many weights leads to all of them
+                    rest += eqn.invars
+    return +steps, reached
 
 
 def trace_update(

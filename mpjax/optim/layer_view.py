@@ -97,7 +97,9 @@ class LayerView:
 
                 return function
 
-            like = jax.eval_shape(self._optimizer.init, abstract(apart(grads)))
+            like = jax.eval_shape(
+                self._optimizer.init, apart(abstract(grads if params is None else params))
+            )
             updates, state = self._optimizer.update(
                 apart(grads), split_like(state, like), None if params is None else apart(params),
                 **{name: seen(x) for name, x in extra.items()},
@@ -203,7 +205,7 @@ class LayerView:
         raise ConfigError(
             "optimizer: a mask or label by path means other weights when each layer has a path of"
             " its own, decoder/layers/0/mlp for decoder/layers/mlp; let it read the end of a path,"
-            " or use mpjax.precision.matches"
+            " or call mpjax.precision.matches(pattern, path)"
         )
 
     def _takes_deep(self, shapes: Any, where: dict[Path, int]) -> bool:

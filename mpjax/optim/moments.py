@@ -111,7 +111,7 @@ def _child(state: Any, key: Any) -> Any:
 
 
 def quantize_moments(
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     *,
     first: str | MomentFormat = "f32",
     second: str | MomentFormat = "f32",

@@ -153,7 +153,7 @@ def _masked(x: Any, mask: Any) -> Any:
 
 
 def pruned(
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     sparsity: float,
     *,
     begin: int = 0,

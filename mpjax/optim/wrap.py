@@ -243,7 +243,7 @@ class Optimizer:
 
 
 def wrap(
-    optimizer: optax.GradientTransformation | Optimizer,
+    optimizer: optax.GradientTransformation | optax.MultiSteps | Optimizer,
     precision: str | Precision,
     *,
     clip: int | float | None = None,

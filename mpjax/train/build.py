@@ -32,7 +32,7 @@ class _Part(NamedTuple):
 
 def build(
     model: Any,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     mesh: Mesh | str | None = None,
     *,
     seed: int = 0,

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from page import table, write
+from page import ROOT, table, write
 
 from mpjax.errors import ConfigError
 from mpjax.models import decoder
@@ -92,6 +92,7 @@ OTHER: dict[str, str] = {
     "lbfgs": "its line search wants the loss as a function; `build` gives it (tests/train)",
     "scale_by_zoom_linesearch": "as lbfgs",
     "scale_by_backtracking_linesearch": "as lbfgs",
+    "scale_by_muon": "takes matrices alone; `contrib.muon` runs it on these",
     "lookahead": "wants params of optax's own pair type, fast and slow",
     "hutchinson_estimator_diag_hessian": "wants a Hessian-vector product of the loss",
     "sophia": "wants the loss as a function of its own form",
@@ -165,7 +166,7 @@ def tree_of(kind: str, precision: str) -> Any:
         return jnp.asarray(rng.normal(size=shape), low.get(precision, jnp.float32))
 
     layers = {"kernel": draw(LAYERS, 4, 6), "scale": draw(LAYERS, 4)}
-    return {"model": {"layers": layers, "head": draw(4, 3), "bias": draw(3)}}
+    return {"model": {"layers": layers, "embed": draw(4, 3), "bias": draw(3)}}
 
 
 def unstacked(tree: Any) -> Any:
@@ -289,6 +290,7 @@ def run(cache: Path, minutes: float) -> dict[str, Any]:
             except Exception as error:  # a cell that fails is a result
                 done[key] = {"result": "FAILED", "why": f"{type(error).__name__}: {error}"[:300]}
             print(key, done[key], flush=True)
+            cache.parent.mkdir(parents=True, exist_ok=True)
             cache.write_text(json.dumps(done))
         reference.cache_clear()
         jax.clear_caches()
@@ -337,7 +339,8 @@ def page(done: dict[str, Any]) -> bool:
         f" cells, {missing} of them not run; {ran} took {STEPS} steps with a donated state, kept"
         " the caller's weights, stayed finite and left all bits at a non-finite step; the others"
         " keep no moments to store in 8 bits (–), which is said in one line. Column"
-        " `sees layers as`: whole, the stack as it is, where the update is number by number; each, `vmap` over"
+        " `sees layers as`: whole, the stack as it is, where the update is number by number; each,"
+        " `vmap` over the"
         " layers; leaves, a leaf for each layer. `off`: the largest difference from plain optax on"
         " a tree unstacked by hand, in float32, relative to the largest weight; the bar is"
         f" {BOUND:g}. Bars: {'met' if met else 'MISSED'}.\n\n{table(head, rows)}\n\n"
@@ -352,7 +355,7 @@ def main() -> bool:
     """Runs what is not in the cache and writes the page; whether the bars are met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=120.0)
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/optimizers.json"))
+    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "optimizers.json")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     jax.config.update("jax_disable_most_optimizations", True)  # what is computed is not about speed

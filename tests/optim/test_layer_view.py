@@ -59,6 +59,7 @@ def rank_labels(params: Any) -> Any:
     return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
 
 
+EIGHT_BITS = "bf16 moments=int8@256"
 GROUPS = {"matrix": optax.lamb(1e-2), "vector": optax.adam(1e-2)}
 CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "muon": (lambda: optax.contrib.muon(1e-2), "each"),
@@ -111,7 +112,8 @@ def test_a_stack_is_its_layers(name: str) -> None:
             updates, _ = plain.update(drawn(1), state, params)
             right, _ = each_layer(plain).update(drawn(1), each_layer(plain).init(params), params)
         gaps = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), updates, right)
-        assert max(jax.tree.leaves(gaps)) > 1e-4
+        largest = max(float(jnp.max(jnp.abs(b))) for b in jax.tree.leaves(right))
+        assert max(jax.tree.leaves(gaps)) > 1e-2 * largest
 
 
 ELEMENTWISE = {
@@ -183,7 +185,7 @@ def test_masks_by_path_mean_what_they_mean_on_the_stacked_tree(mask: Any, clippe
     tx = optax.chain(optax.clip_by_global_norm(1.0), *parts) if clipped else optax.chain(*parts)
     params = drawn()
     if clipped and mask is by_whole_path:  # no view of leaves has these paths
-        with pytest.raises(ConfigError, match=r"mask or label by path .* matches") as caught:
+        with pytest.raises(ConfigError, match="a mask or label by path means other") as caught:
             each_layer(tx).init(params)
         assert "\n" not in str(caught.value)
         return
@@ -243,8 +245,6 @@ def test_whose_stacks_have_another_name_says_it() -> None:
         held = state.inner.inner_states["muon"].inner_state[0].mu["blocks"]["w"]
         norms[stacked] = getattr(held, "shape", None)
     assert norms == {"**/layers": None, "**/blocks": (2, 3, 3), (): None}
-    with pytest.raises(ConfigError, match=r"stacked: 3 are no path patterns"):
-        wrap(optax.sgd(1.0), "fp32", stacked=3)  # type: ignore[arg-type]
 
 
 def test_muon_of_a_decoder_has_its_matrices() -> None:
@@ -276,7 +276,7 @@ def test_muon_of_a_decoder_has_its_matrices() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["pure-bf16-kahan", "O2", "adam8bit"])
+@pytest.mark.parametrize("text", ["pure-bf16-kahan", "O2", EIGHT_BITS])
 @pytest.mark.parametrize("name", ["lamb", "clip, lamb"])
 def test_a_skipped_step_leaves_all_bits(name: str, text: str) -> None:
     dtypes = {"pure-bf16-kahan": jnp.bfloat16, "O2": jnp.float16}
@@ -295,7 +295,7 @@ def test_a_skipped_step_leaves_all_bits(name: str, text: str) -> None:
 
 
 def test_low_moments_of_layers_are_stacked_too() -> None:
-    opt = wrap(optax.lamb(1e-2), "adam8bit")
+    opt = wrap(optax.lamb(1e-2), EIGHT_BITS)
     state = jax.eval_shape(opt.init, drawn())
     codes = state.inner[0].mu["decoder"]["layers"]["mlp"]["kernel"].codes
     assert codes.shape == (3, 4, 6) and codes.dtype == jnp.uint8
