@@ -4,6 +4,7 @@ from mpjax.formats import weight_view
 from mpjax.optim.blockwise import Blockwise, quantize_blocks
 from mpjax.optim.flax_state import register_when_imported
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
+from mpjax.optim.gradient_norm import global_norm
 from mpjax.optim.leaf_scale import LeafLossScale, scale_gradient
 from mpjax.optim.logmax import LogMaxLossScale
 from mpjax.optim.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
@@ -15,7 +16,7 @@ from mpjax.optim.scales import make_loss_scale
 from mpjax.optim.sparsity import cubic_sparsity, sparsity_by_path
 from mpjax.optim.storage import store_weights
 from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
-from mpjax.optim.wrap import Optimizer, OptState, apply_updates, global_norm, wrap
+from mpjax.optim.wrap import Optimizer, OptState, apply_updates, wrap
 
 __all__ = [
     "OPTIMIZERS",
