@@ -6,6 +6,7 @@ from mpjax.optim.buffers import copied, without_repeats
 from mpjax.optim.deltas import apply_updates
 from mpjax.optim.flax_state import register_when_imported
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
+from mpjax.optim.gradient_norm import global_norm
 from mpjax.optim.layer_view import each_layer
 from mpjax.optim.leaf_scale import LeafLossScale, scale_gradient
 from mpjax.optim.logmax import LogMaxLossScale
@@ -19,7 +20,7 @@ from mpjax.optim.scales import make_loss_scale
 from mpjax.optim.sparsity import cubic_sparsity, sparsity_by_path
 from mpjax.optim.storage import store_weights
 from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
-from mpjax.optim.wrap import Optimizer, OptState, global_norm, wrap
+from mpjax.optim.wrap import Optimizer, OptState, wrap
 
 __all__ = [
     "OPTIMIZERS",

@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, TrainingStopped, brief
 from mpjax.optim import given
 from mpjax.optim import weights as weight
 from mpjax.optim.buffers import distinct
 from mpjax.optim.deltas import Wrapped, delta_transformation
-from mpjax.optim.gate import GateState, bits, finite_by_leaf, leaf_path, record, select
+from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, select
+from mpjax.optim.gradient_norm import scaled_norm
 from mpjax.optim.layer_stacks import LAYERS
 from mpjax.optim.layer_view import each_layer
 from mpjax.optim.loss_scale import LossScale
 from mpjax.optim.moments import low_moments
 from mpjax.optim.pruning import Pruned
-from mpjax.optim.scaled import ScaledGradients, bare, check_plain, check_scaled
+from mpjax.optim.scaled import ScaledGradients, bare, check_scaled
 from mpjax.optim.scales import make_loss_scale
 from mpjax.optim.value_and_grad import value_and_scaled_grad
 from mpjax.precision import Precision, get_precision
@@ -44,34 +44,6 @@ class OptState(NamedTuple):
     gate: GateState
 
 
-def _unit(leaves: list[Any]) -> Any:
-    """A power of two that takes numbers whose squares overflow or vanish to about 1; else 1."""
-    sizes = [jnp.max(jnp.abs(x)) for x in leaves if x.size]
-    amax = jnp.max(jnp.stack(sizes)) if sizes else jnp.float32(1)
-    field = bits(amax).astype(jnp.int32) >> 23  # of 2^e: e + 127; 255 is inf or NaN
-    ordinary = (abs(field - 127) <= 40) | (field == 0) | (field == 255)
-    inverse = jnp.clip(254 - field, 1, 253)  # of 2^-e, and 2^126 at most
-    return jax.lax.bitcast_convert_type(jnp.where(ordinary, 127, inverse) << 23, jnp.float32)
-
-
-def _scaled_norm(tree: Any) -> tuple[Any, Any]:
-    """The norm of u x, and the power of two u by which no square overflows or vanishes."""
-    leaves = [jnp.asarray(x).astype(jnp.float32) for x in jax.tree.leaves(tree)]
-    unit = _unit(leaves)
-    squares = [jnp.sum(jnp.square(x * unit)) for x in leaves]
-    return jnp.sqrt(sum(squares, start=jnp.float32(0))), unit
-
-
-def global_norm(tree: Any) -> Float[Array, ""]:
-    r"""Returns $\sqrt{\sum x^2}$ over all leaves, in float32; no square overflows.
-
-    Example:
-      >>> float(global_norm({"w": jnp.array([3e30, 4e30])}) / 5e30)
-      1.0
-    """
-    check_plain("global_norm", tree)
-    norm, unit = _scaled_norm(tree)
-    return norm / unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +93,7 @@ class Optimizer:
         grads = unscaled = state.loss_scale.unscale(scaled)
         finite_leaves = finite_by_leaf(grads) if self.gate else None
         if self.clip is not None:
-            norm, unit = _scaled_norm(grads)
+            norm, unit = scaled_norm(grads)
             metrics["grad_norm"] = norm / unit
             # In two factors: the norm, and so one factor of both, may be beyond float32.
             factor = jnp.minimum(1 / unit, self.clip / norm)
