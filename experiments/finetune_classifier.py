@@ -35,7 +35,7 @@ class Config(finetune.Tuning):
     """Fine-tune a text classifier in several precisions."""
 
     data: str = "reviews"
-    """`reviews`, `movie-snippets`, `bbc`, or a file of label<TAB>text lines."""
+    """`reviews`, `movie-snippets`, `bbc`, or a file: label<TAB>text lines, .csv or .jsonl."""
     pool: Literal["mean", "first"] = "mean"
     """What the head takes of a text: the mean of its tokens, or the first through BERT's pooler."""
     out: Path = Path("runs/finetune_classifier")

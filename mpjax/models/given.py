@@ -175,7 +175,7 @@ def as_ids(ids: Any, where: str) -> jax.Array:
     return found
 
 
-def as_counts(counts: Any, where: str) -> np.ndarray:
+def as_counts(counts: Any, where: str) -> Any:
     """Returns numbers of tokens, (B,) int32.
 
     Raises:
@@ -186,10 +186,10 @@ def as_counts(counts: Any, where: str) -> np.ndarray:
       [3, 1]
     """
     try:
-        found = np.asarray(counts)
-    except (TypeError, ValueError):  # ragged, or traced
+        found = counts if isinstance(counts, jax.Array) else np.asarray(counts)
+    except (TypeError, ValueError):  # ragged
         found = np.asarray(None)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
+    if found.ndim != 1 or not jnp.issubdtype(found.dtype, jnp.integer):
         raise ConfigError(f"{where}: {brief(counts)}; give integers, one for each row")
     return found.astype(np.int32)
 

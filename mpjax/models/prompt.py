@@ -151,7 +151,7 @@ def check_prompt(
     start = Start(new, storage)
     if lengths is None:
         return start, None
-    lengths = as_counts(lengths, "lengths")
+    lengths = np.asarray(as_counts(lengths, "lengths"))
     if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
         raise ConfigError(
             f"lengths: {lengths.tolist()} do not fit prompts of shape {(B, T)}; give for each row"

@@ -44,8 +44,6 @@ class OptState(NamedTuple):
     gate: GateState
 
 
-
-
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """What `wrap` returns; see there."""
