@@ -243,7 +243,7 @@ def main() -> bool:
         f"{len(models)} models, tiny, each with a loss of its own; weights and inputs float32,"
         " random. A cell: relative error of loss / of gradient against float32, of the gradient's"
         " bar (see the script: 4 times what float32 does from rounded or noisy weights and inputs,"
-        " plus 4 unit roundoffs); then the share of a step's product FLOPs that `audit` finds in float32,"
+        " plus 4 unit roundoffs); then the share of product FLOPs that `audit` finds in float32,"
         " with the kinds of leaks that it names. `monitor` runs on the loss and must not move it,"
         " `trace_nonfinite` must find nothing."
         f"\n\nBars: at least {ENOUGH} models in all arms and none that misses: {clean} of"
