@@ -59,7 +59,8 @@ def _jaxprs(value: Any) -> Iterator[ClosedJaxpr]:
     if isinstance(value, ClosedJaxpr):
         yield value
     elif isinstance(value, Jaxpr):
-        yield ClosedJaxpr(value, ())
+        inputs = [*value.constvars, *value.invars]
+        yield ClosedJaxpr(value.replace(constvars=[], invars=inputs), ())
     elif isinstance(value, tuple | list):
         for each in value:
             yield from _jaxprs(each)

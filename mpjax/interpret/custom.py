@@ -126,7 +126,7 @@ def _cotangents(given: Any) -> list[Any]:
 
 def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
     p = eqn.params
-    skip, recorded = p["num_consts"], p["call_jaxpr"].in_avals
+    skip = p["num_consts"]
 
     @jax.custom_vjp
     def function(*values: Any) -> list[Any]:
@@ -161,8 +161,11 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
         perturbed, residuals, outside, like = saved
         jaxpr, _ = p["fwd_jaxpr_thunk"].call_wrapped(*perturbed.flags)
         own, sources = _residuals(p)
-        fwd = iter([v.aval for v in jaxpr.outvars[:own]])
-        avals = [next(fwd) if s is None else recorded[s] for s in sources]
+        given = iter(jaxpr.outvars[:own])
+        atoms = [next(given) if s is None else p["call_jaxpr"].jaxpr.invars[s] for s in sources]
+        # A number that the forward rule keeps, the backward rule knows, which may branch on it.
+        known = [isinstance(atom, Literal) for atom in atoms]
+        avals = [atom.aval for atom, fixed in zip(atoms, known, strict=True) if not fixed]
         tangents = [v.aval.to_tangent_aval() for v in jaxpr.outvars[own:]]
         zeros = [p["symbolic_zeros"] and isinstance(x, SymbolicZero) for x in cotangents]
         present = [
@@ -173,10 +176,11 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
         missing: list[bool] = []
 
         def traced(values: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
-            left = iter(arrays)
+            kept, left = iter(values), iter(arrays)
+            saved = [atom.val if isinstance(atom, Literal) else next(kept) for atom in atoms]
             pairs = zip(tangents, zeros, strict=True)
             full = [SymbolicZero(aval) if zero else next(left) for aval, zero in pairs]
-            given = _cotangents(p["bwd"].call_wrapped(*values, *full))
+            given = _cotangents(p["bwd"].call_wrapped(*saved, *full))
             missing[:] = [type(x).__name__ in ("Zero", "NoneType") for x in given]
             return [x for x, none in zip(given, missing, strict=True) if not none]
 
@@ -184,7 +188,8 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
         arrays = [aval for aval, zero in zip(tangents, zeros, strict=True) if not zero]
         closed = jax.make_jaxpr(traced)(avals, arrays)
         closed = ClosedJaxpr(closed.jaxpr, _closed_over(closed.consts, eqn, outside))
-        outs = iter(run(closed, [*residuals, *present], 2).outs)
+        kept = [x for x, fixed in zip(residuals, known, strict=True) if not fixed]
+        outs = iter(run(closed, [*kept, *present], 2).outs)
         found = [None if none else next(outs) for none in missing]
         cast_back = [
             None if x is None else cast(x, y.dtype) for x, y in zip(found, like, strict=True)

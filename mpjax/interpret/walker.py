@@ -198,6 +198,8 @@ def inner_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
         # Not jaxprs_in_params, which drops the constants that a closed jaxpr holds.
         values = (v if isinstance(v, tuple | list) else (v,) for v in eqn.params.values())
         held = [j for each in values for j in each if isinstance(j, Jaxpr | ClosedJaxpr)]
+    # One whose constants are elsewhere, as lineax keeps that of an operator, is not what is run.
+    held = [j for j in held if isinstance(j, ClosedJaxpr) or not j.constvars]
     return [j if isinstance(j, ClosedJaxpr) else ClosedJaxpr(j, ()) for j in held]
 
 
