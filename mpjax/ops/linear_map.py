@@ -180,9 +180,7 @@ def _first(flat: Any, axes: Any, size: int) -> list[Any]:
     ]
 
 
-linear_map_p.def_impl(
-    lambda *flat, **params: jax.jit(lambda *flat: _apply(*flat, **params))(*flat)
-)
+linear_map_p.def_impl(lambda *flat, **params: jax.jit(lambda *flat: _apply(*flat, **params))(*flat))
 linear_map_p.def_abstract_eval(lambda *_, outs, **params: list(outs))
 ad.primitive_jvps[linear_map_p] = _jvp
 ad.primitive_transposes[linear_map_p] = _transpose

@@ -358,6 +358,10 @@ def dot_general(
 
     $$y = Q(a) Q(b), \qquad da = Q(dy) Q(b^T), \qquad db = Q(a^T) Q(dy)$$
 
+    Derivatives of every order, forward mode too, are straight-through: they are made of products of
+    these three kinds, with what is derived in the place of what it is derived from. Such an operand
+    takes its scale from itself, also under delayed scaling, and draws bits of its own.
+
     Args:
       a: the left operand: activations (x in a Recipe).
       b: the right operand: weights (W).
