@@ -156,7 +156,8 @@ _product = jax.custom_jvp(_forward, nondiff_argnums=(5,))
 
 @_product.defjvp
 def _product_jvp(how: How, primals: Any, tangents: Any) -> Any:
-    outs = _forward(*primals, how)
+    a, b, key, amax, seen = primals
+    outs = _forward(a, b, key, amax, seen, how)
     return outs, OfProduct(how).along(outs, primals, tangents)
 
 
