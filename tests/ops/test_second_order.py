@@ -111,7 +111,7 @@ def test_convolutions_have_second_derivatives(name: str) -> None:
         assert 1e-4 < error < 0.03
 
 
-def test_a_penalty_on_gradients_goes_through_autocast_and_a_model() -> None:
+def test_a_penalty_on_gradients_goes_through_autocast() -> None:
     x, w, _ = s.operands()
 
     def penalty(f: Any) -> Any:
@@ -121,26 +121,3 @@ def test_a_penalty_on_gradients_goes_through_autocast_and_a_model() -> None:
     low = mpjax.autocast(f, "bf16", rules=["**=r=int8-switchback"])
     want = penalty(f)
     assert float(jnp.linalg.norm(penalty(low) - want) / jnp.linalg.norm(want)) < 0.05
-
-    ids = jnp.arange(8)[None]
-    norms = []
-    for preset in ("fp32", "int8"):
-        model = mpjax.models.decoder(
-            "tiny", preset, vocabulary=32, context=8, width=16, heads=2, layers=1
-        )
-        params = model.init(jax.random.key(0))
-        if preset == "fp32":
-            start = params
-
-        def loss(p: Any, model: Any = model) -> Any:
-            batch = {"inputs": ids, "targets": ids}
-            return model.loss(p, batch, key=jax.random.key(1), train=True)[0]
-
-        def total(p: Any, loss: Any = loss) -> Any:
-            return sum(
-                jnp.sum(g.astype(jnp.float32) ** 2) for g in jax.tree.leaves(jax.grad(loss)(p))
-            )
-
-        norms.append(jax.jit(jax.grad(total))(start))
-    for a, b in zip(*map(jax.tree.leaves, norms), strict=True):
-        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(a)) < 0.25
