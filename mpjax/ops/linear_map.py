@@ -145,7 +145,7 @@ def _with_derivative_jvp(
 ) -> Any:
     def function(*values: Any) -> Any:
         outs, operands = jax.tree.unflatten(tree, values[: len(primals)])
-        along = jax.tree.structure(operands).unflatten(values[len(primals) :])
+        along = jax.tree.unflatten(jax.tree.structure(operands), values[len(primals) :])
         return tuple(map(jax.tree.leaves, of.derivative(outs, operands, along)))
 
     # An integer has no tangent and stands for its own, which no rule reads.

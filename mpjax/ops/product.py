@@ -156,7 +156,8 @@ _product = jax.custom_jvp(_forward, nondiff_argnums=(5,))
 
 @_product.defjvp
 def _product_jvp(how: How, primals: Any, tangents: Any) -> Any:
-    outs = _forward(*primals, how)
+    a, b, key, amax, seen = primals
+    outs = _forward(a, b, key, amax, seen, how)
     return outs, OfProduct(how).along(outs, primals, tangents)
 
 
@@ -357,6 +358,10 @@ def dot_general(
     r"""`lax.dot_general` with operands, and those of both gradients, quantised by a recipe.
 
     $$y = Q(a) Q(b), \qquad da = Q(dy) Q(b^T), \qquad db = Q(a^T) Q(dy)$$
+
+    Derivatives of every order, forward mode too, are straight-through: they are made of products of
+    these three kinds, with what is derived in the place of what it is derived from. Such an operand
+    takes its scale from itself, also under delayed scaling, and draws bits of its own.
 
     Args:
       a: the left operand: activations (x in a Recipe).
