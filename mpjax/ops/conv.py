@@ -12,14 +12,15 @@ from jax import lax
 from mpjax.errors import ConfigError, brief
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.formats.given import as_array
+from mpjax.ops.bilinear import How
 from mpjax.ops.given import Axes, float_dtype
-from mpjax.ops.product import How, product
+from mpjax.ops.product import product
 from mpjax.ops.quantized import Factor, opened
 from mpjax.precision import Recipe, get_recipe
 
 
 class Conv(NamedTuple):
-    """`lax.conv_general_dilated`; see `mpjax.ops.product.Bilinear`.
+    """`lax.conv_general_dilated`; see `mpjax.ops.bilinear.Bilinear`.
 
     Args:
       strides: of the window.

@@ -15,7 +15,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.ops.product import Dot, How, product
+from mpjax.ops.bilinear import Dot, How
+from mpjax.ops.product import product
 from mpjax.precision import Recipe, sum_dtype, wider
 
 

@@ -3,92 +3,27 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax.errors import ConfigError, brief
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.formats.given import ROUNDED, as_array, check_key
+from mpjax.formats.given import as_array
 from mpjax.formats.tiles import amax_of
-from mpjax.ops.given import Axes, Dims, float_dtype, read_dims
+from mpjax.ops.bilinear import PRNG, Dot, How, check_operands, key_data
+from mpjax.ops.given import float_dtype, read_dims
 from mpjax.ops.linear_map import linear_map, with_derivative
-from mpjax.ops.quantized import Factor, backward_dims, combine, encode, need_key
+from mpjax.ops.quantized import encode, need_key
 from mpjax.ops.rotation import hadamard
 from mpjax.precision import Recipe, get_recipe
-
-_PRNG = "threefry2x32"
-
-
-class Bilinear(Protocol):
-    """An operation linear in x and in W; hashable. Axes are those that a product sums over."""
-
-    def axes(self, x: Any, w: Any) -> tuple[tuple[Axes, Axes], ...]:
-        """Axes of (x, W), (dy, W) and (x, dy) in fprop, dgrad and wgrad."""
-
-    def fprop(self, x: Factor, w: Factor, recipe: Recipe) -> Any:
-        """The result, float32."""
-
-    def dgrad(self, dy: Factor, w: Factor, recipe: Recipe, x: Any) -> Any:
-        """The gradient of x, float32."""
-
-    def wgrad(self, x: Factor, dy: Factor, recipe: Recipe, w: Any) -> Any:
-        """The gradient of W, float32."""
-
-
-class Dot(NamedTuple):
-    """`lax.dot_general`.
-
-    Args:
-      dims: its dimension numbers.
-    """
-
-    dims: Dims
-
-    def axes(self, x: Any, w: Any) -> tuple[tuple[Axes, Axes], ...]:
-        """See `Bilinear`."""
-        (d_dims, _), (w_dims, _) = backward_dims(self.dims, x.ndim, w.ndim)
-        return self.dims[0], d_dims[0], w_dims[0]
-
-    def fprop(self, x: Factor, w: Factor, recipe: Recipe) -> Any:
-        """See `Bilinear`."""
-        return combine(x, w, self.dims, recipe)
-
-    def dgrad(self, dy: Factor, w: Factor, recipe: Recipe, x: Any) -> Any:
-        """See `Bilinear`."""
-        (dims, order), _ = backward_dims(self.dims, x.ndim, w.values.ndim)
-        return lax.transpose(combine(dy, w, dims, recipe), order)
-
-    def wgrad(self, x: Factor, dy: Factor, recipe: Recipe, w: Any) -> Any:
-        """See `Bilinear`."""
-        _, (dims, order) = backward_dims(self.dims, x.values.ndim, w.ndim)
-        return lax.transpose(combine(x, dy, dims, recipe), order)
-
-
-class How(NamedTuple):
-    """What is static about a product.
-
-    Args:
-      op: the operation.
-      recipe: how it is quantised.
-      compute: dtype of x and dy before they are quantised, and of operands that are not.
-      output: dtype of the result.
-      where: path of the module, for errors.
-    """
-
-    op: Bilinear
-    recipe: Recipe
-    compute: Any
-    output: Any
-    where: str
 
 
 def _key(data: Any, number: int) -> Any:
     if data is None:
         return None
-    return jax.random.fold_in(jax.random.wrap_key_data(data, impl=_PRNG), number)
+    return jax.random.fold_in(jax.random.wrap_key_data(data, impl=PRNG), number)
 
 
 def _part(amax: Any, number: int) -> Any:
@@ -290,18 +225,6 @@ class LinearMap(NamedTuple):
         return da, db, *new
 
 
-def _key_data(key: Any, where: str) -> Any:
-    """Two words of threefry, whatever kind of key was given."""
-    if key is None:
-        return None
-    check_key(key, where)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if str(jax.random.key_impl(key)) != _PRNG:
-        return jax.random.bits(key, (2,), jnp.uint32)
-    return jax.random.key_data(key)
-
-
 def product(
     a: Any, b: Any, how: How, key: Any = None, amax: AmaxHistory | None = None
 ) -> tuple[Any, AmaxHistory | None]:
@@ -312,34 +235,11 @@ def product(
         operands that are not float32, bfloat16 or float16.
     """
     recipe = how.recipe
-    for name, x in (("left", a), ("right", b)):
-        if x.dtype not in ROUNDED:
-            raise ConfigError(
-                f"{how.where}: recipe {recipe.name!r} quantises float32, bfloat16 and float16"
-                f" operands, the {name} one is {x.dtype.name}; cast it, or leave the recipe out"
-            )
-        if x.size == 0:
-            raise ConfigError(
-                f"{how.where}: recipe {recipe.name!r} has nothing to quantise, the {name} operand"
-                f" has shape {x.shape}; leave the product out"
-            )
-    if recipe.history and amax is None:
-        raise ConfigError(
-            f"{how.where}: recipe {recipe.name!r} takes its scales from past steps and has no"
-            " state; pass amax=AmaxHistory.empty(steps) (a model: state=model.init_state()), or"
-            f" take a recipe without history, such as fp8"
-        )
-    if amax is not None and not isinstance(amax, AmaxHistory):
-        raise ConfigError(f"{how.where}: amax is {brief(amax)}; pass AmaxHistory.empty(steps)")
-    if amax is not None and not recipe.history:
-        raise ConfigError(
-            f"{how.where}: recipe {recipe.name!r} keeps no amax history; leave amax out, or take"
-            " fp8-delayed"
-        )
+    check_operands(a, b, how, amax)
     if amax is None:
-        return _product(a, b, _key_data(key, how.where), None, None, how)[0], None
+        return _product(a, b, key_data(key, how.where), None, None, how)[0], None
     roomy = amax.amax * jnp.float32(2.0**recipe.margin)
-    y, seen = _product(a, b, _key_data(key, how.where), roomy, amax.seen, how)
+    y, seen = _product(a, b, key_data(key, how.where), roomy, amax.seen, how)
     return y, amax._replace(seen=seen)
 
 
