@@ -14,7 +14,7 @@ from mpjax.formats import is_quantized
 from mpjax.optim import given
 from mpjax.optim import weights as weight
 from mpjax.optim.gate import GateState, bits, choose, finite_by_leaf, leaf_path, record, select
-from mpjax.optim.gradient_norm import scaled_norm
+from mpjax.optim.gradient_norm import global_norm
 from mpjax.optim.loss_scale import LossScale
 from mpjax.optim.moments import quantize_moments
 from mpjax.optim.pruning import Pruned
@@ -88,11 +88,12 @@ class Optimizer:
         grads = unscaled = state.loss_scale.unscale(scaled)
         finite_leaves = finite_by_leaf(grads) if self.gate else None
         if self.clip is not None:
-            norm, unit = scaled_norm(grads)
-            metrics["grad_norm"] = norm / unit
-            # In two factors: the norm, and so one factor of both, may be beyond float32.
-            factor = jnp.minimum(1 / unit, self.clip / norm)
-            grads = jax.tree.map(lambda g: g * unit * factor, grads)
+            norm = global_norm(grads)
+            metrics["grad_norm"] = norm
+            factor = jnp.minimum(jnp.float32(1), self.clip / norm)
+            grads = jax.tree.map(lambda g: g * factor, grads)
+            if finite_leaves is not None:  # a norm beyond float32 leaves no factor: skip
+                finite_leaves = finite_leaves & ~(factor < 2.0**-126)
         full = weight.view(params, state.weights)
         # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
         # refuses; it is relaxed around this one call.
