@@ -22,12 +22,15 @@ def _unit(leaves: list[Any]) -> Any:
     return jax.lax.bitcast_convert_type(jnp.where(ordinary, 127, inverse) << 23, jnp.float32)
 
 
-def scaled_norm(tree: Any) -> tuple[Any, Any]:
-    """Returns the norm of u x, and the power of two u by which no square overflows or vanishes."""
-    leaves = [jnp.asarray(x).astype(jnp.float32) for x in jax.tree.leaves(tree)]
-    unit = _unit(leaves)
-    squares = [jnp.sum(jnp.square(x * unit)) for x in leaves]
-    return jnp.sqrt(sum(squares, start=jnp.float32(0))), unit
+def _plain_norm(leaves: list[Any]) -> Any:
+    squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves]
+    return jnp.sqrt(sum(squares, start=jnp.float32(0)))
+
+
+def _scaled_norm(leaves: list[Any]) -> Any:
+    wide = [x.astype(jnp.float32) for x in leaves]
+    unit = _unit(wide)
+    return _plain_norm([x * unit for x in wide]) / unit
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
@@ -41,5 +44,8 @@ def global_norm(tree: Any) -> Float[Array, ""]:
       ConfigError: gradients that are still scaled.
     """
     check_plain("global_norm", tree)
-    norm, unit = scaled_norm(tree)
-    return norm / unit
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree)]
+    norm = _plain_norm(leaves)
+    # A branch: what is computed in the ordinary case, and its bits, stay as they are.
+    odd = jnp.isinf(norm) | (norm < 2.0**-50)
+    return jax.lax.cond(odd, _scaled_norm, lambda _: norm, leaves)

@@ -16,7 +16,7 @@ from mpjax.optim import weights as weight
 from mpjax.optim.buffers import distinct
 from mpjax.optim.deltas import Wrapped, delta_transformation
 from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, select
-from mpjax.optim.gradient_norm import scaled_norm
+from mpjax.optim.gradient_norm import global_norm
 from mpjax.optim.layer_stacks import LAYERS
 from mpjax.optim.layer_view import each_layer
 from mpjax.optim.loss_scale import LossScale
@@ -91,11 +91,12 @@ class Optimizer:
         grads = unscaled = state.loss_scale.unscale(scaled)
         finite_leaves = finite_by_leaf(grads) if self.gate else None
         if self.clip is not None:
-            norm, unit = scaled_norm(grads)
-            metrics["grad_norm"] = norm / unit
-            # In two factors: the norm, and so one factor of both, may be beyond float32.
-            factor = jnp.minimum(1 / unit, self.clip / norm)
-            grads = jax.tree.map(lambda g: g * unit * factor, grads)
+            norm = global_norm(grads)
+            metrics["grad_norm"] = norm
+            factor = jnp.minimum(jnp.float32(1), self.clip / norm)
+            grads = jax.tree.map(lambda g: g * factor, grads)
+            if finite_leaves is not None:  # a norm beyond float32 leaves no factor: skip
+                finite_leaves = finite_leaves & ~(factor < 2.0**-126)
         full = weight.view(params, state.weights)
         # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
         # refuses; it is relaxed around this one call.

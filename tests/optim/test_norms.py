@@ -52,8 +52,8 @@ def test_what_is_not_finite_or_empty() -> None:
     assert norm({"a": jnp.zeros(3), "b": jnp.zeros((0, 2))}) == 0 and norm({}) == 0
 
 
-@pytest.mark.parametrize("size", [3e38, 3e19, 1e10, 1.0, 1e-3, 1e-30])
-@pytest.mark.parametrize("clip", [1.0, 0.5])
+@pytest.mark.parametrize("size", [5e37, 3e19, 1e10, 1.0, 1e-3, 1e-30])
+@pytest.mark.parametrize("clip", [1.0, 0.75])
 def test_clipping_gradients_of_any_size(size: float, clip: float) -> None:
     grads = {"w": np.float32([1, -2, 2]) * np.float32(size / 3)}
     optimizer = wrap(optax.sgd(1.0), "fp32", clip=clip)
@@ -65,13 +65,12 @@ def test_clipping_gradients_of_any_size(size: float, clip: float) -> None:
     assert metrics["finite"] and float(metrics["grad_norm"]) == pytest.approx(size, rel=1e-6, abs=0)
 
 
-def test_a_norm_beyond_float32_still_clips() -> None:
-    params = {"w": jnp.zeros(4)}
+def test_a_norm_beyond_float32_skips_the_step() -> None:
+    params = {"w": jnp.ones(4)}
     optimizer = wrap(optax.sgd(1.0), "fp32", clip=1.0)
     grads = {"w": jnp.full(4, 3.4e38)}
-    new, _, metrics = optimizer.step_with_metrics(grads, optimizer.init(params), params)
-    np.testing.assert_allclose(np.asarray(new["w"]), -0.5, rtol=1e-6)
-    assert metrics["finite"] and np.isinf(metrics["grad_norm"])  # 6.8e38 is no float32
+    new, state, metrics = optimizer.step_with_metrics(grads, optimizer.init(params), params)
+    assert (new["w"] == 1).all() and not metrics["finite"] and state.gate.skipped == 1
 
 
 @pytest.mark.parametrize("size", [1.0, 3e19, 1e-30])
