@@ -59,7 +59,21 @@ combine freely with any recipe: `get_precision("fp8", moments="int8@256")`. Sour
 2020, Revisiting BFloat16 Training (stochastic rounding, Kahan summation); Dettmers et al. 2022,
 8-bit Optimizers via Block-wise Quantization; NVIDIA Apex (O2, O3)."""
 
-_OWN = """## Your own recipe
+_OWN = """### How moments are rounded
+
+Low moments are rounded up or down at random, so that their mean is kept. Rounded to nearest, a
+second moment with `b2=0.999` cannot fall: a step takes a thousandth of it, which is less than half
+the distance of two numbers in bf16, int8 and fp8, so that one large gradient makes steps small for
+good ([evidence](evidence/moment_decay.md)). The random bits depend on the step and on the moment's
+path; a skipped step draws none. `moments="int8@256,rounding=nearest"` rounds as bitsandbytes does.
+A second moment above zero is never stored as zero. Of `rmsprop(centered=True)` the variance is
+stored in place of `nu`, so that it cannot become negative.
+
+A run goes on in other moments by `--resume latest --recast` (`mpjax.train.restore.restore_into`):
+moments are converted and counts kept. Where the checkpoint lacks a moment, all moments of that
+part begin anew together with their count; schedules keep theirs.
+
+## Your own recipe
 
 Any format (`e3m4`, `q4.4`, `int4`), any scaling (`none`, `tensor`, `row`, `block(RxC)`, `mx(N)`,
 `nv(N)`), one operand at a time; `None` leaves an operand in the compute dtype.

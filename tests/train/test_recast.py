@@ -34,7 +34,7 @@ OPTIMIZERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "lion": (optax.lion(0.1), FIRST),
     "adafactor": (optax.adafactor(0.1, min_dim_size_to_factor=4), SECOND),
     "rmsprop, centered": (optax.rmsprop(0.1, centered=True), BOTH),
-}  # all others are in tests/evidence/moment_optimizers.py
+}
 W = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 64)), jnp.float32)}
 
 
