@@ -14,7 +14,7 @@ import pytest
 
 from mpjax.models import decoder
 from mpjax.optim import wrap
-from mpjax.train import build, init_state, make_train_step
+from mpjax.train import init_state, make_train_step, parse_mesh, state_shardings
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -118,24 +118,29 @@ def test_steps_gathered_by_optax_are_taken_as_they_are() -> None:
     np.testing.assert_allclose(state.params["w"], 1 - 0.1 * grad, rtol=1e-4)
 
 
-def test_build_shows_layers_donates_and_shards_muon() -> None:
+def test_moments_of_layers_are_cut_like_their_weights() -> None:
     model = decoder("tiny", "fp32", layers=2, width=16, heads=2, vocabulary=32, context=8)
-    ids = np.random.default_rng(0).integers(0, 32, (8, 9)).astype(np.int32)
-    batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
-    tx = optax.contrib.muon(1e-2)
-    ends = {}
-    for mesh in (None, "fsdp=8"):
-        state, step = build(model, tx, mesh)
-        if mesh:
-            mu = state.opt_state.inner.inner_states["muon"].inner_state[0].mu
-            for name in ("up", "down"):
-                moment = mu["decoder"]["layers"]["mlp"][name]["kernel"]
-                weight = state.params["decoder"]["layers"]["mlp"][name]["kernel"]
-                assert moment.sharding == weight.sharding
-                assert moment.addressable_shards[0].data.nbytes == weight.nbytes // 8
-        state, _ = step(state, batch)
-        ends[mesh] = jax.device_get(state.params)
-    first = model.init(jax.random.key(0))
-    for a, b, w in zip(*map(jax.tree.leaves, (*ends.values(), first)), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    opt = wrap(optax.contrib.muon(1e-2), "fp32")
+    rng = np.random.default_rng(0)
+
+    def draw() -> Any:
+        return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+    params, grads = draw(), draw()
+    abstract = jax.eval_shape(lambda p: init_state(p, opt), shapes)
+    cut = state_shardings(abstract, model.axes, parse_mesh("fsdp=8"))
+    mu = cut.opt_state.inner.inner_states["muon"].inner_state[0].mu
+    for name in ("up", "down"):
+        moment = mu["decoder"]["layers"]["mlp"][name]["kernel"]
+        assert moment == cut.params["decoder"]["layers"]["mlp"][name]["kernel"]
+        assert "fsdp" in moment.spec
+
+    def move(params: Any) -> Any:
+        return opt.step(grads, opt.init(params), params)[0]
+
+    whole = jax.jit(move)(params)
+    sharded = jax.jit(move, out_shardings=cut.params)(jax.device_put(params, cut.params))
+    for a, b, w in zip(*map(jax.tree.leaves, (whole, sharded, params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
         assert not np.array_equal(a, w)
