@@ -7,6 +7,7 @@ sets, plots, other frameworks) is replaced by empty modules.
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import contextlib
@@ -99,7 +100,9 @@ def load(path: Path) -> Any:
                 continue
             kept = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
             body = [node for node in ast.parse(text).body if isinstance(node, kept)]
-            code = compile(ast.Module(body, []), str(path), "exec", dont_inherit=True)
+            # Annotations stay texts: some name what newer versions of a library do not have.
+            flags = __future__.annotations.compiler_flag
+            code = compile(ast.Module(body, []), str(path), "exec", flags, dont_inherit=True)
             exec(code, module.__dict__)
     return module
 
@@ -243,6 +246,7 @@ def _graphs(at: Path, which: str) -> Built:
 
 def _vit(at: Path) -> Built:
     module = load(at / "equinox/docs/examples/vision_transformer.ipynb")
+    module.channels = 3  # the notebook's own, of CIFAR
     model = module.VisionTransformer(16, 32, 2, 1, 0.1, 4, 16, 10, KEY)
 
     def call(model: Any, x: Any) -> Any:
@@ -301,7 +305,7 @@ def _hk_transformer(at: Path) -> Built:
     def fn(h: Any) -> Any:
         return module.Transformer(2, 1, 0.1)(h, jnp.ones(h.shape[:2]), True)
 
-    return haiku(fn, _normal(2, 8, 16))
+    return haiku(fn, _normal(2, 8, 128))  # two heads of 64
 
 
 def _hk_vae(at: Path) -> Built:

@@ -61,7 +61,7 @@ PLACES: dict[str, tuple[Any, Any]] = {
         lambda w: lax.while_loop(
             lambda c: c[0], lambda c: (c[1].sum() > 1.5, c[1] @ w), (True, ONES)
         ),
-        (False, ONES / 4),
+        (False, ONES / 8),
     ),
     "while with a constant test": (
         lambda w: lax.while_loop(lambda c: False, lambda c: (c[0] @ w, True), (ONES, False)),
