@@ -34,12 +34,16 @@ def check_platform(what: str, platform: str | None) -> str:
 
 def _default_platform() -> str:
     """The platform of the default device, in the names that JAX lowers for (cuda, not gpu)."""
+    device = getattr(jax.config, "jax_default_device", None)
+    name = jax.default_backend() if device is None else getattr(device, "platform", device)
+    if name in PLATFORMS:
+        return str(name)
     with jax.ensure_compile_time_eval():
         number = lax.platform_dependent(
             default=lambda: -1,
             **{name: lambda i=i: i for i, name in enumerate(PLATFORMS)},
         )
-    return PLATFORMS[int(number)] if int(number) >= 0 else jax.default_backend()
+    return PLATFORMS[int(number)] if int(number) >= 0 else str(name)
 
 
 def branch_taken(eqn: JaxprEqn, platform: str) -> int | None:
