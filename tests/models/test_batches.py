@@ -72,7 +72,7 @@ def _families() -> dict[str, tuple[Any, Any, dict[str, Any]]]:
     return found
 
 
-NAMES = ("decoder", "recurrent", "seq2seq", "resnet", *LABELS)
+NAMES = ("decoder", "recurrent", "seq2seq", "resnet", "class", "pretrain")
 
 
 @functools.cache
