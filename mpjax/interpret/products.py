@@ -14,6 +14,7 @@ from mpjax.interpret.region import Region
 from mpjax.interpret.retrace import cast
 from mpjax.interpret.walker import bind
 from mpjax.ops import conv_general_dilated, dot_general
+from mpjax.ops.dot import dot
 
 
 def product(eqn: JaxprEqn, values: list[Any], region: Region, place: Place, key: Any = None) -> Any:
@@ -41,6 +42,9 @@ def product(eqn: JaxprEqn, values: list[Any], region: Region, place: Place, key:
         return cast(_quantised(eqn, values, region, place, key), wanted)
     if "preferred_element_type" not in eqn.params:
         return cast(bind(eqn, values)[0], wanted)
+    bf16 = all(x.dtype == jnp.bfloat16 for x in values[:2])
+    if bf16 and eqn.primitive.name == "dot_general" and jnp.dtype(wanted) == jnp.float32:
+        return dot(values[0], values[1], eqn.params["dimension_numbers"])  # in any layout on a CPU
     return bind(eqn, values, preferred_element_type=jnp.dtype(wanted))[0]
 
 

@@ -13,7 +13,10 @@ from mpjax.interpret.lists import SHAPE
 from mpjax.interpret.retrace import is_float
 from mpjax.interpret.trace import Program
 
-RENAMES = SHAPE | {"copy", "copy_p", "convert_element_type", "optimization_barrier", "pvary"}
+RENAMES = SHAPE | {
+    *("copy", "copy_p", "convert_element_type", "optimization_barrier", "pvary"),
+    *("settled", "with_derivative"),
+}
 # What a new weight is made of its old one by: a sum, a choice, a cast, and the bits of a rounding.
 _ADDS = RENAMES | {
     *("add", "sub", "select_n", "bitcast_convert_type", "reduce_precision", "clamp", "max", "min"),
