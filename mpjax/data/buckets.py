@@ -71,7 +71,7 @@ def fields_of(examples: Sequence[Example]) -> dict[str, Field]:
     except TypeError as error:
         raise ConfigError(
             f"examples: a field of dtypes that do not mix ({error}); cast it"
-        ) from error
+        ) from None
 
 
 def _numbers(value: Any, where: str) -> np.ndarray:

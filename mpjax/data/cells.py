@@ -41,12 +41,12 @@ def read_text_file(path: Path, what: str) -> str:
     where = f"data {str(path)!r}"
     try:
         text = path.read_text(encoding="utf-8-sig")  # Excel begins with a mark
-    except FileNotFoundError as error:
-        raise ConfigError(f"{where}: no such file; expected {what}") from error
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: no such file; expected {what}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{where}: cannot be read ({error}); expected UTF-8 text, save it as such"
-        ) from error
+        ) from None
     if not text.strip():
         raise ConfigError(f"{where}: empty; expected {what}")
     if "\0" in text:
@@ -91,7 +91,7 @@ def read_cells(path: Path, fields: Sequence[str]) -> list[Cells]:
             raise ConfigError(
                 f"data {str(path)!r}, {error}; put a cell with quotes in quotes, and double those"
                 " in it"
-            ) from error
+            ) from None
     finally:
         csv.field_size_limit(limit)
     rows = list(_cells(text, delimiter=delimiter, quoting=csv.QUOTE_NONE))

@@ -80,4 +80,4 @@ def read_frame(path: str | Path) -> dict[str, np.ndarray]:
     except Exception as error:  # bytes of anybody: whatever they do to the unpickler
         raise ConfigError(
             f"{path}: no pickled table of numbers and texts ({error}); nothing of it was run"
-        ) from error
+        ) from None

@@ -94,7 +94,7 @@ def read_hub(source: str, column: str | None) -> Iterator[Row]:
         raise ConfigError(
             f"{source}: cannot be loaded ({_first_line(error)}); check the name and the network, "
             "or download it once and name its files"
-        ) from error
+        ) from None
     key = named or column or "text"
     _check_column(source, key, rows.column_names)
     return ((f"{name}:{row}", value) for row, value in enumerate(rows[key]))
@@ -106,9 +106,9 @@ def _read_json(path: Path, whole: bool) -> Iterator[Record]:
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected UTF-8, found binary data; convert it") from error
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: expected UTF-8, found binary data; convert it") from None
     if whole and text.lstrip().startswith("["):
         found = _parsed(text, f"{path}", "expected a list of objects")
         parts = ((number, f"object {number}", one) for number, one in enumerate(found, 1))
@@ -131,7 +131,7 @@ def _parsed(text: str, where: str, wanted: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON ({_first_line(error)}); {wanted}") from error
+        raise ConfigError(f"{where}: not JSON ({_first_line(error)}); {wanted}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     except (OSError, pyarrow.ArrowException) as error:
         raise ConfigError(
             f"{path}: not a readable parquet file ({_first_line(error)}); write it again"
-        ) from error
+        ) from None
 
 
 def _check_column(where: str, column: str, columns: Iterable[str]) -> None:

@@ -242,4 +242,4 @@ def _report_skipped(source: str, count: int) -> None:
 def _unreadable(path: Path, error: OSError) -> NoReturn:
     raise ConfigError(
         f"{error.filename or path}: cannot be read ({error.strerror}); check its permissions"
-    ) from error
+    ) from None

@@ -285,5 +285,5 @@ def _from_text(text: str, where: str) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"{where}: not a tokenizer.json ({error}); save it again") from error
+        raise ConfigError(f"{where}: not a tokenizer.json ({error}); save it again") from None
     return _HuggingFace(backend, where)

@@ -186,7 +186,7 @@ def parse_wordpiece(text: str | bytes, where: str) -> WordPiece:
             text if isinstance(text, bytes) else text.encode()
         )
     except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"{where}: not a tokenizer.json ({error}); save it again") from error
+        raise ConfigError(f"{where}: not a tokenizer.json ({error}); save it again") from None
     return WordPiece(backend, where)
 
 
