@@ -57,7 +57,7 @@ class LayerView:
 
     def __init__(self, optimizer: Any, stacked: str | Sequence[str]) -> None:
         self._optimizer = _with_extras(optimizer)
-        self._stacked = stacked
+        self.stacked = stacked
         self._plans: dict[Any, _Plan] = {}
 
     def init(self, params: Any) -> Any:
@@ -148,7 +148,7 @@ class LayerView:
         leaves, structure = jax.tree.flatten(shapes)
         key = (structure, tuple((x.shape, str(x.dtype)) for x in leaves))
         if key not in self._plans:
-            where = stacks(shapes, self._stacked)
+            where = stacks(shapes, self.stacked)
             plan = self._found(shapes, where, extra) if where else _Plan("whole", where)
             if plan.mode != "whole":
                 log.info(
@@ -263,5 +263,16 @@ def each_layer(
             f"stacked: {brief(stacked)} are no path patterns; write stacked='**/layers', or ()"
             " where no layers are stacked"
         )
+    return _view(optimizer, tuple(patterns))
+
+
+@functools.lru_cache(maxsize=64)
+def _view(
+    optimizer: optax.GradientTransformation, patterns: tuple[str, ...]
+) -> optax.GradientTransformationExtraArgs:
+    """One view of an optimizer, so that it equals itself; and none of what is a view already."""
+    seen = getattr(optimizer.init, "__self__", None)
+    if isinstance(seen, LayerView) and seen.stacked == patterns:
+        return optax.with_extra_args_support(optimizer)
     view = LayerView(optimizer, patterns)
     return optax.GradientTransformationExtraArgs(view.init, view.update)

@@ -33,5 +33,5 @@ def test_all_chapters_of_six_novels(monkeypatch):
 
 def test_without_the_reader_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "rdata", None)
-    with pytest.raises(ConfigError, match=r"data 'janeausten': needs .* 'mpjax\[novels\]'"):
+    with pytest.raises(ConfigError, match=r"data 'janeausten': needs .*\[novels\]"):
         read_novels()

@@ -127,7 +127,8 @@ def test_microbatches_count_by_their_targets() -> None:
         state, metrics = step(state, data | {"weights": jnp.asarray(weights)})
         found.append((float(metrics["loss"]), host(state.opt_state.inner)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
-    assert relative(found[1][1], found[0][1]) < 1e-6
+    # Sums in another order, of means that are scaled: 6e-7 to 1.1e-6 by the CPU's vector width.
+    assert relative(found[1][1], found[0][1]) < 2e-6
     state, step = build(small(), optax.sgd(1.0), accumulate=2)
     mute = data | {"weights": jnp.zeros(weights.shape)}
     state, metrics = step(state, mute)

@@ -1,0 +1,125 @@
+"""The gradients of a step: of one batch, or of microbatches that are weighed and summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.formats.delayed import begin_step, end_step, seen_of, with_seen
+from mpjax.optim import scaled_grad, weight_view
+
+if TYPE_CHECKING:
+    from mpjax.train.step import TrainState
+
+LossFn = Callable[..., tuple[Any, Any]]  # (params, batch, *, state, key, train) -> loss, state
+
+
+def gradients(
+    loss_fn: LossFn, state: TrainState, batch: Any, accumulate: int
+) -> tuple[Any, Any, Any]:
+    """Returns scaled gradients, mean loss and model state; microbatches are summed in float32.
+
+    Each weighs by its share of the targets, where the loss function says how many there are; of
+    several losses each by its own (see `mpjax.ops.counted`).
+    """
+    scale, weights = state.opt_state.loss_scale, weight_view(state.params)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+    begun = begin_step(state.model_state, scale.value)
+
+    def loss_of(
+        params: Any, seen: Any, micro: Any, model_state: Any, key: Any, shares: Any = None
+    ) -> tuple[Any, Any]:
+        model_state = with_seen(model_state, seen)
+        loss, model_state = _loss(loss_fn, params, micro, model_state, key, shares)
+        return loss, (loss, model_state)
+
+    # The amax of gradients leaves as the cotangent of `seen`; an empty list costs nothing.
+    grad = scaled_grad(scale, loss_of, argnums=(0, 1))
+    if accumulate == 1:
+        (grads, amax), (loss, model_state) = grad(weights, seen_of(begun), batch, begun, key)
+        return grads, loss, end_step(model_state, state.model_state, amax, scale.value)
+
+    def body(carry: Any, part: Any) -> tuple[Any, None]:
+        total, total_loss, largest, model_state = carry
+        index, micro, share = part
+        several = share if isinstance(share, dict) else None  # inside: gradients are of the sum
+        (grads, amax), (loss, model_state) = grad(
+            weights, seen_of(model_state), micro, model_state, jax.random.fold_in(key, index),
+            several,
+        )  # fmt: skip
+        share = None if several else share
+
+        def add(total: Any, x: Any) -> Any:
+            x = x.astype(jnp.float32)
+            return total + (x if share is None else share * x)
+
+        total, total_loss = jax.tree.map(add, (total, total_loss), (grads, loss))
+        largest = jax.tree.map(jnp.maximum, largest, amax)  # gradients add up, magnitudes do not
+        return (total, total_loss, largest, model_state), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
+    carry = (zeros, jnp.float32(0), jax.tree.map(jnp.zeros_like, seen_of(begun)), begun)
+    micros, shares = _microbatches(loss_fn, batch, accumulate)
+    parts = (jnp.arange(accumulate), micros, shares)
+    (grads, loss, amax, model_state), _ = jax.lax.scan(body, carry, parts)
+    model_state = end_step(model_state, state.model_state, amax, scale.value)
+    return jax.tree.map(lambda g: g / accumulate, grads), loss / accumulate, model_state
+
+
+def _loss(
+    loss_fn: LossFn, params: Any, batch: Any, model_state: Any, key: Any, shares: Any
+) -> tuple[Any, Any]:
+    """The loss of a (micro)batch and the state; of several losses their sum by `shares`."""
+    run: Any = loss_fn if shares is None else loss_fn.parts  # type: ignore[attr-defined]
+    loss, model_state = run(params, batch, state=model_state, key=key, train=True)
+    if shares is not None:
+        loss = sum(shares[name] * part.astype(jnp.float32) for name, part in loss.items())
+    return loss, model_state
+
+
+def _microbatches(loss_fn: LossFn, batch: Any, accumulate: int) -> tuple[Any, Any]:
+    """A batch cut along a new first axis; and each part's weight, by name of several losses.
+
+    None where parts weigh alike.
+    """
+
+    def split(x: Any) -> Any:  # strided, so that a batch cut over devices stays cut evenly
+        return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    micros = jax.tree.map(split, batch)
+    counts = jax.vmap(getattr(loss_fn, "count", lambda micro: None))(micros)
+    # Of no count there are no leaves, of several losses as many.
+    shares = jax.tree.map(lambda n: n * (accumulate / jnp.maximum(jnp.sum(n), 1e-30)), counts)
+    return micros, shares
+
+
+def loss_at(loss_fn: LossFn, state: TrainState, batch: Any, accumulate: int) -> Any:
+    """Returns the loss of a batch as a function of weights, for searches along a line.
+
+    The model's state and key are those of the step.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+    def value(full: Any) -> Any:
+        stored = weight_view(state.params)
+        # A weight that is stored low is tried as it would be stored.
+        params = jax.tree.map(lambda w, p: w.astype(p.dtype), full, stored)
+
+        def of(part: Any) -> Any:
+            key, micro, share = part
+            model_state = begin_step(state.model_state, jnp.float32(1))
+            several = share if isinstance(share, dict) else None
+            loss, _ = _loss(loss_fn, params, micro, model_state, key, several)
+            return loss.astype(jnp.float32) * (1 if share is None or several else share)
+
+        if accumulate == 1:
+            return of((key, batch, None))
+        micros, shares = _microbatches(loss_fn, batch, accumulate)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulate))
+        return jnp.mean(jax.lax.map(of, (keys, micros, shares)))
+
+    return value
