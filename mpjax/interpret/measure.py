@@ -214,8 +214,9 @@ def _measure(rows: Sequence[Any], chunk: int, formats: tuple[Candidate, ...]) ->
     size = _float(unit.astype(jnp.uint32) << jnp.uint32(23))
     inverse = _float((254 - unit).astype(jnp.uint32) << jnp.uint32(23))
     numbers = jnp.maximum(_numbers(histogram), jnp.float32(1))
-    # A subnormal is its pattern times 2^-149.
-    step = spread(jnp.float32(2.0**-100) * inverse * jnp.float32(2.0**-49))
+    # A subnormal is its pattern times 2^-149; 2^-149 times the inverse, made of bits, as a product
+    # with it would be reassociated to one with a number that is flushed.
+    step = spread(_float(jnp.maximum(105 - unit, 0).astype(jnp.uint32) << jnp.uint32(23)))
     tiny = kept.astype(jnp.float32) * step
     whole = jnp.where(field == 0, jnp.where(x < 0, -tiny, tiny), values * spread(inverse))
 
@@ -234,7 +235,7 @@ def _measure(rows: Sequence[Any], chunk: int, formats: tuple[Candidate, ...]) ->
         format = candidate.format
         if candidate.scaled:
             scale = to_scale(_float(top), format, "none")
-            over = values * spread(1 / scale)
+            over = whole * spread(size * (1 / scale))  # as values / scale, subnormals too
             error = values - round_to(over, format) * spread(scale)
         else:
             over, error = values, values - round_to(values, format)

@@ -96,7 +96,7 @@ class Optimizer:
             factor = jnp.minimum(jnp.float32(1), self.clip / norm)
             grads = jax.tree.map(lambda g: g * factor, grads)
             if finite_leaves is not None:  # a norm beyond float32 leaves no factor: skip
-                finite_leaves = finite_leaves & ~(factor < 2.0**-126)
+                finite_leaves &= ~(jnp.all(finite_leaves) & (factor < 2.0**-126))
         full = weight.view(params, state.weights)
         # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
         # refuses; it is relaxed around this one call.

@@ -119,7 +119,10 @@ class Grid:
             if dtype == np.float64:
                 return np.clip(out, self.min, self.max)
             return np.clip(out, self.held(self.min, dtype), self.held(self.max, dtype))
-        out = np.where(out > self.max, np.inf, out)
+        top = np.inf
+        if rounding == "floor":  # IEEE 754, towards negative: no finite number rises to inf
+            top = self.max if dtype == np.float64 else self.held(self.max, dtype)
+        out = np.where((out > self.max) | (out > top), np.where(inf, np.inf, top), out)
         return np.where(out < self.min, -np.inf, out)
 
     def neighbours(self, x: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -68,7 +68,7 @@ def test_some_paths_low_in_a_float32_function() -> None:
 
 def test_a_recipe_in_a_float32_region_is_used() -> None:
     rules = ["**/mlp=p=f32,c=f32,o=f32,r=fp8"]
-    report = mpjax.audit(mpjax.autocast(_model, "bf16", rules=rules), W, X)
+    report = mpjax.audit(mpjax.autocast(_model, "bf16", rules=rules), W, X, platform="cuda")
     assert report.by_path["mlp"]["float8_e4m3fn"].products
 
 
