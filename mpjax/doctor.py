@@ -47,8 +47,8 @@ EXTRAS = {
     "novels": ("rdata",),
     "wandb": ("wandb",),
     "dev": ("pytest", "xdist", "hypothesis", "beartype", "ruff", "mypy", "pre_commit",
-            "nbclient", "ipykernel", "nbformat", "equinox", "haiku", "sklearn", "seqeval",
-            "sacrebleu", "jinja2", "safetensors", "gguf", "rdata"),
+            "nbclient", "ipykernel", "nbformat", "equinox", "haiku", "diffrax", "optimistix",
+            "sklearn", "seqeval", "sacrebleu", "jinja2", "safetensors", "gguf", "rdata"),
 }  # fmt: skip
 PACKAGES = (
     "mpjax jax jaxlib flax optax jmp orbax-checkpoint grain tokenizers numpy ml_dtypes".split()

@@ -72,5 +72,5 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, package):
         "seqeval.metrics": lambda: entity_scores([["O"]], [["O"]]),
         "sacrebleu": lambda: text_scores(["a"], ["a"]),
     }
-    with pytest.raises(ConfigError, match=r"not installed; pip install .*\[tasks\]'"):
+    with pytest.raises(ConfigError, match=r"not installed; .*pip install .*\[tasks\]'"):
         calls[package]()
