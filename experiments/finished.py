@@ -34,9 +34,14 @@ def check(folder: Path, page: Mapping[str, Any], choosing: Collection[str]) -> b
       choosing: settings that choose among runs and change none of them.
 
     Raises:
-      ConfigError: it holds a run of other settings or other code.
+      ConfigError: it holds a run of other settings or other code, or files of something else.
     """
-    if page["config"]["fresh"] or not (folder / _MANIFEST).is_file():
+    held = (folder / _MANIFEST).is_file()
+    if not held and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            f"out: {folder} holds files and is no run's folder; choose another --out, or move them"
+        )
+    if page["config"]["fresh"] or not held:
         return False
     saved = json.loads((folder / _MANIFEST).read_text())
     before, now = ({"config": p["config"]} | {k: p.get(k) for k in _CODE} for p in (saved, page))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -112,12 +113,20 @@ def warmup(config: Any) -> int:
     return min(config.WARMUP, config.steps // 2) if config.warmup is None else config.warmup
 
 
+@functools.cache  # a comparison asks once a run, and reads its data once
+def data_checksum(data: str) -> str:
+    """Returns the checksum of the file that `FILE` or `FILE:COLUMN` names; empty if it is none."""
+    for place in (data, data.rpartition(":")[0]):
+        if place and Path(place).is_file():
+            return checksum(Path(place))
+    return ""
+
+
 def settings(config: Any, **more: Any) -> dict[str, Any]:
     """Returns all settings as JSON-able values, the steps of warm-up written out."""
     values = dataclasses.asdict(config) | {"warmup": warmup(config)} | more
-    for place in (str(values["data"]), str(values["data"]).rpartition(":")[0]):  # FILE:COLUMN
-        if place and Path(place).is_file():
-            values["data_checksum"] = checksum(Path(place))
+    if found := data_checksum(str(values["data"])):
+        values["data_checksum"] = found
     return json.loads(json.dumps(values, default=str))
 
 

@@ -459,6 +459,12 @@ def test_an_interrupted_sweep_goes_on_and_nothing_that_has_ended_is_trained_agai
         again(f"{SWEEP} --steps 5"), ("steps was 4", "is 5", "another --out", "--fresh")
     )
     assert snapshot(out) == before
+    strange = out / "fp32_lr=0.002" / "seed0"
+    strange.mkdir(parents=True)
+    (strange / "mine.txt").write_text("not a run's")
+    done = again(f"{SWEEP.replace('1e-3', '2e-3')} --fresh")
+    require_one_line(done, ("fp32_lr=0.002", "no run's folder", "another --out"))
+    assert (strange / "mine.txt").read_text() == "not a run's"
     done = again(f"{SWEEP} --fresh")
     assert done.code == 0 and "has ended before" not in done.err
     assert snapshot(torn)["outcome.json"] == first[torn]["outcome.json"], "the same bits"
