@@ -46,22 +46,28 @@ smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mi
 
 check: lint types test notebooks smoke  ## all of the above, as CI does
 
-evidence: $(INSTALLED_DEV)  ## measure the README's figures again, six hours; pages in docs/evidence
+evidence: $(INSTALLED_DEV)  ## measure the README's figures again, seven hours; pages in docs/evidence
 	$(PY) tests/evidence/state_bytes.py
 	$(PY) tests/evidence/loop_overhead.py
 	$(PY) tests/evidence/kill_resume.py
 	$(PY) tests/evidence/rounding.py
 	$(PY) tests/evidence/recipes.py
+	$(PY) tests/evidence/numeric_edges.py
+	$(PY) tests/evidence/transforms.py
+	$(PY) tests/evidence/layouts.py
 	$(PY) tests/evidence/recipe_cost.py
 	$(PY) tests/evidence/low_bit_products.py
 	$(PY) tests/evidence/fp8_parts.py
 	$(PY) tests/evidence/low_bit_adam.py
+	$(PY) tests/evidence/moment_decay.py
+	$(PY) tests/evidence/optimizers.py
 	$(PY) tests/evidence/autocast_table.py
 	$(PY) tests/evidence/autocast_cost.py
 	$(PY) tests/evidence/whole_models.py
 	$(PY) tests/evidence/audit.py
 	$(PY) tests/evidence/monitor.py
 	$(PY) tests/evidence/nonfinite.py
+	$(PY) tests/evidence/cure.py
 	$(PY) tests/evidence/assets_checkpoints.py
 	$(PY) tests/evidence/image_cnn.py
 	$(PY) tests/evidence/rnn_lm.py

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import define_prng_impl
 
+from mpjax.errors import ConfigError
+
 _PRNG = "threefry2x32"
 
 
@@ -29,7 +31,7 @@ def _hashed(key: Any, width: int, shape: tuple[int, ...]) -> Any:
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
     x = x ^ (x >> np.uint32(16))
     if width > 32:
-        raise NotImplementedError(f"{width} bits; rounding takes 32")
+        raise ConfigError(f"a key of dither_key draws 32 bits at most, not {width}")
     return (x >> np.uint32(32 - width)).astype(f"uint{width}")
 
 

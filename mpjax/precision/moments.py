@@ -32,7 +32,11 @@ class MomentFormat:
       name: `float32 bfloat16 float16 float64`; `int8` (Dettmers' dynamic tree code book), `int4`
         (Li's: dynamic exponent for the first moment, linear without zero for the second),
         `e4m3`, `e5m2`, or `int8-linear` (equal steps: the negative control).
-      block: numbers that share an absmax; 0 is the whole tensor; None for a dtype.
+      block: numbers that share an absmax; 0 is the whole tensor. A dtype has none, codes have the
+        usual one where none is given.
+
+    Raises:
+      ConfigError: unknown name, a block that is none, or one for a dtype.
 
     Example:
       >>> MomentFormat.parse("int8"), str(MomentFormat.parse("bfloat16"))
@@ -41,6 +45,23 @@ class MomentFormat:
 
     name: str = "float32"
     block: int | None = None
+
+    def __post_init__(self) -> None:
+        name, block = self.name, self.block
+        if not isinstance(name, str) or name not in _BLOCKS:
+            object.__setattr__(self, "name", np.dtype(parse_dtype(name, "moments")).name)
+            if block is not None:
+                raise ConfigError(
+                    f"moments: block={brief(block)} is given to {self.name}, a dtype, which needs"
+                    " none; drop it, or name a format of codes, such as int8"
+                )
+        elif block is None:
+            object.__setattr__(self, "block", _BLOCKS[name])
+        elif isinstance(block, bool) or not isinstance(block, int) or block < 0:
+            raise ConfigError(
+                f"moments: block={brief(block)} is not a number of elements; write"
+                f" {_BLOCKS[name] or 256}, or 0 for the whole tensor"
+            )
 
     @classmethod
     def parse(cls, value: Any, where: str = "moments", second: bool = False) -> MomentFormat:
@@ -139,9 +160,10 @@ class Moments:
                     f"moments: keep={pattern!r} is empty or holds a blank, ',' or '='; write a path"
                     " pattern such as keep=**/embed"
                 )
-        if not isinstance(self.min_size, int) or self.min_size < 0:
+        size = self.min_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ConfigError(
-                f"moments: min={self.min_size!r} is not a number of elements; write min=4096"
+                f"moments: min={brief(size)} is not a number of elements; write min=4096"
             )
         if self.rounding not in ("stochastic", "nearest"):
             raise ConfigError(

@@ -45,13 +45,11 @@ def gradients(
 
     def body(carry: Any, part: Any) -> tuple[Any, None]:
         total, total_loss, largest, model_state = carry
-        index, micro, share = part
-        several = share if isinstance(share, dict) else None  # inside: gradients are of the sum
+        index, micro, share, several = part
         (grads, amax), (loss, model_state) = grad(
             weights, seen_of(model_state), micro, model_state, jax.random.fold_in(key, index),
             several,
         )  # fmt: skip
-        share = None if several else share
 
         def add(total: Any, x: Any) -> Any:
             x = x.astype(jnp.float32)
@@ -63,8 +61,7 @@ def gradients(
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
     carry = (zeros, jnp.float32(0), jax.tree.map(jnp.zeros_like, seen_of(begun)), begun)
-    micros, shares = _microbatches(loss_fn, batch, accumulate)
-    parts = (jnp.arange(accumulate), micros, shares)
+    parts = (jnp.arange(accumulate), *_microbatches(loss_fn, batch, accumulate))
     (grads, loss, amax, model_state), _ = jax.lax.scan(body, carry, parts)
     model_state = end_step(model_state, state.model_state, amax, scale.value)
     return jax.tree.map(lambda g: g / accumulate, grads), loss / accumulate, model_state
@@ -81,10 +78,11 @@ def _loss(
     return loss, model_state
 
 
-def _microbatches(loss_fn: LossFn, batch: Any, accumulate: int) -> tuple[Any, Any]:
-    """A batch cut along a new first axis; and each part's weight, by name of several losses.
+def _microbatches(loss_fn: LossFn, batch: Any, accumulate: int) -> tuple[Any, Any, Any]:
+    """A batch cut along a new first axis; each part's weight, and its weights by name of a loss.
 
-    None where parts weigh alike.
+    One of the two is None: of several losses the gradients are those of their weighed sum. Both
+    are where parts weigh alike.
     """
 
     def split(x: Any) -> Any:  # strided, so that a batch cut over devices stays cut evenly
@@ -94,7 +92,7 @@ def _microbatches(loss_fn: LossFn, batch: Any, accumulate: int) -> tuple[Any, An
     counts = jax.vmap(getattr(loss_fn, "count", lambda micro: None))(micros)
     # Of no count there are no leaves, of several losses as many.
     shares = jax.tree.map(lambda n: n * (accumulate / jnp.maximum(jnp.sum(n), 1e-30)), counts)
-    return micros, shares
+    return (micros, None, shares) if isinstance(shares, dict) else (micros, shares, None)
 
 
 def loss_at(loss_fn: LossFn, state: TrainState, batch: Any, accumulate: int) -> Any:
@@ -110,16 +108,14 @@ def loss_at(loss_fn: LossFn, state: TrainState, batch: Any, accumulate: int) -> 
         params = jax.tree.map(lambda w, p: w.astype(p.dtype), full, stored)
 
         def of(part: Any) -> Any:
-            key, micro, share = part
+            key, micro, share, several = part
             model_state = begin_step(state.model_state, jnp.float32(1))
-            several = share if isinstance(share, dict) else None
             loss, _ = _loss(loss_fn, params, micro, model_state, key, several)
-            return loss.astype(jnp.float32) * (1 if share is None or several else share)
+            return loss.astype(jnp.float32) * (1 if share is None else share)
 
         if accumulate == 1:
-            return of((key, batch, None))
-        micros, shares = _microbatches(loss_fn, batch, accumulate)
+            return of((key, batch, None, None))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulate))
-        return jnp.mean(jax.lax.map(of, (keys, micros, shares)))
+        return jnp.mean(jax.lax.map(of, (keys, *_microbatches(loss_fn, batch, accumulate))))
 
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import hypothesis.strategies as st
 import jax.numpy as jnp
@@ -104,3 +105,27 @@ def test_a_single_text_is_no_list_of_patterns() -> None:
         Moments("int8", "int8", "**/embed")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="min=-1 is not a number of elements"):
         Moments("int8", "int8", min_size=-1)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("float32", 256), "block=256 is given to float32, a dtype, which needs none"),
+        (("int8", -5), "block=-5 is not a number of elements; write 256, or 0"),
+        (("int8", True), "block=True is not a number of elements"),
+        (("int8", 2.0), r"block=2\.0 is not a number of elements"),
+        (("int16", None), "moments: .*int16"),
+        ((None, 64), "moments: "),
+    ],
+)
+def test_a_format_of_a_moment_is_checked_however_it_is_made(given: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        MomentFormat(*given)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ConfigError, match="min=True is not a number of elements"):
+        Moments("int8", "int8", min_size=True)
+
+
+def test_codes_have_a_block_and_dtypes_one_name() -> None:
+    assert MomentFormat("int4") == MomentFormat.parse("int4")
+    assert MomentFormat("bf16") == MomentFormat.parse("bfloat16")
