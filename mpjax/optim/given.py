@@ -137,11 +137,12 @@ def update(inner: Any, grads: Any, state: Any, params: Any, extra: dict[str, Any
       extra: further arguments that it may ask for.
 
     Raises:
-      ConfigError: an argument is missing, or the state is another optimizer's or other params'.
+      ConfigError: an argument is missing, the state is another optimizer's or other params', or
+        it returns something else than an update of each weight.
     """
     inner = optax.with_extra_args_support(inner)
     try:
-        return inner.update(grads, state, params, **extra)
+        updates, state = inner.update(grads, state, params, **extra)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         if "missing" in str(error) and "argument" in str(error):
             raise ConfigError(
@@ -154,6 +155,27 @@ def update(inner: Any, grads: Any, state: Any, params: Any, extra: dict[str, Any
             "update: the optimizer state is not one of this optimizer and these params; make it"
             " with init(params)"
         ) from None
+    check_updates(updates, params)
+    return updates, state
+
+
+def check_updates(updates: Any, params: Any) -> None:
+    """Checks that an optimizer returned an array of each weight's shape: a sum would stretch it.
+
+    Raises:
+      ConfigError: another structure or shape.
+    """
+    found, wanted = dict(_layout(updates)), dict(_layout(params))
+    if found == wanted:
+        return
+    path = next(p for p in (*wanted, *found) if found.get(p) != wanted.get(p))
+    where = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+    what = f"an array of shape {found[path]}" if path in found else "nothing"
+    own = f"a weight of shape {wanted[path]}" if path in wanted else "no weight there"
+    raise ConfigError(
+        f"update: the optimizer returns {what} for {where}, {own}; give one that returns an update"
+        " for each weight"
+    )
 
 
 def _layout(tree: Any) -> list[tuple[Any, ...]]:

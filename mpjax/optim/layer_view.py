@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from mpjax.errors import ConfigError, brief
+from mpjax.optim.given import check_updates
 from mpjax.optim.layer_stacks import (
     LAYERS,
     Path,
@@ -104,12 +105,15 @@ class LayerView:
                 apart(grads), split_like(state, like), None if params is None else apart(params),
                 **{name: seen(x) for name, x in extra.items()},
             )  # fmt: skip
+            check_updates(updates, apart(grads))
             return joined(updates), joined(state)
         arrays = {name: x for name, x in extra.items() if not callable(x)}
         rest = {name: x for name, x in extra.items() if callable(x)}
 
         def update(grads: Any, state: Any, params: Any, arrays: Any) -> Any:
-            return self._optimizer.update(grads, state, params, **arrays, **rest)
+            updates, state = self._optimizer.update(grads, state, params, **arrays, **rest)
+            check_updates(updates, grads)
+            return updates, state
 
         own = own_paths(grads)
         outs = [

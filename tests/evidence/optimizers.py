@@ -7,8 +7,9 @@ Expected:  each optimizer that optax and optax.contrib export, found in optax it
            unstacked by hand, within 1e-6 of the largest number; a non-finite step leaves
            weights, moments and copies bit for bit. What needs other calls is listed with why.
 
-Gradients are drawn, the same for both. Results are kept in the cache as they come, so that a run
-that was stopped goes on where it was.
+Gradients are drawn, the same for both. What only scales (`scale_by_adam`) is chained with a
+learning rate, as it is used. Results are kept in the cache as they come, so that a run that was
+stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ GIVEN: dict[str, Any] = {
     "tx": lambda: optax.adam(1e-2),
     "measure": lambda: lambda updates, *args, **kwargs: optax.global_norm(updates),
     "measure_name": "norm",
-    "metrics": lambda: {"norm": lambda updates, *args, **kwargs: optax.global_norm(updates)},
+    "measures": lambda: {"norm": lambda updates, *args, **kwargs: optax.global_norm(updates)},
     "freeze_mask": lambda: lambda p: jax.tree.map(lambda x: x.ndim < 2, p),
 }
 # What this table does not run, and why.
@@ -95,6 +96,7 @@ OTHER: dict[str, str] = {
     "scale_by_muon": "takes matrices alone; `contrib.muon` runs it on these",
     "lookahead": "wants params of optax's own pair type, fast and slow",
     "hutchinson_estimator_diag_hessian": "wants a Hessian-vector product of the loss",
+    "measure_with_ema": "returns a measurement in place of updates; `monitor` keeps it beside them",
     "sophia": "wants the loss as a function of its own form",
 }
 
@@ -151,7 +153,11 @@ def made(name: str, value: Callable[..., Any]) -> Any:
     positional = [p for p in inspect.signature(value).parameters.values()
                   if p.kind is p.POSITIONAL_ONLY]  # fmt: skip
     args = [options.pop(p.name) for p in positional] + args
-    return value(*args, **options)
+    transformation = value(*args, **options)
+    known = inspect.signature(value).parameters
+    if "scale_by_" in name and not {"learning_rate", "step_size", "step_size_fn"} & set(known):
+        return optax.chain(transformation, optax.scale(-1e-2))  # alone it would go uphill, for good
+    return transformation
 
 
 def tree_of(kind: str, precision: str) -> Any:

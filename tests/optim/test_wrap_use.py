@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from mpjax.errors import ConfigError, TrainingStopped
-from mpjax.optim import apply_updates, wrap
+from mpjax.optim import ScaledGradients, apply_updates, wrap
 from mpjax.precision import LossScaleSettings, get_precision
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -152,3 +152,27 @@ def test_in_a_plain_optax_loop() -> None:
 def test_settings_reach_the_state() -> None:
     settings = LossScaleSettings("dynamic", init=8.0, hysteresis=2)
     assert wrap(optax.sgd(1.0), precision(settings)).init(normal(0)).loss_scale.settings == settings
+
+
+@pytest.mark.parametrize("tree", ["plain", "stacked"])
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (lambda u: jnp.float32(1), "nothing for"),
+        (lambda u: jax.tree.map(lambda x: x[:1], u), "an array of shape"),  # it would broadcast
+        (
+            lambda u: u | {"more": jnp.ones(3)},
+            "an array of shape \\(3,\\) for more, no weight there",
+        ),
+        (lambda u: None, "nothing for"),
+    ],
+    ids=["a number", "a row", "one more", "none"],
+)
+def test_an_optimizer_returns_an_update_for_each_weight(
+    tree: str, returned: Any, said: str
+) -> None:
+    kernel = {"kernel": jnp.ones((2, 3, 4))}
+    params = {"model": {"layers": kernel} if tree == "stacked" else kernel}
+    opt = wrap(optax.stateless(lambda u, p: returned(u)), "fp32")
+    with pytest.raises(ConfigError, match=f"the optimizer returns {said}"):
+        opt.step(ScaledGradients(params), opt.init(params), params)
