@@ -159,6 +159,35 @@ def update(inner: Any, grads: Any, state: Any, params: Any, extra: dict[str, Any
     return updates, state
 
 
+def settled(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer with an initial state of the structure that a step leaves.
+
+    A gate chooses between two states, which must be alike. `optax.monitor` begins with an empty
+    dict, in which its measurements stand after a step: here they begin as zeros.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def grows(x: Any) -> bool:
+        return isinstance(x, dict) and not x
+
+    def init(params: Any) -> Any:
+        state = optimizer.init(params)
+        if not any(map(grows, jax.tree.leaves(state, is_leaf=grows))):
+            return state
+
+        def step(params: Any, state: Any, value: Any) -> Any:
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                return update(optimizer, params, state, params, {"value": value, "grad": params})[1]
+
+        begun = dict(jax.tree_util.tree_leaves_with_path(state))
+        after = jax.eval_shape(step, params, state, jax.ShapeDtypeStruct((), jnp.float32))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: begun[path] if path in begun else jnp.zeros(x.shape, x.dtype), after
+        )
+
+    return optax.GradientTransformationExtraArgs(init, optimizer.update)
+
+
 def check_updates(updates: Any, params: Any) -> None:
     """Checks that an optimizer returned an array of each weight's shape: a sum would stretch it.
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from mpjax.errors import ConfigError, brief
-from mpjax.optim.given import check_updates
+from mpjax.optim.given import check_updates, settled
 from mpjax.optim.layer_stacks import (
     LAYERS,
     Path,
@@ -57,7 +57,7 @@ class LayerView:
     """An optimizer, and how it is to see trees with stacked layers; `each_layer` makes it."""
 
     def __init__(self, optimizer: Any, stacked: str | Sequence[str]) -> None:
-        self._optimizer = _with_extras(optimizer)
+        self._optimizer = settled(_with_extras(optimizer))
         self.stacked = stacked
         self._plans: dict[Any, _Plan] = {}
 

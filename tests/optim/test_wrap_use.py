@@ -176,3 +176,23 @@ def test_an_optimizer_returns_an_update_for_each_weight(
     opt = wrap(optax.stateless(lambda u, p: returned(u)), "fp32")
     with pytest.raises(ConfigError, match=f"the optimizer returns {said}"):
         opt.step(ScaledGradients(params), opt.init(params), params)
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_a_state_that_grows_is_whole_from_the_start(layers: bool) -> None:
+    """`optax.monitor` has no measurements before its first step; a skipped step must keep bits."""
+
+    def largest(updates: Any) -> Any:
+        return jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in jax.tree.leaves(updates)]))
+
+    tx = optax.chain(optax.monitor({"largest": largest}), optax.adam(1e-2))
+    kernel = {"kernel": jnp.ones((2, 3, 4))}
+    params = {"model": {"layers": kernel} if layers else kernel}
+    opt = wrap(tx, "fp32")
+    state, step = opt.init(params), jax.jit(opt.step)
+    grads = jax.tree.map(lambda x: x.at[1, 2, 3].set(7.0), params)
+    seen = []
+    for given in (jax.tree.map(lambda x: x * jnp.inf, grads), grads):
+        params, state = step(ScaledGradients(given), state, params)
+        seen.append(float(optax.tree.get(state.inner, "measurements")["largest"]))
+    assert seen == [0.0, 7.0] and step._cache_size() == 1
