@@ -8,7 +8,6 @@ overwritten.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from mpjax.errors import ConfigError
+from mpjax.files import is_temporary, write_text
 from mpjax.train.manifest import write_manifest
 from mpjax.train.metrics import read_metrics, to_line
 from mpjax.train.restore import differences
@@ -37,7 +37,7 @@ def check(folder: Path, page: Mapping[str, Any], choosing: Collection[str]) -> b
       ConfigError: it holds a run of other settings or other code, or files of something else.
     """
     held = (folder / _MANIFEST).is_file()
-    if not held and folder.exists() and any(folder.iterdir()):
+    if not held and folder.exists() and not all(map(is_temporary, folder.iterdir())):
         raise ConfigError(
             f"out: {folder} holds files and is no run's folder; choose another --out, or move them"
         )
@@ -82,6 +82,4 @@ def begin(
 
 def end(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Writes what a run came to, whole or not at all."""
-    fresh = folder / f"{_OUTCOME}.tmp"
-    fresh.write_text(to_line(outcome) + "\n")
-    os.replace(fresh, folder / _OUTCOME)
+    write_text(folder / _OUTCOME, to_line(outcome) + "\n")

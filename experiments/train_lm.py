@@ -31,6 +31,7 @@ from mpjax.data import Corpus, Tokenizer, batches, load_corpus
 from mpjax.errors import ConfigError
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision, PrecisionSchedule, get_precision
+from mpjax.report import save_plot
 from mpjax.report.heatmap import plot_heatmap
 from mpjax.train import TrainState, TrainStep, build, parse_mesh
 from mpjax.train.bundle import explain, save_bundle
@@ -220,7 +221,7 @@ def monitored(run: Run, stack: contextlib.ExitStack) -> TrainStep:
     def draw() -> None:
         if writer and writer.last:
             title = f"What each format would lose: {run.precision.name}, step {writer.last_step}"
-            plot_heatmap(writer.last, title=title).savefig(config.out / "monitor.png")
+            save_plot(plot_heatmap(writer.last, title=title), config.out / "monitor.png")
 
     if writer:
         stack.callback(writer.close)

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from mpjax.files import write_text
 from mpjax.precision import Precision, PrecisionSchedule
 
 _PACKAGES = (
@@ -91,6 +92,4 @@ def manifest(
 
 def write_manifest(out: str | Path, content: dict[str, Any]) -> None:
     """Writes `manifest.json` in a run's folder, whole or not at all."""
-    fresh = Path(out) / "manifest.json.tmp"
-    fresh.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(fresh, Path(out) / "manifest.json")
+    write_text(Path(out) / "manifest.json", json.dumps(content, indent=2) + "\n")

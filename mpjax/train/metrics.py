@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mpjax.errors import ConfigError, brief, need
+from mpjax.files import write_text
 
 # JSON has no such numbers; as text, as in Protocol Buffers' JSON, float() and pandas read them.
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -88,9 +88,7 @@ def plain(record: Mapping[str, Any]) -> dict[str, Any]:
 def keep_until(path: Path, step: int) -> None:
     """Drops the records after a step: a resumed run writes them again."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(to_line(record) + "\n" for record in kept))
-    os.replace(fresh, path)
+    write_text(path, "".join(to_line(record) + "\n" for record in kept))
 
 
 def import_wandb() -> Any:
