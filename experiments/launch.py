@@ -15,7 +15,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,8 @@ from mpjax.data.cache import checksum  # noqa: E402
 from mpjax.errors import ConfigError, TrainingStopped  # noqa: E402
 from mpjax.models import Model, decoder  # noqa: E402
 from mpjax.precision import Precision  # noqa: E402
+from mpjax.train.agreement import of_first  # noqa: E402
+from mpjax.train.lock import hold_folder  # noqa: E402
 
 
 def join(processes: str) -> None:
@@ -194,13 +197,33 @@ def writable(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise ConfigError(
             f"out: {out} cannot be written ({error.strerror}); choose another --out"
         ) from None
+
+
+@contextlib.contextmanager
+def one_run(config: Any) -> Iterator[None]:
+    """Joins the other processes and holds the folder `out`, where the settings have such.
+
+    Raises:
+      ConfigError: they cannot be joined; another run holds the folder, or it cannot be written.
+    """
+    several = bool(getattr(config, "distributed", ""))
+    join(getattr(config, "distributed", ""))
+    with contextlib.ExitStack() as stack:
+        wrong = ""
+        if hasattr(config, "out") and not (several and jax.process_index()):
+            try:
+                stack.enter_context(hold_folder(config.out))
+            except ConfigError as error:
+                wrong = str(error)
+        if wrong := of_first(wrong) if several else wrong:
+            raise ConfigError(wrong)
+        yield
 
 
 def products(model: Any, tokens: int) -> dict[str, dict[str, str]]:
@@ -266,7 +289,8 @@ def command(main: Callable[[Any], None], config: type[Any]) -> None:
     _quiet_asyncio()
     arguments = parse(config)
     try:
-        main(arguments)
+        with one_run(arguments):
+            main(arguments)
     except (ConfigError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

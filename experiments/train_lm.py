@@ -306,7 +306,6 @@ def leave_bundle(run: Run, number: int, state: TrainState, batch: Any) -> None:
 
 def main(config: Config) -> None:
     """Trains, validates, saves and samples."""
-    launch.join(config.distributed)
     console = launch.wide()
     console.quiet = jax.process_index() != 0
     run = prepare(config)
