@@ -1,8 +1,8 @@
 """Runs of a comparison that came to their end: an interrupted comparison goes on where it stopped.
 
 A run leaves `outcome.json` in its folder as the last thing. The same command again takes the runs
-that have one and trains the others. A run of other settings or other code is neither mixed in nor
-overwritten.
+that have one and trains the others. A run of other settings, code or environment is neither mixed
+in nor overwritten.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mpjax.train.metrics import read_metrics, to_line
 from mpjax.train.restore import differences
 
 _OUTCOME, _MANIFEST = "outcome.json", "manifest.json"
-_CODE = ("precision_text", "precision_schedule", "versions", "commit")
+_CODE = ("precision_text", "precision_schedule", "versions", "commit", "environment")
 
 
 def check(folder: Path, page: Mapping[str, Any], choosing: Collection[str]) -> bool:

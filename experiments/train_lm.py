@@ -36,6 +36,7 @@ from mpjax.report.heatmap import plot_heatmap
 from mpjax.train import TrainState, TrainStep, build, parse_mesh
 from mpjax.train.bundle import explain, save_bundle
 from mpjax.train.checkpoint import Checkpointer
+from mpjax.train.environment import environment, require_same_environment
 from mpjax.train.interrupt import Interrupt
 from mpjax.train.loop import fit
 from mpjax.train.manifest import manifest, write_manifest
@@ -173,6 +174,10 @@ def prepare(config: Config) -> Run:
                 f" weights with --init-from {config.out} and another --out"
             )
         compare_settings(meta["config"], settings(config), may_change=may_change)
+        if "environment" in meta:
+            require_same_environment(meta["environment"])
+        else:
+            log.info("resume: the checkpoint does not say its environment; it is not compared")
         tokenizer = Tokenizer.from_text(meta["tokenizer"])
     corpus = load_corpus(config.data, tokenizer, held_out=config.held_out)
     if meta:
@@ -240,6 +245,7 @@ def train(run: Run) -> tuple[TrainState, str | None]:
         "config": values,
         "tokenizer": run.corpus.tokenizer.to_text(),
         "corpus": run.corpus.info,
+        "environment": environment(),
     }
     if run.schedule:
         meta["precision_schedule"] = run.schedule.to_dict()

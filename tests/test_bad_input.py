@@ -130,8 +130,8 @@ def files(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
-def run(command, files, tmp_path_factory):
+@pytest.fixture(scope="module")  # not before `fast_compile`, which a resumed run must have too
+def run(command, files, tmp_path_factory, fast_compile):
     """A run of four steps with checkpoints at 2 and 4; the control of all that follows."""
     out = tmp_path_factory.mktemp("runs") / "run"
     done = command("train_lm", arguments("train_lm", "", files=files, out=out))
@@ -390,6 +390,21 @@ def test_changed_text_under_the_same_name_is_refused(command, files, run, tmp_pa
         shutil.copy(text, files / "text.txt")
     require_one_line(done, ("data.sha256 was", "another --out"))
     assert snapshot(tmp_path / "run") == before
+
+
+def test_a_changed_environment_is_named(command, files, run):
+    import jax
+
+    before, precision = snapshot(run), jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "float32")
+    try:
+        done = command("train_lm", arguments("train_lm", "--resume latest", files=files, out=run))
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+    require_one_line(
+        done, ("jax_default_matmul_precision was null", '"float32" now', "--init-from")
+    )
+    assert snapshot(run) == before
 
 
 GENERATE = [

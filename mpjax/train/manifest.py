@@ -17,6 +17,7 @@ import jax
 
 from mpjax.files import write_text
 from mpjax.precision import Precision, PrecisionSchedule
+from mpjax.train.environment import environment
 
 _PACKAGES = (
     "mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy",
@@ -64,8 +65,8 @@ def manifest(
         `labels`.
 
     Returns:
-      JSON-able: precision, its line of text, schedule, config, versions, commit, XLA flags,
-      devices, command.
+      JSON-able: precision, its line of text, schedule, config, versions, commit,
+      environment (of JAX and XLA, what changes numbers), XLA flags, devices, command.
     """
     device, paths = jax.devices()[0], list(paths)
     over_time = schedule and schedule.to_dict() | {
@@ -82,6 +83,7 @@ def manifest(
         "config": config,
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
         "commit": _commit(),
+        "environment": environment(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "processes": jax.process_count(),
