@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,9 +38,9 @@ from mpjax.train.checkpoint import Checkpointer
 from mpjax.train.environment import environment, require_same_environment
 from mpjax.train.interrupt import Interrupt
 from mpjax.train.loop import fit
-from mpjax.train.manifest import manifest, write_manifest
+from mpjax.train.manifest import MANIFEST, manifest, read_manifest, write_manifest
 from mpjax.train.memory import formula
-from mpjax.train.metrics import MetricsWriter, import_wandb
+from mpjax.train.metrics import METRICS, MetricsWriter, import_wandb
 from mpjax.train.progress import ProgressBar
 from mpjax.train.reader import CheckpointReader
 from mpjax.train.restore import compare_settings, restore_into
@@ -60,13 +59,13 @@ def chosen_step(config: Config, checkpoints: CheckpointReader) -> int | None:
     """
     steps = checkpoints.steps()
     if not config.resume:
-        if steps or (config.out / "metrics.jsonl").exists():
+        if steps or (config.out / METRICS).exists():
             raise ConfigError(
                 f"out: {config.out} holds a run already (checkpoints at {steps or 'no'} steps);"
                 " add --resume latest or choose another --out"
             )
         return None
-    if not steps and (config.out / "manifest.json").exists():  # it died before its first save
+    if not steps and (config.out / MANIFEST).exists():  # it died before its first save
         log.info("resume: %s holds no checkpoint yet; starting at step 0", config.out)
         return None
     if not steps:
@@ -153,9 +152,12 @@ def prepare(config: Config) -> Run:
             f"init_from: {config.out} has checkpoints to resume from; leave --init-from out"
         )
     if config.resume and start is None:  # as the run that died before its first save
-        begun = json.loads((config.out / "manifest.json").read_text())["config"]
-        name = "init_from"
-        compare_settings({name: begun.get(name)}, {name: settings(config)[name]}, may_change=())
+        name, page = "init_from", read_manifest(config.out)
+        if page is None:
+            log.warning("resume: damaged manifest in %s; --init-from is not compared", config.out)
+        else:
+            begun, now = page.get("config", {}).get(name), settings(config)[name]
+            compare_settings({name: begun}, {name: now}, may_change=())
     meta: dict[str, Any] = {}
     tokenizer: Any = config.tokenizer
     if start is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import logging
 import os
 import sys
@@ -33,7 +34,7 @@ def scripts():
         mock.patch.object(sys, "path", [str(ROOT / "experiments"), *sys.path]),
         mock.patch.object(sys, "unraisablehook"),
     ):
-        names = ("launch", *TRAINERS)
+        names = ("launch", "finished", *TRAINERS)
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     logging.getLogger("mpjax").setLevel(level)
 
@@ -105,3 +106,59 @@ def test_a_mistake_leaves_no_folder(begin, tmp_path):
 
     code, err = begin(main, "--out", str(tmp_path / "runs" / "a"))
     assert (code, err) == (2, "error: lr: wrong\n") and not (tmp_path / "runs").exists()
+
+
+# Runs of a comparison whose files are damaged.
+
+
+@pytest.fixture
+def ended(scripts, tmp_path):
+    """A run of a comparison that came to its end, and a function that asks for it again."""
+    from rich.console import Console
+
+    folder = tmp_path / "arm" / "seed0"
+    page = {"config": {"lr": 1, "fresh": False}}
+
+    def begin(**changes: object):
+        asked = page | changes
+        return scripts.finished.begin(folder, asked, (), Console(quiet=True))
+
+    assert begin() is None
+    steps = [{"step": n, "loss": 1.0} for n in (1, 2, 3)]
+    lines = [*steps, {"step": 3, "validation_loss": 0.5, "loss": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scripts.finished.end(folder, {"validation_loss": 0.5})
+    assert begin() == ({"validation_loss": 0.5}, steps)
+    return folder, begin
+
+
+@pytest.mark.parametrize("name", ["outcome.json", "metrics.jsonl"])
+@pytest.mark.parametrize("how", ["absent", "empty", "noise", "cut", "line"])
+def test_a_run_whose_files_are_damaged_is_trained_again(ended, caplog, name, how):
+    (folder, begin), content = ended, (ended[0] / name).read_bytes()
+    (folder / name).unlink()
+    lines = content.splitlines(keepends=True)
+    damaged = {"empty": b"", "noise": b"\xff" * 9, "cut": content[:-3], "line": b"".join(lines[1:])}
+    if how != "absent":
+        (folder / name).write_bytes(damaged[how])
+    assert begin() is None
+    assert [p.name for p in folder.iterdir()] == ["manifest.json"]
+    if (name, how) != ("outcome.json", "absent"):  # that is how an interrupted run looks
+        assert "is damaged; it is trained again" in caplog.text
+
+
+def test_a_run_whose_manifest_is_damaged_is_set_aside(ended, caplog):
+    folder, begin = ended
+    (folder / "manifest.json").write_text('{"config": {"lr"')
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert begin() is None
+    aside = folder.parent / "damaged-seed0-1"
+    assert {p.name: p.read_bytes() for p in aside.iterdir()} == before
+    assert [p.name for p in folder.iterdir()] == ["manifest.json"]
+    assert "its manifest is damaged; moved to damaged-seed0-1" in caplog.text
+
+
+def test_a_run_under_another_environment_is_not_taken(ended):
+    _, begin = ended
+    with pytest.raises(ConfigError, match="environment.jax_enable_x64 was .* is true now"):
+        begin(environment={"jax_enable_x64": True})

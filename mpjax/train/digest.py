@@ -49,8 +49,10 @@ def damage(folder: Path, below: str = "") -> str | None:
     try:
         table = json.loads((folder / NAME).read_text())
         entries = [(str(name), int(size), int(crc)) for name, (size, crc) in table.items()]
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return f"{NAME} is not readable"
+    if not any(name.startswith(below) for name, _, _ in entries):
+        return f"{NAME} lists no {below or 'files'}"  # cut off, and yet valid
     for name, size, crc in entries:
         path = folder / name
         if not name.startswith(below):

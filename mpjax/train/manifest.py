@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -19,6 +20,8 @@ from mpjax.files import write_text
 from mpjax.precision import Precision, PrecisionSchedule
 from mpjax.train.environment import environment
 
+MANIFEST = "manifest.json"
+_log = logging.getLogger("mpjax.train")
 _PACKAGES = (
     "mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy",
 )  # fmt: skip
@@ -93,5 +96,26 @@ def manifest(
 
 
 def write_manifest(out: str | Path, content: dict[str, Any]) -> None:
-    """Writes `manifest.json` in a run's folder, whole or not at all."""
-    write_text(Path(out) / "manifest.json", json.dumps(content, indent=2) + "\n")
+    """Writes `manifest.json` in a run's folder, whole or not at all.
+
+    One that is there and is damaged is moved to `manifest.json.damaged`, with one logged line.
+    """
+    path = Path(out) / MANIFEST
+    if path.exists() and read_manifest(out) is None:
+        aside = path.with_name(f"{MANIFEST}.damaged")
+        path.replace(aside)
+        _log.warning("%s: is damaged; moved to %s", path, aside.name)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_manifest(out: str | Path) -> dict[str, Any] | None:
+    """Returns the manifest of a run's folder; None if it is damaged: cut off, or no JSON object.
+
+    Raises:
+      OSError: there is none, or it cannot be read.
+    """
+    try:
+        found = json.loads((Path(out) / MANIFEST).read_bytes().decode())
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("config", {}), dict) else None
