@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import launch  # sets XLA flags before JAX starts  # noqa: F401
 from rich.console import Console
 
 from mpjax.errors import ConfigError

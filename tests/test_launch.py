@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import json
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from rich.console import Console
 
 from mpjax.errors import ConfigError
 from mpjax.train.lock import LOCK, hold_folder
@@ -114,8 +117,6 @@ def test_a_mistake_leaves_no_folder(begin, tmp_path):
 @pytest.fixture
 def ended(scripts, tmp_path):
     """A run of a comparison that came to its end, and a function that asks for it again."""
-    from rich.console import Console
-
     folder = tmp_path / "arm" / "seed0"
     page = {"config": {"lr": 1, "fresh": False}}
 
@@ -162,3 +163,85 @@ def test_a_run_under_another_environment_is_not_taken(ended):
     _, begin = ended
     with pytest.raises(ConfigError, match="environment.jax_enable_x64 was .* is true now"):
         begin(environment={"jax_enable_x64": True})
+
+
+# The terminal.
+
+
+@pytest.mark.parametrize("sick", ["ascii", "closed", "broken pipe"])
+def test_a_sick_terminal_kills_nothing_that_trains(begin, tmp_path, monkeypatch, sick):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    if sick == "closed":
+        stream.close()
+    if sick == "broken pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = os.fdopen(writer, "w")
+
+    def main(config: Settings) -> None:
+        print("validation loss 0.5 ± 0.1 · 3", flush=True)
+        Console().print("0.5 ± 0.1 ·")
+        (config.out / "done").touch()
+
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert begin(main, "--out", str(tmp_path / "run")) == (0, "")
+    assert (tmp_path / "run" / "done").exists()
+    stream.close()
+
+
+CLOSED = """
+import sys
+sys.path.insert(0, "experiments")
+import launch
+import dataclasses, os, pathlib
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    '''Nothing.'''
+    out: pathlib.Path = pathlib.Path("x")
+    '''Folder.'''
+
+def main(config):
+    with open(config.out / "metrics.jsonl", "w") as file:
+        assert file.fileno() > 2
+        print("on the screen")
+        print("an error", file=sys.stderr)
+        os.write(2, b"what a library prints")
+        file.write("mine")
+
+launch.command(main, Config)
+"""
+
+
+def test_what_is_printed_without_a_terminal_goes_into_no_file(tmp_path):
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", CLOSED, "--out",
+         str(tmp_path / "run")],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", ["--out", "--prompt"])
+def test_what_is_no_utf8_is_one_line_before_anything_is_written(begin, tmp_path, flag):
+    def never(config: Settings) -> None:
+        raise AssertionError("it has started")
+
+    word = os.fsdecode(os.fsencode(tmp_path / "run") + b"-\xff")
+    code, err = begin(never, flag, word)
+    assert code == 2 and err.count("\n") == 1 and not list(tmp_path.iterdir()), err
+    assert err.startswith(f"error: {flag}: b'") and "\\xff' is not UTF-8; " in err
+    seen = []
+    assert begin(lambda config: seen.append(config.prompt), "--prompt", "ö", "--out",
+                 str(tmp_path / "ü")) == (0, "")  # fmt: skip
+    assert seen == ["ö"]
+
+
+def test_a_folder_in_one_that_is_no_utf8_is_one_line(begin, tmp_path, monkeypatch):
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    place.mkdir()
+    monkeypatch.chdir(place)
+    code, err = begin(lambda config: None, "--out", "run")
+    assert code == 2 and "is not UTF-8; choose another --out" in err and err.count("\n") == 1
+    assert not list(place.iterdir())

@@ -51,6 +51,9 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
       mpjax.errors.ConfigError: out: ... is in use by pid ... on ...; wait until it has ended, ...
     """
     folder, made = Path(folder), list[Path]()
+    name = os.fsencode(folder.absolute())
+    if name.decode(errors="replace") != str(folder.absolute()):  # JSON, TensorBoard, Orbax need it
+        raise ConfigError(f"out: the name {name!r} is not UTF-8; choose another --out")
     try:
         try:
             fd = _opened(folder, made)
