@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 
+import mpjax
 from mpjax.errors import ConfigError
-from mpjax.train.agreement import of_first
+from mpjax.train.agreement import code_hash, of_first, require_agreement
+from mpjax.train.environment import environment
 from mpjax.train.lock import hold_folder
+from mpjax.train.manifest import versions
 
 
 def join(processes: str) -> None:
@@ -44,15 +50,31 @@ def join(processes: str) -> None:
         ) from None
 
 
+def started(config: Any) -> dict[str, Any]:
+    """Returns what must be the same in all processes of a run: settings, code, environment."""
+    settings = dataclasses.asdict(config)
+    del settings["distributed"]  # names each process
+    page = {
+        "settings": settings, "versions": versions(), "environment": environment(),
+        "code": code_hash(Path(mpjax.__file__).parent, Path(__file__).parent),
+    }  # fmt: skip
+    return json.loads(json.dumps(page, default=str))
+
+
 @contextlib.contextmanager
 def one_run(config: Any) -> Iterator[None]:
-    """Joins the other processes and holds the folder `out`, where the settings have such.
+    """Joins the other processes and compares how they were started, and holds the folder `out`.
+
+    Settings that have no `distributed` or no `out` need neither.
 
     Raises:
-      ConfigError: they cannot be joined; another run holds the folder, or it cannot be written.
+      ConfigError: they cannot be joined, or were started differently; another run holds the
+        folder, or it cannot be written.
     """
     several = bool(getattr(config, "distributed", ""))
-    join(getattr(config, "distributed", ""))
+    if several:
+        join(config.distributed)
+        require_agreement(started(config))
     with contextlib.ExitStack() as stack:
         wrong = ""
         if hasattr(config, "out") and not (several and jax.process_index()):

@@ -34,6 +34,11 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a run's outcome depends on."""
+    return {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES}
+
+
 def _commit() -> str:
     def git(*words: str) -> str:
         here = Path(__file__).parent
@@ -84,7 +89,7 @@ def manifest(
         "precision_schedule": over_time,
         "products": products,
         "config": config,
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "versions": versions(),
         "commit": _commit(),
         "environment": environment(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
