@@ -521,6 +521,26 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_taken(
     assert done.code == 0 and "nothing left to train" in done.out, "step 4 is whole again"
 
 
+def test_damaged_logs_stop_no_resume(command, files, run, tmp_path, caplog):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "checkpoints" / "4")
+    log = out / "metrics.jsonl"
+    whole, damage = log.read_bytes(), b"\xff\xfe[[[\n[1]\n" + b"[" * 50_000
+    log.write_bytes(whole + damage)
+    (out / "manifest.json").write_text('{"config": {"lr"')
+    done = command("train_lm", arguments("train_lm", "--resume latest", files=files, out=out))
+    assert done.code == 0 and "Traceback" not in done.err, done.err
+    assert (out / "metrics.jsonl.damaged").read_bytes() == damage
+    assert (out / "manifest.json.damaged").is_file()
+    losses = [
+        [r["loss"] for r in read_metrics(p / "metrics.jsonl") if "loss" in r] for p in (run, out)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    said = [r.getMessage() for r in caplog.records if "moved to" in r.getMessage()]
+    assert len(said) == 2, "one line each"
+
+
 def test_a_run_whose_checkpoints_are_all_torn_is_one_line(command, files, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     for step in (tmp_path / "run" / "checkpoints").iterdir():
