@@ -10,7 +10,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Windows has no SIGHUP.
+_HANGUP = getattr(signal, "SIGHUP", None)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, *filter(None, [_HANGUP]))
 
 
 class Interrupt:
@@ -53,11 +55,10 @@ class Interrupt:
         self._watcher = threading.Thread(target=self._watch, name="interrupt", daemon=True)
         self._watcher.start()
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         self._previous = {
             number: signal.signal(number, self._handle)
             for number in _SIGNALS
-            if not (nohup and number == signal.SIGHUP)
+            if number != _HANGUP or signal.getsignal(number) is not signal.SIG_IGN
         }
         return self
 

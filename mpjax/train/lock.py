@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import fcntl
 import functools
 import logging
 import os
@@ -20,6 +19,11 @@ import jax
 
 from mpjax.errors import ConfigError
 from mpjax.files import NO_FOLLOW
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 _log = logging.getLogger("mpjax.train")
@@ -127,6 +131,8 @@ def _opened(folder: Path, made: list[Path]) -> int:
 def _flock(fd: int) -> bool:
     """Whether the lock is taken, or cannot be had on this file system."""
     try:
+        if fcntl is None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _HELD:

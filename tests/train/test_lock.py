@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -116,18 +118,21 @@ def test_what_an_owner_wrote_is_shown_short_and_steers_no_terminal(tmp_path):
     assert str(found.value).isprintable() and len(str(found.value)) < 700
 
 
-def test_without_locks_a_run_is_told_once_and_goes_on(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("why", ["No locks available", "Function not implemented"])
+def test_without_locks_a_run_is_told_once_and_goes_on(tmp_path, monkeypatch, caplog, why):
     def none(fd, how):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     lock._no_locks.cache_clear()
     monkeypatch.setattr(fcntl, "flock", none)
+    if why == "Function not implemented":  # a system without the module
+        monkeypatch.setattr(lock, "fcntl", None)
     with caplog.at_level(logging.WARNING, "mpjax.train"):
         with hold_folder(tmp_path / "a"), Checkpointer(tmp_path / "a" / "checkpoints"):
             pass
     lock._no_locks.cache_clear()
     assert [r.getMessage() for r in caplog.records] == [
-        "lock: the file system of the run's folder has no locks (No locks available); see to it"
+        f"lock: the file system of the run's folder has no locks ({why}); see to it"
         " that one run alone writes there"
     ]
 
@@ -176,3 +181,25 @@ def test_steps_that_another_run_wrote_since_are_never_dropped(tmp_path):
             shutil.rmtree(tmp_path / step)
         mine.save(7, STATE, {})  # step 3 was this run's own
         assert mine.steps() == [1, 2, 7]
+
+
+def test_never_two_at_once_while_folder_and_lock_come_and_go(tmp_path):
+    out, inside, most, taken = tmp_path / "runs" / "a", [], [0], [0]
+
+    def contend() -> None:
+        for _ in range(150):
+            try:
+                with hold_folder(out):
+                    inside.append(1)
+                    most[0] = max(most[0], len(inside))
+                    time.sleep(0.0001)
+                    inside.pop()
+                    taken[0] += 1
+            except ConfigError as error:
+                assert "in use" in str(error), error
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(contend) for _ in range(6)]:
+            done.result()
+    assert most == [1] and taken[0] > 20
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
