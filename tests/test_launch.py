@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -37,7 +38,7 @@ def scripts():
         mock.patch.object(sys, "path", [str(ROOT / "experiments"), *sys.path]),
         mock.patch.object(sys, "unraisablehook"),
     ):
-        names = ("launch", "finished", *TRAINERS)
+        names = ("launch", "finished", "processes", *TRAINERS)
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     logging.getLogger("mpjax").setLevel(level)
 
@@ -101,6 +102,20 @@ def test_those_are_all_experiments_with_a_folder():
         if "launch.command(" in (text := p.read_text()) and "\n    out: Path" in text
     }
     assert found | {"train_lm"} == set(TRAINERS)  # its settings are a module of their own
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_all_processes_say_who_holds_the_folder(scripts, tmp_path, monkeypatch, index):
+    sent: list[str] = []
+    for name in ("join", "require_agreement"):
+        monkeypatch.setattr(scripts.processes, name, lambda _: None)
+    monkeypatch.setattr(scripts.processes, "of_first", lambda own: sent.append(own) or "first's")
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    config = dataclasses.make_dataclass("Several", ["out", "distributed"])(tmp_path, "auto")
+    with hold_folder(tmp_path), pytest.raises(ConfigError, match="^first's$"):
+        with scripts.processes.one_run(config):
+            raise AssertionError("two in one folder")
+    assert len(sent) == 1 and ("in use" in sent[0]) == (index == 0), "the first alone locks"
 
 
 def test_a_mistake_leaves_no_folder(begin, tmp_path):

@@ -16,7 +16,6 @@ import pytest
 from mpjax.errors import ConfigError
 from mpjax.train import agreement
 from mpjax.train.agreement import code_hash, exchange, require_agreement
-from mpjax.train.lock import hold_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = {"settings": {"seed": 0, "shape": {"width": 8}}, "code": "a"}
@@ -132,11 +131,3 @@ def test_two_processes_that_were_started_differently_train_nothing(tmp_path):
         ):
             assert part in err and err.count("\n") == 1, err
     assert not (tmp_path / "run").exists()
-
-
-def test_both_processes_say_who_holds_the_folder(tmp_path):
-    with hold_folder(tmp_path):
-        found = pair(tmp_path, (), ())
-    for code, out, err in found:
-        assert code == 2 and "trained" not in out and err.count("\n") == 1
-        assert err.startswith(f"error: out: {tmp_path} is in use by pid {os.getpid()} on "), err
