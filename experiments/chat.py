@@ -250,6 +250,8 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
+    except UnicodeDecodeError:
+        raise ConfigError("prompt: what was typed is not UTF-8; set the terminal to it") from None
 
 
 if __name__ == "__main__":

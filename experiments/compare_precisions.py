@@ -26,7 +26,14 @@ import numpy as np
 from mpjax.errors import ConfigError
 from mpjax.models import Model, decoder
 from mpjax.precision import get_precision
-from mpjax.report import plot_gradients, plot_loss, plot_loss_scale, rich_table, write_report
+from mpjax.report import (
+    plot_gradients,
+    plot_loss,
+    plot_loss_scale,
+    rich_table,
+    save_plot,
+    write_report,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +112,9 @@ def main(config: Config) -> None:
         model = decoder(config.model, precision, context=config.seq, **shape)
         label = f"{name}, loss x 2^-{stress}" if stress else name
         histograms[label] = gradients(model, kept["params"], kept["batch"], stress)
-    plot_loss(outcomes).savefig(config.out / "loss.png")
-    plot_loss_scale(outcomes).savefig(config.out / "loss_scale.png")
-    plot_gradients(histograms).savefig(config.out / "gradients.png")
+    save_plot(plot_loss(outcomes), config.out / "loss.png")
+    save_plot(plot_loss_scale(outcomes), config.out / "loss_scale.png")
+    save_plot(plot_gradients(histograms), config.out / "gradients.png")
     notes = [
         f"Loss x 2^-{config.stress} is the stress test: gradients are multiplied by"
         f" 2^{config.stress} afterwards, so an arithmetic with enough range does not notice."

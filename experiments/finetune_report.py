@@ -11,7 +11,8 @@ import launch  # sets XLA flags before JAX starts
 import numpy as np
 from rich.table import Table
 
-from mpjax.report import Outcome, interval, plot_loss
+from mpjax.files import write_text
+from mpjax.report import Outcome, interval, plot_loss, save_plot
 from mpjax.report.slices import slice_cells, slice_gaps
 
 
@@ -123,9 +124,9 @@ def write(
         if len(parts) == 1:
             parts.append("\n".join(f"- {note}" for note in notes))
     shown.print("\n".join(notes), highlight=False, markup=False)
-    plot_loss([arm.outcome for arm in arms], unit=unit).savefig(out / "loss.png")
+    save_plot(plot_loss([arm.outcome for arm in arms], unit=unit), out / "loss.png")
     parts.append("![loss](loss.png)")
-    (out / "report.md").write_text("\n\n".join(parts) + "\n")
+    write_text(out / "report.md", "\n\n".join(parts) + "\n")
     results = {"baselines": baselines, "arms": {arm.label: arm.scores for arm in arms}}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     shown.print(f"report: {out / 'report.md'}", highlight=False)

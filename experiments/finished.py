@@ -1,28 +1,31 @@
 """Runs of a comparison that came to their end: an interrupted comparison goes on where it stopped.
 
 A run leaves `outcome.json` in its folder as the last thing. The same command again takes the runs
-that have one and trains the others. A run of other settings or other code is neither mixed in nor
-overwritten.
+that have one and trains the others. A run of other settings, code or environment is neither mixed
+in nor overwritten.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import itertools
+import logging
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import launch  # sets XLA flags before JAX starts  # noqa: F401
 from rich.console import Console
 
 from mpjax.errors import ConfigError
-from mpjax.train.manifest import write_manifest
-from mpjax.train.metrics import read_metrics, to_line
+from mpjax.files import is_temporary, write_text
+from mpjax.train.manifest import MANIFEST, read_manifest, write_manifest
+from mpjax.train.metrics import METRICS, read_metrics, to_line
 from mpjax.train.restore import differences
 
-_OUTCOME, _MANIFEST = "outcome.json", "manifest.json"
-_CODE = ("precision_text", "precision_schedule", "versions", "commit")
+_OUTCOME = "outcome.json"
+log = logging.getLogger("mpjax.experiments")
+_CODE = ("precision_text", "precision_schedule", "versions", "commit", "environment")
 
 
 def check(folder: Path, page: Mapping[str, Any], choosing: Collection[str]) -> bool:
@@ -36,15 +39,18 @@ def check(folder: Path, page: Mapping[str, Any], choosing: Collection[str]) -> b
     Raises:
       ConfigError: it holds a run of other settings or other code, or files of something else.
     """
-    held = (folder / _MANIFEST).is_file()
-    if not held and folder.exists() and any(folder.iterdir()):
+    held = (folder / MANIFEST).is_file()
+    if not held and folder.exists() and not all(map(is_temporary, folder.iterdir())):
         raise ConfigError(
             f"out: {folder} holds files and is no run's folder; choose another --out, or move them"
         )
     if page["config"]["fresh"] or not held:
         return False
-    saved = json.loads((folder / _MANIFEST).read_text())
-    before, now = ({"config": p["config"]} | {k: p.get(k) for k in _CODE} for p in (saved, page))
+    if (saved := read_manifest(folder)) is None:
+        return False  # `begin` sets it aside
+    before, now = (
+        {"config": p.get("config", {})} | {k: p.get(k) for k in _CODE} for p in (saved, page)
+    )
     found = differences(before, now, [f"config.{name}" for name in (*choosing, "fresh", "out")])
     if found:
         raise ConfigError(
@@ -70,18 +76,41 @@ def begin(
     Raises:
       ConfigError: as `check`.
     """
-    if check(folder, page, choosing) and (folder / _OUTCOME).is_file():
+    held = (folder / MANIFEST).is_file()
+    if check(folder, page, choosing) and (ended := _ended(folder)):
         console.print(f"{folder}: has ended before and is taken as it is", highlight=False)
-        (outcome,) = read_metrics(folder / _OUTCOME)
-        return outcome, [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+        return ended
+    if held and read_manifest(folder) is None:
+        _set_aside(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     write_manifest(folder, dict(page))
     return None
 
 
+def _ended(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """What a run came to, if it has and its files are whole."""
+    if not (folder / _OUTCOME).is_file():
+        return None
+    outcomes = read_metrics(folder / _OUTCOME)
+    records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
+    *history, last = records or [{}]
+    # A record a step from the first on, and the validation behind them.
+    whole = [record.get("step") for record in history] == list(range(1, len(history) + 1))
+    if len(outcomes) != 1 or not history or not whole or "validation_loss" not in last:
+        log.warning("%s: %s or %s is damaged; it is trained again", folder, _OUTCOME, METRICS)
+        return None
+    return outcomes[0], history
+
+
+def _set_aside(folder: Path) -> None:
+    """Moves a run away whose manifest cannot be read: it may be one of other settings."""
+    names = (folder.with_name(f"damaged-{folder.name}-{n}") for n in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    folder.rename(aside)
+    log.warning("%s: its manifest is damaged; moved to %s, trained again", folder, aside.name)
+
+
 def end(folder: Path, outcome: Mapping[str, Any]) -> None:
     """Writes what a run came to, whole or not at all."""
-    fresh = folder / f"{_OUTCOME}.tmp"
-    fresh.write_text(to_line(outcome) + "\n")
-    os.replace(fresh, folder / _OUTCOME)
+    write_text(folder / _OUTCOME, to_line(outcome) + "\n")

@@ -41,9 +41,10 @@ from product_error import (
 from rich.table import Table
 
 from mpjax.errors import ConfigError
+from mpjax.files import write_text
 from mpjax.formats import Format
 from mpjax.precision import parse_dtype, recipe_names
-from mpjax.report import interval
+from mpjax.report import interval, save_plot
 from mpjax.report.formats import plot_distinct, plot_sqnr
 
 PLACEMENTS = ("random", "even", "together")
@@ -275,7 +276,7 @@ def draw(lengths: Any, counts: Any, outliers: Any, out: Path) -> list[str]:
         ),
     }
     for name, figure in pictures.items():
-        figure.savefig(out / name)
+        save_plot(figure, out / name)
     return list(pictures)
 
 
@@ -291,15 +292,14 @@ def main(config: Config) -> None:
         console.print(section.rich())
     names = draw(*found, config.out)
     lengths, counts, outliers = found
-    (config.out / "results.json").write_text(
-        json.dumps({"lengths": lengths, "distinct": counts, "outliers": outliers})
-    )
+    results = {"lengths": lengths, "distinct": counts, "outliers": outliers}
+    write_text(config.out / "results.json", json.dumps(results))
     note = (f"Compute dtype {config.compute}. Took {time.perf_counter() - start:.0f} s on"
             f" {launch.machine()}.")  # fmt: skip
     parts = ["# What each recipe loses in a product", *(s.markdown() for s in tables), note]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in names]
     path = config.out / "report.md"
-    path.write_text("\n\n".join(parts) + "\n")
+    write_text(path, "\n\n".join(parts) + "\n")
     console.print(f"{note}\nreport: {path}")
 
 

@@ -29,10 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mpjax.data.images import Images, image_batches, load_images
+from mpjax.files import write_text
 from mpjax.models import ResNet, resnet
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import get_precision
-from mpjax.report import Outcome, gap, interval, plot_loss
+from mpjax.report import Outcome, gap, interval, plot_loss, save_plot
 from mpjax.train import build
 from mpjax.train.hlo import convolutions
 from mpjax.train.loop import fit
@@ -269,10 +270,10 @@ def compare(config: Config) -> list[Arm]:
         bar = f"Bar of {BARS[config.data]:.2f}:"
         notes.insert(0, f"{bar} missed by {', '.join(low)}." if low else f"{bar} met by all arms.")
     launch.wide().print("\n".join(notes))
-    plot_loss([arm.outcome for arm in arms], unit="nats/image").savefig(config.out / "loss.png")
+    save_plot(plot_loss([arm.outcome for arm in arms], unit="nats/image"), config.out / "loss.png")
     lines = [" | ".join(line) for line in (HEAD, ("---",) * len(HEAD), *rows(arms))]
     text = "\n\n".join([f"# {title}", "\n".join(f"| {x} |" for x in lines), *notes])
-    (config.out / "report.md").write_text(text + "\n\n![loss](loss.png)\n")
+    write_text(config.out / "report.md", text + "\n\n![loss](loss.png)\n")
     launch.wide().print(f"report: {config.out / 'report.md'}")
     return arms
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import logging
 import math
 import os
-import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +24,18 @@ from rich.logging import RichHandler
 
 # On CPU this scheduler costs a Transformer step about an eighth of its speed (measured).
 FLAGS = ("--xla_cpu_enable_concurrency_optimized_scheduler=false",)
+
+
+def open_descriptors() -> None:
+    """Opens those of the descriptors 0, 1 and 2 that are closed, onto nothing.
+
+    Otherwise the next file that is opened gets the number, and what libraries print goes into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def set_flags() -> None:
@@ -48,46 +59,20 @@ def set_log() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
 
 
+open_descriptors()
 set_flags()
 set_log()
 
 import jax  # noqa: E402
+from command_line import parse  # noqa: E402
+from processes import one_run  # noqa: E402
 
 from mpjax.data import Corpus  # noqa: E402
 from mpjax.data.cache import checksum  # noqa: E402
 from mpjax.errors import ConfigError, TrainingStopped  # noqa: E402
 from mpjax.models import Model, decoder  # noqa: E402
 from mpjax.precision import Precision  # noqa: E402
-
-
-def join(processes: str) -> None:
-    """Makes this process one of several that train together; empty text does nothing.
-
-    Args:
-      processes: `auto`, or `COORDINATOR:PORT,INDEX,COUNT` with this process's index.
-
-    Raises:
-      ConfigError: malformed, or no cluster was found.
-    """
-    if not processes:
-        return
-    given = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", processes)
-    if processes != "auto" and (given is None or int(given[2]) >= int(given[3])):
-        raise ConfigError(
-            f"distributed: {processes!r} is malformed; write auto, or COORDINATOR:PORT,INDEX,COUNT"
-            " such as node0:1234,0,2"
-        )
-    try:
-        if given is None:
-            jax.distributed.initialize()
-        else:
-            jax.distributed.initialize(given[1], int(given[3]), int(given[2]))
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"distributed: {processes!r} does not start ({reason}); write"
-            " COORDINATOR:PORT,INDEX,COUNT such as node0:1234,0,2"
-        ) from None
+from mpjax.train.terminal import steady_terminal  # noqa: E402
 
 
 def machine() -> str:
@@ -194,9 +179,8 @@ def writable(out: Path) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
         raise ConfigError(
             f"out: {out} cannot be written ({error.strerror}); choose another --out"
@@ -221,29 +205,6 @@ def make_decoder(work: Any, corpus: Corpus, precision: Precision) -> Model:
     )  # fmt: skip
 
 
-def parse(config: type[Any]) -> Any:
-    """Returns the settings of the command line; a mistake in it is one line, status 2."""
-    shown = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(shown):
-            return tyro.cli(config, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as ended:
-        # tyro draws a box with rules in it: title, what is wrong, flags that look like it, help.
-        lines = [line.strip(" │╭╮╰╯─") for line in shown.getvalue().splitlines()]
-        blocks: list[list[str]] = [[]]
-        for line in lines[1:]:
-            if line.strip("-"):
-                blocks[-1].append(line)
-            elif blocks[-1]:
-                blocks.append([])
-        if ended.code:
-            wrong = " ".join(blocks[0]).removesuffix(".")
-            near = [line for block in blocks for line in block if re.match(r"--[\w-]+ \S+$", line)]
-            see = f"see {', '.join(near)}; " if near else ""
-            print(f"error: {wrong}; {see}--help lists all", file=sys.stderr)
-        raise
-
-
 def _quiet_asyncio() -> None:
     """Keeps what Orbax leaves behind on a full disk off the screen.
 
@@ -264,9 +225,17 @@ def command(main: Callable[[Any], None], config: type[Any]) -> None:
     """Runs an experiment from the command line; what the user can mend is one line, status 2."""
     logging.getLogger("mpjax").setLevel(logging.INFO)
     _quiet_asyncio()
-    arguments = parse(config)
+    # What trains has its results in --out, and lives on without a terminal.
+    terminal = steady_terminal() if hasattr(config, "out") else contextlib.nullcontext()
+    with terminal:
+        _command(main, config)
+
+
+def _command(main: Callable[[Any], None], config: type[Any]) -> None:
     try:
-        main(arguments)
+        arguments = parse(config)
+        with one_run(arguments):
+            main(arguments)
     except (ConfigError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,7 +22,7 @@ import sweep
 
 from mpjax.errors import ConfigError
 from mpjax.precision import get_precision
-from mpjax.report import plot_loss, rich_table, write_report
+from mpjax.report import plot_loss, rich_table, save_plot, write_report
 
 REFERENCE = "Adam f32"
 # optimizer -> its peak learning rate as a multiple of Adam's, and its own moments in 8 bits
@@ -105,7 +105,7 @@ def main(config: Config) -> None:
     ]  # fmt: skip
     title = "Optimizer states in fewer bits"
     launch.wide().print(rich_table([*outcomes, *others], title))
-    plot_loss(outcomes).savefig(config.out / "loss.png")
+    save_plot(plot_loss(outcomes), config.out / "loss.png")
     state = ", ".join(f"{o.label} {o.bytes_per_parameter - 4:.3f}" for o in [*outcomes, *others])
     notes = [
         f"Bytes of optimizer state a parameter, weights not counted: {state}.",

@@ -26,7 +26,7 @@ from mpjax.errors import ConfigError
 from mpjax.models import Model
 from mpjax.ops import how_it_runs
 from mpjax.precision import get_precision, get_recipe
-from mpjax.report import Outcome, gaps, interval, plot_loss, rich_table, write_report
+from mpjax.report import Outcome, gaps, interval, plot_loss, rich_table, save_plot, write_report
 
 UNSCALED = "emulate(e4m3)"
 RECIPES = (
@@ -143,7 +143,7 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
         f" lr {config.lr:g} {config.schedule}, {config.data} as {config.tokenizer}."
         f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}."
     )
-    plot_loss(outcomes).savefig(config.out / "loss.png")
+    save_plot(plot_loss(outcomes), config.out / "loss.png")
     launch.wide().print(f"report: {write_report(config.out, title, outcomes, notes, ['loss.png'])}")
     return outcomes, notes
 

@@ -20,7 +20,7 @@ import launch  # sets XLA flags before JAX starts
 import sweep
 
 from mpjax.precision import get_precision
-from mpjax.report import Outcome, interval, plot_loss, rich_table, write_report
+from mpjax.report import Outcome, interval, plot_loss, rich_table, save_plot, write_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def main(config: Config) -> None:
         f" {config.data} as {config.tokenizer}."
         f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}."
     )
-    plot_loss(outcomes).savefig(config.out / "loss.png")
+    save_plot(plot_loss(outcomes), config.out / "loss.png")
     launch.wide().print(f"report: {write_report(config.out, title, outcomes, notes, ['loss.png'])}")
 
 

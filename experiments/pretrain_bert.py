@@ -32,6 +32,7 @@ from mpjax.data.buckets import IGNORE, Batch, eval_batches
 from mpjax.data.masking import masking, segment_pairs
 from mpjax.data.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
+from mpjax.files import write_text
 from mpjax.models.hf import save_checkpoint
 from mpjax.report import gaps, interval
 from mpjax.report.slices import length_slices
@@ -164,7 +165,7 @@ def main(config: Config) -> None:
         if config.export and seed == 0:
             own = folder / label.replace(":", "_").replace("/", "_")
             save_checkpoint(own, model, params)
-            (own / "tokenizer.json").write_text(pieces.to_text())
+            write_text(own / "tokenizer.json", pieces.to_text())
 
     first = judge(start.params(judged, 0))[0]
     arms = [

@@ -23,7 +23,7 @@ import numpy as np
 from mpjax.data import Corpus, load_corpus
 from mpjax.models import Recurrent, recurrent
 from mpjax.precision import Precision, get_precision
-from mpjax.report import Outcome, gap, plot_loss, rich_table, write_report
+from mpjax.report import Outcome, gap, plot_loss, rich_table, save_plot, write_report
 
 BAR = 0.5  # percent
 LOW_STATE = "bf16, state bf16"
@@ -131,7 +131,7 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
         f" {config.data} as {config.tokenizer}. Took {time.perf_counter() - start:.0f} s on"
         f" {launch.machine()}."
     )
-    plot_loss(outcomes).savefig(config.out / "loss.png")
+    save_plot(plot_loss(outcomes), config.out / "loss.png")
     launch.wide().print(f"report: {write_report(config.out, title, outcomes, notes, ['loss.png'])}")
     return outcomes, notes
 

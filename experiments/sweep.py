@@ -27,7 +27,15 @@ from mpjax.data import Corpus, batches, load_corpus, validation_batches
 from mpjax.errors import TrainingStopped
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import Precision, get_precision
-from mpjax.report import Outcome, interval, plot_loss, plot_loss_scale, rich_table, write_report
+from mpjax.report import (
+    Outcome,
+    interval,
+    plot_loss,
+    plot_loss_scale,
+    rich_table,
+    save_plot,
+    write_report,
+)
 from mpjax.train import build
 from mpjax.train.loop import fit
 from mpjax.train.manifest import manifest
@@ -326,8 +334,8 @@ def main(config: Config) -> None:
         if o.label == label
     ]
     launch.wide().print(rich_table([*outcomes, *tuned], "Precisions and learning rates"))
-    plot_loss(outcomes).savefig(config.out / "loss.png")
-    plot_loss_scale(outcomes).savefig(config.out / "loss_scale.png")
+    save_plot(plot_loss(outcomes), config.out / "loss.png")
+    save_plot(plot_loss_scale(outcomes), config.out / "loss_scale.png")
     notes = [f"Took {time.perf_counter() - start:.0f} s on {launch.machine()}."]
     path = write_report(
         config.out, "Precisions and learning rates", [*outcomes, *tuned], notes,

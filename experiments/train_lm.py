@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,15 +30,17 @@ from mpjax.data import Corpus, Tokenizer, batches, load_corpus
 from mpjax.errors import ConfigError
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision, PrecisionSchedule, get_precision
+from mpjax.report import save_plot
 from mpjax.report.heatmap import plot_heatmap
 from mpjax.train import TrainState, TrainStep, build, parse_mesh
 from mpjax.train.bundle import explain, save_bundle
 from mpjax.train.checkpoint import Checkpointer
+from mpjax.train.environment import environment, require_same_environment
 from mpjax.train.interrupt import Interrupt
 from mpjax.train.loop import fit
-from mpjax.train.manifest import manifest, write_manifest
+from mpjax.train.manifest import MANIFEST, manifest, read_manifest, write_manifest
 from mpjax.train.memory import formula
-from mpjax.train.metrics import MetricsWriter, import_wandb
+from mpjax.train.metrics import METRICS, MetricsWriter, import_wandb
 from mpjax.train.progress import ProgressBar
 from mpjax.train.reader import CheckpointReader
 from mpjax.train.restore import compare_settings, restore_into
@@ -58,13 +59,13 @@ def chosen_step(config: Config, checkpoints: CheckpointReader) -> int | None:
     """
     steps = checkpoints.steps()
     if not config.resume:
-        if steps or (config.out / "metrics.jsonl").exists():
+        if steps or (config.out / METRICS).exists():
             raise ConfigError(
                 f"out: {config.out} holds a run already (checkpoints at {steps or 'no'} steps);"
                 " add --resume latest or choose another --out"
             )
         return None
-    if not steps and (config.out / "manifest.json").exists():  # it died before its first save
+    if not steps and (config.out / MANIFEST).exists():  # it died before its first save
         log.info("resume: %s holds no checkpoint yet; starting at step 0", config.out)
         return None
     if not steps:
@@ -151,9 +152,12 @@ def prepare(config: Config) -> Run:
             f"init_from: {config.out} has checkpoints to resume from; leave --init-from out"
         )
     if config.resume and start is None:  # as the run that died before its first save
-        begun = json.loads((config.out / "manifest.json").read_text())["config"]
-        name = "init_from"
-        compare_settings({name: begun.get(name)}, {name: settings(config)[name]}, may_change=())
+        name, page = "init_from", read_manifest(config.out)
+        if page is None:
+            log.warning("resume: damaged manifest in %s; --init-from is not compared", config.out)
+        else:
+            begun, now = page.get("config", {}).get(name), settings(config)[name]
+            compare_settings({name: begun}, {name: now}, may_change=())
     meta: dict[str, Any] = {}
     tokenizer: Any = config.tokenizer
     if start is not None:
@@ -172,6 +176,10 @@ def prepare(config: Config) -> Run:
                 f" weights with --init-from {config.out} and another --out"
             )
         compare_settings(meta["config"], settings(config), may_change=may_change)
+        if "environment" in meta:
+            require_same_environment(meta["environment"])
+        else:
+            log.info("resume: the checkpoint does not say its environment; it is not compared")
         tokenizer = Tokenizer.from_text(meta["tokenizer"])
     corpus = load_corpus(config.data, tokenizer, held_out=config.held_out)
     if meta:
@@ -220,7 +228,7 @@ def monitored(run: Run, stack: contextlib.ExitStack) -> TrainStep:
     def draw() -> None:
         if writer and writer.last:
             title = f"What each format would lose: {run.precision.name}, step {writer.last_step}"
-            plot_heatmap(writer.last, title=title).savefig(config.out / "monitor.png")
+            save_plot(plot_heatmap(writer.last, title=title), config.out / "monitor.png")
 
     if writer:
         stack.callback(writer.close)
@@ -239,6 +247,7 @@ def train(run: Run) -> tuple[TrainState, str | None]:
         "config": values,
         "tokenizer": run.corpus.tokenizer.to_text(),
         "corpus": run.corpus.info,
+        "environment": environment(),
     }
     if run.schedule:
         meta["precision_schedule"] = run.schedule.to_dict()
@@ -305,7 +314,6 @@ def leave_bundle(run: Run, number: int, state: TrainState, batch: Any) -> None:
 
 def main(config: Config) -> None:
     """Trains, validates, saves and samples."""
-    launch.join(config.distributed)
     console = launch.wide()
     console.quiet = jax.process_index() != 0
     run = prepare(config)

@@ -130,8 +130,8 @@ def files(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
-def run(command, files, tmp_path_factory):
+@pytest.fixture(scope="module")  # not before `fast_compile`, which a resumed run must have too
+def run(command, files, tmp_path_factory, fast_compile):
     """A run of four steps with checkpoints at 2 and 4; the control of all that follows."""
     out = tmp_path_factory.mktemp("runs") / "run"
     done = command("train_lm", arguments("train_lm", "", files=files, out=out))
@@ -392,6 +392,21 @@ def test_changed_text_under_the_same_name_is_refused(command, files, run, tmp_pa
     assert snapshot(tmp_path / "run") == before
 
 
+def test_a_changed_environment_is_named(command, files, run):
+    import jax
+
+    before, precision = snapshot(run), jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", "float32")
+    try:
+        done = command("train_lm", arguments("train_lm", "--resume latest", files=files, out=run))
+    finally:
+        jax.config.update("jax_default_matmul_precision", precision)
+    require_one_line(
+        done, ("jax_default_matmul_precision was null", '"float32" now', "--init-from")
+    )
+    assert snapshot(run) == before
+
+
 GENERATE = [
     ("--step 3", "step", "at 3", "[2, 4]"),
     ("--prompt ''", "prompt", "''", "give some text"),
@@ -504,6 +519,26 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_taken(
     assert largest(tmp_path / "run" / "checkpoints" / "4").stat().st_size > 0
     done = command("train_lm", latest)
     assert done.code == 0 and "nothing left to train" in done.out, "step 4 is whole again"
+
+
+def test_damaged_logs_stop_no_resume(command, files, run, tmp_path, caplog):
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    shutil.rmtree(out / "checkpoints" / "4")
+    log = out / "metrics.jsonl"
+    whole, damage = log.read_bytes(), b"\xff\xfe[[[\n[1]\n" + b"[" * 50_000
+    log.write_bytes(whole + damage)
+    (out / "manifest.json").write_text('{"config": {"lr"')
+    done = command("train_lm", arguments("train_lm", "--resume latest", files=files, out=out))
+    assert done.code == 0 and "Traceback" not in done.err, done.err
+    assert (out / "metrics.jsonl.damaged").read_bytes() == damage
+    assert (out / "manifest.json.damaged").is_file()
+    losses = [
+        [r["loss"] for r in read_metrics(p / "metrics.jsonl") if "loss" in r] for p in (run, out)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    said = [r.getMessage() for r in caplog.records if "moved to" in r.getMessage()]
+    assert len(said) == 2, "one line each"
 
 
 def test_a_run_whose_checkpoints_are_all_torn_is_one_line(command, files, run, tmp_path):

@@ -19,16 +19,17 @@ SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
 # part -> the parts of mpjax that it may import, besides itself and `errors` (CONTRIBUTING.md).
 MAY_IMPORT = {
     "errors": set(),
+    "files": set(),
     "formats": set(),
     "precision": {"formats"},
     "interpret": {"formats", "precision", "ops"},
     "ops": {"formats", "precision"},
     "optim": {"formats", "precision"},
-    "models": {"formats", "precision", "ops"},
+    "models": {"formats", "precision", "ops", "files"},
     "tasks": {"formats", "precision", "ops", "models", "data"},
-    "data": set(),
-    "train": {"formats", "precision", "optim", "interpret", "data"},
-    "report": {"formats"},  # reads what runs wrote and draws it
+    "data": {"files"},
+    "train": {"formats", "precision", "optim", "interpret", "data", "files"},
+    "report": {"formats", "files"},  # reads what runs wrote and draws it
     "replay": {"train", "models", "optim", "precision"},  # rebuilds a run's step
     "probe": set(),
     "doctor": {"probe"},  # it stays light: a broken part must not keep it from starting

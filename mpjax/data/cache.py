@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from mpjax.errors import ConfigError
+from mpjax.files import write_file, write_text
 
 logger = logging.getLogger("mpjax.data")
 
@@ -61,9 +61,8 @@ class Cache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._replace(self.folder / name, write)
-            value = checksum(self.folder / name).encode()
-            self._replace(self._sum_path(name), lambda file: file.write(value))
+            write_file(self.folder / name, write)
+            write_text(self._sum_path(name), checksum(self.folder / name))
         except OSError as error:
             self._writable = False
             logger.warning(
@@ -72,15 +71,6 @@ class Cache:
 
     def _sum_path(self, name: str) -> Path:
         return self.folder / f"{name}.crc32"
-
-    def _replace(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                write(file)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _default_folder() -> Path:

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from mpjax.data.cache import Cache
 from mpjax.data.special_ids import ids_around
 from mpjax.errors import ConfigError
+from mpjax.files import write_text
 
 logger = logging.getLogger("mpjax.data")
 
@@ -123,7 +124,7 @@ class Tokenizer(abc.ABC):
 
     def save(self, path: str | Path) -> None:
         """Writes `to_text` to a file, which ``make_tokenizer(path, ...)`` reads."""
-        Path(path).write_text(self.to_text(), encoding="utf-8")
+        write_text(path, self.to_text())
 
     @staticmethod
     def from_text(text: str) -> Tokenizer:

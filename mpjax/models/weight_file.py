@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax.errors import ConfigError, need
+from mpjax.files import write_file
 from mpjax.formats import Format, Quantized, is_quantized
 
 _KEY = "mpjax"
@@ -97,12 +97,10 @@ def save_weights(params: Any, path: str | Path) -> int:
             tensors[name + part] = pack(value)
     page = {_KEY: json.dumps({"version": _VERSION, "weights": about})}
     path = Path(path)
-    fresh = path.with_name(path.name + ".tmp")
+    content = numpy.save(tensors, page)
     try:
-        fresh.write_bytes(numpy.save(tensors, page))
-        os.replace(fresh, path)
+        write_file(path, lambda file: file.write(content))
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         raise ConfigError(
             f"{path}: cannot be written ({error.strerror}); choose another place"
         ) from None

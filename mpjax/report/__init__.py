@@ -1,5 +1,6 @@
 """What a comparison of runs shows: a table and plots."""
 
+from mpjax.report.canvas import save_plot
 from mpjax.report.plots import plot_gradients, plot_loss, plot_loss_scale
 from mpjax.report.results import Outcome, gap, gaps, interval
 from mpjax.report.table import markdown_table, rich_table, write_report
@@ -14,5 +15,6 @@ __all__ = [
     "plot_loss",
     "plot_loss_scale",
     "rich_table",
+    "save_plot",
     "write_report",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mpjax.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,3 +18,8 @@ def canvas(width: float, height: float, dpi: int = 120) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", dpi=dpi)
+
+
+def save_plot(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    write_file(path, lambda file: figure.savefig(file, format="png"))

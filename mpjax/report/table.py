@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from mpjax.files import write_text
 from mpjax.report.results import Outcome, check_outcomes, gap, interval
 
 COLUMNS = (
@@ -99,5 +100,5 @@ def write_report(
     parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
     path = Path(out) / "report.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(parts) + "\n")
+    write_text(path, "\n\n".join(parts) + "\n")
     return path

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from mpjax.errors import ConfigError
+from mpjax.files import write_file, write_text
 from mpjax.interpret.nonfinite import trace_nonfinite
 from mpjax.train.checkpoint import Checkpointer
 from mpjax.train.reader import CheckpointReader
@@ -54,7 +55,8 @@ def save_bundle(
             number = max(number, steps[-1] + 1)  # a folder holds each step once
         writer.save(number, state, meta)
     arrays: dict[str, Any] = {name: np.asarray(x) for name, x in batch.items()}
-    np.savez(folder / f"batch-{jax.process_index()}.npz", **arrays)
+    name = f"batch-{jax.process_index()}.npz"
+    write_file(folder / name, lambda file: np.savez(file, **arrays))
     return folder
 
 
@@ -109,7 +111,7 @@ def explain(step: TrainStep, state: Any, batch: Any, folder: str | Path | None =
     report = trace_nonfinite(taken.function, plain, step.place(batch))
     text = "nothing broke: the step is finite when it runs again" if report is None else str(report)
     if folder is not None:
-        (Path(folder) / _REPORT).write_text(text + "\n")
+        write_text(Path(folder) / _REPORT, text + "\n")
     return text
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import math
 import os
@@ -28,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from mpjax.errors import ConfigError
 from mpjax.train import digest, leaves, store
+from mpjax.train.lock import lock_directory
 from mpjax.train.reader import CheckpointReader
 from mpjax.train.recast import describe_nodes
 
@@ -39,12 +39,13 @@ class Checkpointer(CheckpointReader):
     """Saves and restores the steps of one run; a `CheckpointReader` that also writes.
 
     A save is atomic: a step that is listed was committed whole. Damage that comes later is found
-    by the digest before anything is restored. Only one writer may use a folder at a time; it
-    removes at the start what killed saves left behind.
+    by the digest before anything is restored. One writer alone may use a folder at a time: it
+    locks the folder until it is closed, and removes at the start what killed saves left behind.
 
-    After a restore of step N the next save drops the steps above N: they belong to the
-    continuation that was left. Saving into a folder that holds this or a later step without
-    having restored from it is an error.
+    After a restore of step N the next save drops the steps above N that were there when the folder
+    was opened: they belong to the continuation that was left. What another run has written since
+    (where there are no locks) stays, and is an error, as is saving into a folder that holds this
+    or a later step without having restored from it.
 
     Args:
       directory: where the steps lie, on a local or a shared file system.
@@ -54,7 +55,8 @@ class Checkpointer(CheckpointReader):
       asynchronous: write in the background; False makes `save` return after the commit.
 
     Raises:
-      ConfigError: a setting is out of range, or the folder cannot be written.
+      ConfigError: a setting is out of range, the folder cannot be written, or another writer has
+        it open.
 
     Example:
       >>> import tempfile
@@ -90,6 +92,7 @@ class Checkpointer(CheckpointReader):
         self._same: int | None = None  # the step on disk whose state is the run's own
         self._megabytes = 0.0
         self._prepare()
+        self._own = set(self.steps())  # of this run: found under the lock, or written
         self._quiet = store.OrbaxLog()
         logging.getLogger("absl").addFilter(self._quiet)
 
@@ -127,7 +130,8 @@ class Checkpointer(CheckpointReader):
             return
         table = leaves.named_leaves(state)
         leaves.require_arrays(table)
-        page = self._page(table, meta, metrics or {}) | {"nodes": describe_nodes(state)}
+        self._require_rank(metrics or {})
+        page = store.make_page(table, meta, metrics or {}) | {"nodes": describe_nodes(state)}
         self._drop_later(step)
         if self._writer is None:
             self._writer = store.open_writer(self._root, self._choose, self._before_commit)
@@ -135,6 +139,7 @@ class Checkpointer(CheckpointReader):
         if self._best_metric in page["metrics"]:
             self._metrics[step] = float(page["metrics"][self._best_metric])
         self._at = self._same = step
+        self._own.add(step)
         self._megabytes = sum(leaf.nbytes for leaf in table.values()) / 1e6
         try:
             store.write(self._writer, step, table, page)
@@ -160,6 +165,7 @@ class Checkpointer(CheckpointReader):
         finally:
             self._writer = None
             logging.getLogger("absl").removeFilter(self._quiet)
+            self._unlock()
 
     def resume_from(self, step: int) -> None:
         """Says that the run goes on from a step that a `CheckpointReader` has restored.
@@ -196,6 +202,8 @@ class Checkpointer(CheckpointReader):
             self._root.mkdir(parents=True, exist_ok=True)
             if not os.access(self._root, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            # before anything is removed: it may be the save of a run that is alive
+            self._unlock = lock_directory(self.directory, self)
             self._remove_unfinished()
         except OSError as error:
             raise ConfigError(
@@ -211,6 +219,11 @@ class Checkpointer(CheckpointReader):
     def _drop_later(self, step: int) -> None:
         """Removes the steps above the one that this run has reached."""
         later = [s for s in self.steps() if self._at is not None and s > self._at]
+        if foreign := sorted(set(later) - self._own):
+            raise ConfigError(
+                f"{self.directory}: steps {foreign} were written by another run, while this one"
+                f" went on from step {self._at}; end one of the two, and give another --out"
+            )
         kept = [s for s in self.steps() if s not in later]
         if kept and step <= kept[-1]:
             raise ConfigError(
@@ -279,20 +292,9 @@ class Checkpointer(CheckpointReader):
             f"({store.first_line(error)}); mend the folder or give another --out"
         ) from error
 
-    def _page(
-        self, table: dict[str, Any], meta: Mapping[str, Any], metrics: Mapping[str, float]
-    ) -> dict[str, Any]:
+    def _require_rank(self, metrics: Mapping[str, float]) -> None:
         if metrics and self._keep_best and self._best_metric not in metrics:
             raise ConfigError(
                 f"metrics: expected {self._best_metric!r}, which ranks the best checkpoints, got "
                 f"{sorted(metrics)}; set best_metric to one of them"
             )
-        described = {name: leaves.describe(leaf) for name, leaf in table.items()}
-        try:
-            # copied by way of JSON, because the file is written later
-            page = {"leaves": described, "metrics": dict(metrics), "meta": dict(meta)}
-            return json.loads(json.dumps(page))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"meta: expected JSON values, got one that is not ({error})"
-            ) from None

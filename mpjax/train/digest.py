@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from pathlib import Path
+
+from mpjax.files import write_text
 
 NAME = "digest.json"
 # Rewritten by the commit itself, after the digest, and needed by no restore.
@@ -30,9 +31,7 @@ def write(folder: Path) -> None:
         for path in files
         if (name := path.relative_to(folder).as_posix()) not in _NOT_COVERED
     }
-    draft = folder / (NAME + ".draft")
-    draft.write_text(json.dumps(table, indent=0))
-    os.replace(draft, folder / NAME)
+    write_text(folder / NAME, json.dumps(table, indent=0))
 
 
 def damage(folder: Path, below: str = "") -> str | None:
@@ -50,8 +49,10 @@ def damage(folder: Path, below: str = "") -> str | None:
     try:
         table = json.loads((folder / NAME).read_text())
         entries = [(str(name), int(size), int(crc)) for name, (size, crc) in table.items()]
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return f"{NAME} is not readable"
+    if not any(name.startswith(below) for name, _, _ in entries):
+        return f"{NAME} lists no {below or 'files'}"  # cut off, and yet valid
     for name, size, crc in entries:
         path = folder / name
         if not name.startswith(below):

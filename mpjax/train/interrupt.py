@@ -1,7 +1,8 @@
-"""SIGTERM and Ctrl-C as a flag that a training loop polls; a second Ctrl-C leaves at once."""
+"""SIGTERM, SIGHUP and Ctrl-C as a flag that a loop polls; a second Ctrl-C leaves at once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,15 +10,19 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Windows has no SIGHUP.
+_HANGUP = getattr(signal, "SIGHUP", None)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, *filter(None, [_HANGUP]))
 
 
 class Interrupt:
-    """Turns SIGTERM and SIGINT into a request to stop, for as long as the block lasts.
+    """Turns SIGTERM, SIGINT and SIGHUP into a request to stop, for as long as the block lasts.
 
     The first signal sets `requested` and says so on stderr; the loop saves and leaves. A second
-    SIGINT ends the process at once with status 130, without waiting for any thread. SIGTERM never
-    counts as a second one, because `make` and job schedulers send it along with Ctrl-C. Signals
+    SIGINT ends the process at once with status 130, without waiting for any thread. The others
+    never count as a second one: `make` and job schedulers send SIGTERM along with Ctrl-C, and a
+    terminal that is closed sends SIGHUP. That one is left alone where it is ignored, which is what
+    `nohup` asks for. Signals
     are also read from a wake-up socket by a thread of their own, so that the second Ctrl-C works
     while the main thread is inside a compilation or a device computation.
 
@@ -39,7 +44,7 @@ class Interrupt:
 
     @property
     def requested(self) -> str | None:
-        """The name of the first signal that came ("SIGTERM", "SIGINT"), or None."""
+        """The name of the first signal that came ("SIGTERM", "SIGINT", "SIGHUP"), or None."""
         return self._requested
 
     def __enter__(self) -> Interrupt:
@@ -50,7 +55,11 @@ class Interrupt:
         self._watcher = threading.Thread(target=self._watch, name="interrupt", daemon=True)
         self._watcher.start()
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        self._previous = {
+            number: signal.signal(number, self._handle)
+            for number in _SIGNALS
+            if number != _HANGUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
         return self
 
     def __exit__(
@@ -88,4 +97,6 @@ class Interrupt:
                     announced = True
                     name = signal.Signals(number).name
                     # not sys.stderr: its lock may be held by the thread that was interrupted
-                    os.write(2, f"\n{name}: stopping; Ctrl-C again leaves at once\n".encode())
+                    line = f"\n{name}: stopping; Ctrl-C again leaves at once\n"
+                    with contextlib.suppress(OSError):  # the terminal may be gone
+                        os.write(2, line.encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -15,8 +16,12 @@ from typing import Any
 
 import jax
 
+from mpjax.files import write_text
 from mpjax.precision import Precision, PrecisionSchedule
+from mpjax.train.environment import environment
 
+MANIFEST = "manifest.json"
+_log = logging.getLogger("mpjax.train")
 _PACKAGES = (
     "mpjax", "jax", "jaxlib", "flax", "optax", "jmp", "orbax-checkpoint", "grain", "numpy",
 )  # fmt: skip
@@ -27,6 +32,11 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a run's outcome depends on."""
+    return {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES}
 
 
 def _commit() -> str:
@@ -63,8 +73,8 @@ def manifest(
         `labels`.
 
     Returns:
-      JSON-able: precision, its line of text, schedule, config, versions, commit, XLA flags,
-      devices, command.
+      JSON-able: precision, its line of text, schedule, config, versions, commit,
+      environment (of JAX and XLA, what changes numbers), XLA flags, devices, command.
     """
     device, paths = jax.devices()[0], list(paths)
     over_time = schedule and schedule.to_dict() | {
@@ -79,8 +89,9 @@ def manifest(
         "precision_schedule": over_time,
         "products": products,
         "config": config,
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+        "versions": versions(),
         "commit": _commit(),
+        "environment": environment(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "processes": jax.process_count(),
@@ -90,7 +101,26 @@ def manifest(
 
 
 def write_manifest(out: str | Path, content: dict[str, Any]) -> None:
-    """Writes `manifest.json` in a run's folder, whole or not at all."""
-    fresh = Path(out) / "manifest.json.tmp"
-    fresh.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(fresh, Path(out) / "manifest.json")
+    """Writes `manifest.json` in a run's folder, whole or not at all.
+
+    One that is there and is damaged is moved to `manifest.json.damaged`, with one logged line.
+    """
+    path = Path(out) / MANIFEST
+    if path.exists() and read_manifest(out) is None:
+        aside = path.with_name(f"{MANIFEST}.damaged")
+        path.replace(aside)
+        _log.warning("%s: is damaged; moved to %s", path, aside.name)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_manifest(out: str | Path) -> dict[str, Any] | None:
+    """Returns the manifest of a run's folder; None if it is damaged: cut off, or no JSON object.
+
+    Raises:
+      OSError: there is none, or it cannot be read.
+    """
+    try:
+        found = json.loads((Path(out) / MANIFEST).read_bytes().decode())
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("config", {}), dict) else None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpjax.errors import ConfigError, brief, need
+from mpjax.files import NO_FOLLOW, write_file
 
+METRICS = "metrics.jsonl"
+_log = logging.getLogger("mpjax.train")
 # JSON has no such numbers; as text, as in Protocol Buffers' JSON, float() and pandas read them.
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -37,7 +41,7 @@ def to_line(record: Mapping[str, Any]) -> str:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the records of a `metrics.jsonl`; a last line that was cut off is left out.
+    """Returns the records of a `metrics.jsonl`; lines that are none are left out.
 
     What `to_line` wrote as text because it is not finite is a float again.
 
@@ -47,14 +51,23 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no metrics here; give the folder of a run")
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        records.append({k: float(v) if v in _NOT_FINITE else v for k, v in record.items()})
-    return records
+    return [record for _, record in _lines(path) if record is not None]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line that is not blank, and its record; None if it is no JSON object."""
+    with path.open("rb") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line.decode())
+            except (ValueError, RecursionError):  # no UTF-8, no JSON, or nested deeply
+                found = None
+            if isinstance(found, dict):
+                yield line, {k: float(v) if v in _NOT_FINITE else v for k, v in found.items()}
+            else:
+                yield line, None
 
 
 def plain(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,11 +99,35 @@ def plain(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the records after a step: a resumed run writes them again."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text("".join(to_line(record) + "\n" for record in kept))
-    os.replace(fresh, path)
+    """Drops the records after a step, which a resumed run writes again, and keeps the others.
+
+    Lines that hold no record with a step go to `NAME.damaged` beside it, with one logged line. A
+    last line that was cut off is what every kill leaves, and is dropped.
+    """
+    kept: list[bytes] = []
+    damaged: list[bytes] = []
+    first = 0
+    for number, (line, record) in enumerate(_lines(path), 1):
+        if record is not None and type(record.get("step")) is int:
+            if record["step"] <= step:
+                kept.append(line.rstrip(b"\r\n") + b"\n")
+        elif not _cut_off(line):
+            first = first or number
+            damaged.append(line)
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        with open(aside, "ab", opener=lambda name, how: os.open(name, how | NO_FOLLOW)) as file:
+            file.writelines(damaged)
+        _log.warning(
+            "%s: %d lines are no records, the first is line %d; moved to %s, the others are kept",
+            path, len(damaged), first, aside.name,
+        )  # fmt: skip
+    write_file(path, lambda file: file.writelines(kept))
+
+
+def _cut_off(line: bytes) -> bool:
+    """Whether it is the beginning of a record, as a kill in the middle of a write leaves it."""
+    return line.startswith(b"{") and line.isascii() and line.decode().isprintable()
 
 
 def import_wandb() -> Any:
@@ -133,7 +170,7 @@ class MetricsWriter:
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.summary import hparams
 
-        path = Path(out) / "metrics.jsonl"
+        path = Path(out) / METRICS
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             keep_until(path, start)

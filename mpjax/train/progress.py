@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[None]:
+    """A drawing: a terminal that is closed, gone or lacks a character is no reason to stop."""
+    try:
+        yield
+    except (OSError, ValueError):
+        pass
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, BrokenPipeError):  # rich's answer to a broken pipe
+            raise
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -30,6 +44,8 @@ def describe(record: dict[str, Any]) -> str:
 
 class ProgressBar:
     """Shows steps, loss, tokens/s, ETA, loss scale and skips while a run goes on.
+
+    What the terminal cannot show is left out; it never stops the run.
 
     Args:
       steps: of the whole run.
@@ -66,7 +82,8 @@ class ProgressBar:
 
     def __enter__(self) -> ProgressBar:
         if self._live:
-            self._bar.start()
+            with _shown():
+                self._bar.start()
         return self
 
     def update(self, record: dict[str, Any]) -> None:
@@ -78,12 +95,15 @@ class ProgressBar:
             if time.monotonic() - self._drawn >= 1:
                 self._draw()
         elif record["step"] % self._every == 0:
-            self._console.print(f"{self._label} {record['step']} · {describe(record)}")
+            line = f"{self._label} {record['step']} · {describe(record)}"
+            with _shown():
+                self._console.print(line)
 
     def _draw(self) -> None:
         if self._last is not None:
             step, line = self._last["step"], describe(self._last)
-            self._bar.update(self._task, completed=step, line=line, refresh=True)
+            with _shown():
+                self._bar.update(self._task, completed=step, line=line, refresh=True)
         self._drawn = time.monotonic()
 
     def __exit__(
@@ -94,4 +114,5 @@ class ProgressBar:
     ) -> None:
         if self._live:
             self._draw()  # the last step
-            self._bar.stop()
+            with _shown(), contextlib.suppress(IndexError):  # rich's, where it could not start
+                self._bar.stop()

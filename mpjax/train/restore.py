@@ -52,7 +52,7 @@ def differences(
     saved: Mapping[str, Any], current: Mapping[str, Any], may_change: Iterable[str]
 ) -> list[str]:
     """Returns what `compare_settings` refuses: a text for each setting, with both values."""
-    before, now = _flat(saved), _flat(current)
+    before, now = flat_settings(saved), flat_settings(current)
     allowed = tuple(may_change)
     return [
         f"{name} was {before.get(name, _ABSENT)} at the save, is {now.get(name, _ABSENT)} now"
@@ -62,11 +62,12 @@ def differences(
     ]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Returns settings by their dotted names, each value as JSON."""
     table: dict[str, str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
-            table |= _flat(value, f"{prefix}{name}.")
+            table |= flat_settings(value, f"{prefix}{name}.")
         else:
             table[f"{prefix}{name}"] = json.dumps(value, sort_keys=True)
     return table

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from mpjax.errors import ConfigError
 from mpjax.train import leaves
 
 TEMPORARY = ocp.utils.TMP_DIR_SUFFIX  # ends the name of a step folder that is not committed
@@ -90,6 +92,22 @@ def open_writer(
         ),
         handler_registry=registry,
     )
+
+
+def make_page(
+    table: dict[str, Any], meta: Mapping[str, Any], metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """Returns what `meta.json` holds of a step, as of now: the file is written later.
+
+    Raises:
+      ConfigError: meta or metrics are no JSON.
+    """
+    described = {name: leaves.describe(leaf) for name, leaf in table.items()}
+    page = {"leaves": described, "metrics": dict(metrics), "meta": dict(meta)}
+    try:
+        return json.loads(json.dumps(page))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"meta: expected JSON values, got one that is not ({error})") from None
 
 
 def write(

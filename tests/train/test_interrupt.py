@@ -118,3 +118,39 @@ def test_off_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert seen == [(None, True)]
+
+
+# A terminal that is closed.
+
+
+def test_sighup_is_a_request_too_and_never_the_second_ctrl_c():
+    process = start(LOOP.format(after="time.sleep(0.3)"))
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "SIGHUP\n"
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=30)
+    assert (out, process.returncode) == ("left\n", 0) and "SIGHUP: stopping" in err
+
+
+def test_nohup_stays_what_it_is(request):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupt.requested is None
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_terminal_that_is_gone_keeps_nothing_from_stopping():
+    code = """
+        import os, signal, time
+        from mpjax.train.interrupt import Interrupt
+        with Interrupt() as interrupt:
+            print("ready", flush=True)
+            os.close(2)  # what the message is written to
+            signal.raise_signal(signal.SIGHUP)
+            time.sleep(0.2)
+            print(interrupt.requested, interrupt._watcher.is_alive(), flush=True)
+    """
+    out, _ = start(code).communicate(timeout=30)
+    assert out == "SIGHUP True\n", "the thread still waits for a second Ctrl-C"

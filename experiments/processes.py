@@ -1,0 +1,87 @@
+"""One run: several processes that train together, and the folder that they alone write."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mpjax
+from mpjax.errors import ConfigError
+from mpjax.train.agreement import code_hash, of_first, require_agreement
+from mpjax.train.environment import environment
+from mpjax.train.lock import hold_folder
+from mpjax.train.manifest import versions
+
+
+def join(processes: str) -> None:
+    """Makes this process one of several that train together; empty text does nothing.
+
+    Args:
+      processes: `auto`, or `COORDINATOR:PORT,INDEX,COUNT` with this process's index.
+
+    Raises:
+      ConfigError: malformed, or no cluster was found.
+    """
+    if not processes:
+        return
+    given = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", processes)
+    if processes != "auto" and (given is None or int(given[2]) >= int(given[3])):
+        raise ConfigError(
+            f"distributed: {processes!r} is malformed; write auto, or COORDINATOR:PORT,INDEX,COUNT"
+            " such as node0:1234,0,2"
+        )
+    try:
+        if given is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(given[1], int(given[3]), int(given[2]))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"distributed: {processes!r} does not start ({reason}); write"
+            " COORDINATOR:PORT,INDEX,COUNT such as node0:1234,0,2"
+        ) from None
+
+
+def started(config: Any) -> dict[str, Any]:
+    """Returns what must be the same in all processes of a run: settings, code, environment."""
+    settings = dataclasses.asdict(config)
+    del settings["distributed"]  # names each process
+    page = {
+        "settings": settings, "versions": versions(), "environment": environment(),
+        "code": code_hash(Path(mpjax.__file__).parent, Path(__file__).parent),
+    }  # fmt: skip
+    return json.loads(json.dumps(page, default=str))
+
+
+@contextlib.contextmanager
+def one_run(config: Any) -> Iterator[None]:
+    """Joins the other processes and compares how they were started, and holds the folder `out`.
+
+    Settings that have no `distributed` or no `out` need neither.
+
+    Raises:
+      ConfigError: they cannot be joined, or were started differently; another run holds the
+        folder, or it cannot be written.
+    """
+    several = bool(getattr(config, "distributed", ""))
+    if several:
+        join(config.distributed)
+        require_agreement(started(config))
+    with contextlib.ExitStack() as stack:
+        wrong = ""
+        if hasattr(config, "out") and not (several and jax.process_index()):
+            try:
+                stack.enter_context(hold_folder(config.out))
+            except ConfigError as error:
+                wrong = str(error)
+        if wrong := of_first(wrong) if several else wrong:
+            raise ConfigError(wrong)
+        yield
