@@ -70,11 +70,7 @@ class Rebind:
         return rule(self, eqn, args, run, tag) if rule else None
 
     def traced(
-        self,
-        held: ClosedJaxpr,
-        avals: Sequence[Any],
-        fn: Callable[..., Result],
-        tag: Hashable,
+        self, held: ClosedJaxpr, avals: Sequence[Any], fn: Callable[..., Result], tag: Hashable
     ) -> Traced:
         """Traces `fn`, which evaluates `held`, or takes what it gave the last time."""
         if tag is None:
@@ -234,9 +230,11 @@ class Rebind:
         return final[0].split(outs)
 
     def _composite(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
-        held = eqn.params["jaxpr"]
+        name = "jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"  # JAX 0.12: without its consts
+        held = eqn.params[name] if name == "jaxpr" else ClosedJaxpr(eqn.params[name], ())
         new = self.traced(held, _avals(args), lambda *xs: run(held, xs, 0), _also(tag, "composite"))
-        return new.split(bind(eqn, [*new.consts, *args], jaxpr=new.closed))
+        body = new.closed if name == "jaxpr" else new.closed.jaxpr
+        return new.split(bind(eqn, [*new.consts, *args], **{name: body}))
 
     def _remat(self, eqn: JaxprEqn, args: Sequence[Any], run: Run, tag: Hashable) -> Result:
         held = ClosedJaxpr(eqn.params["jaxpr"], ())
