@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpjax.errors import ConfigError, need
+from mpjax.errors import ConfigError, listed, need, printable
+from mpjax.json_text import parse_json
 
 SUFFIXES = (".jsonl", ".parquet")  # of files whose rows are documents
 TYPED = (*SUFFIXES, ".ndjson", ".json")  # of files whose values have types
@@ -110,11 +110,11 @@ def _read_json(path: Path, whole: bool) -> Iterator[Record]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: expected UTF-8, found binary data; convert it") from None
     if whole and text.lstrip().startswith("["):
-        found = _parsed(text, f"{path}", "expected a list of objects")
+        found = parse_json(text, f"{path}", "expected a list of objects")
         parts = ((number, f"object {number}", one) for number, one in enumerate(found, 1))
     else:
         parts = (
-            (number, f"line {number}", _parsed(line, f"{path}: line {number}", _LINES))
+            (number, f"line {number}", parse_json(line, f"{path}: line {number}", _LINES))
             for number, line in enumerate(text.split("\n"), 1)  # splitlines cuts at U+2028 too
             if line.strip()
         )
@@ -125,22 +125,6 @@ def _read_json(path: Path, whole: bool) -> Iterator[Record]:
 
 
 _LINES = "expected one JSON object a line"
-
-
-def _parsed(text: str, where: str, wanted: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON ({_first_line(error)}); {wanted}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} twice in one object")
-    return found
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
@@ -168,10 +152,10 @@ def _check_column(where: str, column: str, columns: Iterable[str]) -> None:
     found = list(columns)
     if column not in found:
         raise ConfigError(
-            f"{where}: no column {column!r} (there: {', '.join(found) or 'none'}); "
+            f"{where}: no column {column!r} (there: {listed(found) or 'none'}); "
             "name one as SOURCE:column"
         )
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return printable((str(error).splitlines() or [type(error).__name__])[0], 200)

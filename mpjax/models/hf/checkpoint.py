@@ -10,10 +10,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from mpjax.errors import ConfigError, need
+from mpjax.errors import ConfigError, need, printable
+from mpjax.json_text import LARGEST, read_json
 from mpjax.models.hf.gguf_file import open_gguf, read_gguf
 from mpjax.models.hf.gguf_tokenizer import gguf_settings, gguf_tokenizer
-from mpjax.models.hf.tensors import Tensors, read_json, read_safetensors, read_sharded
+from mpjax.models.hf.tensors import Tensors, read_safetensors, read_sharded
 from mpjax.models.hf.torch_file import read_torch
 from mpjax.models.metadata import GENERATION, Metadata
 
@@ -115,6 +116,12 @@ class Checkpoint:
         folder = self.where.parent
         found = sorted({path for one in _BESIDE for path in folder.glob(one) if path.is_file()})
         try:
+            for path in found:  # an export writes them again, so they are kept in memory
+                if (size := path.stat().st_size) > LARGEST:
+                    raise ConfigError(
+                        f"{path}: {size} bytes; expected at most {LARGEST} of a file beside the"
+                        " weights; take it out of the folder"
+                    )
             files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be read ({error}); download it again") from None
@@ -197,7 +204,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
                 break
     # Its errors have no common base: of HTTP, of its own, of offline mode, of bad names.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = printable(str(error), 200)
         raise ConfigError(
             f"{name}: no such folder, and not to be had from the Hugging Face Hub ({reason}); check"
             " the name and the network, or name a folder"

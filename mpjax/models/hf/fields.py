@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from mpjax.errors import ConfigError
-from mpjax.models.given import listed
+from mpjax.errors import ConfigError, listed
 
 # What says how a model is trained, stored, called or sampled from, not what it computes. Dropout
 # inside the softmax is here too: our models have none there.

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpjax.errors import ConfigError, need
-from mpjax.models.given import listed
+from mpjax.errors import ConfigError, listed, need
 from mpjax.models.hf.gguf_tokenizer import gguf_special
 from mpjax.models.hf.tensors import Tensor, Tensors
 

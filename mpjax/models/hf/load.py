@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, listed
 from mpjax.formats import Quantized
-from mpjax.models.given import listed
 from mpjax.models.hf.architecture import Architecture, architecture_of
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.fields import FREE, Fields
