@@ -99,9 +99,26 @@ def load_checkpoint(
     if head == "none" and pools_mean(metadata.files):
         if not any("pooler" in name for name in checkpoint.tensors):
             settings["pool"] = "mean"
+    _check_depth(checkpoint, kind, settings | changes, new)
     model = kind.make(precision, settings, changes)
     params = load_params(model, checkpoint, kind, new, key, unused, place)
     return dataclasses.replace(model, metadata=metadata), params
+
+
+def _check_depth(
+    checkpoint: Checkpoint, kind: Architecture, sizes: dict[str, Any], new: Sequence[str]
+) -> None:
+    """Refuses more layers than there are tensors, before a model goes through them one by one."""
+    stacks = [name for name, weight in kind.table.items() if weight.stacked]
+    if all(_is_new(name, new) for name in stacks):
+        return
+    for field in ("layers", "encoder_layers"):
+        layers = sizes.get(field, 0)
+        if type(layers) is int and layers > len(checkpoint.tensors):
+            raise ConfigError(
+                f"{checkpoint.config_file}: {layers} {field}, but {checkpoint.where} has"
+                f" {len(checkpoint.tensors)} tensors; take the checkpoint of this config"
+            )
 
 
 def _is_new(name: str, new: Sequence[str]) -> bool:

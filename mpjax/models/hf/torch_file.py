@@ -114,12 +114,8 @@ class _Storages:
             raise pickle.UnpicklingError("a persistent id that is no storage")
         _, dtype, key, _, count = pid[:5]
         part = pid[5] if len(pid) > 5 else None  # of another storage, which no longer exists
-        if (
-            not isinstance(dtype, np.dtype)
-            or type(count) is not int
-            or count < 0
-            or part is not None
-        ):
+        counted = type(count) is int and count >= 0
+        if not isinstance(dtype, np.dtype) or not counted or part is not None:
             raise pickle.UnpicklingError("a storage of unknown kind")
         if not isinstance(key, str):
             raise pickle.UnpicklingError("a storage whose key is no text")
