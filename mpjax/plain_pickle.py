@@ -12,9 +12,9 @@ import pickletools
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-# Both of a file that a pickler wrote are below 10 and below 2010: it writes lists and dicts by the
-# thousand.
-_MOST_MARKS, _MOST_VALUES = 100, 100_000
+# The first two of a file that a pickler wrote are below 10 and below 2010: it writes a list or dict
+# by the thousand. A container takes a byte of the file and 90 of memory; a tensor needs four.
+_MOST_MARKS, _MOST_VALUES, _MOST_CONTAINERS = 100, 100_000, 500_000
 # What pushes its argument.
 _PLAIN = frozenset(
     """
@@ -84,6 +84,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: list[Any] = []
+        self._containers = 0
 
     def pop(self) -> Any:
         if len(self._stack) <= (self._marks[-1] if self._marks else 0):
@@ -104,6 +105,7 @@ class _Machine:
         if name in _PLAIN:
             self._stack.append(argument)
         elif name in _CONSTANTS:
+            self._containers += name.startswith("EMPTY")
             self._stack.append(_CONSTANTS[name]())
         elif name in _TUPLES:
             self._stack.append(tuple([self.pop() for _ in range(_TUPLES[name])][::-1]))
@@ -119,6 +121,8 @@ class _Machine:
             _OTHERS[name](self, argument)
         if len(self._stack) > _MOST_VALUES or len(self._marks) > _MOST_MARKS:
             raise pickle.UnpicklingError("more values at once than any pickler leaves")
+        if self._containers > _MOST_CONTAINERS:
+            raise pickle.UnpicklingError(f"more than {_MOST_CONTAINERS} lists and dicts")
 
     def _put(self, index: int) -> None:
         """Picklers number what they memoise from 0, that of Python 2 from 1."""

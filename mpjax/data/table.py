@@ -11,6 +11,8 @@ from mpjax.json_text import parse_json
 
 SUFFIXES = (".jsonl", ".parquet")  # of files whose rows are documents
 TYPED = (*SUFFIXES, ".ndjson", ".json")  # of files whose values have types
+# Of a parquet file, where a byte can stand for any number of equal rows or letters.
+_LEAST_ROWS, _ROW_BYTES, _LEAST_BYTES, _MOST_GROWN, _BATCH = 100_000, 4, 2**24, 16, 1024
 Row = tuple[str, Any]  # name of the row, what its text column holds
 
 
@@ -138,7 +140,20 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
             there = [name for name in columns if name in names]
             if not there:
                 _check_column(str(path), columns[0], names)
-            for batch in file.iter_batches(columns=there):
+            size = path.stat().st_size
+            rows, most = file.metadata.num_rows, _LEAST_ROWS + size // _ROW_BYTES
+            if rows > most:
+                raise ConfigError(
+                    f"{path}: {rows} rows in {size} bytes, more than {most}; no texts are so short,"
+                    " write it again"
+                )
+            left = _LEAST_BYTES + _MOST_GROWN * size
+            for batch in file.iter_batches(_BATCH, columns=there):
+                if (left := left - batch.nbytes) < 0:
+                    raise ConfigError(
+                        f"{path}: row {number + 1}: more than {_MOST_GROWN} times the file's bytes"
+                        " once unpacked; drop what repeats, or write it as JSON lines"
+                    )
                 for row in batch.to_pylist():
                     yield Record(number, f"row {number + 1}", row)
                     number += 1

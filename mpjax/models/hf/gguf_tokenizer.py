@@ -58,13 +58,13 @@ def _tokens(path: Path, fields: Mapping[str, GgufField]) -> list[str]:
     found = (
         fields["tokenizer.ggml.tokens"].contents() if "tokenizer.ggml.tokens" in fields else None
     )
-    if not _are_texts(found):
+    if not isinstance(found, list) or not _are_texts(found):
         raise ConfigError(f"{path}: a tokenizer without tokens; fetch it again")
     return found
 
 
 def _are_texts(found: Any) -> bool:
-    return isinstance(found, list) and bool(found) and all(isinstance(x, str) for x in found)
+    return isinstance(found, list) and all(isinstance(x, str) for x in found) and bool(found)
 
 
 def _token(path: Path, tokens: list[str], i: int) -> str:
