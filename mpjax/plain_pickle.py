@@ -108,6 +108,7 @@ class _Machine:
             self._containers += name.startswith("EMPTY")
             self._stack.append(_CONSTANTS[name]())
         elif name in _TUPLES:
+            self._containers += 1
             self._stack.append(tuple([self.pop() for _ in range(_TUPLES[name])][::-1]))
         elif name in ("BINGET", "LONG_BINGET"):
             if argument >= len(self._memo):

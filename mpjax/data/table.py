@@ -148,6 +148,11 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
                     " write it again"
                 )
             left = _LEAST_BYTES + _MOST_GROWN * size
+            if _declared(file.metadata, there) > left:
+                raise ConfigError(
+                    f"{path}: more than {left} bytes of {listed(there)} once unpacked, from {size};"
+                    " drop what repeats, or write it as JSON lines"
+                )
             for batch in file.iter_batches(_BATCH, columns=there):
                 if (left := left - batch.nbytes) < 0:
                     raise ConfigError(
@@ -157,10 +162,20 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
                 for row in batch.to_pylist():
                     yield Record(number, f"row {number + 1}", row)
                     number += 1
-    except (OSError, pyarrow.ArrowException) as error:
+    except ConfigError:
+        raise
+    # A text that is no UTF-8 and a time that Python has not are found when a row is made.
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise ConfigError(
             f"{path}: not a readable parquet file ({_first_line(error)}); write it again"
         ) from None
+
+
+def _declared(metadata: Any, columns: Sequence[str]) -> int:
+    """Bytes that pages of columns have once unpacked, as the file says; dictionaries stay small."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in columns)
 
 
 def _check_column(where: str, column: str, columns: Iterable[str]) -> None:

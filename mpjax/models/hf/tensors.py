@@ -105,7 +105,8 @@ def read_sharded(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
         raise ConfigError(f"{index}: no weight_map of tensor and file names; fetch it again")
     files = {}
     for file in sorted(set(names.values())):
-        if Path(file).name != file or "\0" in file:  # an index must not name a file elsewhere
+        # An index must not name a file elsewhere; what cannot be printed may be no name at all.
+        if Path(file).name != file or not file.isprintable():
             raise ConfigError(
                 f"{index}: names the file {brief(file)}, which is not in its folder; fetch it again"
             )
