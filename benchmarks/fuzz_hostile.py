@@ -16,6 +16,7 @@ from typing import Any
 import fuzz_mutants as mutants
 import numpy as np
 
+from tests.models.hf import cases
 from tests.models.hf.torch_writer import Call, Name, Storage, Writer, pickled, view
 
 Files = dict[str, bytes]
@@ -263,7 +264,7 @@ def beside(good: Files) -> dict[str, Files]:
 def configs(good: Files) -> dict[str, Files]:
     """Returns hostile config.json: each field with each odd value."""
     page = json.loads(good["config.json"])
-    found = dict(_texts(good["config.json"]))
+    found, deep = dict(_texts(good["config.json"])), {}
     for key in page:
         for i, value in enumerate(mutants.ODD):
             if (
@@ -281,11 +282,18 @@ def configs(good: Files) -> dict[str, Files]:
     ):
         for n in (0, -1, 10**5, 10**6, 2**31 - 1, 2**32 - 1, 10**12, 10**400):
             found[f"{key}={str(n)[:20]}"] = json.dumps(page | {key: n}).encode()
+    many = {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(19_000)}
+    junk = mutants.safetensors(json.dumps(many, separators=(",", ":")).encode(), b"")
+    for kind in ("llama", "gpt2", "bert"):
+        layers = cases.CONFIGS[kind] | {"n_layer" if kind == "gpt2" else "num_hidden_layers": 15_000}
+        deep[f"{kind} of 15,000 layers"] = {
+            "config.json": json.dumps(layers).encode(), "model.safetensors": junk,
+        }  # fmt: skip
     found["200,000 fields"] = json.dumps(page | {f"f{i}\x1b": i for i in range(40_000)}).encode()
     found["a field of 500,000"] = json.dumps(page | {"f" * 500_000: 1}).encode()
     found["escapes"] = json.dumps(page | {"model_type": "\x1b]0;title\x07\u202e"}).encode()
     found["no width"] = json.dumps({k: v for k, v in page.items() if k != "hidden_size"}).encode()
-    return {title: {"config.json": data} for title, data in found.items()}
+    return {title: {"config.json": data} for title, data in found.items()} | deep
 
 
 def _kv(name: bytes, kind: int, value: bytes) -> bytes:

@@ -45,7 +45,8 @@ def read_text_file(path: Path, what: str) -> str:
         raise ConfigError(f"{where}: no such file; expected {what}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{where}: cannot be read ({printable(str(error), 200)}); expected UTF-8 text, save it as such"
+            f"{where}: cannot be read ({printable(str(error), 200)}); expected UTF-8 text, save it"
+            " as such"
         ) from None
     if not text.strip():
         raise ConfigError(f"{where}: empty; expected {what}")

@@ -22,6 +22,7 @@ from mpjax.models.hf.tensors import Tensors
 from mpjax.models.skeleton import stored
 from mpjax.precision import Precision
 
+_FEW = 100  # layers
 Place = Callable[[tuple[str | None, ...], tuple[int, ...]], Any]
 
 
@@ -108,16 +109,23 @@ def load_checkpoint(
 def _check_depth(
     checkpoint: Checkpoint, kind: Architecture, sizes: dict[str, Any], new: Sequence[str]
 ) -> None:
-    """Refuses more layers than there are tensors, before a model goes through them one by one."""
-    stacks = [name for name, weight in kind.table.items() if weight.stacked]
-    if all(_is_new(name, new) for name in stacks):
-        return
-    for field in ("layers", "encoder_layers"):
-        layers = sizes.get(field, 0)
-        if type(layers) is int and layers > len(checkpoint.tensors):
+    """Refuses far more layers than there are tensors of, for a model is built layer by layer.
+
+    A few that are missing are named once all that is wrong is known.
+    """
+    held = checkpoint.tensors
+    for leaf, weight in kind.table.items():
+        if not weight.stacked or not leaf.endswith("/kernel") or _is_new(leaf, new):
+            continue
+        own = sizes.get("encoder_layers") if leaf.startswith("encoder/") else 0
+        layers = own or sizes.get("layers", 0)
+        bare = weight.name.removeprefix(kind.prefix)
+        few = range(min(layers, len(held)) if type(layers) is int else 0)
+        there = sum(weight.name.format(i) in held or bare.format(i) in held for i in few)
+        if few and layers > there + _FEW:
             raise ConfigError(
-                f"{checkpoint.config_file}: {layers} {field}, but {checkpoint.where} has"
-                f" {len(checkpoint.tensors)} tensors; take the checkpoint of this config"
+                f"{checkpoint.config_file}: {layers} layers, but {checkpoint.where} has"
+                f" {weight.name} of {there}; take the checkpoint of this config"
             )
 
 
