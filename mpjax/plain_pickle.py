@@ -14,7 +14,7 @@ from typing import IO, Any
 
 # The first two of a file that a pickler wrote are below 10 and below 2010: it writes a list or dict
 # by the thousand. A container takes a byte of the file and 90 of memory; a tensor needs four.
-_MOST_MARKS, _MOST_VALUES, _MOST_CONTAINERS = 100, 100_000, 500_000
+_MOST_MARKS, _MOST_VALUES, _MOST_CONTAINERS = 100, 100_000, 200_000
 # What pushes its argument.
 _PLAIN = frozenset(
     """
