@@ -256,8 +256,7 @@ def beside(good: Files) -> dict[str, Files]:
         f"{name} {title}": {name: data}
         for name in ("generation_config.json", "1_Pooling/config.json")
         for title, data in _texts(good[name])
-        if not (name.startswith("1_") and title.startswith("is"))
-        and not title.startswith("fine")
+        if not (name.startswith("1_") and title.startswith("is")) and not title.startswith("fine")
     }
 
 
@@ -285,7 +284,9 @@ def configs(good: Files) -> dict[str, Files]:
     many = {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(19_000)}
     junk = mutants.safetensors(json.dumps(many, separators=(",", ":")).encode(), b"")
     for kind in ("llama", "gpt2", "bert"):
-        layers = cases.CONFIGS[kind] | {"n_layer" if kind == "gpt2" else "num_hidden_layers": 15_000}
+        layers = cases.CONFIGS[kind] | {
+            "n_layer" if kind == "gpt2" else "num_hidden_layers": 15_000
+        }
         deep[f"{kind} of 15,000 layers"] = {
             "config.json": json.dumps(layers).encode(), "model.safetensors": junk,
         }  # fmt: skip
@@ -475,7 +476,9 @@ def lines(name: str) -> Callable[[Files], dict[str, Files]]:
             del found[title]
         if name == "t.json":
             found = {
-                f"{'fine ' if 'fine' in t else ''}list {t}": b"[" + x + b"]" for t, x in found.items() if t not in ("UTF-16",)
+                f"{'fine ' if 'fine' in t else ''}list {t}": b"[" + x + b"]"
+                for t, x in found.items()
+                if t not in ("UTF-16",)
             } | found
         for i, value in enumerate(mutants.ODD):
             row = json.dumps({"text": value, "label": "b"}).encode("utf-8", "surrogatepass")

@@ -57,11 +57,11 @@ def value_mutant(value: Any, rng: Any, most: int = 3) -> Any:
     for _ in range(rng.integers(1, most + 1)):
         spots = _spots(value)
         if not spots:
-            return ODD[rng.integers(len(ODD))]
+            return _odd(rng)
         holder, key = spots[rng.integers(len(spots))]
         match rng.integers(6):
             case 0 | 1 | 2:
-                holder[key] = ODD[rng.integers(len(ODD))]
+                holder[key] = _odd(rng)
             case 3:
                 del holder[key]
             case 4:
@@ -74,6 +74,10 @@ def value_mutant(value: Any, rng: Any, most: int = 3) -> Any:
                 else:
                     holder.insert(key, copy.deepcopy(holder[key]))
     return value
+
+
+def _odd(rng: Any) -> Any:
+    return copy.deepcopy(ODD[rng.integers(len(ODD))])
 
 
 def _spots(value: Any) -> list[tuple[Any, Any]]:
