@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fuzz_hostile as hostile
 import fuzz_mutants as mutants
+import hostile_pickles as pickles
+import hostile_settings as settings
+import hostile_tables as tables
 import numpy as np
 
 from tests.models.hf import cases, torch_writer
@@ -213,47 +215,47 @@ FORMATS: dict[str, Format] = {
     "torch-zip": Format(
         lambda: _torch(torch_writer.save_zipped),
         damaged(lambda d, r: mutants.zip_mutant(d, r, "archive/data.pkl"), "pytorch_model.bin"),
-        hostile.torch_zips, read_checkpoint,
+        pickles.torch_zips, read_checkpoint,
     ),
     "torch-older": Format(
         lambda: _torch(torch_writer.save_older),
-        damaged(mutants.bytes_mutant, "pytorch_model.bin"), hostile.torch_older, read_checkpoint,
+        damaged(mutants.bytes_mutant, "pytorch_model.bin"), pickles.torch_older, read_checkpoint,
     ),
     "safetensors": Format(
         lambda: {"config.json": _config("gpt2"), "model.safetensors": _safetensors("gpt2")},
-        damaged(mutants.header_mutant, "model.safetensors"), hostile.tensors, read_checkpoint,
+        damaged(mutants.header_mutant, "model.safetensors"), settings.tensors, read_checkpoint,
     ),
     "index": Format(
         _shards, damaged(mutants.json_mutant, "model.safetensors.index.json"),
-        hostile.indices, read_checkpoint,
+        settings.indices, read_checkpoint,
     ),
     "gguf": Format(
-        _gguf, damaged(mutants.bytes_mutant, "model.gguf"), hostile.ggufs, read_checkpoint
+        _gguf, damaged(mutants.bytes_mutant, "model.gguf"), settings.ggufs, read_checkpoint
     ),
     "config": Format(
         lambda: {"config.json": _config("llama"), "model.safetensors": _safetensors("llama")},
-        _config_mutant, hostile.configs, read_checkpoint,
+        _config_mutant, settings.configs, read_checkpoint,
     ),
     "beside": Format(
         _beside, damaged(mutants.json_mutant, "generation_config.json", "1_Pooling/config.json"),
-        hostile.beside, read_checkpoint,
+        settings.beside, read_checkpoint,
     ),
     "weights": Format(
-        _weights, damaged(mutants.header_mutant, "w.safetensors"), hostile.weights, _read_weights
+        _weights, damaged(mutants.header_mutant, "w.safetensors"), settings.weights, _read_weights
     ),
-    "frame": Format(hostile.good_frame, _frame_mutant, hostile.frames, _read_frame),
+    "frame": Format(pickles.good_frame, _frame_mutant, pickles.frames, _read_frame),
     "jsonl": Format(
-        lambda: {"t.jsonl": _LINES}, _line_mutant, hostile.lines("t.jsonl"), _rows("t.jsonl")
+        lambda: {"t.jsonl": _LINES}, _line_mutant, tables.lines("t.jsonl"), _rows("t.jsonl")
     ),
     "json": Format(
         lambda: {"t.json": json.dumps(_ROWS).encode()}, damaged(mutants.json_mutant, "t.json"),
-        hostile.lines("t.json"), _rows("t.json"),
+        tables.lines("t.json"), _rows("t.json"),
     ),
     "parquet": Format(
-        _parquet, damaged(mutants.bytes_mutant, "t.parquet"), hostile.parquets, _rows("t.parquet")
+        _parquet, damaged(mutants.bytes_mutant, "t.parquet"), tables.parquets, _rows("t.parquet")
     ),
     "text-table": Format(
-        lambda: {"t.tsv": _TABBED}, damaged(mutants.bytes_mutant, "t.tsv"), hostile.text_tables,
+        lambda: {"t.tsv": _TABBED}, damaged(mutants.bytes_mutant, "t.tsv"), tables.text_tables,
         _rows("t.tsv"),
     ),
 }  # fmt: skip

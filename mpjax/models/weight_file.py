@@ -185,8 +185,12 @@ def _leaf(name: str, about: Any, read: Any) -> Any:
             raise ValueError(f"{name} has {part} {parts[part].shape} for tiles {grid}")
     if not isinstance(about["format"], str):
         raise ValueError(f"{name} has the format {brief(about['format'])}")
+    try:
+        format = Format(about["format"])
+    except ConfigError as error:
+        raise ValueError(f"{name}: {error}") from None
     return Quantized(
-        **parts, format=Format(about["format"]), tile=tuple(tile),
+        **parts, format=format, tile=tuple(tile),
         dtype=_dtype(about["dtype"], name), scale_bits=bits,
     )  # fmt: skip
 
