@@ -70,6 +70,8 @@ def parquets(good: Files) -> dict[str, Files]:
         "nested": [[[[[1]]]]],
     }.items():
         found[title] = file(column, ["b"])
+    long = pyarrow.array(["a" * 10**6] * 1000).dictionary_encode()
+    found["a text for all rows"] = file(long, ["b"] * 1000)
     for end in (0, 4, 8, 12, 100):
         found[f"cut at {end}"] = good["t.parquet"][:end]
     found["footer of 2^31"] = good["t.parquet"][:-8] + struct.pack("<I", 2**31) + b"PAR1"
