@@ -104,6 +104,8 @@ class _Machine:
         """Executes one opcode."""
         if name in _PLAIN:
             self._stack.append(argument)
+        elif name in _OTHERS:
+            _OTHERS[name](self, argument)
         elif name in _CONSTANTS:
             self._containers += name.startswith("EMPTY")
             self._stack.append(_CONSTANTS[name]())
@@ -117,9 +119,7 @@ class _Machine:
         elif name in ("BINPUT", "LONG_BINPUT"):
             self._put(argument)
         else:
-            if name not in _OTHERS:
-                raise pickle.UnpicklingError(f"the opcode {name}, which plain data does not need")
-            _OTHERS[name](self, argument)
+            raise pickle.UnpicklingError(f"the opcode {name}, which plain data does not need")
         if len(self._stack) > _MOST_VALUES or len(self._marks) > _MOST_MARKS:
             raise pickle.UnpicklingError("more values at once than any pickler leaves")
         if self._containers > _MOST_CONTAINERS:
@@ -136,7 +136,9 @@ class _Machine:
         self._memo[index : index + 1] = [value]
 
     def _memoize(self, _: Any) -> None:
-        self._put(len(self._memo))
+        value = self.pop()
+        self._stack.append(value)
+        self._memo.append(value)
 
     def _proto(self, _: Any) -> None:
         """Says a version; the opcodes say enough."""

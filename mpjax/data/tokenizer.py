@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpjax.data.cache import Cache
 from mpjax.data.special_ids import ids_around
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, printable
 from mpjax.json_text import parse_json
 
 logger = logging.getLogger("mpjax.data")
@@ -241,7 +241,8 @@ def make_tokenizer(
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"tokenizer {spec!r}: cannot be read ({error}); name a tokenizer.json"
+            f"tokenizer {printable(repr(spec), 500)}: cannot be read"
+            f" ({printable(str(error), 200)}); name a tokenizer.json"
         ) from None
     return _from_text(text, f"tokenizer {spec!r}")
 
