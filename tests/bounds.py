@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import resource
 import signal
 from collections.abc import Iterator
@@ -37,9 +38,11 @@ def bounded(path: Path) -> Iterator[None]:
     before = _bytes("VmRSS")
     resource.setrlimit(resource.RLIMIT_AS, (_bytes("VmSize") + _ADDRESSES, hard))
     signal.alarm(_SECONDS)
+    faulthandler.dump_traceback_later(3 * _SECONDS, exit=True)  # an alarm does not reach C
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
