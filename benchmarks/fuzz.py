@@ -2,8 +2,9 @@
 
 Run:       python benchmarks/fuzz.py [--formats torch-zip gguf] [--cases 2000] [--seed 0]
 Expected:  every file is read or refused in one printable line of a ConfigError; nothing is run,
-           nothing is written beside the case's folder, none takes more than 5 s of CPU or more memory than
-           10 times its bytes and 100 MB. Exit code 1 where one does; `--keep FOLDER` keeps those.
+           nothing is written beside the case's folder, none takes more than 5 s of CPU or more
+           memory than 10 times its bytes and 100 MB. Exit code 1 where one does; `--keep FOLDER`
+           keeps those.
 
 A format is a `Format` in `fuzz_formats.FORMATS`: good files, how to damage them, hostile ones, and
 the reader. Its mutants depend on seed, format and number alone, so that each can be made again.
