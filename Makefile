@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help venv demo test lint types notebooks smoke check evidence verify-gpu clean
+.PHONY: help venv demo test lint types notebooks smoke check evidence fuzz verify-gpu clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -76,6 +76,9 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, seven hours; 
 	$(PY) experiments/bench_step.py
 	$(PY) experiments/low_bit_weights.py --out runs/evidence/low_bit_weights --fresh
 	$(PY) experiments/compare_precisions.py --out runs/evidence/demo --fresh
+
+fuzz: $(INSTALLED_DEV)  ## damaged and hostile files to every reader, ten minutes; Linux
+	$(PY) benchmarks/fuzz.py
 
 verify-gpu: $(GPU_VENV)/.installed  ## compile for an H100 without one, 6 GB, once; page in docs/evidence
 	$(GPU_VENV)/bin/python tests/gpu/verify.py

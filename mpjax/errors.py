@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import itertools
 import json
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+_SHOWN = 64  # characters or entries of a value; `brief` shows fewer
+_LONGEST = 2000  # characters of a message; what a file or a user said may be of any length
 
 
 class ConfigError(ValueError):
     """A setting, path or file that cannot be used as given.
 
     The message is one line: where, what was expected, what was found, what to do.
-    Command line entry points print it without a traceback and exit with status 2.
+    Command line entry points print it without a traceback and exit with status 2. A message may
+    quote what a file says, so it is made `printable` here, whoever wrote it.
 
     Args:
       message: lines of it are joined; an array in it is printed on several.
@@ -26,22 +32,50 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(map(str.strip, str(message).splitlines())))
+        super().__init__(printable(str(message)))
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on: the loss scale is at its minimum and gradients stay non-finite."""
 
 
+def printable(text: str, longest: int = _LONGEST) -> str:
+    """Returns text as one short line that a terminal shows and does nothing else with.
+
+    Lines are joined; control characters, marks that turn the direction of writing and half
+    surrogate pairs are escaped; of a longer text the middle is left out, for a message begins with
+    where and ends with the remedy.
+
+    Args:
+      text: of any length.
+      longest: characters of the result.
+
+    Example:
+      >>> printable("a\\x1b[2Jb\\nc"), printable("begin" * 9 + "end", 20)
+      ('a\\\\x1b[2Jb c', 'beginbegi ... ginend')
+    """
+    text = " ".join(map(str.strip, _middle_out(text, 2 * longest).splitlines()))
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return _middle_out(text, longest)
+
+
+def _middle_out(text: str, longest: int) -> str:
+    if len(text) <= longest:
+        return text
+    tail = longest // 3
+    return f"{text[: longest - tail - 5]} ... {text[-tail:]}"
+
+
 def brief(value: Any) -> str:
-    """Returns what a value is in a few words, for messages.
+    """Returns what a value is in a few words, for messages; of a large one only the beginning.
 
     Example:
       >>> import numpy as np
       >>> brief(None), brief([1, 2]), brief(np.zeros((2, 3), np.int8))
       ('None', '[1, 2]', 'an array of int8, shape (2, 3)')
-      >>> brief({"w": np.zeros(2), "b": 0.0})
-      'a dict of 2'
+      >>> brief({"w": np.zeros(2), "b": 0.0}), brief(10**400)
+      ('a dict of 2', 'an integer of 1329 bits')
     """
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if isinstance(shape, tuple) and dtype is not None:
@@ -52,10 +86,33 @@ def brief(value: Any) -> str:
             return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, types.FunctionType):
         return f"the function {value.__qualname__}"
-    text, name = " ".join(repr(value).split()), getattr(value, "name", None)
+    if type(value) is int and value.bit_length() > 256:  # its digits cost time, or cannot be had
+        return f"an integer of {value.bit_length()} bits"
+    name = getattr(value, "name", None)
+    if type(value) is dict:  # of what is long, what is not shown need not be spelled
+        value = dict(itertools.islice(value.items(), _SHOWN))
+    elif type(value) in (str, bytes, list, tuple):
+        value = value[:_SHOWN]
+    text = " ".join(repr(value).split())
     if len(text) > 60 and isinstance(name, str):  # a Precision's, and not how its rules begin
         return f"the {type(value).__name__} {name}"
     return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def listed(names: Iterable[str], count: int = 8) -> str:
+    """Returns names in one line: all up to a count, else the first ones and how many more.
+
+    Args:
+      names: of any number and length.
+      count: how many are shown; of a longer name only the beginning and the end.
+
+    Example:
+      >>> listed(["a", "b", "c", "d"], 2)
+      'a, b and 2 more'
+    """
+    names = list(names)
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(printable(name, _LONGEST // 8) for name in names[:count]) + more
 
 
 def need(module: str, extra: str, what: str, instead: str = "") -> Any:

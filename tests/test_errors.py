@@ -77,3 +77,37 @@ def test_a_package_that_lacks_something_itself_is_not_called_missing(
     with pytest.raises(ConfigError, match=r"package no_such_module_at_all.*\[hub\]'") as caught:
         need("no_such_module_at_all.part", "hub", "this")
     assert caught.value.__suppress_context__
+
+
+ODD = "\x1b[2J\x07\r\u202e\x9b\ud800\u2028\x00\x7f"
+
+
+def test_a_message_is_one_short_line_that_a_terminal_only_shows() -> None:
+    said = str(ConfigError(f"a.json: the field {ODD}; drop it"))
+    assert said.isprintable() and "\\x1b[2J" in said and "\\u202e" in said and "\\ud800" in said
+    assert not f"{ODD}".isprintable()
+    for text in ("x" * 50_000_000, ODD * 10**5, "\n" * 10**6):
+        said = str(ConfigError(f"a.json: the field {text} is unknown; drop it"))
+        assert said.startswith("a.json: the field") and said.endswith("is unknown; drop it")
+        assert said.isprintable() and len(said) <= 2000
+    whole = "a.json: " + "x" * 1900
+    assert str(ConfigError(whole)) == whole, "a line of the usual length is left alone"
+
+
+def test_a_value_in_a_message_is_brief_and_costs_little() -> None:
+    class Untold(str):
+        def __repr__(self) -> str:
+            raise AssertionError("nobody reads so far")
+
+    assert errors.brief(list(range(10**6))).endswith(" ...")
+    for value in ("x" * 10**7, b"x" * 10**7, {i: i for i in range(10**5)}, 10**5000, -(10**400)):
+        assert len(errors.brief(value)) <= 60
+    assert errors.brief(10**70) == str(10**70)[:56] + " ..." and errors.brief(7) == "7"
+    assert errors.brief("\x1b[2J") == r"'\x1b[2J'"
+    assert errors.brief([1] * 70 + [Untold()]) == errors.brief([1] * 70)
+
+
+def test_lists_of_names_are_cut() -> None:
+    names = [f"n{i}" for i in range(200_000)]
+    assert errors.listed(names) == "n0, n1, n2, n3, n4, n5, n6, n7 and 199992 more"
+    assert len(errors.listed(["n" * 10**6] * 9)) < 2100

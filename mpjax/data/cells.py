@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, listed, printable
 
 logger = logging.getLogger("mpjax.data")
 
@@ -45,7 +45,8 @@ def read_text_file(path: Path, what: str) -> str:
         raise ConfigError(f"{where}: no such file; expected {what}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{where}: cannot be read ({error}); expected UTF-8 text, save it as such"
+            f"{where}: cannot be read ({printable(str(error), 200)}); expected UTF-8 text, save it"
+            " as such"
         ) from None
     if not text.strip():
         raise ConfigError(f"{where}: empty; expected {what}")
@@ -105,11 +106,16 @@ def read_cells(path: Path, fields: Sequence[str]) -> list[Cells]:
 
 
 def _cells(text: str, **dialect: Any) -> Iterator[Cells]:
+    """Rows; of empty lines behind each other the first, for a row takes a hundred times a line."""
     reader = csv.reader(io.StringIO(text), **dialect)
+    empty = False
     while True:
         line = reader.line_num + 1
         try:
-            yield Cells(line, next(reader))
+            cells = next(reader)
+            if cells or not empty:
+                yield Cells(line, cells)
+            empty = not cells
         except StopIteration:
             return
         except csv.Error as error:
@@ -159,7 +165,7 @@ def header_of(
     others = [
         cell.strip() for cell, name in zip(row.cells, names, strict=True) if name not in known
     ]
-    logger.info("%s is a header; unused columns: %s", where, " ".join(others) or "none")
+    logger.info("%s is a header; unused columns: %s", where, listed(others, 20) or "none")
     return {name: names.index(name) for name in (*fields, *optional) if name in names}
 
 

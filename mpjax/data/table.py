@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpjax.errors import ConfigError, need
+from mpjax.errors import ConfigError, listed, need, printable
+from mpjax.json_text import parse_json
 
 SUFFIXES = (".jsonl", ".parquet")  # of files whose rows are documents
 TYPED = (*SUFFIXES, ".ndjson", ".json")  # of files whose values have types
+# Of a parquet file, where a byte can stand for any number of equal rows or letters.
+_LEAST_ROWS, _ROW_BYTES, _LEAST_BYTES, _MOST_GROWN, _BATCH = 100_000, 4, 2**24, 16, 1024
 Row = tuple[str, Any]  # name of the row, what its text column holds
 
 
@@ -110,11 +112,11 @@ def _read_json(path: Path, whole: bool) -> Iterator[Record]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: expected UTF-8, found binary data; convert it") from None
     if whole and text.lstrip().startswith("["):
-        found = _parsed(text, f"{path}", "expected a list of objects")
+        found = parse_json(text, f"{path}", "expected a list of objects")
         parts = ((number, f"object {number}", one) for number, one in enumerate(found, 1))
     else:
         parts = (
-            (number, f"line {number}", _parsed(line, f"{path}: line {number}", _LINES))
+            (number, f"line {number}", parse_json(line, f"{path}: line {number}", _LINES))
             for number, line in enumerate(text.split("\n"), 1)  # splitlines cuts at U+2028 too
             if line.strip()
         )
@@ -125,22 +127,6 @@ def _read_json(path: Path, whole: bool) -> Iterator[Record]:
 
 
 _LINES = "expected one JSON object a line"
-
-
-def _parsed(text: str, where: str, wanted: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not JSON ({_first_line(error)}); {wanted}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} twice in one object")
-    return found
 
 
 def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
@@ -154,24 +140,56 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
             there = [name for name in columns if name in names]
             if not there:
                 _check_column(str(path), columns[0], names)
-            for batch in file.iter_batches(columns=there):
+            size = path.stat().st_size
+            rows, most = file.metadata.num_rows, _LEAST_ROWS + size // _ROW_BYTES
+            if rows > most:
+                raise ConfigError(
+                    f"{path}: {rows} rows in {size} bytes, more than {most}; no texts are so short,"
+                    " write it again"
+                )
+            left = _LEAST_BYTES + _MOST_GROWN * size
+            # Of all columns: to ask for one's size ends the process where its statistics are bad.
+            groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+            if sum(group.total_byte_size for group in groups) > left:
+                raise ConfigError(
+                    f"{path}: more than {left} bytes once unpacked, from {size}; drop what repeats,"
+                    " or write it as JSON lines"
+                )
+            for batch in file.iter_batches(_BATCH, columns=there):
+                if (left := left - sum(map(_text_bytes, batch.columns))) < 0:
+                    raise ConfigError(
+                        f"{path}: row {number + 1}: more than {_MOST_GROWN} times the file's bytes"
+                        " once unpacked; drop what repeats, or write it as JSON lines"
+                    )
                 for row in batch.to_pylist():
                     yield Record(number, f"row {number + 1}", row)
                     number += 1
-    except (OSError, pyarrow.ArrowException) as error:
+    except ConfigError:
+        raise
+    # A text that is no UTF-8 and a time that Python has not are found when a row is made.
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise ConfigError(
             f"{path}: not a readable parquet file ({_first_line(error)}); write it again"
         ) from None
+
+
+def _text_bytes(column: Any) -> int:
+    """Bytes of a column once each row has its own value, which in Arrow may be one for all."""
+    if not hasattr(column, "dictionary"):
+        return int(column.nbytes)
+    compute = need("pyarrow.compute", "parquet", "a column of repeated values")
+    lengths = compute.binary_length(column.dictionary).take(column.indices)
+    return int(compute.sum(lengths).as_py() or 0)
 
 
 def _check_column(where: str, column: str, columns: Iterable[str]) -> None:
     found = list(columns)
     if column not in found:
         raise ConfigError(
-            f"{where}: no column {column!r} (there: {', '.join(found) or 'none'}); "
+            f"{where}: no column {column!r} (there: {listed(found) or 'none'}); "
             "name one as SOURCE:column"
         )
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return printable((str(error).splitlines() or [type(error).__name__])[0], 200)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mpjax.data.cache import Cache
 from mpjax.data.special_ids import ids_around
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, printable
 from mpjax.files import write_text
+from mpjax.json_text import parse_json
 
 logger = logging.getLogger("mpjax.data")
 
@@ -242,7 +242,8 @@ def make_tokenizer(
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"tokenizer {spec!r}: cannot be read ({error}); name a tokenizer.json"
+            f"tokenizer {printable(repr(spec), 500)}: cannot be read"
+            f" ({printable(str(error), 200)}); name a tokenizer.json"
         ) from None
     return _from_text(text, f"tokenizer {spec!r}")
 
@@ -275,10 +276,7 @@ def _trained_bpe(size: int, texts: Sequence[str], cache: Cache) -> Tokenizer:
 
 
 def _from_text(text: str, where: str) -> Tokenizer:
-    try:
-        fields = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON ({error}); expected a tokenizer.json") from None
+    fields = parse_json(text, where, "expected a tokenizer.json")
     if fields == {"mpjax_tokenizer": "bytes"}:
         return _Bytes()
     if not isinstance(fields, dict) or "model" not in fields:

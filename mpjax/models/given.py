@@ -10,17 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, listed
 from mpjax.formats import is_quantized, weight_view
 from mpjax.formats.given import as_array
 from mpjax.ops.cross_entropy import check_targets
-
-
-def listed(names: Iterable[str], count: int = 8) -> str:
-    """Returns names in one line: all up to a count, else the first ones and how many more."""
-    names = list(names)
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 
 def below(params: Any, root: str) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from mpjax.json_text import parse_json
 
 GENERATION = "generation_config.json"
 
@@ -36,7 +37,7 @@ class Metadata:
         """
         settings: Mapping[str, Any] = self.config
         if GENERATION in self.files:
-            settings = json.loads(self.files[GENERATION])
+            settings = parse_json(self.files[GENERATION], GENERATION)
         found = settings.get("eos_token_id")
         if found is None:
             return ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.errors import ConfigError, need
+from mpjax.errors import ConfigError, brief, need, printable
 from mpjax.files import write_file
 from mpjax.formats import Format, Quantized, is_quantized
+from mpjax.json_text import parse_json
 
 _KEY = "mpjax"
 _VERSION = 1
 _PARTS = ("values", "scales", "tensor_scale", "offsets")
+_MOST_AXES, _MOST_PARTS = 32, 64  # of an array, and of a path: JAX walks a tree by recursion
 _EXTRA = ("hub", "a file of weights")
 
 
@@ -134,40 +137,108 @@ def load_weights(path: str | Path) -> Any:
         raise ConfigError(f"{path}: no such file; give one that save_weights wrote")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            page = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-            if page.get("version") != _VERSION:
+            page = parse_json((file.metadata() or {}).get(_KEY, "{}"), str(path), "write it again")
+            if not isinstance(page, dict) or page.get("version") != _VERSION:
                 raise ConfigError(
                     f"{path}: not a file of save_weights, version {_VERSION}; read checkpoints of"
                     " others with mpjax.models.hf.load_checkpoint"
                 )
-            read = file.get_tensor
-            return _tree({name: _leaf(name, a, read) for name, a in page["weights"].items()})
-    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
+            weights = page.get("weights")
+            if not isinstance(weights, dict):
+                raise ValueError("it lists no weights")
+            return _tree({name: _leaf(name, a, file.get_tensor) for name, a in weights.items()})
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
         if isinstance(error, ConfigError):
             raise
-        reason = str(error).splitlines()[0][:100]
+        reason = printable(str(error), 200)
         raise ConfigError(f"{path}: damaged ({reason}); write it again") from None
 
 
-def _leaf(name: str, about: dict[str, Any], read: Any) -> Any:
+def _leaf(name: str, about: Any, read: Any) -> Any:
+    """One weight from what the page says of it, each word of which may be wrong."""
+    if not isinstance(about, dict):
+        raise ValueError(f"{name} is described by {brief(about)}")
+
     def array(part: str) -> Any:
-        dtype, shape = about[f"array{part}"]
-        return jnp.asarray(unpack(read(name + part), dtype, tuple(shape)))
+        described = about.get(f"array{part}")
+        if not isinstance(described, list) or len(described) != 2:
+            raise ValueError(f"{name}{part} is described by {brief(described)}")
+        dtype, shape = described
+        return jnp.asarray(_unpacked(read(name + part), dtype, shape, f"{name}{part}"))
 
     if "format" not in about:
         return array("")
-    parts = {p: array(f"#{p}") if f"array#{p}" in about else None for p in _PARTS}
+    if lacking := {"tile", "dtype", "scale_bits", "array#values", "array#scales"} - set(about):
+        raise ValueError(f"{name} has no {min(lacking)}")
+    parts: dict[str, Any] = {p: array(f"#{p}") if f"array#{p}" in about else None for p in _PARTS}
+    tile, bits = about["tile"], about["scale_bits"]
+    shape = parts["values"].shape
+    # A stack of layers, as `vmap` makes it, has the tiles of one layer.
+    stack = len(shape) - len(tile) if _are_counts(tile, least=1) else -1
+    if not 0 <= stack <= 1 or type(bits) is not int:
+        raise ValueError(f"{name} has tiles {brief(tile)} and scales of {brief(bits)} bits")
+    grid = (*shape[:stack], *(-(-n // t) for n, t in zip(shape[stack:], tile, strict=True)))
+    for part in ("scales", "offsets"):
+        if parts[part] is not None and parts[part].shape != grid:
+            raise ValueError(f"{name} has {part} {parts[part].shape} for tiles {grid}")
+    if not isinstance(about["format"], str):
+        raise ValueError(f"{name} has the format {brief(about['format'])}")
+    try:
+        format = Format(about["format"])
+    except ConfigError as error:
+        raise ValueError(f"{name}: {error}") from None
     return Quantized(
-        **parts, format=Format(about["format"]), tile=tuple(about["tile"]),
-        dtype=jnp.dtype(about["dtype"]), scale_bits=about["scale_bits"],
+        **parts, format=format, tile=tuple(tile),
+        dtype=_dtype(about["dtype"], name), scale_bits=bits,
     )  # fmt: skip
+
+
+def _unpacked(packed: np.ndarray, dtype: Any, shape: Any, name: str) -> np.ndarray:
+    """As `unpack`, once what is stored is what would have been packed of this dtype and shape."""
+    wanted = _dtype(dtype, name)
+    if not _are_counts(shape, least=0):
+        raise ValueError(f"{name} has shape {brief(shape)}")
+    count, bits = math.prod(shape), _bits(wanted)
+    length = -(-count * bits // 8) if bits else count * wanted.itemsize
+    if wanted.isbuiltin == 1:
+        whole = packed.dtype == wanted and packed.shape == tuple(shape)
+    else:
+        whole = packed.dtype == np.uint8 and packed.shape == (length,)
+    if not whole:
+        raise ValueError(
+            f"{name} is stored as {packed.dtype} {packed.shape}, described as {wanted} {shape}"
+        )
+    return unpack(packed, wanted, tuple(shape))
+
+
+def _are_counts(found: Any, least: int) -> bool:
+    return isinstance(found, list) and len(found) <= _MOST_AXES and all(
+        type(n) is int and least <= n < 2**63 for n in found
+    )  # fmt: skip
+
+
+def _dtype(found: Any, name: str) -> np.dtype:
+    """The dtype of a name: of numbers or bool, for a view as any other would not be numbers."""
+    try:
+        dtype = jnp.dtype(found if isinstance(found, str) else "")
+    except TypeError:
+        dtype = np.dtype(object)
+    if not jnp.issubdtype(dtype, jnp.number) and dtype != np.bool_:
+        raise ValueError(f"{name} has dtype {brief(found)}")
+    return dtype
 
 
 def _tree(leaves: dict[str, Any]) -> Any:
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         at, keys = tree, name.split("/")
+        if len(keys) > _MOST_PARTS:
+            raise ValueError(f"the name {brief(name)} has {len(keys)} parts")
         for key in keys[:-1]:
             at = at.setdefault(key, {})
+            if not isinstance(at, dict):
+                raise ValueError(f"{name} lies inside another weight")
+        if keys[-1] in at:
+            raise ValueError(f"{name} has other weights inside")
         at[keys[-1]] = leaf
     return tree

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.models.config import DecoderConfig
 from mpjax.models.decoder import decoder
 from mpjax.models.encoder import encoder
@@ -100,8 +100,8 @@ def architecture_of(checkpoint: Checkpoint, named: str | None) -> Architecture:
     said = checkpoint.config.get("model_type")
     if named is not None and said is not None and named != said:
         raise ConfigError(
-            f"{checkpoint.config_file}: model_type={said!r}, but architecture={named!r} was asked"
-            " for; leave that out"
+            f"{checkpoint.config_file}: model_type={brief(said)}, but architecture={named!r} was"
+            " asked for; leave that out"
         )
     kind = named or said
     if kind is None:
@@ -111,7 +111,7 @@ def architecture_of(checkpoint: Checkpoint, named: str | None) -> Architecture:
         )
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ConfigError(
-            f"{checkpoint.config_file}: unknown architecture {kind!r}; known:"
+            f"{checkpoint.config_file}: unknown architecture {brief(kind)}; known:"
             f" {' '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[kind]

@@ -10,10 +10,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from mpjax.errors import ConfigError, need
+from mpjax.errors import ConfigError, need, printable
+from mpjax.json_text import LARGEST, read_json
 from mpjax.models.hf.gguf_file import open_gguf, read_gguf
+from mpjax.models.hf.gguf_reader import GgufFile
 from mpjax.models.hf.gguf_tokenizer import gguf_settings, gguf_tokenizer
-from mpjax.models.hf.tensors import Tensors, read_json, read_safetensors, read_sharded
+from mpjax.models.hf.tensors import Tensors, read_safetensors, read_sharded
 from mpjax.models.hf.torch_file import read_torch
 from mpjax.models.metadata import GENERATION, Metadata
 
@@ -66,13 +68,13 @@ class Checkpoint:
       config: fields of config.json, or of a GGUF file as config.json would have them; empty where
         a lone file has none.
       tensors: by the names that the checkpoint gives them.
-      gguf: the reader of a GGUF file, else None.
+      gguf: settings and tensors of a GGUF file as it has them, else None.
     """
 
     where: Path
     config: dict[str, Any]
     tensors: Tensors
-    gguf: Any = None
+    gguf: GgufFile | None = None
 
     @property
     def config_file(self) -> str:
@@ -89,7 +91,7 @@ class Checkpoint:
           ConfigError: a file that is no text, a GGUF file with a tokenizer of another kind.
         """
         if self.gguf:
-            return gguf_tokenizer(self.where, self.gguf)
+            return gguf_tokenizer(self.where, self.gguf.fields)
         path = self.where.parent / TOKENIZER
         try:
             return path.read_text(encoding="utf-8") if path.is_file() else None
@@ -108,13 +110,19 @@ class Checkpoint:
         """
         names = set(fields) - _OWN_FIELDS
         config = {name: value for name, value in self.config.items() if name in names}
-        files = self._gguf_files() if self.gguf else self._files()
+        files = self._gguf_files(self.gguf) if self.gguf else self._files()
         return Metadata(_SPECIAL.get(config.get("model_type", ""), {}) | config, files)
 
     def _files(self) -> dict[str, bytes]:
         folder = self.where.parent
         found = sorted({path for one in _BESIDE for path in folder.glob(one) if path.is_file()})
         try:
+            for path in found:  # an export writes them again, so they are kept in memory
+                if (size := path.stat().st_size) > LARGEST:
+                    raise ConfigError(
+                        f"{path}: {size} bytes; expected at most {LARGEST} of a file beside the"
+                        " weights; take it out of the folder"
+                    )
             files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be read ({error}); download it again") from None
@@ -122,16 +130,16 @@ class Checkpoint:
             read_json(folder / GENERATION)  # one line now, not at the first look
         return files
 
-    def _gguf_files(self) -> dict[str, bytes]:
+    def _gguf_files(self, file: GgufFile) -> dict[str, bytes]:
         """The files that say what a GGUF file says of its tokenizer, if it has one."""
-        if "tokenizer.ggml.model" not in self.gguf.fields:
+        if "tokenizer.ggml.model" not in file.fields:
             return {}
         try:
-            files = {TOKENIZER: gguf_tokenizer(self.where, self.gguf).encode()}
+            files = {TOKENIZER: gguf_tokenizer(self.where, file.fields).encode()}
+            settings = gguf_settings(self.where, file.fields)
         except ConfigError as error:
             logger.warning("%s; an export will have no tokenizer", error)
             return {}
-        settings = gguf_settings(self.gguf)
         return files | {TOKENIZER_SETTINGS: json.dumps(settings, indent=2).encode()}
 
 
@@ -157,8 +165,8 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     if not path.is_file():
         raise ConfigError(f"{path}: no such file or folder; name a checkpoint, or org/name")
     if path.suffix == ".gguf":
-        reader = open_gguf(path)
-        return Checkpoint(path, *read_gguf(path, reader), reader)
+        file = open_gguf(path)
+        return Checkpoint(path, *read_gguf(path, file), file)
     beside = path.parent / CONFIG
     config = read_json(beside) if beside.is_file() else {}
     if path.name.endswith(".index.json") and path.name in _FILES:
@@ -197,7 +205,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
                 break
     # Its errors have no common base: of HTTP, of its own, of offline mode, of bad names.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = printable(str(error), 200)
         raise ConfigError(
             f"{name}: no such folder, and not to be had from the Hugging Face Hub ({reason}); check"
             " the name and the network, or name a folder"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mpjax.errors import brief
 from mpjax.models.encoder_config import EncoderConfig
 from mpjax.models.hf.decoder_fields import GELU, GELU_BACK
 from mpjax.models.hf.fields import Fields
@@ -27,8 +28,8 @@ def read_bert(fields: Fields) -> dict[str, Any]:
     f.only("is_encoder_decoder", False)
     f.only("pruned_heads", {})
     title = (f.take("architectures", list, []) or ["BertModel"])[0]
-    if title not in _HEADS:
-        f.refuse(f"architectures names {title!r}; known: {' '.join(_HEADS)}")
+    if not isinstance(title, str) or title not in _HEADS:
+        f.refuse(f"architectures names {brief(title)}; known: {' '.join(_HEADS)}")
     head, classes = _HEADS[title], f.take("num_labels", int, 2)
     names = f.take("id2label", dict, {})
     labels: tuple[str, ...] = ()
@@ -62,7 +63,7 @@ def _labels(f: Fields, names: dict[str, Any]) -> tuple[str, ...]:
     """Names of the classes in the order of the logits, whatever their order in the file."""
     places = [str(i) for i in range(len(names))]
     if sorted(names) != sorted(places) or not all(isinstance(x, str) for x in names.values()):
-        f.refuse(f"id2label={names}; expected a name for each of 0 to {len(names) - 1}")
+        f.refuse(f"id2label={brief(names)}; expected a name for each of 0 to {len(names) - 1}")
     return tuple(names[place] for place in places)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NoReturn
 
-from mpjax.errors import ConfigError
-from mpjax.models.given import listed
+from mpjax.errors import ConfigError, brief, listed
 
 # What says how a model is trained, stored, called or sampled from, not what it computes. Dropout
 # inside the softmax is here too: our models have none there.
@@ -26,6 +25,7 @@ FREE = frozenset(
     """.split()
 )
 _NO_DEFAULT = object()
+_LARGEST = 3.4e38  # about float32's largest: norms and frequencies are computed in it
 
 
 class Fields:
@@ -42,8 +42,9 @@ class Fields:
         self._asked = set(FREE) | set(ignore)
 
     def take(
-        self, name: str, kind: type[Any], default: Any = _NO_DEFAULT, absent: Any = _NO_DEFAULT
-    ) -> Any:
+        self, name: str, kind: type[Any], default: Any = _NO_DEFAULT, absent: Any = _NO_DEFAULT,
+        least: int | None = None,
+    ) -> Any:  # fmt: skip
         """Returns a field; null and an absent one are the default.
 
         Args:
@@ -51,9 +52,11 @@ class Fields:
           kind: its type.
           default: where it is null, and where it is absent.
           absent: where it is absent, if that is something else.
+          least: the smallest whole number that it may be.
 
         Raises:
-          ConfigError: absent without a default, or of another type.
+          ConfigError: absent without a default, of another type, no finite number, or a whole one
+            beyond int32, which no size or id is.
         """
         self._asked.add(name)
         if name not in self._values and absent is not _NO_DEFAULT:
@@ -67,8 +70,16 @@ class Fields:
             return default
         kinds = (int, float) if kind is float else kind
         if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"{self._where}: {name}={value!r}; expected {kind.__name__}")
+            self._unexpected(name, value, kind.__name__)
+        if kind is int and not (-(2**31) if least is None else least) <= value < 2**31:
+            self._unexpected(name, value, f"a number from {least or 0} to {2**31 - 1}")
+        # Python's own floats compare with an int of any size without becoming one.
+        if kind is float and not -_LARGEST <= value <= _LARGEST:
+            self._unexpected(name, value, "a finite number that float32 has")
         return float(value) if kind is float else value
+
+    def _unexpected(self, name: str, value: Any, wanted: str) -> NoReturn:
+        raise ConfigError(f"{self._where}: {name}={brief(value)}; expected {wanted}; mend it")
 
     def only(self, name: str, *allowed: Any) -> Any:
         """Returns a field that our models have no choice in; absent, it is the first.
@@ -82,7 +93,7 @@ class Fields:
             return allowed[0]  # null is what a field has that is not set
         if value not in allowed:
             raise ConfigError(
-                f"{self._where}: {name}={value!r} is not supported; expected"
+                f"{self._where}: {name}={brief(value)} is not supported; expected"
                 f" {' or '.join(map(repr, allowed))}"
             )
         return value
@@ -97,7 +108,7 @@ class Fields:
         value = self._values.get(name, default)
         if not isinstance(value, str) or value not in known:
             raise ConfigError(
-                f"{self._where}: {name}={value!r} is not supported; known: {' '.join(known)}"
+                f"{self._where}: {name}={brief(value)} is not supported; known: {' '.join(known)}"
             )
         return known[value]
 
@@ -106,7 +117,7 @@ class Fields:
         values = self.take(name, dict, None)
         return None if values is None else Fields(values, f"{self._where}: {name}")
 
-    def refuse(self, what: str) -> None:
+    def refuse(self, what: str) -> NoReturn:
         """Raises a ConfigError that says where."""
         raise ConfigError(f"{self._where}: {what}")
 
@@ -119,5 +130,5 @@ class Fields:
         if unknown := sorted(set(self._values) - self._asked):
             raise ConfigError(
                 f"{self._where}: unknown field {listed(unknown)}, which may change the result; if"
-                f" it does not, pass ignore={unknown!r}"
+                f" it does not, pass ignore={brief(unknown)}"
             )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpjax.errors import ConfigError, need
-from mpjax.models.given import listed
+from mpjax.errors import ConfigError, brief, listed, need, printable
+from mpjax.models.hf.fields import Fields
+from mpjax.models.hf.gguf_reader import GgufFile, GgufTensor, read_layout
 from mpjax.models.hf.gguf_tokenizer import gguf_special
 from mpjax.models.hf.tensors import Tensor, Tensors
 
@@ -49,22 +51,22 @@ _CHECKED = ("rope.freq_base", "rope.dimension_count", "attention.value_length")
 _SCALING = {"rope.scaling.type": "rope_type", "rope.scaling.factor": "factor"}
 
 
-def open_gguf(path: Path) -> Any:
-    """Returns the reader of the package `gguf`.
+def open_gguf(path: Path) -> GgufFile:
+    """Returns the settings and tensors of a GGUF file.
 
     Raises:
-      ConfigError: a file that is absent, truncated or no GGUF file.
+      ConfigError: a file that is absent, truncated or no GGUF file, or no package `gguf`.
     """
     package = need("gguf", "hub", str(path))
     try:
-        return package.GGUFReader(path)
-    # Its reader raises what numpy or struct do where a file ends early.
-    except (OSError, ValueError, IndexError, KeyError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not a whole GGUF file ({reason}); fetch it again") from error
+        return read_layout(path, package)
+    except (OSError, ValueError, struct.error) as error:
+        raise ConfigError(
+            f"{path}: not a whole GGUF file ({printable(str(error), 200)}); fetch it again"
+        ) from error
 
 
-def read_gguf(path: Path, reader: Any) -> tuple[dict[str, Any], Tensors]:
+def read_gguf(path: Path, file: GgufFile) -> tuple[dict[str, Any], Tensors]:
     """Returns the fields of a config.json and the tensors of a GGUF file, dequantised when read.
 
     llama.cpp stores the rows of a Llama's queries and keys in the order of interleaved rotary
@@ -72,17 +74,17 @@ def read_gguf(path: Path, reader: Any) -> tuple[dict[str, Any], Tensors]:
 
     Args:
       path: for errors.
-      reader: from `open_gguf`.
+      file: from `open_gguf`.
 
     Raises:
       ConfigError: another architecture, or a setting or tensor that is not known.
     """
-    value = {name: field.contents() for name, field in reader.fields.items() if "." in name
+    value = {name: field.contents() for name, field in file.fields.items() if "." in name
              and not name.startswith(("tokenizer.", "GGUF."))}  # fmt: skip
     kind = value.get("general.architecture")
     if kind not in _ARCHITECTURES:
         raise ConfigError(
-            f"{path}: architecture {kind!r}; expected {' '.join(_ARCHITECTURES)}; take the"
+            f"{path}: architecture {brief(kind)}; expected {' '.join(_ARCHITECTURES)}; take the"
             " safetensors of this model"
         )
     own = {n.removeprefix(f"{kind}."): v for n, v in value.items() if n.startswith(f"{kind}.")}
@@ -92,36 +94,56 @@ def read_gguf(path: Path, reader: Any) -> tuple[dict[str, Any], Tensors]:
             " the result; take the safetensors of this model"
         )
     config: dict[str, Any] = {"model_type": kind, "bos_token_id": None, "eos_token_id": None}
-    config |= gguf_special(reader)
+    config |= gguf_special(path, file.fields)
     config |= {field: own[name] for name, field in _FIELDS.items() if name in own}
     rope = {field: own[name] for name, field in _SCALING.items() if name in own}
     if rope.get("rope_type") in (None, "none"):
         rope = {"rope_type": "default"}
     config["rope_parameters"] = rope | {"rope_theta": own.get("rope.freq_base", 10000.0)}
-    stored = {tensor.name: tensor for tensor in reader.tensors}
-    if "token_embd.weight" not in stored or "num_attention_heads" not in config:
-        raise ConfigError(f"{path}: no embedding or no head count in it; fetch it again")
-    config["vocab_size"] = int(stored["token_embd.weight"].shape[1])
-    config["tie_word_embeddings"] = "output.weight" not in stored
-    heads = config["num_attention_heads"]
-    groups = config.setdefault("num_key_value_heads", heads)
-    width = config.setdefault("head_dim", config["hidden_size"] // heads)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ConfigError(f"{path}: no embedding of two axes in it; fetch it again")
+    config["vocab_size"] = embedding.shape[0]
+    config["tie_word_embeddings"] = "output.weight" not in file.tensors
+    sizes = Fields(config, str(path))
+    heads = sizes.take("num_attention_heads", int, least=1)
+    groups = sizes.take("num_key_value_heads", int, heads, least=1)
+    width = sizes.take("head_dim", int, sizes.take("hidden_size", int, least=1) // heads, least=1)
+    config |= {"num_key_value_heads": groups, "head_dim": width}
     for name in ("rope.dimension_count", "attention.value_length"):
         if own.get(name, width) != width:
             raise ConfigError(
-                f"{path}: {kind}.{name}={own[name]} is not the head width {width}, which is not"
-                " supported; take another model"
+                f"{path}: {kind}.{name}={brief(own[name])} is not the head width {width}, which is"
+                " not supported; take another model"
             )
-    tensors = {}
-    for name, tensor in stored.items():
-        turned = 0
+    tensors, decoded = {}, set()
+    for name, tensor in file.tensors.items():
+        full, turned = _renamed(path, name), 0
         if kind == "llama":
             turned = {"attn_q": heads, "attn_k": groups}.get(name.split(".")[-2], 0)
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        tensors[_renamed(path, name)] = Tensor(
-            shape, np.dtype(np.float32), _dequantised(tensor, shape, turned)
-        )
+        if turned and tensor.shape[0] % (2 * turned):
+            raise ConfigError(
+                f"{path}: {name} of shape {tensor.shape} is not that of {turned} heads with rotary"
+                " pairs; fetch it again"
+            )
+        if tensor.kind not in decoded:
+            _check_kind(path, name, tensor)
+            decoded.add(tensor.kind)
+        tensors[full] = Tensor(tensor.shape, np.dtype(np.float32), _dequantised(tensor, turned))
     return config, tensors
+
+
+def _check_kind(path: Path, name: str, tensor: GgufTensor) -> None:
+    """Refuses a type that the package cannot decode, by decoding a row of it."""
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.kind)
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"{path}: {name} is of type {tensor.kind.name}, which cannot be decoded ({error}); take"
+            " the safetensors of this model"
+        ) from None
 
 
 def _renamed(path: Path, name: str) -> str:
@@ -129,17 +151,20 @@ def _renamed(path: Path, name: str) -> str:
         return _OUTER[name]
     found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if found is None or found[2] not in _INNER:
-        raise ConfigError(f"{path}: unknown tensor {name}; take the safetensors of this model")
+        raise ConfigError(
+            f"{path}: unknown tensor {listed([name])}; take the safetensors of this model"
+        )
     return f"model.layers.{found[1]}.{_INNER[found[2]]}.{found[3]}"
 
 
-def _dequantised(tensor: Any, shape: tuple[int, ...], heads: int) -> Callable[[], np.ndarray]:
+def _dequantised(tensor: GgufTensor, heads: int) -> Callable[[], np.ndarray]:
     """Reads a tensor in float32; rows of `heads` heads go from pairs back to halves."""
 
     def read() -> np.ndarray:
         from gguf.quants import dequantize
 
-        x = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        shape = tensor.shape
+        x = dequantize(tensor.data, tensor.kind).reshape(shape)
         if heads:
             x = x.reshape(heads, shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(shape)
         return x

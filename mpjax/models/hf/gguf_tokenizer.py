@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief, printable
+from mpjax.models.hf.gguf_reader import GgufField
 
 _CONTROL, _USER = 3, 4  # kinds of tokens that are no result of merges
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -18,63 +20,101 @@ _PIECES = {
 }
 
 
-def gguf_special(reader: Any) -> dict[str, int]:
-    """Returns the ids of the special tokens that a GGUF file names, by the names of config.json."""
+def gguf_special(path: Path, fields: Mapping[str, GgufField]) -> dict[str, int]:
+    """Returns the ids of the special tokens that a GGUF file names, by the names of config.json.
+
+    Raises:
+      ConfigError: one that is no id.
+    """
     named = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "separator": "sep"}
-    fields = {ours: f"tokenizer.ggml.{name}_token_id" for name, ours in named.items()}
-    return {
-        f"{ours}_token_id": int(reader.fields[field].contents())
-        for ours, field in fields.items()
-        if field in reader.fields
-    }
+    found = {}
+    for name, ours in named.items():
+        if (field := f"tokenizer.ggml.{name}_token_id") in fields:
+            value = fields[field].contents()
+            if type(value) is not int or not 0 <= value < 2**32:
+                raise ConfigError(f"{path}: {field}={brief(value)} is no id; fetch it again")
+            found[f"{ours}_token_id"] = value
+    return found
 
 
-def gguf_settings(reader: Any) -> dict[str, Any]:
-    """Returns what a tokenizer_config.json would say of the tokenizer of a GGUF file."""
-    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+def gguf_settings(path: Path, fields: Mapping[str, GgufField]) -> dict[str, Any]:
+    """Returns what a tokenizer_config.json would say of the tokenizer of a GGUF file.
+
+    Raises:
+      ConfigError: an id without a token.
+    """
+    tokens = _tokens(path, fields)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings |= {n.removesuffix("_id"): tokens[i] for n, i in gguf_special(reader).items()}
-    if "tokenizer.chat_template" in reader.fields:
-        settings["chat_template"] = reader.fields["tokenizer.chat_template"].contents()
+    settings |= {
+        n.removesuffix("_id"): _token(path, tokens, i)
+        for n, i in gguf_special(path, fields).items()
+    }
+    if "tokenizer.chat_template" in fields:
+        settings["chat_template"] = fields["tokenizer.chat_template"].contents()
     return settings
 
 
-def gguf_tokenizer(path: Path, reader: Any) -> str:
+def _tokens(path: Path, fields: Mapping[str, GgufField]) -> list[str]:
+    found = (
+        fields["tokenizer.ggml.tokens"].contents() if "tokenizer.ggml.tokens" in fields else None
+    )
+    if not isinstance(found, list) or not _are_texts(found):
+        raise ConfigError(f"{path}: a tokenizer without tokens; fetch it again")
+    return found
+
+
+def _are_texts(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(x, str) for x in found) and bool(found)
+
+
+def _token(path: Path, tokens: list[str], i: int) -> str:
+    if i >= len(tokens):
+        raise ConfigError(f"{path}: token {i} of {len(tokens)} tokens; fetch it again")
+    return tokens[i]
+
+
+def gguf_tokenizer(path: Path, fields: Mapping[str, GgufField]) -> str:
     """Returns a tokenizer.json with the vocabulary and merges of a GGUF file.
 
     Args:
       path: for errors.
-      reader: from `open_gguf`.
+      fields: its settings.
 
     Raises:
-      ConfigError: a tokenizer that is no byte-level BPE, or cuts texts in a way that is not known.
+      ConfigError: a tokenizer that is no byte-level BPE, or cuts texts in a way that is not known,
+        or parts of it that do not fit each other.
     """
-    fields = reader.fields
 
-    def value(name: str) -> object:
+    def value(name: str) -> Any:
         name = f"tokenizer.ggml.{name}"
         return fields[name].contents() if name in fields else None
 
     kind, pieces = value("model"), value("pre")
-    if kind != "gpt2" or pieces not in _PIECES:
+    if kind != "gpt2" or not isinstance(pieces, str) or pieces not in _PIECES:
         raise ConfigError(
-            f"{path}: tokenizer {kind!r} with pieces {pieces!r}; expected 'gpt2' with"
+            f"{path}: tokenizer {brief(kind)} with pieces {brief(pieces)}; expected 'gpt2' with"
             f" {' or '.join(map(repr, _PIECES))}; take the tokenizer.json of this model"
         )
-    tokens, kinds, merges = value("tokens"), value("token_type"), value("merges")
-    if not isinstance(tokens, list) or not isinstance(merges, list):
-        raise ConfigError(f"{path}: a tokenizer without tokens or merges; fetch it again")
+    tokens, kinds, merges = _tokens(path, fields), value("token_type"), value("merges")
+    if not _are_texts(merges) or not all(" " in merge[1:-1] for merge in merges):
+        raise ConfigError(f"{path}: a tokenizer without pairs to merge; fetch it again")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
-    tokenizer.pre_tokenizer = _PIECES[str(pieces)]
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    except Exception as error:  # the package raises nothing narrower
+        raise ConfigError(
+            f"{path}: merges that are not of its tokens ({printable(str(error), 200)}); fetch it"
+            " again"
+        ) from None
+    tokenizer.pre_tokenizer = _PIECES[pieces]
     tokenizer.decoder = decoders.ByteLevel()
     for token, one in zip(tokens, kinds if isinstance(kinds, list) else [], strict=False):
         if one in (_CONTROL, _USER):
             tokenizer.add_tokens([AddedToken(token, special=one == _CONTROL, normalized=False)])
-    special = gguf_special(reader)
+    special = gguf_special(path, fields)
     begin, end = (
-        [tokens[special[f"{name}_token_id"]]]
+        [_token(path, tokens, special[f"{name}_token_id"])]
         if value(f"add_{name}_token") and f"{name}_token_id" in special
         else []
         for name in ("bos", "eos")

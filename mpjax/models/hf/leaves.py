@@ -39,7 +39,7 @@ def filled(
       sharding: of the leaf; None is the default device.
 
     Raises:
-      ConfigError: a finite number that overflows in dtype.
+      ConfigError: a finite number that overflows in dtype, or a tensor of NaN alone.
     """
     names = weight.names(shape[0])
 
@@ -65,6 +65,9 @@ def _copy(
     x = tensors[name].read()
     if weight.transposed:
         x = x.T
+    # A whole tensor of NaN begins with one, so good ones are not searched.
+    if x.size and np.isnan(x.flat[0]) and np.isnan(x).all():
+        raise ConfigError(f"{leaf}: {name} is NaN throughout; fetch the checkpoint again")
     i, n = weight.part
     width = x.shape[-1] // n
     x = x[..., i * width : (i + 1) * width][index]

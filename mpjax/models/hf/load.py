@@ -11,9 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, listed
 from mpjax.formats import Quantized
-from mpjax.models.given import listed
 from mpjax.models.hf.architecture import Architecture, architecture_of
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.fields import FREE, Fields
@@ -23,6 +22,7 @@ from mpjax.models.hf.tensors import Tensors
 from mpjax.models.skeleton import stored
 from mpjax.precision import Precision
 
+_FEW = 100  # layers
 Place = Callable[[tuple[str | None, ...], tuple[int, ...]], Any]
 
 
@@ -100,9 +100,33 @@ def load_checkpoint(
     if head == "none" and pools_mean(metadata.files):
         if not any("pooler" in name for name in checkpoint.tensors):
             settings["pool"] = "mean"
+    _check_depth(checkpoint, kind, settings | changes, new)
     model = kind.make(precision, settings, changes)
     params = load_params(model, checkpoint, kind, new, key, unused, place)
     return dataclasses.replace(model, metadata=metadata), params
+
+
+def _check_depth(
+    checkpoint: Checkpoint, kind: Architecture, sizes: dict[str, Any], new: Sequence[str]
+) -> None:
+    """Refuses far more layers than there are tensors of, for a model is built layer by layer.
+
+    A few that are missing are named once all that is wrong is known.
+    """
+    held = checkpoint.tensors
+    for leaf, weight in kind.table.items():
+        if not weight.stacked or not leaf.endswith("/kernel") or _is_new(leaf, new):
+            continue
+        own = sizes.get("encoder_layers") if leaf.startswith("encoder/") else 0
+        layers = own or sizes.get("layers", 0)
+        bare = weight.name.removeprefix(kind.prefix)
+        few = range(min(layers, len(held)) if type(layers) is int else 0)
+        there = sum(weight.name.format(i) in held or bare.format(i) in held for i in few)
+        if few and layers > there + _FEW:
+            raise ConfigError(
+                f"{checkpoint.config_file}: {layers} layers, but {checkpoint.where} has"
+                f" {weight.name} of {there}; take the checkpoint of this config"
+            )
 
 
 def _is_new(name: str, new: Sequence[str]) -> bool:

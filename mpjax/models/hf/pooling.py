@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from mpjax.json_text import parse_json
 from mpjax.models.encoder_config import EncoderConfig
 
 _MODULES, _POOLING = "modules.json", "1_Pooling/config.json"
@@ -13,13 +14,14 @@ _MEAN = "pooling_mode_mean_tokens"
 
 
 def pools_mean(files: Mapping[str, bytes | str]) -> bool:
-    """Returns whether the files of a checkpoint pool the mean of its tokens, and nothing else."""
+    """Returns whether the files of a checkpoint pool the mean of its tokens, and nothing else.
+
+    Raises:
+      ConfigError: the file that says what is pooled is no JSON.
+    """
     if _MODULES not in files or _POOLING not in files:
         return False
-    try:
-        settings = json.loads(files[_POOLING])
-    except ValueError:
-        return False
+    settings = parse_json(files[_POOLING], _POOLING)
     if not isinstance(settings, dict):
         return False
     modes = {name for name, on in settings.items() if name.startswith("pooling_mode_") and on}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mpjax.errors import ConfigError, need
-from mpjax.models.given import listed
+from mpjax.errors import ConfigError, brief, listed, need, printable
+from mpjax.json_text import read_json
 
 # What a safetensors header calls a dtype -> the dtype. A scaled format (F8_E4M3 and the like) is
 # not here: its numbers mean nothing without scales, which each maker names differently.
@@ -48,23 +48,14 @@ class Tensor:
 Tensors = dict[str, Tensor]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds.
+def check_size(shape: tuple[int, ...], dtype: Any) -> None:
+    """Checks that an array may have a shape: even an empty one must be counted in int64.
 
     Raises:
-      ConfigError: no such file, or something else in it.
+      ValueError: it may not.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; name the folder that a checkpoint was saved to"
-        ) from None
-    except (OSError, ValueError) as error:  # a JSON or a Unicode error is a ValueError
-        raise ConfigError(f"{path}: not readable as JSON ({error}); fetch it again") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got a {type(found).__name__}")
-    return found
+    if math.prod(n or 1 for n in shape) * np.dtype(dtype).itemsize >= 2**62:
+        raise ValueError("a tensor of more bytes than can be counted")
 
 
 def read_safetensors(path: Path) -> Tensors:
@@ -78,7 +69,7 @@ def read_safetensors(path: Path) -> Tensors:
         file = package.safe_open(path, framework="np")
     except (OSError, package.SafetensorError) as error:
         raise ConfigError(
-            f"{path}: not a whole safetensors file ({_line(error)}); fetch it again"
+            f"{path}: not a whole safetensors file ({printable(str(error), 200)}); fetch it again"
         ) from None
     tensors = {}
     for name in file.keys():  # noqa: SIM118  (the file is no dict)
@@ -89,8 +80,13 @@ def read_safetensors(path: Path) -> Tensors:
                 f"{path}: {name} has dtype {part.get_dtype()}; expected one of"
                 f" {' '.join(_DTYPES)}; take the checkpoint before it was quantised"
             )
+        shape = tuple(part.get_shape())  # safetensors compares it with the bytes, if it has any
+        try:
+            check_size(shape, dtype)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {name} is {error}; fetch it again") from None
         read = lambda file=file, name=name: file.get_tensor(name)  # noqa: E731
-        tensors[name] = Tensor(tuple(part.get_shape()), dtype, read)
+        tensors[name] = Tensor(shape, dtype, read)
     return tensors
 
 
@@ -109,8 +105,11 @@ def read_sharded(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
         raise ConfigError(f"{index}: no weight_map of tensor and file names; fetch it again")
     files = {}
     for file in sorted(set(names.values())):
-        if Path(file).name != file:  # an index must not name a file elsewhere
-            raise ConfigError(f"{index}: names the file {file!r}, which is not in its folder")
+        # An index must not name a file elsewhere; what cannot be printed may be no name at all.
+        if Path(file).name != file or not file.isprintable():
+            raise ConfigError(
+                f"{index}: names the file {brief(file)}, which is not in its folder; fetch it again"
+            )
         files[file] = read(index.parent / file)
     absent = [name for name, file in names.items() if name not in files[file]]
     if absent:
@@ -121,7 +120,3 @@ def read_sharded(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
     if extra:
         raise ConfigError(f"{index}: {listed(extra)} in the files but not in it; fetch it again")
     return {name: files[file][name] for name, file in names.items()}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -228,5 +228,5 @@ def test_a_mean_is_pooled_as_sentence_transformers_stores_it(tmp_path: Path) -> 
 
 def test_a_broken_generation_config_is_one_line(tmp_path: Path) -> None:
     folder = put(case("llama", tmp_path), {"generation_config.json": b"{"})
-    with pytest.raises(ConfigError, match="generation_config.json: not readable as JSON"):
+    with pytest.raises(ConfigError, match="generation_config.json: not JSON"):
         load_checkpoint(folder)

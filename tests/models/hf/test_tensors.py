@@ -66,7 +66,7 @@ def test_broken_indices_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message):
             open_checkpoint(tmp_path)
     (tmp_path / INDEX).write_text("{")
-    with pytest.raises(ConfigError, match="not readable as JSON"):
+    with pytest.raises(ConfigError, match="not JSON"):
         open_checkpoint(tmp_path)
 
 
