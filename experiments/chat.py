@@ -14,7 +14,6 @@ Expected:  "The capital of France is Paris." in all of them; int4 is the grid of
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +28,7 @@ from mpjax.data import Tokenizer, read_documents, validation_batches
 from mpjax.data.assets import fetch
 from mpjax.data.chat import Chat, Message
 from mpjax.errors import ConfigError
+from mpjax.json_text import parse_json
 from mpjax.models import input_moments, left_pad, quantize_weights, stream
 from mpjax.models.cache import cache_storage
 from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint
@@ -95,11 +95,18 @@ def find_chat(checkpoint: Checkpoint) -> Chat:
                 ]
         else:
             where = checkpoint.where.parent / "tokenizer_config.json"
-            settings = json.loads(where.read_text(encoding="utf-8"))
+            settings = parse_json(where.read_bytes(), f"checkpoint: {where}")
+            if not isinstance(settings, dict):
+                raise ConfigError(f"checkpoint: {where} is no JSON object; fetch it again")
             apart = where.parent / "chat_template.jinja"  # where newer versions keep it
-            template = apart.read_text() if apart.is_file() else settings["chat_template"]
+            template = settings.get("chat_template")
+            if apart.is_file():
+                template = apart.read_text(encoding="utf-8")
+            if template is None:
+                raise KeyError("chat_template")
             if isinstance(template, list):  # several, by name
-                template = {one["name"]: one["template"] for one in template}["default"]
+                several = [one for one in template if isinstance(one, dict)]
+                template = {one["name"]: one["template"] for one in several}["default"]
             for name, token in settings.items():
                 if name.endswith("_token") and isinstance(token, str | dict):
                     names[name] = token["content"] if isinstance(token, dict) else token
@@ -109,8 +116,10 @@ def find_chat(checkpoint: Checkpoint) -> Chat:
         raise ConfigError(
             f"checkpoint: {where} has no {error}; name a model that can chat"
         ) from None
-    except ValueError as error:
-        raise ConfigError(f"checkpoint: {where} is no JSON ({error}); fetch it again") from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"checkpoint: chat_template.jinja beside {where} is not UTF-8; fetch it again"
+        ) from None
     if tokenizer is None or "eos_token" not in names:
         raise ConfigError(
             f"checkpoint: {where.parent} has no tokenizer.json or names no end token; name a model"

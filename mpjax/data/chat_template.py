@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
 import json
+import os
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mpjax.errors import ConfigError, brief, need
@@ -13,6 +18,11 @@ Message = Mapping[str, Any]  # {"role": "user", "content": "..."}; roles system,
 
 # Names that checkpoints use for what a model thought; templates read the last two.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+# Of a core; published templates take milliseconds. The clock on the wall is for a machine that has
+# no such limit, and for what waits: a busy machine takes long for a second of a core.
+_SECONDS, _WALL = 3.0, 60.0
+_MEMORY, _LONGEST = 160 << 20, 4_000_000  # bytes, characters: for a conversation of a few
+_MEMORY_EACH, _LONGEST_EACH = 30, 8  # and more for each byte of a long one
 
 
 class ChatTemplate:
@@ -22,7 +32,8 @@ class ChatTemplate:
     escapes nothing, `break` and `continue`, and `generation` blocks, which render what they hold.
 
     Args:
-        template: Jinja; it is run in a sandbox.
+        template: Jinja; it is run in a sandbox, in a process of its own with limits of time,
+            memory and length.
 
     Raises:
         ConfigError: jinja2 is not installed, or a template with an error.
@@ -34,26 +45,11 @@ class ChatTemplate:
     """
 
     def __init__(self, template: str) -> None:
-        jinja2 = need("jinja2", "chat", "chat")
-        sandbox = need("jinja2.sandbox", "chat", "chat")
-        self._refusal: Any = type("Refusal", (jinja2.TemplateError,), {})
-        environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _generation_blocks(jinja2)],
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = self._refuse
-        environment.globals["strftime_now"] = _now
-        try:
-            self._template = environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise ConfigError(
-                f"chat: the template is malformed ({error}); fetch it again"
-            ) from None
-
-    def _refuse(self, message: str) -> None:
-        raise self._refusal(message)
+        need("jinja2", "chat", "chat")
+        if not isinstance(template, str):
+            raise ConfigError(f"chat: the template is {brief(template)}; give its text")
+        self._template = template
+        _render({"template": template})
 
     def render(
         self,
@@ -74,8 +70,8 @@ class ChatTemplate:
             variables: what else the template reads, such as `bos_token` or `enable_thinking`.
 
         Raises:
-            ConfigError: messages that are no dicts, a conversation that the template refuses, or a
-                template that fails on it.
+            ConfigError: messages that are no dicts, values that are no plain data, a conversation
+                that the template refuses, or a template that fails on it or takes too much.
         """
         if isinstance(messages, str | Mapping) or not all(isinstance(m, Mapping) for m in messages):
             raise ConfigError(
@@ -86,50 +82,114 @@ class ChatTemplate:
         for i, turn in enumerate(turns):
             if thoughts := [turn[name] for name in _REASONING if name in turn]:
                 turns[i] = {"thinking": thoughts[0]} | turn | {"reasoning_content": thoughts[0]}
-        try:
-            return self._template.render(
-                messages=turns, tools=tools, documents=documents,
-                add_generation_prompt=add_generation_prompt, **variables,
+        variables |= {
+            "messages": turns, "tools": tools, "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }  # fmt: skip
+        return _render({"template": self._template, "variables": variables})
+
+
+def _render(request: dict[str, Any]) -> str:
+    """What the child makes of a request, or an error of one line."""
+    try:
+        size = len(json.dumps(request, default=_plain))
+        request["seconds"], request["memory"] = _SECONDS, _MEMORY + _MEMORY_EACH * size
+        request["longest"] = _LONGEST + _LONGEST_EACH * size
+        line = json.dumps(request, default=_plain).encode("ascii") + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"chat: the conversation is no plain data ({error}); give texts, numbers, lists, dicts"
+        ) from None
+    found = _CHILD.ask(line, 12 * request["longest"] + 100)  # bytes of an escaped character
+    if "text" in found:
+        return str(found["text"])
+    said = {
+        "malformed": "is malformed ({}); fetch it again",
+        "refused": "refuses this conversation ({})",
+        "failed": (
+            "fails on this conversation ({}); give the messages and variables that it reads, or"
+            " fetch it again"
+        ),
+        "large": f"writes more than {request['longest']:,} characters; fetch it again",
+        "stopped": (
+            f"takes more than {_SECONDS:g} s of a core or {request['memory'] >> 20:,} MB; fetch it"
+            " again"
+        ),
+    }
+    ((why, reason),) = found.items()
+    raise ConfigError(f"chat: the template {said[why].format(reason)}")
+
+
+def _plain(x: Any) -> Any:
+    """Mappings and sequences of other types as JSON has them."""
+    if isinstance(x, Mapping):
+        return dict(x)
+    if isinstance(x, Sequence) and not isinstance(x, bytes | bytearray | memoryview):
+        return list(x)
+    raise TypeError(f"a {type(x).__name__} in it")
+
+
+class _Child:
+    """The process that renders, for all templates; it starts with the first and ends with us."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: Any = None
+        self._parent = 0
+
+    def ask(self, line: bytes, most: int) -> dict[str, str]:
+        """Returns the answer to a request; of a child that its limits ended, `stopped`.
+
+        Args:
+          line: the request.
+          most: bytes of the answer.
+        """
+        with self._lock:
+            try:
+                child = self._started()
+                child.stdin.write(line)  # type: ignore[union-attr]
+                child.stdin.flush()  # type: ignore[union-attr]
+                clock = threading.Timer(_WALL, child.kill)
+                clock.start()
+                try:
+                    answer = child.stdout.readline(most)  # type: ignore[union-attr]
+                finally:
+                    clock.cancel()
+            except BrokenPipeError:
+                answer = b""
+            except BaseException:  # an interrupt between a request and its answer
+                self._stop()
+                raise
+            found = dict(json.loads(answer)) if answer.endswith(b"\n") else {"stopped": ""}
+            if "stopped" in found:  # what is left of it may lack memory for the next
+                self._stop()
+            return found
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._parent != os.getpid():  # a fork has the pipes of the process that it comes from
+            self._process, self._parent = None, os.getpid()
+        if self._process is None or self._process.poll() is not None:
+            self._stop()
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(Path(__file__).with_name("template_child.py"))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             )  # fmt: skip
-        except self._refusal as error:
-            raise ConfigError(f"chat: the template refuses this conversation ({error})") from None
-        # A template is a program: what it calls may raise anything.
-        except Exception as error:
-            raise ConfigError(
-                f"chat: the template fails on this conversation ({type(error).__name__}: {error});"
-                " give the messages and variables that it reads, or fetch it again"
-            ) from None
+            self._end = weakref.finalize(self, _end, self._process, os.getpid())
+            start = {"path": [os.path.abspath(p) for p in sys.path]}
+            self._process.stdin.write(json.dumps(start).encode() + b"\n")  # type: ignore[union-attr]
+        return self._process
+
+    def _stop(self) -> None:
+        if self._process is not None and self._end is not None:
+            self._end()
+        self._process = None
 
 
-def _to_json(
-    x: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+def _end(process: subprocess.Popen[bytes], parent: int) -> None:
+    if parent == os.getpid():
+        process.kill()
+        process.communicate()
 
 
-def _now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)  # noqa: DTZ005  (local, as the templates mean)
-
-
-def _generation_blocks(jinja2: Any) -> Any:
-    """The tag of what an assistant said; transformers makes masks of it, the text is the same."""
-
-    class Generation(need("jinja2.ext", "chat", "chat").Extension):  # type: ignore[misc]
-        tags = {"generation"}  # noqa: RUF012  (as jinja2 reads it)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_body")
-            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _body(self, caller: Any) -> str:
-            return caller()
-
-    return Generation
+_CHILD = _Child()

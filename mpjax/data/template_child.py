@@ -1,0 +1,144 @@
+"""The program that renders a chat template, in a process of its own (see `ChatTemplate`).
+
+A template is a program of somebody else: Jinja's sandbox keeps it from files and from the network,
+not from loops without end or from texts of gigabytes. So it runs here, under limits that the
+kernel keeps. Requests and answers are lines of JSON; this file imports nothing of mpjax, whose
+start takes longer than most templates.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from typing import Any
+
+_SAID = 4000  # characters of an error
+
+
+def limit(seconds: float, memory: int) -> None:
+    """Sets what this process may take: seconds of a core from now on, and bytes."""
+    try:
+        import resource
+    except ImportError:  # not on Windows, where the parent's clock is what is left
+        return
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    end = int(usage.ru_utime + usage.ru_stime + seconds) + 1
+    most = ((resource.RLIMIT_CPU, end), (resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0))
+    for kind, value in most:
+        hard = resource.getrlimit(kind)[1]
+        inside = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (inside, hard))
+
+
+def environment(refuse: Any) -> Any:
+    """Returns Jinja as transformers sets it up for templates; `refuse` takes a message."""
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """The tag of what an assistant said; transformers masks by it, the text is the same."""
+
+        tags = {"generation"}  # noqa: RUF012  (as jinja2 reads it)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            call = self.call_method("_body")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def _body(self, caller: Any) -> str:
+            return caller()
+
+    found = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    found.filters["tojson"] = to_json
+    found.globals["raise_exception"] = refuse
+    found.globals["strftime_now"] = now
+    return found
+
+
+def to_json(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Returns JSON as transformers' filter does, which escapes nothing for HTML."""
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def now(form: str) -> str:
+    """Returns the local time, as templates mean it."""
+    return datetime.datetime.now().strftime(form)  # noqa: DTZ005
+
+
+class Renderer:
+    """Renders templates; the last one is kept as compiled."""
+
+    def __init__(self) -> None:
+        import jinja2
+
+        self._refusal: Any = type("Refusal", (jinja2.TemplateError,), {})
+        self._environment = environment(self._refuse)
+        self._last, self._template = "", self._environment.from_string("")
+
+    def _refuse(self, message: str) -> None:
+        raise self._refusal(message)
+
+    def answer(self, request: dict[str, Any]) -> dict[str, str]:
+        """Returns `text`, or why there is none: `malformed refused failed large stopped`.
+
+        Args:
+          request: `template`; with `variables` it is rendered, else looked at; `longest`, the
+            characters of a text that is taken.
+        """
+        try:
+            if request["template"] != self._last:
+                self._template = self._environment.from_string(request["template"])
+                self._last = request["template"]
+        except MemoryError:
+            return {"stopped": ""}
+        except Exception as error:  # too deep a template too
+            return {"malformed": _said(error)}
+        if "variables" not in request:
+            return {"text": ""}
+        parts, size = [], 0
+        try:
+            for part in self._template.generate(request.get("variables", {})):
+                parts.append(part)
+                size += len(part)
+                if size > request["longest"]:
+                    return {"large": ""}
+        except MemoryError:
+            return {"stopped": ""}
+        except self._refusal as error:
+            return {"refused": str(error)[:_SAID]}
+        except Exception as error:  # a template is a program: what it calls may raise anything
+            return {"failed": f"{type(error).__name__}: {error}"[:_SAID]}
+        return {"text": "".join(parts)}
+
+
+def _said(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:_SAID]
+
+
+def main() -> None:
+    """Answers a request a line: a template, its variables, and what it may take."""
+    start = json.loads(sys.stdin.buffer.readline())
+    sys.path[:] = start["path"]
+    renderer = Renderer()  # before the limits, which are for templates
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        limit(request["seconds"], request["memory"])
+        found = renderer.answer(request)
+        sys.stdout.buffer.write(json.dumps(found).encode("ascii") + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()
