@@ -99,11 +99,9 @@ def find_chat(checkpoint: Checkpoint) -> Chat:
             if not isinstance(settings, dict):
                 raise ConfigError(f"checkpoint: {where} is no JSON object; fetch it again")
             apart = where.parent / "chat_template.jinja"  # where newer versions keep it
-            template = settings.get("chat_template")
-            if apart.is_file():
-                template = apart.read_text(encoding="utf-8")
-            if template is None:
-                raise KeyError("chat_template")
+            template = (
+                apart.read_text(encoding="utf-8") if apart.is_file() else settings["chat_template"]
+            )
             if isinstance(template, list):  # several, by name
                 several = [one for one in template if isinstance(one, dict)]
                 template = {one["name"]: one["template"] for one in several}["default"]

@@ -92,15 +92,15 @@ class ChatTemplate:
 def _render(request: dict[str, Any]) -> str:
     """What the child makes of a request, or an error of one line."""
     try:
-        size = len(json.dumps(request, default=_plain))
-        request["seconds"], request["memory"] = _SECONDS, _MEMORY + _MEMORY_EACH * size
-        request["longest"] = _LONGEST + _LONGEST_EACH * size
-        line = json.dumps(request, default=_plain).encode("ascii") + b"\n"
+        body = json.dumps(request, default=_plain).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"chat: the conversation is no plain data ({error}); give texts, numbers, lists, dicts"
         ) from None
-    found = _CHILD.ask(line, 12 * request["longest"] + 100)  # bytes of an escaped character
+    memory, longest = _MEMORY + _MEMORY_EACH * len(body), _LONGEST + _LONGEST_EACH * len(body)
+    limits = json.dumps({"seconds": _SECONDS, "memory": memory, "longest": longest}).encode()
+    # 12 bytes are the longest that a character is escaped to
+    found = _CHILD.ask(limits + b"\n" + body + b"\n", 12 * longest + 100)
     if "text" in found:
         return str(found["text"])
     said = {
@@ -110,10 +110,9 @@ def _render(request: dict[str, Any]) -> str:
             "fails on this conversation ({}); give the messages and variables that it reads, or"
             " fetch it again"
         ),
-        "large": f"writes more than {request['longest']:,} characters; fetch it again",
+        "large": f"writes more than {longest:,} characters; fetch it again",
         "stopped": (
-            f"takes more than {_SECONDS:g} s of a core or {request['memory'] >> 20:,} MB; fetch it"
-            " again"
+            f"takes more than {_SECONDS:g} s of a core or {memory >> 20:,} MB; fetch it again"
         ),
     }
     ((why, reason),) = found.items()
@@ -138,17 +137,17 @@ class _Child:
         self._end: Any = None
         self._parent = 0
 
-    def ask(self, line: bytes, most: int) -> dict[str, str]:
+    def ask(self, lines: bytes, most: int) -> dict[str, str]:
         """Returns the answer to a request; of a child that its limits ended, `stopped`.
 
         Args:
-          line: the request.
+          lines: the limits, and the request.
           most: bytes of the answer.
         """
         with self._lock:
             try:
                 child = self._started()
-                child.stdin.write(line)  # type: ignore[union-attr]
+                child.stdin.write(lines)  # type: ignore[union-attr]
                 child.stdin.flush()  # type: ignore[union-attr]
                 clock = threading.Timer(_WALL, child.kill)
                 clock.start()

@@ -90,12 +90,12 @@ class Renderer:
     def _refuse(self, message: str) -> None:
         raise self._refusal(message)
 
-    def answer(self, request: dict[str, Any]) -> dict[str, str]:
+    def answer(self, request: dict[str, Any], longest: int) -> dict[str, str]:
         """Returns `text`, or why there is none: `malformed refused failed large stopped`.
 
         Args:
-          request: `template`; with `variables` it is rendered, else looked at; `longest`, the
-            characters of a text that is taken.
+          request: `template`; with `variables` it is rendered, else looked at.
+          longest: characters of a text that is taken.
         """
         try:
             if request["template"] != self._last:
@@ -112,7 +112,7 @@ class Renderer:
             for part in self._template.generate(request.get("variables", {})):
                 parts.append(part)
                 size += len(part)
-                if size > request["longest"]:
+                if size > longest:
                     return {"large": ""}
         except MemoryError:
             return {"stopped": ""}
@@ -128,14 +128,14 @@ def _said(error: Exception) -> str:
 
 
 def main() -> None:
-    """Answers a request a line: a template, its variables, and what it may take."""
+    """Answers pairs of lines: what a request may take, and the request."""
     start = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = start["path"]
     renderer = Renderer()  # before the limits, which are for templates
     for line in sys.stdin.buffer:
-        request = json.loads(line)
-        limit(request["seconds"], request["memory"])
-        found = renderer.answer(request)
+        limits = json.loads(line)
+        limit(limits["seconds"], limits["memory"])
+        found = renderer.answer(json.loads(sys.stdin.buffer.readline()), limits["longest"])
         sys.stdout.buffer.write(json.dumps(found).encode("ascii") + b"\n")
         sys.stdout.buffer.flush()
 

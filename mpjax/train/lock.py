@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, printable
 from mpjax.files import NO_FOLLOW
 
 try:
@@ -157,7 +157,5 @@ def _line() -> str:
 
 
 def _owner(fd: int) -> str:
-    text = os.pread(fd, 4 * _LONGEST, 0).decode(errors="replace").strip()[:_LONGEST]
-    # It may have been written by anyone: nothing in it may steer the terminal.
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text or "another process"
+    text = os.pread(fd, 4 * _LONGEST, 0).decode(errors="replace")
+    return printable(text, _LONGEST).strip() or "another process"  # anyone may have written it
