@@ -79,27 +79,37 @@ def check_like(name: str, given: Any, params: Any) -> None:
     same = structure == jax.tree.structure(given)
     if same and shapes == [getattr(x, "shape", None) for x in jax.tree.leaves(given)]:
         return
-    wanted = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    found = jax.tree_util.tree_leaves_with_path(given)
-    key = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    mine, theirs = {key(p): x for p, x in wanted}, {key(p): x for p, x in found}
-    for path in [*mine, *theirs]:
-        if path not in theirs or path not in mine:
-            who = f"params and not in {name}" if path in mine else f"{name} and not in params"
+    if difference := _difference(given, params):
+        path, theirs, mine = difference
+        if theirs is None or mine is None:
+            who = f"params and not in {name}" if theirs is None else f"{name} and not in params"
             raise ConfigError(
                 f"update: {path or 'an array'} is in {who}; give {name} of the structure of params"
             )
-        shape, own = (getattr(tree[path], "shape", None) for tree in (theirs, mine))
-        if shape != own:
-            what = brief(theirs[path]) if shape is None else f"of shape {shape}"
-            raise ConfigError(
-                f"update: {name} of {path or 'params'} are {what}, the weight has shape"
-                f" {own}; give {name} of these params"
-            )
+        shape = getattr(theirs, "shape", None)
+        what = brief(theirs) if shape is None else f"of shape {shape}"
+        raise ConfigError(
+            f"update: {name} of {path or 'params'} are {what}, the weight has shape"
+            f" {getattr(mine, 'shape', None)}; give {name} of these params"
+        )
     raise ConfigError(
         f"update: {name} stand in other containers than params ({jax.tree.structure(given)}); give"
         " both in the same, such as dicts"
     )
+
+
+def _difference(given: Any, params: Any) -> tuple[str, Any, Any] | None:
+    """The first path at which a tree is not like the weights, and both leaves, None if absent."""
+    key = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    theirs = {key(p): x for p, x in jax.tree_util.tree_leaves_with_path(given)}
+    mine = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    wanted = {key(p): x for p, x in mine}
+    for path in (*wanted, *theirs):
+        pair = theirs.get(path), wanted.get(path)
+        shapes = [getattr(x, "shape", None) for x in pair]
+        if any(x is None for x in pair) or shapes[0] != shapes[1]:
+            return path, *pair
+    return None
 
 
 def check_state(state: Any, kind: type) -> None:
@@ -194,13 +204,13 @@ def check_updates(updates: Any, params: Any) -> None:
     Raises:
       ConfigError: another structure or shape.
     """
-    found, wanted = dict(_layout(updates)), dict(_layout(params))
-    if found == wanted:
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.float32), updates)
+    if (difference := _difference(shapes, params)) is None:
         return
-    path = next(p for p in (*wanted, *found) if found.get(p) != wanted.get(p))
-    where = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
-    what = f"an array of shape {found[path]}" if path in found else "nothing"
-    own = f"a weight of shape {wanted[path]}" if path in wanted else "no weight there"
+    path, found, weight = difference
+    where = path or "params"
+    what = "nothing" if found is None else f"an array of shape {found.shape}"
+    own = "no weight there" if weight is None else f"a weight of shape {weight.shape}"
     raise ConfigError(
         f"update: the optimizer returns {what} for {where}, {own}; give one that returns an update"
         " for each weight"
