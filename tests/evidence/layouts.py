@@ -22,6 +22,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +71,44 @@ def rounds(pairs: list[Any]) -> Iterator[tuple[str, list[Any]]]:
             yield name, pairs[first % ROUNDS :: ROUNDS]
 
 
-def measured(name: str, pairs: list[Any]) -> list[float | str]:
-    """The error of each order, or what the backend said of it."""
+def compiled(name: str, pairs: list[Any]) -> list[float] | str:
+    """The error of each order, or what the backend said."""
+    jax.config.update("jax_disable_most_optimizations", True)  # it compiles sooner
     try:
         return list(layouts.errors(pairs, product(name), [transforms(name)] * len(pairs)))
     except jax.errors.JaxRuntimeError as error:
+        return str(error).splitlines()[0][:200]
+    finally:
+        jax.clear_caches()
+
+
+class Child:
+    """A process that compiles, because a compiler may end its own."""
+
+    def __init__(self) -> None:
+        self.pool = self.fresh()
+
+    def fresh(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=20)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
+
+    def measured(self, name: str, pairs: list[Any]) -> list[float | str]:
+        """The error of each order, or what became of it."""
+        try:
+            found = self.pool.submit(compiled, name, pairs).result()
+        except BrokenProcessPool:
+            self.pool, found = self.fresh(), "the compiler ended the process"
+        if not isinstance(found, str):
+            return list(found)
         if len(pairs) == 1:
-            return [str(error).splitlines()[0][:200]]
+            return [found]
         half = len(pairs) // 2
-        return measured(name, pairs[:half]) + measured(name, pairs[half:])
+        return self.measured(name, pairs[:half]) + self.measured(name, pairs[half:])
 
 
 def run(cache: Path, minutes: float) -> dict[str, dict[str, float | str]]:
@@ -85,21 +117,26 @@ def run(cache: Path, minutes: float) -> dict[str, dict[str, float | str]]:
     if cache.exists():
         kept = json.loads(cache.read_text())
     end = time.monotonic() + 60 * minutes
+    with Child() as child:
+        measure(child, kept, cache, end)
+    return kept
+
+
+def measure(child: Child, kept: dict[str, Any], cache: Path, end: float) -> None:
+    """Fills `kept` and its file until the end."""
     for name, pairs in rounds(layouts.orders(4)):
         done = kept.setdefault(name, {})
         left = [pair for pair in pairs if layouts.spelled(pair) not in done]
         for start in range(0, len(left), TOGETHER):
             if time.monotonic() > end:
-                return kept
+                return
             some = left[start : start + TOGETHER]
-            done.update(zip(map(layouts.spelled, some), measured(name, some), strict=True))
+            done.update(zip(map(layouts.spelled, some), child.measured(name, some), strict=True))
             cache.parent.mkdir(parents=True, exist_ok=True)
             part = cache.with_suffix(".part")
             part.write_text(json.dumps(kept))
             part.replace(cache)
-            jax.clear_caches()
             print(name, len(done), file=sys.stderr, flush=True)
-    return kept
 
 
 def page(kept: dict[str, dict[str, float | str]]) -> bool:
@@ -133,7 +170,6 @@ def main() -> bool:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "layouts.json")
     options = parser.parse_args()
-    jax.config.update("jax_disable_most_optimizations", True)  # it compiles sooner
     return page(run(options.cache, options.minutes))
 
 

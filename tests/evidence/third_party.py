@@ -160,8 +160,10 @@ def failures(found: dict[str, Any]) -> list[str]:
     return missed
 
 
-def one(model: Model, at: Path, arms: list[str], saved: dict[str, Any]) -> None:
-    """A model in those arms that were not measured before."""
+def one(
+    model: Model, at: Path, arms: list[str], saved: dict[str, Any], keep: Callable[[], object]
+) -> None:
+    """A model in those arms that were not measured before; `keep` after each."""
     left = [arm for arm in arms if f"{model.name}|{arm}" not in saved]
     if not left:
         return
@@ -184,6 +186,7 @@ def one(model: Model, at: Path, arms: list[str], saved: dict[str, Any]) -> None:
         print(
             model.package, model.name, arm, failures(found) or "ok", f"{seconds:.0f} s", flush=True
         )
+        keep()
 
 
 def row(model: Model, arms: list[str], saved: dict[str, Any]) -> tuple[object, ...]:
@@ -224,10 +227,14 @@ def main() -> bool:
     if options.save and options.save.exists():
         saved = json.loads(options.save.read_text())
     models = [m for m in MODELS if not options.only or any(word in m.name for word in options.only)]
-    for model in models:
-        one(model, options.examples, options.arms, saved)
+
+    def keep() -> None:
         if options.save:
             options.save.write_text(json.dumps(saved))
+
+    for model in models:
+        one(model, options.examples, options.arms, saved, keep)
+        keep()
         jax.clear_caches()
     if options.only or options.arms != list(ARMS):
         return True
