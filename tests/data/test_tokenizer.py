@@ -128,7 +128,7 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizers, ids):
         ("binary.json", ["binary.json", "cannot be read"]),
         ("text.json", ["text.json", "not JSON"]),
         ("other.json", ["other.json", "without a model"]),
-        ("broken.json", ["broken.json", "not a tokenizer.json"]),
+        ("broken.json", ["broken.json", "without a vocabulary"]),
         ("bare.json", ["bare.json", "no token to put between documents", "<|endoftext|>"]),
     ],
 )
