@@ -71,7 +71,7 @@ set_log()
 
 import jax  # noqa: E402
 from command_line import parse  # noqa: E402
-from processes import one_run  # noqa: E402
+from processes import leave, one_run  # noqa: E402
 
 from mpjax.data import Corpus  # noqa: E402
 from mpjax.data.cache import checksum  # noqa: E402
@@ -260,14 +260,19 @@ def _command(main: Callable[[Any], None], config: type[Any]) -> None:
             main(arguments)
     except (ConfigError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except OSError as error:  # a full disk, a folder that vanished
         where = f"{error.filename}: " if error.filename else ""
         print(
             f"error: {where}{error.strerror or error}; free some space or choose another place",
             file=sys.stderr,
         )
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        sys.excepthook(*sys.exc_info())
+        leave(1)
