@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -109,6 +110,7 @@ def test_all_processes_say_who_holds_the_folder(scripts, tmp_path, monkeypatch, 
     sent: list[str] = []
     for name in ("join", "require_agreement"):
         monkeypatch.setattr(scripts.processes, name, lambda _: None)
+    monkeypatch.setattr(scripts.processes, "watched", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(scripts.processes, "of_first", lambda own: sent.append(own) or "first's")
     monkeypatch.setattr(jax, "process_index", lambda: index)
     config = dataclasses.make_dataclass("Several", ["out", "distributed"])(tmp_path, "auto")

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mpjax.data.bpe import SEPARATOR, TRAINING, train_bpe
 from mpjax.data.cache import Cache
 from mpjax.data.special_ids import ids_around
 from mpjax.data.tokenizer_file import build_tokenizer, tokenizer_errors
@@ -24,10 +24,8 @@ from mpjax.json_text import parse_json
 logger = logging.getLogger("mpjax.data")
 
 _MIN_BPE = 257  # every byte and the separator
-_TRAINING = "byte-level BPE, min_frequency 2, separator 0"  # in the cache key: how it is trained
-_SEPARATOR = "<|endoftext|>"
 # What published tokenizers call the token between documents.
-_SEPARATORS = (_SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+_SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 _BATCH = 64  # documents encoded at once: bounds the memory of the intermediate objects
 
 
@@ -251,23 +249,13 @@ def make_tokenizer(
 
 
 def _trained_bpe(size: int, texts: Sequence[str], cache: Cache) -> Tokenizer:
-    key = hashlib.sha256(f"{_TRAINING}, {size}".encode())
+    key = hashlib.sha256(f"{TRAINING}, {size}".encode())
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
     name = f"{key.hexdigest()[:32]}.tokenizer.json"
     if found := cache.find(name):
         return Tokenizer.from_text(found.read_text(encoding="utf-8"))
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[_SEPARATOR],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # no byte is ever unknown
-    )
-    backend.train_from_iterator(texts, trainer, length=len(texts))
+    backend = train_bpe(size, texts)
     tokenizer = _HuggingFace(backend, f"tokenizer bpe:{size}")
     if tokenizer.vocab_size < size:
         logger.warning(

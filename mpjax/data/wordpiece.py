@@ -11,6 +11,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from mpjax.data.bpe import in_short_words
 from mpjax.data.tokenizer_file import open_tokenizer, tokenizer_errors
 from mpjax.errors import ConfigError
 
@@ -203,6 +204,7 @@ def train_wordpiece(texts: Sequence[str], size: int) -> WordPiece:
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     # The trainer numbers what continues a word as it meets it, in an order that changes from one
     # process to the next, and breaks ties by these numbers; here they stand from the start.
+    texts = [piece for text in texts for piece in in_short_words(text)]
     words = {
         word
         for text in texts
