@@ -83,8 +83,9 @@ def tokenizer_errors(
     try:
         yield
     except BaseException as error:
-        # The package raises `Exception` itself; of a panic, no BaseException of a known module.
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
+        # The package raises just these; a panic is a BaseException that no module names.
+        known = type(error) in (Exception, ValueError)
+        if not known and type(error).__name__ != "PanicException":
             raise
         reason = printable(str(error), 200)
         raise ConfigError(f"{where}: {what} ({reason}); {remedy}") from None

@@ -130,6 +130,9 @@ HOSTILE = {
         with_(decoder={"type": "Strip", "content": "a", "start": 2**40, "stop": 2**40}), "bounds"
     ),
     "components without end": lambda: (chain(*[{"type": "NFKD"}] * 20_000), "takes more"),
+    "a setting of another kind": lambda: (
+        with_(truncation={"max_length": "x"}), "not a tokenizer.json .Cannot"
+    ),
     "an unknown component": lambda: (with_(decoder={"type": "?"}), "not a tokenizer.json"),
     "a component that is a number": lambda: (with_(decoder=5), "not a tokenizer.json"),
     "tokens looked around": lambda: (
@@ -197,8 +200,8 @@ def test_what_text_shows_later_is_one_line():
     with pytest.raises(ConfigError, match="here: the tokenizer fails on this text .index out"):
         with file.tokenizer_errors("here"):
             raise PanicException("index out of bounds")
-    for other in (KeyboardInterrupt, ValueError):  # are somebody else's
-        with pytest.raises(other), file.tokenizer_errors("here"):
+    for other in (KeyboardInterrupt(), TypeError(), ConfigError("x")):  # are somebody else's
+        with pytest.raises(type(other)), file.tokenizer_errors("here"):
             raise other
 
 
