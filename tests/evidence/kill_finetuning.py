@@ -51,7 +51,8 @@ def data(folder: Path) -> dict[str, Path]:
     rows = [(" ".join(draw.choices([*words, "a", "the"], k=6)), label)
             for words, label in ((good, "good"), (bad, "bad")) for _ in range(100)]  # fmt: skip
     draw.shuffle(rows)
-    texts.write_text("".join(f"{i} {text}\t{label}\n" for i, (text, label) in enumerate(rows)))
+    lines = [f"{label}\t{i} {text}\n" for i, (text, label) in enumerate(rows)]
+    texts.write_text("label\ttext\n" + "".join(lines))
     sentences = [
         [(w, "O") for w in draw.choices(("go", "to", "see"), k=draw.randint(1, 4))]
         + [(f"city{i % 40}", "B-city"), ("town", "I-city")]
