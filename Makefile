@@ -46,10 +46,14 @@ smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mi
 
 check: lint types test notebooks smoke  ## all of the above, as CI does
 
-evidence: $(INSTALLED_DEV)  ## measure the README's figures again, seven hours; pages in docs/evidence
+evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; pages in docs/evidence
 	$(PY) tests/evidence/state_bytes.py
 	$(PY) tests/evidence/loop_overhead.py
 	$(PY) tests/evidence/kill_resume.py
+	$(PY) tests/evidence/kill_finetuning.py
+	$(PY) tests/evidence/two_runs.py
+	$(PY) tests/evidence/lost_processes.py
+	$(PY) tests/evidence/damaged_logs.py
 	$(PY) tests/evidence/rounding.py
 	$(PY) tests/evidence/recipes.py
 	$(PY) tests/evidence/numeric_edges.py
@@ -77,7 +81,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, seven hours; 
 	$(PY) experiments/low_bit_weights.py --out runs/evidence/low_bit_weights --fresh
 	$(PY) experiments/compare_precisions.py --out runs/evidence/demo --fresh
 
-fuzz: $(INSTALLED_DEV)  ## damaged and hostile files to every reader, ten minutes; Linux
+fuzz: $(INSTALLED_DEV)  ## damaged and hostile files to every reader, half an hour; Linux
 	$(PY) benchmarks/fuzz.py
 
 verify-gpu: $(GPU_VENV)/.installed  ## compile for an H100 without one, 6 GB, once; page in docs/evidence

@@ -40,7 +40,7 @@ class Child:
 
     def __init__(self, name: str, scratch: Path) -> None:
         env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}", "JAX_PLATFORMS": "cpu"}
-        env["TMPDIR"] = str(scratch)
+        env |= {"TMPDIR": str(scratch), "MPJAX_CACHE": str(scratch / "cache")}
         self._errors = (scratch / "stderr").open("wb")
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--child", name], stdin=subprocess.PIPE,

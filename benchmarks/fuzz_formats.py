@@ -14,8 +14,10 @@ from typing import Any
 
 import fuzz_mutants as mutants
 import hostile_pickles as pickles
+import hostile_series as series
 import hostile_settings as settings
 import hostile_tables as tables
+import hostile_texts as texts
 import numpy as np
 
 from tests.models.hf import cases, torch_writer
@@ -50,6 +52,11 @@ def damaged(mutate: Callable[[bytes, Any], bytes], *names: str) -> Callable[[Fil
         return {name: mutate(good[name], rng)}
 
     return mutant
+
+
+def both(*hostile: Callable[[Files], dict[str, Files]]) -> Callable[[Files], dict[str, Files]]:
+    """Returns the hostile files of several makers."""
+    return lambda good: {title: files for make in hostile for title, files in make(good).items()}
 
 
 @functools.cache
@@ -199,6 +206,7 @@ def _parquet() -> Files:
     return {"t.parquet": out.getvalue()}
 
 
+_BESIDE = ("generation_config.json", "1_Pooling/config.json", "modules.json")
 _ROWS = [{"text": f"text {i} of \u00e4", "label": "no" if i % 2 else "yes"} for i in range(8)]
 _LINES = "".join(json.dumps(row) + "\n" for row in _ROWS).encode()
 _TABBED = "".join(f'{row["text"]}\t"{row["label"]}"\n' for row in _ROWS).encode()
@@ -215,7 +223,7 @@ FORMATS: dict[str, Format] = {
     "torch-zip": Format(
         lambda: _torch(torch_writer.save_zipped),
         damaged(lambda d, r: mutants.zip_mutant(d, r, "archive/data.pkl"), "pytorch_model.bin"),
-        pickles.torch_zips, read_checkpoint,
+        both(pickles.torch_zips, series.zip_fields), read_checkpoint,
     ),
     "torch-older": Format(
         lambda: _torch(torch_writer.save_older),
@@ -227,7 +235,8 @@ FORMATS: dict[str, Format] = {
     ),
     "index": Format(
         _shards, damaged(mutants.json_mutant, "model.safetensors.index.json"),
-        settings.indices, read_checkpoint,
+        both(settings.indices, lambda g: series.json_values(g, "model.safetensors.index.json")),
+        read_checkpoint,
     ),
     "gguf": Format(
         _gguf, damaged(mutants.bytes_mutant, "model.gguf"), settings.ggufs, read_checkpoint
@@ -238,24 +247,40 @@ FORMATS: dict[str, Format] = {
     ),
     "beside": Format(
         _beside, damaged(mutants.json_mutant, "generation_config.json", "1_Pooling/config.json"),
-        settings.beside, read_checkpoint,
+        both(settings.beside, lambda good: series.json_values(good, *_BESIDE)), read_checkpoint,
     ),
     "weights": Format(
         _weights, damaged(mutants.header_mutant, "w.safetensors"), settings.weights, _read_weights
     ),
-    "frame": Format(pickles.good_frame, _frame_mutant, pickles.frames, _read_frame),
+    "frame": Format(pickles.good_frame, _frame_mutant, both(pickles.frames, series.frame_opcodes),
+        _read_frame,
+    ),
     "jsonl": Format(
-        lambda: {"t.jsonl": _LINES}, _line_mutant, tables.lines("t.jsonl"), _rows("t.jsonl")
+        lambda: {"t.jsonl": _LINES}, _line_mutant,
+        both(tables.lines("t.jsonl"), lambda good: series.rows("t.jsonl")), _rows("t.jsonl"),
     ),
     "json": Format(
         lambda: {"t.json": json.dumps(_ROWS).encode()}, damaged(mutants.json_mutant, "t.json"),
-        tables.lines("t.json"), _rows("t.json"),
+        both(tables.lines("t.json"), lambda good: series.rows("t.json")), _rows("t.json"),
     ),
     "parquet": Format(
-        _parquet, damaged(mutants.bytes_mutant, "t.parquet"), tables.parquets, _rows("t.parquet")
+        _parquet, damaged(mutants.bytes_mutant, "t.parquet"),
+        both(tables.parquets, series.parquet_bytes), _rows("t.parquet"),
     ),
     "text-table": Format(
-        lambda: {"t.tsv": _TABBED}, damaged(mutants.bytes_mutant, "t.tsv"), tables.text_tables,
-        _rows("t.tsv"),
+        lambda: {"t.tsv": _TABBED}, damaged(mutants.bytes_mutant, "t.tsv"),
+        both(tables.text_tables, lambda good: series.cells()), _rows("t.tsv"),
+    ),
+    "tokenizer": Format(
+        lambda: texts.tokenizer_files(texts.good_tokenizer()),
+        damaged(mutants.json_mutant, "tokenizer.json"), texts.tokenizers, texts.read_tokenizer,
+    ),
+    "template": Format(
+        lambda: {"template.jinja": texts.GOOD_TEMPLATE},
+        damaged(mutants.bytes_mutant, "template.jinja"), texts.templates, texts.read_template,
+    ),
+    "log": Format(
+        lambda: {"metrics.jsonl": texts.GOOD_LOG, "manifest.json": b'{"config": {"steps": 8}}'},
+        texts.log_mutant, texts.logs, texts.read_log,
     ),
 }  # fmt: skip

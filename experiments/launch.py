@@ -24,6 +24,7 @@ from rich.logging import RichHandler
 
 # On CPU this scheduler costs a Transformer step about an eighth of its speed (measured).
 FLAGS = ("--xla_cpu_enable_concurrency_optimized_scheduler=false",)
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
 
 
 def open_descriptors() -> None:
@@ -38,16 +39,21 @@ def open_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
+def our_compiled() -> str:
+    """Returns where compiled programs are kept unless the user says otherwise."""
+    home = os.environ.get("MPJAX_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mpjax"
+    )
+    return os.path.join(home, "xla")
+
+
 def set_flags() -> None:
     """Adds our flags to XLA_FLAGS unless the user has set them, and a compile cache."""
     given = os.environ.get("XLA_FLAGS", "")
     ours = [flag for flag in FLAGS if flag.split("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([*filter(None, [given]), *ours])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    home = os.environ.get("MPJAX_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mpjax"
-    )
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "xla"))
+    os.environ.setdefault(COMPILED, our_compiled())
 
 
 def set_log() -> None:
@@ -65,14 +71,29 @@ set_log()
 
 import jax  # noqa: E402
 from command_line import parse  # noqa: E402
-from processes import one_run  # noqa: E402
+from processes import leave, one_run  # noqa: E402
 
 from mpjax.data import Corpus  # noqa: E402
 from mpjax.data.cache import checksum  # noqa: E402
 from mpjax.errors import ConfigError, TrainingStopped  # noqa: E402
+from mpjax.files import private_folder  # noqa: E402
 from mpjax.models import Model, decoder  # noqa: E402
 from mpjax.precision import Precision  # noqa: E402
 from mpjax.train.terminal import steady_terminal  # noqa: E402
+
+
+def guard_compiled() -> None:
+    """Makes the folder of XLA's compiled programs, which are run unread, its owner's alone.
+
+    Raises:
+      ConfigError: somebody else may have filled it.
+    """
+    folder, ours = Path(os.environ[COMPILED]), os.environ[COMPILED] == our_compiled()
+    with contextlib.suppress(OSError):  # JAX says so itself, and goes on without
+        for one in [folder.parent] * ours + [folder]:
+            private_folder(one)
+        if ours:
+            folder.chmod(0o700)
 
 
 def machine() -> str:
@@ -234,18 +255,24 @@ def command(main: Callable[[Any], None], config: type[Any]) -> None:
 def _command(main: Callable[[Any], None], config: type[Any]) -> None:
     try:
         arguments = parse(config)
+        guard_compiled()
         with one_run(arguments):
             main(arguments)
     except (ConfigError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except OSError as error:  # a full disk, a folder that vanished
         where = f"{error.filename}: " if error.filename else ""
         print(
             f"error: {where}{error.strerror or error}; free some space or choose another place",
             file=sys.stderr,
         )
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
+    except Exception:
+        if not jax.distributed.is_initialized():
+            raise
+        sys.excepthook(*sys.exc_info())
+        leave(1)

@@ -6,18 +6,24 @@ import contextlib
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 import mpjax
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.train.agreement import code_hash, of_first, require_agreement
 from mpjax.train.environment import environment
 from mpjax.train.lock import hold_folder
 from mpjax.train.manifest import versions
+from mpjax.train.peers import end, initialize, watched
+
+# What an experiment's command line makes one line of.
+EXPLAINED = (ConfigError, TrainingStopped, OSError, KeyboardInterrupt, SystemExit)
+_LOST = "start all processes again with --resume latest"
 
 
 def join(processes: str) -> None:
@@ -39,9 +45,9 @@ def join(processes: str) -> None:
         )
     try:
         if given is None:
-            jax.distributed.initialize()
+            initialize()
         else:
-            jax.distributed.initialize(given[1], int(given[3]), int(given[2]))
+            initialize(given[1], int(given[3]), int(given[2]))
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -65,6 +71,7 @@ def started(config: Any) -> dict[str, Any]:
 def one_run(config: Any) -> Iterator[None]:
     """Joins the other processes and compares how they were started, and holds the folder `out`.
 
+    A process that is lost from then on ends the others within a minute; one line says who it was.
     Settings that have no `distributed` or no `out` need neither.
 
     Raises:
@@ -72,10 +79,11 @@ def one_run(config: Any) -> Iterator[None]:
         folder, or it cannot be written.
     """
     several = bool(getattr(config, "distributed", ""))
-    if several:
-        join(config.distributed)
-        require_agreement(started(config))
     with contextlib.ExitStack() as stack:
+        if several:
+            join(config.distributed)
+            stack.enter_context(watched(_LOST, EXPLAINED))
+            require_agreement(started(config))
         wrong = ""
         if hasattr(config, "out") and not (several and jax.process_index()):
             try:
@@ -85,3 +93,10 @@ def one_run(config: Any) -> Iterator[None]:
         if wrong := of_first(wrong) if several else wrong:
             raise ConfigError(wrong)
         yield
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process after an error; one of several does not wait for the others."""
+    if jax.distributed.is_initialized():
+        end(code)
+    sys.exit(code)

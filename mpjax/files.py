@@ -1,13 +1,16 @@
-"""The one way in which a file is written: whole, or not at all."""
+"""The one way in which a file is written, whole or not at all; folders that are ours alone."""
 
 from __future__ import annotations
 
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+
+from mpjax.errors import ConfigError
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 # A symbolic link at the name is an error, not followed (Windows has no such flag).
@@ -65,3 +68,59 @@ def is_temporary(path: Path) -> bool:
       (True, False)
     """
     return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def refuse_shared(folder: Path) -> None:
+    """Refuses a cache folder that somebody else may have filled; one that is absent passes.
+
+    Its owner is this user or root, and neither its group nor everyone may write there.
+
+    Raises:
+      ConfigError: says whose it is, or who may write there, and the remedy.
+    """
+    if os.name != "posix":
+        return
+    try:
+        link, found = folder.lstat(), folder.stat()
+    except OSError:  # absent, or not to be entered: then nothing is read from it
+        return
+    owners = {link.st_uid, found.st_uid} - {os.geteuid(), 0}
+    who = "everyone" if found.st_mode & stat.S_IWOTH else "its group"
+    if owners:
+        why = f"belongs to user {_user(max(owners))}"
+        remedy = "remove it"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        why, remedy = f"can be written by {who}", f"chmod 700 {folder}"
+    else:
+        return
+    raise ConfigError(
+        f"cache folder {folder}: {why}, so what lies there is not trusted; {remedy}, or set"
+        " MPJAX_CACHE to a folder of your own"
+    )
+
+
+def _user(number: int) -> str:
+    import pwd  # not on Windows
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def private_folder(folder: Path) -> None:
+    """Makes a cache folder that its owner alone may enter; one that is there is checked.
+
+    Raises:
+      ConfigError: as `refuse_shared`.
+      OSError: it cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700)
+    except FileNotFoundError:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+    refuse_shared(folder)

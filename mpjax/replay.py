@@ -67,7 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mpjax.replay", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="folder of a run that stopped")
     folder = parser.parse_args(arguments).folder
+    logging.basicConfig(format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("mpjax").setLevel(logging.INFO)  # compiling may take minutes
     try:
         print(replay(folder))
     except ConfigError as error:

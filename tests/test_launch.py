@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -109,6 +110,7 @@ def test_all_processes_say_who_holds_the_folder(scripts, tmp_path, monkeypatch, 
     sent: list[str] = []
     for name in ("join", "require_agreement"):
         monkeypatch.setattr(scripts.processes, name, lambda _: None)
+    monkeypatch.setattr(scripts.processes, "watched", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(scripts.processes, "of_first", lambda own: sent.append(own) or "first's")
     monkeypatch.setattr(jax, "process_index", lambda: index)
     config = dataclasses.make_dataclass("Several", ["out", "distributed"])(tmp_path, "auto")
@@ -260,3 +262,30 @@ def test_a_folder_in_one_that_is_no_utf8_is_one_line(begin, tmp_path, monkeypatc
     code, err = begin(lambda config: None, "--out", "run")
     assert code == 2 and "is not UTF-8; choose another --out" in err and err.count("\n") == 1
     assert not list(place.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_compiled_programs_of_others_are_not_run(begin, scripts, tmp_path, monkeypatch):
+    home = tmp_path / "home" / "mpjax"
+    monkeypatch.setenv("MPJAX_CACHE", str(home))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "xla"))
+    assert begin(lambda config: None, "--out", str(tmp_path / "a")) == (0, "")
+    assert [p.stat().st_mode & 0o777 for p in (home, home / "xla")] == [0o700, 0o700]
+    (home / "xla").chmod(0o755)  # as an older version made it
+    begin(lambda config: None, "--out", str(tmp_path / "a"))
+    assert (home / "xla").stat().st_mode & 0o777 == 0o700
+    for one in (home, home / "xla"):
+        one.chmod(0o777)
+        status, said = begin(lambda config: pytest.fail("ran"), "--out", str(tmp_path / "b"))
+        assert status == 2 and said.startswith(
+            f"error: cache folder {one}: can be written by every"
+        )
+        assert said.count("\n") == 1 and f"chmod 700 {one}, or set MPJAX_CACHE" in said
+        one.chmod(0o700)
+    named = tmp_path / "named"
+    named.mkdir(mode=0o755)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(named))
+    assert begin(lambda config: None, "--out", str(tmp_path / "c"))[0] == 0
+    assert named.stat().st_mode & 0o777 == 0o755  # the user's own choice
+    named.chmod(0o770)
+    assert begin(lambda config: None, "--out", str(tmp_path / "d"))[0] == 2

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import tokenizers
-
 from mpjax.data.chat_template import ChatTemplate, Message
+from mpjax.data.tokenizer_file import open_tokenizer, tokenizer_errors
 from mpjax.errors import ConfigError, need
 
 __all__ = ["Chat", "ChatTemplate", "Message"]
@@ -36,6 +35,7 @@ class Chat:
             is no token.
 
     Example:
+        >>> import tokenizers
         >>> backend = tokenizers.Tokenizer(tokenizers.models.BPE({"h": 0, "i": 1}, []))
         >>> backend.add_special_tokens(["<e>"])
         1
@@ -53,14 +53,7 @@ class Chat:
         names: Mapping[str, str] | None = None,
     ) -> None:
         need("jinja2", "chat", "chat")
-        try:
-            backend = tokenizers.Tokenizer.from_str(tokenizer)
-        except Exception as error:  # the package raises nothing narrower
-            raise ConfigError(
-                f"chat: not a tokenizer.json ({error}); fetch the checkpoint again"
-            ) from None
-        backend.no_truncation()
-        backend.no_padding()
+        backend = open_tokenizer(tokenizer, "chat", "fetch the checkpoint again")
         ends = [end] if isinstance(end, str) else list(end)
         found = []
         for one in ends:
@@ -92,8 +85,10 @@ class Chat:
         """
         settings = {"add_generation_prompt": True} | self._names | variables
         text = self._template.render(messages, **settings)
-        return self._backend.encode(text, add_special_tokens=False).ids
+        with tokenizer_errors("chat"):
+            return self._backend.encode(text, add_special_tokens=False).ids
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+        with tokenizer_errors("chat", "the tokenizer fails on these ids"):
+            return self._backend.decode(list(ids), skip_special_tokens=True)

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mpjax.data.bpe import SEPARATOR, TRAINING, train_bpe
 from mpjax.data.cache import Cache
 from mpjax.data.special_ids import ids_around
+from mpjax.data.tokenizer_file import build_tokenizer, tokenizer_errors
 from mpjax.errors import ConfigError, printable
 from mpjax.files import write_text
 from mpjax.json_text import parse_json
@@ -23,10 +24,8 @@ from mpjax.json_text import parse_json
 logger = logging.getLogger("mpjax.data")
 
 _MIN_BPE = 257  # every byte and the separator
-_TRAINING = "byte-level BPE, min_frequency 2, separator 0"  # in the cache key: how it is trained
-_SEPARATOR = "<|endoftext|>"
 # What published tokenizers call the token between documents.
-_SEPARATORS = (_SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
+_SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 _BATCH = 64  # documents encoded at once: bounds the memory of the intermediate objects
 
 
@@ -155,8 +154,6 @@ class _HuggingFace(Tokenizer):
     """A tokenizer of the package ``tokenizers``, special tokens in texts taken as plain text."""
 
     def __init__(self, backend: tokenizers.Tokenizer, where: str):
-        backend.no_truncation()
-        backend.no_padding()
         backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text, not a separator
         special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
         known = [special[content] for content in _SEPARATORS if content in special]
@@ -165,26 +162,29 @@ class _HuggingFace(Tokenizer):
                 f"{where}: no token to put between documents (special tokens: "
                 f"{', '.join(special) or 'none'}); add one of {', '.join(_SEPARATORS)}"
             )
-        self._backend = backend
+        self._backend, self._where = backend, where
         self.separator = known[0]
         self.vocab_size = max(backend.get_vocab().values()) + 1  # ids may have holes
         self.name = f"{type(backend.model).__name__.lower()}:{self.vocab_size}"
-        self.prefix, self.suffix = ids_around(backend)
+        with tokenizer_errors(where):
+            self.prefix, self.suffix = ids_around(backend)
         self._ends = [np.array(ids, self.dtype) for ids in (self.prefix, self.suffix)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = []
         for start in range(0, len(texts), _BATCH):
             batch = list(texts[start : start + _BATCH])
-            for one in self._backend.encode_batch_fast(batch, add_special_tokens=False):
-                encoded.append(np.array(one.ids, self.dtype))
+            with tokenizer_errors(self._where):
+                made = self._backend.encode_batch_fast(batch, add_special_tokens=False)
+            encoded += [np.array(one.ids, self.dtype) for one in made]
         if self.prefix or self.suffix:
             before, behind = self._ends
             encoded = [np.concatenate([before, ids, behind]) for ids in encoded]
         return encoded
 
     def _decode(self, ids: np.ndarray) -> str:
-        return self._backend.decode(ids.tolist(), skip_special_tokens=False)
+        with tokenizer_errors(self._where, "the tokenizer fails on these ids"):
+            return self._backend.decode(ids.tolist(), skip_special_tokens=False)
 
     def to_text(self) -> str:
         return self._backend.to_str()
@@ -249,23 +249,13 @@ def make_tokenizer(
 
 
 def _trained_bpe(size: int, texts: Sequence[str], cache: Cache) -> Tokenizer:
-    key = hashlib.sha256(f"{_TRAINING}, {size}".encode())
+    key = hashlib.sha256(f"{TRAINING}, {size}".encode())
     for text in texts:
         key.update(hashlib.sha256(text.encode()).digest())
     name = f"{key.hexdigest()[:32]}.tokenizer.json"
     if found := cache.find(name):
         return Tokenizer.from_text(found.read_text(encoding="utf-8"))
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=[_SEPARATOR],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # no byte is ever unknown
-    )
-    backend.train_from_iterator(texts, trainer, length=len(texts))
+    backend = train_bpe(size, texts)
     tokenizer = _HuggingFace(backend, f"tokenizer bpe:{size}")
     if tokenizer.vocab_size < size:
         logger.warning(
@@ -279,10 +269,4 @@ def _from_text(text: str, where: str) -> Tokenizer:
     fields = parse_json(text, where, "expected a tokenizer.json")
     if fields == {"mpjax_tokenizer": "bytes"}:
         return _Bytes()
-    if not isinstance(fields, dict) or "model" not in fields:
-        raise ConfigError(f"{where}: JSON without a model; expected a tokenizer.json")
-    try:
-        backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"{where}: not a tokenizer.json ({error}); save it again") from None
-    return _HuggingFace(backend, where)
+    return _HuggingFace(build_tokenizer(fields, text, where), where)

@@ -11,6 +11,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from mpjax.data.bpe import in_short_words
+from mpjax.data.tokenizer_file import open_tokenizer, tokenizer_errors
 from mpjax.errors import ConfigError
 
 logger = logging.getLogger("mpjax.data")
@@ -42,8 +44,6 @@ class WordPiece:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, where: str = "tokenizer"):
-        backend.no_padding()
-        backend.no_truncation()
         known = backend.get_vocab()
         if missing := [token for token in _SPECIAL if token not in known]:
             raise ConfigError(f"{where}: no token {missing[0]}; name a BERT tokenizer.json")
@@ -55,7 +55,7 @@ class WordPiece:
             backend.post_processor = processors.BertProcessing(
                 ("[SEP]", self.separator), ("[CLS]", self.first)
             )
-        self._backend = backend
+        self._backend, self._where = backend, where
 
     def tokens(self, ids: Any) -> list[str]:
         """The token of each id.
@@ -79,7 +79,8 @@ class WordPiece:
 
     def pieces(self, text: str) -> np.ndarray:
         """The ids of a text alone, int32, without special tokens."""
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+        with tokenizer_errors(self._where):
+            return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode(
         self, texts: Sequence[str], seconds: Sequence[str] = (), *, longest: int
@@ -104,12 +105,14 @@ class WordPiece:
                 f"pairs: {len(texts)} first and {len(seconds)} second texts; give one for each"
             )
         rows: Any = list(zip(texts, seconds, strict=True)) if seconds else list(texts)
-        encoded = self._backend.encode_batch(rows)
+        with tokenizer_errors(self._where):
+            encoded = self._backend.encode_batch(rows)
         if too_long := sum(len(one.ids) > longest for one in encoded):
             logger.warning("%d of %d texts are cut to %d tokens", too_long, len(encoded), longest)
-            self._backend.enable_truncation(longest, strategy="longest_first")
-            encoded = self._backend.encode_batch(rows)
-            self._backend.no_truncation()
+            with tokenizer_errors(self._where):
+                self._backend.enable_truncation(longest, strategy="longest_first")
+                encoded = self._backend.encode_batch(rows)
+                self._backend.no_truncation()
         return [_example(one.ids, one.type_ids) for one in encoded]
 
     def encode_words(
@@ -133,7 +136,8 @@ class WordPiece:
         """
         examples, starts = [], []
         for number, words in enumerate(sentences):
-            encoded = self._backend.encode_batch(list(words), add_special_tokens=False)
+            with tokenizer_errors(self._where):
+                encoded = self._backend.encode_batch(list(words), add_special_tokens=False)
             parts = [one.ids or [self.unknown] for one in encoded]
             ids = [self.first, *(i for part in parts for i in part), self.separator]
             if not words or len(ids) > longest:
@@ -181,13 +185,7 @@ def parse_wordpiece(text: str | bytes, where: str) -> WordPiece:
     Raises:
         ConfigError: it is something else.
     """
-    try:
-        backend = tokenizers.Tokenizer.from_buffer(
-            text if isinstance(text, bytes) else text.encode()
-        )
-    except Exception as error:  # the package raises nothing narrower
-        raise ConfigError(f"{where}: not a tokenizer.json ({error}); save it again") from None
-    return WordPiece(backend, where)
+    return WordPiece(open_tokenizer(text, where), where)
 
 
 def train_wordpiece(texts: Sequence[str], size: int) -> WordPiece:
@@ -206,6 +204,7 @@ def train_wordpiece(texts: Sequence[str], size: int) -> WordPiece:
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     # The trainer numbers what continues a word as it meets it, in an order that changes from one
     # process to the next, and breaks ties by these numbers; here they stand from the start.
+    texts = [piece for text in texts for piece in in_short_words(text)]
     words = {
         word
         for text in texts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from mpjax.interpret.watch import Watch, any_low
 from mpjax.interpret.widen import is_low
 
 NONE = "none: the value is not finite in float32 either"
+_log = logging.getLogger("mpjax.interpret")
 _LOSS_SCALE = re.compile(r"(loss_scale|scale|\])\.value$|loss_scale$")
 
 
@@ -47,17 +49,17 @@ def find_cure(program: Program, culprit: Culprit, exact: float | None) -> str:
     ]
     alone = ("this operation in float32", lambda k, _: k == key)
     may_do = low and _may_fit(culprit, exact)
-    if may_do and _is_cured(program, culprit, alone[1]):
+    if may_do and _is_cured(program, culprit, *alone):
         return alone[0]
     if lower := _lower_scale(program, culprit):
         return lower
     if not low:
         return NONE
-    if _is_cured(program, culprit, whole[-1][1]):
+    if _is_cured(program, culprit, *whole[-1]):
         good, bad = len(paths), -1  # every module that holds one that will do will do
         while good - bad > 1:
             middle = (good + bad) // 2
-            cured = _is_cured(program, culprit, whole[middle][1])
+            cured = _is_cured(program, culprit, *whole[middle])
             good, bad = (middle, bad) if cured else (good, middle)
         return whole[good][0]
     return _of_this_value(program, culprit, exact, [*([alone] if may_do else []), *whole])
@@ -84,6 +86,7 @@ def _of_this_value(
     """The smallest change that keeps the value finite, in a program that then breaks elsewhere."""
     finite = exact is not None and math.isfinite(exact)
     for words, wide in changes:
+        _trying(words)
         outcome = _Outcome(Watch(program.closed, wide=wide), program.args, culprit)
         if outcome.is_held:
             return words + outcome.then
@@ -99,8 +102,11 @@ def _of_this_value(
     return f"this operation and what holds its value in float32: {dtype} cannot hold {value}"
 
 
-def _is_cured(program: Program, culprit: Culprit, wide: Callable[[Key, Place], bool]) -> bool:
+def _is_cured(
+    program: Program, culprit: Culprit, words: str, wide: Callable[[Key, Place], bool]
+) -> bool:
     """Whether a change leaves a program in which nothing is felt that comes from this fault."""
+    _trying(words)
     if culprit.reached:  # its outputs and gates tell, unless other faults come through to them
         watch = Watch(program.closed, wide=wide, only=frozenset())
         records, _ = watch(program.args)
@@ -109,6 +115,11 @@ def _is_cured(program: Program, culprit: Culprit, wide: Callable[[Key, Place], b
         if not culprit.others:
             return False
     return _Outcome(Watch(program.closed, wide=wide), program.args, culprit).is_clean
+
+
+def _trying(words: str) -> None:
+    """Says what is tried, for each compiles the program again and some take minutes."""
+    _log.info("trace_nonfinite: trying %s", words)
 
 
 class _Outcome:
@@ -174,6 +185,7 @@ def _lower_scale(program: Program, culprit: Culprit) -> str:
         return ""
 
     def clean(power: int) -> bool:
+        _trying(f"a loss scale 2^{power} lower")
         args = list(program.args)
         for index, _ in scales:
             # In its dtype and on its devices, as the compiled program expects it.

@@ -89,7 +89,8 @@ def trace_nonfinite(
     masked as a whole is, at -inf - -inf. What no output feels is none either, such as log(0) in
     the branch that `where` drops. If something broke, it is compiled and run again: to measure
     what went in, and for each cure that is tried. That takes a few times as long as to find it, so
-    one line is logged as soon as it is found (a warning of the logger `mpjax.interpret`).
+    one line is logged as soon as it is found (a warning of the logger `mpjax.interpret`; each cure
+    that is tried is an info).
 
     XLA may compute more exactly than the dtypes say (float16 sums in float32); here every
     operation rounds to its own dtype.
@@ -125,6 +126,7 @@ def trace_nonfinite(
                 f"trace_nonfinite: {name} has no value here ({type(x).__name__}); call it outside"
                 " of jit, with arrays"
             )
+    _log.info("trace_nonfinite: the program is compiled with every operation under watch")
     culprit = first_culprit(program.closed, program.args, _is_spread(program.args))
     if culprit is None:
         return _given(program)

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import signal
@@ -117,8 +118,10 @@ def test_a_broken_folder_is_fetched_again(given, tmp_path, caplog):
     for damage in (
         lambda folder: (folder / "a.txt").write_bytes(b"weightz"),
         lambda folder: (folder / "deep/b.json").unlink(),
-        lambda folder: (folder / ".checksums.json").write_text("[1"),
-        lambda folder: (folder / ".checksums.json").write_text("[]"),
+        lambda folder: (folder / ".sha256.json").write_text("[1"),
+        lambda folder: (folder / ".sha256.json").write_text("[]"),
+        lambda folder: (folder / "tokenizer.json").write_text("planted"),
+        lambda folder: ((folder / "a.txt").unlink(), (folder / "a.txt").symlink_to(__file__)),
     ):
         folder = assets.fetch(asset, cache_dir=cache)
         damage(folder)
@@ -126,6 +129,27 @@ def test_a_broken_folder_is_fetched_again(given, tmp_path, caplog):
         assert assets.find(asset, cache_dir=cache) is None and "is broken" in caplog.text
         assert contents(assets.fetch(asset, cache_dir=cache)) == KEPT
     assert [p.name for p in (cache / "assets").iterdir()] == [folder.name]
+
+
+def test_members_are_pinned_in_the_table(given, tmp_path, caplog):
+    cache = tmp_path / "cache"
+    lines = "".join(f"{hashlib.sha256(KEPT[n]).hexdigest()}  {n}\n" for n in sorted(KEPT))
+    asset = toy(given, content=hashlib.sha256(lines.encode()).hexdigest())
+    folder = assets.fetch(asset, cache_dir=cache)
+    assert folder.stat().st_mode & 0o077 == 0 and folder.parent.stat().st_mode & 0o077 == 0
+    (folder / ".sha256.json").unlink()  # as an older version left it
+    assert assets.find(asset, cache_dir=cache) == folder
+    (folder / "a.txt").write_bytes(b"weightz")  # and the sums as of the new content
+    (folder / ".sha256.json").write_text(json.dumps(assets.member_hashes(folder)))
+    assert assets.find(toy(given), cache_dir=cache) == folder  # not pinned: nobody could tell
+    assert assets.find(asset, cache_dir=cache) is None and "not what is pinned" in caplog.text
+    assert contents(assets.fetch(asset, cache_dir=cache)) == KEPT
+    with pytest.raises(ConfigError, match="members of toy are not the pinned ones"):
+        assets.fetch(replace(asset, content="0" * 64), cache_dir=tmp_path / "other")
+    assert not list((tmp_path / "other" / "assets").iterdir())
+    (cache / "assets").chmod(0o777)
+    with pytest.raises(ConfigError, match="can be written by everyone"):
+        assets.find(asset, cache_dir=cache)
 
 
 def test_two_at_once_leave_one_whole_folder(given, tmp_path, monkeypatch):
@@ -227,4 +251,5 @@ def test_the_table_is_whole():
     assert len({asset.name for asset in TABLE}) == len(TABLE) == len(assets.asset_names())
     for asset in TABLE:
         assert len(asset.sha256) == 64 and int(asset.sha256, 16)
+        assert len(asset.content) == 64 and int(asset.content, 16)
         assert asset.licence and asset.what and asset.members and asset.megabytes > 0

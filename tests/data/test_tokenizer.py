@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+import time
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from mpjax.data import Tokenizer, load_corpus, make_tokenizer
+from mpjax.data.bpe import in_short_words
 from mpjax.data.cache import Cache
 from mpjax.data.instructions import instruction_examples
 from mpjax.errors import ConfigError
@@ -68,10 +70,32 @@ def test_training_is_cached_by_texts_and_spec(tmp_path, monkeypatch):
     assert len({t.to_text() for t in (first, other, smaller)}) == 3
     again = make_tokenizer("bpe:300", TEXTS, cache=Cache(tmp_path / "fresh"))
     assert again.to_text() == first.to_text()  # training is deterministic
-    monkeypatch.delattr("mpjax.data.tokenizer.trainers.BpeTrainer")  # a second training fails
+    monkeypatch.delattr("mpjax.data.bpe.trainers.BpeTrainer")  # a second training fails
     assert make_tokenizer("bpe:300", TEXTS, cache=cache).to_text() == first.to_text()
     with pytest.raises(AttributeError):
         make_tokenizer("bpe:301", TEXTS, cache=cache)
+
+
+def test_training_time_grows_as_the_longest_word(tmp_path, caplog):
+    """A word of 2 MB took many minutes, without a line; time grew with its square."""
+    caplog.set_level("INFO", "mpjax.data")
+    letters = np.random.default_rng(0).choice(list("etaoinshrdlu"), 2_100_000)
+    seconds = []
+    for count in (525_000, 2_100_000):
+        begun = time.process_time()
+        made = make_tokenizer("bpe:400", ["".join(letters[:count])], cache=Cache(tmp_path))
+        seconds.append(time.process_time() - begun)
+        assert made.vocab_size == 400
+    assert seconds[1] < 8 * seconds[0] + 1  # the square would be 16 times
+    assert [line.split(": ")[1][:8] for line in caplog.messages] == ["training", "trained "]
+
+
+def test_only_words_without_end_are_cut_for_training(tmp_path):
+    pieces = lambda text: list(in_short_words(text))  # noqa: E731
+    for text in ["", "a b", "x" * 128, "x" * 128 + " " * 128 + "y", "word " * 1000]:
+        assert pieces(text) == [text]
+    assert pieces("x" * 300 + " y") == ["x" * 128, "x" * 128, "x" * 44 + " y"]
+    assert pieces("a" + " " * 130) == ["a" + " " * 128, "  "]
 
 
 def test_text_and_file_recreate_the_tokenizer(tokenizers, tmp_path):
@@ -128,7 +152,7 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizers, ids):
         ("binary.json", ["binary.json", "cannot be read"]),
         ("text.json", ["text.json", "not JSON"]),
         ("other.json", ["other.json", "without a model"]),
-        ("broken.json", ["broken.json", "not a tokenizer.json"]),
+        ("broken.json", ["broken.json", "without a vocabulary"]),
         ("bare.json", ["bare.json", "no token to put between documents", "<|endoftext|>"]),
     ],
 )

@@ -74,7 +74,7 @@ def test_mistakes_are_one_line(pieces, tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         load_wordpiece(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="not a tokenizer.json"):
+    with pytest.raises(ConfigError, match="JSON without a model; expected a tokenizer.json"):
         load_wordpiece(tmp_path)
     (tmp_path / "tokenizer.json").write_text(pieces.to_text().replace("[MASK]", "[HIDE]"))
     with pytest.raises(ConfigError, match=r"no token \[MASK\]"):

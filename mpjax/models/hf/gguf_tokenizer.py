@@ -109,9 +109,12 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, GgufField]) -> str:
         ) from None
     tokenizer.pre_tokenizer = _PIECES[pieces]
     tokenizer.decoder = decoders.ByteLevel()
-    for token, one in zip(tokens, kinds if isinstance(kinds, list) else [], strict=False):
-        if one in (_CONTROL, _USER):
-            tokenizer.add_tokens([AddedToken(token, special=one == _CONTROL, normalized=False)])
+    added = [
+        AddedToken(token, special=one == _CONTROL, normalized=False)
+        for token, one in zip(tokens, kinds if isinstance(kinds, list) else [], strict=False)
+        if one in (_CONTROL, _USER)
+    ]
+    tokenizer.add_tokens(added)  # at once: each call reads all that there are
     special = gguf_special(path, fields)
     begin, end = (
         [_token(path, tokens, special[f"{name}_token_id"])]

@@ -15,6 +15,7 @@ import tokenizers
 from mpjax.errors import ConfigError
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 from mpjax.models.hf.gguf_file import _INNER, _OUTER
+from tests.bounds import bounded
 from tests.models.hf import cases
 
 SHAPES: dict[str, tuple[int, ...]] = json.loads(
@@ -143,6 +144,18 @@ def test_a_truncated_file_is_refused(share: float, tmp_path: Path) -> None:
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ConfigError, match="not a whole GGUF file"):
         open_checkpoint(path)
+
+
+def test_many_control_tokens_are_added_at_once(tmp_path: Path) -> None:
+    tokens = [*(f"<{i:x}>" for i in range(30_000)), "a", "b", "ab"]
+    path = write(
+        tmp_path / "a.gguf", add_tokenizer_model=("gpt2",), add_tokenizer_pre=("smollm",),
+        add_token_list=(tokens,), add_token_types=([3] * 30_000 + [1] * 3,),
+        add_token_merges=(["a b"],),
+    )  # fmt: skip
+    with bounded(path):
+        text = open_checkpoint(path).tokenizer_json() or ""
+    assert len(json.loads(text)["added_tokens"]) == 30_000
 
 
 def test_its_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
