@@ -76,7 +76,9 @@ def _divide(x: Any, inverse: Any) -> Any:
     magnitude = pattern & 0x7FFFFFFF
     count = jnp.where(pattern < 0, -magnitude, magnitude).astype(jnp.float32)
     # 1 / scale of one of them: nothing, and NaN of NaN, where the scale is far above 2^-149
-    one = jnp.where(inverse > 2.0**24, _float(_pattern(inverse) - _COUNTS), inverse * 0)
+    large = inverse > 2.0**24
+    one = _float(jnp.where(large, _pattern(inverse), _COUNTS) - _COUNTS)
+    one = jnp.where(large, one, inverse * 0)
     divided = jnp.where(magnitude < 0x00800000, count * one, x * inverse)
     return jnp.where(inverse == 1, x, divided)
 
@@ -85,11 +87,13 @@ def _multiply(values: Any, scales: Any) -> Any:
     pattern = _pattern(scales)
     least = pattern == _LEAST
     half, safe = jnp.where(least, 0.5, 1.0), jnp.where(least, jnp.float32(2.0**-126), scales)
-    counts = jnp.where(scales < 2.0**-24, _float(pattern + _COUNTS), jnp.float32(jnp.inf))
-    count = values * jnp.where(least, jnp.float32(2.0**22), counts)
+    small = scales < 2.0**-24  # else no product of a format's numbers is subnormal
+    counts = _float(jnp.where(small & ~least, pattern, 0) + _COUNTS)  # of 2^-127 they are 2^22
+    # Of 4 or more no product is subnormal either, and larger counts would not be finite.
+    count = jnp.minimum(jnp.abs(values), 4) * counts
     sign = _pattern(values) & jnp.int32(-(2**31))
-    subnormal = _float(jnp.round(jnp.abs(count)).astype(jnp.int32) | sign)
-    product = jnp.where(jnp.abs(count) < 2.0**23, subnormal, values * half * safe)
+    subnormal = _float(jnp.round(count).astype(jnp.int32) | sign)
+    product = jnp.where(small & (count < 2.0**23), subnormal, values * half * safe)
     return jnp.where(scales == 1, values, product)
 
 
