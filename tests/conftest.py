@@ -148,4 +148,6 @@ def pytest_configure(config: pytest.Config) -> None:
                 stack.enter_context(_plain())
             yield
 
-    config.pluginmanager.register(types.SimpleNamespace(examples=examples_compile_fast))
+    plugin = types.ModuleType("examples")
+    plugin.examples_compile_fast = examples_compile_fast  # type: ignore[attr-defined]
+    config.pluginmanager.register(plugin)
