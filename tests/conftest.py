@@ -7,12 +7,16 @@ into `jax.config`, because a pytest plugin may have imported JAX before this fil
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import gc
 import os
 import shutil
 import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 DEVICES = "--xla_force_host_platform_device_count"
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +40,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -44,16 +49,23 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Annotated shapes and dtypes are checked at every call of the parts that take arrays. Settings are
+# Annotated shapes and dtypes are checked at every call, in the modules that have some; elsewhere
+# the checks would cost a quarter of the time and say what mypy says. Parts that take settings are
 # left out: a wrong one must reach the code that refuses it with a ConfigError.
+PARTS = [
+    "formats",
+    "models",
+    "ops/attention",
+    "ops/cross_entropy",
+    "ops/norm",
+    "ops/rotary",
+    "optim",
+]
 CHECKED = [
-    "mpjax.formats",
-    "mpjax.models",
-    "mpjax.ops.attention",
-    "mpjax.ops.cross_entropy",
-    "mpjax.ops.norm",
-    "mpjax.ops.rotary",
-    "mpjax.optim",
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for part in PARTS
+    for path in sorted((ROOT / "mpjax").glob(f"{part}/**/*.py")) or [ROOT / f"mpjax/{part}.py"]
+    if "jaxtyping" in path.read_text(encoding="utf-8")
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
@@ -72,9 +84,70 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(shared))
 
 
+PLAIN = {"xla_cpu_use_fusion_emitters": False}  # XLA's older, simpler code generator
+
+
+@functools.cache
+def _writes_plain_code() -> bool:
+    """Whether this jaxlib still has the older generator; 0.12 has not."""
+    try:
+        jax.jit(lambda: 0, compiler_options=PLAIN).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _unoptimized() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    usual = compiler.get_compile_options
+
+    def get_compile_options(*args: Any, **options: Any) -> Any:
+        own = options.get("env_options_overrides") or {}
+        return usual(*args, **options | {"env_options_overrides": PLAIN | own})
+
+    with pytest.MonkeyPatch.context() as patch:
+        if _writes_plain_code():
+            patch.setattr(compiler, "get_compile_options", get_compile_options)
+        yield
+
+
+@pytest.fixture(scope="module")
+def unoptimized() -> Iterator[None]:
+    """LLVM optimizes nothing: programs compile sooner. What XLA does to them before stays."""
+    with _unoptimized():
+        yield
+
+
 @pytest.fixture(scope="module")
 def fast_compile() -> Iterator[None]:
-    """Compiles a module's programs sooner, for tests that are not about XLA's rewrites."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """A module's programs compile in a third of the time, for tests not about XLA's rewrites.
+
+    LLVM optimizes nothing and, where this jaxlib can, XLA writes simpler code for it.
+    """
+    with _unoptimized(), _plain():
+        yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The examples in the package's docstrings, outside this folder, compile fast too."""
+
+    @pytest.fixture(scope="module", autouse=True)
+    def examples_compile_fast(request: pytest.FixtureRequest) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if ROOT / "mpjax" in request.node.path.parents:
+                stack.enter_context(_unoptimized())
+                stack.enter_context(_plain())
+            yield
+
+    plugin = types.ModuleType("examples")
+    plugin.examples_compile_fast = examples_compile_fast  # type: ignore[attr-defined]
+    config.pluginmanager.register(plugin)

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.wrong_calls import CASES, RIGHT
-
 SCRIPT = Path(__file__).with_name("wrong_calls.py")
 
 
 def test_a_wrong_call_is_one_line_and_a_right_one_is_taken() -> None:
     """All in one process, which has nothing of the tests' own checks."""
+    from tests.wrong_calls import CASES, RIGHT  # its arrays and models take a second to make
+
     env = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent)}
     run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -10,6 +10,8 @@ from mpjax.errors import ConfigError
 from mpjax.interpret import autocast, no_autocast
 from mpjax.models import decoder
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 MODEL = decoder("tiny", "fp32", layers=1, width=16, heads=2)
 PARAMS = MODEL.init(jax.random.key(0))
 IDS = jnp.zeros((1, 4), jnp.int32)

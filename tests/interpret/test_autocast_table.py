@@ -14,7 +14,7 @@ from mpjax.interpret.autocast import autocast
 from tests.interpret import autocast_table as table
 from tests.interpret.autocast_table import FIRST, FOLLOWS, FULL, LOW, OPERANDS, ROWS, Row
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 # What the operands are: autocast's own low values, float32 ones, one of each, or arguments that
 # were low before autocast saw them.

@@ -26,6 +26,8 @@ from mpjax.optim import (
     scaled_value_and_grad,
 )
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 SCALES = {
     "none": NoOpLossScale(),
     "static": StaticLossScale(2.0**10),

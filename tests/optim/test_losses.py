@@ -26,6 +26,8 @@ from mpjax.optim import (
 )
 from mpjax.precision import get_precision
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 W = jnp.ones(3, jnp.float16)
 ODD = 1 + 2.0**-10  # all eleven bits of float16 are needed to hold it
 

@@ -25,6 +25,8 @@ from mpjax.optim import (
 )
 from mpjax.optim.losses import MultiLossScale
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 X = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32)
 Y = X @ np.arange(8, dtype=np.float32)
 START = {"w": np.zeros(8, np.float32)}

@@ -15,6 +15,8 @@ import pytest
 from mpjax.optim import global_norm, wrap
 from mpjax.precision import get_precision
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 SHAPES = {"a": (2, 3), "b": (4,)}
 F32_MAX = float(np.finfo(np.float32).max)
 
