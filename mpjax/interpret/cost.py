@@ -19,7 +19,8 @@ _FREE = SHAPE | frozenset(
     {
         *("convert_element_type", "copy", "copy_p", "iota", "name", "optimization_barrier"),
         *("stop_gradient", "device_put", "pvary", "squeeze", "select_n", "sort", "argsort"),
-        *("settled", "dot_result", "with_derivative"),  # of our products: the identity of what they hold
+        # of our products: the identity of what they hold
+        *("settled", "dot_result", "with_derivative"),
     }
 )
 # Views of memory: they neither read nor write.
