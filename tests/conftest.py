@@ -12,6 +12,7 @@ import functools
 import gc
 import os
 import shutil
+import signal
 import tempfile
 import types
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ os.environ.update(
     # One folder a process: the user's cached tokenizers and assets must not decide a test.
     MPJAX_CACHE=tempfile.mkdtemp(prefix="mpjax-tests-"),
 )
+if hasattr(signal, "SIGHUP"):  # nohup ignores it, and what a test starts would do so too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 atexit.register(shutil.rmtree, os.environ["MPJAX_CACHE"], ignore_errors=True)
 
 import hypothesis  # noqa: E402

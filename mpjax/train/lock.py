@@ -28,6 +28,7 @@ except ImportError:  # not on Windows
 LOCK = ".lock"
 _log = logging.getLogger("mpjax.train")
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_TRIES = 1000  # to make a folder that others remove
 _LONGEST = 300  # characters of an owner's line that are shown
 
 
@@ -105,13 +106,18 @@ def lock_directory(folder: Path, owner: object) -> Callable[[], object]:
 
 def _opened(folder: Path, made: list[Path]) -> int:
     """The descriptor of the folder's lock, which is held; adds the folders that it makes."""
+    tries = 0
     while True:
+        tries += 1
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        made += [path for path in reversed(missing) if path not in made]
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            made += [path for path in reversed(missing) if path not in made]
             fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
-        except FileNotFoundError:  # who had made the folder has just removed it
+        except (FileNotFoundError, FileExistsError):
+            # who had made the folder may have just removed it, even while `mkdir` looked at it
+            if tries > _TRIES or (os.path.lexists(folder) and not folder.is_dir()):
+                raise
             continue
         if not _flock(fd):
             owner = _owner(fd)

@@ -183,6 +183,15 @@ def test_steps_that_another_run_wrote_since_are_never_dropped(tmp_path):
         assert mine.steps() == [1, 2, 7]
 
 
+def test_what_can_be_no_folder_is_said(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for name in ("file", "nowhere", "file/a", "nowhere/a"):
+        with pytest.raises(ConfigError, match="cannot be written"), hold_folder(tmp_path / name):
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["file", "nowhere"]
+
+
 def test_never_two_at_once_while_folder_and_lock_come_and_go(tmp_path):
     out, inside, most, taken = tmp_path / "runs" / "a", [], [0], [0]
 

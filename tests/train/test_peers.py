@@ -208,7 +208,7 @@ def test_the_others_say_who_is_lost_and_leave(group, sent, who, mode):
             f"error: distributed: process {who} on {HOST} has not answered for 5 s; start all"
             " processes again with --resume latest"
         )
-    assert time.monotonic() - begun < 25
+    assert time.monotonic() - begun < 60
 
 
 def test_the_others_hear_why_a_process_left_while_it_prepared(group):
