@@ -255,8 +255,7 @@ def command(main: Callable[[Any], None], config: type[Any]) -> None:
 def _command(main: Callable[[Any], None], config: type[Any]) -> None:
     try:
         arguments = parse(config)
-        guard_compiled()
-        with one_run(arguments):
+        with one_run(arguments, guard_compiled):
             main(arguments)
     except (ConfigError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,21 +68,27 @@ def started(config: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def one_run(config: Any) -> Iterator[None]:
+def one_run(config: Any, check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Joins the other processes and compares how they were started, and holds the folder `out`.
 
     A process that is lost from then on ends the others within a minute; one line says who it was.
     Settings that have no `distributed` or no `out` need neither.
 
+    Args:
+      config: settings of an experiment.
+      check: raises what keeps this process from running; the others hear of it.
+
     Raises:
       ConfigError: they cannot be joined, or were started differently; another run holds the
-        folder, or it cannot be written.
+        folder, or it cannot be written; or `check` raised it.
     """
     several = bool(getattr(config, "distributed", ""))
     with contextlib.ExitStack() as stack:
         if several:
             join(config.distributed)
             stack.enter_context(watched(_LOST, EXPLAINED))
+        check()  # before anything is compiled
+        if several:
             require_agreement(started(config))
         wrong = ""
         if hasattr(config, "out") and not (several and jax.process_index()):

@@ -45,7 +45,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from page import table, write  # noqa: E402
-from third_party_models import MODELS, Built, Model  # noqa: E402
+from third_party_models import COMMITS, MODELS, Built, Model  # noqa: E402
 
 import mpjax  # noqa: E402
 
@@ -253,7 +253,10 @@ def main() -> bool:
         " bar (see the script: twice what float32 does from rounded or noisy weights and inputs,"
         " plus two unit roundoffs); then the share of product FLOPs that `audit` finds in float32,"
         " with the kinds of leaks that it names. `monitor` runs on the loss and must not move it,"
-        " `trace_nonfinite` must find nothing."
+        " `trace_nonfinite` must find nothing. Examples at"
+        f" {', '.join(f'{name} {commit}' for name, commit in COMMITS.items())}. The bar of the"
+        " gradient was revised once, after the first models and before the others: one control"
+        " became the worst of four."
         f"\n\nBars: at least {ENOUGH} models in all arms and none that misses: {clean} of"
         f" {len(models)} models in all arms; {'met' if met else 'MISSED'}."
     )

@@ -35,6 +35,10 @@ _ABSENT = frozenset(
     " tensorboard dm_env examples sentencepiece tensorflow_text".split()
 )
 KEY = jax.random.key(0)
+# The commits of the examples that the page was measured with.
+COMMITS = {
+    "flax": "18f8f311", "equinox": "9336d820", "diffrax": "5ea5fcb0", "haiku": "30b2cb5c"
+}  # fmt: skip
 
 
 class Built(NamedTuple):

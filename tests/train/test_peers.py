@@ -142,18 +142,20 @@ launch.command(main, Config)
 class Group:
     """Processes of `SCRIPT`."""
 
-    def __init__(self, out: Path, mode: str, count: int) -> None:
+    def __init__(self, out: Path, mode: str, count: int, cache: Path | None = None) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         env = os.environ | {
             "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"
         }  # fmt: skip
+        last = {} if cache is None else {"JAX_COMPILATION_CACHE_DIR": str(cache)}
         self.all = [
             subprocess.Popen(
                 [sys.executable, "-c", SCRIPT, "--out", str(out), "--mode", mode, "--distributed",
                  f"127.0.0.1:{port},{i},{count}"],
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                env=env | (last if i == count - 1 else {}),
             )
             for i in range(count)
         ]  # fmt: skip
@@ -172,8 +174,8 @@ class Group:
 def group(tmp_path):
     made = []
 
-    def make(mode: str, count: int = 2) -> Group:
-        made.append(Group(tmp_path / "run", mode, count))
+    def make(mode: str, count: int = 2, cache: Path | None = None) -> Group:
+        made.append(Group(tmp_path / "run", mode, count, cache))
         return made[-1]
 
     yield make
@@ -220,6 +222,15 @@ def test_the_others_hear_why_a_process_left_while_it_prepared(group):
         assert f"process 1 on {HOST} has left (data: no such file; name another); start" in line(
             err
         )
+
+
+def test_the_others_hear_that_a_process_refuses_its_cache(group, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    (first, said), (second, own) = group("finish", cache=cache).end(0, 1)
+    assert (first, second) == (2, 2) and "can be written by everyone" in line(own)
+    assert f"process 1 on {HOST} has left (cache folder" in line(said)
 
 
 def test_a_bug_of_one_is_its_traceback_and_the_others_line(group):
