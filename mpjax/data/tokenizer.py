@@ -269,4 +269,4 @@ def _from_text(text: str, where: str) -> Tokenizer:
     fields = parse_json(text, where, "expected a tokenizer.json")
     if fields == {"mpjax_tokenizer": "bytes"}:
         return _Bytes()
-    return _HuggingFace(build_tokenizer(fields, text, where), where)
+    return _HuggingFace(build_tokenizer(fields, text, where, "save it again"), where)

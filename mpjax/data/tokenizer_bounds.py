@@ -36,12 +36,13 @@ _KNOWN = {
 _NO_REPEAT = re.compile(r"(?:[^*+{?\\(]|\\p\{\w+\}|\\[dDsSwWrnt])+")
 
 
-def check_ids(fields: dict[str, Any], where: str) -> None:
+def check_ids(fields: dict[str, Any], where: str, remedy: str) -> None:
     """Refuses ids that no model could have.
 
     Args:
       fields: of a tokenizer.json.
       where: the file, for errors.
+      remedy: what to do about it.
 
     Raises:
       ConfigError: no tokens; an id that is no integer, negative, far above the number of tokens, or
@@ -49,26 +50,25 @@ def check_ids(fields: dict[str, Any], where: str) -> None:
     """
     vocabulary = fields["model"].get("vocab") if isinstance(fields["model"], dict) else None
     if not isinstance(vocabulary, dict | list):
-        raise ConfigError(f"{where}: a tokenizer without a vocabulary; fetch it again")
+        raise ConfigError(f"{where}: a tokenizer without a vocabulary; {remedy}")
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
     added = [one.get("id") for one in _dicts(fields.get("added_tokens"))]
     most = _SPARSE * (len(ids) + len(added)) + _SPARE
     if not ids and not added:
-        raise ConfigError(f"{where}: a tokenizer without tokens; fetch it again")
-    _check(itertools.chain(ids, added), most, f"{len(ids) + len(added)} tokens", where)
+        raise ConfigError(f"{where}: a tokenizer without tokens; {remedy}")
+    _check(itertools.chain(ids, added), most, f"{len(ids) + len(added)} tokens", where, remedy)
     largest = max(itertools.chain(ids, added))
     around = list(_around(fields.get("post_processor")))
-    _check(around, largest + 1, "ids around a text", where)
+    _check(around, largest + 1, "ids around a text", where, remedy)
 
 
-def _check(ids: Any, most: int, what: str, where: str) -> None:
+def _check(ids: Any, most: int, what: str, where: str, remedy: str) -> None:
     ids = list(ids)
     if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) < most)):
         return
     wrong = next(i for i in ids if type(i) is not int or not 0 <= i < most)
     raise ConfigError(
-        f"{where}: id {brief(wrong)} in {what}; expected integers of 0 to {most - 1}; fetch it"
-        " again"
+        f"{where}: id {brief(wrong)} in {what}; expected integers of 0 to {most - 1}; {remedy}"
     )
 
 

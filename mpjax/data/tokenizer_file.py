@@ -59,7 +59,7 @@ def build_tokenizer(
     """What `open_tokenizer` returns of a text, `fields`, that has been parsed already."""
     if not isinstance(fields, dict) or "model" not in fields:
         raise ConfigError(f"{where}: JSON without a model; expected a tokenizer.json")
-    check_ids(fields, where)
+    check_ids(fields, where, remedy)
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     data = data.removeprefix(b"\xef\xbb\xbf")
     if part := unbounded(fields):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -249,22 +248,3 @@ def test_what_passed_is_remembered_by_its_checksum(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizers, "__version__", "0")
     Tokenizer.from_text(first)
     assert len(ran) == 4
-
-
-def test_reading_it_costs_little(tmp_path):
-    made = tokenizers.Tokenizer.from_str(with_())
-    vocabulary = {f"{i:x}": i for i in range(60_000)}
-    text = with_(model=_fields()["model"] | {"vocab": vocabulary, "merges": []}, added_tokens=[])
-    del made
-    fields = json.loads(text)
-
-    def least(what) -> float:
-        times = []
-        for _ in range(5):
-            begun = time.process_time()
-            what()
-            times.append(time.process_time() - begun)
-        return min(times)
-
-    ours = least(lambda: (file.check_ids(fields, "here"), unbounded(fields)))
-    assert ours < 0.5 * least(lambda: tokenizers.Tokenizer.from_str(text))
