@@ -20,14 +20,14 @@ _FREE = SHAPE | frozenset(
         *("convert_element_type", "copy", "copy_p", "iota", "name", "optimization_barrier"),
         *("stop_gradient", "device_put", "pvary", "squeeze", "select_n", "sort", "argsort"),
         # of our products: the identity of what they hold
-        *("settled", "dot_result", "with_derivative"),
+        *("settled", "with_derivative"),
     }
 )
 # Views of memory: they neither read nor write.
 MOVES = frozenset(
     {
         *("broadcast_in_dim", "expand_dims", "reshape", "squeeze", "name", "stop_gradient"),
-        *("pvary", "settled", "dot_result", "with_derivative"),
+        *("pvary", "settled", "with_derivative"),
     }
 )
 _SUMS = frozenset(

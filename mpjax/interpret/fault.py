@@ -37,7 +37,7 @@ _MOVES = (
         *("reduce_window_max", "reduce_window_min", "scatter", "scatter-min", "scatter-max"),
         *("all_gather", "all_gather_invariant", "all_to_all", "ppermute", "pmax", "pmin"),
         *("pbroadcast", "optimization_barrier", "device_put", "iota", "random_bits"),
-        *("settled", "dot_result", "with_derivative"),
+        *("settled", "with_derivative"),
     }
 )
 _STOPS = frozenset({"select_n", "max", "min", "clamp", "slice", "dynamic_slice"})

@@ -15,7 +15,7 @@ from mpjax.interpret.trace import Program
 
 RENAMES = SHAPE | {
     *("copy", "copy_p", "convert_element_type", "optimization_barrier", "pvary"),
-    *("settled", "dot_result", "with_derivative"),
+    *("settled", "with_derivative"),
 }
 # What a new weight is made of its old one by: a sum, a choice, a cast, and the bits of a rounding.
 _ADDS = RENAMES | {

@@ -4,9 +4,8 @@ XLA's CPU backend decides early that a product of bfloat16 operands goes to a li
 it only if the left operand's contracting axes are its last. A transpose that is folded into the
 product later, of the left operand or of the result, takes the product out of that form again, and
 then the backend has nothing that runs it ("Unsupported element type for DotThunk"). So the left
-operand is laid out here, and on the CPU a barrier keeps transposes out. A product with batch axes
-is the other way round: a transpose of its result must be folded early, because one that is left
-to the end becomes a layout of which the backend dies. Other platforms see the plain product.
+operand is laid out here, and on the CPU a barrier keeps transposes out. Other platforms see the
+plain product.
 """
 
 from __future__ import annotations
@@ -27,63 +26,39 @@ def free_axes(ndim: int, *used: Axes) -> Axes:
     return tuple(d for d in range(ndim) if not any(d in axes for axes in used))
 
 
-# The identity of its operands. `barrier`: the CPU moves no transpose across it. A mapped axis
-# becomes the first, of each operand that has it, or with `shared` of all operands.
+# The identity of its operands. `barrier`: the CPU moves no transpose across it. Where a mapped axis
+# goes: `first`, of each operand that has it; or of all operands, `all first`; or it stays (`any`).
 settled_p = Primitive("settled")
 settled_p.multiple_results = True
-settled_p.def_impl(lambda *xs, barrier, shared: list(xs))
-settled_p.def_abstract_eval(lambda *avals, barrier, shared: list(avals))
-
-# The identity of a product, the first operand; the others are what was multiplied. `barrier` as
-# above, until an axis is mapped that all have: then it is a batch axis.
-result_p = Primitive("dot_result")
-result_p.def_impl(lambda y, a, b, *, barrier: y)
-result_p.def_abstract_eval(lambda y, a, b, *, barrier: y)
+settled_p.def_impl(lambda *xs, barrier, mapped: list(xs))
+settled_p.def_abstract_eval(lambda *avals, barrier, mapped: list(avals))
 
 
 def _batch(
-    xs: Sequence[Any], axes: Sequence[Any], *, barrier: bool, shared: bool
+    xs: Sequence[Any], axes: Sequence[Any], *, barrier: bool, mapped: str
 ) -> tuple[list[Any], list[int | None]]:
     out, places = list(xs), list(axes)
     (size,) = {x.shape[axis] for x, axis in zip(xs, axes, strict=True) if axis is not None}
     for i, (x, axis) in enumerate(zip(xs, axes, strict=True)):
-        if axis is not None:
+        if axis is not None and mapped != "any":
             out[i], places[i] = jnp.moveaxis(x, axis, 0), 0
-        elif shared:
+        elif axis is None and mapped == "all first":
             out[i], places[i] = lax.broadcast(x, (size,)), 0
-    return settled_p.bind(*out, barrier=barrier, shared=shared), places
-
-
-def _batch_result(xs: Sequence[Any], axes: Sequence[Any], *, barrier: bool) -> tuple[Any, Any]:
-    return result_p.bind(*xs, barrier=barrier and None in axes), axes[0]
+    return settled_p.bind(*out, barrier=barrier, mapped=mapped), places
 
 
 def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[list[Any], list[Any]]:
     return settled_p.bind(*primals, **params), list(tangents)
 
 
-def _jvp_result(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
-    return result_p.bind(*primals, **params), tangents[0]
-
-
-def _lower(*xs: Any, barrier: bool, shared: bool) -> list[Any]:
+def _lower(*xs: Any, barrier: bool, mapped: str) -> list[Any]:
     return list(lax.optimization_barrier(xs)) if barrier else list(xs)
 
 
-def _lower_result(y: Any, a: Any, b: Any, *, barrier: bool) -> Any:
-    return lax.optimization_barrier(y) if barrier else y
-
-
 batching.primitive_batchers[settled_p] = _batch
-batching.primitive_batchers[result_p] = _batch_result
 ad.primitive_jvps[settled_p] = _jvp
-ad.primitive_jvps[result_p] = _jvp_result
-mlir.register_lowering(settled_p, lambda ctx, *xs, barrier, shared: xs)
+mlir.register_lowering(settled_p, lambda ctx, *xs, barrier, mapped: xs)
 mlir.register_lowering(settled_p, mlir.lower_fun(_lower, multiple_results=True), platform="cpu")
-mlir.register_lowering(result_p, lambda ctx, y, a, b, *, barrier: [y])
-mlir.register_lowering(
-    result_p, mlir.lower_fun(_lower_result, multiple_results=False), platform="cpu"
-)
 
 
 def dot(a: Any, b: Any, dims: Dims) -> Any:
@@ -105,11 +80,11 @@ def dot(a: Any, b: Any, dims: Dims) -> Any:
     if not laid_out and ba == bb == leading and len(ca) == len(fa) == 1 and len(fb) <= 1:
         # The library never takes this form, XLA does it in float32 and needs no barrier, as long
         # as an axis that is mapped is a batch axis of both.
-        a, b = settled_p.bind(a, b, barrier=False, shared=True)
+        a, b = settled_p.bind(a, b, barrier=False, mapped="all first")
         return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
     if not laid_out:
         a = lax.transpose(a, (*ba, *fa, *ca))
         ba, ca = leading, tuple(range(a.ndim - len(ca), a.ndim))
-    (a,) = settled_p.bind(a, barrier=True, shared=False)
+    (a,) = settled_p.bind(a, barrier=True, mapped="first")
     y = lax.dot_general(a, b, ((ca, cb), (ba, bb)), preferred_element_type=jnp.float32)
-    return result_p.bind(y, a, b, barrier=not ba)
+    return settled_p.bind(y, barrier=True, mapped="any")[0]

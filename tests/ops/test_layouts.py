@@ -72,11 +72,3 @@ def test_other_platforms_see_the_plain_product() -> None:
     texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
     assert {p for p, text in texts.items() if "optimization_barrier" in text} == {"cpu"}
     assert all(text.count("dot_general") == 1 for text in texts.values())
-
-
-@pytest.mark.parametrize(
-    ("name", "order"), [("fp8-block", "b0x0x1c0|b0y0c0"), ("mxfp8", "b0b1c0x0|c0b0b1y0")]
-)
-def test_a_gradient_that_is_transposed_does_not_end_the_process(name: str, order: str) -> None:
-    (error,) = layouts.errors(chosen(order), layouts.by_recipe(name), [["grad"]])
-    assert error < layouts.bar(name)
