@@ -19,8 +19,7 @@ _FREE = SHAPE | frozenset(
     {
         *("convert_element_type", "copy", "copy_p", "iota", "name", "optimization_barrier"),
         *("stop_gradient", "device_put", "pvary", "squeeze", "select_n", "sort", "argsort"),
-        # of our products: the identity of what they hold
-        *("settled", "with_derivative"),
+        *("settled", "with_derivative"),  # of our products: the identity of what they hold
     }
 )
 # Views of memory: they neither read nor write.
