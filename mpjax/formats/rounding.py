@@ -13,19 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats.given import ROUNDED, as_array, check_key
+from mpjax.formats.pattern import as_float, as_int, as_uint, filled, left, right, select
 from mpjax.formats.table import Format, FormatLike
 
 ROUNDINGS = ("nearest", "stochastic", "floor")
 _INF = 0x7F800000
 _NAN = 0x7FC00000
-
-
-def _u(value: int) -> Any:
-    return jnp.uint32(value)
+_U, _I = np.uint32, np.int32
 
 
 def _top(limit: float, format: Format, dtype: Any) -> int:
@@ -46,91 +45,103 @@ def _top(limit: float, format: Format, dtype: Any) -> int:
 def _quantum(format: Format, e: Any, sig: Any, lsb: Any) -> Any:
     """Exponent of the spacing of the format's numbers around sig * 2^lsb."""
     if format.kind == "fixed":
-        return jnp.full_like(lsb, -format.mantissa_bits)
-    top = lsb + 23  # of a float32 subnormal too high, which counts only below
+        return filled(lsb, np.int32(-format.mantissa_bits))
+    top = lax.add(lsb, _I(23))  # of a float32 subnormal too high, which counts only below
     if format.exponent_bits > 8:  # float32's subnormals are normal numbers there
-        leading = 31 - jax.lax.clz(sig).astype(jnp.int32)
-        top = jnp.where(e == 0, lsb + leading, top)
-    return jnp.maximum(top, 1 - format.bias) - format.mantissa_bits
+        leading = lax.sub(_I(31), as_int(lax.clz(sig)))
+        top = select(lax.eq(e, _U(0)), lax.add(lsb, leading), top)
+    return lax.sub(lax.max(top, _I(1 - format.bias)), _I(format.mantissa_bits))
 
 
 def _random_up(sig: Any, low: Any, shift: Any, bits: Any) -> Any:
     """Whether to round up, with probability (dropped bits) / 2^shift."""
-    s = jnp.clip(shift, 0, 56).astype(jnp.uint32)
-    dropped = jnp.where(s >= 25, sig, low)
+    s = as_uint(lax.min(shift, _I(56)))
+    dropped = select(lax.ge(s, _U(25)), sig, low)
     # Compares as many random bits as are dropped, at most 32 (s = 0: 0 < 0 is never true).
-    drawn = (bits >> _u(1)) >> (_u(31) - jnp.minimum(s, _u(31)))
-    drawn = jnp.where(s >= 32, bits, drawn)
-    return drawn < (dropped >> (jnp.maximum(s, _u(32)) - _u(32)))
+    unused = lax.sub(_U(31), lax.min(s, _U(31)))
+    drawn = right(right(bits, _U(1)), unused)
+    drawn = select(lax.ge(s, _U(32)), bits, drawn)
+    return lax.lt(drawn, right(dropped, lax.sub(lax.max(s, _U(32)), _U(32))))
 
 
 def _round_pattern(
     u: Any, format: Format, rounding: str, bits: Any, saturate: bool, dtype: Any
 ) -> Any:
     """The float32 pattern of a float32 pattern rounded to a format, for a result in dtype."""
-    sign, m = u & _u(0x80000000), u & _u(0x7FFFFFFF)
-    e = m >> _u(23)
+    sign, m = lax.bitwise_and(u, _U(0x80000000)), lax.bitwise_and(u, _U(0x7FFFFFFF))
+    e = right(m, _U(23))
     # magnitude = sig * 2^lsb
-    sig = jnp.where(e == 0, m, (m & _u(0x7FFFFF)) | _u(0x800000))
-    base = jnp.maximum(e, _u(1)).astype(jnp.int32) - 1
-    lsb = base - 149
+    leading_one = lax.bitwise_or(lax.bitwise_and(m, _U(0x7FFFFF)), _U(0x800000))
+    sig = select(lax.eq(e, _U(0)), m, leading_one)
+    base = lax.sub(as_int(lax.max(e, _U(1))), _I(1))
+    lsb = lax.sub(base, _I(149))
     quantum = _quantum(format, e, sig, lsb)
-    shift = jnp.maximum(quantum - lsb, 0)
-    s = jnp.minimum(shift, 25).astype(jnp.uint32)  # sig has 24 bits
-    ones = (_u(1) << s) - _u(1)
+    shift = lax.max(lax.sub(quantum, lsb), _I(0))
+    s = as_uint(lax.min(shift, _I(25)))  # sig has 24 bits
+    ones = lax.sub(left(_U(1), s), _U(1))
     if rounding == "nearest":
-        odd = (sig >> s) & _u(1) if format.kind != "power" else _u(1)  # e8m0's ties go up
-        kept = (sig + (ones >> _u(1)) + (odd & (ones & _u(1)))) >> s
-    elif rounding == "floor":
-        negative = sign != 0
-        kept = (sig >> s) + (negative & ((sig & ones) != 0)).astype(jnp.uint32)
+        half = right(ones, _U(1))
+        # e8m0's ties go up, all others' to even
+        odd = right(sig, s) if format.kind != "power" else _U(1)
+        carry = lax.bitwise_and(lax.bitwise_and(odd, ones), _U(1))
+        kept = right(lax.add(lax.add(sig, half), carry), s)
     else:
-        kept = (sig >> s) + _random_up(sig, sig & ones, shift, bits).astype(jnp.uint32)
+        low = lax.bitwise_and(sig, ones)
+        if rounding == "floor":
+            up = lax.bitwise_and(lax.ne(sign, _U(0)), lax.ne(low, _U(0)))
+        else:
+            up = _random_up(sig, low, shift, bits)
+        kept = lax.add(right(sig, s), as_uint(up))
     # With base = exponent - 1, adding the significand adds its leading one to the exponent.
-    normal = (base.astype(jnp.uint32) << _u(23)) + (kept << s)
-    step = (jnp.maximum(quantum + 127, 0).astype(jnp.uint32)) << _u(23)  # kept is 1 there
-    out = jnp.where(kept == 0, _u(0), jnp.where(s == 25, step, normal))
+    normal = lax.add(left(as_uint(base), _U(23)), left(kept, s))
+    step = left(as_uint(lax.max(lax.add(quantum, _I(127)), _I(0))), _U(23))  # kept is 1 there
+    out = select(lax.eq(s, _U(25)), step, normal)
+    out = select(lax.eq(kept, _U(0)), _U(0), out)
 
     if saturate or format.specials == "none":
-        edge: Any = _u(_top(format.max, format, dtype))
+        edge: Any = _U(_top(format.max, format, dtype))
         if format.kind == "fixed":
-            edge = jnp.where(sign != 0, _u(_top(-format.min, format, dtype)), edge)
-        out = jnp.minimum(out, edge)
+            lowest = _U(_top(-format.min, format, dtype))
+            edge = select(lax.ne(sign, _U(0)), lowest, filled(sign, edge))
+        out = lax.min(out, edge)
     else:
-        edge = _u(_top(format.max, format, jnp.float32))
-        out = jnp.where(out > edge, _u(_INF if format.specials == "ieee" else _NAN), out)
+        edge = _U(_top(format.max, format, jnp.float32))
+        over = _U(_INF if format.specials == "ieee" else _NAN)
+        out = select(lax.gt(out, edge), over, out)
         if rounding == "floor":  # IEEE 754, towards negative: no finite number rises to inf
-            largest = _u(_top(format.max, format, dtype))
-            out = jnp.where((sign == 0) & (m < _u(_INF)) & (m > largest), largest, out)
-    out = jnp.where(m > _u(_INF), m, out)  # NaN stays, whatever the format
+            largest = _U(_top(format.max, format, dtype))
+            finite = lax.bitwise_and(lax.lt(m, _U(_INF)), lax.gt(m, largest))
+            out = select(lax.bitwise_and(lax.eq(sign, _U(0)), finite), largest, out)
+    out = select(lax.gt(m, _U(_INF)), m, out)  # NaN stays, whatever the format
     if format.kind == "fixed" or format.specials == "fnuz":
-        sign = jnp.where(out == 0, _u(0), sign)  # there is no -0
-    return out | sign
+        sign = select(lax.eq(out, _U(0)), _U(0), sign)  # there is no -0
+    return lax.bitwise_or(out, sign)
 
 
 def _power_pattern(u: Any, rounded: Any, rounding: str, bits: Any) -> Any:
     """Rounding to e8m0 where the general way ends: below 2^-126, and at what is not positive."""
-    smallest, next_one = _u(0x00400000), _u(0x00800000)  # 2^-127, a float32 subnormal, and 2^-126
+    smallest, next_one = _U(0x00400000), _U(0x00800000)  # 2^-127, a float32 subnormal, and 2^-126
     if rounding == "stochastic":
-        limit = smallest + (bits >> _u(10)) + _u(1)
+        limit = lax.add(right(bits, _U(10)), _U(0x00400001))
     else:
         # as XLA and ml_dtypes: nearest takes all between these two up
-        limit = smallest + _u(1) if rounding == "nearest" else next_one
-    low = jnp.where(u < limit, smallest, next_one)
-    out = jnp.where(u < next_one, low, rounded)
-    return jnp.where((u == 0) | (u >= _u(0x80000000)), _u(_NAN), out)
+        limit = _U(0x00400001) if rounding == "nearest" else next_one
+    low = select(lax.lt(u, limit), smallest, filled(u, next_one))
+    out = select(lax.lt(u, next_one), low, rounded)
+    positive = lax.bitwise_and(lax.ne(u, _U(0)), lax.lt(u, _U(0x80000000)))
+    return select(positive, out, _U(_NAN))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
 # one program where it is called by itself; part of the caller's jaxpr where that is traced
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
 def _round(x: Any, bits: Any, format: Format, rounding: str, saturate: bool) -> Any:
-    u = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    u = lax.bitcast_convert_type(as_float(x), jnp.uint32)
     out = _round_pattern(u, format, rounding, bits, saturate, x.dtype)
     if format.kind == "power":
         out = _power_pattern(u, out, rounding, bits)
-    y = jax.lax.bitcast_convert_type(out, jnp.float32)
-    return y.astype(x.dtype)
+    y = lax.bitcast_convert_type(out, jnp.float32)
+    return lax.convert_element_type(y, x.dtype)
 
 
 @_round.defjvp
@@ -212,5 +223,5 @@ def round_to(
     check_rounding(rounding, key)
     bits = jax.random.bits(key, x.shape, jnp.uint32) if rounding == "stochastic" else None
     if not straight_through:
-        x = jax.lax.stop_gradient(x)
+        x = lax.stop_gradient(x)
     return _round(x, bits, format, rounding, bool(saturate))

@@ -10,23 +10,24 @@ import dataclasses
 import re
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mpjax.errors import ConfigError, brief
+from mpjax.formats.pattern import as_int, as_uint, bits_of, left, number_of, right, select
 from mpjax.formats.rounding import round_to
 from mpjax.formats.table import Format
 
 SCALE_ROUNDINGS = ("none", "down", "up")
 _BLOCK = re.compile(r"(block|mx|nv)\((?:([1-9][0-9]*)x)?([1-9][0-9]*)\)")
 _TINY = 2.0**-126  # smallest normal float32: jitted arithmetic has nothing below it
-_SMALLEST = 0x00400000  # the float32 pattern of 2^-127, e8m0's smallest number
+_SMALLEST = np.uint32(0x00400000)  # the float32 pattern of 2^-127, e8m0's smallest number
 
 
 def _is_zero(amax: Any) -> Any:
     """Whether a magnitude is 0; on bits, for compiled comparisons take subnormal numbers for it."""
-    return jax.lax.bitcast_convert_type(amax, jnp.uint32) == 0
+    return lax.eq(bits_of(amax), np.int32(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _limit(format: Format) -> np.float32:
 
 def _quotient(x: Any, by: np.float32) -> Any:
     """Returns x times the rounded 1 / by: what XLA makes of a division by a constant, at times."""
-    return x * (np.float32(1) / by)
+    return lax.mul(x, np.float32(1) / by)
 
 
 def _power_of_two(amax: Any, limit: np.float32, up: bool, least: float) -> Any:
@@ -203,16 +204,16 @@ def _power_of_two(amax: Any, limit: np.float32, up: bool, least: float) -> Any:
 
     On bits: a rounded quotient may end just beside a power of two that the true one equals.
     """
-    u = jax.lax.bitcast_convert_type(amax, jnp.uint32)
+    u = lax.bitcast_convert_type(amax, jnp.uint32)
     # numbers up to 2^-127 take the smallest scale there is, as zero does in what follows
-    u = jnp.where(u <= jnp.uint32(_SMALLEST), jnp.uint32(0), u)
+    u = select(lax.le(u, _SMALLEST), np.uint32(0), u)
     largest = int(limit.view(np.uint32))
     if up:  # carries into the exponent where amax has the larger mantissa
-        u = u + jnp.uint32(0x7FFFFF - (largest & 0x7FFFFF))
-    exponent = (u >> jnp.uint32(23)).astype(jnp.int32) - jnp.int32((largest >> 23) - 127)
-    field = jnp.clip(exponent, int(least >= _TINY), 254).astype(jnp.uint32)  # of 2^(field - 127)
-    pattern = jnp.where(field == 0, jnp.uint32(_SMALLEST), field << jnp.uint32(23))
-    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+        u = lax.add(u, np.uint32(0x7FFFFF - (largest & 0x7FFFFF)))
+    exponent = lax.sub(as_int(right(u, np.uint32(23))), np.int32((largest >> 23) - 127))
+    lowest = np.int32(least >= _TINY)
+    field = as_uint(lax.clamp(lowest, exponent, np.int32(254)))  # of 2^(field - 127)
+    return number_of(select(lax.eq(field, np.uint32(0)), _SMALLEST, left(field, np.uint32(23))))
 
 
 def to_scale(amax: Any, format: Format, scale_rounding: str, least: float = _TINY) -> Any:
@@ -230,11 +231,11 @@ def to_scale(amax: Any, format: Format, scale_rounding: str, least: float = _TIN
     """
     limit = _limit(format)
     if scale_rounding == "none":
-        scale = jnp.maximum(_quotient(amax, limit), jnp.float32(_TINY))
+        scale = lax.max(_quotient(amax, limit), np.float32(_TINY))
     else:
         scale = _power_of_two(amax, limit, scale_rounding == "up", least)
-    scale = jnp.where(_is_zero(amax), jnp.float32(1), scale)
-    return jnp.where(jnp.isfinite(amax), scale, jnp.float32(jnp.nan))
+    scale = select(_is_zero(amax), np.float32(1), scale)
+    return select(lax.is_finite(amax), scale, np.float32(np.nan))
 
 
 def to_range(low: Any, high: Any, format: Format) -> tuple[Any, Any]:

@@ -7,6 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mpjax.formats.pattern import as_float, as_int, bits_of, filled, number_of, select, spread
 
 
 def split(x: Any, tile: tuple[int, ...], padding: str = "constant") -> Any:
@@ -14,13 +18,13 @@ def split(x: Any, tile: tuple[int, ...], padding: str = "constant") -> Any:
     pad = [(0, -n % t) for n, t in zip(x.shape, tile, strict=True)]
     if any(after for _, after in pad):
         x = jnp.pad(x, pad, padding)
-    return x.reshape([k for n, t in zip(x.shape, tile, strict=True) for k in (n // t, t)])
+    return lax.reshape(x, [k for n, t in zip(x.shape, tile, strict=True) for k in (n // t, t)])
 
 
 def _join(x: Any, shape: tuple[int, ...]) -> Any:
     """Undoes `split`."""
-    x = x.reshape([x.shape[2 * d] * x.shape[2 * d + 1] for d in range(len(shape))])
-    return x if x.shape == shape else x[tuple(slice(n) for n in shape)]
+    x = lax.reshape(x, [x.shape[2 * d] * x.shape[2 * d + 1] for d in range(len(shape))])
+    return x if x.shape == shape else lax.slice(x, (0,) * len(shape), shape)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
@@ -36,9 +40,11 @@ def largest(x: Any, axes: tuple[int, ...]) -> Any:
     On bits, where magnitudes are ordered as their numbers and NaN is above inf: on CPU a compiled
     maximum of floats passes over a NaN.
     """
-    whole = jnp.uint32 if x.dtype == jnp.float32 else jnp.uint16
-    u = jax.lax.bitcast_convert_type(x, whole) & whole(jnp.iinfo(whole).max >> 1)
-    return jax.lax.bitcast_convert_type(jnp.max(u, axis=axes), x.dtype).astype(jnp.float32)
+    whole = np.uint32 if x.dtype == jnp.float32 else np.uint16
+    magnitude = whole(np.iinfo(whole).max >> 1)
+    u = lax.bitwise_and(lax.bitcast_convert_type(x, whole), magnitude)
+    top = lax.reduce(u, whole(0), lax.max, axes)
+    return as_float(lax.bitcast_convert_type(top, x.dtype))
 
 
 def sum_of(x: Any, tile: tuple[int, ...]) -> Any:
@@ -48,60 +54,62 @@ def sum_of(x: Any, tile: tuple[int, ...]) -> Any:
 
 
 def per_tile(x: Any, scales: Any, tile: tuple[int, ...], work: Any) -> Any:
-    """Returns work(x, scales), scales repeated over the numbers of their tile."""
+    """Returns work(x, scales), scales with size 1 along axes where all numbers share one."""
     if scales.size == 1:
-        return work(x, scales.reshape((1,) * x.ndim))
+        return work(x, lax.reshape(scales, (1,) * x.ndim))
     if all(t in (1, n) for t, n in zip(tile, x.shape, strict=True)):
-        return work(x, scales)  # they broadcast as they are
-    wide = scales.reshape([k for n in scales.shape for k in (n, 1)])
+        return work(x, scales)
+    wide = lax.reshape(scales, [k for n in scales.shape for k in (n, 1)])
     return _join(work(split(x, tile), wide), x.shape)
 
 
 # Compiled arithmetic on CPUs takes subnormal float32 for zero. So 2^-127, the smallest number of
 # e8m0, subnormal numbers and subnormal products are read and made as integers, which count 2^-149.
-_LEAST = 0x00400000  # the pattern of 2^-127
-_COUNTS = 149 << 23  # a factor of 2^149, added to a pattern
-
-
-def _pattern(x: Any) -> Any:
-    return jax.lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _float(pattern: Any) -> Any:
-    return jax.lax.bitcast_convert_type(pattern, jnp.float32)
+_LEAST = np.int32(0x00400000)  # the pattern of 2^-127
+_COUNTS = np.int32(149 << 23)  # a factor of 2^149, added to a pattern
+_F, _I = np.float32, np.int32
 
 
 def _divide(x: Any, inverse: Any) -> Any:
-    pattern = _pattern(x)
-    magnitude = pattern & 0x7FFFFFFF
-    count = jnp.where(pattern < 0, -magnitude, magnitude).astype(jnp.float32)
+    pattern = bits_of(x)
+    magnitude = lax.bitwise_and(pattern, _I(0x7FFFFFFF))
+    count = as_float(select(lax.lt(pattern, _I(0)), lax.neg(magnitude), magnitude))
     # 1 / scale of one of them: nothing, and NaN of NaN, where the scale is far above 2^-149
-    large = inverse > 2.0**24
-    one = _float(jnp.where(large, _pattern(inverse), _COUNTS) - _COUNTS)
-    one = jnp.where(large, one, inverse * 0)
-    divided = jnp.where(magnitude < 0x00800000, count * one, x * inverse)
-    return jnp.where(inverse == 1, x, divided)
+    large = lax.gt(inverse, _F(2.0**24))
+    one = number_of(lax.sub(select(large, bits_of(inverse), _COUNTS), _COUNTS))
+    one = select(large, one, lax.mul(inverse, _F(0)))
+    exact, one, inverse = (spread(v, x) for v in (lax.eq(inverse, _F(1)), one, inverse))
+    small = lax.lt(magnitude, _I(0x00800000))
+    divided = select(small, lax.mul(count, one), lax.mul(x, inverse))
+    return select(exact, x, divided)
 
 
 def _multiply(values: Any, scales: Any) -> Any:
-    pattern = _pattern(scales)
-    least = pattern == _LEAST
-    half, safe = jnp.where(least, 0.5, 1.0), jnp.where(least, jnp.float32(2.0**-126), scales)
-    small = scales < 2.0**-24  # else no product of a format's numbers is subnormal
-    counts = _float(jnp.where(small & ~least, pattern, 0) + _COUNTS)  # of 2^-127 they are 2^22
+    pattern = bits_of(scales)
+    least = lax.eq(pattern, _LEAST)
+    half, safe = select(least, _F(0.5), _F(1)), select(least, _F(2.0**-126), scales)
+    small = lax.lt(scales, _F(2.0**-24))  # else no product of a format's numbers is subnormal
+    # of 2^-127 they are 2^22
+    kept = select(lax.bitwise_and(small, lax.bitwise_not(least)), pattern, _I(0))
+    counts, exact = number_of(lax.add(kept, _COUNTS)), lax.eq(scales, _F(1))
+    counts, exact, small, half, safe = (
+        spread(v, values) for v in (counts, exact, small, half, safe)
+    )
     # Of 4 or more no product is subnormal either, and larger counts would not be finite.
-    count = jnp.minimum(jnp.abs(values), 4) * counts
-    sign = _pattern(values) & jnp.int32(-(2**31))
-    subnormal = _float(jnp.round(count).astype(jnp.int32) | sign)
-    product = jnp.where(small & (count < 2.0**23), subnormal, values * half * safe)
-    return jnp.where(scales == 1, values, product)
+    count = lax.mul(lax.min(lax.abs(values), _F(4)), counts)
+    sign = lax.bitwise_and(bits_of(values), _I(-(2**31)))
+    whole = lax.round(count, lax.RoundingMethod.TO_NEAREST_EVEN)
+    subnormal = number_of(lax.bitwise_or(as_int(whole), sign))
+    few = lax.bitwise_and(small, lax.lt(count, _F(2.0**23)))
+    product = select(few, subnormal, lax.mul(lax.mul(values, half), safe))
+    return select(exact, values, product)
 
 
 def scale_down(x: Any, scales: Any, tile: tuple[int, ...]) -> Any:
     """Returns x times 1 / scales, float32: what XLA makes of a division by repeated numbers."""
-    inverse = 1 / scales
-    inverse = jnp.where(inverse > 2.0**127, jnp.float32(2.0**127), inverse)  # inf, of 2^-127
-    return per_tile(x.astype(jnp.float32), inverse, tile, _divide)
+    inverse = lax.div(filled(scales, _F(1)), scales)
+    inverse = select(lax.gt(inverse, _F(2.0**127)), _F(2.0**127), inverse)  # inf, of 2^-127
+    return per_tile(as_float(x), inverse, tile, _divide)
 
 
 def scale_up(values: Any, scales: Any, tile: tuple[int, ...]) -> Any:
@@ -112,4 +120,4 @@ def scale_up(values: Any, scales: Any, tile: tuple[int, ...]) -> Any:
       scales: float32; of its subnormal numbers only 2^-127.
       tile: of the scales.
     """
-    return per_tile(values.astype(jnp.float32), scales, tile, _multiply)
+    return per_tile(as_float(values), scales, tile, _multiply)

@@ -3,9 +3,11 @@
 XLA's CPU backend decides early that a product of bfloat16 operands goes to a library, which takes
 it only if the left operand's contracting axes are its last. A transpose that is folded into the
 product later, of the left operand or of the result, takes the product out of that form again, and
-then the backend has nothing that runs it ("Unsupported element type for DotThunk"). So the left
-operand is laid out here, and on the CPU a barrier keeps transposes out. Other platforms see the
-plain product.
+then the backend has nothing that runs it ("Unsupported element type for DotThunk"). A transpose of
+the result of a product with batch axes is worse: folded after layouts are assigned, it ends the
+process. So the left operand is laid out here and a barrier keeps transposes out of it; and the
+result is rounded to more bits than it has, which does nothing, and which no transpose passes. This
+is so on the CPU; other platforms see the plain product.
 """
 
 from __future__ import annotations
@@ -26,38 +28,43 @@ def free_axes(ndim: int, *used: Axes) -> Axes:
     return tuple(d for d in range(ndim) if not any(d in axes for axes in used))
 
 
-# The identity of its operands. `barrier`: the CPU moves no transpose across it. Where a mapped axis
-# goes: `first`, of each operand that has it; or of all operands, `all first`; or it stays (`any`).
+# The identity of what goes into a product or comes out of it; no transpose crosses it on a CPU. An
+# axis that is mapped becomes the first of an `operand`, the first of both of a `pair`, which any
+# transpose may cross, and stays where it is in a `result`.
 settled_p = Primitive("settled")
 settled_p.multiple_results = True
-settled_p.def_impl(lambda *xs, barrier, mapped: list(xs))
-settled_p.def_abstract_eval(lambda *avals, barrier, mapped: list(avals))
+settled_p.def_impl(lambda *xs, what: list(xs))
+settled_p.def_abstract_eval(lambda *avals, what: list(avals))
 
 
 def _batch(
-    xs: Sequence[Any], axes: Sequence[Any], *, barrier: bool, mapped: str
+    xs: Sequence[Any], axes: Sequence[Any], *, what: str
 ) -> tuple[list[Any], list[int | None]]:
     out, places = list(xs), list(axes)
     (size,) = {x.shape[axis] for x, axis in zip(xs, axes, strict=True) if axis is not None}
     for i, (x, axis) in enumerate(zip(xs, axes, strict=True)):
-        if axis is not None and mapped != "any":
+        if axis is not None and what != "result":
             out[i], places[i] = jnp.moveaxis(x, axis, 0), 0
-        elif axis is None and mapped == "all first":
+        elif axis is None and what == "pair":
             out[i], places[i] = lax.broadcast(x, (size,)), 0
-    return settled_p.bind(*out, barrier=barrier, mapped=mapped), places
+    return settled_p.bind(*out, what=what), places
 
 
-def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[list[Any], list[Any]]:
-    return settled_p.bind(*primals, **params), list(tangents)
+def _jvp(primals: Any, tangents: Any, *, what: str) -> tuple[list[Any], list[Any]]:
+    return settled_p.bind(*primals, what=what), list(tangents)
 
 
-def _lower(*xs: Any, barrier: bool, mapped: str) -> list[Any]:
-    return list(lax.optimization_barrier(xs)) if barrier else list(xs)
+def _lower(*xs: Any, what: str) -> list[Any]:
+    if what == "operand":
+        return list(lax.optimization_barrier(xs))
+    if what == "result":  # a barrier would be gone when the last transposes are folded
+        return [lax.reduce_precision(x, exponent_bits=11, mantissa_bits=52) for x in xs]
+    return list(xs)
 
 
 batching.primitive_batchers[settled_p] = _batch
 ad.primitive_jvps[settled_p] = _jvp
-mlir.register_lowering(settled_p, lambda ctx, *xs, barrier, mapped: xs)
+mlir.register_lowering(settled_p, lambda ctx, *xs, what: xs)
 mlir.register_lowering(settled_p, mlir.lower_fun(_lower, multiple_results=True), platform="cpu")
 
 
@@ -80,11 +87,11 @@ def dot(a: Any, b: Any, dims: Dims) -> Any:
     if not laid_out and ba == bb == leading and len(ca) == len(fa) == 1 and len(fb) <= 1:
         # The library never takes this form, XLA does it in float32 and needs no barrier, as long
         # as an axis that is mapped is a batch axis of both.
-        a, b = settled_p.bind(a, b, barrier=False, mapped="all first")
+        a, b = settled_p.bind(a, b, what="pair")
         return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
     if not laid_out:
         a = lax.transpose(a, (*ba, *fa, *ca))
         ba, ca = leading, tuple(range(a.ndim - len(ca), a.ndim))
-    (a,) = settled_p.bind(a, barrier=True, mapped="first")
+    (a,) = settled_p.bind(a, what="operand")
     y = lax.dot_general(a, b, ((ca, cb), (ba, bb)), preferred_element_type=jnp.float32)
-    return settled_p.bind(y, barrier=True, mapped="any")[0]
+    return settled_p.bind(y, what="result")[0]

@@ -14,10 +14,12 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import Format, Scaling, round_to
+from mpjax.formats.pattern import select
 from mpjax.formats.quantize import find_scales, scaled_values
 from mpjax.formats.scaling import to_scale
 from mpjax.formats.tiles import amax_of, scale_up
@@ -73,7 +75,7 @@ def encode(
         scales, whole = find_scales(x, format, scaling, tile, operand.scales_rounded)
         scales = scales if whole is None else scales * whole
     if current is not None:  # these scales do not come from x: inf would saturate unnoticed
-        scales = jnp.where(jnp.isfinite(current), scales, jnp.float32(jnp.nan))
+        scales = select(lax.is_finite(current), scales, np.float32(np.nan))
     values = scaled_values(x, scales, format, tile, operand.rounding, key)
     short = is_short(operand)
     top = format.max if scaled else 0.0

@@ -70,5 +70,26 @@ def test_other_platforms_see_the_plain_product() -> None:
     dims = (((0, 1), (0, 1)), ((), ()))
     traced = jax.jit(lambda a, b: dot(a, b, dims)).trace(a, a)
     texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
-    assert {p for p, text in texts.items() if "optimization_barrier" in text} == {"cpu"}
+    for held in ("optimization_barrier", "reduce_precision"):
+        assert {p for p, text in texts.items() if held in text} == {"cpu"}
     assert all(text.count("dot_general") == 1 for text in texts.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("fp8-block", "b0x0x1c0|b0y0c0"), ("mxfp8", "b0b1c0x0|c0b0b1y0")]
+)
+def test_a_gradient_that_is_transposed_does_not_end_the_process(name: str, order: str) -> None:
+    (error,) = layouts.errors(chosen(order), layouts.by_recipe(name), [["grad"]])
+    assert error < layouts.bar(name)
+
+
+def test_a_result_that_is_transposed_runs() -> None:
+    # as attention's scores; XLA folded the transpose into the product, and had nothing to run it
+    a, b = (jax.random.normal(jax.random.key(i), (2, 4, 3, 8), jnp.bfloat16) for i in range(2))
+
+    def scores(a: Any, b: Any) -> Any:
+        y = dot(a, b, (((3,), (3,)), ((0, 1), (0, 1))))
+        return jnp.swapaxes(y, 2, 3)
+
+    right = np.einsum("bhxc,bhyc->bhyx", np.float64(a), np.float64(b))
+    assert np.allclose(jax.jit(scores)(a, b), right, atol=1e-5)
