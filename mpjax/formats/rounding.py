@@ -122,7 +122,7 @@ def _power_pattern(u: Any, rounded: Any, rounding: str, bits: Any) -> Any:
     """Rounding to e8m0 where the general way ends: below 2^-126, and at what is not positive."""
     smallest, next_one = _U(0x00400000), _U(0x00800000)  # 2^-127, a float32 subnormal, and 2^-126
     if rounding == "stochastic":
-        limit = lax.add(right(bits, _U(10)), _U(0x00400001))
+        limit: Any = lax.add(right(bits, _U(10)), _U(0x00400001))
     else:
         # as XLA and ml_dtypes: nearest takes all between these two up
         limit = _U(0x00400001) if rounding == "nearest" else next_one

@@ -10,6 +10,7 @@ import jax
 from jax.extend.core import ClosedJaxpr
 
 from mpjax.interpret.control import Rebind
+from mpjax.interpret.cotangents import Sides, sides
 from mpjax.interpret.frame import Equations
 from mpjax.interpret.lists import Lists
 from mpjax.interpret.place import Place
@@ -39,6 +40,8 @@ class Caster:
         self._key, self._drawn = key, 0
         self.paths: dict[str, None] = {}
         self.rebind = Rebind()
+        self.gradients: dict[int, Sides] = {}
+        self._rules: list[ClosedJaxpr] = []  # held, so that the ids of their equations stay theirs
 
     def say(self, line: str) -> None:
         """Logs a line, once."""
@@ -52,6 +55,12 @@ class Caster:
             return None
         self._drawn += 1
         return jax.random.fold_in(self._key, self._drawn)
+
+    def learn(self, rule: ClosedJaxpr, kept: int) -> None:
+        """Takes note of the gradients in a backward rule, all its arguments after the kept ones."""
+        if self.regions.quantises:
+            self._rules.append(rule)
+            self.gradients |= sides(rule, kept)
 
     def evaluate(
         self,

@@ -8,7 +8,7 @@ and joined anew. What leaves a rule is cast to the dtypes that its function has 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,19 +23,26 @@ from mpjax.interpret.shards import varying
 from mpjax.interpret.walker import as_typed
 
 
-def rebuild(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
+def rebuild(
+    eqn: JaxprEqn,
+    args: Sequence[Any],
+    run: Run,
+    learn: Callable[[ClosedJaxpr, int], None] = lambda closed, kept: None,
+) -> list[Any]:
     """Runs a custom rule's function by a transform, with its rule for later transformation.
 
     Args:
       eqn: a `custom_jvp_call`, `custom_vjp_call` or `custom_vmap_call`.
       args: its arguments, floating-point ones perhaps in other dtypes than recorded.
       run: evaluates a jaxpr; records nothing.
+      learn: is told of a backward rule, before it is run, how many of its first arguments were
+        kept from forward; the others are cotangents.
     """
     if eqn.primitive.name == "custom_jvp_call":
         return _jvp(eqn, args, run)
     if eqn.primitive.name == "custom_vmap_call":
         return _vmap(eqn, args, run)
-    return _vjp(eqn, args, run)
+    return _vjp(eqn, args, run, learn)
 
 
 def _boundary(function: ClosedJaxpr, args: Sequence[Any], run: Run) -> list[Any]:
@@ -124,7 +131,9 @@ def _cotangents(given: Any) -> list[Any]:
     return list(given)
 
 
-def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
+def _vjp(
+    eqn: JaxprEqn, args: Sequence[Any], run: Run, learn: Callable[[ClosedJaxpr, int], None]
+) -> list[Any]:
     p = eqn.params
     skip = p["num_consts"]
 
@@ -189,6 +198,7 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
         closed = jax.make_jaxpr(traced)(avals, arrays)
         closed = ClosedJaxpr(closed.jaxpr, _closed_over(closed.consts, eqn, outside))
         kept = [x for x, fixed in zip(residuals, known, strict=True) if not fixed]
+        learn(closed, len(kept))
         outs = iter(run(closed, [*kept, *present], 2).outs)
         found = [None if none else next(outs) for none in missing]
         cast_back = [

@@ -140,7 +140,7 @@ class Equations:
         """As it was traced; what stands inside may have a rule of its own."""
         values = self._recorded(eqn, args)
         if region.recipe is not None and is_product(eqn) and all(map(_may_change, values[:2])):
-            y = product(eqn, values, region, place, self.caster.draw(region))
+            y = self._product(eqn, values, region, place)
             return [cast(y, _dtype(eqn.outvars[0]))]
         regions = self.caster.regions
         if place.untouched or not (regions.by_path or regions.quantises):
@@ -198,9 +198,15 @@ class Equations:
             return bind(eqn, self._recorded(eqn, args))
         values = self._all(eqn, args, region.low)
         if eqn.primitive.name in LOW:
-            return [product(eqn, values, region, place, self.caster.draw(region))]
+            return [self._product(eqn, values, region, place)]
         outs = self._whole(eqn, values, place) if _holds(eqn) else bind(eqn, values)
         return [cast(x, region.output) for x in outs]
+
+    def _product(self, eqn: JaxprEqn, values: list[Any], region: Region, place: Place) -> Any:
+        caster = self.caster
+        return product(
+            eqn, values, region, place, caster.draw(region), caster.gradients.get(id(eqn))
+        )
 
     def _convert(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
         x, atom = args[0], eqn.invars[0]
@@ -231,7 +237,7 @@ class Equations:
             return caster.evaluate(closed, values, mine, place, lists)
 
         if eqn.primitive.name in _WITH_RULES:
-            return custom.rebuild(eqn, self._following(eqn, args), run)
+            return custom.rebuild(eqn, self._following(eqn, args), run, caster.learn)
         if eqn.primitive.name in ("jit", "pjit") and _is_wrapper(eqn):
             result = caster.evaluate(eqn.params["jaxpr"], args, weak, place, lists)
             self._note(eqn, result)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from mpjax.errors import ConfigError
+from mpjax.interpret.cotangents import Sides, of_sides
 from mpjax.interpret.place import Place
 from mpjax.interpret.region import Region
 from mpjax.interpret.retrace import cast
@@ -17,7 +18,14 @@ from mpjax.ops import conv_general_dilated, dot_general
 from mpjax.ops.dot import dot
 
 
-def product(eqn: JaxprEqn, values: list[Any], region: Region, place: Place, key: Any = None) -> Any:
+def product(
+    eqn: JaxprEqn,
+    values: list[Any],
+    region: Region,
+    place: Place,
+    key: Any = None,
+    gradients: Sides | None = None,
+) -> Any:
     """Returns a product whose floating-point operands are already in the dtype of the region.
 
     It leaves in the region's output dtype, unless the function asked for a dtype of its own: a
@@ -29,17 +37,18 @@ def product(eqn: JaxprEqn, values: list[Any], region: Region, place: Place, key:
       region: what happens here.
       place: where it stands.
       key: random key, for a recipe that draws.
+      gradients: in a custom backward rule, which of the two operands are gradients.
 
     Raises:
       ConfigError: a recipe that needs a state, or a key and has none, or for a product of a
-        backward pass, whose operands a recipe cannot tell apart.
+        backward pass that is traced already, whose operands a recipe cannot tell apart.
     """
     asked = _asked(eqn)
     recorded: Any = eqn.outvars[0].aval
     follows = recorded.dtype if region.output is None else region.output
     wanted = follows if asked is None else asked
     if region.recipe is not None and eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-        return cast(_quantised(eqn, values, region, place, key), wanted)
+        return cast(_quantised(eqn, values, region, place, key, gradients), wanted)
     if "preferred_element_type" not in eqn.params:
         return cast(bind(eqn, values)[0], wanted)
     bf16 = all(x.dtype == jnp.bfloat16 for x in values[:2])
@@ -114,10 +123,19 @@ def _asked(eqn: JaxprEqn) -> Any:
     return None if preferred is None or {jnp.dtype(preferred)} == operands else preferred
 
 
-def _quantised(eqn: JaxprEqn, values: list[Any], region: Region, place: Place, key: Any) -> Any:
+def _quantised(
+    eqn: JaxprEqn,
+    values: list[Any],
+    region: Region,
+    place: Place,
+    key: Any,
+    gradients: Sides | None,
+) -> Any:
     recipe, where = region.recipe, f"autocast: {place.path or 'the function'}"
     assert recipe is not None
-    if place.backward:
+    if gradients is not None:
+        recipe = of_sides(recipe, gradients)
+    elif place.backward:
         raise ConfigError(
             f"{where}: recipe {recipe.name!r} quantises a product's gradients itself, and here they"
             " are traced already; write jax.grad(mpjax.autocast(fn, ...)), not"
