@@ -25,6 +25,8 @@ _LIBRARY = tuple(
     {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
 )
 _OWN = str(Path(__file__).parent)
+# Frames of these say how a product is made, not which one of the program it is.
+_PARTS = (_OWN, *(str(Path(__file__).parents[1] / part) for part in ("ops", "formats")))
 _MANY_FRAMES = 60  # deep enough to leave any library
 
 # Scopes that mark a region instead of naming a module.
@@ -111,7 +113,7 @@ def _line(traceback: Any, outer: str) -> str:
     info = source_info_util.SourceInfo(traceback, source_info_util.NameStack())
     text = source_info_util.summarize(info, num_frames=_MANY_FRAMES)
     frames = [_FRAME.match(line) for line in reversed(text.splitlines())]  # innermost first
-    known = [frame for frame in frames if frame and not frame["file"].startswith(_OWN)]
+    known = [frame for frame in frames if frame and not frame["file"].startswith(_PARTS)]
     mine = [f for f in known if not f["file"].startswith(_LIBRARY) or "/mpjax/" in f["file"]]
     if not mine and outer:
         return outer

@@ -27,6 +27,7 @@ from jax.extend.core import (
 
 from mpjax.interpret.place import NOWHERE, Place, place_of
 from mpjax.interpret.retrace import is_staged
+from mpjax.ops.linear_map import applied, linear_map_p
 
 # What evaluates a jaxpr as if its equations stood in its place, and what has a rule beside it.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -188,10 +189,17 @@ def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
     return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
+@functools.lru_cache(maxsize=1024)
+def _applied(avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> ClosedJaxpr:
+    return jax.make_jaxpr(lambda *args: applied(*args, **dict(params)))(*avals)
+
+
 def inner_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
     """Returns the jaxprs that an equation runs, in order; of a custom rule its plain function."""
     if eqn.primitive.name in SCALAR:
         return []
+    if eqn.primitive is linear_map_p:  # what it runs is made when it is compiled
+        return [_applied(tuple(atom.aval for atom in eqn.invars), tuple(eqn.params.items()))]
     if "call_jaxpr" in eqn.params:  # beside it stand the rule's thunks
         held = [eqn.params["call_jaxpr"]]
     else:

@@ -62,7 +62,9 @@ def _over(function: Any, mapped: Any) -> Any:
     return function
 
 
-def _apply(*flat: Any, of: Map, outs: Any, tree: Any, count: int, mapped: Any) -> list[Any]:
+def applied(*flat: Any, of: Map, outs: Any, tree: Any, count: int, mapped: Any) -> list[Any]:
+    """Returns what an equation `linear_map` gives, by what it is made of."""
+
     def function(*flat: Any) -> list[Any]:
         return jax.tree.leaves(of.apply(*jax.tree.unflatten(tree, flat)))
 
@@ -76,7 +78,7 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
         flat = list(primals)
         for i, value in zip(moving, values, strict=True):
             flat[i] = value
-        return _apply(*flat, **params)
+        return applied(*flat, **params)
 
     return jax.jvp(function, [primals[i] for i in moving], [tangents[i] for i in moving])
 
@@ -180,12 +182,14 @@ def _first(flat: Any, axes: Any, size: int) -> list[Any]:
     ]
 
 
-linear_map_p.def_impl(lambda *flat, **params: jax.jit(lambda *flat: _apply(*flat, **params))(*flat))
+linear_map_p.def_impl(
+    lambda *flat, **params: jax.jit(lambda *flat: applied(*flat, **params))(*flat)
+)
 linear_map_p.def_abstract_eval(lambda *_, outs, **params: list(outs))
 ad.primitive_jvps[linear_map_p] = _jvp
 ad.primitive_transposes[linear_map_p] = _transpose
 batching.primitive_batchers[linear_map_p] = _batch
-mlir.register_lowering(linear_map_p, mlir.lower_fun(_apply, multiple_results=True))
+mlir.register_lowering(linear_map_p, mlir.lower_fun(applied, multiple_results=True))
 
 with_derivative_p.def_impl(lambda *flat, count, **_: list(flat[:count]))
 with_derivative_p.def_abstract_eval(lambda *avals, count, **_: list(avals[:count]))

@@ -144,6 +144,16 @@ def test_output_is_the_dtype_in_which_a_product_goes_on() -> None:
     assert (product.accumulation, product.output) == ("float32", "float32")
 
 
+def test_products_of_forward_mode_count() -> None:
+    def product(x: Any, w: Any) -> Any:
+        return mpjax.dot_general(x, w, (((1,), (0,)), ((), ())), "fp8")
+
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 16))
+    found = mpjax.audit(lambda x, w: jax.jvp(product, (x, w), (x, w)), x, w)
+    assert sum(p.flops for p in found.products) == 3 * 2 * 4 * 8 * 16  # x W, dx W, x dW
+    assert {p.line.split(":")[0] for p in found.products} == {__file__}  # not a line of ours
+
+
 def test_double_casts() -> None:
     def model(x: Any, y: Any) -> Any:
         rounded = x.astype(LOW).astype(F32)
