@@ -1,6 +1,6 @@
 """Products of two arrays in all orders of their dimensions, under every recipe, on a CPU.
 
-Run:       python tests/evidence/layouts.py [--minutes 60] [--cache FILE]
+Run:       python tests/evidence/layouts.py [--minutes 60] [--jobs 2] [--cache FILE]
 Expected:  nothing crashes; bfloat16 products within 1 % of float64, recipes within their formats'
            error (3 % int8 and 16 bits, 15 % fp8, 50 to 60 % fp4).
 
@@ -8,8 +8,10 @@ An order names each axis of either operand: batch, contracting or free. There ar
 operands of up to four axes that differ by more than names; sizes are 1 to 3. Each is run as the
 product that recipes emulate in (bfloat16, where the CPU's gaps are), and under recipes, with the
 transforms jit, vmap (over the last axis of the right operand), vmap of vmap (the outer over both
-operands, the inner over the left) and grad (both gradients). All of it takes ten hours of a core,
-nearly all of them to compile. Results are kept in the cache as they come, and a later run goes on:
+operands, the inner over the left) and grad (both gradients). What LLVM does is left out, and what
+XLA puts around a product is in its older, simpler code where this jaxlib has that; neither touches
+products. All of it takes five hours of a core, nearly all of them to trace and to compile. Results
+are kept in the cache as they come, and a later run goes on:
 first the product in bfloat16, then 88 rounds, in each of which a recipe takes every 88th order, its
 neighbour the next ones, so that eight rounds meet every order under one recipe or another.
 """
@@ -17,12 +19,14 @@ neighbour the next ones, so that eight rounds meet every order under one recipe 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,6 +44,7 @@ from mpjax.ops.dot import dot  # noqa: E402
 from mpjax.precision import recipe_names  # noqa: E402
 
 TOGETHER = 30  # orders in one program
+SIMPLE = {"xla_cpu_use_fusion_emitters": False}
 ROUNDS = 88
 PLAIN = "bfloat16"
 RECIPES = (*recipe_names(), "fixed-q8.8")
@@ -74,12 +79,23 @@ def rounds(pairs: list[Any]) -> Iterator[tuple[str, list[Any]]]:
 def compiled(name: str, pairs: list[Any]) -> list[float] | str:
     """The error of each order, or what the backend said."""
     jax.config.update("jax_disable_most_optimizations", True)  # it compiles sooner
+    chosen = [transforms(name)] * len(pairs)
     try:
-        return list(layouts.errors(pairs, product(name), [transforms(name)] * len(pairs)))
+        return list(layouts.errors(pairs, product(name), chosen, options=simple_code()))
     except jax.errors.JaxRuntimeError as error:
         return str(error).splitlines()[0][:200]
     finally:
         jax.clear_caches()
+
+
+@functools.cache
+def simple_code() -> dict[str, bool]:
+    """The option for XLA's older code generator, where this jaxlib has it."""
+    try:
+        jax.jit(lambda: 0, compiler_options=SIMPLE).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return SIMPLE
 
 
 class Child:
@@ -111,32 +127,46 @@ class Child:
         return self.measured(name, pairs[:half]) + self.measured(name, pairs[half:])
 
 
-def run(cache: Path, minutes: float) -> dict[str, dict[str, float | str]]:
+def run(cache: Path, minutes: float, jobs: int) -> dict[str, dict[str, float | str]]:
     """Measures what the cache lacks; product -> order -> result."""
     kept: dict[str, dict[str, float | str]] = {}
     if cache.exists():
         kept = json.loads(cache.read_text())
-    end = time.monotonic() + 60 * minutes
-    with Child() as child:
-        measure(child, kept, cache, end)
+    end, taken, lock = time.monotonic() + 60 * minutes, lacking(kept), threading.Lock()
+
+    def work(_: int) -> None:
+        with Child() as child:
+            while time.monotonic() < end:
+                with lock:
+                    name, some = next(taken, (PLAIN, []))
+                if not some:
+                    return
+                found = child.measured(name, some)
+                with lock:
+                    kept[name].update(zip(map(layouts.spelled, some), found, strict=True))
+                    save(kept, cache)
+                    print(name, len(kept[name]), file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, range(jobs)))
     return kept
 
 
-def measure(child: Child, kept: dict[str, Any], cache: Path, end: float) -> None:
-    """Fills `kept` and its file until the end."""
+def lacking(kept: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """What is left to measure, in programs of a few orders."""
     for name, pairs in rounds(layouts.orders(4)):
         done = kept.setdefault(name, {})
         left = [pair for pair in pairs if layouts.spelled(pair) not in done]
         for start in range(0, len(left), TOGETHER):
-            if time.monotonic() > end:
-                return
-            some = left[start : start + TOGETHER]
-            done.update(zip(map(layouts.spelled, some), child.measured(name, some), strict=True))
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            part = cache.with_suffix(".part")
-            part.write_text(json.dumps(kept))
-            part.replace(cache)
-            print(name, len(done), file=sys.stderr, flush=True)
+            yield name, left[start : start + TOGETHER]
+
+
+def save(kept: dict[str, Any], cache: Path) -> None:
+    """Keeps what was measured; a run that is stopped here loses nothing."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    part = cache.with_suffix(".part")
+    part.write_text(json.dumps(kept))
+    part.replace(cache)
 
 
 def page(kept: dict[str, dict[str, float | str]]) -> bool:
@@ -168,9 +198,10 @@ def main() -> bool:
     """Measures and writes the page; whether every bar is met."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "layouts.json")
     options = parser.parse_args()
-    return page(run(options.cache, options.minutes))
+    return page(run(options.cache, options.minutes, options.jobs))
 
 
 if __name__ == "__main__":

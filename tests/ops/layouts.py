@@ -126,7 +126,9 @@ def bar(name: str) -> float:
     return BARS.get(name, 0.15)
 
 
-def errors(pairs: list[Any], make: Any, transforms: Any, seed: int = 0) -> list[float]:
+def errors(
+    pairs: list[Any], make: Any, transforms: Any, seed: int = 0, options: Any = None
+) -> list[float]:
     """Of each order, the largest error of the transforms; all of them are one program.
 
     Args:
@@ -134,6 +136,7 @@ def errors(pairs: list[Any], make: Any, transforms: Any, seed: int = 0) -> list[
       make: dimension numbers -> a product of two arrays.
       transforms: for each order, the names of those that are run.
       seed: of the operands.
+      options: of the compiler.
     """
     rng = np.random.default_rng(seed)
     data, functions, want = [], [], []
@@ -150,7 +153,8 @@ def errors(pairs: list[Any], make: Any, transforms: Any, seed: int = 0) -> list[
     run = jax.jit(
         lambda data: [
             jax.tree.leaves([f(*ab) for f in fs]) for ab, fs in zip(data, functions, strict=True)
-        ]
+        ],
+        compiler_options=options,
     )
     return [
         max(
