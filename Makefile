@@ -28,7 +28,7 @@ demo: $(INSTALLED)  ## train one model under several precisions; table and plots
 	$(PY) experiments/compare_precisions.py --out runs/demo --fresh
 
 test: $(INSTALLED_DEV)  ## run the tests and the examples in the docstrings
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile -m "not notebook and not smoke"
+	$(PY) -m pytest -n $$(($(WORKERS) + 1)) --dist loadfile -m "not notebook and not smoke"
 
 lint: $(INSTALLED_DEV)  ## ruff: rules and formatting
 	$(PY) -m ruff check .
