@@ -54,6 +54,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; p
 	$(PY) tests/evidence/two_runs.py
 	$(PY) tests/evidence/lost_processes.py
 	$(PY) tests/evidence/damaged_logs.py
+	$(PY) tests/evidence/planted.py
 	$(PY) tests/evidence/rounding.py
 	$(PY) tests/evidence/recipes.py
 	$(PY) tests/evidence/numeric_edges.py
