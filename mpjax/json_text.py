@@ -13,6 +13,7 @@ import numpy as np
 from mpjax.errors import ConfigError, printable
 
 LARGEST = 2**26  # bytes of a file of settings; an index of 10^5 tensors has a sixth of them
+_FEW = 1000  # keys
 _DEEPEST = 100  # objects and lists inside each other; `json` and `repr` fail near 1000
 # A byte -> what it adds to the depth; all other bytes are taken out first.
 _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
@@ -41,13 +42,15 @@ def parse_json(text: str | bytes, where: str, remedy: str = "fetch it again") ->
     """
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
+        if text.count(":") <= _FEW and text.count("[") + text.count("{") <= _DEEPEST:
+            return json.loads(text, object_pairs_hook=_object)  # such as a line of a table
         depth, pairs = _outline(text)
         if depth > _DEEPEST:
             raise ValueError(f"{depth} levels deep")
         counted = _Counted()
         value = json.loads(text, object_hook=counted)
         if counted.pairs < pairs:
-            json.loads(text, object_pairs_hook=_twice)
+            json.loads(text, object_pairs_hook=_object)  # names the key
         return value
     except ValueError as error:  # a JSON or a Unicode error is one; so is a number of 5000 digits
         reason = printable(str(error).partition("; use sys.")[0], 200)
@@ -93,8 +96,8 @@ def _outline(text: str) -> tuple[int, int]:
 class _Counted:
     """Counts the keys of objects as they are made.
 
-    A list of an object's pairs would tell of a key that is there twice too, but it makes a tuple
-    for each: of a vocabulary so many that Python collects its garbage, which takes 0.1 s with JAX.
+    A list of an object's pairs takes a tuple for each: of a vocabulary so many that Python collects
+    its garbage, which takes 0.1 s with JAX.
     """
 
     def __init__(self) -> None:
@@ -105,7 +108,9 @@ class _Counted:
         return found
 
 
-def _twice(pairs: list[tuple[str, Any]]) -> None:
-    name, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
-    if count > 1:
-        raise ValueError(f"the key {printable(repr(name), 60)} twice in one object")
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {printable(repr(twice), 60)} twice in one object")
+    return found

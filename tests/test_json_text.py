@@ -68,9 +68,12 @@ def test_many_keys_collect_no_garbage() -> None:
 @pytest.mark.parametrize(
     "text", ['{"a:": 1, "b": {"\\\\": 1, "x": {}, "x": []}}', '[{}, {"x": ":", "x": "\\":"}]']
 )
-def test_a_key_twice_is_found_at_any_depth(text: str) -> None:
+@pytest.mark.parametrize("others", [0, 2000])  # few keys are looked at, many are counted
+def test_a_key_twice_is_found_at_any_depth(text: str, others: int) -> None:
+    many = json.dumps({f":{i}": i for i in range(others)})
+    assert parse_json(f"[{many}]", "a") == [json.loads(many)]
     with pytest.raises(ConfigError, match="the key 'x' twice in one object"):
-        parse_json(text, "a")
+        parse_json(f"[{many}, {text}]", "a")
 
 
 @pytest.mark.parametrize("depth", [100, 101, 5000])
