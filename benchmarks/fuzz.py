@@ -168,7 +168,6 @@ class Task:
 
     def step(self, child: Child | None, scratch: Path) -> Child | None:
         """Runs the next case, in a new child where the last one died, and returns the child."""
-        begun = time.monotonic()
         if self._cases is None:
             from fuzz_formats import FORMATS
 
@@ -184,7 +183,9 @@ class Task:
             (folder / file).write_bytes(data)
         if child is None or not child.alive:
             child = Child(scratch)
+        begun = time.monotonic()  # to make files and to start a child is no format's share
         found = child.read(self.name, folder)
+        self.spent += time.monotonic() - begun
         end = judged(case, files, found)
         self.counts.update((end, case.split()[0]))
         self._seconds = max(self._seconds, found["seconds"])
@@ -194,7 +195,6 @@ class Task:
             self.lines.append(f"{self.name}: {case}: {end}: {said}"[:1500])
             if self._keep is not None:
                 shutil.copytree(folder, self._keep / self.name / case.replace("/", "_"))
-        self.spent += time.monotonic() - begun
         return child
 
     def row(self) -> tuple[Any, ...]:
