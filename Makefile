@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help venv demo test lint types notebooks smoke check evidence fuzz verify-gpu clean
+.PHONY: help venv demo test lint types notebooks smoke check evidence fuzz fuzz-part verify-gpu clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -44,7 +44,7 @@ smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mi
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/test_experiments.py \
 	  tests/test_bad_input.py
 
-check: lint types test notebooks smoke  ## all of the above, as CI does
+check: lint types test notebooks smoke fuzz-part  ## all of the above and fuzz-part, as CI does
 
 evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; pages in docs/evidence
 	$(PY) tests/evidence/state_bytes.py
@@ -54,6 +54,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; p
 	$(PY) tests/evidence/two_runs.py
 	$(PY) tests/evidence/lost_processes.py
 	$(PY) tests/evidence/damaged_logs.py
+	$(PY) tests/evidence/planted.py
 	$(PY) tests/evidence/rounding.py
 	$(PY) tests/evidence/recipes.py
 	$(PY) tests/evidence/numeric_edges.py
@@ -83,6 +84,9 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; p
 
 fuzz: $(INSTALLED_DEV)  ## damaged and hostile files to every reader, half an hour; Linux
 	$(PY) benchmarks/fuzz.py
+
+fuzz-part: $(INSTALLED_DEV)  ## four minutes of it: the hostile files, then as many damaged ones
+	$(PY) benchmarks/fuzz.py --minutes 4 --workers $(WORKERS)
 
 verify-gpu: $(GPU_VENV)/.installed  ## compile for an H100 without one, 6 GB, once; page in docs/evidence
 	$(GPU_VENV)/bin/python tests/gpu/verify.py

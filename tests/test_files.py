@@ -86,6 +86,14 @@ def test_a_link_that_lies_in_wait_is_not_followed(tmp_path, monkeypatch):
     assert victim.read_text() == "mine" and not (tmp_path / "absent").exists()
 
 
+def test_each_temporary_name_is_drawn(tmp_path, monkeypatch):
+    real, names = os.replace, []
+    monkeypatch.setattr(os, "replace", lambda old, new: (names.append(old.name), real(old, new)))
+    for _ in range(3):
+        write_text(tmp_path / "a.txt", "")
+    assert len(set(names)) == 3
+
+
 # Where files are written past `mpjax.files`, and why they may be.
 EXCEPT = {
     "mpjax/files.py",  # itself

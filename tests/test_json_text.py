@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpjax.errors import ConfigError
-from mpjax.json_text import LARGEST, _depth, parse_json, read_json
+from mpjax.json_text import LARGEST, _outline, parse_json, read_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
@@ -34,11 +35,45 @@ def true_depth(value: Any) -> int:
     return 1 + max(map(true_depth, inner), default=0)
 
 
+def true_pairs(value: Any) -> int:
+    inner = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(inner, list):
+        return 0
+    return len(inner) * isinstance(value, dict) + sum(map(true_pairs, inner))
+
+
 @settings(max_examples=50)
 @given(VALUES)
-def test_the_depth_is_that_of_the_value(value: Any) -> None:
-    many = [value, *[[]] * 200]  # so many that they are not only counted
-    assert _depth(json.dumps(many)) == true_depth(many)
+def test_depth_and_keys_are_those_of_the_value(value: Any) -> None:
+    many = [value, {'"\\': [':"{', "\\"]}, *[[]] * 200]
+    for text in (json.dumps(many), json.dumps(many, ensure_ascii=False)):
+        assert _outline(text) == (true_depth(many), true_pairs(many))
+
+
+def test_many_keys_collect_no_garbage() -> None:
+    text = json.dumps({"model": {"vocab": {f"token {i}": i for i in range(50_000)}}})
+    thresholds, collected = gc.get_threshold(), []
+    gc.callbacks.append(lambda phase, info: collected.append(phase))
+    gc.set_threshold(1000)
+    try:
+        assert len(parse_json(text, "a")["model"]["vocab"]) == 50_000
+        count = len(collected)
+        json.loads(text, object_pairs_hook=dict)  # what it is not to do
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.pop()
+    assert count <= 2 and len(collected) > 50
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a:": 1, "b": {"\\\\": 1, "x": {}, "x": []}}', '[{}, {"x": ":", "x": "\\":"}]']
+)
+@pytest.mark.parametrize("others", [0, 2000])  # few keys are looked at, many are counted
+def test_a_key_twice_is_found_at_any_depth(text: str, others: int) -> None:
+    many = json.dumps({f":{i}": i for i in range(others)})
+    assert parse_json(f"[{many}]", "a") == [json.loads(many)]
+    with pytest.raises(ConfigError, match="the key 'x' twice in one object"):
+        parse_json(f"[{many}, {text}]", "a")
 
 
 @pytest.mark.parametrize("depth", [100, 101, 5000])

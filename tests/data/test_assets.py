@@ -18,7 +18,7 @@ import pytest
 from mpjax.data import assets
 from mpjax.data.asset_table import TABLE, Asset
 from mpjax.data.assets.__main__ import main
-from mpjax.data.package import unpack
+from mpjax.data.package import download, unpack
 from mpjax.errors import ConfigError
 
 FILES = {
@@ -102,6 +102,23 @@ def test_a_cache_folder_may_be_named_from_here(index, tmp_path, monkeypatch):
 def test_another_hash_is_refused(index, tmp_path):
     asset = replace(toy(write_wheel(index)), sha256="0" * 64)
     said = refused(asset, tmp_path / "cache")
+    assert "expected 000000000000" in said and "nothing of it was used" in said
+
+
+def test_another_hash_of_a_debian_package_is_refused(tmp_path, monkeypatch):
+    """apt compares it with its own index only."""
+    package = write_wheel(tmp_path)
+
+    def apt(command, cwd, **_):
+        shutil.copy(package, cwd / "toy.deb")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    asset = toy(package, kind="deb")
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", apt)
+    (tmp_path / "a").mkdir()
+    assert download(asset, tmp_path / "a").name == "toy.deb"
+    said = refused(replace(asset, sha256="0" * 64), tmp_path / "cache")
     assert "expected 000000000000" in said and "nothing of it was used" in said
 
 

@@ -31,10 +31,11 @@ def _refused(template: str, message: str) -> None:
     "template",
     [
         "{{ 'a' * 2**33 }}",
+        "{{ ('a' * 2**28) | length }}",
         "{% set n = namespace(l=[1]) %}{% for i in range(40) %}{% set n.l = n.l * 2 %}{% endfor %}",
         "{{ ('%' ~ 2**31 ~ 's') % 1 }}",
     ],
-    ids=["a long text", "a list that doubles", "a format"],
+    ids=["a long text", "256 MB of text", "a list that doubles", "a format"],
 )
 def test_a_template_has_so_much_memory(template: str) -> None:
     assert ChatTemplate(SAID).render(TALK) == "hi"

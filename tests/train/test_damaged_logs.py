@@ -79,6 +79,16 @@ def test_what_is_set_aside_is_added_to_what_was(tmp_path):
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b"one\ntwo\n"
 
 
+def test_what_is_set_aside_goes_through_no_link(tmp_path):
+    path, victim = tmp_path / "metrics.jsonl", tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "metrics.jsonl.damaged").symlink_to(victim)
+    path.write_bytes(GOOD + b"one\n")
+    with pytest.raises(OSError, match="symbolic links"):
+        keep_until(path, 10)
+    assert victim.read_text() == "mine" and path.read_bytes() == GOOD + b"one\n"
+
+
 def test_200_random_damages_lose_nothing_of_the_good_part(tmp_path):
     draw, path = random.Random(0), tmp_path / "metrics.jsonl"
     for _ in range(200):
