@@ -112,7 +112,7 @@ CELLS = (
     Cell("right", "rounding to every format", "right:rounding", {}, 15, 10),
     Cell("right", "quantize and dequantize", "right:quantized", {}, 15, 10),
     *(
-        Cell("right", f"products of recipe {name}", "right:recipe", {"name": name}, 5, 4)
+        Cell("right", f"products of recipe {name}", "products:recipe", {"name": name}, 5, 4)
         for name in RECIPES
     ),
     Cell("right", "stochastic rounding", "right:stochastic", {}, 5, 2),
@@ -122,7 +122,7 @@ CELLS = (
     Cell("right", "20 steps of fp32", "right:twenty", {}, 25, 12),
     _train("bf16", 40),
     _train("fp8", 50),
-    Cell("peers", "torch, compiled and eager", "peers:against_torch", {}, 110, 20, alone=True,
+    Cell("peers", "torch, compiled and eager", "peers:against_torch", {}, 110, 60, alone=True,
          torch=True),
     Cell("peers", "hand-written JAX", "peers:against_careful", {}, 50, 12, alone=True),
     *map(_product, ("bf16", "e4m3", "recipe fp8")),
@@ -132,7 +132,7 @@ CELLS = (
     _train("int8", 50, tiny=0),
     _train("fp8-row", 50, tiny=0),
     *map(_product, ("fp32", "tf32", "int8", "recipe fp8-row", "recipe fp8-delayed", "recipe int8")),
-    Cell("peers", "torch alone", "peers:torch_alone", {}, 70, 10, alone=True, torch=True),
+    Cell("peers", "torch alone", "peers:torch_alone", {}, 70, 30, alone=True, torch=True),
     Cell("tools", "autocast", "tools:autocast", {}, 30, 6),
     Cell("tools", "generate with bf16 weights", "tools:generation", {"storage": "bf16"}, 30, 6,
          alone=True),

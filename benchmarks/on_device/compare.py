@@ -72,6 +72,8 @@ def row(name: str, *, differ: int | None = None, error: float | None = None,
     """
     bad = bool(differ) and (exact or on_cpu())
     bad |= error is not None and not error <= bound
+    if error is not None and not np.isfinite(error):
+        name, error = f"{name}: {error}", None  # JSON has no such numbers
     found = {"name": name, "differ": differ, "error": error, "bound": bound, "why": why}
     return found | {"exact": exact, "ok": not bad}
 

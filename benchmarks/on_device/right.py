@@ -7,6 +7,7 @@ whose bits are not the CPU's) and `error` with its `bound`; on a CPU `differ` mu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +18,11 @@ import numpy as np
 import optax
 
 from mpjax.formats import Format, quantize, round_to
-from mpjax.formats.delayed import AmaxHistory
 from mpjax.models import decoder
-from mpjax.ops import dot_general
 from mpjax.ops.attention import attention as attend
-from mpjax.precision import get_recipe, parse_policy
+from mpjax.precision import parse_policy
 from mpjax.train import build
-from on_device.compare import both, compiled, differ, distance, row, sides
+from on_device.compare import Row, both, compiled, differ, distance, row, sides
 
 FORMATS = (
     "tf32", "bfloat16", "float16", "e5m2", "e4m3", "e3m4", "e3m2", "e2m3", "e2m1", "e4m3ieee",
@@ -72,128 +71,48 @@ def rounding(size: Any) -> dict[str, Any]:
 
 
 def quantized(size: Any) -> dict[str, Any]:
-    """`quantize` and `dequantize` of every scaling; scales of tensors and rows against numpy."""
+    """`quantize` and `dequantize` of every scaling; scales of tensors and rows against numpy.
+
+    Each is a program of its own: a device may lack the dtype of one.
+    """
     del size
     rng = np.random.default_rng(1)
     spread = np.exp2(rng.integers(-6, 6, (256, 1)))
     x = (rng.normal(size=(256, 256)) * spread).astype(np.float32)
-
-    def all_of(x: Any) -> Any:
-        kept = [quantize(x, format, scaling) for format, scaling in SCALINGS]
-        return [(q.scales, q.values.astype(jnp.float32), q.dequantize()) for q in kept]
-
     rows = []
-    found, expected = both(all_of)(x)
-    for (format, scaling), ours, cpu in zip(SCALINGS, found, expected, strict=True):
-        name = f"{format}, {scaling}"
-        rows.append(row(name, differ=differ(ours, cpu)))
-        scales, values, back = ours
-        if scaling in ("tensor", "row"):
-            amax = np.abs(x).max(None if scaling == "tensor" else 1).astype(np.float64)
-            true = amax / min(Format(format).max, 2.0**125)
-            error = float(np.max(np.abs(scales.ravel() / true.ravel() - 1)))
-            rows.append(row(f"{name}: scales against amax / max", error=error, bound=2.0**-22,
-                            why="two roundings of float32"))  # fmt: skip
-        bound = 0.3 if Format(format).bits <= 4 else 0.06  # half a step of 1 or 2, of 3 bits
-        rows.append(row(f"{name}: what comes back", error=float(distance(back, x)), bound=bound,
-                        why="half a step of the format"))  # fmt: skip
-        if format in ORACLES:
-            with np.errstate(over="ignore"):
-                again = values.astype(ORACLES[format]).astype(np.float32)
-            rows.append(
-                row(f"{name}: values are the format's", error=float((again != values).sum()))
-            )
+    for format, scaling in SCALINGS:
+        try:
+            rows += _quantized(x, format, scaling)
+        except Exception as error:
+            rows.append(row(f"{format}, {scaling}: {type(error).__name__}", error=math.inf))
     return {"rows": rows, "numbers": x.size * len(SCALINGS)}
 
 
-# --- products ---------------------------------------------------------------------------------
+def _quantized(x: Any, format: str, scaling: str) -> list[Row]:
+    def parts(x: Any) -> Any:
+        q = quantize(x, format, scaling)
+        return q.scales, q.values.astype(jnp.float32), q.dequantize()
 
-SIDE = 64
-
-
-def exact_operands(whole: bool) -> tuple[Any, Any, Any]:
-    """x, W and dy of few numbers that the recipe's formats hold once they are scaled.
-
-    Four of each row and column are not zero, and one of these is the largest of all, so that all
-    groups have one scale: a sum then needs 9 bits, and float8's accumulators on Hopper keep 14.
-
-    Args:
-      whole: whether the formats are integers: the largest is then 127, else a power of two.
-    """
-    rng, index = np.random.default_rng(2), np.arange(SIDE)
-    sums = index[:, None] + index[None, :]
-
-    def draw() -> Any:
-        size = np.where(
-            sums % SIDE == 0, 127.0 if whole else 4.0, np.exp2(rng.integers(0, 3, sums.shape))
-        )
-        return ((sums % 16 == 0) * size * rng.choice([-1.0, 1.0], sums.shape)).astype(np.float32)
-
-    return draw(), draw(), draw()
+    name = f"{format}, {scaling}"
+    ours, cpu = both(parts)(x)
+    rows = [row(name, differ=differ(ours, cpu))]
+    scales, values, back = ours
+    if scaling in ("tensor", "row"):
+        amax = np.abs(x).max(None if scaling == "tensor" else 1).astype(np.float64)
+        error = float(np.max(np.abs(scales.ravel() * Format(format).max / amax.ravel() - 1)))
+        label, why = f"{name}: scales against amax / max", "two roundings of float32"
+        rows.append(row(label, error=error, bound=2.0**-22, why=why))
+    bound = 0.3 if Format(format).bits <= 4 else 0.06  # half a step of 1 or 2, of 3 bits
+    label, why = f"{name}: what comes back", "half a step of the format"
+    rows.append(row(label, error=distance(back, x), bound=bound, why=why))
+    if format in ORACLES:
+        again = values.astype(ORACLES[format]).astype(np.float32)
+        wrong = float((again != values).sum())
+        rows.append(row(f"{name}: values are the format's", error=wrong))
+    return rows
 
 
-def three_products(name: str) -> Callable[..., Any]:
-    """Returns (x, W, dy, seed) -> (y, dx, dW) under a recipe."""
-    recipe = get_recipe(name)
-
-    def products(x: Any, w: Any, dy: Any, seed: Any) -> Any:
-        key = jax.random.key(seed)
-
-        def forward(x: Any, w: Any) -> Any:
-            if not recipe.history:
-                return dot_general(x, w, MATMUL, recipe, key=key)
-            past = AmaxHistory.empty(recipe.history)
-            return dot_general(x, w, MATMUL, recipe, key=key, amax=past)[0]
-
-        y, back = jax.vjp(forward, x, w)
-        return (y, *back(dy))
-
-    return products
-
-
-# Bounds of what a recipe loses on normal data, of its output: half a step of the shortest format
-# is at most 2^-(m + 1) of a number; 2^-2 for one bit. Below the lower one nothing was rounded.
-LOSSES = {"e2m1": (0.05, 0.35), "e4m3": (0.005, 0.08), "int8": (0.003, 0.05)}
-
-
-def recipe(size: Any, name: str) -> dict[str, Any]:
-    """The three products of a recipe: exact sums bit for bit, normal data within bounds."""
-    del size
-    function, rows, seed = both(three_products(name)), [], np.uint32(3)
-    recipe = get_recipe(name)
-    formats = {o.format for pair in (recipe.fprop, recipe.dgrad, recipe.wgrad) for o in pair if o}
-    x, w, dy = exact_operands("int8" in formats)
-    rng = np.random.default_rng(4)
-    random = [rng.normal(size=(SIDE, SIDE)).astype(np.float32) for _ in range(3)]
-    exact = not recipe.hadamard  # its sums of sixteen are no numbers of few bits
-    wide = bool({"e4m3", "e5m2"} & formats)
-    bound = 2.0**-10 if wide else 2.0**-17
-    why = "float8 accumulators keep 14 bits" if wide else "the order of float32 sums"
-    for title, (a, b, c), same in (("exact sums", (x, w, dy), exact), ("normal", random, False)):
-        found, cpu = function(a, b, c, seed)
-        true = a.astype(np.float64) @ b, c.astype(np.float64) @ b.T, a.T.astype(np.float64) @ c
-        for kind, ours, theirs, reference in zip(
-            ("fprop", "dgrad", "wgrad"), found, cpu, true, strict=True
-        ):
-            label = f"{title}, {kind}"
-            if same:
-                rows.append(row(label, differ=differ(ours, theirs), exact=False,
-                                error=distance(ours, theirs), bound=2.0**-22,
-                                why="scales are multiplied in another order"))  # fmt: skip
-                rows.append(row(f"{label}, against float64", error=distance(ours, reference),
-                                bound=2.0**-20, why="scales are rounded"))  # fmt: skip
-            else:
-                rows.append(row(label, differ=differ(ours, theirs), exact=False,
-                                error=distance(ours, theirs), bound=bound, why=why))  # fmt: skip
-        if not same and title == "normal":
-            least, most = LOSSES[min(formats & LOSSES.keys())]
-            lost = distance(found[0], true[0])
-            rows.append(row("normal, fprop, what rounding loses", error=lost, bound=most))
-            rows.append(row("normal, fprop, something was rounded", error=least, bound=lost))
-    return {"rows": rows}
-
-
-# --- the rest ---------------------------------------------------------------------------------
+# --- steps and attention ----------------------------------------------------------------------
 
 
 def stochastic(size: Any) -> dict[str, Any]:

@@ -9,6 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class Norm(nn.RMSNorm):
+    """RMSNorm whose weight takes the dtype of its input, which torch's fused kernel asks for."""
+
+    def forward(self, x: Any) -> Any:
+        """Returns the normalised features, in their dtype."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """RMSNorm, grouped attention with rotary positions, RMSNorm, SwiGLU."""
 
@@ -20,8 +28,8 @@ class Block(nn.Module):
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=False)
 
-        self.norm_attention = nn.RMSNorm(D, eps=c.epsilon)
-        self.norm_mlp = nn.RMSNorm(D, eps=c.epsilon)
+        self.norm_attention = Norm(D, eps=c.epsilon)
+        self.norm_mlp = Norm(D, eps=c.epsilon)
         self.query, self.out = linear(D, c.heads * K), linear(c.heads * K, D)
         self.key, self.value = linear(D, c.groups * K), linear(D, c.groups * K)
         self.gate, self.up = linear(D, c.hidden), linear(D, c.hidden)
@@ -60,7 +68,7 @@ class Decoder(nn.Module):
         c = config
         self.embed = nn.Embedding(c.vocabulary, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm = nn.RMSNorm(c.width, eps=c.epsilon)
+        self.norm = Norm(c.width, eps=c.epsilon)
         self.head = nn.Linear(c.width, c.vocabulary, bias=False)
         half = c.per_head // 2
         angle = torch.arange(tokens)[:, None] * c.rope_theta ** (-torch.arange(half) / half)

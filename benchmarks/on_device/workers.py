@@ -104,7 +104,7 @@ class Workers:
         if platforms and "cpu" not in platforms.split(","):
             env["JAX_PLATFORMS"] = f"{platforms},cpu"  # part a compares with the CPU
         self._env = env
-        self._now = Worker(env)
+        self.current = Worker(env)
         self._next: Worker | None = None
 
     def run(self, cell: Cell, size: str, end: float, *, fresh: bool = False) -> dict[str, Any]:
@@ -116,19 +116,19 @@ class Workers:
           end: time of `time.monotonic` at which it is stopped.
           fresh: whether it needs a process that has run nothing.
         """
-        if not self._now.alive or (fresh and self._now.used):
-            self._now.stop()  # before the next one touches the device
-            self._now, self._next = self._next or Worker(self._env), None
+        if not self.current.alive or (fresh and self.current.used):
+            self.current.stop()  # before the next one touches the device
+            self.current, self._next = self._next or Worker(self._env), None
         if fresh and self._next is None:
             self._next = Worker(self._env)
         limit = min(cell.limit(size), end - time.monotonic())
         request = {"call": cell.call, "arguments": cell.arguments, "size": size}
-        found = self._now.ask(request, limit)
+        found = self.current.ask(request, limit)
         if found is None:
             return {"state": "stopped", "why": f"stopped after {max(limit, 0):.0f} s"}
         return found
 
     def stop(self) -> None:
         """Ends all processes."""
-        for worker in filter(None, (self._now, self._next)):
+        for worker in filter(None, (self.current, self._next)):
             worker.stop()
