@@ -21,7 +21,7 @@ PINS := pyproject.toml constraints.txt
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | \
-	  awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+	  awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
 
 venv: $(INSTALLED)  ## make .venv and install mpjax into it
 

@@ -8,8 +8,8 @@ Expected:  every check of part a holds; on an H100 or H200 ours in bf16 is at le
 
 Cells run one after the other, the most valuable first, in a process that holds the device; one that
 would run past the end is skipped. `device.json` and `device.md` in the folder `--out` are written
-after each, so that what is done is kept whenever this ends. On an accelerator the page goes to
-docs/evidence too. Nothing is installed and nothing downloaded: what is missing may lie as wheels in
+after each, so that what is done is kept whenever this ends. The page of an accelerator, all parts at
+full size, goes to docs/evidence too. Nothing is installed and nothing downloaded: what is missing may lie as wheels in
 `wheels/` (make device-wheels).
 """
 
@@ -57,6 +57,9 @@ def measure(record: Record, workers: Workers, cells: list[Cell], size: str, end:
         return say(record.header["problem"])
     record.describe(**found["result"])
     say(f"{record.header['device']}, jax {record.header['jax']}")
+    if size == "full" and record.header["platform"] == "cpu":
+        record.describe(problem="JAX sees no accelerator here, and a CPU takes hours for this size")
+        return say(record.header["problem"])
     has_torch = "torch" in record.header["versions"]
     separate = record.header["memory"] is not None  # else a process's peak memory is not known
     for cell in cells:
@@ -103,7 +106,8 @@ def main() -> int:
         finally:
             workers.stop()
             record.save()
-    print(page.publish(record.data, out), flush=True)
+    # A part of the measurements is no page of its own: --page joins it with the others.
+    print(page.publish(record.data, out, docs=not args.only), flush=True)
     return int(record.wrong() or "problem" in record.header)
 
 

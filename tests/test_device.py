@@ -81,6 +81,13 @@ def test_what_does_not_fit_is_skipped_and_named(tmp_path: Path) -> None:
     assert all(c["name"] in text and "s were left" in c["why"] for c in skipped)
 
 
+def test_a_cpu_is_not_measured_at_full_size(tmp_path: Path) -> None:
+    process = start("--size", "full", "--minutes", 1, "--out", tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and "JAX sees no accelerator" in out, out + err
+    assert "JAX sees no accelerator" in (tmp_path / "device.md").read_text()
+
+
 def test_a_cell_that_raises_is_one_line_and_one_that_hangs_is_stopped(tmp_path: Path) -> None:
     request = {"call": "fast:product", "arguments": {"kind": "fp3"}, "size": "tiny"}
     found = worker.answer(request)
@@ -230,6 +237,9 @@ def test_a_page_says_what_is_missing_and_whose_it_is(
     page.publish(results("cpu"), tmp_path / "out")
     assert not (tmp_path / "docs").exists()
     assert "Not measured on an accelerator" in (tmp_path / "out" / "device.md").read_text()
+    page.publish(results() | {"size": "tiny"}, tmp_path / "out")
+    page.publish(results(), tmp_path / "out", docs=False)
+    assert not (tmp_path / "docs").exists(), "no part of the measurements, and nothing tiny"
     page.publish(results(), None)
     text = (tmp_path / "docs" / "device.md").read_text()
     assert text.startswith("# mpjax on Some GPU") and "Not measured" not in text

@@ -127,7 +127,7 @@ CELLS = (
     Cell("peers", "hand-written JAX", "peers:against_careful", {}, 50, 12, alone=True),
     *map(_product, ("bf16", "e4m3", "recipe fp8")),
     _train("bf16", 40, "dots"),
-    _train("fp8-delayed", 50),
+    _train("fp8-delayed", 50, tiny=0),
     _train("pure-bf16-sr", 45, moments="int8@256"),
     _train("int8", 50, tiny=0),
     _train("fp8-row", 50, tiny=0),

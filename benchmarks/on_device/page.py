@@ -21,8 +21,10 @@ Cells = dict[str, dict[str, Any]]
 
 
 def is_accelerator(data: dict[str, Any] | None) -> bool:
-    """Whether results come from something else than a CPU."""
-    return data is not None and data["header"].get("platform") not in (None, "cpu")
+    """Whether results come from something else than a CPU, at full size."""
+    if data is None or data["size"] != "full":
+        return False
+    return data["header"].get("platform") not in (None, "cpu")
 
 
 def done(data: dict[str, Any] | None) -> Cells:
@@ -156,17 +158,22 @@ def text(data: dict[str, Any] | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def publish(data: dict[str, Any] | None, out: Path | None) -> str:
-    """Writes the page and its chart: into docs where it is an accelerator's, or into `out`.
+def publish(data: dict[str, Any] | None, out: Path | None, *, docs: bool = True) -> str:
+    """Writes the page and its chart: into docs where it is an accelerator's, and into `out`.
+
+    Args:
+      data: the results; None is a page that says that there are none.
+      out: a folder, or None.
+      docs: whether results of an accelerator go to docs.
 
     Returns:
       Where they are.
 
     Raises:
-      SystemExit: results of a CPU and no folder to write into; docs are not for these.
+      SystemExit: results of a CPU and no folder to write into: docs are not for these.
     """
     places = [] if out is None else [out]
-    if is_accelerator(data) or data is None:
+    if docs and (is_accelerator(data) or data is None):
         places.append(DOCS)
     if not places:
         raise SystemExit("--page: these results are no accelerator's; name a folder with --out")
