@@ -8,9 +8,9 @@ Expected:  every check of part a holds; on an H100 or H200 ours in bf16 is at le
 
 Cells run one after the other, the most valuable first, in a process that holds the device; one that
 would run past the end is skipped. `device.json` and `device.md` in the folder `--out` are written
-after each, so that what is done is kept whenever this ends. The page of an accelerator, all parts at
-full size, goes to docs/evidence too. Nothing is installed and nothing downloaded: what is missing may lie as wheels in
-`wheels/` (make device-wheels).
+after each, so that what is done is kept whenever this ends. The page of an accelerator, all parts
+at full size, goes to docs/evidence too. Nothing is installed and nothing downloaded: what is
+missing may lie as wheels in `wheels/` (make device-wheels).
 """
 
 from __future__ import annotations

@@ -116,13 +116,17 @@ def twice(find: Callable[..., Any]) -> Callable[..., Any]:
     return wrong
 
 
+def doubled(spread: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: 2 * spread(*args)
+
+
 def not_rounded(values: Callable[..., Any]) -> Callable[..., Any]:
     del values
     return lambda x, scales, format, tile, *rest: x.astype(jnp.float32) / jnp.max(scales)
 
 
 MUTANTS = {
-    "a scale twice as large": ("mpjax.ops.quantized.find_scales", twice),
+    "a scale twice as large": ("mpjax.ops.quantized._spread", doubled),
     "a dropped cast": ("mpjax.ops.quantized.scaled_values", not_rounded),
 }
 
@@ -136,7 +140,7 @@ def mutate(monkeypatch: pytest.MonkeyPatch, target: str, wrong: Any, sides: set[
     def patched() -> Iterator[None]:
         jax.clear_caches()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(target, wrong(getattr(sys.modules[module], name)))
+            patch.setattr(sys.modules[module], name, wrong(getattr(sys.modules[module], name)))
             yield
         jax.clear_caches()
 
@@ -186,8 +190,6 @@ def test_a_cast_that_both_sides_drop_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("loose", "unoptimized")
 def test_a_scale_that_both_sides_double_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mpjax.formats.quantize  # noqa: F401  (patched below by its name)
-
     mutate(monkeypatch, "mpjax.formats.quantize.find_scales", twice, {"device", "cpu"})
     rows = right.quantized(SIZE)["rows"]
     wrong = [row["name"] for row in rows if not row["ok"]]
