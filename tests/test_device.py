@@ -25,6 +25,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from on_device import cells, compare, page, products, record, right, worker, workers  # noqa: E402
 
+from mpjax.precision import recipe_names  # noqa: E402
+
 
 def start(*args: Any, **env: str) -> subprocess.Popen[str]:
     own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
@@ -73,7 +75,7 @@ def test_killed_at_any_second_it_leaves_whole_results(seed: int, tmp_path: Path)
 
 
 def test_what_does_not_fit_is_skipped_and_named(tmp_path: Path) -> None:
-    process = start("--minutes", 0.5, "--out", tmp_path, "--only", "b", "stochastic")
+    process = start("--minutes", 0.3, "--out", tmp_path, "--only", "b", "stochastic")
     out, err = process.communicate(timeout=120)
     skipped = [c for c in read(tmp_path)["cells"] if c["state"] == "skipped"]
     assert skipped, out + err
@@ -194,6 +196,11 @@ def test_a_scale_that_both_sides_double_is_found(monkeypatch: pytest.MonkeyPatch
     rows = right.quantized(SIZE)["rows"]
     wrong = [row["name"] for row in rows if not row["ok"]]
     assert "e4m3, row: scales against amax / max" in wrong
+
+
+def test_every_recipe_is_compared() -> None:
+    assert set(cells.RECIPES) == set(recipe_names())
+    assert len({cell.name for cell in cells.CELLS}) == len(cells.CELLS), "results go by names"
 
 
 # The page.

@@ -12,7 +12,7 @@ def write(path: Path, text: str) -> None:
     Not `mpjax.files`: importing mpjax imports JAX, and the results must be written where that
     fails.
     """
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fresh = path.with_name(f".{path.name}.tmp")  # one writer, and a next run takes it over
     with open(fresh, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
