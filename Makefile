@@ -43,7 +43,7 @@ notebooks: $(INSTALLED_DEV)  ## execute the notebooks, and the Python blocks of 
 
 smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mistakes
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/test_experiments.py \
-	  tests/test_bad_input.py
+	  tests/test_bad_input.py tests/test_device.py
 
 check: lint types test notebooks smoke  ## all of the above, as CI does
 
