@@ -8,19 +8,21 @@ PYTHON ?= python3
 VENV ?= .venv
 GPU_VENV ?= .venv-gpu
 WORKERS ?= 2
+MINUTES ?= 8
 
-PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
+PY ?= $(VENV)/bin/python
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 FRESH := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help venv demo test lint types notebooks smoke check evidence fuzz fuzz-part verify-gpu clean
+.PHONY: help venv demo test lint types notebooks smoke check evidence fuzz fuzz-part verify-gpu
+.PHONY: verify-device device-wheels clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | \
-	  awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+	  awk -F'|' '{printf "make %-14s %s\n", $$1, $$2}'
 
 venv: $(INSTALLED)  ## make .venv and install mpjax into it
 
@@ -42,7 +44,7 @@ notebooks: $(INSTALLED_DEV)  ## execute the notebooks, and the Python blocks of 
 
 smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mistakes
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/test_experiments.py \
-	  tests/test_bad_input.py
+	  tests/test_bad_input.py tests/test_device.py
 
 check: lint types test notebooks smoke fuzz-part  ## all of the above and fuzz-part, as CI does
 
@@ -90,6 +92,17 @@ fuzz-part: $(INSTALLED_DEV)  ## four minutes of it: the hostile files, then as m
 
 verify-gpu: $(GPU_VENV)/.installed  ## compile for an H100 without one, 6 GB, once; page in docs/evidence
 	$(GPU_VENV)/bin/python tests/gpu/verify.py
+
+# With .venv if there is one; a borrowed machine has none, and its own Python has JAX.
+verify-device:  ## measure this machine's accelerator, eight minutes; page in docs/evidence
+	$(or $(shell command -v $(PY)),$(PYTHON)) benchmarks/device.py --minutes $(MINUTES)
+
+# What a bare machine with JAX and Flax lacks, for Python 3.12 on Linux x86-64.
+device-wheels:  ## download what verify-device needs on a machine without a package index
+	$(or $(shell command -v $(PY)),$(PYTHON)) -m pip --disable-pip-version-check download --quiet \
+	  --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --platform manylinux2014_x86_64 -c constraints.txt -d wheels jmp
+	@du -sh wheels
 
 clean:  ## remove both environments, caches and builds; runs/ stays
 	rm -rf $(VENV) $(GPU_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

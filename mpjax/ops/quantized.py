@@ -124,7 +124,7 @@ def _multiply(a: Factor, b: Factor, dims: Dims) -> Any:
     if not (a.short and b.short):
         return dot(a.values.astype(jnp.float32), b.values.astype(jnp.float32), dims)
 
-    def short(x: Any, y: Any) -> Any:  # exact, and the faster one wherever bfloat16 has a unit
+    def short(x: Any, y: Any) -> Any:  # exact: bfloat16 holds all these values
         return dot(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), dims)
 
     if unit != "float8":

@@ -1,0 +1,1 @@
+"""What `benchmarks/device.py` measures on an accelerator, and the page that it writes."""
