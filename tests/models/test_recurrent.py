@@ -12,6 +12,7 @@ import pytest
 
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import seen_of, with_seen
+from mpjax.interpret.walker import scan_sizes
 from mpjax.models import Recurrent, generate, recurrent
 from mpjax.precision import get_precision
 from tests.models.shapes import BATCH, FAST, IDS, stirred
@@ -140,7 +141,7 @@ def carries(model: Recurrent) -> list[set[str]]:
     scans = [e for e in equations(model.apply, params, IDS) if e.primitive.name == "scan"]
     found = []
     for scan in scans:
-        given, kept = scan.params["num_consts"], scan.params["num_carry"]
+        given, kept = scan_sizes(scan)
         avals = [v.aval for v in scan.invars[given : given + kept]]
         found.append({a.dtype.name for a in avals if a.ndim == 2})
     return found

@@ -210,8 +210,15 @@ def test_a_decoder_threads_its_histories_alike_on_one_and_on_eight_devices(delay
     up = one["mlp"]["up"]["kernel"]
     assert up.history.shape == (2, 3, 1024) and (up.history[:, :, :2] > 0).all()
     assert (up.history[:, :, 2:] == 0).all() and not np.array_equal(up.amax[0], up.amax[1])
-    # sums in another order flip a rounding here and there, and one step of e4m3 is 1/8 at most
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1 / 8), one, eight)
+    # Sums in another order flip a rounding here and there: one step of e4m3, in which x and W are,
+    # is 1/8 of a number at most, and one of e5m2, in which dy is, 1/4.
+    step = [1 / 8, 1 / 8, 1 / 4]
+
+    def alike(a: Any, b: Any) -> None:
+        for number, rtol in enumerate(step):
+            np.testing.assert_allclose(a[:, number], b[:, number], rtol=rtol)
+
+    jax.tree.map(alike, one, eight)
 
 
 def test_a_restored_run_goes_on_bit_for_bit(delayed: Any, tmp_path: Path) -> None:

@@ -142,6 +142,8 @@ def test_no_activation_is_made_whole_to_be_cut_again(
     reductions.__wrapped__(get_precision("bf16"), "data=2,fsdp=2,tensor=2")
     # The partitioner says so on standard error, and only there.
     warned = "Involuntary full rematerialization" in capfd.readouterr().err
+    if not (gathered or warned):
+        pytest.skip("this XLA cuts it anew without making it whole (seen with JAX 0.12)")
     assert warned != gathered
 
 
