@@ -11,6 +11,8 @@ WORKERS ?= 2
 MINUTES ?= 8
 
 PY ?= $(VENV)/bin/python
+# .venv's if there is one; a borrowed machine has none, and its own Python has JAX.
+ANY_PY = $(or $(shell command -v $(PY)),$(PYTHON))
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 FRESH := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
@@ -93,13 +95,12 @@ fuzz-part: $(INSTALLED_DEV)  ## four minutes of it: the hostile files, then as m
 verify-gpu: $(GPU_VENV)/.installed  ## compile for an H100 without one, 6 GB, once; page in docs/evidence
 	$(GPU_VENV)/bin/python tests/gpu/verify.py
 
-# With .venv if there is one; a borrowed machine has none, and its own Python has JAX.
 verify-device:  ## measure this machine's accelerator, eight minutes; page in docs/evidence
-	$(or $(shell command -v $(PY)),$(PYTHON)) benchmarks/device.py --minutes $(MINUTES)
+	$(ANY_PY) benchmarks/device.py --minutes $(MINUTES)
 
 # What a bare machine with JAX and Flax lacks, for Python 3.12 on Linux x86-64.
 device-wheels:  ## download what verify-device needs on a machine without a package index
-	$(or $(shell command -v $(PY)),$(PYTHON)) -m pip --disable-pip-version-check download --quiet \
+	$(ANY_PY) -m pip --disable-pip-version-check download --quiet \
 	  --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  --platform manylinux2014_x86_64 -c constraints.txt -d wheels jmp
 	@du -sh wheels

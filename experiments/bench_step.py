@@ -24,6 +24,7 @@ import jax  # isort: skip
 import jax.numpy as jnp
 import numpy as np
 import optax
+from bare_step import make_step
 from rich.console import Console
 from rich.table import Table
 
@@ -213,19 +214,6 @@ def flat(params: Any) -> dict[str, Any]:
     }
 
 
-def make_step(loss: Any) -> Any:
-    """A bare training step with optax.adamw."""
-    tx = optax.adamw(LR)
-
-    def step(state: Any, batch: Any) -> Any:
-        params, opt_state = state
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    return jax.jit(step, donate_argnums=0), lambda params: (params, tx.init(params))
-
-
 def programs(config: Config, precision: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
     """Compiled steps by name, and their first states."""
     model = decoder(
@@ -241,11 +229,11 @@ def programs(config: Config, precision: str) -> tuple[dict[str, Any], dict[str, 
         "layers": [jax.tree.map(lambda x: x[i], tree["layers"]) for i in range(config.layers)]  # noqa: B023
     }
     compute = jnp.dtype(model.precision.rules[-1].policy.compute_dtype)
-    careful, init = make_step(make_careful(model, compute))
+    careful, init = make_step(make_careful(model, compute), optax.adamw(LR))
     steps = {"ours": step.compiled, "careful": careful}
     states = {"ours": state, "careful": init(jax.tree.map(jnp.copy, unstacked))}
     if precision == "fp32":
-        steps["naive"], init = make_step(make_naive(model))
+        steps["naive"], init = make_step(make_naive(model), optax.adamw(LR))
         states["naive"] = init(tree)
     return steps, states, batch
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import gc
 import os
 import shutil
@@ -44,6 +43,8 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 from jax._src import compiler  # noqa: E402
+
+from tests.compiling import plain_code  # noqa: E402
 
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -94,19 +95,6 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         gc.collect()
 
 
-PLAIN = {"xla_cpu_use_fusion_emitters": False}  # XLA's older, simpler code generator
-
-
-@functools.cache
-def _writes_plain_code() -> bool:
-    """Whether this jaxlib still has the older generator; 0.12 has not."""
-    try:
-        jax.jit(lambda: 0, compiler_options=PLAIN).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def _unoptimized() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
@@ -118,15 +106,14 @@ def _unoptimized() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain() -> Iterator[None]:
-    usual = compiler.get_compile_options
+    plain, usual = plain_code(), compiler.get_compile_options
 
     def get_compile_options(*args: Any, **options: Any) -> Any:
         own = options.get("env_options_overrides") or {}
-        return usual(*args, **options | {"env_options_overrides": PLAIN | own})
+        return usual(*args, **options | {"env_options_overrides": plain | own})
 
     with pytest.MonkeyPatch.context() as patch:
-        if _writes_plain_code():
-            patch.setattr(compiler, "get_compile_options", get_compile_options)
+        patch.setattr(compiler, "get_compile_options", get_compile_options)
         yield
 
 

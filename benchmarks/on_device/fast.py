@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
@@ -17,9 +16,9 @@ from mpjax.models import decoder
 from mpjax.ops import dot_general
 from mpjax.precision import get_precision, get_recipe
 from mpjax.train import build
-from on_device import clock
+from on_device import clock, right
+from on_device.products import MATMUL
 
-MATMUL = (((1,), (0,)), ((), ()))
 BURST = 8  # products that are queued before the host waits, so that its own time does not count
 LR, CLIP = 3e-4, 1.0
 
@@ -87,9 +86,8 @@ def product(size: Any, kind: str) -> dict[str, Any]:
 
 def batch_of(size: Any, batch: int | None = None) -> dict[str, Any]:
     """Random tokens of the model's vocabulary, on the device."""
-    shape = (batch or size.batch, size.tokens + 1)
-    ids = np.random.default_rng(0).integers(0, size.model["vocabulary"], shape, np.int32)
-    return {"inputs": jnp.asarray(ids[:, :-1]), "targets": jnp.asarray(ids[:, 1:])}
+    drawn = right.batch_of(batch or size.batch, size.tokens, size.model["vocabulary"])
+    return jax.tree.map(jnp.asarray, drawn)
 
 
 class Stepper:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from pathlib import Path
 from typing import Any
 
 from on_device.clock import PEAK_SOURCE, PEAKS
 
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Returns a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "evidence"))
+from page import table  # noqa: E402
 
 
 def spread(found: dict[str, float] | None, digits: int = 0) -> str:

@@ -10,12 +10,17 @@ Shapes: B batch, T tokens, N = B T, D width, H heads, G key and value heads, K h
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "experiments"))
+import bare_step  # noqa: E402
 
 LOW = jnp.bfloat16
 
@@ -98,13 +103,5 @@ def make_loss(config: Any) -> Any:
 
 def make_step(config: Any, learning_rate: float, clip: float) -> tuple[Any, Any]:
     """Returns the compiled step (state, batch) -> (state, loss), and params -> state."""
-    tx = optax.chain(optax.clip_by_global_norm(clip), optax.adamw(learning_rate))
-    loss = make_loss(config)
-
-    def step(state: Any, batch: Any) -> Any:
-        params, opt_state = state
-        value, grads = jax.value_and_grad(loss)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    return jax.jit(step, donate_argnums=0), lambda params: (params, tx.init(params))
+    optimizer = optax.chain(optax.clip_by_global_norm(clip), optax.adamw(learning_rate))
+    return bare_step.make_step(make_loss(config), optimizer)

@@ -27,7 +27,7 @@ def rebuild(
     eqn: JaxprEqn,
     args: Sequence[Any],
     run: Run,
-    learn: Callable[[ClosedJaxpr, int], None] = lambda closed, kept: None,
+    learn: Callable[[ClosedJaxpr, int], None],
 ) -> list[Any]:
     """Runs a custom rule's function by a transform, with its rule for later transformation.
 

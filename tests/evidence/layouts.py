@@ -19,7 +19,6 @@ neighbour the next ones, so that eight rounds meet every order under one recipe 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import sys
@@ -33,18 +32,20 @@ from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "ops"))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "ops")]
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import layouts  # noqa: E402
+from compiling import plain_code  # noqa: E402
 from page import ROOT, table, write  # noqa: E402
 
+from mpjax.files import write_text  # noqa: E402
 from mpjax.ops.dot import dot  # noqa: E402
 from mpjax.precision import recipe_names  # noqa: E402
 
 TOGETHER = 30  # orders in one program
-SIMPLE = {"xla_cpu_use_fusion_emitters": False}
 ROUNDS = 88
 PLAIN = "bfloat16"
 RECIPES = (*recipe_names(), "fixed-q8.8")
@@ -81,21 +82,11 @@ def compiled(name: str, pairs: list[Any]) -> list[float] | str:
     jax.config.update("jax_disable_most_optimizations", True)  # it compiles sooner
     chosen = [transforms(name)] * len(pairs)
     try:
-        return list(layouts.errors(pairs, product(name), chosen, options=simple_code()))
+        return list(layouts.errors(pairs, product(name), chosen, options=plain_code()))
     except jax.errors.JaxRuntimeError as error:
         return str(error).splitlines()[0][:200]
     finally:
         jax.clear_caches()
-
-
-@functools.cache
-def simple_code() -> dict[str, bool]:
-    """The option for XLA's older code generator, where this jaxlib has it."""
-    try:
-        jax.jit(lambda: 0, compiler_options=SIMPLE).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return SIMPLE
 
 
 class Child:
@@ -132,6 +123,7 @@ def run(cache: Path, minutes: float, jobs: int) -> dict[str, dict[str, float | s
     kept: dict[str, dict[str, float | str]] = {}
     if cache.exists():
         kept = json.loads(cache.read_text())
+    cache.parent.mkdir(parents=True, exist_ok=True)
     end, taken, lock = time.monotonic() + 60 * minutes, lacking(kept), threading.Lock()
 
     def work(_: int) -> None:
@@ -144,7 +136,7 @@ def run(cache: Path, minutes: float, jobs: int) -> dict[str, dict[str, float | s
                 found = child.measured(name, some)
                 with lock:
                     kept[name].update(zip(map(layouts.spelled, some), found, strict=True))
-                    save(kept, cache)
+                    write_text(cache, json.dumps(kept))  # a run that is stopped loses nothing
                     print(name, len(kept[name]), file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -159,14 +151,6 @@ def lacking(kept: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
         left = [pair for pair in pairs if layouts.spelled(pair) not in done]
         for start in range(0, len(left), TOGETHER):
             yield name, left[start : start + TOGETHER]
-
-
-def save(kept: dict[str, Any], cache: Path) -> None:
-    """Keeps what was measured; a run that is stopped here loses nothing."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    part = cache.with_suffix(".part")
-    part.write_text(json.dumps(kept))
-    part.replace(cache)
 
 
 def page(kept: dict[str, dict[str, float | str]]) -> bool:
