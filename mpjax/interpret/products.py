@@ -139,7 +139,8 @@ def _quantised(
         raise ConfigError(
             f"{where}: recipe {recipe.name!r} quantises a product's gradients itself, and here they"
             " are traced already; write jax.grad(mpjax.autocast(fn, ...)), not"
-            " autocast(jax.grad(fn), ...)"
+            " autocast(jax.grad(fn), ...); where the function takes a derivative of its own, give"
+            f" the recipe by rules that leave it out: rules=['{place.path or '**'}=fp32', ...]"
         )
     if recipe.history:
         raise ConfigError(

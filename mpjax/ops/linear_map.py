@@ -158,6 +158,33 @@ def _with_derivative_jvp(
     return _over(function, [(*axes, *axes[count:]) for axes in mapped])(*primals, *moving)
 
 
+def _with_derivative_transpose(
+    cts: Any, *flat: Any, of: Rule, tree: Any, count: int, mapped: Any
+) -> list[Any]:
+    """Of a product that is linear in one operand: rounding is the identity here too.
+
+    Derivatives are transposed as a `linear_map`. This is `jax.linear_transpose` of a function that
+    holds a product, as solvers of linear systems take it. What made `outs` gets no cotangent.
+    """
+    linear = [i for i, x in enumerate(flat) if i >= count and ad.is_undefined_primal(x)]
+    if len(linear) != 1:
+        raise TypeError("linear_transpose: both operands of a product depend on what is linear")
+    (only,) = linear
+    known = [
+        jnp.zeros(x.aval.shape, x.aval.dtype) if ad.is_undefined_primal(x) else x for x in flat
+    ]  # fmt: skip
+
+    def function(along: Any) -> list[Any]:
+        tangents: list[Any] = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in known]
+        tangents[only] = along
+        params = dict(of=of, tree=tree, count=count, mapped=mapped)
+        return _with_derivative_jvp(known, tangents, **params)[1]
+
+    cts = [ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cts]
+    (found,) = jax.linear_transpose(function, flat[only].aval)(cts)
+    return [found if i == only else None for i in range(len(flat))]
+
+
 def _with_derivative_batch(
     flat: Any, axes: Any, *, of: Rule, tree: Any, count: int, mapped: Any
 ) -> tuple[list[Any], list[int]]:
@@ -194,5 +221,6 @@ mlir.register_lowering(linear_map_p, mlir.lower_fun(applied, multiple_results=Tr
 with_derivative_p.def_impl(lambda *flat, count, **_: list(flat[:count]))
 with_derivative_p.def_abstract_eval(lambda *avals, count, **_: list(avals[:count]))
 ad.primitive_jvps[with_derivative_p] = _with_derivative_jvp
+ad.primitive_transposes[with_derivative_p] = _with_derivative_transpose
 batching.primitive_batchers[with_derivative_p] = _with_derivative_batch
 mlir.register_lowering(with_derivative_p, lambda ctx, *flat, count, **_: flat[:count])

@@ -33,8 +33,9 @@ def _part(amax: Any, number: int) -> Any:
 # Each is one program where a product is called by itself, part of the caller's jaxpr where it is
 # traced. The path of the module says nothing about the numbers: it stays outside, so that two
 # modules of equal shapes share a program.
-@functools.partial(jax.jit, static_argnums=5, inline=True)
+@functools.partial(jax.jit, static_argnums=5)
 def _multiply(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
+    a, b, key, amax, seen = _still((a, b, key, amax, seen))
     recipe, ((x_axes, w_axes), *_) = how.recipe, how.op.axes(a, b)
     x = a.astype(how.compute)
     left = encode(x, recipe.fprop[0], x_axes, _key(key, 0), how.compute, _part(amax, 0))
@@ -81,7 +82,7 @@ def _still(tree: Any) -> Any:
 def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
     need_key(how.recipe, key, False, how.where)
     operands = a, b, key, amax, seen
-    outs = _multiply(*_still(operands), how._replace(where=""))
+    outs = _multiply(*operands, how._replace(where=""))
     return with_derivative(OfProduct(how), outs, operands)
 
 

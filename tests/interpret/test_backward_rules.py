@@ -75,3 +75,19 @@ def test_a_gradient_that_is_traced_already_is_still_refused() -> None:
     low = mpjax.autocast(jax.grad(lambda w: plain(w, x).sum()), "fp32", rules=["**=r=fp8"])
     with pytest.raises(ConfigError, match=r"write jax.grad\(mpjax.autocast"):
         low(w)
+
+
+def test_a_derivative_inside_names_the_rule_that_leaves_it_out() -> None:
+    def flow(w: Any, x: Any) -> Any:
+        with jax.named_scope("flow"):
+            y, pull = jax.vjp(lambda x: jnp.tanh(x @ w), x)
+            (divergence,) = pull(jnp.ones_like(y))
+        return ((y + divergence @ w) @ w).sum()
+
+    w, x = jnp.ones((4, 4)), jnp.ones((2, 4))
+    with pytest.raises(ConfigError, match=r"rules=\['flow=fp32', "):
+        mpjax.autocast(flow, "fp32", rules=["**=r=fp8"])(w, x)
+    left_out = mpjax.autocast(flow, "fp32", rules=["flow=fp32", "**=r=fp8"])
+    gradient, right = jax.grad(left_out)(w, x), jax.grad(flow)(w, x)
+    off = float(jnp.linalg.norm(gradient - right) / jnp.linalg.norm(right))
+    assert 0 < off < 0.07, off

@@ -121,3 +121,43 @@ def test_a_penalty_on_gradients_goes_through_autocast() -> None:
     low = mpjax.autocast(f, "bf16", rules=["**=r=int8-switchback"])
     want = penalty(f)
     assert float(jnp.linalg.norm(penalty(low) - want) / jnp.linalg.norm(want)) < 0.05
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp8", "int8", "nvfp4", "fp8-delayed"])
+def test_linear_transpose_is_the_gradient(name: str) -> None:
+    """Solvers of linear systems transpose a function that they never differentiate."""
+    x = jax.random.normal(jax.random.key(0), (3, 4, 16))
+    w = jax.random.normal(jax.random.key(1), (16, 32))
+    dy = jax.random.normal(jax.random.key(2), (3, 4, 32))
+    keys = jax.random.split(jax.random.key(3), 3)
+    amax = AmaxHistory.empty(2) if name == "fp8-delayed" else None
+
+    def product(x: Any, w: Any, key: Any) -> Any:
+        found = dot_general(x, w, (((1,), (0,)), ((), ())), name, key=key, amax=amax)
+        return found if amax is None else found[0]
+
+    def over(x: Any, w: Any) -> Any:
+        return jax.vmap(product, (0, None, 0))(x, w, keys)
+
+    dx, dw = jax.vjp(over, x, w)[1](dy)
+    transposed = jax.jit(lambda f, at: jax.linear_transpose(f, at)(dy)[0], static_argnums=0)
+    np.testing.assert_array_equal(transposed(lambda x: over(x, w), x), dx)
+    # dW is a sum over what is mapped, in the order that the compiler takes
+    np.testing.assert_allclose(transposed(lambda w: over(x, w), w), dw, atol=2e-6)
+    with pytest.raises(TypeError, match="both operands"):
+        jax.linear_transpose(lambda x: product(x, x.T, keys[0]), x[0])(jnp.ones((4, 4)))
+
+
+def test_linear_transpose_of_a_convolution() -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    w = jax.random.normal(jax.random.key(1), (3, 3, 4, 6))
+
+    def conv(x: Any) -> Any:
+        return conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), recipe="fp8"
+        )
+
+    dy = jax.random.normal(jax.random.key(2), (2, 8, 8, 6))
+    np.testing.assert_array_equal(
+        jax.linear_transpose(conv, x)(dy)[0], jax.vjp(conv, x)[1](dy)[0]
+    )  # fmt: skip
