@@ -87,9 +87,7 @@ def _transpose(
     cts: Any, *flat: Any, of: Map, outs: Any, tree: Any, count: int, mapped: Any
 ) -> list[Any]:
     residuals, linear = flat[:count], flat[count:]
-    cts = [
-        ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cts
-    ]  # fmt: skip
+    cts = [*map(ad.instantiate_zeros, cts)]
     types = [x.aval if ad.is_undefined_primal(x) else jax.typeof(x) for x in linear]
 
     def function(*values: Any) -> list[Any]:
@@ -170,9 +168,7 @@ def _with_derivative_transpose(
     if len(linear) != 1:
         raise TypeError("linear_transpose: both operands of a product depend on what is linear")
     (only,) = linear
-    known = [
-        jnp.zeros(x.aval.shape, x.aval.dtype) if ad.is_undefined_primal(x) else x for x in flat
-    ]  # fmt: skip
+    known = [ad.zeros_like_aval(x.aval) if ad.is_undefined_primal(x) else x for x in flat]
 
     def function(along: Any) -> list[Any]:
         tangents: list[Any] = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in known]
@@ -180,8 +176,7 @@ def _with_derivative_transpose(
         params = dict(of=of, tree=tree, count=count, mapped=mapped)
         return _with_derivative_jvp(known, tangents, **params)[1]
 
-    cts = [ad.instantiate_zeros(ct) if type(ct) is ad.Zero else ct for ct in cts]
-    (found,) = jax.linear_transpose(function, flat[only].aval)(cts)
+    (found,) = jax.linear_transpose(function, flat[only].aval)([*map(ad.instantiate_zeros, cts)])
     return [found if i == only else None for i in range(len(flat))]
 
 

@@ -30,9 +30,14 @@ def _part(amax: Any, number: int) -> Any:
     return None if amax is None else amax[number]
 
 
-# Each is one program where a product is called by itself, part of the caller's jaxpr where it is
-# traced. The path of the module says nothing about the numbers: it stays outside, so that two
-# modules of equal shapes share a program.
+def _still(tree: Any) -> Any:
+    return jax.tree.map(lax.stop_gradient, tree)
+
+
+# What rounds is one program, also in the caller's jaxpr: derivatives and transposes are those of
+# `with_derivative`, and JAX leaves a program alone that no cotangent reaches, where each equation
+# of it would need a rule. The path of the module says nothing about the numbers: it stays outside,
+# so that two modules of equal shapes share a program.
 @functools.partial(jax.jit, static_argnums=5)
 def _multiply(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
     a, b, key, amax, seen = _still((a, b, key, amax, seen))
@@ -73,10 +78,6 @@ def _fresh(amax: Any, *replaced: int) -> Any:
 
 def _folded(key: Any, number: int) -> Any:
     return None if key is None else jax.random.key_data(_key(key, number))
-
-
-def _still(tree: Any) -> Any:
-    return jax.tree.map(lax.stop_gradient, tree)
 
 
 def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
@@ -128,9 +129,9 @@ def _push(how: How, at: Any, tangents: Any) -> Any:
     return left + right, dseen
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _pull_back(how: How, like: Any, operands: Any) -> Any:
-    x, b, dy, key, amax = operands
+    x, b, dy, key, amax = _still(operands)
     recipe, compute = how.recipe, how.compute
     x, dy = x.astype(compute), dy.astype(compute)
     _, (dy_axes, b_axes), (x_axes, dy_tokens) = how.op.axes(x, b)
@@ -167,8 +168,7 @@ class OfPull(NamedTuple):
         (a, b, dy, key, amax), (da, db, ddy, _, _) = operands, tangents
         own = _fresh(amax, 2)
         if amax is not None:  # this dy is not the one that the history is of
-            still = _still((a, b, dy, key, own))
-            outs, _ = _pull_back(self.how._replace(where=""), self.like, still)
+            outs, _ = _pull_back(self.how._replace(where=""), self.like, (a, b, dy, key, own))
         outs = with_derivative(self, outs, (a, b, dy, key, own))
         along = LinearMap("pull", *self).bind((a, b, key, own), (ddy,), outs)
         across = LinearMap("cross", *self).bind((dy, key, own), (da, db), outs)
@@ -178,7 +178,7 @@ class OfPull(NamedTuple):
 def _pull(how: How, like: Any, operands: Any) -> Any:
     """The gradients of x, in a dtype, and of W; and the amax of dy for delayed scaling."""
     need_key(how.recipe, operands[3], True, how.where)
-    outs, now = _pull_back(how._replace(where=""), like, _still(operands))
+    outs, now = _pull_back(how._replace(where=""), like, operands)
     return with_derivative(OfPull(how, like), outs, operands), now
 
 

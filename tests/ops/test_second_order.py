@@ -140,12 +140,26 @@ def test_linear_transpose_is_the_gradient(name: str) -> None:
         return jax.vmap(product, (0, None, 0))(x, w, keys)
 
     dx, dw = jax.vjp(over, x, w)[1](dy)
-    transposed = jax.jit(lambda f, at: jax.linear_transpose(f, at)(dy)[0], static_argnums=0)
-    np.testing.assert_array_equal(transposed(lambda x: over(x, w), x), dx)
+    (found,) = jax.jit(jax.linear_transpose(lambda x: over(x, w), x))(dy)
+    np.testing.assert_array_equal(found, dx)
+    (found,) = jax.jit(jax.linear_transpose(lambda w: over(x, w), w))(dy)
     # dW is a sum over what is mapped, in the order that the compiler takes
-    np.testing.assert_allclose(transposed(lambda w: over(x, w), w), dw, atol=2e-6)
+    np.testing.assert_allclose(found, dw, atol=2e-6)
     with pytest.raises(TypeError, match="both operands"):
         jax.linear_transpose(lambda x: product(x, x.T, keys[0]), x[0])(jnp.ones((4, 4)))
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp8"])  # a recipe that draws has bits for each order
+def test_push_and_pull_are_transposes_of_each_other(name: str) -> None:
+    x, dx, dy = jax.random.normal(jax.random.key(0), (3, 4, 32))
+    w = jax.random.normal(jax.random.key(1), (32, 32))
+    f = lambda x: dot_general(x, w, (((1,), (0,)), ((), ())), name)  # noqa: E731
+    push = lambda dx: jax.jvp(f, (x,), (dx,))[1]  # noqa: E731
+    pull = lambda dy: jax.vjp(f, x)[1](dy)[0]  # noqa: E731
+    for g, at, to in ((push, dx, dy), (pull, dy, dx)):
+        (found,) = jax.linear_transpose(g, at)(to)
+        want = jax.vjp(g, at)[1](to)[0]
+        np.testing.assert_array_equal(found, want)
 
 
 def test_linear_transpose_of_a_convolution() -> None:
