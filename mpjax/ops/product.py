@@ -30,17 +30,11 @@ def _part(amax: Any, number: int) -> Any:
     return None if amax is None else amax[number]
 
 
-def _still(tree: Any) -> Any:
-    return jax.tree.map(lax.stop_gradient, tree)
-
-
-# What rounds is one program, also in the caller's jaxpr: derivatives and transposes are those of
-# `with_derivative`, and JAX leaves a program alone that no cotangent reaches, where each equation
-# of it would need a rule. The path of the module says nothing about the numbers: it stays outside,
-# so that two modules of equal shapes share a program.
-@functools.partial(jax.jit, static_argnums=5)
+# Each is one program where a product is called by itself, part of the caller's jaxpr where it is
+# traced. The path of the module says nothing about the numbers: it stays outside, so that two
+# modules of equal shapes share a program.
+@functools.partial(jax.jit, static_argnums=5, inline=True)
 def _multiply(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
-    a, b, key, amax, seen = _still((a, b, key, amax, seen))
     recipe, ((x_axes, w_axes), *_) = how.recipe, how.op.axes(a, b)
     x = a.astype(how.compute)
     left = encode(x, recipe.fprop[0], x_axes, _key(key, 0), how.compute, _part(amax, 0))
@@ -80,10 +74,14 @@ def _folded(key: Any, number: int) -> Any:
     return None if key is None else jax.random.key_data(_key(key, number))
 
 
+def _still(tree: Any) -> Any:
+    return jax.tree.map(lax.stop_gradient, tree)
+
+
 def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
     need_key(how.recipe, key, False, how.where)
     operands = a, b, key, amax, seen
-    outs = _multiply(*operands, how._replace(where=""))
+    outs = _multiply(*_still(operands), how._replace(where=""))
     return with_derivative(OfProduct(how), outs, operands)
 
 
@@ -129,9 +127,9 @@ def _push(how: How, at: Any, tangents: Any) -> Any:
     return left + right, dseen
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _pull_back(how: How, like: Any, operands: Any) -> Any:
-    x, b, dy, key, amax = _still(operands)
+    x, b, dy, key, amax = operands
     recipe, compute = how.recipe, how.compute
     x, dy = x.astype(compute), dy.astype(compute)
     _, (dy_axes, b_axes), (x_axes, dy_tokens) = how.op.axes(x, b)
@@ -168,7 +166,8 @@ class OfPull(NamedTuple):
         (a, b, dy, key, amax), (da, db, ddy, _, _) = operands, tangents
         own = _fresh(amax, 2)
         if amax is not None:  # this dy is not the one that the history is of
-            outs, _ = _pull_back(self.how._replace(where=""), self.like, (a, b, dy, key, own))
+            still = _still((a, b, dy, key, own))
+            outs, _ = _pull_back(self.how._replace(where=""), self.like, still)
         outs = with_derivative(self, outs, (a, b, dy, key, own))
         along = LinearMap("pull", *self).bind((a, b, key, own), (ddy,), outs)
         across = LinearMap("cross", *self).bind((dy, key, own), (da, db), outs)
@@ -178,7 +177,7 @@ class OfPull(NamedTuple):
 def _pull(how: How, like: Any, operands: Any) -> Any:
     """The gradients of x, in a dtype, and of W; and the amax of dy for delayed scaling."""
     need_key(how.recipe, operands[3], True, how.where)
-    outs, now = _pull_back(how._replace(where=""), like, operands)
+    outs, now = _pull_back(how._replace(where=""), like, _still(operands))
     return with_derivative(OfPull(how, like), outs, operands), now
 
 
