@@ -13,10 +13,11 @@ from mpjax.errors import ConfigError
 from mpjax.interpret import hlo
 from mpjax.interpret.audited import Audit, Cost, Leak, Product
 from mpjax.interpret.casts import dead_casts, double_casts, low_reductions
-from mpjax.interpret.cost import MOVES, PRODUCTS, is_product, operations, size_in_bytes
+from mpjax.interpret.cost import MOVES, operations, size_in_bytes
 from mpjax.interpret.donation import undonated
 from mpjax.interpret.flow import Flow, Step
 from mpjax.interpret.leaks import Cause, Leaks, remedy
+from mpjax.interpret.matmuls import PRODUCTS, is_product
 from mpjax.interpret.place import unmatched
 from mpjax.interpret.platforms import check_platform
 from mpjax.interpret.trace import Program, trace

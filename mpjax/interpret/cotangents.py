@@ -10,8 +10,8 @@ import dataclasses
 
 from jax.extend.core import ClosedJaxpr
 
-from mpjax.interpret.cost import is_product
 from mpjax.interpret.flow import Flow, Value
+from mpjax.interpret.matmuls import is_product
 from mpjax.interpret.trace import Program
 from mpjax.precision import Recipe
 

@@ -12,9 +12,9 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from mpjax.errors import ConfigError
 from mpjax.interpret import custom
 from mpjax.interpret.control import REBUILT
-from mpjax.interpret.cost import held_products, is_product
 from mpjax.interpret.demand import demanded
 from mpjax.interpret.lists import APART, LOW, PLAIN, WHOLE, Lists, operation
+from mpjax.interpret.matmuls import held_products, is_product
 from mpjax.interpret.place import OPAQUE, Place, place_of
 from mpjax.interpret.products import add_bias, biases, product
 from mpjax.interpret.region import UNTOUCHED, Region

@@ -13,8 +13,9 @@ import functools
 from collections.abc import Hashable
 from typing import Any
 
-from mpjax.interpret.cost import contracted, held_products, is_product, operations
+from mpjax.interpret.cost import contracted, operations
 from mpjax.interpret.flow import Flow, Step, Value
+from mpjax.interpret.matmuls import held_products, is_product
 from mpjax.interpret.place import called, written
 from mpjax.interpret.provenance import Makers, is_argument, origin, readers
 
