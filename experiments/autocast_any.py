@@ -28,9 +28,9 @@ from rich.table import Table
 
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
 from mpjax.errors import ConfigError
-from mpjax.interpret.audit import audit
-from mpjax.interpret.autocast import autocast
-from mpjax.interpret.named import named
+from mpjax.interpret.audit.audit import audit
+from mpjax.interpret.autocast.autocast import autocast
+from mpjax.interpret.core.named import named
 from mpjax.optim import (
     DynamicLossScale,
     NoOpLossScale,

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mpjax.errors import ConfigError
-from mpjax.interpret.monitor import monitor
+from mpjax.interpret.monitor.monitor import monitor
 from mpjax.precision import PrecisionSchedule
 from mpjax.precision.triggers import Evidence
 from mpjax.train.preflight import free_bytes

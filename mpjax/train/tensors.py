@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from mpjax.errors import ConfigError
-from mpjax.interpret.monitor import monitor
-from mpjax.interpret.monitored import KINDS, Monitored
+from mpjax.interpret.monitor.monitor import monitor
+from mpjax.interpret.monitor.report import KINDS, Monitored
 from mpjax.train.metrics import keep_until, to_line
 from mpjax.train.step import TrainStep
 
@@ -39,7 +39,7 @@ def watched(
         devices; that step is on its way by then, so that they need not wait for the host.
       every: steps between measurements; the run's first step is measured too.
       start: steps that were taken already.
-      options: of `mpjax.interpret.monitor.monitor`: `where`, `what`, `formats`, `sample`.
+      options: of `mpjax.interpret.monitor.monitor.monitor`: `where`, `what`, `formats`, `sample`.
 
     Raises:
       ConfigError: every is below 1.

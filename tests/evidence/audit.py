@@ -4,7 +4,8 @@ Run:       python tests/evidence/audit.py
 Expected:  every plant found with its mechanism at its line, forward and in the gradient; nothing
            else reported; no leak in a clean model.
 
-The plants and the clean models are those of the tests, `tests/interpret/leaky.py` and `clean.py`.
+The plants and the clean models are those of the tests, `tests/interpret/audit/leaky.py` and
+`clean.py`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from page import table, write  # noqa: E402
 
-from mpjax.interpret.audit import audit  # noqa: E402
-from mpjax.interpret.audited import short  # noqa: E402
-from tests.interpret.clean import CLEAN  # noqa: E402
-from tests.interpret.leaky import PLANTS, Plant, line_of  # noqa: E402
+from mpjax.interpret.audit.audit import audit  # noqa: E402
+from mpjax.interpret.audit.report import short  # noqa: E402
+from tests.interpret.audit.clean import CLEAN  # noqa: E402
+from tests.interpret.audit.leaky import PLANTS, Plant, line_of  # noqa: E402
 
 
 def gradient(fn: Any) -> Any:
@@ -78,7 +79,7 @@ def main() -> None:
     body = f"""{right[0]} of {forward} planted leaks are found in the forward pass and {right[1]} \
 of {len(PLANTS)} in the gradient, with the right source line and mechanism ({mechanisms} \
 mechanisms) and nothing else reported beside them. The line is that of the statement where a low \
-value becomes wide; the plants are in `tests/interpret/leaky.py`.
+value becomes wide; the plants are in `tests/interpret/audit/leaky.py`.
 
 One line is not that of the planted statement: JAX gives all operations of a `custom_vjp`'s \
 backward rule the line that calls the function, so `backward_rule` is found at the call.
@@ -87,7 +88,7 @@ backward rule the line that calls the function, so `backward_rule` is found at t
 
 ## Clean models
 
-Value and gradient; `tests/interpret/clean.py`.
+Value and gradient; `tests/interpret/audit/clean.py`.
 
 {table(head, clean)}
 

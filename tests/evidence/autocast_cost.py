@@ -21,7 +21,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from page import table, write  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "interpret"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "interpret" / "autocast"))
 
 import twins  # noqa: E402
 
@@ -113,10 +113,10 @@ def main() -> bool:
             ))  # fmt: skip
     found = [(name, value, bar, "met" if met else "MISSED") for name, met, value, bar in rows]
     body = (
-        f"Step: {real}. Tracing: {small}, unrolled. The twin is tests/interpret/twins.py, the same"
-        " model with its casts by hand; numbers are equal bit for bit. JAX keeps the derivatives of"
-        " its own functions from one tracing to the next, so tracing with warm caches costs less"
-        " than in a new process; both are shown.\n\n"
+        f"Step: {real}. Tracing: {small}, unrolled. The twin is"
+        " tests/interpret/autocast/twins.py, the same model with its casts by hand; numbers are"
+        " equal bit for bit. JAX keeps the derivatives of its own functions from one tracing to the"
+        " next, so tracing with warm caches costs less than in a new process; both are shown.\n\n"
     )
     write("autocast_cost", "What autocast costs", body + table(("what", "value", "bar", ""), found))
     return all(met for _, met, _, _ in rows)

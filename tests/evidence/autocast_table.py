@@ -4,8 +4,8 @@ Run:       python tests/evidence/autocast_table.py
 Expected:  no row whose dtype or bits differ, for bfloat16 and float16, of low values, float32
            values, one of each, and low arguments.
 
-The table is `tests/interpret/autocast_table.py`, transcribed from PyTorch's Autocast Op Reference.
-The suite checks every dtype and a part of the bits.
+The table is `tests/interpret/autocast/autocast_table.py`, transcribed from PyTorch's Autocast Op
+Reference. The suite checks every dtype and a part of the bits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from page import table, write  # noqa: E402
 
-from tests.interpret import test_autocast_table as test  # noqa: E402
-from tests.interpret.autocast_table import DEVIATES, FLOAT32_INSIDE, ROWS  # noqa: E402
+from tests.interpret.autocast import test_table as test  # noqa: E402
+from tests.interpret.autocast.autocast_table import DEVIATES, FLOAT32_INSIDE, ROWS  # noqa: E402
 
 PATTERNS = {
     "low": "made low by a product in autocast",

@@ -56,9 +56,9 @@ from mpjax.optim import make_optimizer  # noqa: E402
 from mpjax.precision import get_precision, preset_names  # noqa: E402
 from mpjax.tasks import TextClassification  # noqa: E402
 from mpjax.train import build  # noqa: E402
-from tests.interpret.clean import CLEAN  # noqa: E402
-from tests.interpret.leaky import PLANTS  # noqa: E402
-from tests.interpret.planted import grid  # noqa: E402
+from tests.interpret.audit.clean import CLEAN  # noqa: E402
+from tests.interpret.audit.leaky import PLANTS  # noqa: E402
+from tests.interpret.nonfinite.planted import grid  # noqa: E402
 
 STEPS, N, T, V = 5, 8, 16, 64
 SMALL = dict(vocabulary=V, layers=2, width=32, heads=4, context=T)

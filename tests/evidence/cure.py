@@ -21,8 +21,8 @@ from page import table, write  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from mpjax.interpret.nonfinite import trace_nonfinite  # noqa: E402
-from tests.interpret.replayed import KINDS, SECONDS, cases, misses  # noqa: E402
+from mpjax.interpret.nonfinite.nonfinite import trace_nonfinite  # noqa: E402
+from tests.interpret.nonfinite.replayed import KINDS, SECONDS, cases, misses  # noqa: E402
 
 
 def main() -> bool:
@@ -49,8 +49,8 @@ def main() -> bool:
     good = not missed
     count = sum(total.values())
     body = (
-        f"{count} programs (`tests/interpret/replayed.py`), the black squares of a grid: the"
-        " kinds of faults below in float16,"
+        f"{count} programs (`tests/interpret/nonfinite/replayed.py`), the black squares of a grid:"
+        " the kinds of faults below in float16,"
         " bfloat16, float32 and float8 (stored so, computed in float16), flat, in one step of a"
         " `scan`, inside `jit` and inside `custom_vjp`. A second fault stands beside the first in"
         " an output of its own, is made of the first one's result, or joins it in one sum. Right"

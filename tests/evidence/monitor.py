@@ -25,10 +25,10 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from page import table, write  # noqa: E402
 
-from mpjax.interpret.measure import candidates  # noqa: E402
-from mpjax.interpret.monitor import monitor  # noqa: E402
-from mpjax.interpret.monitored import KINDS  # noqa: E402
-from mpjax.interpret.statistics import statistics  # noqa: E402
+from mpjax.interpret.monitor.measure import candidates  # noqa: E402
+from mpjax.interpret.monitor.monitor import monitor  # noqa: E402
+from mpjax.interpret.monitor.report import KINDS  # noqa: E402
+from mpjax.interpret.monitor.statistics import statistics  # noqa: E402
 from mpjax.models import decoder  # noqa: E402
 from mpjax.train import build  # noqa: E402
 from mpjax.train.tensors import watched  # noqa: E402
@@ -180,7 +180,7 @@ def main() -> bool:
         f"- histograms equal to numpy's: {equal} of {cases} tensors of float32, float16 and"
         " bfloat16\n"
         "- what each tensor of each kind is measured as is tested in"
-        " `tests/interpret/test_monitor.py`"
+        " `tests/interpret/monitor/test_monitor.py`"
     )
     write("monitor", "What measuring every tensor costs", body)
     return met

@@ -20,8 +20,8 @@ from page import table, write  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-from mpjax.interpret.nonfinite import trace_nonfinite  # noqa: E402
-from tests.interpret.planted import (  # noqa: E402
+from mpjax.interpret.nonfinite.nonfinite import trace_nonfinite  # noqa: E402
+from tests.interpret.nonfinite.planted import (  # noqa: E402
     BACKWARD,
     FORWARD,
     OPTIMIZER,
@@ -63,7 +63,7 @@ def main() -> bool:
     mechanisms = len({fault.mechanism for fault in faults})
     body = (
         f"{len(faults)} faults, the black squares of a grid of {mechanisms} mechanisms in the"
-        " places below (`tests/interpret/planted.py`); each is one marked line, found by"
+        " places below (`tests/interpret/nonfinite/planted.py`); each is one marked line, found by"
         " `inspect`, and breaks in one layer of four and one row of eight. No derivative goes"
         " through a `while` loop, so none is planted backward there. Right means: module path,"
         " layer, direction, file and line, and the shard where rows lie on 8 devices.\n\n"

@@ -34,9 +34,9 @@ import numpy as np  # noqa: E402
 from page import table, write  # noqa: E402
 
 from mpjax.data import Corpus, load_corpus, validation_batches  # noqa: E402
-from mpjax.interpret.autocast import autocast  # noqa: E402
+from mpjax.interpret.autocast.autocast import autocast  # noqa: E402
 from mpjax.report import gaps, interval  # noqa: E402
-from tests.interpret.stablehlo import low_share, product_flops  # noqa: E402
+from tests.interpret.audit.stablehlo import low_share, product_flops  # noqa: E402
 
 LIBRARIES = {"linen": "Flax Linen", "nnx": "Flax NNX", "equinox": "Equinox", "haiku": "Haiku"}
 PACKAGES = ("equinox", "dm-haiku")

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from mpjax.interpret.audit import audit
-from mpjax.interpret.autocast import autocast
-from mpjax.interpret.named import named
-from tests.interpret.stablehlo import low_share, product_flops
+from mpjax.interpret.audit.audit import audit
+from mpjax.interpret.autocast.autocast import autocast
+from mpjax.interpret.core.named import named
+from tests.interpret.audit.stablehlo import low_share, product_flops
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -12,7 +12,7 @@ import pytest
 
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import seen_of, with_seen
-from mpjax.interpret.walker import scan_sizes
+from mpjax.interpret.core.walk import scan_sizes
 from mpjax.models import Recurrent, generate, recurrent
 from mpjax.precision import get_precision
 from tests.models.shapes import BATCH, FAST, IDS, stirred

@@ -1,0 +1,112 @@
+"""Casts that change nothing or lose what is asked back, and sums kept in a low dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from mpjax.interpret.core.dataflow import Flow, Step, Value
+from mpjax.interpret.core.op_lists import SHAPE
+from mpjax.interpret.core.retrace import is_float
+
+# They add up in the dtype of their operand (a psum on the wire).
+_SUMS = frozenset(
+    {
+        *("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp", "reduce_window_sum"),
+        *("scatter-add", "scatter-mul", "psum", "psum2", "psum_invariant", "reduce_scatter"),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something that a program does at a line.
+
+    Args:
+      what: what it is, such as `float32 -> bfloat16 -> float32`.
+      line: the source line.
+      path: module path.
+      direction: `forward` or `backward`.
+      times: how often it happens in one call.
+    """
+
+    what: str
+    line: str
+    path: str
+    direction: str
+    times: int
+
+
+def low_reductions(flow: Flow) -> tuple[Finding, ...]:
+    """Returns sums and products over an axis whose operand and result are low."""
+    return _counted(
+        (f"{step.name} in {step.outs[0].aval.dtype}", step)
+        for step in flow.steps
+        if step.name in _SUMS and step.outs and step.ins[0].low and step.outs[0].low
+    )
+
+
+def double_casts(flow: Flow) -> tuple[Finding, ...]:
+    """Returns casts of a value that was cast just before, and casts that were made already."""
+    return _counted(_doubles(flow))
+
+
+def dead_casts(flow: Flow) -> tuple[Finding, ...]:
+    """Returns casts that nobody reads, and casts up that are only cast straight back."""
+    return _counted(_dead(flow))
+
+
+def _is_cast(step: Step | None) -> bool:
+    return step is not None and step.name == "convert_element_type" and _changes(step)
+
+
+def _changes(step: Step) -> bool:
+    old, new = step.ins[0].aval, step.outs[0].aval
+    return is_float(old) and is_float(new) and old.dtype != new.dtype
+
+
+def _source(value: Value) -> Value:
+    """What a value is, but for its shape."""
+    while value.step is not None and value.step.name in SHAPE and len(value.step.ins) == 1:
+        value = value.step.ins[0]
+    return value
+
+
+def _doubles(flow: Flow) -> Iterator[tuple[str, Step]]:
+    # A gradient that casts again what the forward pass cast keeps less: no waste.
+    made: dict[tuple[Value, str, bool], Step] = {}
+    for step in flow.steps:
+        if not _is_cast(step):
+            continue
+        new = str(step.outs[0].aval.dtype)
+        first = made.setdefault((step.ins[0], new, step.place.backward), step)
+        if first is not step:
+            yield f"{step.ins[0].aval.dtype} -> {new}, made before at {first.place.line}", step
+        before = _source(step.ins[0]).step
+        if before is not None and _is_cast(before):
+            chain = [before.ins[0].aval.dtype, before.outs[0].aval.dtype, new]
+            yield " -> ".join(map(str, chain)), step
+
+
+def _dead(flow: Flow) -> Iterator[tuple[str, Step]]:
+    for step in flow.steps:
+        if not _is_cast(step):
+            continue
+        value, old = step.outs[0], step.ins[0].aval.dtype
+        what = f"{old} -> {value.aval.dtype}"
+        kept = value.returned or value.joins
+        if not kept and not value.readers:
+            yield f"{what}, never used", step
+        elif not kept and old.itemsize < value.aval.dtype.itemsize:
+            back = [_is_cast(r) and r.outs[0].aval.dtype == old for r in value.readers]
+            if all(back):
+                yield f"{what}, cast straight back", step
+
+
+def _counted(found: Iterable[tuple[str, Step]]) -> tuple[Finding, ...]:
+    times: Counter[tuple[str, str, str, str]] = Counter()
+    for what, step in found:
+        place = step.place
+        times[what, place.line, place.path, place.direction] += place.loops
+    return tuple(Finding(*key, count) for key, count in times.items())

@@ -1,0 +1,295 @@
+"""What an audit found, as values, a dictionary, a table and Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from mpjax.interpret.audit.casts import Finding
+from mpjax.interpret.audit.donation import Undonated
+from mpjax.interpret.audit.hlo import Optimised
+from mpjax.interpret.audit.table import Section, as_markdown, as_text
+
+SHOWN = 20  # rows of a long table
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product or convolution.
+
+    Args:
+      path: module path.
+      direction: `forward`, `backward` or `recomputed` (by `jax.checkpoint`).
+      line: the source line.
+      kind: its primitive.
+      operands: their dtypes.
+      accumulation: dtype that the product emits; its sums are at least as wide.
+      output: dtype in which the result goes on: that of a cast that is its only reader.
+      flops: of one call of the program.
+      times: how often it runs in one call.
+    """
+
+    path: str
+    direction: str
+    line: str
+    kind: str
+    operands: tuple[str, str]
+    accumulation: str
+    output: str
+    flops: int
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Leak:
+    """Products that run wide, with what made them so.
+
+    Args:
+      mechanism: how a low value became wide, see `mpjax.interpret.audit.leaks.Cause`.
+      line: the source line of the cause.
+      path: module path of the cause.
+      direction: `backward` if only gradients run wide.
+      dtype: the wide dtype.
+      origin: what was wide from the beginning, or was made wide on purpose.
+      remedy: what to do.
+      products: that it reaches.
+      flops: of these products.
+      share: of the FLOPs of all products.
+    """
+
+    mechanism: str
+    line: str
+    path: str
+    direction: str
+    dtype: str
+    origin: str
+    remedy: str
+    products: tuple[Product, ...]
+    flops: int
+    share: float
+
+    def __str__(self) -> str:
+        where = self.path or "(no path)"
+        if not self.products:  # inside an operation that is not looked into
+            start = f"{self.line}: {where}: {self.mechanism}: {self.dtype}"
+            return f"{start} in {self.origin}; {self.remedy}"
+        reached = dict.fromkeys(f"{p.path or '(no path)'} {short(p.line)}" for p in self.products)
+        return (
+            f"{self.line}: {where}: {self.mechanism}: {self.dtype} from {self.origin} reaches"
+            f" {len(self.products)} products, {self.share:.1%} of the FLOPs"
+            f" ({'; '.join(list(reached)[:4])}{' ...' * (len(reached) > 4)}); {self.remedy}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What operations cost, before any fusion.
+
+    Args:
+      products: FLOPs of matrix products and convolutions.
+      others: FLOPs of everything else.
+      bytes: read and written if every operation went through memory.
+    """
+
+    products: int = 0
+    others: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.products + other.products, self.others + other.others, self.bytes + other.bytes
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Audit:
+    """What a program really runs; `str` gives a table.
+
+    Args:
+      low: the low dtype of most product FLOPs; empty in a program that has none.
+      by_dtype: cost by dtype: products by their wider operand, bytes by each array.
+      by_path: the same by module path; the empty path is outside every module.
+      products: each product of the program.
+      leaks: wide products in a low program, by cause, the largest first.
+      minor: leaks too small to matter, listed apart.
+      double_casts: casts of what was cast just before, or was cast so already.
+      dead_casts: casts that nobody reads, or that are only cast straight back.
+      low_reductions: sums whose operand and result are low.
+      missing_donation: large inputs that a jitted function could donate.
+      notes: what the figures leave out.
+      compiled: what XLA made of it here, where that was asked for.
+    """
+
+    low: str
+    by_dtype: dict[str, Cost]
+    by_path: dict[str, dict[str, Cost]]
+    products: tuple[Product, ...]
+    leaks: tuple[Leak, ...]
+    minor: tuple[Leak, ...]
+    double_casts: tuple[Finding, ...]
+    dead_casts: tuple[Finding, ...]
+    low_reductions: tuple[Finding, ...]
+    missing_donation: tuple[Undonated, ...]
+    notes: tuple[str, ...]
+    compiled: Optimised | None = None
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of all products."""
+        return sum(product.flops for product in self.products)
+
+    def share(self, dtype: str) -> float:
+        """Returns the share of the product FLOPs whose wider operand has a dtype; 0 if none."""
+        return self.by_dtype.get(dtype, Cost()).products / max(self.flops, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all of it as JSON-able values."""
+        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return found
+
+    def to_markdown(self) -> str:
+        """Returns the tables in Markdown."""
+        return as_markdown(self._sections(), self._summary())
+
+    def __str__(self) -> str:
+        return as_text(self._sections(), self._summary())
+
+    __repr__ = __str__  # of use at a prompt, where thousands of products are not
+
+    def _summary(self) -> list[str]:
+        shares = ", ".join(
+            f"{self.share(dtype):.1%} {dtype}"
+            for dtype, cost in sorted(self.by_dtype.items(), key=lambda item: -item[1].products)
+            if cost.products
+        )
+        said = f"product FLOPs {shares}" if shares else "no product of floating-point arrays"
+        said = said if self.low or not shares else f"no low product: {said}"
+        counts = [
+            f"{len(found)} {name}"
+            for name, found in (
+                ("leaks", self.leaks),
+                ("minor leaks", self.minor),
+                ("double casts", self.double_casts),
+                ("dead casts", self.dead_casts),
+                ("low reductions", self.low_reductions),
+                ("undonated inputs", self.missing_donation),
+            )
+        ]
+        lines = [f"Audit: {said}; {', '.join(counts)}", *self.notes]
+        if self.compiled is not None and self.compiled.backend == "cpu":
+            lines.append(
+                "optimised HLO of CPU is no oracle of dtype: bfloat16 runs as float32 there"
+            )
+        return lines
+
+    def _sections(self) -> list[Section]:
+        found: list[Section] = []
+        for title, leaks in (("Leaks", self.leaks), ("Minor leaks", self.minor)):
+            columns = ("cause at", "path", "mechanism", "from", "products", "share", "remedy")
+            rows = [
+                (short(x.line), x.path, x.mechanism, short(x.origin),
+                 f"{len(x.products)} {x.direction}", f"{x.share:.1%}", x.remedy)
+                for x in leaks
+            ]  # fmt: skip
+            found.append(Section(title, columns, rows))
+        found += [
+            Section(
+                "By dtype",
+                ("dtype", "product FLOPs", "share", "other FLOPs", "bytes"),
+                [
+                    (d, count(c.products), f"{self.share(d):.1%}", count(c.others), count(c.bytes))
+                    for d, c in sorted(self.by_dtype.items(), key=lambda item: -item[1].products)
+                ],
+            ),
+            self._paths(),
+            self._products(),
+        ]
+        for title, things in (
+            ("Double casts", self.double_casts),
+            ("Dead casts", self.dead_casts),
+            ("Reductions in low precision", self.low_reductions),
+        ):
+            cells = [
+                (short(t.what), t.path, t.direction, short(t.line), str(t.times)) for t in things
+            ]
+            found.append(Section(title, ("what", "path", "direction", "line", "times"), cells))
+        found.append(
+            Section(
+                "Missing donation",
+                ("argument", "array", "bytes"),
+                [(x.name, x.array, count(x.size)) for x in self.missing_donation],
+            )
+        )
+        if self.compiled is not None:
+            found.append(self._optimised(self.compiled))
+        return [section for section in found if section.rows]
+
+    def _paths(self) -> Section:
+        rows = []
+        for path, dtypes in self.by_path.items():
+            total = sum(dtypes.values(), Cost())
+            shares = " ".join(
+                f"{dtype} {cost.products / total.products:.0%}"
+                for dtype, cost in dtypes.items()
+                if cost.products
+            )
+            rows.append((total, (path or "(none)", count(total.products), shares,
+                                 count(total.others), count(total.bytes))))  # fmt: skip
+        rows.sort(key=lambda row: (-row[0].products, -row[0].bytes))
+        columns = ("path", "product FLOPs", "in", "other FLOPs", "bytes")
+        return Section("By module path", columns, [row for _, row in rows], SHOWN)
+
+    def _products(self) -> Section:
+        grouped: dict[tuple[str, ...], list[Product]] = {}
+        for p in self.products:
+            key = (p.path or "(none)", p.direction, short(p.line), " x ".join(p.operands),
+                   p.accumulation, p.output)  # fmt: skip
+            grouped.setdefault(key, []).append(p)
+        rows = [
+            (*key, str(sum(p.times for p in same)), count(sum(p.flops for p in same)))
+            for key, same in sorted(
+                grouped.items(), key=lambda item: -sum(p.flops for p in item[1])
+            )
+        ]
+        columns = ("path", "direction", "line", "operands", "sums in", "goes on in", "times",
+                   "FLOPs")  # fmt: skip
+        return Section("Products", columns, rows, SHOWN)
+
+    @staticmethod
+    def _optimised(found: Optimised) -> Section:
+        rows = [
+            (kind, what, str(number))
+            for kind, counted in (
+                ("product", found.products),
+                ("convert", found.converts),
+                ("instructions", found.dtypes),
+            )
+            for what, number in sorted(counted.items(), key=lambda item: -item[1])
+        ]
+        title = f"Optimised HLO on {found.backend}"
+        return Section(title, ("kind", "what", "count"), rows, SHOWN)
+
+
+def count(number: float) -> str:
+    """Returns a number with three digits and a unit.
+
+    Example:
+      >>> count(999), count(1234567)
+      ('999', '1.23 M')
+    """
+    for unit in ("", " k", " M", " G", " T"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} P"
+
+
+def short(text: str) -> str:
+    """Returns a text with the folders left out of the source lines in it.
+
+    Example:
+      >>> short("a constant at /a/b/model.py:12 (f)")
+      'a constant at model.py:12 (f)'
+    """
+    return " ".join(word.rsplit("/", 1)[-1] if ".py:" in word else word for word in text.split(" "))

@@ -1,0 +1,136 @@
+"""autocast: any function with its products in a low dtype and its delicate parts in float32."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from mpjax.formats.given import check_key
+from mpjax.interpret.autocast.caster import Caster
+from mpjax.interpret.autocast.rules import regions
+from mpjax.interpret.core.location import UNTOUCHED, Place
+from mpjax.interpret.core.op_lists import make_lists
+from mpjax.interpret.core.retrace import cast
+from mpjax.interpret.core.trace import check_function, trace
+
+_log = logging.getLogger("mpjax.interpret")
+
+
+def no_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that an `autocast` around it leaves as it was traced.
+
+    Args:
+      fn: any function of JAX arrays; inside, its arguments have the dtypes of a call without
+        autocast.
+
+    Raises:
+      ConfigError: it is no function.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> keep = no_autocast(lambda x, w: x @ w)
+      >>> f = autocast(lambda x, w: (x @ w, keep(x, w)), "bf16", restore_dtypes=False)
+      >>> [y.dtype.name for y in f(jnp.ones((2, 2)), jnp.ones((2, 2)))]
+      ['bfloat16', 'float32']
+    """
+
+    check_function("no_autocast", fn)
+
+    @functools.wraps(fn)
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        with jax.named_scope(UNTOUCHED):
+            return fn(*args, **kwargs)
+
+    return apart
+
+
+def autocast(
+    fn: Callable[..., Any],
+    precision: Any,
+    *,
+    lists: str = "cuda",
+    low: Iterable[str] = (),
+    full: Iterable[str] = (),
+    widest: Iterable[str] = (),
+    rules: Sequence[Any] = (),
+    restore_dtypes: bool = True,
+    key: Any = None,
+) -> Callable[..., Any]:
+    """Returns a function that computes its products low and its delicate operations in float32.
+
+    Nothing of the function is edited: it is traced, and its jaxpr is evaluated with casts put in.
+    Products run in the low dtype, operations that lose digits or overflow (exp, log, sums, pow,
+    softmax, cross-entropy ...) in float32, all others in the widest dtype of their inputs. Python
+    numbers never widen. float64, integers and every cast that stands in the jaxpr stay. What runs
+    value by value and feeds float32 operations only runs in float32 too, so that a softmax or a
+    norm that JAX leaves no name of is exact.
+
+    A cast to the dtype that a value had while it was traced leaves nothing in a jaxpr: in a
+    float32 model `x.astype(float32)` cannot be seen, and only lists and rules can keep such a
+    place in float32.
+
+    What JAX or a library hands over as one operation with rules of its own (a linear solve, a
+    kernel) stays as it was traced; if it holds products, that is logged once, with the source
+    line, and `audit` lists it as a leak.
+
+    Args:
+      fn: any function of JAX arrays.
+      precision: `bf16`, `fp16`, a policy, a recipe or a `Precision`, of which its rules are read:
+        loss scale, update rule, moments and the gradients' dtype are for `mpjax.optim.wrap` with
+        the same Precision, which is logged. `fp32` leaves everything as it was traced but for
+        `rules`: `**/mlp=bf16` computes some paths low, and a recipe alone (`**=r=fp8`) quantises
+        products and leaves the rest in float32.
+      lists: `cuda` or `cpu`, after PyTorch's lists for them.
+      low: names of operations to run low; of primitives, or of functions that JAX keeps as a call.
+      full: names of operations to run in float32.
+      widest: names of operations to run in the widest dtype of their inputs.
+      rules: `PATTERN=VALUE` by module path, first match wins: `**/head=fp32` leaves these paths as
+        they were traced, `**/mlp=r=fp8` quantises their products.
+      restore_dtypes: whether outputs get the dtypes that they had without autocast.
+      key: random key for recipes that draw, such as int8 in its gradients; fold the step in. Each
+        product has its own, the iterations of a loop share theirs.
+
+    Returns:
+      A function of the same arguments. It composes with grad (inside and outside), jit, vmap,
+      checkpoint, scan and sharding.
+
+    Raises:
+      ConfigError: no function, an unknown dtype, list, name or path, a rule that a function alone
+        cannot follow; when called, a function that cannot be traced.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> f = autocast(lambda x, w: jax.nn.softmax(x @ w), "bf16")
+      >>> jaxpr = jax.make_jaxpr(f)(jnp.ones((2, 3)), jnp.ones((3, 4)))
+      >>> [v.aval.dtype.name for e in jaxpr.eqns if e.primitive.name == "dot_general"
+      ...  for v in e.invars]
+      ['bfloat16', 'bfloat16']
+
+    References:
+      PyTorch documentation, Automatic Mixed Precision package, Autocast Op Reference.
+    """
+    check_function("autocast", fn)
+    (where, note), names = regions(precision, rules), make_lists(lists, low, full, widest)
+    said: set[str] = set()
+    if key is not None:
+        check_key(key, "autocast")
+    if note:
+        _log.warning("%s", note)
+
+    @functools.wraps(fn)
+    def cast_fn(*args: Any, **kwargs: Any) -> Any:
+        program = trace("autocast", fn, args, kwargs, runs=True)
+        caster = Caster(where, names, said, key)
+        given = [None] * len(program.args)
+        outs = caster.evaluate(program.closed, program.args, given, Place()).outs
+        where.check([path for path in caster.paths if path])
+        if restore_dtypes:
+            avals = program.closed.out_avals
+            outs = [cast(x, aval.dtype) for x, aval in zip(outs, avals, strict=True)]
+        return program.rebuild(outs)
+
+    return cast_fn

@@ -1,0 +1,78 @@
+"""One autocast of one function call: the jaxprs in it, evaluated with casts put in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr
+
+from mpjax.interpret.autocast.cotangents import Sides, sides
+from mpjax.interpret.autocast.evaluate import Equations
+from mpjax.interpret.autocast.rules import Region, Regions
+from mpjax.interpret.core.control_flow import Rebind
+from mpjax.interpret.core.location import Place
+from mpjax.interpret.core.op_lists import Lists
+from mpjax.interpret.core.retrace import Result
+from mpjax.interpret.core.walk import walk
+
+_log = logging.getLogger("mpjax.interpret")
+
+
+class Caster:
+    """One autocast of one function call.
+
+    Args:
+      regions: what happens where.
+      lists: which operations run low.
+      said: what was logged already; each line is logged once.
+      key: for recipes that draw random numbers.
+    """
+
+    def __init__(
+        self, regions: Regions, lists: Lists, said: set[str] | None = None, key: Any = None
+    ) -> None:
+        self.regions = regions
+        self.lists = lists
+        self._said = set() if said is None else said
+        self._key, self._drawn = key, 0
+        self.paths: dict[str, None] = {}
+        self.rebind = Rebind()
+        self.gradients: dict[int, Sides] = {}
+        self._rules: list[ClosedJaxpr] = []  # held, so that the ids of their equations stay theirs
+
+    def say(self, line: str) -> None:
+        """Logs a line, once."""
+        if line not in self._said:
+            self._said.add(line)
+            _log.warning("%s", line)
+
+    def draw(self, region: Region) -> Any:
+        """A key of its own for each product whose recipe draws; None without one."""
+        if self._key is None or region.recipe is None or not region.recipe.uses_key:
+            return None
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn)
+
+    def learn(self, rule: ClosedJaxpr, kept: int) -> None:
+        """Takes note of the gradients in a backward rule, all its arguments after the kept ones."""
+        if self.regions.quantises:
+            self._rules.append(rule)
+            self.gradients |= sides(rule, kept)
+
+    def evaluate(
+        self,
+        closed: ClosedJaxpr,
+        args: Sequence[Any],
+        weak: Sequence[float | None],
+        outer: Place,
+        lists: Lists | None = None,
+    ) -> Result:
+        """Evaluates a jaxpr; the note is, for each output, its bound if it is a weak constant."""
+        lists = self.lists if lists is None else lists
+        frame = Equations(self, closed, args, weak, outer, lists)
+        outs = walk(closed, args, frame.visit, outer, lines=False)
+        note = [frame.weak.bound(atom) for atom in closed.jaxpr.outvars]
+        return Result(list(outs), {}, note)

@@ -1,0 +1,169 @@
+"""What autocast does where: rules by path, read from dtypes, texts and Precisions.
+
+A Precision says more than a function alone can honour: how a loss is scaled, weights are updated,
+moments are stored and gradients are reduced. That is the optimizer's, `mpjax.optim.wrap` with the
+same Precision; here only its rules are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from mpjax.errors import ConfigError
+from mpjax.interpret.core.location import unmatched
+from mpjax.precision import Precision, Recipe, get_precision
+from mpjax.precision.dtypes import dtype_name, parse_dtype
+from mpjax.precision.reading import parse_rule, parse_rules
+from mpjax.precision.rule import Rule, matches
+
+_COMPUTE = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """What happens to the equations of some paths.
+
+    Args:
+      low: dtype of the operations on the low list; None leaves every equation as it was traced,
+        but for a recipe.
+      output: dtype in which products leave; None for the one that they were traced in.
+      recipe: how products are quantised, or None.
+    """
+
+    low: Any = None
+    output: Any = None
+    recipe: Recipe | None = None
+
+
+UNTOUCHED = Region()
+
+
+@dataclasses.dataclass(frozen=True)
+class Regions:
+    """Rules by path, first match wins; the last covers every path.
+
+    Args:
+      rules: with the region that each gives.
+    """
+
+    rules: tuple[tuple[Rule, Region], ...]
+
+    def at(self, path: str) -> Region:
+        """Returns the region of a module path; the empty path stands outside every module."""
+        for rule, region in self.rules:
+            if rule.pattern == "**" or (path and matches(rule.pattern, path)):
+                return region
+        return UNTOUCHED
+
+    @property
+    def by_path(self) -> bool:
+        """Whether more than the default rule is there."""
+        return len(self.rules) > 1
+
+    @property
+    def quantises(self) -> bool:
+        """Whether products are quantised somewhere."""
+        return any(region.recipe is not None for _, region in self.rules)
+
+    def check(self, paths: Sequence[str]) -> None:
+        """Checks the user's rules against all paths of a function.
+
+        Raises:
+          ConfigError: a rule that matches none of them.
+        """
+        for rule, _ in self.rules:
+            if rule.user and not any(matches(rule.pattern, path) for path in paths):
+                raise ConfigError(
+                    f"autocast: rule {str(rule)!r} matches no path of the function;"
+                    f" {unmatched(rule.pattern, paths)}"
+                )
+
+
+def _region(rule: Rule, where: str) -> Region:
+    policy = rule.policy
+    compute = policy.compute_dtype
+    if policy.param_dtype != jnp.float32 and not (policy.param_dtype == compute):
+        raise ConfigError(
+            f"{where}: stores weights in {dtype_name(policy.param_dtype)}, and autocast stores"
+            " nothing; leave p= out and cast the weights yourself"
+        )
+    if compute == jnp.float32:
+        return UNTOUCHED if rule.recipe is None else Region(recipe=rule.recipe)
+    if compute not in _COMPUTE:
+        raise ConfigError(
+            f"{where}: autocast computes in bfloat16, float16 or float32, not in"
+            f" {dtype_name(compute)}; take one of them"
+        )
+    return Region(jnp.dtype(compute), jnp.dtype(policy.output_dtype), rule.recipe)
+
+
+def _optimizers(precision: Precision) -> list[str]:
+    """The fields of a Precision that say something else than its rules."""
+    plain = Precision("plain", ())
+    names = ("loss_scale", "update", "moments", "gradient_dtype")
+    return [name for name in names if getattr(precision, name) != getattr(plain, name)]
+
+
+def _of_dtype(dtype: Any) -> Precision:
+    name = dtype_name(dtype)
+    rule = parse_rule(f"**=p=f32,c={name},o={name}")
+    return Precision(name, (dataclasses.replace(rule, user=False),))
+
+
+def _alone(rule: str | Rule, parsed: Rule) -> Rule:
+    """A rule of a function in float32: with a recipe alone, all but the products stays float32."""
+    value = rule.partition("=")[2] if isinstance(rule, str) else ""
+    if parsed.recipe is None or not value.startswith(("r=", "recipe=")) or "," in value:
+        return parsed
+    return dataclasses.replace(parsed, policy=parse_rule(f"{parsed.pattern}=fp32").policy)
+
+
+def regions(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[Regions, str]:
+    """Returns the regions that a dtype, a preset or a Precision and further rules mean.
+
+    Args:
+      value: a dtype or its name (`bf16`, `float16`, `fp32`), a policy or recipe, or a Precision.
+      rules: `PATTERN=VALUE`, before those of `value`.
+
+    Returns:
+      The regions; and a line about fields of the Precision that are the optimizer's, or nothing.
+
+    Raises:
+      ConfigError: a dtype that autocast does not compute in, or a rule that it cannot follow.
+    """
+    mine = parse_rules(rules)
+    if isinstance(value, Precision):
+        precision = value
+    else:
+        try:
+            dtype = parse_dtype(value, "autocast")
+        except (ConfigError, TypeError):
+            dtype = None
+        if dtype is None:  # not in the handler: a mistake in it is no consequence of the other
+            precision = get_precision(value)
+        else:
+            if dtype not in _COMPUTE:
+                raise ConfigError(
+                    f"autocast: it does not compute in {dtype_name(dtype)}; take bf16, fp16 or"
+                    " fp32, or a recipe such as r=fp8"
+                )
+            precision = _of_dtype(dtype)
+            if dtype == jnp.float32:
+                mine = tuple(_alone(*pair) for pair in zip(rules, mine, strict=True))
+    note = ""
+    if left := _optimizers(precision):
+        note = (
+            f"autocast: Precision {precision.name!r} sets {' '.join(left)}, which the optimizer"
+            " takes: mpjax.optim.wrap(optimizer, precision); autocast reads its rules alone"
+        )
+    every = (*mine, *precision.rules)
+    last = next((i for i, rule in enumerate(every) if rule.pattern == "**"), None)
+    if last is None:
+        raise ConfigError("autocast: no rule covers every path; add '**=POLICY' at the end")
+    found = [(rule, _region(rule, f"autocast: rule {str(rule)!r}")) for rule in every[: last + 1]]
+    rule, region = found[-1]
+    return Regions((*found[:-1], (dataclasses.replace(rule, user=False), region))), note

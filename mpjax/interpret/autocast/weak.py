@@ -1,0 +1,101 @@
+"""Weak constants: what was made from Python numbers alone, and takes the dtype of what it meets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn, Literal, Var
+
+from mpjax.interpret.core.retrace import is_float
+from mpjax.interpret.core.walk import bind
+
+# A value that these give is no larger than their largest argument.
+_KEEPS_BOUND = frozenset(
+    {
+        *("broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "slice", "neg"),
+        *("select_n", "concatenate", "convert_element_type", "pad", "copy", "abs", "max", "min"),
+        *("stop_gradient", "pvary", "rev", "gather", "dynamic_slice"),
+    }
+)
+
+
+_SUMS = frozenset({"reduce_sum", "cumsum"})
+_HALF = float(jnp.finfo(jnp.float16).max)
+
+
+class Weak:
+    """The weak values of one jaxpr, each with a bound of its magnitude.
+
+    A mask filled with `finfo(float32).min` is infinite in bfloat16, and -1e9 is in float16: where a
+    bound does not fit into a dtype, the value is clamped, and infinities stay.
+
+    Args:
+      inputs: its inputs.
+      bounds: of each; None for one that is not weak.
+    """
+
+    def __init__(self, inputs: Sequence[Var], bounds: Sequence[float | None]) -> None:
+        pairs = zip(inputs, bounds, strict=True)
+        self._bounds = {var: bound for var, bound in pairs if bound is not None}
+        self._filled: dict[Var, tuple[JaxprEqn, Any]] = {}  # a number, broadcast
+
+    def bound(self, atom: Any) -> float | None:
+        """The largest magnitude of a weak value; None for one that is not weak."""
+        if isinstance(atom, Literal):
+            if np.ndim(atom.val) or not is_float(atom.aval):
+                return None
+            value = abs(float(atom.val))
+            return value if np.isfinite(value) else 0.0  # an infinity fits every dtype
+        return self._bounds.get(atom)
+
+    def mark(self, var: Var, bound: float | None) -> None:
+        """Says of a value that it is weak; nothing for None."""
+        if bound is not None:
+            self._bounds[var] = bound
+
+    def follow(self, eqn: JaxprEqn, args: Sequence[Any]) -> None:
+        """Marks the results of an equation whose floating-point arguments are all weak."""
+        bounds = [self.bound(atom) for atom in eqn.invars if is_float(atom.aval)]
+        if not bounds or None in bounds:
+            return
+        name = eqn.primitive.name
+        if name == "broadcast_in_dim" and is_number(args[0]):
+            self._filled[eqn.outvars[0]] = eqn, args[0]
+        most = max(bound or 0.0 for bound in bounds)
+        if name in _SUMS:  # a count of what is in an array: exact, or it is no number any more
+            axes = eqn.params["axes"] if name == "reduce_sum" else (eqn.params["axis"],)
+            most *= math.prod(args[0].shape[axis] for axis in axes)
+            if most <= _HALF:
+                self._bounds[eqn.outvars[0]] = most
+            return
+        for var in eqn.outvars:
+            self._bounds[var] = most if name in _KEEPS_BOUND else float("inf")
+
+    def narrow(self, atom: Any, x: Any, dtype: Any) -> Any:
+        """Returns a weak value in a dtype, clamped where it does not fit; None if it is strong."""
+        bound = self.bound(atom)
+        if bound is None:
+            return None
+        limit = float(jnp.finfo(dtype).max)
+        if is_number(x):
+            number = float(x)
+            return np.asarray(
+                np.clip(number, -limit, limit) if np.isfinite(number) else number, dtype
+            )
+        if atom in self._filled:  # made anew instead of cast
+            eqn, number = self._filled[atom]
+            return bind(eqn, [self.narrow(eqn.invars[0], number, dtype)])[0]
+        if bound > limit:
+            most = jnp.asarray(limit, x.dtype)
+            x = lax.select(lax.is_finite(x), lax.clamp(-most, x, most), x)
+        return lax.convert_element_type(x, dtype)
+
+
+def is_number(x: Any) -> bool:
+    """Returns whether a value is a number that is known while tracing."""
+    return isinstance(x, np.ndarray | np.generic | float | int) and not np.ndim(x)

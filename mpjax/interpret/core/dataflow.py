@@ -1,0 +1,215 @@
+"""Who makes each value of a program and who reads it, across all that holds jaxprs.
+
+Found by `walk` on values that are nothing but their own history, so nothing is computed. What a
+loop carries and what branches give are joins: values that are one of several others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, JaxprEqn
+
+from mpjax.interpret.core.location import Place
+from mpjax.interpret.core.platforms import branch_taken, check_platform
+from mpjax.interpret.core.retrace import is_float
+from mpjax.interpret.core.trace import Program
+from mpjax.interpret.core.walk import SCALAR, inner_jaxprs, scan_sizes, walk
+
+WIDE = 4  # bytes: float32 and float64; narrower floats are low
+
+
+class Value:
+    """An array of a program.
+
+    Args:
+      aval: its shape and dtype.
+      step: the operation that makes it; None for arguments, constants and joins.
+      origin: what it is if it is an argument or a constant, such as `args[0]['w']`.
+    """
+
+    __slots__ = ("aval", "step", "origin", "number", "same", "joins", "readers", "returned")
+
+    def __init__(self, aval: Any, step: Step | None = None, origin: str = "") -> None:
+        self.aval, self.step, self.origin = aval, step, origin
+        self.number = False  # a scalar constant
+        self.same: list[Value] = []  # the values that it is one of
+        self.joins: list[Value] = []  # the values that may be this one
+        self.readers: list[Step] = []
+        self.returned = False
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is float32 or float64."""
+        return is_float(self.aval) and self.aval.dtype.itemsize >= WIDE
+
+    @property
+    def low(self) -> bool:
+        """Whether it is a float narrower than float32."""
+        return is_float(self.aval) and self.aval.dtype.itemsize < WIDE
+
+
+class Step:
+    """An operation of a program, one for each call of the jaxpr that holds it.
+
+    Args:
+      eqn: the equation.
+      place: where it stands; `place.loops` counts how often it runs.
+      ins: its arguments.
+      order: its number.
+    """
+
+    __slots__ = ("eqn", "place", "ins", "outs", "order")
+
+    def __init__(self, eqn: JaxprEqn, place: Place, ins: list[Value], order: int) -> None:
+        self.eqn, self.place, self.ins, self.order = eqn, place, ins, order
+        self.outs = [Value(var.aval, self) for var in eqn.outvars]
+        for value in ins:
+            value.readers.append(self)
+
+    @property
+    def name(self) -> str:
+        """The name of its primitive."""
+        return self.eqn.primitive.name
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is part of a gradient and not a forward operation that is run again."""
+        return self.place.backward and not self.place.recomputed
+
+
+class Flow:
+    """The steps of a program in order, those inside control flow where their holder stands.
+
+    A call that depends on the platform is the branch that one platform takes.
+
+    Args:
+      program: a traced function.
+      platform: that platform, as `check_platform` gives it; None for the default device's.
+    """
+
+    def __init__(self, program: Program, platform: str | None = None) -> None:
+        self._platform = check_platform("flow", None) if platform is None else platform
+        self.steps: list[Step] = []
+        self.paths: dict[str, None] = {}
+        self.notes: dict[str, None] = {}
+        self._constants: dict[int, tuple[Value, Any]] = {}
+        closed = program.closed
+        self.args = [
+            Value(var.aval, origin=name)
+            for var, name in zip(closed.jaxpr.invars, program.names, strict=True)
+        ]
+        self.outs = self._run(closed, self.args, Place())
+        for value in self.outs:
+            value.returned = True
+
+    def _run(self, closed: ClosedJaxpr, args: Sequence[Value], outer: Place) -> list[Value]:
+        outs = walk(closed, args, self._visit, outer)
+        return [self._value(*pair) for pair in zip(closed.jaxpr.outvars, outs, strict=True)]
+
+    def _value(self, atom: Any, x: Any) -> Value:
+        if isinstance(x, Value):
+            return x
+        if id(x) not in self._constants:
+            shape = getattr(atom.aval, "shape", ())
+            dtype = getattr(atom.aval, "dtype", "")
+            number = not shape
+            size = f"{dtype}[{','.join(map(str, shape))}]"
+            origin = f"the {dtype} number {x}" if number else f"a constant {size}"
+            value = Value(atom.aval, origin=origin)
+            value.number = number
+            self._constants[id(x)] = value, x  # held, so that its id stays its own
+        return self._constants[id(x)][0]
+
+    def _visit(self, eqn: JaxprEqn, place: Place, args: list[Any]) -> list[Value]:
+        self.paths[place.path] = None
+        ins = [self._value(*pair) for pair in zip(eqn.invars, args, strict=True)]
+        name = eqn.primitive.name
+        if name == "scan":
+            return self._scan(eqn, place, ins)
+        if name == "while":
+            return self._while(eqn, place, ins)
+        if name == "cond":
+            return self._cond(eqn, place, ins)
+        if name == "shard_map":
+            return self._shard_map(eqn, place, ins)
+        if name == "custom_linear_solve":
+            return self._linear_solve(eqn, place, ins)
+        held = inner_jaxprs(eqn)
+        if len(held) == 1:
+            inner = held[0].jaxpr
+            if len(inner.invars) == len(ins) and len(inner.outvars) == len(eqn.outvars):
+                return self._run(held[0], ins, place)
+        if held and name not in SCALAR:
+            self.notes[f"{name} is one operation here: what runs in it is not looked into"] = None
+        step = Step(eqn, place, ins, len(self.steps))
+        self.steps.append(step)
+        return step.outs
+
+    def _scan(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+        p = eqn.params
+        n, size = scan_sizes(eqn)
+        m = n + size
+        inner = p["jaxpr"].jaxpr
+        given = [
+            x if i < n else _join(var.aval, x)
+            for i, (x, var) in enumerate(zip(ins, inner.invars, strict=True))
+        ]
+        within = place._replace(loops=place.loops * int(p["length"]))
+        outs = self._run(p["jaxpr"], given, within)
+        _feed(given[n:m], outs)
+        return [_join(var.aval, x) for var, x in zip(eqn.outvars, outs, strict=True)]
+
+    def _while(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+        self.notes["a while loop counts as one iteration: how many it takes is not known"] = None
+        p = eqn.params
+        n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+        carry = [_join(x.aval, x) for x in ins[m:]]
+        for value in self._run(p["cond_jaxpr"], [*ins[:n], *carry], place):
+            value.returned = True  # it decides
+        outs = self._run(p["body_jaxpr"], [*ins[n:m], *carry], place)
+        _feed(carry, outs)
+        return [_join(var.aval, x, y) for var, x, y in zip(eqn.outvars, carry, outs, strict=True)]
+
+    def _cond(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+        number = branch_taken(eqn, self._platform)
+        if number is not None:
+            self.notes[f"a call that depends on the platform counts as on {self._platform}"] = None
+            return self._run(eqn.params["branches"][number], ins[1:], place)
+        self.notes["every branch of a conditional counts as if it ran"] = None
+        ins[0].returned = True  # it decides
+        branches = [self._run(branch, ins[1:], place) for branch in eqn.params["branches"]]
+        return [
+            _join(var.aval, *outs)
+            for var, outs in zip(eqn.outvars, zip(*branches, strict=True), strict=True)
+        ]
+
+    def _linear_solve(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+        sizes = list(eqn.params["const_lengths"])
+        first = sum(sizes[:2])  # after the constants of the operator and of its transpose
+        given = [*ins[first : first + sizes[2]], *ins[sum(sizes) :]]
+        outs = self._run(eqn.params["jaxprs"].solve, given, place)
+        return [_join(var.aval, x) for var, x in zip(eqn.outvars, outs, strict=False)]
+
+    def _shard_map(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+        (held,) = inner_jaxprs(eqn)
+        sizes = dict(eqn.params["mesh"].shape)
+        shards = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
+        given = [_join(var.aval, x) for var, x in zip(held.jaxpr.invars, ins, strict=True)]
+        outs = self._run(held, given, place._replace(loops=place.loops * shards))
+        return [_join(var.aval, x) for var, x in zip(eqn.outvars, outs, strict=True)]
+
+
+def _join(aval: Any, *values: Value) -> Value:
+    join = Value(aval)
+    for value in values:
+        _feed([join], [value])
+    return join
+
+
+def _feed(joins: Sequence[Value], values: Sequence[Value]) -> None:
+    for join, value in zip(joins, values, strict=False):
+        join.same.append(value)
+        value.joins.append(join)

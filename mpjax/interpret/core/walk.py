@@ -1,0 +1,231 @@
+"""The one walk over a jaxpr: equation by equation, with module path and source line at hand.
+
+`walk` evaluates and `equations` only looks; what happens at an equation is the caller's `visit`.
+Equations that hold jaxprs of their own are rebuilt by `control.rebind`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.extend import source_info_util
+from jax.extend.core import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Primitive,
+    Var,
+    jaxpr_as_fun,
+)
+
+from mpjax.interpret.core.location import NOWHERE, Place, place_of
+from mpjax.interpret.core.retrace import is_staged
+from mpjax.ops.linear_map import applied, linear_map_p
+
+# What evaluates a jaxpr as if its equations stood in its place, and what has a rule beside it.
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
+CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+Visit = Callable[[JaxprEqn, Place, list[Any]], Sequence[Any]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
+    """Index of an equation -> the variables that nobody reads after it."""
+    last: dict[Var, int] = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        for atom in (*eqn.invars, *eqn.outvars):
+            if isinstance(atom, Var):
+                last[atom] = index
+    for atom in jaxpr.outvars:
+        if isinstance(atom, Var):
+            last.pop(atom, None)
+    found: dict[int, list[Var]] = {}
+    for var, index in last.items():
+        found.setdefault(index, []).append(var)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _operation(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """A primitive as a function whose derivative JAX keeps, as it does for those of jax.numpy."""
+    return jax.jit(lambda *args: primitive.bind(*args, **dict(params)), inline=True)
+
+
+def bind(eqn: JaxprEqn, args: Sequence[Any], **changed: Any) -> list[Any]:
+    """Runs an equation's primitive on new arguments, with some of its parameters changed.
+
+    A scatter holds how it combines two numbers: that follows the dtype of its arguments.
+    """
+    primitive, given = eqn.primitive, eqn.params | changed
+    combiner = given.get("update_jaxpr")
+    if combiner is not None and combiner.invars[0].aval.dtype != args[0].dtype:
+        consts = given.get("update_consts", ())
+        given["update_jaxpr"] = _combiner(combiner, tuple(consts), args[0].dtype)
+        given |= {"update_consts": ()} if consts else {}
+    if primitive.multiple_results:
+        return list(primitive.bind(*args, **primitive.get_bind_params(given)))
+    return [run(primitive, args, given)]
+
+
+def _combiner(old: Jaxpr, consts: tuple[Any, ...], dtype: Any) -> Jaxpr:
+    """How two numbers are combined, in another dtype; a function of `.at[].apply` as it was."""
+    first: Any = old.invars[0].aval
+    number, was = jax.ShapeDtypeStruct((), dtype), first.dtype
+    both = len(old.eqns) == 1 and list(old.eqns[0].invars) == list(old.invars)
+    if not old.eqns and old.outvars == [old.invars[1]]:
+        return jax.make_jaxpr(lambda a, b: b)(number, number).jaxpr
+    if both and old.eqns[0].primitive.name in ("add", "mul", "min", "max"):
+        return jax.make_jaxpr(old.eqns[0].primitive.bind)(number, number).jaxpr
+
+    def inside(a: Any, b: Any) -> Any:
+        wide = [lax.convert_element_type(x, was) for x in (a, b)]
+        return lax.convert_element_type(jaxpr_as_fun(ClosedJaxpr(old, consts))(*wide)[0], dtype)
+
+    return jax.make_jaxpr(inside)(number, number).jaxpr
+
+
+def run(primitive: Primitive, args: Sequence[Any], params: dict[str, Any]) -> Any:
+    """Runs a primitive of one result; under differentiation its rule is worked out only once."""
+    if any(isinstance(x, Tracer) and not is_staged(x) for x in args):
+        try:
+            operation = _operation(primitive, tuple(params.items()))
+        except TypeError:  # a parameter that cannot be a key
+            return primitive.bind(*args, **params)
+        return operation(*args)
+    return primitive.bind(*args, **params)
+
+
+def as_typed(x: Any) -> Any:
+    """Returns a constant of a jaxpr with a dtype, which JAX gives numbers but not True or False."""
+    return np.bool_(x) if isinstance(x, bool) else x
+
+
+def walk(
+    closed: ClosedJaxpr,
+    args: Sequence[Any],
+    visit: Visit,
+    outer: Place = NOWHERE,
+    *,
+    lines: bool = True,
+) -> list[Any]:
+    """Evaluates a jaxpr, each equation by `visit`.
+
+    Args:
+      closed: the jaxpr with its constants.
+      args: one value for each of its inputs.
+      visit: gets the equation, its place and its arguments, returns its results.
+      outer: the place of the equation that holds this jaxpr.
+      lines: whether places carry the source line.
+
+    Returns:
+      One value for each output.
+    """
+    jaxpr = closed.jaxpr
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(as_typed, closed.consts), strict=True))
+    env |= dict(zip(jaxpr.invars, args, strict=True))
+
+    def read(atom: Any) -> Any:
+        return as_typed(atom.val) if isinstance(atom, Literal) else env[atom]
+
+    last, before = _last_uses(jaxpr), source_info_util.current_name_stack()
+    for index, eqn in enumerate(jaxpr.eqns):
+        info = eqn.source_info
+        with (
+            source_info_util.user_context(info.traceback, name_stack=before + info.name_stack),
+            eqn.ctx.manager,
+        ):
+            outs = visit(eqn, place_of(eqn, outer, line=lines), [read(a) for a in eqn.invars])
+        env.update(zip(eqn.outvars, outs, strict=True))
+        for var in last.get(index, ()):
+            env.pop(var, None)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+class Site(NamedTuple):
+    """An equation, its place and the jaxpr that holds it.
+
+    Args:
+      eqn: the equation.
+      place: where it stands; `place.loops` counts how often it runs.
+      holder: the jaxpr that it is an equation of.
+      depth: how many equations hold it.
+    """
+
+    eqn: JaxprEqn
+    place: Place
+    holder: Jaxpr
+    depth: int
+
+
+# Jaxprs in these say how to combine two numbers; they are no part of the program's own equations.
+SCALAR = frozenset(
+    {
+        "scatter",
+        "scatter-add",
+        "scatter-mul",
+        "scatter-min",
+        "scatter-max",
+        "reduce",
+        "reduce_window",
+        "select_and_scatter",
+        "argmin",
+        "argmax",
+    }
+)
+
+
+def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
+    """Returns how many inputs of a scan are constants of its body, and how many are carried."""
+    if "ft_in" in eqn.params:  # JAX 0.12
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+@functools.lru_cache(maxsize=1024)
+def _applied(avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> ClosedJaxpr:
+    return jax.make_jaxpr(lambda *args: applied(*args, **dict(params)))(*avals)
+
+
+def inner_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
+    """Returns the jaxprs that an equation runs, in order; of a custom rule its plain function."""
+    if eqn.primitive.name in SCALAR:
+        return []
+    if eqn.primitive is linear_map_p:  # what it runs is made when it is compiled
+        return [_applied(tuple(atom.aval for atom in eqn.invars), tuple(eqn.params.items()))]
+    if "call_jaxpr" in eqn.params:  # beside it stand the rule's thunks
+        held = [eqn.params["call_jaxpr"]]
+    else:
+        # Not jaxprs_in_params, which drops the constants that a closed jaxpr holds.
+        values = (v if isinstance(v, tuple | list) else (v,) for v in eqn.params.values())
+        held = [j for each in values for j in each if isinstance(j, Jaxpr | ClosedJaxpr)]
+    # One whose constants are elsewhere, as lineax keeps that of an operator, is not what is run.
+    held = [j for j in held if isinstance(j, ClosedJaxpr) or not j.constvars]
+    return [j if isinstance(j, ClosedJaxpr) else ClosedJaxpr(j, ()) for j in held]
+
+
+def equations(
+    closed: ClosedJaxpr, outer: Place = NOWHERE, *, lines: bool = True, depth: int = 0
+) -> Iterator[Site]:
+    """Yields every equation of a program, those inside control flow after the one that holds them.
+
+    Args:
+      closed: the program.
+      outer: where it stands.
+      lines: whether places carry the source line.
+      depth: how many equations hold it already.
+    """
+    for eqn in closed.jaxpr.eqns:
+        place = place_of(eqn, outer, line=lines)
+        yield Site(eqn, place, closed.jaxpr, depth)
+        within = place._replace(loops=place.loops * int(eqn.params.get("length", 1) or 1))
+        within = within if eqn.primitive.name == "scan" else place
+        for inner in inner_jaxprs(eqn):
+            yield from equations(inner, within, lines=lines, depth=depth + 1)

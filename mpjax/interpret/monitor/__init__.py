@@ -1,0 +1,1 @@
+"""monitor: the same function, with statistics of its tensors beside its outputs."""

@@ -1,0 +1,251 @@
+"""Which tensors of a program are worth a look: found in its flow, without running it.
+
+* weights: the floating-point leaves of the argument named `params`, else of the first argument;
+* activations: operands (`lhs`, `rhs`) and result (`product`) of each forward product, what a module
+  gives (`output`);
+* activation gradients: of a product's result (`product`: what its backward products read) and of
+  its operands (`operand`: what they give);
+* gradients: of each weight, as the backward pass leaves it. They are followed back from what the
+  program returns for each weight, a new weight or a gradient;
+* updates: new weights minus old ones, where the program returns new ones.
+
+A value is looked at once: operands that are an earlier tensor cast or reshaped are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mpjax.interpret.core.dataflow import Flow, Step, Value
+from mpjax.interpret.core.op_lists import LOW
+from mpjax.interpret.core.retrace import is_float
+from mpjax.interpret.core.trace import Program
+from mpjax.interpret.monitor.weights import RENAMES, Leaf, behind, find_weights, sources_of
+
+_SQUARES, _ROOTS = ("square", "integer_pow", "mul"), ("sqrt", "rsqrt")
+_PARTS = ("split", "slice", "dynamic_slice", "squeeze")
+
+
+class Mark(NamedTuple):
+    """A value of an equation that is to be measured.
+
+    Args:
+      kind: `activations`, `gradients`, `activation_gradients`, `logits`, `squares` or `roots`.
+      at: index of an operand, or that of a result as -1 - index.
+      role: what it is to its module.
+      name: of the weight that it belongs to; empty where the equation's module names it.
+      layered: whether its first axis is that of layers.
+    """
+
+    kind: str
+    at: int
+    role: str = ""
+    name: str = ""
+    layered: bool = False
+
+
+class Tensors(NamedTuple):
+    """The tensors of a program.
+
+    Args:
+      marks: id of an equation -> the values to measure there.
+      weights: among the arguments.
+      paths: of all modules.
+      shapes: of the weights.
+      held: keeps the equations, so that their ids stay their own.
+    """
+
+    marks: dict[int, list[Mark]]
+    weights: list[Leaf]
+    paths: list[str]
+    shapes: frozenset[tuple[int, ...]]
+    held: Any
+
+
+def find_tensors(program: Program) -> Tensors:
+    """Returns the tensors of a traced function."""
+    flow = Flow(program)
+    weights = find_weights(program, flow)
+    marks: dict[int, list[Mark]] = {}
+
+    def mark(step: Step, found: Mark) -> None:
+        mine = marks.setdefault(id(step.eqn), [])
+        if found not in mine:
+            mine.append(found)
+
+    gradients = _mark_gradients(flow, weights, mark)
+    _mark_products(flow, {flow.args[leaf.argument] for leaf in weights}, gradients, mark)
+    shapes = frozenset(flow.args[leaf.argument].aval.shape for leaf in weights)
+    return Tensors(marks, weights, list(flow.paths), shapes, flow)
+
+
+def _mark_gradients(flow: Flow, weights: Sequence[Leaf], mark: Any) -> set[Value]:
+    """Marks where gradients of weights leave the backward pass; returns these values."""
+    found: set[Value] = set()
+    for leaf in weights:
+        index = leaf.new if leaf.new is not None else leaf.gradient
+        if index is None:
+            continue
+        sources, between = sources_of(flow.outs[index])
+        for step in sources:
+            found.update(step.outs)
+            if leaf.gradient is None:
+                whole = step.outs[0].aval.shape == flow.args[leaf.argument].aval.shape
+                mark(step, Mark("gradients", -1, "", leaf.name, leaf.layered and whole))
+        if leaf.new is None:
+            continue
+        squares = [s for s in between if s.name in _SQUARES and _is_square(s)]
+        roots = [s for s in between if s.name in _ROOTS]
+        if len(squares) == 1 and len(roots) == 1:  # Adam's: g^2 into the moment, its root out
+            mark(squares[0], Mark("squares", 0, name=leaf.name))
+            mark(roots[0], Mark("roots", 0, "", leaf.name, leaf.layered))
+    return found
+
+
+def _is_square(step: Step) -> bool:
+    if step.name == "mul":
+        return step.ins[0] is step.ins[1]
+    return step.name == "square" or step.eqn.params["y"] == 2
+
+
+def _renamed(value: Value) -> Value:
+    """What a value is but for its shape and dtype."""
+    while True:
+        if len(value.same) == 1 and value.same[0].aval.size == value.aval.size:
+            value = value.same[0]
+        elif (
+            value.step is not None
+            and value.step.name in RENAMES
+            and value.step.ins[0].aval.size == value.aval.size
+        ):
+            value = value.step.ins[0]
+        else:
+            return value
+
+
+def _is_weight(value: Value, weights: set[Value]) -> bool:
+    """Whether a value is a weight: a part of it, cast, or rounded and scaled by few numbers."""
+    seen, todo = set(), [value]
+    while todo:
+        value = todo.pop()
+        if value in weights:
+            return True
+        if value in seen or (value.step is not None and value.step.name in LOW):
+            continue
+        seen.add(value)
+        if value.step is None or value.step.name in _PARTS:
+            todo += [v for v in behind(value)][:1] if value.step else value.same
+            continue
+        ins = [v for v in value.step.ins if getattr(v.aval, "size", 0) == value.aval.size]
+        ins = [v for v in ins if v.step is None or v.step.name != "broadcast_in_dim"]
+        todo += ins if len(set(ins)) == 1 else []
+    return False
+
+
+def _is_cotangent(value: Value, seen: frozenset[Value] = frozenset()) -> bool:
+    if value in seen:
+        return False
+    if value.step is not None:
+        return value.step.transposed
+    return any(_is_cotangent(v, seen | {value}) for v in value.same)
+
+
+def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark: Any) -> None:
+    seen: set[Value] = set()
+    sites = _sites([step for step in flow.steps if step.name in LOW])
+
+    def is_weight(value: Value) -> bool:
+        return _is_weight(value, weights)
+
+    def new(value: Value) -> bool:
+        root = _renamed(value)
+        if not is_float(value.aval) or not value.aval.shape or root in seen:
+            return False
+        seen.add(root)
+        return True
+
+    for step in flow.steps:
+        if step.name in LOW:
+            site, holds = sites[id(step)], [is_weight(v) for v in step.ins[:2]]
+            kind = "activation_gradients" if step.transposed else "activations"
+            for i, (value, role) in enumerate(zip(step.ins[:2], ("lhs", "rhs"), strict=True)):
+                if holds[i] or _is_cotangent(value) != step.transposed or not new(value):
+                    continue
+                mark(step, Mark(kind, i, ("product" if step.transposed else role) + site))
+            out = step.outs[0]
+            if _renamed(out) in gradients or out in gradients or not new(out):
+                continue
+            role = "operand" if step.transposed else "product"
+            if step.transposed and not any(holds) and not _is_batched(step):
+                if not gradients:  # the program returns nothing to follow them back from
+                    mark(step, Mark("gradients", -1, "weight" + site))
+            elif not (step.place.recomputed and step.place.backward):
+                mark(step, Mark(kind, -1, role + site))
+        elif step.name == "reduce_max" and not step.transposed and _feeds_softmax(step):
+            mark(step, Mark("logits", 0))
+        elif not step.transposed and not step.place.recomputed and step.place.path:
+            for i, out in enumerate(step.outs):
+                if _leaves(out, step) and out.aval.ndim and out.aval.size > 1 and new(out):
+                    mark(step, Mark("activations", -1 - i, "output"))
+
+
+def _is_batched(step: Step) -> bool:
+    return step.name == "dot_general" and bool(step.eqn.params["dimension_numbers"][1][0])
+
+
+def _leaves(value: Value, step: Step) -> bool:
+    """Whether a module gives this value: something forward outside of it reads it."""
+    inside = f"{step.place.path}/"
+    ways = (value, *value.joins)
+    readers = [r for v in ways for r in v.readers if not r.place.backward]
+    return is_float(value.aval) and (
+        any(v.returned for v in ways)
+        or any(not f"{r.place.path}/".startswith(inside) for r in readers)
+    )
+
+
+def _sites(steps: Sequence[Step]) -> dict[int, str]:
+    """What tells the products of one module apart: the number of their line, from the second on."""
+    lines: dict[Any, dict[str, None]] = {}
+    for step in steps:
+        lines.setdefault((step.place.path, step.transposed), {})[step.place.line] = None
+    found = {}
+    for step in steps:
+        mine = list(lines[step.place.path, step.transposed])
+        if step.transposed:
+            mine.reverse()  # the backward pass meets the last product first
+        number = mine.index(step.place.line) + 1
+        found[id(step)] = str(number) if len(mine) > 1 else ""
+    return found
+
+
+def _feeds_softmax(step: Step) -> bool:
+    """Whether a maximum is the one that a softmax subtracts, of numbers that a product gave."""
+
+    def passes(start: Value, wanted: str, through: frozenset[str] | set[str]) -> list[Step]:
+        found, todo = [], [start]
+        for value in todo:
+            for reader in [r for v in (value, *value.joins) for r in v.readers]:
+                if reader.name == wanted:
+                    found.append(reader)
+                elif reader.name in through and len(todo) < 16:
+                    todo += reader.outs
+        return found
+
+    moves = RENAMES | {"stop_gradient", "max", "select_n", "custom_jvp_call"}
+    subtracted = passes(step.outs[0], "sub", moves)
+    if not any(passes(s.outs[0], "exp", RENAMES) for s in subtracted):
+        return False
+    seen: set[Value] = set()
+    todo = [step.ins[0]]
+    while todo:
+        value = todo.pop()
+        if value in seen or len(seen) > 64:
+            continue
+        seen.add(value)
+        if value.step is not None and value.step.name in LOW:
+            return True
+        size = value.aval.size
+        todo += [v for v in behind(value) if getattr(v.aval, "size", 0) == size]
+    return False

@@ -1,0 +1,202 @@
+"""The smallest change of precision that removes a fault, found by trying each in turn."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.interpret.core.location import Place
+from mpjax.interpret.core.trace import Program
+from mpjax.interpret.nonfinite.culprit import Culprit
+from mpjax.interpret.nonfinite.fault import is_number
+from mpjax.interpret.nonfinite.reach import Reach
+from mpjax.interpret.nonfinite.sites import SEEN, Key, place_at
+from mpjax.interpret.nonfinite.watch import Watch, any_low
+from mpjax.interpret.nonfinite.widen import is_low
+
+NONE = "none: the value is not finite in float32 either"
+_log = logging.getLogger("mpjax.interpret")
+_LOSS_SCALE = re.compile(r"(loss_scale|scale|\])\.value$|loss_scale$")
+
+
+def find_cure(program: Program, culprit: Culprit, exact: float | None) -> str:
+    """Returns the smallest change that removes a fault, in words.
+
+    Tried in this order: the operation in float32; a loss scale lower by a power of two, where an
+    argument is one; everything in float32, and then the smallest module around the operation that
+    will do. Other faults of the program do not count, whether they are there already or come up
+    when this one is removed: if no change leaves the program without any, one is looked for that
+    keeps this value finite, and what breaks next is named.
+
+    Args:
+      program: what runs.
+      culprit: what broke in it.
+      exact: what the operation gives in float32 on the same operands; None if that is not known.
+    """
+    key, place = culprit.found.key, culprit.watch.sites[culprit.found.key].place
+    low = any_low(culprit.watch.sites)
+    paths = list(_around(place.path))
+    whole: list[tuple[str, Callable[[Key, Place], bool]]] = [
+        *((f"{path} in float32", functools.partial(_is_inside, path)) for path in paths),
+        ("all of it in float32", lambda *_: True),
+    ]
+    alone = ("this operation in float32", lambda k, _: k == key)
+    may_do = low and _may_fit(culprit, exact)
+    if may_do and _is_cured(program, culprit, *alone):
+        return alone[0]
+    if lower := _lower_scale(program, culprit):
+        return lower
+    if not low:
+        return NONE
+    if _is_cured(program, culprit, *whole[-1]):
+        good, bad = len(paths), -1  # every module that holds one that will do will do
+        while good - bad > 1:
+            middle = (good + bad) // 2
+            cured = _is_cured(program, culprit, *whole[middle])
+            good, bad = (middle, bad) if cured else (good, middle)
+        return whole[good][0]
+    return _of_this_value(program, culprit, exact, [*([alone] if may_do else []), *whole])
+
+
+def _may_fit(culprit: Culprit, exact: float | None) -> bool:
+    """Whether the operation alone in float32 may do: whoever reads its value casts it down.
+
+    In a loop it may be a carry that reads it, which then is float32 too.
+    """
+    if exact is None or {*culprit.watch.sites[culprit.found.key].levels} - {"shard"}:
+        return True
+    eqn = culprit.watch.sites[culprit.found.key].eqn
+    avals: list[Any] = [var.aval for var in eqn.outvars if is_number(var.aval)]
+    return abs(exact) <= max(float(jnp.finfo(a.dtype).max) for a in avals)  # not so for NaN
+
+
+def _of_this_value(
+    program: Program,
+    culprit: Culprit,
+    exact: float | None,
+    changes: Sequence[tuple[str, Callable[[Key, Place], bool]]],
+) -> str:
+    """The smallest change that keeps the value finite, in a program that then breaks elsewhere."""
+    finite = exact is not None and math.isfinite(exact)
+    for words, wide in changes:
+        _trying(words)
+        outcome = _Outcome(Watch(program.closed, wide=wide), program.args, culprit)
+        if outcome.is_held:
+            return words + outcome.then
+        finite |= outcome.is_finite
+    if not finite:
+        return NONE
+    eqn = culprit.watch.sites[culprit.found.key].eqn
+    avals: list[Any] = [var.aval for var in eqn.outvars if is_number(var.aval)]
+    dtype = avals[0].dtype.name
+    value = "it" if exact is None or not math.isfinite(exact) else f"{exact:.6g}"
+    if not is_low(dtype):
+        return "all of it in float32, its outputs too"
+    return f"this operation and what holds its value in float32: {dtype} cannot hold {value}"
+
+
+def _is_cured(
+    program: Program, culprit: Culprit, words: str, wide: Callable[[Key, Place], bool]
+) -> bool:
+    """Whether a change leaves a program in which nothing is felt that comes from this fault."""
+    _trying(words)
+    if culprit.reached:  # its outputs and gates tell, unless other faults come through to them
+        watch = Watch(program.closed, wide=wide, only=frozenset())
+        records, _ = watch(program.args)
+        if not watch.found(records):
+            return True
+        if not culprit.others:
+            return False
+    return _Outcome(Watch(program.closed, wide=wide), program.args, culprit).is_clean
+
+
+def _trying(words: str) -> None:
+    """Says what is tried, for each compiles the program again and some take minutes."""
+    _log.info("trace_nonfinite: trying %s", words)
+
+
+class _Outcome:
+    """What is left of a fault in a changed program.
+
+    Args:
+      watch: the program, with all its sites.
+      args: its arguments.
+      culprit: the fault.
+    """
+
+    def __init__(self, watch: Watch, args: Sequence[Any], culprit: Culprit) -> None:
+        records, _ = watch(args)
+        found = {f.key: f for f in watch.found(records)}
+        self._watch = watch
+        outputs = {key for key in found if key[0] == len(watch.closed.jaxpr.eqns)}
+        sites = frozenset(found) - outputs
+        lost = {key for key in sites if found[key].code < SEEN}  # a value that did not fit
+        own = found.get(culprit.found.key)
+        self.is_finite = own is None or own.order > culprit.found.order
+        left = sites - culprit.others
+        if self.is_finite:  # what follows from other faults is theirs; they do not explain this one
+            elsewhere = sites & culprit.others
+            left -= Reach(watch.closed, elsewhere, watch.sites, sites).touched - lost
+        misfits = {key for key in outputs if not culprit.reached or key[1] in culprit.outs}
+        self.is_held = self.is_finite and not misfits and not lost - culprit.others
+        self._next = [f for f in found.values() if f.key in left and f.key != culprit.found.key]
+        if not culprit.reached or misfits:
+            self.is_clean = not left and not misfits
+        else:  # an infinity may remain that nobody feels, as in 1 / (1 + inf)
+            self.is_clean = not Reach(watch.closed, left, watch.sites, sites).felt
+
+    @property
+    def then(self) -> str:
+        """Which operation breaks next, in words."""
+        if not self._next:
+            return ""
+        key = min(self._next, key=lambda f: f.order).key
+        place = place_at(self._watch.closed, key)
+        where = f" at {place.line}" if place.line else ""
+        return f"; then {self._watch.sites[key].eqn.primitive.name} breaks{where}"
+
+
+def _is_inside(path: str, key: Key, place: Place) -> bool:
+    return place.path == path or place.path.startswith(f"{path}/")
+
+
+def _around(path: str) -> Iterator[str]:
+    parts = path.split("/") if path else []
+    for count in range(len(parts), 0, -1):
+        yield "/".join(parts[:count])
+
+
+def _lower_scale(program: Program, culprit: Culprit) -> str:
+    """A loss scale lower by the smallest power of two that removes the fault; empty if none."""
+    scales = [
+        (i, float(np.max(np.asarray(x))))
+        for i, (name, x) in enumerate(zip(program.names, program.args, strict=True))
+        if _LOSS_SCALE.search(name) and jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    largest = max((value for _, value in scales), default=0.0)
+    if not (math.isfinite(largest) and largest >= 2):
+        return ""
+
+    def clean(power: int) -> bool:
+        _trying(f"a loss scale 2^{power} lower")
+        args = list(program.args)
+        for index, _ in scales:
+            # In its dtype and on its devices, as the compiled program expects it.
+            args[index] = program.args[index] * jnp.asarray(2.0**-power, args[index].dtype)
+        return _Outcome(culprit.watch, args, culprit).is_clean
+
+    most = int(math.log2(largest))
+    if not clean(most):
+        return ""
+    good, bad = most, 0
+    while good - bad > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if clean(middle) else (good, middle)
+    return f"a loss scale 2^{good} lower: {largest:g} -> {largest / 2**good:g}"

@@ -1,0 +1,59 @@
+"""Arrays in a few numbers: a digest of their bits, whether they hold NaN, their range."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mpjax.interpret.core.retrace import is_float
+from mpjax.interpret.nonfinite.fault import is_number
+
+
+def digest(x: Any) -> Any:
+    """Returns a uint32 that changes when a bit of an array does; all NaN are alike."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag])
+    if is_float(x):
+        x = jnp.where(jnp.isnan(x), jnp.asarray(jnp.nan, x.dtype), x)
+        x = lax.bitcast_convert_type(x, f"uint{jnp.finfo(x.dtype).bits}")
+    bits = x.astype(jnp.uint32).ravel()
+    odd = lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435769) | jnp.uint32(1)
+    return jnp.sum(bits * odd, dtype=jnp.uint32)
+
+
+def has_nan(x: Any) -> Any:
+    """Returns whether an array holds a NaN, as a bool scalar."""
+    return jnp.any(jnp.isnan(x)) if is_number(x) else jnp.zeros((), jnp.bool_)
+
+
+def range_of(x: Any) -> Any:
+    """Returns smallest, largest and largest finite magnitude, NaN apart, as float32."""
+    if not is_number(x) or not jnp.size(x):
+        return jnp.zeros(3, jnp.float32)
+    x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.asarray(x)
+    x, inf = x.astype(jnp.float32), jnp.float32(jnp.inf)  # to be read, not computed with
+    nan = jnp.isnan(x)
+    low, high = jnp.min(jnp.where(nan, inf, x)), jnp.max(jnp.where(nan, -inf, x))
+    amax = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.float32(0)))
+    return jnp.stack([low, high, amax])
+
+
+def among(x: Any, mask: Any, least: Any, most: Any) -> tuple[Any, Any]:
+    """Returns the least and the largest value where a mask is set, or those given beyond them.
+
+    Args:
+      x: an array; of complex numbers the magnitudes count.
+      mask: in its shape.
+      least: a float32 number.
+      most: a float32 number.
+    """
+    x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
+    x, inf = x.astype(jnp.float32), jnp.float32(jnp.inf)  # to be read, not computed with
+    low, high = jnp.min(jnp.where(mask, x, inf)), jnp.max(jnp.where(mask, x, -inf))
+    return jnp.minimum(least, low), jnp.maximum(most, high)

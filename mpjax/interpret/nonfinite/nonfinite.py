@@ -1,0 +1,227 @@
+"""trace_nonfinite: the first operation of any function that made an infinity or a NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.errors import ConfigError
+from mpjax.interpret.core.trace import Program, trace
+from mpjax.interpret.nonfinite.culprit import Culprit, first_culprit
+from mpjax.interpret.nonfinite.cure import NONE, find_cure
+from mpjax.interpret.nonfinite.direction import direction
+from mpjax.interpret.nonfinite.fault import KINDS, is_number
+from mpjax.interpret.nonfinite.reason import Range, reason
+from mpjax.interpret.nonfinite.sites import MASK, RANGES, place_at
+from mpjax.interpret.nonfinite.watch import Watch
+from mpjax.interpret.nonfinite.widen import runs_wide
+
+_log = logging.getLogger("mpjax.interpret")
+
+
+@dataclasses.dataclass(frozen=True)
+class Nonfinite:
+    """The first operation that made an infinity or a NaN which an output feels.
+
+    Args:
+      primitive: its name in JAX; `argument` if the function was given a NaN.
+      path: module path, joined by `/`; the argument's name for `argument`.
+      layer: iteration of the loop around it: an index into a scan, None outside of loops, a tuple
+        from outside in for nested ones.
+      direction: `forward`, `backward` or `optimizer`.
+      line: the user's source line, `file.py:12 (function)`.
+      kind: `inf` or `nan`.
+      ranges: of each of its inputs.
+      shard: indices of the broken shards, of `shard_map` or of an output that lies on several
+        devices; None elsewhere.
+      cure: the smallest change of precision that removes it; empty if none was looked for.
+      reason: what happened, in a few words.
+      exact: what the operation gives in float32 on the same operands, where it broke: the number
+        of the largest magnitude, an infinity or NaN if one of them is not finite in float32 either;
+        None if the operation cannot be run in float32.
+    """
+
+    primitive: str
+    path: str
+    layer: int | tuple[int, ...] | None
+    direction: str
+    line: str
+    kind: str
+    ranges: tuple[Range, ...]
+    shard: tuple[int, ...] | None
+    cure: str
+    reason: str
+    exact: float | None = None
+
+    def __str__(self) -> str:
+        where = [self.path] if self.path else []
+        where += [] if self.layer is None else [f"iteration {self.layer}"]
+        rows = [("where", ", ".join(where))] if where else []
+        rows += [("line", self.line)] if self.line else []
+        rows += [("why", self.reason)]
+        rows += [("input" if i == 0 else "", str(r)) for i, r in enumerate(self.ranges)]
+        if self.shard is not None:
+            rows += [("shard", ", ".join(map(str, self.shard)))]
+        if self.exact is not None and math.isfinite(self.exact):
+            rows += [("value", f"{self.exact:.6g} in float32")]
+        elif self.exact is not None and self.cure != NONE:
+            rows += [("value", "not finite in float32 either, from these inputs")]
+        rows += [("cure", self.cure)] if self.cure else []
+        head = f"first {self.kind}: {self.primitive}, {self.direction} pass"
+        return "\n".join([head, *(f"  {name:6} {text}" for name, text in rows)])
+
+
+def trace_nonfinite(
+    fn: Callable[..., Any], *args: Any, cure: bool = True, **kwargs: Any
+) -> Nonfinite | None:
+    """Returns the first operation that made an infinity or a NaN, and what would cure it.
+
+    The function runs once with every operation under watch, compiled as one program; nothing of it
+    is edited and no argument is donated. A NaN is a fault where no input is NaN, an infinity where
+    all inputs are finite; so masks of -inf and what follows from them are none, but a row that is
+    masked as a whole is, at -inf - -inf. What no output feels is none either, such as log(0) in
+    the branch that `where` drops. If something broke, it is compiled and run again: to measure
+    what went in, and for each cure that is tried. That takes a few times as long as to find it, so
+    one line is logged as soon as it is found (a warning of the logger `mpjax.interpret`; each cure
+    that is tried is an info).
+
+    XLA may compute more exactly than the dtypes say (float16 sums in float32); here every
+    operation rounds to its own dtype.
+
+    Args:
+      fn: any function of JAX arrays: a loss, its gradient, a train step that is not donating or
+        that was not called with these arguments yet; `jax.jit` around it is looked through.
+      args: its arguments.
+      cure: whether to look for a cure; without, the report has none.
+      kwargs: its arguments by name.
+
+    Returns:
+      A report that prints as a few lines; None if nothing broke.
+
+    Raises:
+      ConfigError: the function cannot be traced, an argument was donated before, or an argument
+        is no array with values (inside of `jit`).
+
+    Example:
+      >>> def loss(w):
+      ...     with jax.named_scope("norm"):
+      ...         return jnp.sqrt(jnp.sum(w * w))
+      >>> trace_nonfinite(loss, jnp.zeros(3)) is None
+      True
+      >>> report = trace_nonfinite(jax.grad(loss), jnp.zeros(3))
+      >>> report.primitive, report.path, report.direction, report.kind, report.cure[:4]
+      ('div', 'norm', 'backward', 'inf', 'none')
+    """
+    program = trace("trace_nonfinite", fn, args, kwargs)
+    for name, x in zip(program.names, program.args, strict=True):
+        if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+            raise ConfigError(
+                f"trace_nonfinite: {name} has no value here ({type(x).__name__}); call it outside"
+                " of jit, with arrays"
+            )
+    _log.info("trace_nonfinite: the program is compiled with every operation under watch")
+    culprit = first_culprit(program.closed, program.args, _is_spread(program.args))
+    if culprit is None:
+        return _given(program)
+    report = _report(program, culprit)
+    if not cure:
+        return report
+    where = ", ".join(part for part in (report.path, report.line) if part)
+    _log.warning(
+        "trace_nonfinite: first %s: %s%s (%s); now its cure is looked for (cure=False: it is not)",
+        report.kind, report.primitive, f", {where}" if where else "", report.reason,
+    )  # fmt: skip
+    return dataclasses.replace(report, cure=find_cure(program, culprit, report.exact))
+
+
+def _given(program: Program) -> Nonfinite | None:
+    """A NaN among the arguments, or what the function closes over, that reaches an output."""
+    closed = [(f"a closed-over array of {jnp.shape(x)}", x) for x in program.closed.consts]
+    bad = [
+        (name, x)
+        for name, x in [*zip(program.names, program.args, strict=True), *closed]
+        if is_number(x) and bool(jnp.any(jnp.isnan(x)))
+    ]
+    if not bad:
+        return None
+    _, outs = Watch(program.closed)(program.args)
+    if not any(code for _, code in outs):
+        return None
+    name, x = bad[0]
+    return Nonfinite(
+        "argument", name, None, "forward", "", "nan", (Range.of(x),), None, NONE,
+        "the function was given it: it broke before this call",
+    )  # fmt: skip
+
+
+def _report(program: Program, culprit: Culprit) -> Nonfinite:
+    found = culprit.found
+    eqn = culprit.watch.sites[found.key].eqn
+    ranges, shard, exact = _measured(culprit)
+    place = place_at(program.closed, found.key)
+    kind = KINDS[found.code]
+    layers = found.layers
+    return Nonfinite(
+        primitive=eqn.primitive.name,
+        path=place.path,
+        layer=None if not layers else layers[0] if len(layers) == 1 else layers,
+        direction=direction(program.closed, found.key),
+        line=place.line,
+        kind=kind,
+        ranges=ranges,
+        shard=shard,
+        cure="",
+        reason=reason(eqn, kind, ranges),
+        exact=exact,
+    )
+
+
+def _measured(
+    culprit: Culprit,
+) -> tuple[tuple[Range, ...], tuple[int, ...] | None, float | None]:
+    """The ranges of the culprit's inputs, the broken shards, and what it gives in float32."""
+    found, records = culprit.found, culprit.records
+    eqn = culprit.watch.sites[found.key].eqn
+    row = np.asarray(records[RANGES, *found.key])[found.stands]
+    values = row[-3 * len(eqn.invars) - 2 : -2]
+    avals: list[Any] = [atom.aval for atom in eqn.invars]
+    ranges = tuple(
+        Range(aval.dtype.name, tuple(aval.shape), *map(float, three))
+        for aval, three in zip(avals, values.reshape(-1, 3), strict=True)
+        if is_number(aval)
+    )
+    exact = (
+        max(map(float, row[-2:]), key=lambda x: (math.isnan(x), abs(x))) if runs_wide(eqn) else None
+    )
+    if found.shards:
+        return ranges, found.shards, exact
+    mask = records.get((MASK, *found.key))
+    return ranges, None if mask is None else _bad_shards(mask, found.stands), exact
+
+
+def _is_spread(args: Sequence[Any]) -> bool:
+    return any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in args)
+
+
+def _bad_shards(mask: jax.Array, index: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Numbers of the devices whose part of a mask has something set; None if all have all of it."""
+    if mask.sharding.is_fully_replicated:
+        return None
+    devices = [
+        shard.device.id
+        for shard in mask.addressable_shards
+        if np.asarray(shard.data)[index if _whole(mask, len(index)) else ()].any()
+    ]
+    return tuple(sorted(devices))
+
+
+def _whole(mask: jax.Array, loops: int) -> bool:
+    """Whether no shard is cut along the axes that stand for iterations."""
+    return mask.sharding.shard_shape(mask.shape)[:loops] == mask.shape[:loops]

@@ -1,0 +1,96 @@
+"""How far infinities and NaN came: what they made non-finite, and whether an output saw it.
+
+Followed on the host, along values that were not finite when the program ran. A gated step keeps its
+old state when it breaks, so that no weight shows it; what its gate asked `is_finite` of does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
+
+from mpjax.interpret.core.walk import scan_sizes
+from mpjax.interpret.nonfinite.direction import held_jaxprs
+from mpjax.interpret.nonfinite.fault import is_number
+from mpjax.interpret.nonfinite.sites import Key
+
+
+class Reach:
+    """Where what some sites made went.
+
+    Args:
+      closed: the program.
+      starts: these sites.
+      sites: all sites.
+      bad: those that were not finite.
+    """
+
+    def __init__(
+        self,
+        closed: ClosedJaxpr,
+        starts: Collection[Key],
+        sites: Collection[Key],
+        bad: Collection[Key],
+    ) -> None:
+        self._starts, self._sites, self._bad = starts, sites, bad
+        self._holders = {key[:size] for key in starts for size in range(1, len(key) + 1)}
+        self._asked = False
+        self.touched: set[Key] = set(starts)
+        outs = self._through(closed.jaxpr, (), [False] * len(closed.jaxpr.invars))
+        self.outs = frozenset(number for number, is_bad in enumerate(outs) if is_bad)
+        self.felt = self._asked or bool(self.outs)
+
+    def _through(self, jaxpr: Jaxpr, key: Key, ins: Sequence[bool]) -> list[bool]:
+        broken = {var for var, is_bad in zip(jaxpr.invars, ins, strict=True) if is_bad}
+        for index, eqn in enumerate(jaxpr.eqns):
+            mine = (*key, index)
+            given = [isinstance(atom, Var) and atom in broken for atom in eqn.invars]
+            if any(given) or mine in self._holders:
+                outs = self._equation(eqn, mine, given)
+                broken |= {
+                    var
+                    for var, is_bad in zip(eqn.outvars, outs, strict=True)
+                    if is_bad and is_number(var.aval)
+                }
+        return [isinstance(atom, Var) and atom in broken for atom in jaxpr.outvars]
+
+    def _equation(self, eqn: JaxprEqn, key: Key, ins: list[bool]) -> list[bool]:
+        """Which outputs are not finite for it."""
+        name, count = eqn.primitive.name, len(eqn.outvars)
+        if key in self._starts:
+            return [True] * count
+        if key in self._sites:
+            if key in self._bad:
+                self.touched.add(key)
+            return [key in self._bad] * count
+        if name == "is_finite":
+            self._asked = True
+            return [False]
+        held = held_jaxprs(eqn)
+        if name == "scan":
+            consts, carry = scan_sizes(eqn)
+            return self._loop(held[0].jaxpr, key, ins, consts, carry)
+        if name == "while":
+            skip, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+            return self._loop(held[1].jaxpr, key, ins[skip:], consts, count)
+        if name == "cond":
+            parts = [self._through(j.jaxpr, (*key, i), ins[1:]) for i, j in enumerate(held)]
+            return [any(each) for each in zip(*parts, strict=True)]
+        if len(held) == 1 and len(held[0].jaxpr.invars) == len(ins):
+            return self._through(held[0].jaxpr, (*key, 0), ins)
+        return [any(ins)] * count
+
+    def _loop(
+        self, body: Jaxpr, key: Key, ins: Sequence[bool], consts: int, carry: int
+    ) -> list[bool]:
+        """A body, until nothing more of what it carries is broken."""
+        now = list(ins)
+        while True:
+            outs = self._through(body, (*key, None), now)
+            after = list(now)
+            for number, is_bad in enumerate(outs[:carry]):
+                after[consts + number] |= is_bad
+            if after == now:
+                return outs
+            now = after

@@ -1,0 +1,282 @@
+"""A program run under watch: which operations made infinities or NaN, and in which iteration.
+
+One jitted pass. Each site, an operation that could make one, records whether its output is finite,
+and for loops of unknown length in which iteration it was not (`_first`). What more there is to
+know costs ten times as much to compile, so it is asked of chosen sites only: whether the operation
+is at fault, what went in, what it gives in float32, and its output can be repaired.
+
+To compile a program with every site in it takes four times as long as without, and compiling is
+all that takes time here. So questions about few sites are asked of a program with these alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
+
+from mpjax.interpret.core.control_flow import Rebind
+from mpjax.interpret.core.location import Place
+from mpjax.interpret.core.platforms import branch_taken, check_platform
+from mpjax.interpret.core.retrace import Result, cast, is_float
+from mpjax.interpret.core.shard_map import agreed
+from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
+from mpjax.interpret.nonfinite.digest import among, digest, has_nan, range_of
+from mpjax.interpret.nonfinite.fault import (
+    FINE,
+    INFINITY,
+    all_finite,
+    can_make,
+    can_stop,
+    faults,
+    is_number,
+    repaired,
+)
+from mpjax.interpret.nonfinite.sites import (
+    FLAGS,
+    MASK,
+    RANGES,
+    SEEN,
+    Found,
+    Key,
+    Site,
+    first,
+    found_in,
+    level,
+    output_key,
+    packed,
+)  # fmt: skip
+from mpjax.interpret.nonfinite.widen import is_low, widened
+
+Frame = list[tuple[Key, Any]]  # sites of one trace, with their codes
+
+# Evaluated within the trace of what holds them.
+_SAME = CALLS | CUSTOM_RULES
+
+
+@dataclasses.dataclass
+class Watch:
+    """What to do while a program runs.
+
+    Args:
+      closed: the program.
+      checked: sites of which more is asked; which of them are repaired is an input.
+      shards: whether they also give the mask of their bad values, to see its shards.
+      wide: which operations are computed in float32, by key and place; None leaves all as traced.
+      only: the sites that record anything; with them do what asks `is_finite`, and the outputs
+        (see `output_key`). None: all sites do.
+    """
+
+    closed: ClosedJaxpr
+    checked: tuple[Key, ...] = ()
+    shards: bool = False
+    wide: Callable[[Key, Place], bool] | None = None
+    only: Collection[Key] | None = None
+
+    def __post_init__(self) -> None:
+        self._platform = check_platform("trace_nonfinite", None)
+        self.sites: dict[Key, Site] = {}
+        self._frames: dict[Key, tuple[Key, ...]] = {}
+        self._rebind = Rebind(first)
+        self._repairs: Any = None
+        self._compiled: Any = None
+        self._recorded: list[Any] = []
+        self._masked: list[Any] = []
+
+    def __call__(
+        self, args: Sequence[Any], repairs: Sequence[Key] = ()
+    ) -> tuple[dict[Any, Any], list[tuple[int, bool]]]:
+        """Runs the program.
+
+        Args:
+          args: its arguments.
+          repairs: sites to repair, of `checked`.
+
+        Returns:
+          What was recorded; and for each output a digest of its bits and whether it holds a NaN,
+          none if `only` says what to record.
+        """
+        if self._compiled is None:
+            # Otherwise XLA may keep a float16 sum in float32, where it does not overflow.
+            self._compiled = (
+                jax.jit(self._run)
+                .lower(list(args), np.zeros(len(self.checked), np.bool_))
+                .compile(compiler_options={"xla_allow_excess_precision": False} | _QUICK)
+            )
+        chosen = np.array([key in repairs for key in self.checked], np.bool_)
+        values, masks, digests = self._compiled(list(args), chosen)
+        records = dict(zip(self._recorded, jax.device_get(values), strict=True))
+        # not fetched: their shards are looked at
+        records |= dict(zip(self._masked, masks, strict=True))
+        return records, [(int(bits), bool(nan)) for bits, nan in jax.device_get(digests)]
+
+    def found(self, records: dict[Any, Any]) -> list[Found]:
+        """Returns the sites that were not finite or at fault, in the order of execution."""
+        return sorted(found_in(self.sites, self._frames, records), key=lambda f: f.order)
+
+    def _run(self, args: list[Any], repairs: Any) -> tuple[list[Any], Any, Any]:
+        self.sites, self._frames, self._repairs = {}, {}, repairs
+        outs, records, _ = self._evaluate(self.closed, args, Place(), (), (), None)
+        if self.closed.jaxpr.eqns:
+            records |= self._outputs(outs)
+        self._masked = [key for key in records if key[0] == MASK]
+        masks = [records.pop(key) for key in self._masked]
+        self._recorded = list(records)
+        digests = [(digest(x), has_nan(x)) for x in outs] if self.only is None else []
+        return list(records.values()), masks, digests
+
+    def _outputs(self, outs: Sequence[Any]) -> dict[Any, Any]:
+        """What the outputs record: one that does not fit its dtype, or is not finite."""
+        records: dict[Any, Any] = {}
+        for number, (x, aval) in enumerate(zip(outs, self.closed.out_avals, strict=True)):
+            codes = []
+            if self.wide is not None:
+                (x,), lost = self._narrowed([x], [getattr(aval, "dtype", None)])
+                codes += [] if lost is None else [lost]
+            if self.only is not None and is_number(x) and jnp.size(x):
+                codes.append(jnp.where(all_finite(x), jnp.int32(FINE), jnp.int32(SEEN)))
+            if codes:
+                key = output_key(self.closed, number)
+                self.sites[key] = Site(self.closed.jaxpr.eqns[-1], Place(), ())
+                self._frames[key] = (key,)
+                code = codes[0]
+                if len(codes) > 1:  # that it does not fit says more than that it is infinite
+                    code = jnp.where(code > FINE, code, codes[1])
+                records[FLAGS, *key] = packed([code])
+        return records
+
+    def _evaluate(
+        self,
+        closed: ClosedJaxpr,
+        args: Sequence[Any],
+        outer: Place,
+        key: Key,
+        levels: tuple[str, ...],
+        frame: Frame | None,
+    ) -> Result:
+        records: dict[Any, Any] = {}
+        count, mine = itertools.count(), [] if frame is None else frame
+
+        def visit(eqn: JaxprEqn, place: Place, values: list[Any]) -> list[Any]:
+            outs, found, _ = self._visit(eqn, place, values, (*key, next(count)), levels, mine)
+            records.update(found)
+            return outs
+
+        outs = walk(closed, args, visit, outer, lines=False)
+        if frame is None and mine:
+            mine.sort(key=lambda pair: pair[1].dtype != jnp.bool_)  # so that few are converted
+            self._frames[key] = tuple(each for each, _ in mine)
+            records[FLAGS, *key] = packed([code for _, code in mine])
+        return Result(outs, records)
+
+    def _visit(
+        self,
+        eqn: JaxprEqn,
+        place: Place,
+        args: list[Any],
+        key: Key,
+        levels: tuple[str, ...],
+        frame: Frame,
+    ) -> Result:
+        name = eqn.primitive.name
+
+        def run(inner: ClosedJaxpr, values: Sequence[Any], number: int) -> Result:
+            if name == "while" and number == 0:  # its test only decides
+                return Result(jaxpr_as_fun(inner)(*values))
+            step = None if name in ("scan", "while") else number
+            around = (*levels, *level(eqn))
+            same = frame if name in _SAME else None
+            return self._evaluate(inner, values, place, (*key, step), around, same)
+
+        branch = branch_taken(eqn, self._platform)
+        if branch is not None:  # the others are not compiled
+            inner = eqn.params["branches"][branch]
+            return self._evaluate(inner, args[1:], place, (*key, branch), levels, frame)
+        held = self._rebind(eqn, args, run)
+        if held is not None:
+            return held
+        lost: Any = None
+        if self.wide is not None and self.wide(key, place) and (wide := widened(eqn, args)):
+            outs = wide
+        else:
+            if self.wide is not None:
+                dtypes = [getattr(atom.aval, "dtype", None) for atom in eqn.invars]
+                args, lost = self._narrowed(args, dtypes)
+            outs = bind(eqn, args)
+        asks = self.only is not None and name == "is_finite"
+        site = asks if self.only is not None else can_make(eqn) or can_stop(eqn) or lost is not None
+        if not site and not (self.only is not None and key in self.only):
+            return Result(outs)
+        self.sites[key] = Site(eqn, place, levels)
+        if key in self.checked:
+            outs, code, records = self._check(eqn, args, outs, key, levels)
+            frame.append((key, code if lost is None else jnp.maximum(code, lost)))
+            return Result(outs, records)
+        fine = [jnp.all(out) for out in outs] if asks else []
+        if can_make(eqn) or can_stop(eqn):
+            fine = [all_finite(out) for out in outs if is_number(out) and out.size]
+        code = functools.reduce(operator.and_, fine) if fine else jnp.ones((), jnp.bool_)
+        if lost is not None:
+            code = jnp.where(code, jnp.int32(FINE), jnp.int32(SEEN))
+            code = jnp.where(lost > FINE, lost, code)
+        frame.append((key, code))
+        return Result(outs)
+
+    def _check(
+        self, eqn: JaxprEqn, args: list[Any], outs: list[Any], key: Key, levels: tuple[str, ...]
+    ) -> tuple[list[Any], Any, dict[Any, Any]]:
+        """Outputs, repaired if that is chosen; how bad they were; and what was measured."""
+        code, kept = jnp.int32(FINE), []
+        records: dict[Any, Any] = {}
+        wide = widened(eqn, args) or outs
+        least, most = jnp.float32(jnp.inf), jnp.float32(-jnp.inf)  # in float32, where it broke
+        for out, exact in zip(outs, wide, strict=True):
+            if is_number(out) and out.size:
+                found, bad = faults(eqn, args, out)
+                code = jnp.where(found > FINE, found, code)
+                least, most = among(exact, bad, least, most)
+                out = repaired(out, agreed(bad, out) & self._repairs[self.checked.index(key)])
+                if self.shards and set(levels) <= {"scan", "reverse"}:
+                    records.setdefault((MASK, *key), bad)
+                legal = (code == FINE) & ~all_finite(out)  # a mask of -inf, or what follows
+                code = jnp.where(legal, jnp.int32(SEEN), code)
+            kept.append(out)
+        measured = [packed([code])[0].astype(jnp.float32), *map(range_of, args)]
+        measured.append(jnp.stack([least, most]))
+        return kept, code, records | {(RANGES, *key): jnp.concatenate(measured)}
+
+    def _narrowed(self, values: Sequence[Any], dtypes: Sequence[Any]) -> tuple[list[Any], Any]:
+        """Values in the dtypes that they were traced in; and how bad it is if one did not fit."""
+        lost, kept = None, []
+        for x, dtype in zip(values, dtypes, strict=True):
+            if dtype is not None and hasattr(x, "dtype") and is_float(x) and x.dtype != dtype:
+                y = cast(x, dtype)
+                over = all_finite(x) & ~all_finite(y)
+                code = jnp.where(over, jnp.int32(INFINITY), jnp.int32(FINE))
+                lost, x = code if lost is None else jnp.maximum(lost, code), y
+            kept.append(x)
+        return kept, lost
+
+
+# One run: what the compiler would save in it, it does not earn.
+_QUICK: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+
+def any_low(sites: dict[Key, Site]) -> bool:
+    """Returns whether an operation of a program has a float narrower than float32 in it."""
+    return any(
+        is_low(getattr(atom.aval, "dtype", None))
+        for site in sites.values()
+        for atom in (*site.eqn.invars, *site.eqn.outvars)
+    )
