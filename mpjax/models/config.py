@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any, ClassVar
 
 from mpjax.errors import ConfigError
-from mpjax.models.block_config import BlockConfig, named_config
+from mpjax.models.block_config import BlockConfig
+from mpjax.models.sizes import named_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import jmp
 from flax import linen as nn
 
 from mpjax import ops
+from mpjax.formats import quantize
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.precision import Precision, Recipe, is_fp8
+from mpjax.precision import Precision, Recipe, dtype_name, is_fp8
 
 
 def unsharded(x: Any, axes: tuple[str | None, ...]) -> Any:
@@ -51,6 +53,27 @@ class Context:
         if self.seen is not None:
             self.seen[full] = "product"
         return self.precision.recipe(full)
+
+
+At = Callable[..., Context]  # path prefix below the root -> context
+
+
+def part_key(key: Any, name: str) -> Any:
+    """Returns a key for a named part; it does not depend on which other parts exist."""
+    return jax.random.fold_in(key, int.from_bytes(name.encode()[:4], "little") % 2**31)
+
+
+def stored(params: Any, precision: Precision) -> Any:
+    """Returns drawn weights as stored: those of an fp8 rule as Quantized, a scale for each row."""
+
+    def leaf(path: Any, w: Any) -> Any:
+        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if parts[1] == "layers":
+            parts.insert(2, "0")  # all layers are stored alike
+        dtype = precision.policy("/".join(parts)).param_dtype
+        return quantize(w, dtype_name(dtype), "row", scale_rounding="up") if is_fp8(dtype) else w
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 class Layer(nn.Module):

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from mpjax import ops
 from mpjax.formats import slice_view
 from mpjax.models.config import DecoderConfig, decoder_config
+from mpjax.models.context import At
 from mpjax.models.given import as_counts, as_ids, below, language_inputs, targets_of
 from mpjax.models.heads import next_token_loss, unembed
 from mpjax.models.network import Network
-from mpjax.models.skeleton import At, decoder_parts, init_boxed
+from mpjax.models.skeleton import decoder_parts, init_boxed
 from mpjax.models.stack import Stack, equal_segments
 from mpjax.models.storage import Storage
 from mpjax.models.trunk import Trunk, empty_cache, sight_of

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.block import Sight
+from mpjax.models.context import At, part_key
 from mpjax.models.encoder_config import EncoderConfig, encoder_config
 from mpjax.models.given import as_ids, below, keep_of
 from mpjax.models.heads import ClassHead, MaskedHead, MeanPooler, Pooler
 from mpjax.models.network import Network
-from mpjax.models.skeleton import At, Parts, init_boxed, outer_parts, part_key
+from mpjax.models.skeleton import Parts, init_boxed, outer_parts
 from mpjax.models.stack import Stack, equal_segments
 from mpjax.models.trunk import Trunk
 from mpjax.precision import Precision, get_precision

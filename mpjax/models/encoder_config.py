@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from mpjax.errors import ConfigError
-from mpjax.models.block_config import BlockConfig, named_config
+from mpjax.models.block_config import BlockConfig
+from mpjax.models.sizes import named_config
 
 POOLS = ("first", "mean")
 HEADS = ("none", "masked", "pretrain", "class", "token")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -13,10 +12,10 @@ from mpjax import ops
 from mpjax.models.block import activate
 from mpjax.models.block_config import BlockConfig
 from mpjax.models.config import DecoderConfig
-from mpjax.models.context import Context, Layer
+from mpjax.models.context import At, Layer
 from mpjax.models.given import targets_of
-from mpjax.models.layers import Linear, Norm
-from mpjax.models.skeleton import At, decoder_parts, part_key
+from mpjax.models.layers import Linear, Norm, head_logits
+from mpjax.models.skeleton import decoder_parts
 
 
 class Pooler(Layer):
@@ -90,28 +89,6 @@ class ClassHead(Layer):
         if self.dropout:
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return Linear(self.context, self.classes, ("embed", None), True, name="head")(x)
-
-
-def head_logits(head: nn.Module | None, context: Context, p: Any, x: Any, key: Any = None) -> Any:
-    """Returns features as logits in the output dtype of the head.
-
-    Args:
-      head: its module, or None where it is the transposed embedding.
-      context: of the head.
-      p: weights of the model, `head` or `embed` among them.
-      x: features (..., D).
-      key: of recipes that draw, or None.
-    """
-    # One key for all chunks of a loss in chunks: each number is still rounded without bias.
-    key = None if key is None else part_key(key, "head")
-    if head is not None:
-        return head.apply({"params": p["head"]}, x, rngs={} if key is None else {"rounding": key})
-    path = "/".join(context.prefix)
-    with jax.named_scope(path):
-        return ops.linear(
-            x, p["embed"]["table"], context.policy(()), transposed=True, where=path,
-            gradient_dtype=context.precision.gradient_dtype, recipe=context.recipe(()), key=key,
-        )  # fmt: skip
 
 
 def unembed(config: DecoderConfig, at: At, p: Any, x: Any, key: Any = None) -> Any:

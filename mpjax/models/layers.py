@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from mpjax import ops
-from mpjax.models.context import Layer
+from mpjax.models.context import Context, Layer, part_key
 
 
 class Linear(Layer):
@@ -90,3 +91,25 @@ class Embed(Layer):
         # Gathered over fsdp before it is read: rows cut by width would be repartitioned by batch.
         table = self.context.shard(table, (self.axes[0], None))
         return ops.look_up(table, ids, self.policy().output_dtype, self.gradient_dtype)
+
+
+def head_logits(head: nn.Module | None, context: Context, p: Any, x: Any, key: Any = None) -> Any:
+    """Returns features as logits in the output dtype of the head.
+
+    Args:
+      head: its module, or None where it is the transposed embedding.
+      context: of the head.
+      p: weights of the model, `head` or `embed` among them.
+      x: features (..., D).
+      key: of recipes that draw, or None.
+    """
+    # One key for all chunks of a loss in chunks: each number is still rounded without bias.
+    key = None if key is None else part_key(key, "head")
+    if head is not None:
+        return head.apply({"params": p["head"]}, x, rngs={} if key is None else {"rounding": key})
+    path = "/".join(context.prefix)
+    with jax.named_scope(path):
+        return ops.linear(
+            x, p["embed"]["table"], context.policy(()), transposed=True, where=path,
+            gradient_dtype=context.precision.gradient_dtype, recipe=context.recipe(()), key=key,
+        )  # fmt: skip

@@ -11,9 +11,8 @@ from flax import linen as nn
 
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.models.context import Context, unsharded
+from mpjax.models.context import At, Context, stored, unsharded
 from mpjax.models.metadata import NONE, Metadata
-from mpjax.models.skeleton import At, stored
 from mpjax.precision import Precision, Recipe, dtype_name, get_precision
 
 

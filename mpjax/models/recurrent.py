@@ -18,12 +18,11 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.cell import Cell
+from mpjax.models.context import At, part_key
 from mpjax.models.given import as_ids, below, language_inputs, targets_of
-from mpjax.models.heads import head_logits
-from mpjax.models.layers import Embed, Linear
+from mpjax.models.layers import Embed, Linear, head_logits
 from mpjax.models.network import Network
 from mpjax.models.recurrent_config import RecurrentConfig, recurrent_config
-from mpjax.models.skeleton import At, part_key
 from mpjax.precision import Precision, get_precision, wider
 from mpjax.precision.policy import CARRIED
 

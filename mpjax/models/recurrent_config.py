@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from mpjax.errors import ConfigError
-from mpjax.models.block_config import named_config
+from mpjax.models.sizes import named_config
 
 CELLS = {"lstm": 4, "gru": 3}  # gates of each
 

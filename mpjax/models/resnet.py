@@ -19,12 +19,11 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.formats.given import as_array
-from mpjax.models.context import Layer
+from mpjax.models.context import At, Layer
 from mpjax.models.given import below, field, targets_of
 from mpjax.models.layers import Linear
 from mpjax.models.network import Network
 from mpjax.models.resnet_config import ResNetConfig, resnet_config
-from mpjax.models.skeleton import At
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
 

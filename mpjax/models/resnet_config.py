@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from mpjax.errors import ConfigError
-from mpjax.models.block_config import named_config
+from mpjax.models.sizes import named_config
 
 
 @dataclasses.dataclass(frozen=True)

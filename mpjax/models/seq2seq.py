@@ -16,12 +16,12 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.block import Sight
-from mpjax.models.context import Context
+from mpjax.models.context import At, Context, part_key
 from mpjax.models.given import as_ids, below, field, keep_of
 from mpjax.models.heads import next_token_loss, unembed
 from mpjax.models.network import Network
 from mpjax.models.seq2seq_config import Seq2SeqConfig, seq2seq_config
-from mpjax.models.skeleton import At, decoder_parts, init_boxed, outer_parts, part_key
+from mpjax.models.skeleton import decoder_parts, init_boxed, outer_parts
 from mpjax.models.stack import Stack, equal_segments
 from mpjax.models.storage import Storage
 from mpjax.models.trunk import Trunk, empty_cache, sight_of

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from mpjax.models.block_config import named_config
 from mpjax.models.config import DecoderConfig
+from mpjax.models.sizes import named_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

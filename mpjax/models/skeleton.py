@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mpjax.formats import quantize
 from mpjax.models.block import Block, Sight
 from mpjax.models.block_config import BlockConfig
 from mpjax.models.config import DecoderConfig
-from mpjax.models.context import Context
+from mpjax.models.context import At, part_key
 from mpjax.models.layers import Embed, Linear, Norm
-from mpjax.precision import Precision, dtype_name, is_fp8
 
-At = Callable[..., Context]  # path prefix below the root -> context
 Parts = dict[str, tuple[nn.Module, tuple[Any, ...]]]  # name -> module, examples of its inputs
-
-
-def part_key(key: Any, name: str) -> Any:
-    """Returns a key for a named part; it does not depend on which other parts exist."""
-    return jax.random.fold_in(key, int.from_bytes(name.encode()[:4], "little") % 2**31)
 
 
 def outer_parts(config: BlockConfig, at: At, root: str, types: int = 0) -> Parts:
@@ -82,16 +73,3 @@ def init_boxed(
     keys = jnp.stack([jax.random.fold_in(first, layer) for layer in range(config.layers)])
     tree["layers"] = jax.vmap(lambda key: block.init(key, x, sight)["params"])(keys)
     return tree
-
-
-def stored(params: Any, precision: Precision) -> Any:
-    """Returns drawn weights as stored: those of an fp8 rule as Quantized, a scale for each row."""
-
-    def leaf(path: Any, w: Any) -> Any:
-        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        if parts[1] == "layers":
-            parts.insert(2, "0")  # all layers are stored alike
-        dtype = precision.policy("/".join(parts)).param_dtype
-        return quantize(w, dtype_name(dtype), "row", scale_rounding="up") if is_fp8(dtype) else w
-
-    return jax.tree_util.tree_map_with_path(leaf, params)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mpjax.formats import weight_view
 from mpjax.models.block import Attention, Block, Sight
 from mpjax.models.block_config import BlockConfig
-from mpjax.models.skeleton import At, part_key
+from mpjax.models.context import At, part_key
 from mpjax.precision import Precision
 
 _REMAT = {

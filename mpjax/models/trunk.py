@@ -13,7 +13,8 @@ from mpjax.errors import ConfigError
 from mpjax.models.block import Sight
 from mpjax.models.block_config import BlockConfig
 from mpjax.models.cache import cache_storage, empty
-from mpjax.models.skeleton import outer_parts, part_key
+from mpjax.models.context import part_key
+from mpjax.models.skeleton import outer_parts
 from mpjax.models.stack import Stack
 from mpjax.models.storage import Storage
 from mpjax.ops.rotary import sinusoid

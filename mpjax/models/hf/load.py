@@ -13,13 +13,13 @@ import numpy as np
 
 from mpjax.errors import ConfigError, listed
 from mpjax.formats import Quantized
+from mpjax.models.context import stored
 from mpjax.models.hf.architecture import Architecture, architecture_of
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.fields import FREE, Fields
 from mpjax.models.hf.leaves import filled, tensor_shape
 from mpjax.models.hf.pooling import pools_mean
 from mpjax.models.hf.tensors import Tensors
-from mpjax.models.skeleton import stored
 from mpjax.precision import Precision
 
 _FEW = 100  # layers
