@@ -18,9 +18,9 @@ from lm import CHECKPOINTS, Shape, continuation, lm_model, prompt_ids, room, sam
 from mpjax.data import Tokenizer
 from mpjax.errors import ConfigError
 from mpjax.models import beam_search, quantize_weights
-from mpjax.models.cache import cache_storage
-from mpjax.models.sampling import Sampling
-from mpjax.models.storage import Storage
+from mpjax.models.core.storage import Storage
+from mpjax.models.inference.sampling import Sampling
+from mpjax.models.transformer.kv_cache import cache_storage
 from mpjax.precision import get_precision
 from mpjax.train.reader import CheckpointReader
 

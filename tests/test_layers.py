@@ -122,7 +122,7 @@ def test_nobody_imports_upwards() -> None:
         ("mpjax/precision/bad.py", "import mpjax"),
         ("mpjax/ops/bad.py", "import flax.linen as nn"),
         ("mpjax/optim/bad.py", "def f():\n    from mpjax.models import decoder"),
-        ("mpjax/train/bad.py", "import mpjax.models.decoder"),
+        ("mpjax/train/bad.py", "import mpjax.models.transformer.decoder"),
         ("mpjax/train/bad.py", "from mpjax.tasks import lm"),
         ("mpjax/data/bad.py", "from mpjax.train import state"),
         ("mpjax/interpret/bad.py", "from mpjax.optim import wrap"),

@@ -13,7 +13,7 @@ import optax
 
 import mpjax
 from mpjax.models import decoder, generate, quantize_weights
-from mpjax.models.storage import stored_bytes
+from mpjax.models.core.storage import stored_bytes
 from mpjax.train import build
 from on_device import clock, fast
 

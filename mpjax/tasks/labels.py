@@ -16,8 +16,8 @@ from mpjax import ops
 from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
 from mpjax.formats.given import as_array
-from mpjax.models.given import field, keep_of
-from mpjax.models.metadata import NONE
+from mpjax.models.core.checks import field, keep_of
+from mpjax.models.core.metadata import NONE
 from mpjax.ops.cross_entropy import check_targets
 
 logger = logging.getLogger("mpjax.tasks")

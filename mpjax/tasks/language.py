@@ -11,8 +11,8 @@ import numpy as np
 
 from mpjax.errors import ConfigError
 from mpjax.formats.given import batch_rows
-from mpjax.models.given import each_batch, field
-from mpjax.models.perplexity import exp
+from mpjax.models.core.checks import each_batch, field
+from mpjax.models.inference.perplexity import exp
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ import numpy as np
 from mpjax.data.buckets import Example, eval_batches
 from mpjax.data.pairs import Pair
 from mpjax.errors import ConfigError
-from mpjax.models.beam import check_beams
-from mpjax.models.generate import beam_search, generate
-from mpjax.models.settings import CacheStorage, Count, as_cache
+from mpjax.models.inference.beam import check_beams
+from mpjax.models.inference.generate import beam_search, generate
+from mpjax.models.inference.settings import CacheStorage, Count, as_cache
 from mpjax.tasks.language import Language
 
 logger = logging.getLogger("mpjax.tasks")

@@ -39,7 +39,7 @@ def watched(
         devices; that step is on its way by then, so that they need not wait for the host.
       every: steps between measurements; the run's first step is measured too.
       start: steps that were taken already.
-      options: of `mpjax.interpret.monitor.monitor.monitor`: `where`, `what`, `formats`, `sample`.
+      options: of `mpjax.interpret.monitor`: `where`, `what`, `formats`, `sample`.
 
     Raises:
       ConfigError: every is below 1.

@@ -41,9 +41,9 @@ from mpjax.models import (  # noqa: E402
     quantize_weights,
     save_weights,
 )
+from mpjax.models.core.storage import stored_bytes  # noqa: E402
 from mpjax.models.hf import load_checkpoint, open_checkpoint  # noqa: E402
-from mpjax.models.perplexity import markdown  # noqa: E402
-from mpjax.models.storage import stored_bytes  # noqa: E402
+from mpjax.models.inference.perplexity import markdown  # noqa: E402
 from mpjax.optim import prune_weights  # noqa: E402
 
 BATCHES, SEQ = 16, 256

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mpjax.models import resnet
-from tests.models import oracle
+from tests.models.resnet.test_resnet import IMAGES
+from tests.models.resnet.test_resnet import SIZE as RESNET
+from tests.models.resnet.test_resnet import oracle as resnet_logits
 from tests.models.shapes import BATCH, IDS, small, stirred
-from tests.models.test_resnet import IMAGES
-from tests.models.test_resnet import SIZE as RESNET
-from tests.models.test_resnet import oracle as resnet_logits
+from tests.models.transformer import oracle
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 LOW = ("low-fp16", "pure-fp16", "O3")

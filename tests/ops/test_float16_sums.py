@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax.models.block import activate
+from mpjax.models.transformer.block import activate
 from mpjax.ops import attention, cross_entropy, group_norm, norm, scale_by
 from mpjax.precision import parse_policy
 from tests.ops.oracle import gradient, rounded

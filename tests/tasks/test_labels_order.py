@@ -14,7 +14,7 @@ from mpjax.data.tagged import TaggedSentences, load_tagged
 from mpjax.data.wordpiece import train_wordpiece
 from mpjax.errors import ConfigError
 from mpjax.models import encoder
-from mpjax.models.metadata import Metadata
+from mpjax.models.core.metadata import Metadata
 from mpjax.tasks import TextClassification, TokenClassification
 
 ORDER = ("neutral", "positive", "negative")  # of the logits

@@ -1,8 +1,8 @@
 """Checkpoints in the formats of Hugging Face, torch and llama.cpp: import and export."""
 
+from mpjax.models.core.metadata import Metadata
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.load import load_checkpoint
 from mpjax.models.hf.save import save_checkpoint
-from mpjax.models.metadata import Metadata
 
 __all__ = ["Checkpoint", "Metadata", "load_checkpoint", "open_checkpoint", "save_checkpoint"]

@@ -7,17 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 from mpjax.errors import ConfigError, brief
-from mpjax.models.config import DecoderConfig
-from mpjax.models.decoder import decoder
-from mpjax.models.encoder import encoder
-from mpjax.models.encoder_config import EncoderConfig
 from mpjax.models.hf import decoder_fields as fields
 from mpjax.models.hf.checkpoint import Checkpoint
 from mpjax.models.hf.encoder_fields import bert_class, is_bert, read_bert, write_bert
 from mpjax.models.hf.fields import Fields
 from mpjax.models.hf.weights import BERT, GPT2, LLAMA, SEQ2SEQ, Table
-from mpjax.models.seq2seq import seq2seq
-from mpjax.models.seq2seq_config import Seq2SeqConfig
+from mpjax.models.transformer.decoder import decoder
+from mpjax.models.transformer.decoder_config import DecoderConfig
+from mpjax.models.transformer.encoder import encoder
+from mpjax.models.transformer.encoder_config import EncoderConfig
+from mpjax.models.transformer.seq2seq import seq2seq
+from mpjax.models.transformer.seq2seq_config import Seq2SeqConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mpjax.errors import ConfigError
-from mpjax.models.config import DecoderConfig
 from mpjax.models.hf.fields import Fields
+from mpjax.models.transformer.decoder_config import DecoderConfig
 
 # What transformers calls an activation -> its name here, and back.
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}

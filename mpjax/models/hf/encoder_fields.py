@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mpjax.errors import brief
-from mpjax.models.encoder_config import EncoderConfig
 from mpjax.models.hf.decoder_fields import GELU, GELU_BACK
 from mpjax.models.hf.fields import Fields
+from mpjax.models.transformer.encoder_config import EncoderConfig
 
 # Class of transformers -> the head that it has here.
 _HEADS = {

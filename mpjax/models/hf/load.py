@@ -13,7 +13,7 @@ import numpy as np
 
 from mpjax.errors import ConfigError, listed
 from mpjax.formats import Quantized
-from mpjax.models.context import stored
+from mpjax.models.core.module import stored
 from mpjax.models.hf.architecture import Architecture, architecture_of
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.fields import FREE, Fields

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpjax.json_text import parse_json
-from mpjax.models.encoder_config import EncoderConfig
+from mpjax.models.transformer.encoder_config import EncoderConfig
 
 _MODULES, _POOLING = "modules.json", "1_Pooling/config.json"
 _MEAN = "pooling_mode_mean_tokens"

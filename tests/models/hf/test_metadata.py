@@ -13,10 +13,10 @@ from safetensors.numpy import save_file
 
 from mpjax.errors import ConfigError
 from mpjax.models import decoder, encoder
-from mpjax.models.encoder_config import encoder_config
 from mpjax.models.hf import Metadata, load_checkpoint, save_checkpoint
 from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
 from mpjax.models.hf.fields import Fields
+from mpjax.models.transformer.encoder_config import encoder_config
 from tests.models.hf import cases, ours
 from tests.models.hf.test_load import case
 from tests.models.shapes import drawn

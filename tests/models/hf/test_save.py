@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 from mpjax.errors import ConfigError
 from mpjax.models import decoder, decoder_config
-from mpjax.models.encoder_config import encoder_config
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
 from mpjax.models.hf.fields import Fields
-from mpjax.models.seq2seq_config import seq2seq_config
+from mpjax.models.transformer.encoder_config import encoder_config
+from mpjax.models.transformer.seq2seq_config import seq2seq_config
 from mpjax.precision import get_precision
 from tests.models.hf import cases, ours
 from tests.models.hf.test_load import bits, case

@@ -1,0 +1,1 @@
+"""What every model is made of: modules that know their path, layers, storage, parameters."""

@@ -1,0 +1,115 @@
+"""Linear, Norm and Embed: weights and their policies around the operations of `mpjax.ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from mpjax import ops
+from mpjax.models.core.module import Context, Layer, part_key
+
+
+class Linear(Layer):
+    """x W + b; the weight is normal with variance gain^2 / inputs.
+
+    Args:
+      features: outputs F.
+      axes: logical axes of the (D, F) kernel.
+      bias: whether there is b.
+      gain: of the initial weight.
+    """
+
+    features: int
+    axes: tuple[str | None, str | None]
+    bias: bool = False
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        inputs = x.shape[-1]
+        init = nn.initializers.normal(self.gain * inputs**-0.5)
+        kernel = self.weight("kernel", init, (inputs, self.features), self.axes)
+        y = self.multiply(x, kernel)
+        if not self.bias:
+            return y
+        bias = self.weight("bias", nn.initializers.zeros, (self.features,), (self.axes[1],))
+        return ops.shift_by(y, bias, self.gradient_dtype)
+
+
+class Norm(Layer):
+    """LayerNorm or RMSNorm.
+
+    Args:
+      kind: `layer` or `rms`.
+      bias: whether LayerNorm has a bias.
+      epsilon: added to the variance.
+    """
+
+    kind: str
+    bias: bool
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        width = (x.shape[-1],)
+        scale = self.weight("scale", nn.initializers.ones, width, (None,))
+        centre, bias = self.kind == "layer", None
+        if self.bias and centre:
+            bias = self.weight("bias", nn.initializers.zeros, width, (None,))
+        return ops.norm(
+            x,
+            scale,
+            bias,
+            self.policy(),
+            centre=centre,
+            epsilon=self.epsilon,
+            gradient_dtype=self.gradient_dtype,
+        )
+
+
+class Embed(Layer):
+    """A table of vectors, looked up by id.
+
+    Args:
+      rows: number of ids.
+      width: D.
+      axes: logical axes of the table.
+      deviation: of the initial numbers.
+    """
+
+    rows: int
+    width: int
+    axes: tuple[str | None, str | None]
+    deviation: float = 0.02
+
+    @nn.compact
+    def __call__(self, ids: Any) -> Any:
+        init = nn.initializers.normal(self.deviation)
+        table = self.weight("table", init, (self.rows, self.width), self.axes)
+        # Gathered over fsdp before it is read: rows cut by width would be repartitioned by batch.
+        table = self.context.shard(table, (self.axes[0], None))
+        return ops.look_up(table, ids, self.policy().output_dtype, self.gradient_dtype)
+
+
+def head_logits(head: nn.Module | None, context: Context, p: Any, x: Any, key: Any = None) -> Any:
+    """Returns features as logits in the output dtype of the head.
+
+    Args:
+      head: its module, or None where it is the transposed embedding.
+      context: of the head.
+      p: weights of the model, `head` or `embed` among them.
+      x: features (..., D).
+      key: of recipes that draw, or None.
+    """
+    # One key for all chunks of a loss in chunks: each number is still rounded without bias.
+    key = None if key is None else part_key(key, "head")
+    if head is not None:
+        return head.apply({"params": p["head"]}, x, rngs={} if key is None else {"rounding": key})
+    path = "/".join(context.prefix)
+    with jax.named_scope(path):
+        return ops.linear(
+            x, p["embed"]["table"], context.policy(()), transposed=True, where=path,
+            gradient_dtype=context.precision.gradient_dtype, recipe=context.recipe(()), key=key,
+        )  # fmt: skip

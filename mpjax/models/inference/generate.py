@@ -1,0 +1,249 @@
+"""Continuing prompts with a model's key/value cache.
+
+Shapes: B batch, T prompt tokens, N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from mpjax.models.inference.beam import Beams, check_beams, is_end, search
+from mpjax.models.inference.prompt import Start, check_prompt, check_state, prefill
+from mpjax.models.inference.sampling import Sampling
+from mpjax.models.inference.settings import CacheStorage, Count, Ends, Number, as_ends
+
+Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "start", "sampling", "end"))
+def _generate(
+    model: Any, params: Any, prompt_BT: Any, key: Any, state: Any, start: Start,
+    sampling: Sampling, end: tuple[int, ...], lengths_B: Any,
+) -> Any:  # fmt: skip
+    last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
+    keys = jax.random.split(key, start.new)
+    token_B = sampling.pick(last_BV, keys[0])
+    out_BN = jnp.zeros((prompt_BT.shape[0], start.new), jnp.int32).at[:, 0].set(token_B)
+
+    def goes_on(carry: Any) -> Any:
+        n, _, done_B, _, _ = carry
+        return (n < start.new) & ~jnp.all(done_B)
+
+    def body(carry: Any) -> Any:
+        n, token_B, done_B, state, out_BN = carry
+        logits, state = model.apply(params, token_B[:, None], state=state)
+        picked_B = sampling.pick(logits[:, -1], keys[n])
+        token_B = jnp.where(done_B, token_B, picked_B) if end else picked_B
+        done_B = done_B | is_end(token_B, end)
+        return n + 1, token_B, done_B, state, out_BN.at[:, n].set(token_B)
+
+    carry = (jnp.int32(1), token_B, is_end(token_B, end), state, out_BN)
+    n, token_B, _, _, out_BN = jax.lax.while_loop(goes_on, body, carry)
+    return jnp.where(jnp.arange(start.new)[None] < n, out_BN, token_B[:, None])
+
+
+def generate(
+    model: Any,
+    params: Any,
+    prompt: Ids,
+    *,
+    new: Count,
+    key: Any = None,
+    temperature: Number = 1.0,
+    top_k: Count | None = 0,
+    top_p: Number | None = 1.0,
+    end: Ends = None,
+    lengths: Any = None,
+    cache: CacheStorage = "",
+    state: Any = None,
+) -> Int[Array, "B N"]:
+    """Continues prompts.
+
+    Args:
+      model: a decoder, or another language model with `init_cache` and `apply`.
+      params: its weights.
+      prompt: token ids, at least one a row; see `left_pad` for rows of different lengths.
+      new: N, tokens to add.
+      key: of the draws; may be left out when temperature is 0.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: draws among the k likeliest tokens; 0 or None among all.
+      top_p: draws among the fewest likeliest tokens that together have probability p; 1 or None
+        among all.
+      end: token that ends a row, or several, as of a loaded model `model.metadata.ends`; what
+        follows it is filled with it. Stops when all rows have ended.
+      lengths: how many tokens at the end of each row are its prompt; by default all.
+      cache: storage of keys and values, such as `int8` or a dtype; by default the products'
+        compute dtype.
+      state: amax histories of a training with delayed scaling; without them the current tensors
+        decide.
+
+    Returns:
+      The new token ids.
+
+    Raises:
+      ConfigError: an empty prompt, a setting out of range, more tokens than the model's context, or
+        another model's params.
+
+    Example:
+      >>> from mpjax.models import decoder
+      >>> model = decoder("tiny", layers=1, width=16, heads=2)
+      >>> params = model.init(jax.random.key(0))
+      >>> generate(model, params, jnp.zeros((1, 2), jnp.int32), new=3, temperature=0.0).shape
+      (1, 3)
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    sampling.check(model.config.vocabulary)
+    start, lengths = check_prompt(model, params, prompt, lengths, new, cache)
+    ends = as_ends(end, model.config.vocabulary)
+    key, state = sampling.need(key), check_state(model, state)
+    return _generate(model, params, jnp.asarray(prompt), key, state, start, sampling, ends, lengths)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "start", "sampling"))
+def _first(
+    model: Any, params: Any, prompt_BT: Any, key: Any, state: Any, start: Start,
+    sampling: Sampling, lengths_B: Any,
+) -> Any:  # fmt: skip
+    last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
+    return sampling.pick(last_BV, key), state
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "sampling"), donate_argnames=("token_B", "state")
+)
+def _next(
+    model: Any, params: Any, token_B: Any, key: Any, state: Any, sampling: Sampling
+) -> Any:  # fmt: skip
+    logits, state = model.apply(params, token_B[:, None], state=state)
+    return sampling.pick(logits[:, -1], key), state
+
+
+def stream(
+    model: Any,
+    params: Any,
+    prompt: Ids,
+    *,
+    new: Count,
+    key: Any = None,
+    temperature: Number = 1.0,
+    top_k: Count | None = 0,
+    top_p: Number | None = 1.0,
+    lengths: Any = None,
+    cache: CacheStorage = "",
+) -> Iterator[Int[Array, " B"]]:
+    """Yields the tokens that `generate` returns, one for each row at a time.
+
+    Args:
+      model: a decoder, or another language model; this and all others as in `generate`.
+      params: its weights.
+      prompt: token ids.
+      new: tokens to add; leave the loop earlier at an end token.
+      key: of the draws.
+      temperature: divides the logits.
+      top_k: draws among the k likeliest.
+      top_p: draws among the fewest likeliest of probability p.
+      lengths: of the prompts.
+      cache: storage of keys and values.
+
+    Example:
+      >>> from mpjax.models import decoder
+      >>> model = decoder("tiny", layers=1, width=16, heads=2)
+      >>> params, prompt = model.init(jax.random.key(0)), jnp.zeros((1, 2), jnp.int32)
+      >>> tokens = stream(model, params, prompt, new=3, temperature=0.0)
+      >>> [int(t[0]) for t in tokens] == generate(
+      ...     model, params, prompt, new=3, temperature=0.0)[0].tolist()
+      True
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    sampling.check(model.config.vocabulary)
+    start, lengths = check_prompt(model, params, prompt, lengths, new, cache)
+    new = start.new
+    keys = jax.random.split(sampling.need(key), new)
+    state = model.init_state()
+    token_B, state = _first(
+        model, params, jnp.asarray(prompt), keys[0], state, start, sampling, lengths
+    )
+    # the next token is under way while the caller shows this one
+    for n in range(1, new):
+        shown = jnp.copy(token_B)  # the original's buffer is donated
+        token_B, state = _next(model, params, token_B, keys[n], state, sampling)
+        yield shown
+    yield token_B
+
+
+@functools.partial(jax.jit, static_argnames=("model", "start", "beams", "end", "penalty"))
+def _beam_search(
+    model: Any, params: Any, prompt_BT: Any, start: Start, beams: int, end: tuple[int, ...],
+    penalty: float, lengths_B: Any, state: Any,
+) -> Beams:  # fmt: skip
+    last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
+
+    def step(token_R1: Any, state: Any) -> Any:
+        logits, state = model.apply(params, token_R1, state=state)
+        return logits[:, -1], state
+
+    return search(step, last_BV, state, beams=beams, new=start.new, end=end, penalty=penalty)
+
+
+def beam_search(
+    model: Any,
+    params: Any,
+    prompt: Ids,
+    *,
+    new: Count,
+    beams: Count = 4,
+    length_penalty: Number = 1.0,
+    end: Ends = None,
+    lengths: Any = None,
+    cache: CacheStorage = "",
+    state: Any = None,
+) -> Beams:
+    r"""Returns the best continuations that beam search finds, best first.
+
+    A continuation $y$ of n tokens, its end among them, has score $\log p(y) / n^\alpha$.
+
+    Args:
+      model: a decoder, or another language model with `init_cache` and `apply`.
+      params: its weights.
+      prompt: token ids, at least one a row; see `left_pad` for rows of different lengths.
+      new: N, tokens to add at most.
+      beams: K, how many are kept at a time; 1 is the greedy continuation, or one that ended
+        on its way and is likelier.
+      length_penalty: $\alpha$, 0 or above; larger ones favour longer continuations.
+      end: token that ends a continuation, or several; what follows it is filled with it.
+      lengths: how many tokens at the end of each row are its prompt; by default all.
+      cache: storage of keys and values, such as `int8` or a dtype; by default the products'
+        compute dtype.
+      state: amax histories, as in `generate`.
+
+    Returns:
+      Tokens (B, K, N) and their scores (B, K), -inf for beams beyond all continuations there are.
+
+    Raises:
+      ConfigError: an empty prompt, a setting out of range, more tokens than the model's context, or
+        another model's params.
+
+    Example:
+      >>> from mpjax.models import decoder
+      >>> model = decoder("tiny", layers=1, width=16, heads=2)
+      >>> params = model.init(jax.random.key(0))
+      >>> found = beam_search(model, params, jnp.zeros((1, 2), jnp.int32), new=3, beams=2)
+      >>> found.tokens.shape, found.scores.shape
+      ((1, 2, 3), (1, 2))
+
+    References:
+      Wu et al. 2016, Google's Neural Machine Translation System, section 7 (length normalisation).
+    """
+    beams, penalty = check_beams(beams, length_penalty)
+    start, lengths = check_prompt(model, params, prompt, lengths, new, cache)
+    ends, state = as_ends(end, model.config.vocabulary), check_state(model, state)
+    return _beam_search(
+        model, params, jnp.asarray(prompt), start, beams, ends, penalty, lengths, state
+    )

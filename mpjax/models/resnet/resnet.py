@@ -1,0 +1,257 @@
+"""A residual network for images; every convolution, norm and addition has its path.
+
+Norms are GroupNorms: BatchNorm's running averages would be state that every loop has to thread, and
+its statistics would tie an image to the batch, the microbatch and the shard that it lies in.
+Shapes: N images, H height, W width, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mpjax import ops
+from mpjax.errors import ConfigError
+from mpjax.formats import weight_view
+from mpjax.formats.given import as_array
+from mpjax.models.core.checks import below, field, targets_of
+from mpjax.models.core.layers import Linear
+from mpjax.models.core.module import At, Layer
+from mpjax.models.core.network import Network
+from mpjax.models.resnet.config import ResNetConfig, resnet_config
+from mpjax.precision import Precision, get_precision
+from mpjax.precision.policy import CARRIED
+
+_IMAGE = ("batch", None, None, None)
+
+
+class Conv(Layer):
+    """x * K; the weight is normal with variance 2 gain^2 / (size^2 inputs).
+
+    Args:
+      features: channels of the result.
+      size: height and width of the kernel.
+      stride: of the window.
+      gain: of the initial weight.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x_NHWC: Any) -> Any:
+        inputs, size = x_NHWC.shape[-1], self.size
+        init = nn.initializers.normal(self.gain * (2 / (size * size * inputs)) ** 0.5)
+        axes = (None, None, "embed", "mlp")
+        kernel = self.weight("kernel", init, (size, size, inputs, self.features), axes)
+        # Gathered over fsdp before it is used: a sum over cut channels would be one of images.
+        kernel = self.context.shard(kernel, (None, None, None, "mlp"))
+        strides = (self.stride, self.stride)
+        return self.multiply(x_NHWC, kernel, functools.partial(ops.convolution, strides=strides))
+
+
+class GroupNorm(Layer):
+    """Normalises each image over space and groups of channels.
+
+    Args:
+      groups: of channels.
+      epsilon: added to the variance.
+    """
+
+    groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x_NHWC: Any) -> Any:
+        width = (x_NHWC.shape[-1],)
+        scale = self.weight("scale", nn.initializers.ones, width, (None,))
+        bias = self.weight("bias", nn.initializers.zeros, width, (None,))
+        return ops.group_norm(
+            x_NHWC, scale, bias, self.policy(), groups=self.groups, epsilon=self.epsilon,
+            gradient_dtype=self.gradient_dtype,
+        )  # fmt: skip
+
+
+class ResidualBlock(Layer):
+    """x + conv2(f(conv1(f(x)))), f a norm and a ReLU; the sum is cast as `residual` says.
+
+    Args:
+      config: shape.
+      features: channels of the result.
+      stride: of the first convolution; where x changes its shape, a 1 x 1 convolution fits it.
+    """
+
+    config: ResNetConfig
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x_NHWC: Any) -> Any:
+        c, policy = self.config, self.policy("residual")
+
+        def active(x: Any, name: str) -> Any:
+            y = GroupNorm(self.context, c.groups, c.epsilon, name=name)(x)
+            return rectify(self, y)
+
+        y = active(x_NHWC, "norm1")
+        if self.stride != 1 or x_NHWC.shape[-1] != self.features:
+            fit = Conv(self.context, self.features, 1, self.stride, 0.5**0.5, name="conv_shortcut")
+            x_NHWC = fit(y)
+        y = Conv(self.context, self.features, stride=self.stride, name="conv1")(y)
+        # the residual stream keeps its variance over the depth
+        last = Conv(self.context, self.features, gain=c.depth**-0.5, name="conv2")
+        y = last(active(y, "norm2"))
+        total = x_NHWC.astype(policy.compute_dtype) + y.astype(policy.compute_dtype)
+        return self.context.shard(total.astype(policy.output_dtype), _IMAGE)
+
+
+def rectify(layer: Layer, x: Any) -> Any:
+    """Returns max(x, 0) under the policy of the layer's `activation`."""
+    policy = layer.policy("activation")
+    return jax.nn.relu(x.astype(policy.compute_dtype)).astype(policy.output_dtype)
+
+
+class Stage(Layer):
+    """Blocks of one width; the first may halve height and width."""
+
+    config: ResNetConfig
+    number: int
+
+    @nn.compact
+    def __call__(self, x_NHWC: Any) -> Any:
+        width = self.config.widths[self.number]
+        for block in range(self.config.blocks):
+            stride = 2 if self.number and not block else 1
+            x_NHWC = ResidualBlock(self.context, self.config, width, stride, name=f"block{block}")(
+                x_NHWC
+            )
+        return x_NHWC
+
+
+class Body(Layer):
+    """Convolution, stages, norm, mean over space, head."""
+
+    config: ResNetConfig
+
+    @nn.compact
+    def __call__(self, x_NHWC: Any) -> Any:
+        c = self.config
+        x = Conv(self.context, c.widths[0], stride=c.stride, gain=0.5**0.5, name="conv_stem")(
+            self.context.shard(x_NHWC, _IMAGE)
+        )
+        for number in range(len(c.widths)):
+            x = Stage(self.context, c, number, name=f"stage{number}")(x)
+        x = rectify(self, GroupNorm(self.context, c.groups, c.epsilon, name="norm")(x))
+        pool = self.policy("pool")
+        x_NC = jnp.mean(x.astype(pool.compute_dtype), axis=(1, 2)).astype(pool.output_dtype)
+        return Linear(self.context, c.classes, ("embed", None), bias=True, name="head")(x_NC)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNet(Network):
+    """A residual network: `init(key) -> params`, `apply(params, images) -> logits, state`.
+
+    `resnet` makes it; see there.
+
+    Args:
+      config: shape.
+      precision: the Precision that it carries.
+      shard: constrains activations to logical axes; `sharded` sets it.
+    """
+
+    config: ResNetConfig
+    root: ClassVar[str] = "resnet"
+
+    def _body(self, at: At) -> Body:
+        return Body(at(), self.config, name=self.root)
+
+    def boxed(self, at: At, key: Any) -> Any:
+        """See `Network`."""
+        image = jnp.zeros((1, 1, 1, self.config.inputs))
+        return {self.root: self._body(at).init(key, image)["params"]}
+
+    @jax.named_scope(CARRIED)
+    def apply(
+        self, params: Any, images: Any, *, state: Any = None, key: Any = None, train: bool = False
+    ) -> tuple[Any, Any]:
+        """Returns the logits (N, K) and the new state.
+
+        Args:
+          params: from `init`.
+          images: (N, H, W, C) of any size, floating-point.
+          state: amax histories from `init_state`, or None.
+          key: of recipes that draw, needed only for training.
+          train: nothing differs in training.
+
+        Raises:
+          ConfigError: images of another layout or with whole numbers.
+        """
+        del train
+        if images.ndim != 4 or images.shape[-1] != self.config.inputs:
+            raise ConfigError(
+                f"images: shape {images.shape} is not (N, H, W, {self.config.inputs}); reshape"
+                " them, or set inputs= to their channels"
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ConfigError(
+                f"images: {images.dtype.name} is not floating-point; divide by 255 in float32"
+            )
+        variables = {"params": below(weight_view(params), self.root), **(state or {})}
+        rngs = {"rounding": key} if key is not None and self.rounds else {}
+        logits, state = self._body(self.at).apply(variables, images, rngs=rngs, mutable=["amax"])
+        return logits, state or None
+
+    @ops.counted(ops.weight_sum)
+    def loss(
+        self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
+    ) -> tuple[Any, Any]:
+        """Returns the mean cross-entropy over images and the state.
+
+        Args:
+          batch: `{"inputs": images (N, H, W, C), "targets": classes (N,)}`, and `weights` (N,) if
+            not all images count alike.
+        """
+        images = as_array(field(batch, "inputs", self.root), f"{self.root}: images")
+        weights, targets = batch.get("weights"), targets_of(batch, images.shape[:1], self.root)
+        logits, state = self.apply(params, images, state=state, key=key, train=train)
+        loss = ops.cross_entropy(
+            logits[:, None], targets[:, None], lambda x: x,
+            self.precision.policy(f"{self.root}/loss"), chunk=1,
+            weights_BT=None if weights is None else weights[:, None],
+        )  # fmt: skip
+        return loss, state
+
+
+def resnet(size: str | ResNetConfig, precision: str | Precision = "fp32", **changes: Any) -> ResNet:
+    """Returns a residual network that carries its Precision.
+
+    A rule on `**/conv*` decides all convolutions. With the preset fp32 and the rule
+    `**/conv*=p=f32,c=bf16,o=f32` each is X32 * K16 -> Y32: its operands are rounded to bfloat16,
+    its result, and all between convolutions, is float32. The preset bf16 is X16 * K16 -> Y16.
+
+    Args:
+      size: `tiny small cifar20` or a ResNetConfig.
+      precision: anything that `get_precision` reads.
+      changes: fields of ResNetConfig.
+
+    Raises:
+      ConfigError: unknown size or field, a path that no rule covers, a rule that matches nothing.
+
+    Example:
+      >>> model = resnet("tiny", "fp32 rule:**/conv*=p=f32,c=bf16,o=f32", widths=(4, 8))
+      >>> params = model.init(jax.random.key(0))
+      >>> model.apply(params, jnp.ones((2, 8, 8, 1)))[0].shape
+      (2, 10)
+
+    References:
+      He et al. 2016, Identity Mappings in Deep Residual Networks; Wu and He 2018, Group
+      Normalization.
+    """
+    return ResNet(resnet_config(size, **changes), get_precision(precision))

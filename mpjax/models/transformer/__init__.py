@@ -1,0 +1,1 @@
+"""Transformers: blocks, the decoder, the encoder and the encoder-decoder."""

@@ -1,0 +1,187 @@
+"""The bidirectional encoder (BERT) with its heads.
+
+Parameters are one canonical tree whatever the Precision: the weights of all blocks are stacked
+along a leading layer axis. Shapes: B batch, T tokens, D width, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mpjax.errors import ConfigError
+from mpjax.formats import weight_view
+from mpjax.models.core.checks import as_ids, below, keep_of
+from mpjax.models.core.module import At, part_key
+from mpjax.models.core.network import Network
+from mpjax.models.transformer.block import Sight
+from mpjax.models.transformer.encoder_config import EncoderConfig, encoder_config
+from mpjax.models.transformer.heads import ClassHead, MaskedHead, MeanPooler, Pooler
+from mpjax.models.transformer.parts import Parts, init_boxed, outer_parts
+from mpjax.models.transformer.stack import Stack, equal_segments
+from mpjax.models.transformer.trunk import Trunk
+from mpjax.precision import Precision, get_precision
+from mpjax.precision.policy import CARRIED
+
+_INPUTS = ("ids", "keep", "types")
+
+
+def _head_parts(c: EncoderConfig, at: At) -> Parts:
+    """The pooler and the heads that a configuration has, each with examples of its inputs."""
+    x_BTD, x_BD = jnp.zeros((1, 1, c.width)), jnp.zeros((1, c.width))
+    name = "encoder/{}".format
+
+    def classes(own: str, count: int, rate: float) -> ClassHead:
+        return ClassHead(at(own), count, rate, name=name(own))
+
+    parts: Parts = {}
+    if c.pools and c.pool == "first":
+        parts["pooler"] = (Pooler(at("pooler"), c.width, name=name("pooler")), (x_BTD,))
+    elif c.pools:
+        parts["pooler"] = (MeanPooler(at("pooler"), name=name("pooler")), (x_BTD,))
+    if c.head in ("masked", "pretrain"):
+        table = jnp.zeros((c.vocabulary, c.width))
+        parts["masked"] = (MaskedHead(at("masked"), c, name=name("masked")), (x_BTD, table))
+    if c.head == "pretrain":
+        parts["next"] = (classes("next", 2, 0.0), (x_BD,))
+    if c.head == "class":
+        parts["class"] = (classes("class", c.classes, c.dropout), (x_BD,))
+    if c.head == "token":
+        parts["token"] = (classes("token", c.classes, c.dropout), (x_BTD,))
+    return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder(Network):
+    """An encoder and its Precision: `apply(params, inputs) -> outputs, state`.
+
+    Args:
+      config: shape.
+      precision: the Precision that it carries.
+      shard: constrains activations to logical axes; `sharded` sets it.
+    """
+
+    root: ClassVar[str] = "encoder"
+
+    def boxed(self, at: At, key: Any) -> Any:
+        """Returns drawn parameters boxed with their logical axes; blocks are stacked."""
+        c = self.config
+        parts = outer_parts(c, at, "encoder", c.types) | _head_parts(c, at)
+        return {"encoder": init_boxed(c, at, key, parts, causal=False)}
+
+    @property
+    def depth(self) -> int:
+        """How many layers are stacked below `encoder/layers`."""
+        return self.config.layers
+
+    @functools.cached_property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of consecutive layers whose policies are equal: (start, stop)."""
+        return equal_segments(self.precision, self.paths, "encoder", self.depth)
+
+    def _inputs(self, inputs: Any) -> dict[str, Any]:
+        given = dict(inputs) if isinstance(inputs, dict) else {"ids": inputs}
+        if "attention_mask" in given:
+            given["keep"] = keep_of(given, "encoder")
+            del given["attention_mask"]
+        if "ids" not in given or (odd := sorted(set(given) - set(_INPUTS))):
+            what = "lacks 'ids'" if "ids" not in given else f"holds {odd[0]!r}"
+            raise ConfigError(f"encoder: the input {what}; give ids, and keep and types if any")
+        if "types" in given and not self.config.types:
+            raise ConfigError(
+                "encoder: token types are given and types=0; leave them out, or set types=2"
+            )
+        for name, value in given.items():
+            if jnp.shape(value) != jnp.shape(given["ids"]):
+                raise ConfigError(
+                    f"encoder: {name} has shape {jnp.shape(value)}, ids"
+                    f" {jnp.shape(given['ids'])}; give one for each token"
+                )
+        return given
+
+    @jax.named_scope(CARRIED)
+    def apply(
+        self, params: Any, inputs: Any, *, state: Any = None, key: Any = None, train: bool = False
+    ) -> tuple[dict[str, Any], Any]:
+        """Returns outputs by name and the new state.
+
+        Args:
+          params: from `init`.
+          inputs: token ids (B, T), or a dict of `ids`, `keep` (B, T; True or 1 where there is no
+            padding; `attention_mask` is another name for it) and `types` (B, T; 0 or 1 for the two
+            texts of a pair).
+          state: amax histories from `init_state`, or None.
+          key: of dropout and of recipes that draw, needed only for training.
+          train: whether dropout is on.
+
+        Returns:
+          `features` (B, T, D); `pooled` (B, D) for heads `none`, `pretrain` and `class`; logits:
+          `masked` (B, T, V) for `masked` and `pretrain`, `next` (B, 2; 0 is the next sentence) for
+          `pretrain`, `class` (B, C), `token` (B, T, C). What stands at padding means nothing.
+        """
+        c, p, given = self.config, below(weight_view(params), "encoder"), self._inputs(inputs)
+        seen = (state or {}).get("amax", {})
+        keep = jnp.asarray(given["keep"]).astype(bool) if "keep" in given else None
+        ids = as_ids(given["ids"], "encoder")
+        stack = Stack(c, self.at, self.segments, self.rounds, "encoder", causal=False)
+        x, _, amax = Trunk(stack, self.shard, c.types)(
+            p, ids, Sight(jnp.arange(ids.shape[1]), keep_BS=keep), kinds_BT=given.get("types"),
+            amax=seen.get("layers"), key=key, train=train,
+        )  # fmt: skip
+        new = dict(seen) | ({"layers": amax} if amax else {})
+        parts, out = _head_parts(c, self.at), {"features": x}
+
+        def run(name: str, *args: Any) -> Any:
+            own = None if key is None else part_key(key, name)
+            rngs = {"dropout": own} if train and own is not None else {}
+            if self.rounds and own is not None:
+                rngs["rounding"] = part_key(own, "rounding")
+            variables = {"params": p.get(name, {})}
+            if name not in seen:
+                return parts[name][0].apply(variables, *args, rngs=rngs)
+            y, updated = parts[name][0].apply(
+                variables | {"amax": seen[name]}, *args, rngs=rngs, mutable=["amax"]
+            )
+            new[name] = updated["amax"]
+            return y
+
+        if "pooler" in parts:
+            out["pooled"] = run("pooler", x, *([keep] if c.pool == "mean" else []))
+        if "masked" in parts:
+            out["masked"] = run("masked", x, p["embed"]["table"])
+        if "next" in parts:
+            out["next"] = run("next", out["pooled"])
+        if "class" in parts:
+            out["class"] = run("class", out["pooled"], train)
+        if "token" in parts:
+            out["token"] = run("token", x, train)
+        return out, ((state or {}) | {"amax": new} if new else state)
+
+
+def encoder(
+    size: str | EncoderConfig, precision: str | Precision = "fp32", **changes: Any
+) -> Encoder:
+    """Returns a bidirectional encoder that carries its Precision.
+
+    Args:
+      size: `bert-tiny bert-mini bert-base bert-large minilm-l6`, or an EncoderConfig.
+      precision: anything that `get_precision` reads.
+      changes: fields of EncoderConfig, such as `head="class", classes=3`.
+
+    Raises:
+      ConfigError: unknown size or field, a path that no rule covers, a rule that matches nothing.
+
+    Example:
+      >>> model = encoder("bert-tiny", "bf16", layers=1, width=32, vocabulary=50, head="class")
+      >>> params = model.init(jax.random.key(0))
+      >>> model.apply(params, jnp.zeros((1, 4), jnp.int32))[0]["class"].shape
+      (1, 2)
+
+    References:
+      Devlin et al. 2019, BERT.
+    """
+    return Encoder(encoder_config(size, **changes), get_precision(precision))

@@ -1,0 +1,124 @@
+"""Sizes and choices of the encoder, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from mpjax.errors import ConfigError
+from mpjax.models.core.sizes import named_config
+from mpjax.models.transformer.block_config import BlockConfig
+
+POOLS = ("first", "mean")
+HEADS = ("none", "masked", "pretrain", "class", "token")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(BlockConfig):
+    """Shape of a bidirectional encoder; the defaults are BERT's.
+
+    Args:
+      types: number of token types; 0 is no such embedding.
+      head: `none` (features and pooled), `masked` (tokens), `pretrain` (tokens, and whether the
+        second sentence is the next), `class` (of a text or a pair) or `token` (of each token).
+      classes: of the heads `class` and `token`; 1 is a number instead of classes (regression, the
+        score of a pair), which `mpjax.tasks.TextRegression` trains.
+      labels: names of the classes in the order of the logits, as the checkpoint has them; empty
+        where they have none.
+      pool: what the heads `none`, `pretrain` and `class` take of a text: the `first` token through
+        BERT's pooler, or the `mean` of all tokens that are no padding.
+
+    Raises:
+      ConfigError: a value outside its range or choices.
+    """
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = BlockConfig.CHOICES | {
+        "head": HEADS,
+        "pool": POOLS,
+    }
+    OPTIONAL: ClassVar[tuple[str, ...]] = (*BlockConfig.OPTIONAL, "types")
+    COUNTS: ClassVar[tuple[str, ...]] = (*BlockConfig.COUNTS, "classes")
+
+    vocabulary: int = 30522
+    context: int = 512
+    norm: str = "layer"
+    norm_first: bool = False
+    norm_embed: bool = True
+    position: str = "learned"
+    activation: str = "gelu_exact"
+    bias: bool = True
+    epsilon: float = 1e-12
+    types: int = 2
+    head: str = "none"
+    classes: int = 2
+    labels: Sequence[str] = ()  # kept as a tuple
+    pool: str = "first"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.labels, str) or not all(isinstance(x, str) for x in self.labels):
+            raise ConfigError(
+                f"model: labels={self.labels!r}; give the name of each class, such as"
+                " labels=('negative', 'positive')"
+            )
+        object.__setattr__(self, "labels", tuple(self.labels))  # a list where JSON kept it
+        if self.labels and self.head not in ("class", "token"):
+            raise ConfigError(
+                f"model: head={self.head!r} has no classes that labels could name; leave them out,"
+                " or set head='class' or head='token'"
+            )
+        if self.labels and len(self.labels) != self.classes:
+            raise ConfigError(
+                f"model: {len(self.labels)} labels {self.labels} for classes={self.classes}; give"
+                " one for each class"
+            )
+        if self.pool != "first" and not self.pools:
+            raise ConfigError(
+                f"model: head={self.head!r} pools nothing, pool={self.pool!r}; leave pool out"
+            )
+
+    @property
+    def pools(self) -> bool:
+        """Whether its head takes a text as a whole."""
+        return self.head in ("none", "pretrain", "class")
+
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "bert-tiny": dict(layers=2, width=128, heads=2),
+    "bert-mini": dict(layers=4, width=256, heads=4),
+    "bert-base": dict(layers=12, width=768, heads=12),
+    "bert-large": dict(layers=24, width=1024, heads=16),
+    "minilm-l6": dict(layers=6, width=384, heads=12),
+}
+
+
+def encoder_size_names() -> tuple[str, ...]:
+    """Returns the names of all sizes."""
+    return tuple(_SIZES)
+
+
+def encoder_config(size: str | EncoderConfig, **changes: Any) -> EncoderConfig:
+    """Returns the configuration of a named size with some fields changed.
+
+    Args:
+      size: a name that `encoder_size_names` lists, or an EncoderConfig.
+      changes: fields of EncoderConfig.
+
+    Raises:
+      ConfigError: unknown size or field.
+
+    Example:
+      >>> encoder_config("minilm-l6").hidden
+      1536
+
+    References:
+      Devlin et al. 2019 (BERT); Turc et al. 2019 (tiny, mini); Wang et al. 2020 (MiniLM).
+    """
+    if changes.get("labels") and "classes" not in changes:
+        changes = changes | {"classes": len(changes["labels"])}
+    if isinstance(size, EncoderConfig) and "labels" not in changes:
+        same = (changes.get("head", size.head), changes.get("classes", size.classes))
+        if same != (size.head, size.classes):  # names of another head's classes
+            changes = changes | {"labels": ()}
+    return named_config(EncoderConfig, _SIZES, size, changes)

@@ -1,0 +1,226 @@
+"""The encoder-decoder: a source is read both ways, and a target is continued with a view of it.
+
+Shapes: B batch, S source tokens, T target tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from mpjax import ops
+from mpjax.errors import ConfigError
+from mpjax.formats import weight_view
+from mpjax.models.core.checks import as_ids, below, field, keep_of
+from mpjax.models.core.module import At, Context, part_key
+from mpjax.models.core.network import Network
+from mpjax.models.core.storage import Storage
+from mpjax.models.transformer.block import Sight
+from mpjax.models.transformer.heads import next_token_loss, unembed
+from mpjax.models.transformer.parts import decoder_parts, init_boxed, outer_parts
+from mpjax.models.transformer.seq2seq_config import Seq2SeqConfig, seq2seq_config
+from mpjax.models.transformer.stack import Stack, equal_segments
+from mpjax.models.transformer.trunk import Trunk, empty_cache, sight_of
+from mpjax.precision import Precision, get_precision
+from mpjax.precision.policy import CARRIED
+
+HALVES = ("encoder", "decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2Seq(Network):
+    """An encoder-decoder and its Precision; paths begin with `encoder` or `decoder`.
+
+    Args:
+      config: shape.
+      precision: the Precision that it carries.
+      shard: constrains activations to logical axes; `sharded` sets it.
+    """
+
+    root: ClassVar[str] = ""
+    unthreaded: ClassVar[str] = "decoder/head"
+
+    def boxed(self, at: At, key: Any) -> Any:
+        """Returns drawn parameters boxed with their logical axes; blocks are stacked."""
+        c = self.config
+        read, write = (functools.partial(at, half) for half in HALVES)
+        own = outer_parts(c.encoder, read, "encoder")
+        if not c.source_vocabulary:
+            del own["embed"]  # the decoder's
+        keys = [part_key(key, half) for half in HALVES]
+        return {
+            "encoder": init_boxed(c.encoder, read, keys[0], own, causal=False),
+            "decoder": init_boxed(c, write, keys[1], decoder_parts(c, write), cross=True),
+        }
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """Layers of each half."""
+        return {"encoder": self.config.encoder.layers, "decoder": self.config.layers}
+
+    @property
+    def further(self) -> dict[str, str]:
+        """The look-up in a shared table, the tied head's product, and the loss."""
+        paths = {"decoder/head": "product", "decoder/loss": "module"}
+        return paths if self.config.source_vocabulary else paths | {"encoder/embed": "module"}
+
+    @functools.cached_property
+    def segments(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Half -> ranges of consecutive layers whose policies are equal: (start, stop)."""
+        return {
+            half: equal_segments(self.precision, self.paths, half, depth)
+            for half, depth in self.depths.items()
+        }
+
+    def _target_at(self, *prefix: str) -> Context:
+        return self.at("decoder", *prefix)
+
+    def _trunk(self, half: str) -> Trunk:
+        reads = half == "encoder"
+        stack = Stack(
+            self.config.encoder if reads else self.config, functools.partial(self.at, half),
+            self.segments[half], self.rounds, half, causal=not reads, cross=not reads,
+        )  # fmt: skip
+        return Trunk(stack, self.shard)
+
+    def _run(self, half: str, p: Any, ids: Any, sight: Sight, state: Any, **how: Any) -> Any:
+        """Features, cache and the state with this half's new amax histories."""
+        seen = state.get("amax", {})
+        how["amax"] = seen.get(half, {}).get("layers")
+        x, cache, amax = self._trunk(half)(p, ids, sight, **how)
+        return x, cache, (state | {"amax": seen | {half: {"layers": amax}}} if amax else state)
+
+    def _read(self, p: Any, source: Any, keep: Any, state: Any, key: Any, train: bool) -> Any:
+        own = below(p, "encoder")
+        if not self.config.source_vocabulary:
+            own = own | {"embed": below(p, "decoder")["embed"]}
+        ids = as_ids(source, "seq2seq: source")
+        keep = None if keep is None else jnp.asarray(keep).astype(bool)
+        if keep is not None and keep.shape != ids.shape:
+            raise ConfigError(
+                f"seq2seq: source_keep has shape {keep.shape}, source {ids.shape}; give one for"
+                " each token"
+            )
+        key = None if key is None else part_key(key, "source")
+        sight = Sight(jnp.arange(ids.shape[1]), keep_BS=keep)
+        x, _, state = self._run("encoder", own, ids, sight, state, key=key, train=train)
+        return x, keep, state
+
+    @jax.named_scope(CARRIED)
+    def features(
+        self, params: Any, inputs: Any, *, state: Any = None, key: Any = None, train: bool = False
+    ) -> tuple[Any, Any]:
+        """Returns the decoder's features (B, T, D) and the new state, as `apply`."""
+        state, p = state or {}, weight_view(params)
+        if "position" in state:
+            ids, keep = as_ids(inputs, "seq2seq"), state.get("source_keep")
+            sight = sight_of(ids.shape[1], None, state)._replace(keep_source_BS=keep)
+        else:
+            if not isinstance(inputs, dict) or not {"source", "inputs"} <= set(inputs):
+                raise ConfigError(
+                    "seq2seq: without a state from start() the input is a dict of source (B, S) and"
+                    " inputs (B, T), and of source_keep and keep if there is padding"
+                )
+            ids = as_ids(inputs["inputs"], "seq2seq: inputs")
+            source_keep = keep_of(inputs, "seq2seq", keep="source_keep")
+            source, keep, state = self._read(p, inputs["source"], source_keep, state, key, train)
+            own = keep_of(inputs, "seq2seq", mask="decoder_attention_mask")
+            sight = sight_of(ids.shape[1], own, state)._replace(
+                source_BSD=source, keep_source_BS=keep
+            )
+        x, cache, new = self._run(
+            "decoder", p["decoder"], ids, sight, state, cache=state.get("layers"), key=key,
+            train=train,
+        )  # fmt: skip
+        if "layers" in state:
+            new = new | {"layers": cache, "position": state["position"] + ids.shape[1]}
+        return x, new or None
+
+    def apply(
+        self, params: Any, inputs: Any, *, state: Any = None, key: Any = None, train: bool = False
+    ) -> tuple[Any, Any]:
+        """Returns the logits of the target (B, T, V) and the new state.
+
+        Args:
+          params: from `init`.
+          inputs: a dict of `source` (B, S) and `inputs` (B, T) token ids, and of `source_keep`
+            (B, S) and `keep` (B, T), True or 1 where there is no padding, which may be called
+            `attention_mask` and `decoder_attention_mask`; with a state from `start`, the next token
+            ids of the target alone.
+          state: from `start`, amax histories from `init_state`, or None.
+          key: of dropout and of recipes that draw, needed only for training.
+          train: whether dropout is on.
+        """
+        x, state = self.features(params, inputs, state=state, key=key, train=train)
+        logits = unembed(self.config, self._target_at, weight_view(params)["decoder"], x, key)
+        cap = self.config.logit_cap
+        return (cap * jnp.tanh(logits / cap) if cap else logits), state
+
+    @ops.counted(ops.weight_sum)
+    def loss(
+        self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
+    ) -> tuple[Any, Any]:
+        """Returns the mean cross-entropy of the target's next tokens and the state.
+
+        Args:
+          batch: what `apply` takes, `targets` (B, T), and `weights` (B, T) of the tokens in the
+            mean: 0 at padding.
+        """
+        for name in ("source", "inputs", "targets"):
+            field(batch, name, "seq2seq")
+        x, state = self.features(params, batch, state=state, key=key, train=train)
+        p = weight_view(params)["decoder"]
+        return next_token_loss(self.config, self._target_at, p, x, batch, key, train), state
+
+    def start(
+        self, params: Any, source: Any, *, length: int, source_keep: Any = None,
+        storage: str | Storage = "", state: Any = None,
+    ) -> Any:  # fmt: skip
+        """Reads a source once; returns the state from which `apply` continues a target.
+
+        It holds the keys and values of the source in every block.
+
+        Args:
+          params: from `init`.
+          source: token ids (B, S).
+          length: tokens of the target that it can hold.
+          source_keep: (B, S), True or 1 where there is no padding; None is all.
+          storage: of the target's keys and values; by default the products' compute dtype.
+          state: amax histories of a training with delayed scaling.
+        """
+        p = weight_view(params)
+        x, keep, new = self._read(p, source, source_keep, state or {}, None, False)
+        cache = empty_cache(self.config, self.precision, x.shape[0], length, storage)
+        known = self._trunk("decoder").stack.known(p["decoder"]["layers"], x)
+        new = new | cache | {"layers": cache["layers"] + known}
+        return new if keep is None else new | {"source_keep": keep}
+
+
+def seq2seq(
+    size: str | Seq2SeqConfig, precision: str | Precision = "fp32", **changes: Any
+) -> Seq2Seq:
+    """Returns an encoder-decoder that carries its Precision.
+
+    Args:
+      size: `seq2seq-tiny transformer-base transformer-big`, or a Seq2SeqConfig.
+      precision: anything that `get_precision` reads.
+      changes: fields of Seq2SeqConfig.
+
+    Raises:
+      ConfigError: unknown size or field, a path that no rule covers, a rule that matches nothing.
+
+    Example:
+      >>> model = seq2seq("seq2seq-tiny", "bf16", layers=1, width=32, vocabulary=50)
+      >>> params = model.init(jax.random.key(0))
+      >>> batch = {"source": jnp.zeros((1, 5), jnp.int32), "inputs": jnp.zeros((1, 3), jnp.int32)}
+      >>> model.apply(params, batch)[0].shape
+      (1, 3, 50)
+
+    References:
+      Vaswani et al. 2017, Attention Is All You Need.
+    """
+    return Seq2Seq(seq2seq_config(size, **changes), get_precision(precision))
