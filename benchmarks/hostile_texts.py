@@ -8,8 +8,8 @@ from typing import Any
 
 import fuzz_mutants as mutants
 
-from mpjax.train.manifest import read_manifest
-from mpjax.train.metrics import keep_until, read_metrics
+from mpjax.train.report.manifest import read_manifest
+from mpjax.train.report.metrics import keep_until, read_metrics
 
 Files = dict[str, bytes]
 

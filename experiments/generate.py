@@ -22,7 +22,7 @@ from mpjax.models.core.storage import Storage
 from mpjax.models.inference.sampling import Sampling
 from mpjax.models.transformer.kv_cache import cache_storage
 from mpjax.precision import get_precision
-from mpjax.train.reader import CheckpointReader
+from mpjax.train.checkpoint.reader import CheckpointReader
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,10 +37,10 @@ from mpjax.report import Outcome, gap, interval, plot_loss, save_plot
 from mpjax.train import build
 from mpjax.train.hlo import convolutions
 from mpjax.train.loop import fit
-from mpjax.train.manifest import manifest
-from mpjax.train.memory import bytes_per_parameter
-from mpjax.train.metrics import MetricsWriter
-from mpjax.train.progress import ProgressBar
+from mpjax.train.report.manifest import manifest
+from mpjax.train.report.memory import bytes_per_parameter
+from mpjax.train.report.metrics import MetricsWriter
+from mpjax.train.report.progress import ProgressBar
 
 BARS = {"digits": 0.98, "fashion-mnist": 0.90}
 ARMS = {

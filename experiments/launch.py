@@ -79,7 +79,7 @@ from mpjax.errors import ConfigError, TrainingStopped  # noqa: E402
 from mpjax.files import private_folder  # noqa: E402
 from mpjax.models import Model, decoder  # noqa: E402
 from mpjax.precision import Precision  # noqa: E402
-from mpjax.train.terminal import steady_terminal  # noqa: E402
+from mpjax.train.report.terminal import steady_terminal  # noqa: E402
 
 
 def guard_compiled() -> None:

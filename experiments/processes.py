@@ -15,11 +15,11 @@ import jax
 
 import mpjax
 from mpjax.errors import ConfigError, TrainingStopped
-from mpjax.train.agreement import code_hash, of_first, require_agreement
-from mpjax.train.environment import environment
-from mpjax.train.lock import hold_folder
-from mpjax.train.manifest import versions
-from mpjax.train.peers import end, initialize, watched
+from mpjax.train.checkpoint.lock import hold_folder
+from mpjax.train.processes.agreement import code_hash, of_first, require_agreement
+from mpjax.train.processes.peers import end, initialize, watched
+from mpjax.train.report.environment import environment
+from mpjax.train.report.manifest import versions
 
 # What an experiment's command line makes one line of.
 EXPLAINED = (ConfigError, TrainingStopped, OSError, KeyboardInterrupt, SystemExit)

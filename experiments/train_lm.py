@@ -33,20 +33,20 @@ from mpjax.precision import Precision, PrecisionSchedule, get_precision
 from mpjax.report import save_plot
 from mpjax.report.heatmap import plot_heatmap
 from mpjax.train import TrainState, TrainStep, build, parse_mesh
-from mpjax.train.bundle import explain, save_bundle
-from mpjax.train.checkpoint import Checkpointer
-from mpjax.train.environment import environment, require_same_environment
-from mpjax.train.interrupt import Interrupt
+from mpjax.train.checkpoint.bundle import explain, save_bundle
+from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.reader import CheckpointReader
+from mpjax.train.checkpoint.restore import compare_settings, restore_into
 from mpjax.train.loop import fit
-from mpjax.train.manifest import MANIFEST, manifest, read_manifest, write_manifest
-from mpjax.train.memory import formula
-from mpjax.train.metrics import METRICS, MetricsWriter, import_wandb
-from mpjax.train.progress import ProgressBar
-from mpjax.train.reader import CheckpointReader
-from mpjax.train.restore import compare_settings, restore_into
+from mpjax.train.report.environment import environment, require_same_environment
+from mpjax.train.report.interrupt import Interrupt
+from mpjax.train.report.manifest import MANIFEST, manifest, read_manifest, write_manifest
+from mpjax.train.report.memory import formula
+from mpjax.train.report.metrics import METRICS, MetricsWriter, import_wandb
+from mpjax.train.report.progress import ProgressBar
+from mpjax.train.report.tensors import TensorWriter, watched
+from mpjax.train.schedule.switch_state import joined
 from mpjax.train.step import check_batch
-from mpjax.train.switch_state import joined
-from mpjax.train.tensors import TensorWriter, watched
 
 log = logging.getLogger("mpjax.experiments")
 

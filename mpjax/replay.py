@@ -18,7 +18,7 @@ from mpjax.models import DecoderConfig, decoder
 from mpjax.optim import make_optimizer
 from mpjax.precision import get_precision
 from mpjax.train import build, parse_mesh
-from mpjax.train.bundle import explain, load_bundle, read_meta
+from mpjax.train.checkpoint.bundle import explain, load_bundle, read_meta
 
 
 def rebuilt(meta: dict[str, Any]) -> tuple[Any, Any, str]:

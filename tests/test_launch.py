@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from mpjax.errors import ConfigError
-from mpjax.train.lock import LOCK, hold_folder
+from mpjax.train.checkpoint.lock import LOCK, hold_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = (

@@ -69,9 +69,10 @@ path; a skipped step draws none. `moments="int8@256,rounding=nearest"` rounds as
 A second moment above zero is never stored as zero. Of `rmsprop(centered=True)` the variance is
 stored in place of `nu`, so that it cannot become negative.
 
-A run goes on in other moments by `--resume latest --recast` (`mpjax.train.restore.restore_into`):
-moments are converted and counts kept. Where the checkpoint lacks a moment, all moments of that
-part begin anew together with their count; schedules keep theirs.
+A run goes on in other moments by `--resume latest --recast`
+(`mpjax.train.checkpoint.restore.restore_into`): moments are converted and counts kept. Where the
+checkpoint lacks a moment, all moments of that part begin anew together with their count; schedules
+keep theirs.
 
 ## Your own recipe
 

@@ -14,10 +14,10 @@ from mpjax.errors import ConfigError
 from mpjax.optim import make_loss_scale, wrap
 from mpjax.precision import PrecisionSchedule, get_schedule
 from mpjax.train.preflight import require_room
+from mpjax.train.schedule.switch import make_switching_step
+from mpjax.train.schedule.switch_state import require_alike, whole_state
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
 from mpjax.train.step import LossFn, TrainState, TrainStep, init_state, make_train_step
-from mpjax.train.switch import make_switching_step
-from mpjax.train.switch_state import require_alike, whole_state
 
 
 class _Part(NamedTuple):
@@ -57,7 +57,7 @@ def build(
       accumulate: microbatches a step.
       objective: from the model, sharded on the mesh, to its loss function.
       schedule: of Precision over the run, anything that `get_schedule` reads; the model carries its
-        first precision. With two precisions the step is a `mpjax.train.switch.SwitchingStep`.
+        first precision. With two precisions the step is a `mpjax.train.SwitchingStep`.
 
     Returns:
       The first state, sharded, and the step.

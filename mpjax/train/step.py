@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
       opt_state: moments, master weights, loss scale, skip counters.
       model_state: what the model threads through itself (None for a decoder in training).
       key: raw key data; dropout folds in the step.
-      switch: what a schedule of Precision keeps (`mpjax.train.switch_state`), None without one.
+      switch: what a schedule of Precision keeps (`mpjax.train.schedule`), None without one.
     """
 
     step: Int[Array, ""]

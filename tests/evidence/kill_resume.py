@@ -30,9 +30,9 @@ os.environ.pop("XLA_FLAGS", None)  # one device, whatever the caller's tests run
 import numpy as np  # noqa: E402
 from page import ROOT, table, write  # noqa: E402
 
-from mpjax.train import digest, leaves, store  # noqa: E402
-from mpjax.train.metrics import read_metrics  # noqa: E402
-from mpjax.train.reader import CheckpointReader  # noqa: E402
+from mpjax.train.checkpoint import digest, leaves, store  # noqa: E402
+from mpjax.train.checkpoint.reader import CheckpointReader  # noqa: E402
+from mpjax.train.report.metrics import read_metrics  # noqa: E402
 
 TRIALS, STEPS, SEED = 20, 40, 0
 SETTINGS = (

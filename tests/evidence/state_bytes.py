@@ -29,7 +29,7 @@ from mpjax.models import decoder  # noqa: E402
 from mpjax.optim import make_optimizer  # noqa: E402
 from mpjax.precision import get_precision  # noqa: E402
 from mpjax.train import build  # noqa: E402
-from mpjax.train.memory import state_bytes  # noqa: E402
+from mpjax.train.report.memory import state_bytes  # noqa: E402
 
 V, L, D, H, F = 512, 1, 256, 8, 704  # vocabulary, layers, width, heads, MLP width
 MATRICES = V * D + L * (4 * D * D + 3 * D * F)  # tied embedding; q k v o; gate, up, down

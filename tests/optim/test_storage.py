@@ -20,7 +20,7 @@ from mpjax.optim import store_weights, weight_view, wrap
 from mpjax.optim.gate import bits
 from mpjax.precision import get_precision
 from mpjax.train import build, init_state, make_train_step
-from mpjax.train.memory import bytes_per_parameter
+from mpjax.train.report.memory import bytes_per_parameter
 from mpjax.train.sharding import state_shardings
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -220,7 +220,7 @@ def regression() -> tuple[Any, Any]:
 
 def test_a_train_step_learns_through_the_view(tmp_path: Any) -> None:
     """Donated and accumulating; nearest stalls where stochastic goes on; restored bit for bit."""
-    from mpjax.train.checkpoint import Checkpointer
+    from mpjax.train.checkpoint.checkpoint import Checkpointer
 
     batch, _ = regression()
     losses = {}

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from mpjax.errors import ConfigError
 from mpjax.precision import get_precision
 from mpjax.train import build, parse_mesh
-from mpjax.train.memory import bytes_per_parameter, formula, state_bytes
+from mpjax.train.report.memory import bytes_per_parameter, formula, state_bytes
 from mpjax.train.sharding import ShardActivations, partition
 from tests.train.meshes import MESHES, batch, compiled, host, reductions, relative, small
 

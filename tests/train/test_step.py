@@ -15,7 +15,7 @@ from mpjax.errors import ConfigError
 from mpjax.optim import all_finite, wrap
 from mpjax.precision import get_precision
 from mpjax.train import build, init_state, make_train_step, parse_mesh
-from mpjax.train.memory import bytes_per_parameter, formula, state_bytes
+from mpjax.train.report.memory import bytes_per_parameter, formula, state_bytes
 from tests.ops.jaxprs import equations
 from tests.train.meshes import batch, compiled, host, relative, small
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mpjax.errors import ConfigError
-from mpjax.train.restore import flat_settings
+from mpjax.train.checkpoint.restore import flat_settings
 
 _SHOWN = 8  # differences that an error names
 

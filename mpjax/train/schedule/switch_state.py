@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import AmaxHistory, map_histories
 from mpjax.optim import LossScale, NoOpLossScale
-from mpjax.train.leaves import describe, named_leaves
+from mpjax.train.checkpoint.leaves import describe, named_leaves
 from mpjax.train.step import TrainState, TrainStep
 
 

@@ -18,8 +18,8 @@ from mpjax.optim.moments import MomentState
 from mpjax.optim.recast import is_block
 from mpjax.precision import get_precision
 from mpjax.train import init_state
-from mpjax.train.checkpoint import Checkpointer
-from mpjax.train.restore import restore_into
+from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.restore import restore_into
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

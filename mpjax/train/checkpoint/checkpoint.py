@@ -26,10 +26,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mpjax.errors import ConfigError
-from mpjax.train import digest, leaves, store
-from mpjax.train.lock import lock_directory
-from mpjax.train.reader import CheckpointReader
-from mpjax.train.recast import describe_nodes
+from mpjax.train.checkpoint import digest, leaves, store
+from mpjax.train.checkpoint.lock import lock_directory
+from mpjax.train.checkpoint.reader import CheckpointReader
+from mpjax.train.checkpoint.recast import describe_nodes
 
 _log = logging.getLogger("mpjax.train")
 _TRIES, _PAUSE = 50, 0.1  # seconds: a failed save is cleared away while its threads end

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.train import leaves, recast
-from mpjax.train.reader import CheckpointReader
+from mpjax.train.checkpoint import leaves, recast
+from mpjax.train.checkpoint.reader import CheckpointReader
 
 _ABSENT = "(not set)"
 

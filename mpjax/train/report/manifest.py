@@ -18,7 +18,7 @@ import jax
 
 from mpjax.files import write_text
 from mpjax.precision import Precision, PrecisionSchedule
-from mpjax.train.environment import environment
+from mpjax.train.report.environment import environment
 
 MANIFEST = "manifest.json"
 _log = logging.getLogger("mpjax.train")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from mpjax.errors import ConfigError
-from mpjax.train import leaves
+from mpjax.train.checkpoint import leaves
 
 TEMPORARY = ocp.utils.TMP_DIR_SUFFIX  # ends the name of a step folder that is not committed
 META_FILE = "meta/meta.json"

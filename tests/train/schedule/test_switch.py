@@ -18,11 +18,12 @@ from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.precision import Precision, Triggers, get_precision
 from mpjax.precision.schedule import dynamic, fixed, late, mixed
-from mpjax.train import SwitchingStep, build, preflight, switch
-from mpjax.train.checkpoint import Checkpointer
+from mpjax.train import SwitchingStep, build, preflight
+from mpjax.train.checkpoint.checkpoint import Checkpointer
 from mpjax.train.loop import fit
-from mpjax.train.memory import state_bytes
-from mpjax.train.switch_state import entered, joined
+from mpjax.train.report.memory import state_bytes
+from mpjax.train.schedule import switch
+from mpjax.train.schedule.switch_state import entered, joined
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -23,8 +23,8 @@ from mpjax.interpret.monitor.monitor import monitor
 from mpjax.precision import PrecisionSchedule
 from mpjax.precision.triggers import Evidence
 from mpjax.train.preflight import free_bytes
+from mpjax.train.schedule.switch_state import entered, plain_state, scheduled, updated
 from mpjax.train.step import TrainState, TrainStep, compile_step
-from mpjax.train.switch_state import entered, plain_state, scheduled, updated
 
 log = logging.getLogger("mpjax.train")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mpjax.train.progress import ProgressBar, describe
+from mpjax.train.report.progress import ProgressBar, describe
 
 SHOW = "\x1b[?25h"  # the terminal's cursor is back
 

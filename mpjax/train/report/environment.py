@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from mpjax.errors import ConfigError
-from mpjax.train.restore import differences
+from mpjax.train.checkpoint.restore import differences
 
 # Of jax.config; what only shows, checks, caches or places is left out.
 _JAX = (

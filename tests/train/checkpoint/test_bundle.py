@@ -16,7 +16,7 @@ from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.models import decoder
 from mpjax.optim import make_optimizer
 from mpjax.train import build
-from mpjax.train.bundle import BUNDLE, load_bundle, read_meta, save_bundle
+from mpjax.train.checkpoint.bundle import BUNDLE, load_bundle, read_meta, save_bundle
 from mpjax.train.loop import fit
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

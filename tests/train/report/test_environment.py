@@ -11,8 +11,8 @@ import pytest
 
 from mpjax.errors import ConfigError
 from mpjax.precision import get_precision
-from mpjax.train.environment import _JAX, environment, require_same_environment
-from mpjax.train.manifest import manifest
+from mpjax.train.report.environment import _JAX, environment, require_same_environment
+from mpjax.train.report.manifest import manifest
 
 CHANGED = [
     ("jax_enable_x64", True),

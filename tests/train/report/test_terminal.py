@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mpjax.train.progress import ProgressBar
-from mpjax.train.terminal import SteadyStream, steady_terminal
+from mpjax.train.report.progress import ProgressBar
+from mpjax.train.report.terminal import SteadyStream, steady_terminal
 
 RECORD = {"step": 1, "loss": 2.5, "tokens_per_s": 9.0}
 

@@ -13,10 +13,10 @@ import jax
 import pytest
 
 from mpjax.precision import get_precision
-from mpjax.train import manifest as module
-from mpjax.train.manifest import manifest, write_manifest
+from mpjax.train.report import manifest as module
+from mpjax.train.report.manifest import manifest, write_manifest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PRECISION = get_precision("fp16", rules=["**/norm*=fp32"], moments="first=bf16")
 PATHS = ["decoder/layers/norm_mlp", "decoder/layers/mlp/up"]
 

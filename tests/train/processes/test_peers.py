@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from mpjax.train import coordinator, peers
-from mpjax.train.peers import Roll
+from mpjax.train.processes import coordinator, peers
+from mpjax.train.processes.peers import Roll
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HOST = socket.gethostname()
 
 

@@ -14,10 +14,10 @@ import jax
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.train import agreement
-from mpjax.train.agreement import code_hash, exchange, require_agreement
+from mpjax.train.processes import agreement
+from mpjax.train.processes.agreement import code_hash, exchange, require_agreement
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = {"settings": {"seed": 0, "shape": {"width": 8}}, "code": "a"}
 # An experiment that trains nothing.
 SCRIPT = """

@@ -24,14 +24,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mpjax.errors import ConfigError
-from mpjax.train import digest, store
-from mpjax.train.checkpoint import Checkpointer
-from mpjax.train.reader import CheckpointReader
-from mpjax.train.restore import compare_settings, restore_into
+from mpjax.train.checkpoint import digest, store
+from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.reader import CheckpointReader
+from mpjax.train.checkpoint.restore import compare_settings, restore_into
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DTYPES = (
     "float32 bfloat16 float16 float8_e4m3fn float8_e5m2 float8_e4m3 float8_e3m4 float8_e8m0fnu "
     "float4_e2m1fn int4 uint4 int2 uint2 int8 uint8 int16 uint16 int32 uint32 bool"
@@ -394,7 +394,7 @@ def test_unknown_steps_are_errors_and_a_reader_writes_nothing(three, tmp_path):
 def test_a_save_that_is_killed_is_not_listed_and_is_cleaned(tmp_path):
     code = """
         import sys, jax, jax.numpy as jnp
-        from mpjax.train.checkpoint import Checkpointer
+        from mpjax.train.checkpoint.checkpoint import Checkpointer
         checkpointer = Checkpointer(sys.argv[1], keep=2)
         for step in range(1, 10_000):
             checkpointer.save(step, {"w": jnp.full((1 << 20,), step, jnp.float32)}, {"n": step})
@@ -431,7 +431,7 @@ def test_nothing_but_errors_reaches_stderr(tmp_path):
     code = """
         import sys, resource, jax, jax.numpy as jnp
         from mpjax.errors import ConfigError
-        from mpjax.train.checkpoint import Checkpointer
+        from mpjax.train.checkpoint.checkpoint import Checkpointer
         state = {"w": jax.random.normal(jax.random.key(0), (1 << 16,))}
         with Checkpointer(sys.argv[1]) as checkpointer:
             checkpointer.save(1, state, {})

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from mpjax.errors import ConfigError
-from mpjax.train import digest, leaves, store
+from mpjax.train.checkpoint import digest, leaves, store
 
 _log = logging.getLogger("mpjax.train")
 

@@ -19,15 +19,15 @@ import jax.numpy as jnp
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.train import lock, store
-from mpjax.train.checkpoint import Checkpointer
-from mpjax.train.lock import LOCK, hold_folder
-from mpjax.train.reader import CheckpointReader
+from mpjax.train.checkpoint import lock, store
+from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.lock import LOCK, hold_folder
+from mpjax.train.checkpoint.reader import CheckpointReader
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HOLDER = """
 import sys, time
-from mpjax.train.lock import hold_folder
+from mpjax.train.checkpoint.lock import hold_folder
 with hold_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

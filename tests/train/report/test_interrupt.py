@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from mpjax.train.interrupt import Interrupt
+from mpjax.train.report.interrupt import Interrupt
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 LOOP = """
     import sys, time
-    from mpjax.train.interrupt import Interrupt
+    from mpjax.train.report.interrupt import Interrupt
     with Interrupt() as interrupt:
         print("ready", flush=True)
         while not interrupt.requested:
@@ -35,7 +35,7 @@ HANG = """
 # A long call into C that releases the lock: Python runs no handler before it returns.
 IN_C = """
     import hashlib, threading
-    from mpjax.train.interrupt import Interrupt
+    from mpjax.train.report.interrupt import Interrupt
     with Interrupt():
         print("ready", flush=True)
         hashlib.pbkdf2_hmac("sha512", b"p", b"s", 500_000_000)
@@ -144,7 +144,7 @@ def test_nohup_stays_what_it_is(request):
 def test_a_terminal_that_is_gone_keeps_nothing_from_stopping():
     code = """
         import os, signal, time
-        from mpjax.train.interrupt import Interrupt
+        from mpjax.train.report.interrupt import Interrupt
         with Interrupt() as interrupt:
             print("ready", flush=True)
             os.close(2)  # what the message is written to

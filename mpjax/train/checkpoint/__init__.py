@@ -1,0 +1,1 @@
+"""Checkpoints: written whole, read with care, restored into other settings."""

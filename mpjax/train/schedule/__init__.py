@@ -1,0 +1,1 @@
+"""A Precision that changes while a run goes on."""
