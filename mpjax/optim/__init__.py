@@ -1,23 +1,28 @@
 """How a weight learns: loss scale, finite gate, low-precision weights and moments."""
 
 from mpjax.formats import weight_view
-from mpjax.optim.blockwise import Blockwise, quantize_blocks
 from mpjax.optim.buffers import copied, without_repeats
+from mpjax.optim.by_name import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
 from mpjax.optim.deltas import apply_updates
 from mpjax.optim.flax_state import register_when_imported
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
 from mpjax.optim.gradient_norm import global_norm
-from mpjax.optim.layer_view import each_layer
-from mpjax.optim.leaf_scale import LeafLossScale, scale_gradient
-from mpjax.optim.logmax import LogMaxLossScale
-from mpjax.optim.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
-from mpjax.optim.losses import MultiLossScale, scaled_value_and_grads
-from mpjax.optim.moments import quantize_moments
-from mpjax.optim.named import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
-from mpjax.optim.pruning import prune_weights, pruned
-from mpjax.optim.scaled import ScaledGradients
-from mpjax.optim.scales import make_loss_scale
-from mpjax.optim.sparsity import cubic_sparsity, sparsity_by_path
+from mpjax.optim.loss_scale.from_settings import make_loss_scale
+from mpjax.optim.loss_scale.leaf_scale import LeafLossScale, scale_gradient
+from mpjax.optim.loss_scale.logmax import LogMaxLossScale
+from mpjax.optim.loss_scale.multi_loss import MultiLossScale, scaled_value_and_grads
+from mpjax.optim.loss_scale.scaled import ScaledGradients
+from mpjax.optim.loss_scale.scalers import (
+    DynamicLossScale,
+    LossScale,
+    NoOpLossScale,
+    StaticLossScale,
+)
+from mpjax.optim.moments.blockwise import Blockwise, quantize_blocks
+from mpjax.optim.moments.low_moments import quantize_moments
+from mpjax.optim.per_layer.layer_view import each_layer
+from mpjax.optim.pruning.magnitude import prune_weights, pruned
+from mpjax.optim.pruning.sparsity import cubic_sparsity, sparsity_by_path
 from mpjax.optim.storage import store_weights
 from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
 from mpjax.optim.wrap import Optimizer, OptState, wrap

@@ -13,8 +13,8 @@ from mpjax.errors import ConfigError
 from mpjax.formats import is_quantized
 from mpjax.optim import given
 from mpjax.optim.gate import bits, choose
-from mpjax.optim.scaled import check_plain
-from mpjax.optim.weights import is_low
+from mpjax.optim.loss_scale.scaled import check_plain
+from mpjax.optim.update_rules import is_low
 
 
 class Wrapped(optax.GradientTransformationExtraArgs):

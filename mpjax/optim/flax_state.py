@@ -16,11 +16,16 @@ import jax
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import Quantized
-from mpjax.optim.blockwise import Blockwise
-from mpjax.optim.leaf_scale import LeafLossScale
-from mpjax.optim.logmax import LogMaxLossScale
-from mpjax.optim.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
-from mpjax.optim.losses import MultiLossScale
+from mpjax.optim.loss_scale.leaf_scale import LeafLossScale
+from mpjax.optim.loss_scale.logmax import LogMaxLossScale
+from mpjax.optim.loss_scale.multi_loss import MultiLossScale
+from mpjax.optim.loss_scale.scalers import (
+    DynamicLossScale,
+    LossScale,
+    NoOpLossScale,
+    StaticLossScale,
+)
+from mpjax.optim.moments.blockwise import Blockwise
 
 MODULE = "flax.serialization"
 _SCALES = (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpjax.optim.gate import bits
-from mpjax.optim.scaled import check_plain
+from mpjax.optim.loss_scale.scaled import check_plain
 
 
 def _unit(leaves: list[Any]) -> Any:

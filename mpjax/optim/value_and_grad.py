@@ -10,16 +10,16 @@ import jax
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import weight_view
 from mpjax.optim.gate import all_finite
-from mpjax.optim.leaf_scale import LeafLossScale
-from mpjax.optim.loss_given import (
+from mpjax.optim.loss_scale.leaf_scale import LeafLossScale
+from mpjax.optim.loss_scale.loss_checks import (
     as_loss,
     check_differentiable,
     check_function,
     check_scale,
     with_aux,
 )
-from mpjax.optim.loss_scale import NoOpLossScale
-from mpjax.optim.scaled import ScaledGradients, check_unowned, mark_unscaled
+from mpjax.optim.loss_scale.scaled import ScaledGradients, check_unowned, mark_unscaled
+from mpjax.optim.loss_scale.scalers import NoOpLossScale
 
 
 def scaled_grad(

@@ -11,19 +11,18 @@ import jax.numpy as jnp
 import optax
 
 from mpjax.errors import ConfigError, TrainingStopped, brief
-from mpjax.optim import given
-from mpjax.optim import weights as weight
+from mpjax.optim import given, update_rules
 from mpjax.optim.buffers import distinct
 from mpjax.optim.deltas import Wrapped, delta_transformation
 from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, select
 from mpjax.optim.gradient_norm import global_norm
-from mpjax.optim.layer_stacks import LAYERS
-from mpjax.optim.layer_view import each_layer
-from mpjax.optim.loss_scale import LossScale
-from mpjax.optim.moments import low_moments
-from mpjax.optim.pruning import Pruned
-from mpjax.optim.scaled import ScaledGradients, bare, check_scaled
-from mpjax.optim.scales import make_loss_scale
+from mpjax.optim.loss_scale.from_settings import make_loss_scale
+from mpjax.optim.loss_scale.scaled import ScaledGradients, bare, check_scaled
+from mpjax.optim.loss_scale.scalers import LossScale
+from mpjax.optim.moments.low_moments import low_moments
+from mpjax.optim.per_layer.layer_stacks import LAYERS
+from mpjax.optim.per_layer.layer_view import each_layer
+from mpjax.optim.pruning.magnitude import Pruned
 from mpjax.optim.value_and_grad import value_and_scaled_grad
 from mpjax.precision import Precision, get_precision
 
@@ -67,8 +66,8 @@ class Optimizer:
             of floating-point numbers, or a wrapped optimizer lies inside this one.
         """
         seed = self.seed if seed is None else seed
-        weights = weight.init_weights(params, self.precision.update, seed)
-        inner = self.inner.init(weight.view(params, weights))
+        weights = update_rules.init_weights(params, self.precision.update, seed)
+        inner = self.inner.init(update_rules.view(params, weights))
         if any(map(_is_state, jax.tree.leaves(inner, is_leaf=_is_state))):
             raise ConfigError(
                 "optimizer: a part of it is wrapped already; pass the raw optax optimizer, chained"
@@ -97,13 +96,13 @@ class Optimizer:
             grads = jax.tree.map(lambda g: g * factor, grads)
             if finite_leaves is not None:  # a norm beyond float32 leaves no factor: skip
                 finite_leaves &= ~(jnp.all(finite_leaves) & (factor < 2.0**-126))
-        full = weight.view(params, state.weights)
+        full = update_rules.view(params, state.weights)
         # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
         # refuses; it is relaxed around this one call.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             extra = {"grad": grads} | extra
             updates, inner = given.update(self.inner, grads, state.inner, full, extra)
-        new_params, weights = weight.take(
+        new_params, weights = update_rules.take(
             updates, full, params, state.weights, self.precision.update
         )
         new = (new_params, updates, inner, weights)
@@ -205,7 +204,9 @@ class Optimizer:
         """
         stuck = int(state.gate.stuck) if stuck is None else stuck
         if self.gate and stuck >= self.patience:
-            path = leaf_path(weight.map_weights(lambda _: 0, params), int(state.gate.bad_leaf))
+            path = leaf_path(
+                update_rules.map_weights(lambda _: 0, params), int(state.gate.bad_leaf)
+            )
             raise TrainingStopped(
                 f"{path}: gradient is not finite, {stuck} steps in a row, and the loss scale"
                 f" {float(state.loss_scale.value):g} cannot fall further; lower the learning rate"

@@ -35,8 +35,8 @@ from page import table, write  # noqa: E402
 
 from mpjax import report  # noqa: E402
 from mpjax.optim import quantize_blocks  # noqa: E402
-from mpjax.optim.dither import dither_key  # noqa: E402
-from mpjax.optim.moments import low_moments  # noqa: E402
+from mpjax.optim.moments.dither import dither_key  # noqa: E402
+from mpjax.optim.moments.low_moments import low_moments  # noqa: E402
 from mpjax.precision import Moments  # noqa: E402
 from mpjax.report import Outcome  # noqa: E402
 

@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from page import table, write  # noqa: E402
 
-from mpjax.optim.moments import MomentState, low_moments, widen  # noqa: E402
+from mpjax.optim.moments.low_moments import MomentState, low_moments, widen  # noqa: E402
 from mpjax.precision import Moments  # noqa: E402
 
 STEPS, HIGH, SMALL, B2 = 4000, 50, 0.01, 0.999

@@ -38,7 +38,7 @@ from page import ROOT, table, write
 from mpjax.errors import ConfigError
 from mpjax.models import decoder
 from mpjax.optim import ScaledGradients, wrap
-from mpjax.optim.layer_view import LayerView
+from mpjax.optim.per_layer.layer_view import LayerView
 from mpjax.precision import get_precision
 from mpjax.train import init_state
 

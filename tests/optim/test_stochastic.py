@@ -209,7 +209,7 @@ def test_overflow_shows_as_infinity() -> None:
 
 def test_nothing_rounds_but_the_bits_of_round_to(monkeypatch: Any) -> None:
     calls = []
-    module = sys.modules["mpjax.optim.weights"]
+    module = sys.modules["mpjax.optim.update_rules"]
     original = module.round_to
     monkeypatch.setattr(module, "round_to", lambda *a, **k: calls.append(a[2]) or original(*a, **k))
     w = {"w": jnp.ones(8, jnp.bfloat16)}

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax.errors import ConfigError
-from mpjax.optim.moments import MomentState, moment_of, types_of
-from mpjax.optim.recast import describe_format, is_block, parse_format, recast_moments
+from mpjax.optim.moments.convert import describe_format, is_block, parse_format, recast_moments
+from mpjax.optim.moments.low_moments import MomentState, moment_of, types_of
 from mpjax.train.checkpoint import leaves
 
 _WRAPPED = "moments"  # what a MomentState is called in a checkpoint

@@ -14,8 +14,8 @@ from optax import contrib
 
 from mpjax.errors import ConfigError
 from mpjax.optim import Blockwise, quantize_moments, store_weights, wrap
-from mpjax.optim.moments import MomentState
-from mpjax.optim.recast import is_block
+from mpjax.optim.moments.convert import is_block
+from mpjax.optim.moments.low_moments import MomentState
 from mpjax.precision import get_precision
 from mpjax.train import init_state
 from mpjax.train.checkpoint.checkpoint import Checkpointer

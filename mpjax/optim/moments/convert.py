@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.optim.blockwise import Blockwise, quantize_blocks, stored
-from mpjax.optim.dither import dither_key
-from mpjax.optim.moments import (
+from mpjax.optim.moments.blockwise import Blockwise, quantize_blocks, stored
+from mpjax.optim.moments.dither import dither_key
+from mpjax.optim.moments.low_moments import (
     MomentState,
     at_variances,
     folded,
@@ -34,7 +34,7 @@ def describe_format(x: Blockwise) -> str:
     """Returns what the arrays of a moment in codes do not say: its format and its sign.
 
     Example:
-      >>> from mpjax.optim.blockwise import quantize_blocks
+      >>> from mpjax.optim.moments.blockwise import quantize_blocks
       >>> describe_format(quantize_blocks(jnp.ones(3), "int8", signed=False))
       'int8@256 unsigned'
     """

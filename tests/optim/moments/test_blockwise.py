@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 from mpjax.optim import Blockwise, quantize_blocks
-from mpjax.optim.blockwise import code_book, encode, tile_of
+from mpjax.optim.moments.blockwise import code_book, encode, tile_of
 from mpjax.precision.moments import MomentFormat
 
 BOOKS = list(itertools.product(("int8", "int4", "int8-linear"), (True, False)))

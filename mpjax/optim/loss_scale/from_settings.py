@@ -7,9 +7,14 @@ import inspect
 from typing import Any
 
 from mpjax.errors import ConfigError
-from mpjax.optim.leaf_scale import LeafLossScale, leaf_paths
-from mpjax.optim.logmax import LogMaxLossScale
-from mpjax.optim.loss_scale import DynamicLossScale, LossScale, NoOpLossScale, StaticLossScale
+from mpjax.optim.loss_scale.leaf_scale import LeafLossScale, leaf_paths
+from mpjax.optim.loss_scale.logmax import LogMaxLossScale
+from mpjax.optim.loss_scale.scalers import (
+    DynamicLossScale,
+    LossScale,
+    NoOpLossScale,
+    StaticLossScale,
+)
 from mpjax.precision import LossScaleSettings
 
 _KINDS: dict[str, type] = {

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from mpjax.optim.dependence import (
+from mpjax.optim.per_layer.dependence import (
     RANDOM,
     alike,
     called,
@@ -20,7 +20,7 @@ from mpjax.optim.dependence import (
     traced,
     without_leaf,
 )
-from mpjax.optim.layer_stacks import Path, own_paths, parts_of, stack_of, structure_of
+from mpjax.optim.per_layer.layer_stacks import Path, own_paths, parts_of, stack_of, structure_of
 
 _MOVES = frozenset(
     "reshape concatenate slice squeeze transpose split dynamic_slice gather copy pad"

@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax.errors import ConfigError
 from mpjax.optim import quantize_blocks, quantize_moments, wrap
-from mpjax.optim.blockwise import code_book, encode, round_moment
-from mpjax.optim.dither import dither_key
-from mpjax.optim.moments import widen
+from mpjax.optim.moments.blockwise import code_book, encode, round_moment
+from mpjax.optim.moments.dither import dither_key
+from mpjax.optim.moments.low_moments import widen
 from mpjax.precision import Moments, get_precision, preset_names
 from mpjax.train import parse_mesh
 

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mpjax.errors import ConfigError
 from mpjax.models import decoder
 from mpjax.optim import Blockwise, quantize_blocks, quantize_moments, wrap
-from mpjax.optim.blockwise import code_book
-from mpjax.optim.moments import MomentState
+from mpjax.optim.moments.blockwise import code_book
+from mpjax.optim.moments.low_moments import MomentState
 from mpjax.precision import get_precision
 from mpjax.train import init_state, parse_mesh, state_shardings
 from mpjax.train.checkpoint.checkpoint import Checkpointer

@@ -27,7 +27,7 @@ import optax
 
 from mpjax.errors import ConfigError, brief
 from mpjax.optim.given import check_updates, settled
-from mpjax.optim.layer_stacks import (
+from mpjax.optim.per_layer.layer_stacks import (
     LAYERS,
     Path,
     joined,
@@ -40,7 +40,13 @@ from mpjax.optim.layer_stacks import (
     stacks,
     structure_of,
 )
-from mpjax.optim.layer_trace import UpdateTrace, abstract, owners_of, sees_no_shapes, trace_update
+from mpjax.optim.per_layer.layer_trace import (
+    UpdateTrace,
+    abstract,
+    owners_of,
+    sees_no_shapes,
+    trace_update,
+)
 
 log = logging.getLogger("mpjax.optim")
 

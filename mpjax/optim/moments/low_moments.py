@@ -12,9 +12,9 @@ import optax
 from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
-from mpjax.optim.blockwise import Blockwise, stored
-from mpjax.optim.dither import dither_key
 from mpjax.optim.given import as_transformation
+from mpjax.optim.moments.blockwise import Blockwise, stored
+from mpjax.optim.moments.dither import dither_key
 from mpjax.precision import Moments, matches
 from mpjax.precision.moments import MomentFormat
 from mpjax.precision.rule import nearest

@@ -15,8 +15,8 @@ import pytest
 from mpjax.errors import ConfigError
 from mpjax.models import decoder
 from mpjax.optim import each_layer, wrap
-from mpjax.optim.layer_stacks import stacks
-from mpjax.optim.layer_view import LayerView
+from mpjax.optim.per_layer.layer_stacks import stacks
+from mpjax.optim.per_layer.layer_view import LayerView
 from mpjax.precision import matches
 
 LAYERS = {"encoder": 2, "decoder": 3}  # two stacks of unlike depth, as in a seq2seq

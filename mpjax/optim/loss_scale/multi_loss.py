@@ -11,15 +11,15 @@ from jaxtyping import Array, Bool
 
 from mpjax.errors import ConfigError, brief
 from mpjax.optim.gate import all_finite
-from mpjax.optim.loss_given import (
+from mpjax.optim.loss_scale.loss_checks import (
     as_loss,
     check_differentiable,
     check_function,
     check_scale,
     with_aux,
 )
-from mpjax.optim.loss_scale import LossScale
-from mpjax.optim.scaled import mark_unscaled
+from mpjax.optim.loss_scale.scaled import mark_unscaled
+from mpjax.optim.loss_scale.scalers import LossScale
 
 
 class MultiLossScale:

@@ -13,7 +13,7 @@ from optax import contrib
 
 from mpjax.errors import ConfigError
 from mpjax.optim import quantize_moments
-from mpjax.optim.moments import widen
+from mpjax.optim.moments.low_moments import widen
 from mpjax.precision import Moments
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from mpjax.errors import ConfigError, brief
-from mpjax.optim.scaled import bare
+from mpjax.optim.loss_scale.scaled import bare
 from mpjax.precision import LossScaleSettings
 
 Tree = TypeVar("Tree")

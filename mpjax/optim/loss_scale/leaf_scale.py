@@ -23,8 +23,14 @@ from jaxtyping import Array, Bool
 from mpjax.errors import ConfigError
 from mpjax.formats import is_quantized
 from mpjax.formats.given import as_array
-from mpjax.optim.loss_given import as_loss, check_differentiable, check_function, with_aux
-from mpjax.optim.loss_scale import (
+from mpjax.optim.loss_scale.loss_checks import (
+    as_loss,
+    check_differentiable,
+    check_function,
+    with_aux,
+)
+from mpjax.optim.loss_scale.scaled import bare
+from mpjax.optim.loss_scale.scalers import (
     LossScale,
     as_flag,
     as_pytree,
@@ -32,7 +38,6 @@ from mpjax.optim.loss_scale import (
     rebuild,
     step_dynamic,
 )
-from mpjax.optim.scaled import bare
 from mpjax.precision import LossScaleSettings, matches
 
 Tree = TypeVar("Tree")

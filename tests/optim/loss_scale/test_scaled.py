@@ -23,7 +23,7 @@ from mpjax.optim import (
     scaled_value_and_grads,
     wrap,
 )
-from mpjax.optim.losses import MultiLossScale
+from mpjax.optim.loss_scale.multi_loss import MultiLossScale
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

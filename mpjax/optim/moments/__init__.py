@@ -1,0 +1,1 @@
+"""The state of optimizers stored in fewer bits; the update itself runs in float32."""

@@ -1,0 +1,1 @@
+"""Optimizers that read shapes see layers, though our trees stack them in one array."""

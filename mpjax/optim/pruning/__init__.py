@@ -1,0 +1,1 @@
+"""Weights set to zero while training: masks, their schedule, and how many there are."""
