@@ -32,8 +32,8 @@ _GGUFS, _CONFIGS = f"{_FILES}::test_ggufs", f"{_FILES}::test_settings_that"
 _TABLES, _CHAT = "data/test_hostile_tables.py", "data/test_hostile_chat.py"
 _TOKENIZERS = "data/test_hostile_tokenizers.py"
 _PARQUET, _FRAMES = f"{_TABLES}::test_parquet", f"{_TABLES}::test_frames"
-_LOCK, _LOGS, _CACHE = "train/test_lock.py", "train/test_damaged_logs.py", "data/test_cache.py"
-_ASSETS, _WEIGHTS = "data/test_assets.py", "models/test_weight_file.py"
+_LOCK, _LOGS, _CACHE = "train/checkpoint/test_lock.py", "train/report/test_damaged_logs.py", "data/test_cache.py"
+_ASSETS, _WEIGHTS = "data/test_assets.py", "models/inference/test_weight_file.py"
 _PICKLE, _TORCH_FILE = "plain_pickle.py", "models/hf/torch_file.py"
 _GGUF, _BOUNDS = "models/hf/gguf_reader.py", "data/tokenizer_bounds.py"
 
@@ -98,11 +98,11 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
             f"{_FILES}::test_an_index",
         ),
         Planted(
-            "weights as described", "models/weight_file.py", "if not whole:", OFF,
+            "weights as described", "models/inference/weight_file.py", "if not whole:", OFF,
             f"{_WEIGHTS}::test_weights_stored",
         ),
         Planted(
-            "a bound on a path's parts", "models/weight_file.py", "if len(keys) > _MOST_PARTS:",
+            "a bound on a path's parts", "models/inference/weight_file.py", "if len(keys) > _MOST_PARTS:",
             OFF, f"{_WEIGHTS}::test_a_weight",
         ),
         Planted(
@@ -239,47 +239,47 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
         ),
     ),
     "locks and processes": (
-        Planted("the lock", "train/lock.py", "if not _flock(fd):\n            owner",
+        Planted("the lock", "train/checkpoint/lock.py", "if not _flock(fd):\n            owner",
                 "if _flock(fd) and False:\n            owner", f"{_LOCK}::test_the_second"),
-        Planted("a lock for one", "train/lock.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH",
+        Planted("a lock for one", "train/checkpoint/lock.py", "fcntl.LOCK_EX", "fcntl.LOCK_SH",
                 f"{_LOCK}::test_the_second"),
-        Planted("the lock of checkpoints", "train/lock.py",
+        Planted("the lock of checkpoints", "train/checkpoint/lock.py",
                 "if not _flock(fd):\n        os.close(fd)\n        raise",
                 "if not _flock(fd) and False:\n        os.close(fd)\n        raise",
                 f"{_LOCK}::test_a_second_writer"),
         Planted(
-            "the file that is locked is there", "train/lock.py",
+            "the file that is locked is there", "train/checkpoint/lock.py",
             "if os.path.samestat(os.fstat(fd), os.stat(folder / LOCK)):", "if True:",
             f"{_LOCK}::test_a_lock_file",
         ),
-        Planted("no link for a lock", "train/lock.py", "os.O_RDWR | os.O_CREAT | NO_FOLLOW",
+        Planted("no link for a lock", "train/checkpoint/lock.py", "os.O_RDWR | os.O_CREAT | NO_FOLLOW",
                 "os.O_RDWR | os.O_CREAT", f"{_LOCK}::test_a_folder_that_cannot"),
         Planted(
-            "steps of another run stay", "train/checkpoint.py",
+            "steps of another run stay", "train/checkpoint/checkpoint.py",
             "if foreign := sorted(set(later) - self._own):", OFF, f"{_LOCK}::test_steps_that",
         ),
         Planted(
-            "a hash between processes", "train/agreement.py",
+            "a hash between processes", "train/processes/agreement.py",
             "if len(set(exchange(hashlib.sha256(text.encode()).hexdigest()))) == 1:", "if True:",
             "train/test_agreement.py::test_what_differs",
         ),
-        Planted("contents in the hash of code", "train/agreement.py", "digest.update(content)",
+        Planted("contents in the hash of code", "train/processes/agreement.py", "digest.update(content)",
                 "pass", "train/test_agreement.py::test_the_code"),
         Planted(
-            "the environment of a save", "train/environment.py",
+            "the environment of a save", "train/report/environment.py",
             "if found := differences(before, after, ()):", "if found := []:",
             "train/test_environment.py::test_a_setting",
         ),
     ),
     "logs": (
-        Planted("damage is set aside", "train/metrics.py", "if damaged:", OFF, _LOGS),
-        Planted("deep lines", "train/metrics.py", "except (ValueError, RecursionError):  # no",
+        Planted("damage is set aside", "train/report/metrics.py", "if damaged:", OFF, _LOGS),
+        Planted("deep lines", "train/report/metrics.py", "except (ValueError, RecursionError):  # no",
                 "except ValueError:  # no", _LOGS),
-        Planted("no link for what is set aside", "train/metrics.py", "how | NO_FOLLOW", "how",
+        Planted("no link for what is set aside", "train/report/metrics.py", "how | NO_FOLLOW", "how",
                 _LOGS),
-        Planted("half a manifest", "train/manifest.py",
+        Planted("half a manifest", "train/report/manifest.py",
                 "if path.exists() and read_manifest(out) is None:", OFF, _LOGS),
-        Planted("a digest that lists nothing", "train/digest.py",
+        Planted("a digest that lists nothing", "train/checkpoint/digest.py",
                 "if not any(name.startswith(below) for name, _, _ in entries):", OFF, _LOGS),
     ),
     "writing and messages": (
