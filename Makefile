@@ -46,54 +46,54 @@ notebooks: $(INSTALLED_DEV)  ## execute the notebooks, and the Python blocks of 
 
 smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mistakes
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/test_experiments.py \
-	  tests/test_bad_input.py tests/test_device.py
+	  tests/test_bad_input.py tests/benchmarks/test_device.py
 
 check: lint types test notebooks smoke fuzz-part  ## all of the above and fuzz-part, as CI does
 
 evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; pages in docs/evidence
-	$(PY) tests/evidence/state_bytes.py
-	$(PY) tests/evidence/loop_overhead.py
-	$(PY) tests/evidence/kill_resume.py
-	$(PY) tests/evidence/kill_finetuning.py
-	$(PY) tests/evidence/two_runs.py
-	$(PY) tests/evidence/lost_processes.py
-	$(PY) tests/evidence/damaged_logs.py
-	$(PY) tests/evidence/planted.py
-	$(PY) tests/evidence/rounding.py
-	$(PY) tests/evidence/recipes.py
-	$(PY) tests/evidence/numeric_edges.py
-	$(PY) tests/evidence/transforms.py
-	$(PY) tests/evidence/layouts.py
-	$(PY) tests/evidence/recipe_cost.py
-	$(PY) tests/evidence/low_bit_products.py
-	$(PY) tests/evidence/fp8_parts.py
-	$(PY) tests/evidence/low_bit_adam.py
-	$(PY) tests/evidence/moment_decay.py
-	$(PY) tests/evidence/optimizers.py
-	$(PY) tests/evidence/autocast_table.py
-	$(PY) tests/evidence/autocast_cost.py
-	$(PY) tests/evidence/whole_models.py
-	$(PY) tests/evidence/audit.py
-	$(PY) tests/evidence/monitor.py
-	$(PY) tests/evidence/nonfinite.py
-	$(PY) tests/evidence/cure.py
-	$(PY) tests/evidence/assets_checkpoints.py
-	$(PY) tests/evidence/image_cnn.py
-	$(PY) tests/evidence/rnn_lm.py
-	$(PY) tests/evidence/low_bit_inference.py
-	$(PY) tests/evidence/finetune.py
+	$(PY) -m benchmarks.cost.state_bytes
+	$(PY) -m benchmarks.cost.loop_overhead
+	$(PY) -m benchmarks.robustness.kill_resume
+	$(PY) -m benchmarks.robustness.kill_finetuning
+	$(PY) -m benchmarks.robustness.two_runs
+	$(PY) -m benchmarks.robustness.lost_processes
+	$(PY) -m benchmarks.robustness.damaged_logs
+	$(PY) -m benchmarks.robustness.planted
+	$(PY) -m benchmarks.numerics.rounding
+	$(PY) -m benchmarks.numerics.recipes
+	$(PY) -m benchmarks.numerics.numeric_edges
+	$(PY) -m benchmarks.numerics.transforms
+	$(PY) -m benchmarks.numerics.layouts
+	$(PY) -m benchmarks.cost.recipe_cost
+	$(PY) -m benchmarks.quality.low_bit_products
+	$(PY) -m benchmarks.quality.fp8_parts
+	$(PY) -m benchmarks.quality.low_bit_adam
+	$(PY) -m benchmarks.numerics.moment_decay
+	$(PY) -m benchmarks.numerics.optimizers
+	$(PY) -m benchmarks.tools.autocast_table
+	$(PY) -m benchmarks.cost.autocast_cost
+	$(PY) -m benchmarks.tools.whole_models
+	$(PY) -m benchmarks.tools.audit
+	$(PY) -m benchmarks.cost.monitor
+	$(PY) -m benchmarks.tools.nonfinite
+	$(PY) -m benchmarks.tools.cure
+	$(PY) -m benchmarks.checkpoints.assets_checkpoints
+	$(PY) -m benchmarks.quality.image_cnn
+	$(PY) -m benchmarks.quality.rnn_lm
+	$(PY) -m benchmarks.quality.low_bit_inference
+	$(PY) -m benchmarks.quality.finetune
 	$(PY) experiments/bench_step.py
 	$(PY) experiments/low_bit_weights.py --out runs/evidence/low_bit_weights --fresh
 	$(PY) experiments/compare_precisions.py --out runs/evidence/demo --fresh
 
 fuzz: $(INSTALLED_DEV)  ## damaged and hostile files to every reader, half an hour; Linux
-	$(PY) benchmarks/fuzz.py
+	$(PY) -m benchmarks.fuzz
 
 fuzz-part: $(INSTALLED_DEV)  ## four minutes of it: the hostile files, then as many damaged ones
-	$(PY) benchmarks/fuzz.py --minutes 4 --workers $(WORKERS)
+	$(PY) -m benchmarks.fuzz --minutes 4 --workers $(WORKERS)
 
 verify-gpu: $(GPU_VENV)/.installed  ## compile for an H100 without one, 6 GB, once; page in docs/evidence
-	$(GPU_VENV)/bin/python tests/gpu/verify.py
+	$(GPU_VENV)/bin/python -m benchmarks.gpu.verify
 
 verify-device:  ## measure this machine's accelerator, eight minutes; page in docs/evidence
 	$(ANY_PY) benchmarks/device.py --minutes $(MINUTES)

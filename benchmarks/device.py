@@ -22,12 +22,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from on_device import machine, page  # noqa: E402
-from on_device.cells import CELLS, PARTS, SIZES, Cell  # noqa: E402
-from on_device.record import Record  # noqa: E402
-from on_device.workers import Workers, carried  # noqa: E402
+from benchmarks.on_device import page  # noqa: E402
+from benchmarks.on_device.cells import CELLS, PARTS, SIZES, Cell  # noqa: E402
+from benchmarks.on_device.measures import machine  # noqa: E402
+from benchmarks.on_device.record import Record  # noqa: E402
+from benchmarks.on_device.workers import Workers, carried  # noqa: E402
 
 HEADER = Cell("machine", "device", "machine:device", full=20, tiny=20)
 CLOSING = 3.0  # seconds that the last page and the end of the processes take

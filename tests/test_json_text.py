@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,9 @@ def test_many_keys_collect_no_garbage() -> None:
     finally:
         gc.set_threshold(*thresholds)
         gc.callbacks.pop()
-    assert count <= 2 and len(collected) > 50
+    assert count <= 2
+    if sys.version_info < (3, 12):  # from then on Python collects between bytecodes alone
+        assert len(collected) > 50
 
 
 @pytest.mark.parametrize(

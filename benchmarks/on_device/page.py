@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from on_device import chart
-from on_device.cells import CELLS, PARTS
-from on_device.files import write
-from on_device.tables import TABLES, gigabytes, table
+from benchmarks.on_device import chart
+from benchmarks.on_device.cells import CELLS, PARTS
+from benchmarks.on_device.files import write
+from benchmarks.on_device.tables import TABLES, gigabytes, table
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "evidence"

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from on_device import page
-from on_device.cells import Cell
-from on_device.files import write
+from benchmarks.on_device import page
+from benchmarks.on_device.cells import Cell
+from benchmarks.on_device.files import write
 
 
 class Record:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
-from on_device.clock import PEAK_SOURCE, PEAKS
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tests" / "evidence"))
-from page import table  # noqa: E402
+from benchmarks.common.page import table
+from benchmarks.on_device.clock import PEAK_SOURCE, PEAKS
 
 
 def spread(found: dict[str, float] | None, digits: int = 0) -> str:
@@ -122,7 +118,7 @@ def peers(cells: list[dict[str, Any]]) -> str:
     head = (
         "The same shape, batch and first weights in one process, steps taken in turn; torch with"
         " SDPA, fused AdamW and bf16 autocast, `careful` in plain JAX with its casts by hand"
-        " (benchmarks/on_device/twin.py). `torch alone` has weights of its own."
+        " (benchmarks/on_device/measures/twin.py). `torch alone` has weights of its own."
     )
     return "\n\n".join([head, *filter(None, parts)])
 

@@ -16,7 +16,7 @@ import time
 import traceback
 from typing import Any
 
-from on_device.cells import SIZES
+from benchmarks.on_device.cells import SIZES
 
 
 def first_line(error: BaseException) -> str:
@@ -46,7 +46,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Runs one cell; returns what it found, or one line about why it did not."""
     module, function = request["call"].split(":")
     try:
-        found = importlib.import_module(f"on_device.{module}")
+        found = importlib.import_module(f"{__package__}.measures.{module}")
         result = getattr(found, function)(SIZES[request["size"]], **request["arguments"])
         return {"state": "done", "result": result}
     except Exception as error:

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from on_device.cells import Cell
+from benchmarks.on_device.cells import Cell
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ def carried(wheels: Path, scratch: Path) -> list[str]:
 
 
 class Worker:
-    """One process; see `on_device.worker`.
+    """One process; see `benchmarks.on_device.worker`.
 
     Args:
       env: its environment.
@@ -44,7 +44,7 @@ class Worker:
     def __init__(self, env: dict[str, str]) -> None:
         self.used = False
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "on_device.worker"], stdin=subprocess.PIPE,
+            [sys.executable, "-m", "benchmarks.on_device.worker"], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, env=env, cwd=ROOT,
         )  # fmt: skip
 
@@ -92,7 +92,7 @@ class Workers:
     """
 
     def __init__(self, packages: list[str], scratch: Path, size: str) -> None:
-        here = [str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", ""), *packages]
+        here = [str(ROOT), os.environ.get("PYTHONPATH", ""), *packages]
         env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_NUMPY_")}
         env["PYTHONPATH"] = os.pathsep.join(filter(None, here))
         env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch needs room, and peaks are read

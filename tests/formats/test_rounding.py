@@ -1,6 +1,7 @@
 """Rounding against ml_dtypes' casts, and against the definition where ml_dtypes has no cast.
 
-The full run, 10^7 float32 patterns a format and 10^6 draws a value, is tests/evidence/rounding.py.
+The full run, 10^7 float32 patterns a format and 10^6 draws a value, is
+benchmarks/numerics/rounding.py.
 """
 
 from __future__ import annotations

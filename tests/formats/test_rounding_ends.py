@@ -113,7 +113,7 @@ def mismatches(name: str, carrier: Any) -> tuple[int, list[Any]]:
 @pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("name", FORMATS)
 def test_both_ends_against_exact_fractions(name: str) -> None:
-    # all formats in all dtypes: tests/evidence/numeric_edges.py
+    # all formats in all dtypes: benchmarks/numerics/numeric_edges.py
     assert mismatches(name, np.float32)[1] == []
 
 

@@ -1,4 +1,4 @@
-"""Products in all kinds of orders of their dimensions; see `tests/evidence/layouts.py`."""
+"""Products in all kinds of orders of their dimensions; see `benchmarks/numerics/layouts.py`."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ EIGHT = [name for name in recipe_names() if is_eight_bit(name)]
 
 
 def ratios(name: str) -> dict[str, float]:
-    """SQNR of each product; `tests/evidence/recipes.py` measures many lengths."""
+    """SQNR of each product; `benchmarks/numerics/recipes.py` measures many lengths."""
     found = error.against_length([name], (256,), 16, jnp.float32)
     return {r["product"]: r["sqnr"] for r in found}
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 
 @pytest.mark.parametrize("name", ["int8-switchback", "fp8-delayed"])
 def test_each_transform_is_that_of_float64_with_straight_through_rounding(name: str) -> None:
-    """`tests/evidence/transforms.py` does it for every recipe."""
+    """`benchmarks/numerics/transforms.py` does it for every recipe."""
     found = s.errors(name)
     assert len(found) == 9 and max(found.values()) < 1e-5, found
 

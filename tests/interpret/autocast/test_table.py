@@ -145,7 +145,7 @@ def test_function_runs_in_the_dtype_of_the_reference(pattern, row):
     [("bfloat16", "low", 5), ("bfloat16", "mixed", 6), ("float16", "low", 20)],
 )
 def test_function_gives_the_bits_of_hand_casts(low, pattern, every):
-    """A part of the rows: tests/evidence/autocast_table.py compares all of them."""
+    """A part of the rows: benchmarks/tools/autocast_table.py compares all of them."""
     rows, low = rows_of(pattern)[::every], jnp.dtype(low)
     found = compare(rows, pattern, low)
     wrong = [row.name for row in rows if not is_same(row, pattern, low, *found[row.name])]

@@ -1,7 +1,8 @@
 """Tiny checkpoints of each architecture: settings, ids, and weights by a rule.
 
-A weight is drawn from its name, so that nobody needs to keep it: `tests/evidence/hf_logits.py`
-gives the same ones to transformers, whose logits are in `tests/golden/hf_logits.json`.
+A weight is drawn from its name, so that nobody needs to keep it:
+`benchmarks/checkpoints/hf_logits.py` gives the same ones to transformers, whose logits are in
+`tests/golden/hf_logits.json`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Imported checkpoints give the logits that transformers gave; planted mistakes do not.
 
-`tests/golden/hf_logits.json` holds what transformers gave (`tests/evidence/hf_logits.py` wrote it).
+`tests/golden/hf_logits.json` holds what transformers gave
+(`benchmarks/checkpoints/hf_logits.py` wrote it).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from tests.models.shapes import drawn
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "bert"])  # all: tests/evidence/hf_logits.py
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "bert"])  # all: hf_logits.py
 def test_a_round_trip_keeps_every_bit(name: str, tmp_path: Path) -> None:
     source = ours.write(name, GOLDEN[name]["tensors"], tmp_path / "theirs")
     model, params = load_checkpoint(source)

@@ -1,6 +1,7 @@
 """Tokenizers, chat templates and conversations, whose ids and texts transformers says.
 
-`tests/evidence/hf_roundtrip.py` asks it and keeps the answers in `tests/golden/hf_texts.json`.
+`benchmarks/checkpoints/hf_roundtrip.py` asks it and keeps the answers in
+`tests/golden/hf_texts.json`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Checkpoints against the libraries that they come from."""

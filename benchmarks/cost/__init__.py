@@ -1,0 +1,1 @@
+"""What mpjax costs in time and memory, against bare code or without the part."""

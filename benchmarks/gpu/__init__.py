@@ -1,0 +1,1 @@
+"""What XLA's GPU compiler makes of our steps, read without a GPU."""

@@ -1,0 +1,1 @@
+"""Rounding, recipes and optimizers against exact arithmetic."""

@@ -1,0 +1,1 @@
+"""What low precision costs trained models, in losses and accuracies."""
