@@ -26,7 +26,7 @@ import jax  # isort: skip
 
 from mpjax.data import Tokenizer, read_documents, validation_batches
 from mpjax.data.assets import fetch
-from mpjax.data.chat import Chat, Message
+from mpjax.data.chat.chat import Chat, Message
 from mpjax.errors import ConfigError
 from mpjax.json_text import parse_json
 from mpjax.models import input_moments, left_pad, quantize_weights, stream

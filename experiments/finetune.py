@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mpjax.data.assets import asset_names, fetch
 from mpjax.data.buckets import Batch, bucket_batches
-from mpjax.data.wordpiece import WordPiece, parse_wordpiece, train_wordpiece
+from mpjax.data.tokenizers.wordpiece import WordPiece, parse_wordpiece, train_wordpiece
 from mpjax.errors import ConfigError
 from mpjax.models import EncoderConfig, encoder
 from mpjax.models.hf import load_checkpoint, open_checkpoint

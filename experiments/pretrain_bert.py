@@ -30,7 +30,7 @@ import numpy as np
 from mpjax.data import Document, read_documents, split_documents
 from mpjax.data.buckets import IGNORE, Batch, eval_batches
 from mpjax.data.masking import masking, segment_pairs
-from mpjax.data.wordpiece import Example, WordPiece
+from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
 from mpjax.files import write_text
 from mpjax.models.hf import save_checkpoint

@@ -29,10 +29,10 @@ import launch
 import jax  # isort: skip
 import numpy as np
 
-from mpjax.data.characters import Characters
 from mpjax.data.lexicon import learn_lexicon, nearest_targets
 from mpjax.data.pairs import load_pairs
-from mpjax.data.tokenizer import make_tokenizer
+from mpjax.data.tokenizers.characters import Characters
+from mpjax.data.tokenizers.tokenizer import make_tokenizer
 from mpjax.errors import need
 from mpjax.models import seq2seq
 from mpjax.report import interval

@@ -98,7 +98,7 @@ def test_each_temporary_name_is_drawn(tmp_path, monkeypatch):
 EXCEPT = {
     "mpjax/files.py",  # itself
     "mpjax/data/assets/__init__.py",  # into a private folder, which is renamed when whole
-    "mpjax/data/package.py",  # the same
+    "mpjax/data/assets/package.py",  # the same
     "mpjax/models/hf/save.py",  # the same
 }
 

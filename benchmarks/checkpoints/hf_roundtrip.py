@@ -30,7 +30,7 @@ import transformers  # noqa: E402
 from benchmarks.checkpoints import hf_logits  # noqa: E402  (sets JAX_PLATFORMS, adds the checkout's root to the path)
 from benchmarks.common.page import ROOT, table, write  # noqa: E402
 from mpjax.data import Tokenizer  # noqa: E402
-from mpjax.data.chat_template import ChatTemplate  # noqa: E402
+from mpjax.data.chat.chat_template import ChatTemplate  # noqa: E402
 from mpjax.errors import ConfigError  # noqa: E402
 from mpjax.models import generate  # noqa: E402
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint  # noqa: E402

@@ -28,7 +28,7 @@ import json, resource, sys
 from pathlib import Path
 import gguf, gguf.quants, jax, safetensors, tokenizers
 from mpjax.data import Tokenizer
-from mpjax.data.wordpiece import parse_wordpiece
+from mpjax.data.tokenizers.wordpiece import parse_wordpiece
 from mpjax.models.hf import load_checkpoint, open_checkpoint
 
 def seconds():

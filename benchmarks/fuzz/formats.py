@@ -176,7 +176,7 @@ def _read_weights(folder: Path) -> None:
 
 def _rows(name: str) -> Callable[[Path], Any]:
     def read(folder: Path) -> None:
-        from mpjax.data.rows import read_rows
+        from mpjax.data.tables.rows import read_rows
 
         read_rows(folder / name, ("text", "label"), classes="label")
 
@@ -184,7 +184,7 @@ def _rows(name: str) -> Callable[[Path], Any]:
 
 
 def _read_frame(folder: Path) -> None:
-    from mpjax.data.frame import read_frame
+    from mpjax.data.tables.frame import read_frame
 
     read_frame(folder / "table.xz")
 

@@ -153,7 +153,7 @@ def templates(good: Files) -> dict[str, Files]:
 
 def read_template(folder: Any) -> None:
     """Renders a conversation."""
-    from mpjax.data.chat_template import ChatTemplate
+    from mpjax.data.chat.chat_template import ChatTemplate
 
     text = (folder / "template.jinja").read_bytes().decode("utf-8", "replace")
     talk = [{"role": "user", "content": " hello "}, {"role": "assistant", "content": "hi"}]

@@ -29,8 +29,8 @@ class Planted:
 _TORCH, _FILES = "models/hf/test_hostile_torch.py", "models/hf/test_hostile_files.py"
 _PICKLES, _VIEWS = f"{_TORCH}::test_pickles", f"{_TORCH}::test_tensors"
 _GGUFS, _CONFIGS = f"{_FILES}::test_ggufs", f"{_FILES}::test_settings_that"
-_TABLES, _CHAT = "data/test_hostile_tables.py", "data/test_hostile_chat.py"
-_TOKENIZERS = "data/test_hostile_tokenizers.py"
+_TABLES, _CHAT = "data/tables/test_hostile_tables.py", "data/chat/test_hostile_chat.py"
+_TOKENIZERS = "data/tokenizers/test_hostile_tokenizers.py"
 _PARQUET, _FRAMES = f"{_TABLES}::test_parquet", f"{_TABLES}::test_frames"
 _LOCK, _LOGS, _CACHE = (
     "train/checkpoint/test_lock.py",
@@ -39,7 +39,7 @@ _LOCK, _LOGS, _CACHE = (
 )
 _ASSETS, _WEIGHTS = "data/test_assets.py", "models/inference/test_weight_file.py"
 _PICKLE, _TORCH_FILE = "plain_pickle.py", "models/hf/torch_file.py"
-_GGUF, _BOUNDS = "models/hf/gguf_reader.py", "data/tokenizer_bounds.py"
+_GGUF, _BOUNDS = "models/hf/gguf_reader.py", "data/tokenizers/tokenizer_bounds.py"
 
 PLANTED: dict[str, tuple[Planted, ...]] = {
     "pickles": (
@@ -151,35 +151,36 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
         ),
     ),
     "tables": (
-        Planted("rows of parquet", "data/table.py", "if rows > most:", OFF, _PARQUET),
+        Planted("rows of parquet", "data/tables/table.py", "if rows > most:", OFF, _PARQUET),
         Planted(
-            "bytes that parquet unpacks", "data/table.py",
+            "bytes that parquet unpacks", "data/tables/table.py",
             "if (left := left - sum(map(_text_bytes, batch.columns))) < 0:", OFF, _PARQUET,
         ),
         Planted(
-            "JSON lines by the one reader", "data/table.py",
+            "JSON lines by the one reader", "data/tables/table.py",
             'parse_json(line, f"{path}: line {number}", _LINES)', '__import__("json").loads(line)',
             f"{_TABLES}::test_json",
         ),
-        Planted("a frame's growth", "data/frame.py", "if not unpacker.eof:", OFF, _FRAMES),
-        Planted("a frame's memory", "data/frame.py", "memlimit=_MEMORY", "memlimit=None", _FRAMES),
+        Planted("a frame's growth", "data/tables/frame.py", "if not unpacker.eof:", OFF, _FRAMES),
+        Planted("a frame's memory", "data/tables/frame.py", "memlimit=_MEMORY",
+                "memlimit=None", _FRAMES),
         Planted(
-            "a frame's cells", "data/frame.py",
+            "a frame's cells", "data/tables/frame.py",
             "if not all(isinstance(x, str | float | int | None) for x in data):", OFF, _FRAMES,
         ),
-        Planted("text without NUL", "data/cells.py", 'if "\\0" in text:', OFF,
-                "data/test_tables.py"),
+        Planted("text without NUL", "data/tables/cells.py", 'if "\\0" in text:', OFF,
+                "data/tables/test_tables.py"),
     ),
     "chat templates": (
         Planted(
-            "memory, not eight times as much", "data/template_child.py",
+            "memory, not eight times as much", "data/chat/template_child.py",
             "(resource.RLIMIT_AS, memory)", "(resource.RLIMIT_AS, 8 * memory)",
             f"{_CHAT}::test_a_template_has_so_much_memory",
         ),
-        Planted("length", "data/template_child.py", "if size > longest:", OFF,
+        Planted("length", "data/chat/template_child.py", "if size > longest:", OFF,
                 f"{_CHAT}::test_what_a_template_raises"),
         Planted(
-            "errors of any kind", "data/template_child.py",
+            "errors of any kind", "data/chat/template_child.py",
             'return {"failed": f"{type(error).__name__}: {error}"[:_SAID]}', "raise",
             f"{_CHAT}::test_what_a_template_raises",
         ),
@@ -196,7 +197,7 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
             f"{_TOKENIZERS}::test_a_hostile and around",
         ),
         Planted(
-            "a trial of what reading cannot bound", "data/tokenizer_file.py",
+            "a trial of what reading cannot bound", "data/tokenizers/tokenizer_file.py",
             "if part := unbounded(fields):", 'if part := "":',
             f"{_TOKENIZERS}::test_what_passed",
         ),
@@ -206,7 +207,7 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
             " > _MOST_GROWN:", OFF, f"{_TOKENIZERS}::test_a_hostile and grow",
         ),
         Planted(
-            "panics of Rust", "data/tokenizer_file.py",
+            "panics of Rust", "data/tokenizers/tokenizer_file.py",
             'if not known and type(error).__name__ != "PanicException":', "if not known:",
             f"{_TOKENIZERS}::test_what_text_shows_later",
         ),
@@ -233,12 +234,12 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
             "pass", f"{_ASSETS}::test_members_are_pinned",
         ),
         Planted(
-            "the hash of a package", "data/package.py",
+            "the hash of a package", "data/assets/package.py",
             "if (digest := hashlib.sha256(found[0].read_bytes()).hexdigest()) != asset.sha256:",
             "if (digest := asset.sha256) != asset.sha256:", f"{_ASSETS}::test_another_hash",
         ),
         Planted(
-            "members inside their folder", "data/package.py", 'if ".." in inner.parts:', OFF,
+            "members inside their folder", "data/assets/package.py", 'if ".." in inner.parts:', OFF,
             f"{_ASSETS}::test_members_that_are_absent",
         ),
     ),

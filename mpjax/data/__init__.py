@@ -4,7 +4,7 @@ from mpjax.data.corpus import Corpus, load_corpus
 from mpjax.data.pipeline import ValidationBatches, batches, validation_batches
 from mpjax.data.split import split_documents
 from mpjax.data.text import Document, read_documents
-from mpjax.data.tokenizer import Tokenizer, make_tokenizer
+from mpjax.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
 
 __all__ = [
     "Corpus",

@@ -13,7 +13,7 @@ import numpy as np
 from mpjax.data.cache import Cache
 from mpjax.data.split import split_documents
 from mpjax.data.text import Document, read_documents
-from mpjax.data.tokenizer import Tokenizer, make_tokenizer
+from mpjax.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
 
 
 @dataclass(frozen=True)

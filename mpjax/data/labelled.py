@@ -12,10 +12,10 @@ import numpy as np
 
 from mpjax.data.assets import fetch
 from mpjax.data.class_names import places_in, sorted_names
-from mpjax.data.frame import read_frame
-from mpjax.data.rows import Rows as FileRows
-from mpjax.data.rows import read_rows, say_counts
 from mpjax.data.split import held_out
+from mpjax.data.tables.frame import read_frame
+from mpjax.data.tables.rows import Rows as FileRows
+from mpjax.data.tables.rows import read_rows, say_counts
 from mpjax.errors import ConfigError
 
 logger = logging.getLogger("mpjax.data")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mpjax.data.buckets import IGNORE, Batch
-from mpjax.data.wordpiece import Example, WordPiece
+from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mpjax.data.assets import fetch
-from mpjax.data.rows import read_rows, say_counts
 from mpjax.data.split import held_out
+from mpjax.data.tables.rows import read_rows, say_counts
 from mpjax.errors import ConfigError
 
 Pair = tuple[str, str]

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from mpjax.data.assets import fetch
-from mpjax.data.cells import check_first, header_of, layout, read_cells, read_text_file
 from mpjax.data.class_names import places_in, sorted_names
-from mpjax.data.rows import say_counts
 from mpjax.data.split import held_out
+from mpjax.data.tables.cells import check_first, header_of, layout, read_cells, read_text_file
+from mpjax.data.tables.rows import say_counts
 from mpjax.errors import ConfigError
 
 _HELD_OUT = 0.1

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpjax.data import table
 from mpjax.data.novels import read_novels
+from mpjax.data.tables import table
 from mpjax.errors import ConfigError
 
 logger = logging.getLogger("mpjax.data")

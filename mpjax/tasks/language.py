@@ -20,8 +20,8 @@ class Language:
     """The mean cross-entropy of next tokens, as the model's own `loss` gives it.
 
     A decoder reads `inputs` and `targets`; `weights` of the tokens leave prompts out of the loss
-    (`mpjax.data.instructions`) and `keep`, or `attention_mask`, hides padding. An encoder-decoder
-    reads its source too.
+    (`mpjax.data.chat.instructions`) and `keep`, or `attention_mask`, hides padding. An
+    encoder-decoder reads its source too.
     """
 
     def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:

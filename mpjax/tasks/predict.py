@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mpjax.data.buckets import eval_batches
-from mpjax.data.wordpiece import Example
+from mpjax.data.tokenizers.wordpiece import Example
 from mpjax.tasks.labels import encoder_inputs
 
 Predict = Callable[..., list[np.ndarray]]

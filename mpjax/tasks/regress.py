@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax import ops
-from mpjax.data.wordpiece import Example, WordPiece
+from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
 from mpjax.tasks.labels import encoder_inputs
 from mpjax.tasks.predict import Predict, predictor

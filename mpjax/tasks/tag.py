@@ -10,7 +10,7 @@ import numpy as np
 
 from mpjax.data.buckets import IGNORE
 from mpjax.data.tagged import TaggedSentences
-from mpjax.data.wordpiece import Example, WordPiece
+from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
 from mpjax.tasks.labels import check_labels, label_objective
 from mpjax.tasks.metrics import class_scores, entity_scores

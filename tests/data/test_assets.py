@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from mpjax.data import assets
-from mpjax.data.asset_table import TABLE, Asset
 from mpjax.data.assets.__main__ import main
-from mpjax.data.package import download, unpack
+from mpjax.data.assets.asset_table import TABLE, Asset
+from mpjax.data.assets.package import download, unpack
 from mpjax.errors import ConfigError
 
 FILES = {

@@ -5,7 +5,7 @@ import pytest
 
 from mpjax.data.buckets import IGNORE
 from mpjax.data.masking import masking, segment_pairs
-from mpjax.data.wordpiece import train_wordpiece
+from mpjax.data.tokenizers.wordpiece import train_wordpiece
 from mpjax.errors import ConfigError
 
 WORDS = [f"w{i}" for i in range(60)]

@@ -10,7 +10,7 @@ import pytest
 
 from mpjax.data.buckets import IGNORE, bucket_batches
 from mpjax.data.labelled import LabelledTexts
-from mpjax.data.wordpiece import train_wordpiece
+from mpjax.data.tokenizers.wordpiece import train_wordpiece
 from mpjax.errors import ConfigError
 from mpjax.precision import parse_policy
 from mpjax.tasks import TextClassification, label_loss

@@ -11,7 +11,7 @@ import pytest
 from mpjax.data.class_names import sorted_names
 from mpjax.data.labelled import LabelledTexts, load_labelled
 from mpjax.data.tagged import TaggedSentences, load_tagged
-from mpjax.data.wordpiece import train_wordpiece
+from mpjax.data.tokenizers.wordpiece import train_wordpiece
 from mpjax.errors import ConfigError
 from mpjax.models import encoder
 from mpjax.models.core.metadata import Metadata

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from mpjax.data.buckets import pad
-from mpjax.data.instructions import instruction_examples
+from mpjax.data.chat.instructions import instruction_examples
 from mpjax.errors import ConfigError
 from mpjax.models import decoder
 from mpjax.tasks import Language

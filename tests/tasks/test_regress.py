@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from mpjax.data.buckets import bucket_batches
-from mpjax.data.wordpiece import train_wordpiece
+from mpjax.data.tokenizers.wordpiece import train_wordpiece
 from mpjax.errors import ConfigError
 from mpjax.models import encoder
 from mpjax.tasks import TextClassification, TextRegression

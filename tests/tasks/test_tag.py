@@ -8,7 +8,7 @@ import pytest
 
 from mpjax.data.buckets import IGNORE, bucket_batches
 from mpjax.data.tagged import TaggedSentences
-from mpjax.data.wordpiece import train_wordpiece
+from mpjax.data.tokenizers.wordpiece import train_wordpiece
 from mpjax.errors import ConfigError
 from mpjax.tasks import TokenClassification
 from mpjax.train import build

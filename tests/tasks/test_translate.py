@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from mpjax.data.buckets import bucket_batches
-from mpjax.data.characters import Characters
+from mpjax.data.tokenizers.characters import Characters
 from mpjax.errors import ConfigError
 from mpjax.models import seq2seq
 from mpjax.tasks import Translation

@@ -16,9 +16,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpjax.data.asset_table import TABLE, Asset
+from mpjax.data.assets.asset_table import TABLE, Asset
+from mpjax.data.assets.package import download, unpack
 from mpjax.data.cache import Cache
-from mpjax.data.package import download, unpack
 from mpjax.errors import ConfigError
 from mpjax.files import private_folder, refuse_shared
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from mpjax.data.asset_table import TABLE
 from mpjax.data.assets import available, fetch
+from mpjax.data.assets.asset_table import TABLE
 from mpjax.errors import ConfigError
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from mpjax.data.cells import read_cells
-from mpjax.data.frame import read_frame
-from mpjax.data.rows import read_rows
-from mpjax.data.table import read_table
+from mpjax.data.tables.cells import read_cells
+from mpjax.data.tables.frame import read_frame
+from mpjax.data.tables.rows import read_rows
+from mpjax.data.tables.table import read_table
 from tests.bounds import bounded, refused
 from tests.models.hf.torch_writer import Call, Name, Writer
 

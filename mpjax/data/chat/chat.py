@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpjax.data.chat_template import ChatTemplate, Message
-from mpjax.data.tokenizer_file import open_tokenizer, tokenizer_errors
+from mpjax.data.chat.chat_template import ChatTemplate, Message
+from mpjax.data.tokenizers.tokenizer_file import open_tokenizer, tokenizer_errors
 from mpjax.errors import ConfigError, need
 
 __all__ = ["Chat", "ChatTemplate", "Message"]

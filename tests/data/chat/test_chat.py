@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from mpjax.data.chat import Chat
-from mpjax.data.chat_template import ChatTemplate
+from mpjax.data.chat.chat import Chat
+from mpjax.data.chat.chat_template import ChatTemplate
 from mpjax.errors import ConfigError
 from tests.models.hf import text_cases
 
@@ -29,7 +29,7 @@ def test_a_tokenizers_own_limits_do_not_cut_a_conversation():
     assert Chat(backend.to_str(), template, "<e>").ids(talk) == whole
 
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "hf_texts.json").read_text())["chats"]
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "hf_texts.json").read_text())["chats"]
 
 
 @pytest.mark.parametrize("name", text_cases.TEMPLATES)

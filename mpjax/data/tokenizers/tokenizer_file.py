@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from mpjax.data.cache import Cache
-from mpjax.data.tokenizer_bounds import check_ids, unbounded
+from mpjax.data.tokenizers.tokenizer_bounds import check_ids, unbounded
 from mpjax.errors import ConfigError, printable
 from mpjax.json_text import parse_json
 

@@ -11,8 +11,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from mpjax.data.bpe import in_short_words
-from mpjax.data.tokenizer_file import open_tokenizer, tokenizer_errors
+from mpjax.data.tokenizers.bpe import in_short_words
+from mpjax.data.tokenizers.tokenizer_file import open_tokenizer, tokenizer_errors
 from mpjax.errors import ConfigError
 
 logger = logging.getLogger("mpjax.data")

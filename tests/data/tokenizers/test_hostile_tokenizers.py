@@ -11,10 +11,10 @@ import pytest
 import tokenizers
 
 from mpjax.data import Tokenizer, make_tokenizer
-from mpjax.data import tokenizer_file as file
-from mpjax.data.chat import Chat
-from mpjax.data.tokenizer_bounds import unbounded
-from mpjax.data.wordpiece import parse_wordpiece, train_wordpiece
+from mpjax.data.chat.chat import Chat
+from mpjax.data.tokenizers import tokenizer_file as file
+from mpjax.data.tokenizers.tokenizer_bounds import unbounded
+from mpjax.data.tokenizers.wordpiece import parse_wordpiece, train_wordpiece
 from mpjax.errors import ConfigError
 from tests.bounds import bounded
 from tests.models.hf import text_cases
@@ -72,7 +72,7 @@ def _letters() -> dict:
 
 
 def file_text() -> str:
-    from mpjax.data import tokenizer_child
+    from mpjax.data.tokenizers import tokenizer_child
 
     return tokenizer_child.TEXT
 
@@ -180,7 +180,7 @@ def test_every_reader_goes_the_one_way(read):
             read(text)
     where = [
         path.name
-        for path in sorted(Path(file.__file__).parents[1].rglob("*.py"))
+        for path in sorted(Path(file.__file__).parents[2].rglob("*.py"))
         if "Tokenizer.from_" in path.read_text()
         and "tokenizers.Tokenizer.from_" in path.read_text()
     ]

@@ -55,7 +55,8 @@ def main() -> None:
     import tokenizers  # noqa: F401  (before the limits, which are for what it is given)
 
     text = sys.stdin.buffer.read().decode("utf-8", "surrogatepass")
-    limit = runpy.run_path(str(Path(__file__).with_name("template_child.py")))["limit"]
+    other = Path(__file__).parents[1] / "chat" / "template_child.py"
+    limit = runpy.run_path(str(other))["limit"]
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
     limit(start["seconds"], 4096 * pages + start["memory"])
     print(json.dumps(tried(text)), flush=True)

@@ -1,6 +1,6 @@
 """Characters: what is in the training texts comes back, what is not is shown."""
 
-from mpjax.data.characters import Characters
+from mpjax.data.tokenizers.characters import Characters
 
 
 def test_texts_of_known_characters_come_back():

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import strategies as st
 
 from mpjax.data import Tokenizer, load_corpus, make_tokenizer
-from mpjax.data.bpe import in_short_words
 from mpjax.data.cache import Cache
-from mpjax.data.instructions import instruction_examples
+from mpjax.data.chat.instructions import instruction_examples
+from mpjax.data.tokenizers.bpe import in_short_words
 from mpjax.errors import ConfigError
 from mpjax.tasks import Translation
 from tests.models.hf import text_cases
@@ -70,7 +70,7 @@ def test_training_is_cached_by_texts_and_spec(tmp_path, monkeypatch):
     assert len({t.to_text() for t in (first, other, smaller)}) == 3
     again = make_tokenizer("bpe:300", TEXTS, cache=Cache(tmp_path / "fresh"))
     assert again.to_text() == first.to_text()  # training is deterministic
-    monkeypatch.delattr("mpjax.data.bpe.trainers.BpeTrainer")  # a second training fails
+    monkeypatch.delattr("mpjax.data.tokenizers.bpe.trainers.BpeTrainer")  # a second training fails
     assert make_tokenizer("bpe:300", TEXTS, cache=cache).to_text() == first.to_text()
     with pytest.raises(AttributeError):
         make_tokenizer("bpe:301", TEXTS, cache=cache)
@@ -171,7 +171,7 @@ def test_bad_specs_are_one_line_with_the_remedy(tokenizers, tmp_path, monkeypatc
     assert all(word in message for word in words), message
 
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "hf_texts.json").read_text())["ids"]
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "hf_texts.json").read_text())["ids"]
 HI, BOS, EOS = [74, 75], 1, 2
 
 

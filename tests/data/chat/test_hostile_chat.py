@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mpjax.data import chat_template
-from mpjax.data.chat_template import ChatTemplate
+from mpjax.data.chat import chat_template
+from mpjax.data.chat.chat_template import ChatTemplate
 from mpjax.errors import ConfigError
 
 pytest.importorskip("jinja2", reason="the extra chat is not installed")

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mpjax.data.tokenizer import Tokenizer
-from mpjax.data.wordpiece import Example
+from mpjax.data.tokenizers.tokenizer import Tokenizer
+from mpjax.data.tokenizers.wordpiece import Example
 from mpjax.errors import ConfigError
 
 logger = logging.getLogger("mpjax.data")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from mpjax.data.characters import Characters
-from mpjax.data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
+from mpjax.data.tokenizers.characters import Characters
+from mpjax.data.tokenizers.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 from mpjax.errors import ConfigError
 from tests.assets import asset
 

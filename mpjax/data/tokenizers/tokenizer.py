@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from mpjax.data.bpe import SEPARATOR, TRAINING, train_bpe
 from mpjax.data.cache import Cache
-from mpjax.data.special_ids import ids_around
-from mpjax.data.tokenizer_file import build_tokenizer, tokenizer_errors
+from mpjax.data.tokenizers.bpe import SEPARATOR, TRAINING, train_bpe
+from mpjax.data.tokenizers.special_ids import ids_around
+from mpjax.data.tokenizers.tokenizer_file import build_tokenizer, tokenizer_errors
 from mpjax.errors import ConfigError, printable
 from mpjax.files import write_text
 from mpjax.json_text import parse_json

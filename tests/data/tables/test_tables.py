@@ -12,7 +12,7 @@ import pytest
 
 from mpjax.data.labelled import load_labelled
 from mpjax.data.pairs import load_pairs
-from mpjax.data.rows import read_rows
+from mpjax.data.tables.rows import read_rows
 from mpjax.data.tagged import load_tagged
 from mpjax.data.text import read_documents
 from mpjax.errors import ConfigError

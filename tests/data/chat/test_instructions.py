@@ -3,7 +3,7 @@
 import pytest
 
 from mpjax.data.buckets import pad
-from mpjax.data.instructions import instruction_examples
+from mpjax.data.chat.instructions import instruction_examples
 from mpjax.errors import ConfigError
 
 

@@ -1,0 +1,1 @@
+"""Tables of users: cells, rows and their types."""

@@ -1,0 +1,1 @@
+"""Tokenizers: trained here, or of somebody else and opened with care."""
