@@ -30,7 +30,7 @@ from rich.table import Table
 
 from mpjax.models import decoder
 from mpjax.train import build
-from mpjax.train.hlo import products_and_casts
+from mpjax.train.stablehlo import products_and_casts
 
 LR = 3e-4
 

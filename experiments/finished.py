@@ -21,7 +21,7 @@ from mpjax.errors import ConfigError
 from mpjax.files import is_temporary, write_text
 from mpjax.train.checkpoint.restore import differences
 from mpjax.train.report.manifest import MANIFEST, read_manifest, write_manifest
-from mpjax.train.report.metrics import METRICS, read_metrics, to_line
+from mpjax.train.report.metrics_writer import METRICS, read_metrics, to_line
 
 _OUTCOME = "outcome.json"
 log = logging.getLogger("mpjax.experiments")

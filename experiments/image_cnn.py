@@ -35,12 +35,12 @@ from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import get_precision
 from mpjax.report import Outcome, gap, interval, plot_loss, save_plot
 from mpjax.train import build
-from mpjax.train.hlo import convolutions
 from mpjax.train.loop import fit
 from mpjax.train.report.manifest import manifest
 from mpjax.train.report.memory import bytes_per_parameter
-from mpjax.train.report.metrics import MetricsWriter
+from mpjax.train.report.metrics_writer import MetricsWriter
 from mpjax.train.report.progress import ProgressBar
+from mpjax.train.stablehlo import convolutions
 
 BARS = {"digits": 0.98, "fashion-mnist": 0.90}
 ARMS = {

@@ -40,7 +40,7 @@ from mpjax.train import build
 from mpjax.train.loop import fit
 from mpjax.train.report.manifest import manifest
 from mpjax.train.report.memory import bytes_per_parameter
-from mpjax.train.report.metrics import MetricsWriter
+from mpjax.train.report.metrics_writer import MetricsWriter
 from mpjax.train.report.progress import ProgressBar
 
 console = Console(stderr=True)

@@ -34,7 +34,7 @@ from mpjax.report import save_plot
 from mpjax.report.heatmap import plot_heatmap
 from mpjax.train import TrainState, TrainStep, build, parse_mesh
 from mpjax.train.checkpoint.bundle import explain, save_bundle
-from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.checkpointer import Checkpointer
 from mpjax.train.checkpoint.reader import CheckpointReader
 from mpjax.train.checkpoint.restore import compare_settings, restore_into
 from mpjax.train.loop import fit
@@ -42,9 +42,9 @@ from mpjax.train.report.environment import environment, require_same_environment
 from mpjax.train.report.interrupt import Interrupt
 from mpjax.train.report.manifest import MANIFEST, manifest, read_manifest, write_manifest
 from mpjax.train.report.memory import formula
-from mpjax.train.report.metrics import METRICS, MetricsWriter, import_wandb
+from mpjax.train.report.metrics_writer import METRICS, MetricsWriter, import_wandb
 from mpjax.train.report.progress import ProgressBar
-from mpjax.train.report.tensors import TensorWriter, watched
+from mpjax.train.report.tensor_monitor import TensorWriter, watched
 from mpjax.train.schedule.switch_state import joined
 from mpjax.train.step import check_batch
 

@@ -23,7 +23,7 @@ from unittest import mock
 
 import pytest
 
-from mpjax.train.report.metrics import read_metrics
+from mpjax.train.report.metrics_writer import read_metrics
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("fast_compile")]
 ROOT = Path(__file__).resolve().parent.parent

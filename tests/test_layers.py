@@ -141,7 +141,7 @@ def test_a_bad_import_is_caught(path: str, source: str) -> None:
         ("mpjax/__init__.py", "from mpjax.models import decoder"),
         ("mpjax/models/good.py", "import flax\nfrom mpjax.ops import norm\nfrom . import layers"),
         ("mpjax/train/good.py", "from mpjax.optim import wrap\nfrom mpjax.errors import X"),
-        ("mpjax/formats/good.py", "from mpjax.formats.table import Format"),
+        ("mpjax/formats/good.py", "from mpjax.formats.format_table import Format"),
         ("experiments/good.py", "import mpjax\nimport flax\nfrom mpjax.models import decoder"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpjax.train.report.metrics import read_metrics
+from mpjax.train.report.metrics_writer import read_metrics
 
 
 def losses(folder: Path) -> dict[int, float]:

@@ -38,7 +38,7 @@ from mpjax.data import batches, load_corpus  # noqa: E402
 from mpjax.models import decoder  # noqa: E402
 from mpjax.train import build  # noqa: E402
 from mpjax.train.loop import fit  # noqa: E402
-from mpjax.train.report.metrics import MetricsWriter  # noqa: E402
+from mpjax.train.report.metrics_writer import MetricsWriter  # noqa: E402
 from mpjax.train.report.progress import ProgressBar  # noqa: E402
 
 # label -> width, layers, batch, seq, steps a block, pairs of blocks

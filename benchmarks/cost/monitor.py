@@ -31,7 +31,7 @@ from mpjax.interpret.monitor.report import KINDS  # noqa: E402
 from mpjax.interpret.monitor.statistics import statistics  # noqa: E402
 from mpjax.models import decoder  # noqa: E402
 from mpjax.train import build  # noqa: E402
-from mpjax.train.report.tensors import watched  # noqa: E402
+from mpjax.train.report.tensor_monitor import watched  # noqa: E402
 
 EVERY = 50
 FORMATS = ("e4m3", "e5m2", "bf16", "fp16")

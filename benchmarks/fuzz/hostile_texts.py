@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.fuzz import mutants
 from mpjax.train.report.manifest import read_manifest
-from mpjax.train.report.metrics import keep_until, read_metrics
+from mpjax.train.report.metrics_writer import keep_until, read_metrics
 
 Files = dict[str, bytes]
 

@@ -12,7 +12,7 @@ import rnn_lm as experiment  # noqa: E402
 
 from benchmarks.common.page import ROOT, write
 from mpjax.report import gap  # noqa: E402
-from mpjax.report.table import markdown_table  # noqa: E402
+from mpjax.report.comparison_table import markdown_table  # noqa: E402
 
 SEEDS = 4
 

@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 from benchmarks.common.page import ROOT, table, write  # noqa: E402
 from mpjax.train.checkpoint import digest, leaves, store  # noqa: E402
 from mpjax.train.checkpoint.reader import CheckpointReader  # noqa: E402
-from mpjax.train.report.metrics import read_metrics  # noqa: E402
+from mpjax.train.report.metrics_writer import read_metrics  # noqa: E402
 
 TRIALS, STEPS, SEED = 20, 40, 0
 SETTINGS = (

@@ -92,12 +92,12 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
     ),
     "safetensors, indices and weight files": (
         Planted(
-            "bytes that can be counted", "models/hf/tensors.py",
+            "bytes that can be counted", "models/hf/tensor_files.py",
             "if math.prod(n or 1 for n in shape) * np.dtype(dtype).itemsize >= 2**62:", OFF,
             f"{_FILES}::test_shapes",
         ),
         Planted(
-            "files of an index in its folder", "models/hf/tensors.py",
+            "files of an index in its folder", "models/hf/tensor_files.py",
             "if Path(file).name != file or not file.isprintable():", OFF,
             f"{_FILES}::test_an_index",
         ),
@@ -151,13 +151,13 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
         ),
     ),
     "tables": (
-        Planted("rows of parquet", "data/tables/table.py", "if rows > most:", OFF, _PARQUET),
+        Planted("rows of parquet", "data/tables/readers.py", "if rows > most:", OFF, _PARQUET),
         Planted(
-            "bytes that parquet unpacks", "data/tables/table.py",
+            "bytes that parquet unpacks", "data/tables/readers.py",
             "if (left := left - sum(map(_text_bytes, batch.columns))) < 0:", OFF, _PARQUET,
         ),
         Planted(
-            "JSON lines by the one reader", "data/tables/table.py",
+            "JSON lines by the one reader", "data/tables/readers.py",
             'parse_json(line, f"{path}: line {number}", _LINES)', '__import__("json").loads(line)',
             f"{_TABLES}::test_json",
         ),
@@ -261,7 +261,7 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
                 "os.O_RDWR | os.O_CREAT | NO_FOLLOW", "os.O_RDWR | os.O_CREAT",
                 f"{_LOCK}::test_a_folder_that_cannot"),
         Planted(
-            "steps of another run stay", "train/checkpoint/checkpoint.py",
+            "steps of another run stay", "train/checkpoint/checkpointer.py",
             "if foreign := sorted(set(later) - self._own):", OFF, f"{_LOCK}::test_steps_that",
         ),
         Planted(
@@ -279,10 +279,10 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
         ),
     ),
     "logs": (
-        Planted("damage is set aside", "train/report/metrics.py", "if damaged:", OFF, _LOGS),
-        Planted("deep lines", "train/report/metrics.py",
+        Planted("damage is set aside", "train/report/metrics_writer.py", "if damaged:", OFF, _LOGS),
+        Planted("deep lines", "train/report/metrics_writer.py",
                 "except (ValueError, RecursionError):  # no", "except ValueError:  # no", _LOGS),
-        Planted("no link for what is set aside", "train/report/metrics.py",
+        Planted("no link for what is set aside", "train/report/metrics_writer.py",
                 "how | NO_FOLLOW", "how", _LOGS),
         Planted("half a manifest", "train/report/manifest.py",
                 "if path.exists() and read_manifest(out) is None:", OFF, _LOGS),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpjax.data.novels import read_novels
-from mpjax.data.tables import table
+from mpjax.data.tables import readers
 from mpjax.errors import ConfigError
 
 logger = logging.getLogger("mpjax.data")
@@ -83,14 +83,14 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
     elif source == "janeausten":
         documents, tables = [Document(name, text) for name, text in read_novels()], False
     elif source.startswith("hf:"):
-        rows, tables = table.read_hub(source, column), True
+        rows, tables = readers.read_hub(source, column), True
         documents = [_row_document(source, name, value) for name, value in rows]
     else:
         path, column = _locate(source, column)
         if path.is_dir():
             documents, tables = _read_directory(path, column)
         elif path.is_file():
-            tables = path.suffix.lower() in table.SUFFIXES
+            tables = path.suffix.lower() in readers.SUFFIXES
             documents = _read_file(path, path.name, column)
         else:
             raise ConfigError(
@@ -156,7 +156,7 @@ def _read_directory(root: Path, column: str | None) -> tuple[list[Document], boo
                 continue
         except OSError as error:
             _unreadable(path, error)
-        if path.suffix.lower() in table.SUFFIXES:
+        if path.suffix.lower() in readers.SUFFIXES:
             tables = True
             documents += _read_file(path, name, column)
         else:
@@ -170,8 +170,8 @@ def _read_directory(root: Path, column: str | None) -> tuple[list[Document], boo
 
 
 def _read_file(path: Path, name: str, column: str | None) -> list[Document]:
-    if path.suffix.lower() in table.SUFFIXES:
-        rows = table.read_table(path, name, column)
+    if path.suffix.lower() in readers.SUFFIXES:
+        rows = readers.read_table(path, name, column)
         return [_row_document(str(path), row, value) for row, value in rows]
     text = _read_text(path)
     if text is None:

@@ -1,10 +1,10 @@
 """What a number is: number formats, rounding to them, quantised arrays and what they lose."""
 
+from mpjax.formats.format_table import Format
 from mpjax.formats.measures import max_error, saturation_rate, sqnr, underflow_rate
 from mpjax.formats.quantize import Quantized, fake_quantize, quantize
 from mpjax.formats.rounding import ROUNDINGS, check_rounding, round_to
 from mpjax.formats.scaling import Scaling, check_offset, check_scaling
-from mpjax.formats.table import Format
 from mpjax.formats.view import is_quantized, slice_view, weight_view
 
 __all__ = [

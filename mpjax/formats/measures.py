@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, brief
-from mpjax.formats.given import as_array
+from mpjax.formats.checks import as_array
 from mpjax.formats.quantize import Quantized
 from mpjax.formats.tiles import amax_of, per_tile, scale_down
 

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, brief
-from mpjax.formats.given import ROUNDED, as_array
+from mpjax.formats.checks import ROUNDED, as_array
+from mpjax.formats.format_table import Format, FormatLike
 from mpjax.formats.rounding import _round, check_rounding
 from mpjax.formats.scaling import (
     Scaling,
@@ -22,7 +23,6 @@ from mpjax.formats.scaling import (
     to_scale,
     two_level,
 )
-from mpjax.formats.table import Format, FormatLike
 from mpjax.formats.tiles import amax_of, largest, per_tile, scale_down, scale_up, split
 
 

@@ -17,9 +17,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, brief
-from mpjax.formats.given import ROUNDED, as_array, check_key
+from mpjax.formats.checks import ROUNDED, as_array, check_key
+from mpjax.formats.format_table import Format, FormatLike
 from mpjax.formats.pattern import as_float, as_int, as_uint, filled, left, right, select
-from mpjax.formats.table import Format, FormatLike
 
 ROUNDINGS = ("nearest", "stochastic", "floor")
 _INF = 0x7F800000

@@ -15,9 +15,9 @@ import numpy as np
 from jax import lax
 
 from mpjax.errors import ConfigError, brief
+from mpjax.formats.format_table import Format
 from mpjax.formats.pattern import as_int, as_uint, bits_of, left, number_of, right, select
 from mpjax.formats.rounding import round_to
-from mpjax.formats.table import Format
 
 SCALE_ROUNDINGS = ("none", "down", "up")
 _BLOCK = re.compile(r"(block|mx|nv)\((?:([1-9][0-9]*)x)?([1-9][0-9]*)\)")

@@ -5,12 +5,12 @@ from mpjax.ops.conv import conv_general_dilated
 from mpjax.ops.convolution import convolution
 from mpjax.ops.counts import counted, weight_sum
 from mpjax.ops.cross_entropy import chunk_length, cross_entropy
+from mpjax.ops.hadamard import hadamard
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import group_norm, norm
 from mpjax.ops.product import dot_general
 from mpjax.ops.quantized import how_it_runs
 from mpjax.ops.rotary import rotary
-from mpjax.ops.rotation import hadamard
 
 __all__ = [
     "KERNELS",

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax.errors import ConfigError, brief
+from mpjax.formats.checks import ROUNDED, check_key
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.formats.given import ROUNDED, check_key
-from mpjax.ops.given import Axes, Dims
+from mpjax.ops.checks import Axes, Dims
 from mpjax.ops.quantized import Factor, backward_dims, combine
 from mpjax.precision import Recipe
 

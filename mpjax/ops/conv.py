@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax.errors import ConfigError, brief
+from mpjax.formats.checks import as_array
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.formats.given import as_array
 from mpjax.ops.bilinear import How
-from mpjax.ops.given import Axes, float_dtype
+from mpjax.ops.checks import Axes, float_dtype
 from mpjax.ops.product import product
 from mpjax.ops.quantized import Factor, opened
 from mpjax.precision import Recipe, get_recipe

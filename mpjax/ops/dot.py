@@ -20,7 +20,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mpjax.ops.given import Axes, Dims
+from mpjax.ops.checks import Axes, Dims
 
 
 def free_axes(ndim: int, *used: Axes) -> Axes:

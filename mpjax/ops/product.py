@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mpjax.formats.checks import as_array
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.formats.given import as_array
 from mpjax.formats.tiles import amax_of
 from mpjax.ops.bilinear import PRNG, Dot, How, check_operands, key_data
-from mpjax.ops.given import float_dtype, read_dims
+from mpjax.ops.checks import float_dtype, read_dims
+from mpjax.ops.hadamard import hadamard
 from mpjax.ops.linear_map import linear_map, with_derivative
 from mpjax.ops.quantized import encode, need_key
-from mpjax.ops.rotation import hadamard
 from mpjax.precision import Recipe, get_recipe
 
 

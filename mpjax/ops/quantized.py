@@ -23,8 +23,8 @@ from mpjax.formats.pattern import select
 from mpjax.formats.quantize import find_scales, scaled_values
 from mpjax.formats.scaling import to_scale
 from mpjax.formats.tiles import amax_of, scale_up
+from mpjax.ops.checks import Axes, Dims
 from mpjax.ops.dot import dot, free_axes
-from mpjax.ops.given import Axes, Dims
 from mpjax.precision import Operand, Recipe, get_recipe
 
 _FLOAT8 = ("e4m3", "e5m2")

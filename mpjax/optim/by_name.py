@@ -10,7 +10,7 @@ import jax
 import optax
 
 from mpjax.errors import ConfigError, brief
-from mpjax.optim.given import is_number
+from mpjax.optim.checks import is_number
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")

@@ -11,7 +11,7 @@ import optax
 
 from mpjax.errors import ConfigError
 from mpjax.formats import is_quantized
-from mpjax.optim import given
+from mpjax.optim import checks
 from mpjax.optim.gate import bits, choose
 from mpjax.optim.loss_scale.scaled import check_plain
 from mpjax.optim.update_rules import is_low
@@ -74,5 +74,5 @@ def apply_updates(params: Any, updates: Any) -> Any:
       ConfigError: updates of another structure or shape, or scaled gradients.
     """
     check_plain("updates", updates)
-    given.check_like("updates", updates, params)
+    checks.check_like("updates", updates, params)
     return jax.tree.map(_add, params, updates)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, Quantized, is_quantized, round_to
-from mpjax.optim.given import check_seed, check_weights
-from mpjax.optim.storage import compensation, rewrite
+from mpjax.optim.checks import check_seed, check_weights
+from mpjax.optim.fp8_weights import compensation, rewrite
 from mpjax.precision import dtype_name
 
 # update rule -> what its state holds

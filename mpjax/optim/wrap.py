@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mpjax.errors import ConfigError, TrainingStopped, brief
-from mpjax.optim import given, update_rules
+from mpjax.optim import checks, update_rules
 from mpjax.optim.buffers import distinct
 from mpjax.optim.deltas import Wrapped, delta_transformation
 from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, select
@@ -81,11 +81,11 @@ class Optimizer:
     def _advance(
         self, scaled: Any, state: OptState, params: Any, extra: dict[str, Any]
     ) -> tuple[Any, Any, OptState, Any]:
-        given.check_state(state, OptState)
+        checks.check_state(state, OptState)
         scaled = bare(scaled)
         if self.precision.loss_scale.kind != "none":
             check_scaled(scaled)
-        given.check_like("gradients", scaled, params)
+        checks.check_like("gradients", scaled, params)
         metrics = {}
         grads = unscaled = state.loss_scale.unscale(scaled)
         finite_leaves = finite_by_leaf(grads) if self.gate else None
@@ -101,7 +101,7 @@ class Optimizer:
         # refuses; it is relaxed around this one call.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             extra = {"grad": grads} | extra
-            updates, inner = given.update(self.inner, grads, state.inner, full, extra)
+            updates, inner = checks.update(self.inner, grads, state.inner, full, extra)
         new_params, weights = update_rules.take(
             updates, full, params, state.weights, self.precision.update
         )
@@ -259,7 +259,7 @@ def wrap(
       [0.5, 0.5]
     """
     precision = get_precision(precision)
-    given.check_seed(seed)
+    checks.check_seed(seed)
     if isinstance(optimizer, Optimizer | Wrapped):
         raise ConfigError(
             "optimizer: it is wrapped already; pass the raw optax optimizer, it is wrapped once"
@@ -269,7 +269,7 @@ def wrap(
             "prune: update=kahan adds its compensation to the zero of a pruned weight; set"
             " update=master or update=stochastic"
         )
-    if clip is not None and not (given.is_number(clip) and clip > 0):
+    if clip is not None and not (checks.is_number(clip) and clip > 0):
         raise ConfigError(f"clip: {brief(clip)} is not positive; leave it out or write clip=1.0")
     if not isinstance(patience, int) or patience < 1:
         raise ConfigError(f"patience: {brief(patience)} is not positive; give at least 1")
@@ -278,7 +278,7 @@ def wrap(
             f"gate: a {precision.loss_scale.kind} loss scale needs the finite gate; leave gate on"
             " or set loss_scale=static:SCALE"
         )
-    optimizer = given.as_transformation(optimizer)
+    optimizer = checks.as_transformation(optimizer)
     if not isinstance(optimizer, Pruned):  # which knows of stacks, and shows its own inside layers
         optimizer = each_layer(optimizer, stacked)
     inner = low_moments(optimizer, precision.moments)

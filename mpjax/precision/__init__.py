@@ -8,7 +8,7 @@ from mpjax.precision.precision import UPDATE_RULES, Precision
 from mpjax.precision.presets import preset_names, register_preset
 from mpjax.precision.reading import get_precision, parse_rule
 from mpjax.precision.recipe import Operand, Recipe
-from mpjax.precision.recipes import get_recipe, recipe_names, register_recipe
+from mpjax.precision.recipe_presets import get_recipe, recipe_names, register_recipe
 from mpjax.precision.rule import Rule, matches
 from mpjax.precision.schedule import PrecisionSchedule
 from mpjax.precision.schedule_reading import get_schedule

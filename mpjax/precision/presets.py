@@ -10,7 +10,7 @@ from mpjax.precision.moments import Moments
 from mpjax.precision.policy import parse_policy
 from mpjax.precision.precision import Precision
 from mpjax.precision.recipe import Recipe
-from mpjax.precision.recipes import get_recipe, recipe_names
+from mpjax.precision.recipe_presets import get_recipe, recipe_names
 from mpjax.precision.rule import Rule
 
 _DYNAMIC = LossScaleSettings("dynamic")

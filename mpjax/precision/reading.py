@@ -15,7 +15,7 @@ from mpjax.precision.policy import parse_policy, policy_text
 from mpjax.precision.precision import OPTIONS, Precision, parse_options
 from mpjax.precision.presets import base_rules, find_preset, preset_names, quantised_rules
 from mpjax.precision.recipe import Recipe
-from mpjax.precision.recipes import get_recipe, recipe_names
+from mpjax.precision.recipe_presets import get_recipe, recipe_names
 from mpjax.precision.rule import Rule
 
 

@@ -15,7 +15,7 @@ import jmp
 from mpjax import ops
 from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
-from mpjax.formats.given import as_array
+from mpjax.formats.checks import as_array
 from mpjax.models.core.checks import field, keep_of
 from mpjax.models.core.metadata import NONE
 from mpjax.ops.cross_entropy import check_targets

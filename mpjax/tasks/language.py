@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mpjax.errors import ConfigError
-from mpjax.formats.given import batch_rows
+from mpjax.formats.checks import batch_rows
 from mpjax.models.core.checks import each_batch, field
 from mpjax.models.inference.perplexity import exp
 

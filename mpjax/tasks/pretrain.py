@@ -14,7 +14,7 @@ import numpy as np
 from mpjax import ops
 from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
-from mpjax.formats.given import batch_rows
+from mpjax.formats.checks import batch_rows
 from mpjax.models.core.checks import each_batch, field
 from mpjax.tasks.labels import encoder_inputs, label_loss, target_weight
 

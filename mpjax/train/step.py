@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
-from mpjax.formats.given import batch_rows
+from mpjax.formats.checks import batch_rows
 from mpjax.optim import Optimizer, OptState, copied, select, without_repeats
 from mpjax.train.gradients import LossFn, gradients, loss_at
 

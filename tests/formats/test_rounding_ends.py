@@ -15,7 +15,7 @@ import pytest
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, quantize, round_to
-from mpjax.formats.table import _FLOATS, _INTEGERS
+from mpjax.formats.format_table import _FLOATS, _INTEGERS
 
 FORMATS = [name for name in _FLOATS if name != "float64"] + [*_INTEGERS]
 FORMATS += ["e3m3", "e4m4", "e8m1", "e9m4", "e11m5", "e3m3none", "e5m2none", "e8m2none"]

@@ -10,7 +10,7 @@ import pytest
 
 from mpjax.models import Model
 from mpjax.precision import get_precision
-from mpjax.train.hlo import products_and_casts
+from mpjax.train.stablehlo import products_and_casts
 from tests.models.shapes import BATCH, small, stablehlo
 from tests.ops.jaxprs import dtypes
 

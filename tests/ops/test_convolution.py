@@ -11,7 +11,7 @@ import pytest
 
 from mpjax import ops
 from mpjax.precision import parse_policy
-from mpjax.train.hlo import convolutions
+from mpjax.train.stablehlo import convolutions
 from tests.ops.oracle import gradient, rounded
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

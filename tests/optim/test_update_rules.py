@@ -186,7 +186,7 @@ def test_donated_in_a_jitted_step_with_clip(update: str) -> None:
 
 @pytest.mark.parametrize("update", ["stochastic", "kahan"])
 def test_a_checkpoint_goes_on_bit_for_bit(update: str, tmp_path: Any) -> None:
-    from mpjax.train.checkpoint.checkpoint import Checkpointer
+    from mpjax.train.checkpoint.checkpointer import Checkpointer
 
     opt, low = wrap(optax.adam(1e-2), weights(update)), params()
     step = jax.jit(opt.step)

@@ -16,14 +16,14 @@ from mpjax.precision import (
     get_recipe,
     parse_rule,
     recipe_names,
-    recipes,
+    recipe_presets,
     register_recipe,
 )
 
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(recipes, "_RECIPES", dict(recipes._RECIPES))
+    monkeypatch.setattr(recipe_presets, "_RECIPES", dict(recipe_presets._RECIPES))
     yield
 
 

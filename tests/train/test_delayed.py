@@ -18,7 +18,7 @@ from mpjax.ops import dot_general
 from mpjax.optim import wrap
 from mpjax.precision import Operand, Recipe, get_precision
 from mpjax.train import build, init_state, make_train_step
-from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.checkpointer import Checkpointer
 from tests.train.meshes import FAST, batch, host, small
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

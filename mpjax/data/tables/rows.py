@@ -1,7 +1,7 @@
 """Rows of a user's own file of examples, with the types that the file has.
 
 Text tables are read by `mpjax.data.tables.cells`; JSON lines, a JSON list of objects and parquet by
-`mpjax.data.tables.table`.
+`mpjax.data.tables.readers`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpjax.data.tables.cells import check_first, header_of, layout, read_cells
-from mpjax.data.tables.table import TYPED, read_records
+from mpjax.data.tables.readers import TYPED, read_records
 from mpjax.errors import ConfigError, brief
 
 logger = logging.getLogger("mpjax.data")

@@ -9,7 +9,7 @@ from typing import Any
 from mpjax.interpret.audit.casts import Finding
 from mpjax.interpret.audit.donation import Undonated
 from mpjax.interpret.audit.hlo import Optimised
-from mpjax.interpret.audit.table import Section, as_markdown, as_text
+from mpjax.interpret.audit.sections import Section, as_markdown, as_text
 
 SHOWN = 20  # rows of a long table
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from mpjax.formats.given import check_key
+from mpjax.formats.checks import check_key
 from mpjax.interpret.autocast.caster import Caster
 from mpjax.interpret.autocast.rules import regions
 from mpjax.interpret.core.location import UNTOUCHED, Place

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from mpjax.errors import ConfigError
-from mpjax.interpret.autocast.demand import demanded
+from mpjax.interpret.autocast.float32_consumers import demanded
 from mpjax.interpret.autocast.products import add_bias, biases, product
 from mpjax.interpret.autocast.rules import UNTOUCHED, Region
 from mpjax.interpret.autocast.weak import Weak, is_number

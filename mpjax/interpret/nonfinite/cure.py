@@ -14,11 +14,11 @@ import numpy as np
 
 from mpjax.interpret.core.location import Place
 from mpjax.interpret.core.trace import Program
-from mpjax.interpret.nonfinite.culprit import Culprit
 from mpjax.interpret.nonfinite.fault import is_number
-from mpjax.interpret.nonfinite.reach import Reach
+from mpjax.interpret.nonfinite.first_fault import Culprit
+from mpjax.interpret.nonfinite.instrument import Watch, any_low
+from mpjax.interpret.nonfinite.propagation import Reach
 from mpjax.interpret.nonfinite.sites import SEEN, Key, place_at
-from mpjax.interpret.nonfinite.watch import Watch, any_low
 from mpjax.interpret.nonfinite.widen import is_low
 
 NONE = "none: the value is not finite in float32 either"

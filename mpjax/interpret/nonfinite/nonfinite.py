@@ -14,13 +14,13 @@ import numpy as np
 
 from mpjax.errors import ConfigError
 from mpjax.interpret.core.trace import Program, trace
-from mpjax.interpret.nonfinite.culprit import Culprit, first_culprit
 from mpjax.interpret.nonfinite.cure import NONE, find_cure
 from mpjax.interpret.nonfinite.direction import direction
 from mpjax.interpret.nonfinite.fault import KINDS, is_number
+from mpjax.interpret.nonfinite.first_fault import Culprit, first_culprit
+from mpjax.interpret.nonfinite.instrument import Watch
 from mpjax.interpret.nonfinite.reason import Range, reason
 from mpjax.interpret.nonfinite.sites import MASK, RANGES, place_at
-from mpjax.interpret.nonfinite.watch import Watch
 from mpjax.interpret.nonfinite.widen import runs_wide
 
 _log = logging.getLogger("mpjax.interpret")

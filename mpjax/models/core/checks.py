@@ -12,7 +12,7 @@ import numpy as np
 
 from mpjax.errors import ConfigError, brief, listed
 from mpjax.formats import is_quantized, weight_view
-from mpjax.formats.given import as_array
+from mpjax.formats.checks import as_array
 from mpjax.ops.cross_entropy import check_targets
 
 

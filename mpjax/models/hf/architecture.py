@@ -11,7 +11,7 @@ from mpjax.models.hf import decoder_fields as fields
 from mpjax.models.hf.checkpoint import Checkpoint
 from mpjax.models.hf.encoder_fields import bert_class, is_bert, read_bert, write_bert
 from mpjax.models.hf.fields import Fields
-from mpjax.models.hf.weights import BERT, GPT2, LLAMA, SEQ2SEQ, Table
+from mpjax.models.hf.tensor_names import BERT, GPT2, LLAMA, SEQ2SEQ, Table
 from mpjax.models.transformer.decoder import decoder
 from mpjax.models.transformer.decoder_config import DecoderConfig
 from mpjax.models.transformer.encoder import encoder

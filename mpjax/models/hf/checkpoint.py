@@ -16,7 +16,7 @@ from mpjax.models.core.metadata import GENERATION, Metadata
 from mpjax.models.hf.gguf_file import open_gguf, read_gguf
 from mpjax.models.hf.gguf_reader import GgufFile
 from mpjax.models.hf.gguf_tokenizer import gguf_settings, gguf_tokenizer
-from mpjax.models.hf.tensors import Tensors, read_safetensors, read_sharded
+from mpjax.models.hf.tensor_files import Tensors, read_safetensors, read_sharded
 from mpjax.models.hf.torch_file import read_torch
 
 logger = logging.getLogger("mpjax.models")

@@ -14,7 +14,7 @@ from mpjax.errors import ConfigError, brief, listed, need, printable
 from mpjax.models.hf.fields import Fields
 from mpjax.models.hf.gguf_reader import GgufFile, GgufTensor, read_layout
 from mpjax.models.hf.gguf_tokenizer import gguf_special
-from mpjax.models.hf.tensors import Tensor, Tensors
+from mpjax.models.hf.tensor_files import Tensor, Tensors
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 call themselves llama
 _OUTER = {

@@ -19,9 +19,9 @@ from mpjax.models.core.checks import check_params
 from mpjax.models.core.metadata import Metadata
 from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
 from mpjax.models.hf.checkpoint import CONFIG
-from mpjax.models.hf.leaves import joined
+from mpjax.models.hf.leaf_tensors import joined
 from mpjax.models.hf.pooling import pooling_files
-from mpjax.models.hf.weights import Weight
+from mpjax.models.hf.tensor_names import Weight
 from mpjax.precision import parse_dtype
 
 _INDEX = "model.safetensors.index.json"

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from mpjax.errors import ConfigError, printable
-from mpjax.models.hf.tensors import Tensor, Tensors, check_size
+from mpjax.models.hf.tensor_files import Tensor, Tensors, check_size
 from mpjax.plain_pickle import Maker, read_pickle
 
 _STORAGES = {

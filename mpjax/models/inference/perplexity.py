@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.formats.given import batch_rows
+from mpjax.formats.checks import batch_rows
 from mpjax.models.core.checks import each_batch, language_inputs, targets_of
 from mpjax.models.core.storage import stored_bytes
 from mpjax.models.inference.quantize_weights import has_scales, quantize_weights

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mpjax.errors import ConfigError
-from mpjax.formats.given import check_key
+from mpjax.formats.checks import check_key
 from mpjax.models.inference.settings import Count, Number, as_count, as_number
 
 

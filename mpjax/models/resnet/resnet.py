@@ -18,7 +18,7 @@ from flax import linen as nn
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
-from mpjax.formats.given import as_array
+from mpjax.formats.checks import as_array
 from mpjax.models.core.checks import below, field, targets_of
 from mpjax.models.core.layers import Linear
 from mpjax.models.core.module import At, Layer

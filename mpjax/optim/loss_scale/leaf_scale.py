@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool
 
 from mpjax.errors import ConfigError
 from mpjax.formats import is_quantized
-from mpjax.formats.given import as_array
+from mpjax.formats.checks import as_array
 from mpjax.optim.loss_scale.loss_checks import (
     as_loss,
     check_differentiable,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format
-from mpjax.formats.table import FormatLike
+from mpjax.formats.format_table import FormatLike
 from mpjax.optim.loss_scale.scalers import StaticLossScale, as_flag, as_pytree, given_init, rebuild
 from mpjax.precision import LossScaleSettings
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, round_to
-from mpjax.formats.given import as_array
+from mpjax.formats.checks import as_array
 from mpjax.formats.tiles import amax_of, per_tile
 from mpjax.precision.moments import MomentFormat
 

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
-from mpjax.optim.given import as_transformation
+from mpjax.optim.checks import as_transformation
 from mpjax.optim.moments.blockwise import Blockwise, stored
 from mpjax.optim.moments.dither import dither_key
 from mpjax.precision import Moments, matches

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from mpjax.errors import ConfigError, brief
-from mpjax.optim.given import check_updates, settled
+from mpjax.optim.checks import check_updates, settled
 from mpjax.optim.per_layer.layer_stacks import (
     LAYERS,
     Path,

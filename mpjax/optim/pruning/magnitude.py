@@ -13,7 +13,7 @@ import optax
 
 from mpjax.errors import ConfigError
 from mpjax.formats import is_quantized
-from mpjax.optim.given import as_transformation
+from mpjax.optim.checks import as_transformation
 from mpjax.optim.per_layer.layer_view import each_layer
 from mpjax.optim.pruning.sparsity import cubic_sparsity, in_float32, named_weights, weight_name
 from mpjax.precision import matches

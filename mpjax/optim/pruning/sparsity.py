@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import is_quantized
-from mpjax.optim.given import is_number
+from mpjax.optim.checks import is_number
 
 
 def weight_name(path: Any) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from mpjax.errors import ConfigError
 from mpjax.files import write_file, write_text
 from mpjax.interpret.nonfinite.nonfinite import trace_nonfinite
-from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.checkpointer import Checkpointer
 from mpjax.train.checkpoint.reader import CheckpointReader
 from mpjax.train.step import TrainStep
 

@@ -14,8 +14,8 @@ import pytest
 
 from mpjax.data.tables.cells import read_cells
 from mpjax.data.tables.frame import read_frame
+from mpjax.data.tables.readers import read_table
 from mpjax.data.tables.rows import read_rows
-from mpjax.data.tables.table import read_table
 from tests.bounds import bounded, refused
 from tests.models.hf.torch_writer import Call, Name, Writer
 

@@ -23,8 +23,8 @@ from mpjax.interpret.monitor.report import Monitored
 from mpjax.interpret.monitor.statistics import Statistics, statistics
 from mpjax.models import decoder
 from mpjax.train import build
-from mpjax.train.report.metrics import read_metrics
-from mpjax.train.report.tensors import TensorWriter, watched
+from mpjax.train.report.metrics_writer import read_metrics
+from mpjax.train.report.tensor_monitor import TensorWriter, watched
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 FORMATS = ("e4m3", "e5m2", "bf16", "fp16", "int8")

@@ -14,7 +14,7 @@ import pytest
 
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.interpret.core.trace import trace
-from mpjax.interpret.nonfinite.watch import Watch
+from mpjax.interpret.nonfinite.instrument import Watch
 from mpjax.ops import dot_general
 from mpjax.precision import get_recipe, recipe_names
 

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized, quantize
 from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint, save_checkpoint
-from mpjax.models.hf.tensors import Tensor
+from mpjax.models.hf.tensor_files import Tensor
 from mpjax.precision import get_precision
 from mpjax.train.sharding import parse_mesh, partition
 from tests.models.hf import cases, ours

@@ -15,8 +15,8 @@ from mpjax.errors import ConfigError
 from mpjax.formats.delayed import seen_of, with_seen
 from mpjax.models import ResNet, resnet, resnet_config
 from mpjax.train import ShardActivations, parse_mesh
-from mpjax.train.hlo import convolutions
 from mpjax.train.sharding import partition
+from mpjax.train.stablehlo import convolutions
 from tests.models.shapes import FAST, stirred
 from tests.ops.test_convolution import naive
 

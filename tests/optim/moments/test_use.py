@@ -19,7 +19,7 @@ from mpjax.optim.moments.blockwise import code_book
 from mpjax.optim.moments.low_moments import MomentState
 from mpjax.precision import get_precision
 from mpjax.train import init_state, parse_mesh, state_shardings
-from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.checkpointer import Checkpointer
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -23,7 +23,7 @@ from mpjax.optim import (
 )
 from mpjax.precision import get_precision
 from mpjax.train import init_state, parse_mesh, state_shardings
-from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.checkpointer import Checkpointer
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

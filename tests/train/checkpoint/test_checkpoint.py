@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint import digest, store
-from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.checkpointer import Checkpointer
 from mpjax.train.checkpoint.reader import CheckpointReader
 from mpjax.train.checkpoint.restore import compare_settings, restore_into
 
@@ -394,7 +394,7 @@ def test_unknown_steps_are_errors_and_a_reader_writes_nothing(three, tmp_path):
 def test_a_save_that_is_killed_is_not_listed_and_is_cleaned(tmp_path):
     code = """
         import sys, jax, jax.numpy as jnp
-        from mpjax.train.checkpoint.checkpoint import Checkpointer
+        from mpjax.train.checkpoint.checkpointer import Checkpointer
         checkpointer = Checkpointer(sys.argv[1], keep=2)
         for step in range(1, 10_000):
             checkpointer.save(step, {"w": jnp.full((1 << 20,), step, jnp.float32)}, {"n": step})
@@ -431,7 +431,7 @@ def test_nothing_but_errors_reaches_stderr(tmp_path):
     code = """
         import sys, resource, jax, jax.numpy as jnp
         from mpjax.errors import ConfigError
-        from mpjax.train.checkpoint.checkpoint import Checkpointer
+        from mpjax.train.checkpoint.checkpointer import Checkpointer
         state = {"w": jax.random.normal(jax.random.key(0), (1 << 16,))}
         with Checkpointer(sys.argv[1]) as checkpointer:
             checkpointer.save(1, state, {})

@@ -20,7 +20,7 @@ import pytest
 
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint import lock, store
-from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.checkpointer import Checkpointer
 from mpjax.train.checkpoint.lock import LOCK, hold_folder
 from mpjax.train.checkpoint.reader import CheckpointReader
 

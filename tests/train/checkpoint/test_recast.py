@@ -18,7 +18,7 @@ from mpjax.optim.moments.convert import is_block
 from mpjax.optim.moments.low_moments import MomentState
 from mpjax.precision import get_precision
 from mpjax.train import init_state
-from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.checkpointer import Checkpointer
 from mpjax.train.checkpoint.restore import restore_into
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

@@ -11,7 +11,7 @@ import pytest
 
 from mpjax.train.checkpoint import digest
 from mpjax.train.report.manifest import read_manifest, write_manifest
-from mpjax.train.report.metrics import keep_until, read_metrics, to_line
+from mpjax.train.report.metrics_writer import keep_until, read_metrics, to_line
 
 LINES = [to_line({"step": n, "loss": 1 / n}).encode() + b"\n" for n in range(1, 11)]
 GOOD = b"".join(LINES)

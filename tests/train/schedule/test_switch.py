@@ -19,7 +19,7 @@ from mpjax.formats.delayed import AmaxHistory
 from mpjax.precision import Precision, Triggers, get_precision
 from mpjax.precision.schedule import dynamic, fixed, late, mixed
 from mpjax.train import SwitchingStep, build, preflight
-from mpjax.train.checkpoint.checkpoint import Checkpointer
+from mpjax.train.checkpoint.checkpointer import Checkpointer
 from mpjax.train.loop import fit
 from mpjax.train.report.memory import state_bytes
 from mpjax.train.schedule import switch

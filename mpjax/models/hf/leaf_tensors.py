@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from mpjax.errors import ConfigError
-from mpjax.models.hf.tensors import Tensors
-from mpjax.models.hf.weights import Weight
+from mpjax.models.hf.tensor_files import Tensors
+from mpjax.models.hf.tensor_names import Weight
 
 _ALIGNED = 64  # bytes; JAX on CPU takes an array so aligned as it is, without a copy
 

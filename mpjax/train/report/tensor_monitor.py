@@ -13,7 +13,7 @@ import numpy as np
 from mpjax.errors import ConfigError
 from mpjax.interpret.monitor.monitor import monitor
 from mpjax.interpret.monitor.report import KINDS, Monitored
-from mpjax.train.report.metrics import keep_until, to_line
+from mpjax.train.report.metrics_writer import keep_until, to_line
 from mpjax.train.step import TrainStep
 
 FILE = "monitor.jsonl"

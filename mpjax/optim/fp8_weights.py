@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import Format, Quantized, Scaling, is_quantized, quantize
+from mpjax.formats.format_table import FormatLike
 from mpjax.formats.quantize import scaled_values
 from mpjax.formats.scaling import to_scale
-from mpjax.formats.table import FormatLike
 from mpjax.formats.tiles import amax_of
 from mpjax.precision import Precision, matches
 from mpjax.precision.rule import nearest

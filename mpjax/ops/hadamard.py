@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from mpjax.errors import ConfigError, brief
-from mpjax.formats.given import as_array
+from mpjax.formats.checks import as_array
 
 
 def _hadamard_matrix(size: int) -> np.ndarray:

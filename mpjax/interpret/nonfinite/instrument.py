@@ -29,7 +29,6 @@ from mpjax.interpret.core.platforms import branch_taken, check_platform
 from mpjax.interpret.core.retrace import Result, cast, is_float
 from mpjax.interpret.core.shard_map import agreed
 from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
-from mpjax.interpret.nonfinite.digest import among, digest, has_nan, range_of
 from mpjax.interpret.nonfinite.fault import (
     FINE,
     INFINITY,
@@ -54,6 +53,7 @@ from mpjax.interpret.nonfinite.sites import (
     output_key,
     packed,
 )  # fmt: skip
+from mpjax.interpret.nonfinite.summaries import among, digest, has_nan, range_of
 from mpjax.interpret.nonfinite.widen import is_low, widened
 
 Frame = list[tuple[Key, Any]]  # sites of one trace, with their codes

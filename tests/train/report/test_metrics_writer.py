@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 from mpjax.errors import ConfigError
-from mpjax.train.report.metrics import MetricsWriter, read_metrics, to_line
+from mpjax.train.report.metrics_writer import MetricsWriter, read_metrics, to_line
 
 SETTINGS = {"lr": 1e-3, "precision": "fp16 rule:**/norm*=fp32", "steps": 9, "update": None}
 

@@ -220,7 +220,7 @@ def regression() -> tuple[Any, Any]:
 
 def test_a_train_step_learns_through_the_view(tmp_path: Any) -> None:
     """Donated and accumulating; nearest stalls where stochastic goes on; restored bit for bit."""
-    from mpjax.train.checkpoint.checkpoint import Checkpointer
+    from mpjax.train.checkpoint.checkpointer import Checkpointer
 
     batch, _ = regression()
     losses = {}

@@ -12,7 +12,7 @@ import pytest
 
 from mpjax.models import decoder
 from mpjax.train import build
-from mpjax.train.hlo import products_and_casts
+from mpjax.train.stablehlo import products_and_casts
 
 
 def _count(fn: Any, *args: Any) -> Counter[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError, brief
-from mpjax.formats.given import ROUNDED
+from mpjax.formats.checks import ROUNDED
 
 Axes = tuple[int, ...]
 Dims = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from mpjax.interpret.nonfinite.fault import can_make, is_number
-from mpjax.interpret.nonfinite.reach import Reach
+from mpjax.interpret.nonfinite.instrument import Watch
+from mpjax.interpret.nonfinite.propagation import Reach
 from mpjax.interpret.nonfinite.sites import SEEN, Found, Key
-from mpjax.interpret.nonfinite.watch import Watch
 
 _FIRST, _AT_ONCE = 8, 32  # sites that are looked at closely in one more program: at first, later
 
