@@ -137,7 +137,7 @@ def _is_allowed(leak: Leak, allowed: Callable[[Product], bool], patterns: Sequen
 
 def _audit(fn: Any, program: Program, flow: Flow, optimised: hlo.Optimised | None) -> Audit:
     products = {step: _product(step) for step in flow.steps if is_product(step.eqn)}
-    whole = sum(s.place.loops for s in flow.steps if s.name in PRODUCTS and s not in products)
+    whole = sum(s.location.loops for s in flow.steps if s.name in PRODUCTS and s not in products)
     if whole:
         flow.notes[f"products of integers are not counted; there are {whole}"] = None
     total = sum(product.flops for product in products.values())
@@ -170,7 +170,7 @@ def _audit(fn: Any, program: Program, flow: Flow, optimised: hlo.Optimised | Non
 
 
 def _product(step: Step) -> Product:
-    place, out = step.place, step.outs[0]
+    location, out = step.location, step.outs[0]
     goes_on = {
         reader.outs[0].aval.dtype if reader.name == "convert_element_type" else out.aval.dtype
         for reader in out.readers
@@ -178,15 +178,15 @@ def _product(step: Step) -> Product:
     kept = out.returned or out.joins or len(goes_on) != 1
     first, second = (str(x.aval.dtype) for x in step.ins[:2])
     return Product(
-        path=place.path,
-        direction="recomputed" if place.recomputed else place.direction,
-        line=place.line,
+        path=location.path,
+        direction="recomputed" if location.recomputed else location.direction,
+        line=location.line,
         kind=step.name,
         operands=(first, second),
         accumulation=str(out.aval.dtype),
         output=str(out.aval.dtype if kept else goes_on.pop()),
-        flops=operations(step.eqn) * place.loops,
-        times=place.loops,
+        flops=operations(step.eqn) * location.loops,
+        times=location.loops,
     )
 
 
@@ -214,12 +214,12 @@ def _costs(flow: Flow) -> tuple[dict[str, Cost], dict[str, dict[str, Cost]]]:
     def add(step: Step, dtype: Any, cost: Cost) -> None:
         if cost == Cost():
             return
-        here = by_path.setdefault(step.place.path, {})
+        here = by_path.setdefault(step.location.path, {})
         for where in (by_dtype, here):
             where[str(dtype)] = where.get(str(dtype), Cost()) + cost
 
     for step in flow.steps:
-        loops, flops = step.place.loops, operations(step.eqn)
+        loops, flops = step.location.loops, operations(step.eqn)
         if is_product(step.eqn):
             widest = max((x.aval.dtype for x in step.ins[:2]), key=lambda d: d.itemsize)
             add(step, widest, Cost(products=flops * loops))

@@ -80,9 +80,9 @@ def _doubles(flow: Flow) -> Iterator[tuple[str, Step]]:
         if not _is_cast(step):
             continue
         new = str(step.outs[0].aval.dtype)
-        first = made.setdefault((step.ins[0], new, step.place.backward), step)
+        first = made.setdefault((step.ins[0], new, step.location.backward), step)
         if first is not step:
-            yield f"{step.ins[0].aval.dtype} -> {new}, made before at {first.place.line}", step
+            yield f"{step.ins[0].aval.dtype} -> {new}, made before at {first.location.line}", step
         before = _source(step.ins[0]).step
         if before is not None and _is_cast(before):
             chain = [before.ins[0].aval.dtype, before.outs[0].aval.dtype, new]
@@ -107,6 +107,6 @@ def _dead(flow: Flow) -> Iterator[tuple[str, Step]]:
 def _counted(found: Iterable[tuple[str, Step]]) -> tuple[Finding, ...]:
     times: Counter[tuple[str, str, str, str]] = Counter()
     for what, step in found:
-        place = step.place
-        times[what, place.line, place.path, place.direction] += place.loops
+        location = step.location
+        times[what, location.line, location.path, location.direction] += location.loops
     return tuple(Finding(*key, count) for key, count in times.items())

@@ -92,13 +92,13 @@ class Leaks:
         reached: dict[Cause, list[Step]] = {}
         low = False
         for step in self._flow.steps:
-            if step.place.opaque and (is_opaque(step) or wide_product(step)):
+            if step.location.opaque and (is_opaque(step) or wide_product(step)):
                 products = reached.setdefault(_opaque(step), [])
                 products += [step] if is_product(step.eqn) else []
                 low = True  # all of the program was to be
                 continue
             low |= is_product(step.eqn) and any(x.low for x in step.ins[:2])
-            if not wide_product(step) or step.place.untouched:
+            if not wide_product(step) or step.location.no_autocast:
                 continue
             for cause, implicit in self._causes(step).items():
                 reached.setdefault(cause, []).append(step)
@@ -116,7 +116,7 @@ class Leaks:
         """Returns whether what a cause reaches is too small to matter; no, if it is not known."""
         if not products:
             return False
-        share = sum(operations(s.eqn) * s.place.loops for s in products) / max(total, 1)
+        share = sum(operations(s.eqn) * s.location.loops for s in products) / max(total, 1)
         outer = all(contracted(s.eqn) == 1 for s in products)
         return share < MINOR or (outer and share < MINOR_OUTER)
 
@@ -223,9 +223,9 @@ def _met(step: Step, partner: Value) -> Cause:
     if is_product(step.eqn):  # nothing is promoted: the place is that of the wide operand
         cause = _of(kind, source or step, partner, text)
         return dataclasses.replace(cause, low=_of(kind, step, partner, text).low)
-    line = source.place.line if source else ""
+    line = source.location.line if source else ""
     return _of(
-        kind, step, partner, f"{text} at {line}" if line not in ("", step.place.line) else text
+        kind, step, partner, f"{text} at {line}" if line not in ("", step.location.line) else text
     )
 
 
@@ -235,14 +235,14 @@ def _cotangent(product: Step) -> Cause:
 
 
 def _opaque(step: Step) -> Cause:
-    count, place = held_products(step.eqn), step.place
+    count, location = held_products(step.eqn), step.location
     held = f" ({count} products inside)" if count else ""
-    return Cause("opaque", place.line, place.path, "float32", "", f"{place.opaque}{held}")
+    return Cause("opaque", location.line, location.path, "float32", "", f"{location.opaque}{held}")
 
 
 def _of(mechanism: str, step: Step, wide: Value, origin: str) -> Cause:
     low = next((_dtype(x) for x in step.ins if x.low), "")
-    return Cause(mechanism, step.place.line, step.place.path, _dtype(wide), low, origin)
+    return Cause(mechanism, step.location.line, step.location.path, _dtype(wide), low, origin)
 
 
 def _dtype(value: Value) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 
 from mpjax.formats.checks import check_key
-from mpjax.interpret.autocast.caster import Caster
-from mpjax.interpret.autocast.rules import regions
-from mpjax.interpret.core.location import UNTOUCHED, Place
+from mpjax.interpret.autocast.interpreter import CastInterpreter
+from mpjax.interpret.autocast.rules import cast_rules
+from mpjax.interpret.core.location import NO_AUTOCAST, Location
 from mpjax.interpret.core.op_lists import make_lists
 from mpjax.interpret.core.retrace import cast
 from mpjax.interpret.core.trace import check_function, trace
@@ -42,7 +42,7 @@ def no_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def apart(*args: Any, **kwargs: Any) -> Any:
-        with jax.named_scope(UNTOUCHED):
+        with jax.named_scope(NO_AUTOCAST):
             return fn(*args, **kwargs)
 
     return apart
@@ -114,7 +114,7 @@ def autocast(
       PyTorch documentation, Automatic Mixed Precision package, Autocast Op Reference.
     """
     check_function("autocast", fn)
-    (where, note), names = regions(precision, rules), make_lists(lists, low, full, widest)
+    (where, note), names = cast_rules(precision, rules), make_lists(lists, low, full, widest)
     said: set[str] = set()
     if key is not None:
         check_key(key, "autocast")
@@ -124,10 +124,10 @@ def autocast(
     @functools.wraps(fn)
     def cast_fn(*args: Any, **kwargs: Any) -> Any:
         program = trace("autocast", fn, args, kwargs, runs=True)
-        caster = Caster(where, names, said, key)
+        interpreter = CastInterpreter(where, names, said, key)
         given = [None] * len(program.args)
-        outs = caster.evaluate(program.closed, program.args, given, Place()).outs
-        where.check([path for path in caster.paths if path])
+        outs = interpreter.evaluate(program.closed, program.args, given, Location()).outs
+        where.check([path for path in interpreter.paths if path])
         if restore_dtypes:
             avals = program.closed.out_avals
             outs = [cast(x, aval.dtype) for x, aval in zip(outs, avals, strict=True)]

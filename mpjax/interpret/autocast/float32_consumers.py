@@ -109,7 +109,7 @@ class _Plan:
         return any(self.full[r] for r in self.readers.get(atom, ()) if r != index)
 
 
-def demanded(
+def float32_consumers(
     jaxpr: Jaxpr, kind: Callable[[JaxprEqn], str | None], wide: Collection[Var] = ()
 ) -> frozenset[int]:
     """Returns the numbers of the equations that are computed in float32 because of their readers.

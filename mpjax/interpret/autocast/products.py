@@ -10,8 +10,8 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from mpjax.errors import ConfigError
 from mpjax.interpret.autocast.cotangents import Sides, of_sides
-from mpjax.interpret.autocast.rules import Region
-from mpjax.interpret.core.location import Place
+from mpjax.interpret.autocast.rules import CastPolicy
+from mpjax.interpret.core.location import Location
 from mpjax.interpret.core.retrace import cast
 from mpjax.interpret.core.walk import bind
 from mpjax.ops import conv_general_dilated, dot_general
@@ -21,8 +21,8 @@ from mpjax.ops.dot import dot
 def product(
     eqn: JaxprEqn,
     values: list[Any],
-    region: Region,
-    place: Place,
+    cast_policy: CastPolicy,
+    location: Location,
     key: Any = None,
     gradients: Sides | None = None,
 ) -> Any:
@@ -34,8 +34,8 @@ def product(
     Args:
       eqn: the product as it was traced.
       values: its operands.
-      region: what happens here.
-      place: where it stands.
+      cast_policy: what happens here.
+      location: where it stands.
       key: random key, for a recipe that draws.
       gradients: in a custom backward rule, which of the two operands are gradients.
 
@@ -45,10 +45,13 @@ def product(
     """
     asked = _asked(eqn)
     recorded: Any = eqn.outvars[0].aval
-    follows = recorded.dtype if region.output is None else region.output
+    follows = recorded.dtype if cast_policy.output is None else cast_policy.output
     wanted = follows if asked is None else asked
-    if region.recipe is not None and eqn.primitive.name in ("dot_general", "conv_general_dilated"):
-        return cast(_quantised(eqn, values, region, place, key, gradients), wanted)
+    if cast_policy.recipe is not None and eqn.primitive.name in (
+        "dot_general",
+        "conv_general_dilated",
+    ):
+        return cast(_quantised(eqn, values, cast_policy, location, key, gradients), wanted)
     if "preferred_element_type" not in eqn.params:
         return cast(bind(eqn, values)[0], wanted)
     bf16 = all(x.dtype == jnp.bfloat16 for x in values[:2])
@@ -126,21 +129,21 @@ def _asked(eqn: JaxprEqn) -> Any:
 def _quantised(
     eqn: JaxprEqn,
     values: list[Any],
-    region: Region,
-    place: Place,
+    cast_policy: CastPolicy,
+    location: Location,
     key: Any,
     gradients: Sides | None,
 ) -> Any:
-    recipe, where = region.recipe, f"autocast: {place.path or 'the function'}"
+    recipe, where = cast_policy.recipe, f"autocast: {location.path or 'the function'}"
     assert recipe is not None
     if gradients is not None:
         recipe = of_sides(recipe, gradients)
-    elif place.backward:
+    elif location.backward:
         raise ConfigError(
             f"{where}: recipe {recipe.name!r} quantises a product's gradients itself, and here they"
             " are traced already; write jax.grad(mpjax.autocast(fn, ...)), not"
             " autocast(jax.grad(fn), ...); where the function takes a derivative of its own, give"
-            f" the recipe by rules that leave it out: rules=['{place.path or '**'}=fp32', ...]"
+            f" the recipe by rules that leave it out: rules=['{location.path or '**'}=fp32', ...]"
         )
     if recipe.history:
         raise ConfigError(

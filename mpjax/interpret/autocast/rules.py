@@ -24,7 +24,7 @@ _COMPUTE = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Region:
+class CastPolicy:
     """What happens to the equations of some paths.
 
     Args:
@@ -39,25 +39,25 @@ class Region:
     recipe: Recipe | None = None
 
 
-UNTOUCHED = Region()
+UNCHANGED = CastPolicy()
 
 
 @dataclasses.dataclass(frozen=True)
-class Regions:
+class CastRules:
     """Rules by path, first match wins; the last covers every path.
 
     Args:
       rules: with the region that each gives.
     """
 
-    rules: tuple[tuple[Rule, Region], ...]
+    rules: tuple[tuple[Rule, CastPolicy], ...]
 
-    def at(self, path: str) -> Region:
+    def at(self, path: str) -> CastPolicy:
         """Returns the region of a module path; the empty path stands outside every module."""
-        for rule, region in self.rules:
+        for rule, cast_policy in self.rules:
             if rule.pattern == "**" or (path and matches(rule.pattern, path)):
-                return region
-        return UNTOUCHED
+                return cast_policy
+        return UNCHANGED
 
     @property
     def by_path(self) -> bool:
@@ -67,7 +67,7 @@ class Regions:
     @property
     def quantises(self) -> bool:
         """Whether products are quantised somewhere."""
-        return any(region.recipe is not None for _, region in self.rules)
+        return any(cast_policy.recipe is not None for _, cast_policy in self.rules)
 
     def check(self, paths: Sequence[str]) -> None:
         """Checks the user's rules against all paths of a function.
@@ -83,7 +83,7 @@ class Regions:
                 )
 
 
-def _region(rule: Rule, where: str) -> Region:
+def _cast_policy(rule: Rule, where: str) -> CastPolicy:
     policy = rule.policy
     compute = policy.compute_dtype
     if policy.param_dtype != jnp.float32 and not (policy.param_dtype == compute):
@@ -92,13 +92,13 @@ def _region(rule: Rule, where: str) -> Region:
             " nothing; leave p= out and cast the weights yourself"
         )
     if compute == jnp.float32:
-        return UNTOUCHED if rule.recipe is None else Region(recipe=rule.recipe)
+        return UNCHANGED if rule.recipe is None else CastPolicy(recipe=rule.recipe)
     if compute not in _COMPUTE:
         raise ConfigError(
             f"{where}: autocast computes in bfloat16, float16 or float32, not in"
             f" {dtype_name(compute)}; take one of them"
         )
-    return Region(jnp.dtype(compute), jnp.dtype(policy.output_dtype), rule.recipe)
+    return CastPolicy(jnp.dtype(compute), jnp.dtype(policy.output_dtype), rule.recipe)
 
 
 def _optimizers(precision: Precision) -> list[str]:
@@ -122,7 +122,7 @@ def _alone(rule: str | Rule, parsed: Rule) -> Rule:
     return dataclasses.replace(parsed, policy=parse_rule(f"{parsed.pattern}=fp32").policy)
 
 
-def regions(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[Regions, str]:
+def cast_rules(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[CastRules, str]:
     """Returns the regions that a dtype, a preset or a Precision and further rules mean.
 
     Args:
@@ -164,6 +164,8 @@ def regions(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[Regions, str]
     last = next((i for i, rule in enumerate(every) if rule.pattern == "**"), None)
     if last is None:
         raise ConfigError("autocast: no rule covers every path; add '**=POLICY' at the end")
-    found = [(rule, _region(rule, f"autocast: rule {str(rule)!r}")) for rule in every[: last + 1]]
-    rule, region = found[-1]
-    return Regions((*found[:-1], (dataclasses.replace(rule, user=False), region))), note
+    found = [
+        (rule, _cast_policy(rule, f"autocast: rule {str(rule)!r}")) for rule in every[: last + 1]
+    ]
+    rule, cast_policy = found[-1]
+    return CastRules((*found[:-1], (dataclasses.replace(rule, user=False), cast_policy))), note

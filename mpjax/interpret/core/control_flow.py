@@ -202,10 +202,10 @@ class Rebind:
             for t in first
             for key, aval in zip(t.keys, t.closed.out_avals[t.own :], strict=True)
         }
-        reach = {key: set[str]() for key in shapes}  # of records inside a `shard_map`
+        propagation = {key: set[str]() for key in shapes}  # of records inside a `shard_map`
         for t in first:
             for key, aval in zip(t.keys, t.closed.out_avals[t.own :], strict=True):
-                reach[key] |= aval.manual_axis_type.varying
+                propagation[key] |= aval.manual_axis_type.varying
         hoisted = [x for t in first for x in t.consts]
 
         def aligned(t: Traced, start: int) -> Traced:
@@ -214,7 +214,7 @@ class Rebind:
                 own, records, note = t.split(jaxpr_as_fun(t.closed)(*mine, *xs[len(hoisted) :]))
                 # A dict of all keys in one order: what this branch does not record is zero.
                 found = {k: records.get(k, jnp.zeros(a.shape, a.dtype)) for k, a in shapes.items()}
-                filled = {k: varying(x, sorted(reach[k])) for k, x in found.items()}
+                filled = {k: varying(x, sorted(propagation[k])) for k, x in found.items()}
                 outs = [cast(x, dtype) for x, dtype in zip(own, dtypes, strict=True)]
                 return Result(outs, filled, note)
 
@@ -222,7 +222,7 @@ class Rebind:
 
         final, start = [], 0
         for t in first:
-            same = not hoisted and t.keys == tuple(shapes) and not any(reach.values())
+            same = not hoisted and t.keys == tuple(shapes) and not any(propagation.values())
             same = same and [a.dtype for a in t.closed.out_avals[: t.own]] == dtypes
             final.append(t if same else aligned(t, start))
             start += len(t.consts)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from mpjax.interpret.core.location import Place
+from mpjax.interpret.core.location import Location
 from mpjax.interpret.core.platforms import branch_taken, check_platform
 from mpjax.interpret.core.retrace import is_float
 from mpjax.interpret.core.trace import Program
@@ -56,15 +56,15 @@ class Step:
 
     Args:
       eqn: the equation.
-      place: where it stands; `place.loops` counts how often it runs.
+      location: where it stands; `location.loops` counts how often it runs.
       ins: its arguments.
       order: its number.
     """
 
-    __slots__ = ("eqn", "place", "ins", "outs", "order")
+    __slots__ = ("eqn", "location", "ins", "outs", "order")
 
-    def __init__(self, eqn: JaxprEqn, place: Place, ins: list[Value], order: int) -> None:
-        self.eqn, self.place, self.ins, self.order = eqn, place, ins, order
+    def __init__(self, eqn: JaxprEqn, location: Location, ins: list[Value], order: int) -> None:
+        self.eqn, self.location, self.ins, self.order = eqn, location, ins, order
         self.outs = [Value(var.aval, self) for var in eqn.outvars]
         for value in ins:
             value.readers.append(self)
@@ -77,7 +77,7 @@ class Step:
     @property
     def transposed(self) -> bool:
         """Whether it is part of a gradient and not a forward operation that is run again."""
-        return self.place.backward and not self.place.recomputed
+        return self.location.backward and not self.location.recomputed
 
 
 class Flow:
@@ -101,11 +101,11 @@ class Flow:
             Value(var.aval, origin=name)
             for var, name in zip(closed.jaxpr.invars, program.names, strict=True)
         ]
-        self.outs = self._run(closed, self.args, Place())
+        self.outs = self._run(closed, self.args, Location())
         for value in self.outs:
             value.returned = True
 
-    def _run(self, closed: ClosedJaxpr, args: Sequence[Value], outer: Place) -> list[Value]:
+    def _run(self, closed: ClosedJaxpr, args: Sequence[Value], outer: Location) -> list[Value]:
         outs = walk(closed, args, self._visit, outer)
         return [self._value(*pair) for pair in zip(closed.jaxpr.outvars, outs, strict=True)]
 
@@ -123,32 +123,32 @@ class Flow:
             self._constants[id(x)] = value, x  # held, so that its id stays its own
         return self._constants[id(x)][0]
 
-    def _visit(self, eqn: JaxprEqn, place: Place, args: list[Any]) -> list[Value]:
-        self.paths[place.path] = None
+    def _visit(self, eqn: JaxprEqn, location: Location, args: list[Any]) -> list[Value]:
+        self.paths[location.path] = None
         ins = [self._value(*pair) for pair in zip(eqn.invars, args, strict=True)]
         name = eqn.primitive.name
         if name == "scan":
-            return self._scan(eqn, place, ins)
+            return self._scan(eqn, location, ins)
         if name == "while":
-            return self._while(eqn, place, ins)
+            return self._while(eqn, location, ins)
         if name == "cond":
-            return self._cond(eqn, place, ins)
+            return self._cond(eqn, location, ins)
         if name == "shard_map":
-            return self._shard_map(eqn, place, ins)
+            return self._shard_map(eqn, location, ins)
         if name == "custom_linear_solve":
-            return self._linear_solve(eqn, place, ins)
+            return self._linear_solve(eqn, location, ins)
         held = inner_jaxprs(eqn)
         if len(held) == 1:
             inner = held[0].jaxpr
             if len(inner.invars) == len(ins) and len(inner.outvars) == len(eqn.outvars):
-                return self._run(held[0], ins, place)
+                return self._run(held[0], ins, location)
         if held and name not in SCALAR:
             self.notes[f"{name} is one operation here: what runs in it is not looked into"] = None
-        step = Step(eqn, place, ins, len(self.steps))
+        step = Step(eqn, location, ins, len(self.steps))
         self.steps.append(step)
         return step.outs
 
-    def _scan(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+    def _scan(self, eqn: JaxprEqn, location: Location, ins: list[Value]) -> list[Value]:
         p = eqn.params
         n, size = scan_sizes(eqn)
         m = n + size
@@ -157,48 +157,48 @@ class Flow:
             x if i < n else _join(var.aval, x)
             for i, (x, var) in enumerate(zip(ins, inner.invars, strict=True))
         ]
-        within = place._replace(loops=place.loops * int(p["length"]))
+        within = location._replace(loops=location.loops * int(p["length"]))
         outs = self._run(p["jaxpr"], given, within)
         _feed(given[n:m], outs)
         return [_join(var.aval, x) for var, x in zip(eqn.outvars, outs, strict=True)]
 
-    def _while(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+    def _while(self, eqn: JaxprEqn, location: Location, ins: list[Value]) -> list[Value]:
         self.notes["a while loop counts as one iteration: how many it takes is not known"] = None
         p = eqn.params
         n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
         carry = [_join(x.aval, x) for x in ins[m:]]
-        for value in self._run(p["cond_jaxpr"], [*ins[:n], *carry], place):
+        for value in self._run(p["cond_jaxpr"], [*ins[:n], *carry], location):
             value.returned = True  # it decides
-        outs = self._run(p["body_jaxpr"], [*ins[n:m], *carry], place)
+        outs = self._run(p["body_jaxpr"], [*ins[n:m], *carry], location)
         _feed(carry, outs)
         return [_join(var.aval, x, y) for var, x, y in zip(eqn.outvars, carry, outs, strict=True)]
 
-    def _cond(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+    def _cond(self, eqn: JaxprEqn, location: Location, ins: list[Value]) -> list[Value]:
         number = branch_taken(eqn, self._platform)
         if number is not None:
             self.notes[f"a call that depends on the platform counts as on {self._platform}"] = None
-            return self._run(eqn.params["branches"][number], ins[1:], place)
+            return self._run(eqn.params["branches"][number], ins[1:], location)
         self.notes["every branch of a conditional counts as if it ran"] = None
         ins[0].returned = True  # it decides
-        branches = [self._run(branch, ins[1:], place) for branch in eqn.params["branches"]]
+        branches = [self._run(branch, ins[1:], location) for branch in eqn.params["branches"]]
         return [
             _join(var.aval, *outs)
             for var, outs in zip(eqn.outvars, zip(*branches, strict=True), strict=True)
         ]
 
-    def _linear_solve(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+    def _linear_solve(self, eqn: JaxprEqn, location: Location, ins: list[Value]) -> list[Value]:
         sizes = list(eqn.params["const_lengths"])
         first = sum(sizes[:2])  # after the constants of the operator and of its transpose
         given = [*ins[first : first + sizes[2]], *ins[sum(sizes) :]]
-        outs = self._run(eqn.params["jaxprs"].solve, given, place)
+        outs = self._run(eqn.params["jaxprs"].solve, given, location)
         return [_join(var.aval, x) for var, x in zip(eqn.outvars, outs, strict=False)]
 
-    def _shard_map(self, eqn: JaxprEqn, place: Place, ins: list[Value]) -> list[Value]:
+    def _shard_map(self, eqn: JaxprEqn, location: Location, ins: list[Value]) -> list[Value]:
         (held,) = inner_jaxprs(eqn)
         sizes = dict(eqn.params["mesh"].shape)
         shards = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
         given = [_join(var.aval, x) for var, x in zip(held.jaxpr.invars, ins, strict=True)]
-        outs = self._run(held, given, place._replace(loops=place.loops * shards))
+        outs = self._run(held, given, location._replace(loops=location.loops * shards))
         return [_join(var.aval, x) for var, x in zip(eqn.outvars, outs, strict=True)]
 
 

@@ -31,11 +31,11 @@ _MANY_FRAMES = 60  # deep enough to leave any library
 
 # Scopes that mark a region instead of naming a module.
 RECOMPUTED = "rematted_computation"
-UNTOUCHED = "mpjax.no_autocast"
+NO_AUTOCAST = "mpjax.no_autocast"
 OPAQUE = "mpjax.opaque."  # and the name of a primitive
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where an equation stands.
 
     Args:
@@ -43,7 +43,7 @@ class Place(NamedTuple):
       backward: it came from a transposition.
       tangent: it came from a differentiation; neither makes it part of the plain forward pass.
       recomputed: `jax.checkpoint` runs it a second time.
-      untouched: it stands in a region of `no_autocast`.
+      no_autocast: it stands in a region of `no_autocast`.
       carried: it belongs to a model that takes its policies by path already.
       opaque: the primitive that holds it, which autocast left as it was traced; empty elsewhere.
       line: the user's source line, `file.py:12 (function)`, in a notebook `Cell In[3]:12
@@ -55,7 +55,7 @@ class Place(NamedTuple):
     backward: bool = False
     tangent: bool = False
     recomputed: bool = False
-    untouched: bool = False
+    no_autocast: bool = False
     carried: bool = False
     opaque: str = ""
     line: str = ""
@@ -67,7 +67,7 @@ class Place(NamedTuple):
         return "backward" if self.backward else "forward"
 
 
-NOWHERE = Place()
+NOWHERE = Location()
 
 
 @functools.lru_cache(maxsize=65536)
@@ -75,7 +75,7 @@ def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """Module names of a name stack's elements, and the flags of a Place in their order."""
     names: list[str] = []
     before, again = "", 0
-    backward = tangent = recomputed = untouched = carried = False
+    backward = tangent = recomputed = no_autocast = carried = False
     opaque = ""
     for element in stack:
         kind, name = type(element).__name__, element.name
@@ -85,8 +85,8 @@ def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
             tangent |= name == "jvp"
         elif name == RECOMPUTED:
             recomputed = True
-        elif name == UNTOUCHED:
-            untouched = True
+        elif name == NO_AUTOCAST:
+            no_autocast = True
         elif name == CARRIED:
             carried = True
         elif name.startswith(OPAQUE):
@@ -97,7 +97,7 @@ def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     if names[again : 2 * again] == names[:again]:
         names = names[again:]  # a rule within the gradient of a rule names its scopes from the root
     names = [name for name in names if not _CLASS.match(name)] or names
-    return tuple(names), (backward, tangent, recomputed, untouched, carried, opaque)
+    return tuple(names), (backward, tangent, recomputed, no_autocast, carried, opaque)
 
 
 def _root(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def _shown(file: str) -> str:
     return " ".join(cell) if cell else file
 
 
-def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
+def location_of(eqn: JaxprEqn, outer: Location, *, line: bool = True) -> Location:
     """Returns where an equation stands.
 
     Args:
@@ -147,13 +147,13 @@ def place_of(eqn: JaxprEqn, outer: Place, *, line: bool = True) -> Place:
     path = "/".join(names)
     if outer.path and path:
         path = f"{outer.path}/{path}"
-    backward, tangent, recomputed, untouched, carried, opaque = flags
-    return Place(
+    backward, tangent, recomputed, no_autocast, carried, opaque = flags
+    return Location(
         path or outer.path,
         backward or outer.backward,
         tangent or outer.tangent,
         recomputed or outer.recomputed,
-        untouched or outer.untouched,
+        no_autocast or outer.no_autocast,
         carried or outer.carried,
         opaque or outer.opaque,
         _line(eqn.source_info.traceback, outer.line) if line else outer.line,

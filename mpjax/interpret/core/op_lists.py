@@ -2,7 +2,7 @@
 
 An operation is known by the name of its primitive, or of the function that JAX keeps as one call
 (`jit[name=log_softmax]`, a custom rule). What JAX leaves no name of (softmax, logsumexp, norms) is
-covered by the primitives in it and by demand (see `demand`).
+covered by the primitives in it and by `float32_consumers`.
 
 References:
   PyTorch documentation, Automatic Mixed Precision package, Autocast Op Reference.
@@ -215,6 +215,6 @@ def make_lists(base: str, low: Iterable[str], full: Iterable[str], widest: Itera
 
 def _is_operation(name: str) -> bool:
     """Whether a primitive or a public function of JAX has this name."""
-    places = (jax.numpy, jax.nn, jax.lax, jax.numpy.linalg, jax.scipy.special)
+    locations = (jax.numpy, jax.nn, jax.lax, jax.numpy.linalg, jax.scipy.special)
     primitive = f"{name.replace('-', '_')}_p"
-    return any(hasattr(place, name) for place in places) or hasattr(primitives, primitive)
+    return any(hasattr(location, name) for location in locations) or hasattr(primitives, primitive)

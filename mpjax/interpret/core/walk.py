@@ -25,14 +25,14 @@ from jax.extend.core import (
     jaxpr_as_fun,
 )
 
-from mpjax.interpret.core.location import NOWHERE, Place, place_of
+from mpjax.interpret.core.location import NOWHERE, Location, location_of
 from mpjax.interpret.core.retrace import is_staged
 from mpjax.ops.linear_map import applied, linear_map_p
 
 # What evaluates a jaxpr as if its equations stood in its place, and what has a rule beside it.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
-Visit = Callable[[JaxprEqn, Place, list[Any]], Sequence[Any]]
+Visit = Callable[[JaxprEqn, Location, list[Any]], Sequence[Any]]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -111,7 +111,7 @@ def walk(
     closed: ClosedJaxpr,
     args: Sequence[Any],
     visit: Visit,
-    outer: Place = NOWHERE,
+    outer: Location = NOWHERE,
     *,
     lines: bool = True,
 ) -> list[Any]:
@@ -141,25 +141,25 @@ def walk(
             source_info_util.user_context(info.traceback, name_stack=before + info.name_stack),
             eqn.ctx.manager,
         ):
-            outs = visit(eqn, place_of(eqn, outer, line=lines), [read(a) for a in eqn.invars])
+            outs = visit(eqn, location_of(eqn, outer, line=lines), [read(a) for a in eqn.invars])
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in last.get(index, ()):
             env.pop(var, None)
     return [read(atom) for atom in jaxpr.outvars]
 
 
-class Site(NamedTuple):
+class LocatedEquation(NamedTuple):
     """An equation, its place and the jaxpr that holds it.
 
     Args:
       eqn: the equation.
-      place: where it stands; `place.loops` counts how often it runs.
+      location: where it stands; `location.loops` counts how often it runs.
       holder: the jaxpr that it is an equation of.
       depth: how many equations hold it.
     """
 
     eqn: JaxprEqn
-    place: Place
+    location: Location
     holder: Jaxpr
     depth: int
 
@@ -212,8 +212,8 @@ def inner_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
 
 
 def equations(
-    closed: ClosedJaxpr, outer: Place = NOWHERE, *, lines: bool = True, depth: int = 0
-) -> Iterator[Site]:
+    closed: ClosedJaxpr, outer: Location = NOWHERE, *, lines: bool = True, depth: int = 0
+) -> Iterator[LocatedEquation]:
     """Yields every equation of a program, those inside control flow after the one that holds them.
 
     Args:
@@ -223,9 +223,9 @@ def equations(
       depth: how many equations hold it already.
     """
     for eqn in closed.jaxpr.eqns:
-        place = place_of(eqn, outer, line=lines)
-        yield Site(eqn, place, closed.jaxpr, depth)
-        within = place._replace(loops=place.loops * int(eqn.params.get("length", 1) or 1))
-        within = within if eqn.primitive.name == "scan" else place
+        location = location_of(eqn, outer, line=lines)
+        yield LocatedEquation(eqn, location, closed.jaxpr, depth)
+        within = location._replace(loops=location.loops * int(eqn.params.get("length", 1) or 1))
+        within = within if eqn.primitive.name == "scan" else location
         for inner in inner_jaxprs(eqn):
             yield from equations(inner, within, lines=lines, depth=depth + 1)

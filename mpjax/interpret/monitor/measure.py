@@ -115,11 +115,11 @@ def _sampled(rows: Any, sample: int) -> Any:
     if not sample or size <= sample:
         return rows
     parts = np.arange(sample) + np.random.default_rng(0).random(sample)
-    places = np.minimum(parts * (size / sample), size - 1).astype(np.int64)
+    locations = np.minimum(parts * (size / sample), size - 1).astype(np.int64)
     order = _in_order(lax.bitcast_convert_type(rows, jnp.int32))
     ends = [reduce(order, axis=1, keepdims=True) for reduce in (jnp.max, jnp.min)]
     ends = [lax.bitcast_convert_type(_in_order(end), jnp.float32) for end in ends]
-    return jnp.concatenate([rows[:, places], *ends], axis=1)
+    return jnp.concatenate([rows[:, locations], *ends], axis=1)
 
 
 def _in_order(bits: Any) -> Any:

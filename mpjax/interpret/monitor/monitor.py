@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from mpjax.errors import ConfigError, brief
 from mpjax.interpret.core.control_flow import Rebind
-from mpjax.interpret.core.location import Place, unmatched
+from mpjax.interpret.core.location import Location, unmatched
 from mpjax.interpret.core.retrace import Records, Result
 from mpjax.interpret.core.trace import check_function, trace
 from mpjax.interpret.core.walk import bind, scan_sizes, walk
@@ -60,7 +60,7 @@ class _Monitor:
 
     def run(self, closed: ClosedJaxpr, args: Sequence[Any]) -> Monitored:
         """Evaluates a program and returns what was measured."""
-        outs, records, _ = self._evaluate(closed, args, Place(), whole=True)
+        outs, records, _ = self._evaluate(closed, args, Location(), whole=True)
         found: dict[str, dict[str, Any]] = {kind: {} for kind in Monitored._fields}
         for (kind, name), pair in _of_calls(records).items():
             found[kind][name] = Statistics(*pair, self._formats if kind in KINDS else ())
@@ -77,15 +77,15 @@ class _Monitor:
         return any(pattern == "**" or matches(pattern, path) for pattern in self._where)
 
     def _evaluate(
-        self, closed: ClosedJaxpr, args: Sequence[Any], outer: Place, whole: bool = False
+        self, closed: ClosedJaxpr, args: Sequence[Any], outer: Location, whole: bool = False
     ) -> Result:
         records: Records = {}
         pending: list[Pending] = []
         squares: dict[str, Any] = {}  # of this jaxpr only: a value inside a loop cannot leave it
 
-        def visit(eqn: JaxprEqn, place: Place, values: list[Any]) -> Sequence[Any]:
+        def visit(eqn: JaxprEqn, location: Location, values: list[Any]) -> Sequence[Any]:
             def run(inner: ClosedJaxpr, xs: Sequence[Any], number: int) -> Result:
-                return self._evaluate(inner, xs, place)
+                return self._evaluate(inner, xs, location)
 
             result = self._rebind(eqn, values, run)
             outs = bind(eqn, values) if result is None else result.outs
@@ -97,7 +97,7 @@ class _Monitor:
                         _put(records, kind, name, pair)
             for mark in self._tensors.marks.get(id(eqn), ()):
                 x = values[mark.at] if mark.at >= 0 else outs[-1 - mark.at]
-                self._record(mark, place.path, x, pending, squares)
+                self._record(mark, location.path, x, pending, squares)
             if sum(p.x.size for p in pending) > _AT_ONCE:
                 self._measure(pending, records)
             return outs

@@ -180,11 +180,11 @@ def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark:
             if step.transposed and not any(holds) and not _is_batched(step):
                 if not gradients:  # the program returns nothing to follow them back from
                     mark(step, Mark("gradients", -1, "weight" + site))
-            elif not (step.place.recomputed and step.place.backward):
+            elif not (step.location.recomputed and step.location.backward):
                 mark(step, Mark(kind, -1, role + site))
         elif step.name == "reduce_max" and not step.transposed and _feeds_softmax(step):
             mark(step, Mark("logits", 0))
-        elif not step.transposed and not step.place.recomputed and step.place.path:
+        elif not step.transposed and not step.location.recomputed and step.location.path:
             for i, out in enumerate(step.outs):
                 if _leaves(out, step) and out.aval.ndim and out.aval.size > 1 and new(out):
                     mark(step, Mark("activations", -1 - i, "output"))
@@ -196,12 +196,12 @@ def _is_batched(step: Step) -> bool:
 
 def _leaves(value: Value, step: Step) -> bool:
     """Whether a module gives this value: something forward outside of it reads it."""
-    inside = f"{step.place.path}/"
+    inside = f"{step.location.path}/"
     ways = (value, *value.joins)
-    readers = [r for v in ways for r in v.readers if not r.place.backward]
+    readers = [r for v in ways for r in v.readers if not r.location.backward]
     return is_float(value.aval) and (
         any(v.returned for v in ways)
-        or any(not f"{r.place.path}/".startswith(inside) for r in readers)
+        or any(not f"{r.location.path}/".startswith(inside) for r in readers)
     )
 
 
@@ -209,13 +209,13 @@ def _sites(steps: Sequence[Step]) -> dict[int, str]:
     """What tells the products of one module apart: the number of their line, from the second on."""
     lines: dict[Any, dict[str, None]] = {}
     for step in steps:
-        lines.setdefault((step.place.path, step.transposed), {})[step.place.line] = None
+        lines.setdefault((step.location.path, step.transposed), {})[step.location.line] = None
     found = {}
     for step in steps:
-        mine = list(lines[step.place.path, step.transposed])
+        mine = list(lines[step.location.path, step.transposed])
         if step.transposed:
             mine.reverse()  # the backward pass meets the last product first
-        number = mine.index(step.place.line) + 1
+        number = mine.index(step.location.line) + 1
         found[id(step)] = str(number) if len(mine) > 1 else ""
     return found
 

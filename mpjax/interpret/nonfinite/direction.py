@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
-from mpjax.interpret.core.location import Place, place_of
+from mpjax.interpret.core.location import Location, location_of
 from mpjax.interpret.core.walk import inner_jaxprs
 
 _WHOLE = ("scan", "while", "cond", "shard_map")  # what their outputs follow from is not told apart
@@ -34,13 +34,13 @@ def direction(closed: ClosedJaxpr, key: Sequence[int | None]) -> str:
         holds (None for the body of a loop), and its own.
     """
     wanted = [True] * len(closed.jaxpr.outvars)
-    jaxpr, outer = closed.jaxpr, Place()
+    jaxpr, outer = closed.jaxpr, Location()
     numbers = list(key)
     while True:
         index = numbers.pop(0)
         assert index is not None
-        eqn, place = jaxpr.eqns[index], place_of(jaxpr.eqns[index], outer, line=False)
-        if place.backward:
+        eqn, location = jaxpr.eqns[index], location_of(jaxpr.eqns[index], outer, line=False)
+        if location.backward:
             return "backward"
         forward, read = _forward(jaxpr, wanted, outer)
         if not forward[index]:
@@ -53,7 +53,7 @@ def direction(closed: ClosedJaxpr, key: Sequence[int | None]) -> str:
         held = held_jaxprs(eqn)
         inner = held[number if number is not None else len(held) - 1].jaxpr
         wanted = _inner_wanted(eqn, inner, [_is_read(var, read) for var in eqn.outvars])
-        jaxpr, outer = inner, place
+        jaxpr, outer = inner, location
 
 
 def _is_read(var: Var, read: dict[Var, bool]) -> bool:
@@ -72,7 +72,7 @@ def _inner_wanted(eqn: JaxprEqn, inner: Jaxpr, wanted: Sequence[bool]) -> list[b
 
 
 def _forward(
-    jaxpr: Jaxpr, wanted: Sequence[bool], outer: Place
+    jaxpr: Jaxpr, wanted: Sequence[bool], outer: Location
 ) -> tuple[list[bool], dict[Var, bool]]:
     """Which equations are forward; and of each value that is read, whether something forward does.
 
@@ -92,37 +92,37 @@ def _forward(
     found = [False] * len(jaxpr.eqns)
     for index in range(len(jaxpr.eqns) - 1, -1, -1):
         eqn = jaxpr.eqns[index]
-        place = place_of(eqn, outer, line=False)
+        location = location_of(eqn, outer, line=False)
         outs = [_is_read(var, read) for var in eqn.outvars]
         used = any(var in read for var in eqn.outvars)
-        found[index] = not place.backward and (not used or any(outs))
+        found[index] = not location.backward and (not used or any(outs))
         ins = [found[index]] * len(eqn.invars)
         held = held_jaxprs(eqn)
         if found[index] and len(held) == 1 and len(held[0].jaxpr.invars) == len(eqn.invars):
             inner = held[0].jaxpr
-            _, within = _forward(inner, _inner_wanted(eqn, inner, outs), place)
+            _, within = _forward(inner, _inner_wanted(eqn, inner, outs), location)
             ins = [within.get(var, False) for var in inner.invars]
         note(eqn.invars, ins)
     return found, read
 
 
-def _holds_backward(eqn: JaxprEqn, outer: Place) -> bool:
-    place = place_of(eqn, outer, line=False)
-    if place.backward:
+def _holds_backward(eqn: JaxprEqn, outer: Location) -> bool:
+    location = location_of(eqn, outer, line=False)
+    if location.backward:
         return True
     return any(
-        _holds_backward(inner, place) for held in held_jaxprs(eqn) for inner in held.jaxpr.eqns
+        _holds_backward(inner, location) for held in held_jaxprs(eqn) for inner in held.jaxpr.eqns
     )
 
 
-def _is_optimizer(jaxpr: Jaxpr, index: int, outer: Place) -> bool:
+def _is_optimizer(jaxpr: Jaxpr, index: int, outer: Location) -> bool:
     """Whether an equation comes after the gradients and follows from them, or from none of it."""
     if outer.tangent:
         return False
     backward = [i for i, eqn in enumerate(jaxpr.eqns) if _holds_backward(eqn, outer)]
     if not backward or index <= backward[-1]:
         return False
-    if place_of(jaxpr.eqns[index], outer, line=False).tangent:
+    if location_of(jaxpr.eqns[index], outer, line=False).tangent:
         return False
     follows: dict[Var, set[str]] = {}
     for eqn in jaxpr.eqns[: index + 1]:
@@ -136,20 +136,20 @@ def _of(atom: object, follows: dict[Var, set[str]]) -> set[str]:
     return follows.get(atom, set()) if isinstance(atom, Var) else set()
 
 
-def _follows(eqn: JaxprEqn, ins: Sequence[set[str]], outer: Place) -> list[set[str]]:
+def _follows(eqn: JaxprEqn, ins: Sequence[set[str]], outer: Location) -> list[set[str]]:
     """Of each output, whether it follows from forward and from backward equations."""
-    place, everything = place_of(eqn, outer, line=False), set().union(*ins)
-    if place.backward:
+    location, everything = location_of(eqn, outer, line=False), set().union(*ins)
+    if location.backward:
         return [everything | {"backward"}] * len(eqn.outvars)
     held = held_jaxprs(eqn)
     if len(held) == 1 and eqn.primitive.name not in _WHOLE and len(ins) == len(held[0].in_avals):
         inner = held[0].jaxpr
         follows = dict(zip(inner.invars, ins, strict=True))
         for each in inner.eqns:
-            parts = _follows(each, [_of(atom, follows) for atom in each.invars], place)
+            parts = _follows(each, [_of(atom, follows) for atom in each.invars], location)
             follows |= dict(zip(each.outvars, parts, strict=True))
         return [_of(atom, follows) for atom in inner.outvars]
-    if place.tangent:
+    if location.tangent:
         everything = everything | {"forward"}
     if _holds_backward(eqn, outer):
         everything = everything | {"backward"}

@@ -1,10 +1,10 @@
 """The first fault that matters, among all that a program makes.
 
-An infinity that nobody feels is no fault: `where(x > 0, log(x), 0)` at 0, `minimum(1, 1 / norm)` at
-norm 0. One matters that comes through to an output, or to what a gate asks whether it is finite,
-see `reach`. If none does, one may matter that left finite numbers behind, as in 1 / (1 + inf).
-That is tried: in a program in which every fault is repaired (the nearest finite number in its
-place) one of them is let through. If an output changes, it matters.
+An infinity that does not reach an output or a finiteness check is ignored, as in
+`where(x > 0, log(x), 0)` at 0 or `minimum(1, 1 / norm)` at norm 0 (see `propagation`). If none
+reaches one, a fault may still have left wrong finite numbers behind, as in 1 / (1 + inf). That is
+tried: in a program in which every fault is repaired (replaced by the nearest finite number), one
+fault at a time is left as it is. If an output changes, that fault matters.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from mpjax.interpret.nonfinite.fault import can_make, is_number
-from mpjax.interpret.nonfinite.instrument import Watch
-from mpjax.interpret.nonfinite.propagation import Reach
+from mpjax.interpret.nonfinite.instrument import InstrumentedProgram
+from mpjax.interpret.nonfinite.propagation import Propagation
 from mpjax.interpret.nonfinite.sites import SEEN, Found, Key
 
 _FIRST, _AT_ONCE = 8, 32  # sites that are looked at closely in one more program: at first, later
 
 
-class Culprit(NamedTuple):
+class FirstFault(NamedTuple):
     """The first fault that matters.
 
     Args:
@@ -31,7 +31,7 @@ class Culprit(NamedTuple):
       others: sites that are not finite for other reasons.
       reached: whether it came through to an output, not only finite numbers that it left behind.
       outs: the numbers of the outputs that it came through to.
-      watch: the plain run.
+      instrumented: the plain run.
       records: of the run in which it was looked at.
     """
 
@@ -39,65 +39,73 @@ class Culprit(NamedTuple):
     others: frozenset[Key]
     reached: bool
     outs: frozenset[int]
-    watch: Watch
+    instrumented: InstrumentedProgram
     records: dict[Any, Any]
 
 
-def first_culprit(closed: ClosedJaxpr, args: Sequence[Any], shards: bool) -> Culprit | None:
-    """Returns the first fault that an output feels, or None.
+def find_first_fault(closed: ClosedJaxpr, args: Sequence[Any], shards: bool) -> FirstFault | None:
+    """Returns the first fault that affects an output, or None.
 
     Args:
       closed: the program.
       args: its arguments.
       shards: whether to look at which devices it broke on.
     """
-    plain = Watch(closed)
+    plain = InstrumentedProgram(closed)
     records, _ = plain(args)
     checked: list[Key] = []
-    watch: Watch | None = None
+    instrumented: InstrumentedProgram | None = None
     healthy: Any = None
-    bad = plain.found(records)
-    broken = frozenset(f.key for f in bad)
-    while new := [f.key for f in bad if _is_new(f, plain, checked)]:
+    nonfinite = plain.found(records)
+    broken = frozenset(f.key for f in nonfinite)
+    while new := [f.key for f in nonfinite if _is_new(f, plain, checked)]:
         checked += new[: _AT_ONCE if checked else _FIRST]
-        looked = Watch(closed, checked=tuple(checked), shards=shards, only=frozenset(checked))
+        looked = InstrumentedProgram(
+            closed, checked=tuple(checked), shards=shards, only=frozenset(checked)
+        )
         records, _ = looked(args)
         found = [f for f in looked.found(records) if f.key in checked and f.code < SEEN]
         for one in found:
-            reach = Reach(closed, {one.key}, plain.sites, broken)
-            if reach.felt:
-                return Culprit(one, broken - reach.touched, True, reach.outs, plain, records)
+            propagation = Propagation(closed, {one.key}, plain.sites, broken)
+            if propagation.affects_output:
+                return FirstFault(
+                    one, broken - propagation.reached_sites, True, propagation.outs, plain, records
+                )
         if found:  # what they left behind is looked for in a program that repairs them
-            watch = Watch(closed, checked=tuple(checked), shards=shards)
-            records, healthy = watch(args, checked)
-            bad = watch.found(records)
-    if watch is None:
+            instrumented = InstrumentedProgram(closed, checked=tuple(checked), shards=shards)
+            records, healthy = instrumented(args, checked)
+            nonfinite = instrumented.found(records)
+    if instrumented is None:
         return None
     # All others are finite by now, or not finite for a reason that is no fault.
-    found = [f for f in bad if f.code < SEEN]
+    found = [f for f in nonfinite if f.code < SEEN]
     keys = [f.key for f in found]
     for one in found:
-        records, felt = watch(args, [key for key in keys if key != one.key])
-        if felt != healthy:
-            return _alone(plain, watch, args, one.key, records)
+        records, outputs = instrumented(args, [key for key in keys if key != one.key])
+        if outputs != healthy:
+            return _alone(plain, instrumented, args, one.key, records)
     if not found:
         return None
-    records, felt = watch(args)
+    records, outputs = instrumented(args)
     given = any(is_number(x) and bool(jnp.any(jnp.isnan(x))) for x in args)
-    if felt == healthy and (given or not any(nan for _, nan in felt)):
+    if outputs == healthy and (given or not any(nan for _, nan in outputs)):
         return None
-    # no fault alone is felt, together they are
-    return _alone(plain, watch, args, found[0].key, records)
+    # no fault alone affects an output, together they do
+    return _alone(plain, instrumented, args, found[0].key, records)
 
 
-def _is_new(found: Found, plain: Watch, checked: Sequence[Key]) -> bool:
+def _is_new(found: Found, plain: InstrumentedProgram, checked: Sequence[Key]) -> bool:
     return found.key not in checked and can_make(plain.sites[found.key].eqn)
 
 
 def _alone(
-    plain: Watch, watch: Watch, args: Sequence[Any], key: Key, records: dict[Any, Any]
-) -> Culprit:
-    (found,) = [f for f in watch.found(records) if f.key == key]
-    without, _ = watch(args, [key])
-    others = frozenset(f.key for f in watch.found(without)) - {key}
-    return Culprit(found, others, False, frozenset(), plain, records)
+    plain: InstrumentedProgram,
+    instrumented: InstrumentedProgram,
+    args: Sequence[Any],
+    key: Key,
+    records: dict[Any, Any],
+) -> FirstFault:
+    (found,) = [f for f in instrumented.found(records) if f.key == key]
+    without, _ = instrumented(args, [key])
+    others = frozenset(f.key for f in instrumented.found(without)) - {key}
+    return FirstFault(found, others, False, frozenset(), plain, records)

@@ -24,7 +24,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
 from mpjax.interpret.core.control_flow import Rebind
-from mpjax.interpret.core.location import Place
+from mpjax.interpret.core.location import Location
 from mpjax.interpret.core.platforms import branch_taken, check_platform
 from mpjax.interpret.core.retrace import Result, cast, is_float
 from mpjax.interpret.core.shard_map import agreed
@@ -56,14 +56,14 @@ from mpjax.interpret.nonfinite.sites import (
 from mpjax.interpret.nonfinite.summaries import among, digest, has_nan, range_of
 from mpjax.interpret.nonfinite.widen import is_low, widened
 
-Frame = list[tuple[Key, Any]]  # sites of one trace, with their codes
+SiteCodes = list[tuple[Key, Any]]  # sites of one trace, with their codes
 
 # Evaluated within the trace of what holds them.
 _SAME = CALLS | CUSTOM_RULES
 
 
 @dataclasses.dataclass
-class Watch:
+class InstrumentedProgram:
     """What to do while a program runs.
 
     Args:
@@ -78,13 +78,13 @@ class Watch:
     closed: ClosedJaxpr
     checked: tuple[Key, ...] = ()
     shards: bool = False
-    wide: Callable[[Key, Place], bool] | None = None
+    wide: Callable[[Key, Location], bool] | None = None
     only: Collection[Key] | None = None
 
     def __post_init__(self) -> None:
         self._platform = check_platform("trace_nonfinite", None)
         self.sites: dict[Key, Site] = {}
-        self._frames: dict[Key, tuple[Key, ...]] = {}
+        self._site_keys: dict[Key, tuple[Key, ...]] = {}
         self._rebind = Rebind(first)
         self._repairs: Any = None
         self._compiled: Any = None
@@ -120,11 +120,11 @@ class Watch:
 
     def found(self, records: dict[Any, Any]) -> list[Found]:
         """Returns the sites that were not finite or at fault, in the order of execution."""
-        return sorted(found_in(self.sites, self._frames, records), key=lambda f: f.order)
+        return sorted(found_in(self.sites, self._site_keys, records), key=lambda f: f.order)
 
     def _run(self, args: list[Any], repairs: Any) -> tuple[list[Any], Any, Any]:
-        self.sites, self._frames, self._repairs = {}, {}, repairs
-        outs, records, _ = self._evaluate(self.closed, args, Place(), (), (), None)
+        self.sites, self._site_keys, self._repairs = {}, {}, repairs
+        outs, records, _ = self._evaluate(self.closed, args, Location(), (), (), None)
         if self.closed.jaxpr.eqns:
             records |= self._outputs(outs)
         self._masked = [key for key in records if key[0] == MASK]
@@ -145,8 +145,8 @@ class Watch:
                 codes.append(jnp.where(all_finite(x), jnp.int32(FINE), jnp.int32(SEEN)))
             if codes:
                 key = output_key(self.closed, number)
-                self.sites[key] = Site(self.closed.jaxpr.eqns[-1], Place(), ())
-                self._frames[key] = (key,)
+                self.sites[key] = Site(self.closed.jaxpr.eqns[-1], Location(), ())
+                self._site_keys[key] = (key,)
                 code = codes[0]
                 if len(codes) > 1:  # that it does not fit says more than that it is infinite
                     code = jnp.where(code > FINE, code, codes[1])
@@ -157,34 +157,34 @@ class Watch:
         self,
         closed: ClosedJaxpr,
         args: Sequence[Any],
-        outer: Place,
+        outer: Location,
         key: Key,
         levels: tuple[str, ...],
-        frame: Frame | None,
+        site_codes: SiteCodes | None,
     ) -> Result:
         records: dict[Any, Any] = {}
-        count, mine = itertools.count(), [] if frame is None else frame
+        count, mine = itertools.count(), [] if site_codes is None else site_codes
 
-        def visit(eqn: JaxprEqn, place: Place, values: list[Any]) -> list[Any]:
-            outs, found, _ = self._visit(eqn, place, values, (*key, next(count)), levels, mine)
+        def visit(eqn: JaxprEqn, location: Location, values: list[Any]) -> list[Any]:
+            outs, found, _ = self._visit(eqn, location, values, (*key, next(count)), levels, mine)
             records.update(found)
             return outs
 
         outs = walk(closed, args, visit, outer, lines=False)
-        if frame is None and mine:
+        if site_codes is None and mine:
             mine.sort(key=lambda pair: pair[1].dtype != jnp.bool_)  # so that few are converted
-            self._frames[key] = tuple(each for each, _ in mine)
+            self._site_keys[key] = tuple(each for each, _ in mine)
             records[FLAGS, *key] = packed([code for _, code in mine])
         return Result(outs, records)
 
     def _visit(
         self,
         eqn: JaxprEqn,
-        place: Place,
+        location: Location,
         args: list[Any],
         key: Key,
         levels: tuple[str, ...],
-        frame: Frame,
+        site_codes: SiteCodes,
     ) -> Result:
         name = eqn.primitive.name
 
@@ -193,18 +193,18 @@ class Watch:
                 return Result(jaxpr_as_fun(inner)(*values))
             step = None if name in ("scan", "while") else number
             around = (*levels, *level(eqn))
-            same = frame if name in _SAME else None
-            return self._evaluate(inner, values, place, (*key, step), around, same)
+            same = site_codes if name in _SAME else None
+            return self._evaluate(inner, values, location, (*key, step), around, same)
 
         branch = branch_taken(eqn, self._platform)
         if branch is not None:  # the others are not compiled
             inner = eqn.params["branches"][branch]
-            return self._evaluate(inner, args[1:], place, (*key, branch), levels, frame)
+            return self._evaluate(inner, args[1:], location, (*key, branch), levels, site_codes)
         held = self._rebind(eqn, args, run)
         if held is not None:
             return held
         lost: Any = None
-        if self.wide is not None and self.wide(key, place) and (wide := widened(eqn, args)):
+        if self.wide is not None and self.wide(key, location) and (wide := widened(eqn, args)):
             outs = wide
         else:
             if self.wide is not None:
@@ -215,10 +215,10 @@ class Watch:
         site = asks if self.only is not None else can_make(eqn) or can_stop(eqn) or lost is not None
         if not site and not (self.only is not None and key in self.only):
             return Result(outs)
-        self.sites[key] = Site(eqn, place, levels)
+        self.sites[key] = Site(eqn, location, levels)
         if key in self.checked:
             outs, code, records = self._check(eqn, args, outs, key, levels)
-            frame.append((key, code if lost is None else jnp.maximum(code, lost)))
+            site_codes.append((key, code if lost is None else jnp.maximum(code, lost)))
             return Result(outs, records)
         fine = [jnp.all(out) for out in outs] if asks else []
         if can_make(eqn) or can_stop(eqn):
@@ -227,7 +227,7 @@ class Watch:
         if lost is not None:
             code = jnp.where(code, jnp.int32(FINE), jnp.int32(SEEN))
             code = jnp.where(lost > FINE, lost, code)
-        frame.append((key, code))
+        site_codes.append((key, code))
         return Result(outs)
 
     def _check(

@@ -17,10 +17,10 @@ from mpjax.interpret.core.trace import Program, trace
 from mpjax.interpret.nonfinite.cure import NONE, find_cure
 from mpjax.interpret.nonfinite.direction import direction
 from mpjax.interpret.nonfinite.fault import KINDS, is_number
-from mpjax.interpret.nonfinite.first_fault import Culprit, first_culprit
-from mpjax.interpret.nonfinite.instrument import Watch
+from mpjax.interpret.nonfinite.first_fault import FirstFault, find_first_fault
+from mpjax.interpret.nonfinite.instrument import InstrumentedProgram
 from mpjax.interpret.nonfinite.reason import Range, reason
-from mpjax.interpret.nonfinite.sites import MASK, RANGES, place_at
+from mpjax.interpret.nonfinite.sites import MASK, RANGES, location_at
 from mpjax.interpret.nonfinite.widen import runs_wide
 
 _log = logging.getLogger("mpjax.interpret")
@@ -28,7 +28,7 @@ _log = logging.getLogger("mpjax.interpret")
 
 @dataclasses.dataclass(frozen=True)
 class Nonfinite:
-    """The first operation that made an infinity or a NaN which an output feels.
+    """The first operation that made an infinity or a NaN that affects an output.
 
     Args:
       primitive: its name in JAX; `argument` if the function was given a NaN.
@@ -86,7 +86,7 @@ def trace_nonfinite(
     The function runs once with every operation under watch, compiled as one program; nothing of it
     is edited and no argument is donated. A NaN is a fault where no input is NaN, an infinity where
     all inputs are finite; so masks of -inf and what follows from them are none, but a row that is
-    masked as a whole is, at -inf - -inf. What no output feels is none either, such as log(0) in
+    masked as a whole is, at -inf - -inf. What affects no output is none either, such as log(0) in
     the branch that `where` drops. If something broke, it is compiled and run again: to measure
     what went in, and for each cure that is tried. That takes a few times as long as to find it, so
     one line is logged as soon as it is found (a warning of the logger `mpjax.interpret`; each cure
@@ -127,10 +127,10 @@ def trace_nonfinite(
                 " of jit, with arrays"
             )
     _log.info("trace_nonfinite: the program is compiled with every operation under watch")
-    culprit = first_culprit(program.closed, program.args, _is_spread(program.args))
-    if culprit is None:
+    first_fault = find_first_fault(program.closed, program.args, _is_spread(program.args))
+    if first_fault is None:
         return _given(program)
-    report = _report(program, culprit)
+    report = _report(program, first_fault)
     if not cure:
         return report
     where = ", ".join(part for part in (report.path, report.line) if part)
@@ -138,7 +138,7 @@ def trace_nonfinite(
         "trace_nonfinite: first %s: %s%s (%s); now its cure is looked for (cure=False: it is not)",
         report.kind, report.primitive, f", {where}" if where else "", report.reason,
     )  # fmt: skip
-    return dataclasses.replace(report, cure=find_cure(program, culprit, report.exact))
+    return dataclasses.replace(report, cure=find_cure(program, first_fault, report.exact))
 
 
 def _given(program: Program) -> Nonfinite | None:
@@ -151,7 +151,7 @@ def _given(program: Program) -> Nonfinite | None:
     ]
     if not bad:
         return None
-    _, outs = Watch(program.closed)(program.args)
+    _, outs = InstrumentedProgram(program.closed)(program.args)
     if not any(code for _, code in outs):
         return None
     name, x = bad[0]
@@ -161,19 +161,19 @@ def _given(program: Program) -> Nonfinite | None:
     )  # fmt: skip
 
 
-def _report(program: Program, culprit: Culprit) -> Nonfinite:
-    found = culprit.found
-    eqn = culprit.watch.sites[found.key].eqn
-    ranges, shard, exact = _measured(culprit)
-    place = place_at(program.closed, found.key)
+def _report(program: Program, first_fault: FirstFault) -> Nonfinite:
+    found = first_fault.found
+    eqn = first_fault.instrumented.sites[found.key].eqn
+    ranges, shard, exact = _measured(first_fault)
+    location = location_at(program.closed, found.key)
     kind = KINDS[found.code]
     layers = found.layers
     return Nonfinite(
         primitive=eqn.primitive.name,
-        path=place.path,
+        path=location.path,
         layer=None if not layers else layers[0] if len(layers) == 1 else layers,
         direction=direction(program.closed, found.key),
-        line=place.line,
+        line=location.line,
         kind=kind,
         ranges=ranges,
         shard=shard,
@@ -184,11 +184,11 @@ def _report(program: Program, culprit: Culprit) -> Nonfinite:
 
 
 def _measured(
-    culprit: Culprit,
+    first_fault: FirstFault,
 ) -> tuple[tuple[Range, ...], tuple[int, ...] | None, float | None]:
     """The ranges of the culprit's inputs, the broken shards, and what it gives in float32."""
-    found, records = culprit.found, culprit.records
-    eqn = culprit.watch.sites[found.key].eqn
+    found, records = first_fault.found, first_fault.records
+    eqn = first_fault.instrumented.sites[found.key].eqn
     row = np.asarray(records[RANGES, *found.key])[found.stands]
     values = row[-3 * len(eqn.invars) - 2 : -2]
     avals: list[Any] = [atom.aval for atom in eqn.invars]

@@ -16,14 +16,14 @@ from mpjax.interpret.nonfinite.fault import is_number
 from mpjax.interpret.nonfinite.sites import Key
 
 
-class Reach:
+class Propagation:
     """Where what some sites made went.
 
     Args:
       closed: the program.
       starts: these sites.
       sites: all sites.
-      bad: those that were not finite.
+      nonfinite: those that were not finite.
     """
 
     def __init__(
@@ -31,18 +31,18 @@ class Reach:
         closed: ClosedJaxpr,
         starts: Collection[Key],
         sites: Collection[Key],
-        bad: Collection[Key],
+        nonfinite: Collection[Key],
     ) -> None:
-        self._starts, self._sites, self._bad = starts, sites, bad
+        self._starts, self._sites, self._nonfinite = starts, sites, nonfinite
         self._holders = {key[:size] for key in starts for size in range(1, len(key) + 1)}
-        self._asked = False
-        self.touched: set[Key] = set(starts)
+        self._gate_saw = False
+        self.reached_sites: set[Key] = set(starts)
         outs = self._through(closed.jaxpr, (), [False] * len(closed.jaxpr.invars))
-        self.outs = frozenset(number for number, is_bad in enumerate(outs) if is_bad)
-        self.felt = self._asked or bool(self.outs)
+        self.outs = frozenset(number for number, is_nonfinite in enumerate(outs) if is_nonfinite)
+        self.affects_output = self._gate_saw or bool(self.outs)
 
     def _through(self, jaxpr: Jaxpr, key: Key, ins: Sequence[bool]) -> list[bool]:
-        broken = {var for var, is_bad in zip(jaxpr.invars, ins, strict=True) if is_bad}
+        broken = {var for var, is_nonfinite in zip(jaxpr.invars, ins, strict=True) if is_nonfinite}
         for index, eqn in enumerate(jaxpr.eqns):
             mine = (*key, index)
             given = [isinstance(atom, Var) and atom in broken for atom in eqn.invars]
@@ -50,8 +50,8 @@ class Reach:
                 outs = self._equation(eqn, mine, given)
                 broken |= {
                     var
-                    for var, is_bad in zip(eqn.outvars, outs, strict=True)
-                    if is_bad and is_number(var.aval)
+                    for var, is_nonfinite in zip(eqn.outvars, outs, strict=True)
+                    if is_nonfinite and is_number(var.aval)
                 }
         return [isinstance(atom, Var) and atom in broken for atom in jaxpr.outvars]
 
@@ -61,11 +61,11 @@ class Reach:
         if key in self._starts:
             return [True] * count
         if key in self._sites:
-            if key in self._bad:
-                self.touched.add(key)
-            return [key in self._bad] * count
+            if key in self._nonfinite:
+                self.reached_sites.add(key)
+            return [key in self._nonfinite] * count
         if name == "is_finite":
-            self._asked = True
+            self._gate_saw = True
             return [False]
         held = held_jaxprs(eqn)
         if name == "scan":
@@ -89,8 +89,8 @@ class Reach:
         while True:
             outs = self._through(body, (*key, None), now)
             after = list(now)
-            for number, is_bad in enumerate(outs[:carry]):
-                after[consts + number] |= is_bad
+            for number, is_nonfinite in enumerate(outs[:carry]):
+                after[consts + number] |= is_nonfinite
             if after == now:
                 return outs
             now = after

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from mpjax.interpret.core.location import Place, place_of
+from mpjax.interpret.core.location import Location, location_of
 from mpjax.interpret.nonfinite.direction import held_jaxprs
 from mpjax.interpret.nonfinite.fault import FINE, NAN
 
@@ -32,13 +32,13 @@ class Site(NamedTuple):
 
     Args:
       eqn: its equation.
-      place: where it stands, without its line.
+      location: where it stands, without its line.
       levels: what is around it, from outside in: `scan`, `reverse` (a scan from its end), `while`
         or `shard` (of a `shard_map`).
     """
 
     eqn: JaxprEqn
-    place: Place
+    location: Location
     levels: tuple[str, ...]
 
 
@@ -103,7 +103,7 @@ def _at(site: Site, key: Key, record: np.ndarray, index: tuple[int, ...]) -> Fou
 
 
 def found_in(
-    sites: Mapping[Key, Site], frames: Mapping[Key, Sequence[Key]], records: Mapping[Any, Any]
+    sites: Mapping[Key, Site], site_keys: Mapping[Key, Sequence[Key]], records: Mapping[Any, Any]
 ) -> Iterator[Found]:
     """Yields the sites that were not finite or at fault.
 
@@ -112,8 +112,8 @@ def found_in(
       frames: of each frame, the sites whose records are stacked in it, in order.
       records: what was recorded, by name.
     """
-    for frame, keys in frames.items():
-        flags = records[FLAGS, *frame]
+    for site_codes, keys in site_keys.items():
+        flags = records[FLAGS, *site_codes]
         for number, key in enumerate(keys):
             record = flags[..., number, :]
             if record[..., 0].any():
@@ -132,19 +132,19 @@ def output_key(closed: ClosedJaxpr, number: int) -> Key:
     return len(closed.jaxpr.eqns), number
 
 
-def place_at(closed: ClosedJaxpr, key: Key) -> Place:
+def location_at(closed: ClosedJaxpr, key: Key) -> Location:
     """Returns where a site stands, with its source line."""
-    place, jaxpr = Place(), closed.jaxpr
+    location, jaxpr = Location(), closed.jaxpr
     numbers = list(key)
     while numbers:
         index = numbers.pop(0)
         assert index is not None
         eqn = jaxpr.eqns[index]
-        place = place_of(eqn, place)
+        location = location_of(eqn, location)
         if numbers:
             number, held = numbers.pop(0), held_jaxprs(eqn)
             jaxpr = held[number if number is not None else len(held) - 1].jaxpr
-    return place
+    return location
 
 
 def packed(codes: Sequence[Any]) -> Any:

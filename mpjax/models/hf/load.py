@@ -23,7 +23,7 @@ from mpjax.models.hf.tensor_files import Tensors
 from mpjax.precision import Precision
 
 _FEW = 100  # layers
-Place = Callable[[tuple[str | None, ...], tuple[int, ...]], Any]
+Placement = Callable[[tuple[str | None, ...], tuple[int, ...]], Any]
 
 
 def load_checkpoint(
@@ -35,7 +35,7 @@ def load_checkpoint(
     key: Any = None,
     unused: Sequence[str] = (),
     ignore: Collection[str] = (),
-    place: Place | None = None,
+    place: Placement | None = None,
     revision: str | None = None,
     **changes: Any,
 ) -> tuple[Any, Any]:
@@ -140,7 +140,7 @@ def load_params(
     new: Sequence[str] = (),
     key: Any = None,
     unused: Sequence[str] = (),
-    place: Place | None = None,
+    place: Placement | None = None,
 ) -> Any:
     """Returns a model's parameters from a checkpoint; arguments as of `load_checkpoint`."""
     draw = jax.random.key(0) if key is None else key

@@ -212,7 +212,7 @@ def two_paths(w: Any, x: Any) -> Any:
 def test_allowed_paths_may_be_wide() -> None:
     assert_low_precision(two_paths, W, X, allow=["decoder/head"])
     assert_low_precision(two_paths, W, X, allow=["**/head"])
-    with pytest.raises(AssertionError, match=r"test_audit_leaks.py:\d+ .*decoder/head") as caught:
+    with pytest.raises(AssertionError, match=r"test_leaks.py:\d+ .*decoder/head") as caught:
         assert_low_precision(two_paths, W, X, allow=["decoder/mlp"])
     assert ".astype(bfloat16)" in str(caught.value)
 

@@ -339,7 +339,7 @@ def test_what_cannot_be_cast_is_said_once_and_listed(caplog: pytest.LogCaptureFi
         found = low(a, X[0])
         low(a, X[0])
     (line,) = caplog.messages
-    assert "test_autocast_calls.py" in line and "custom_linear_solve stays as it was traced" in line
+    assert "test_calls.py" in line and "custom_linear_solve stays as it was traced" in line
     exact = np.linalg.solve(np.asarray(a, np.float64), np.asarray(X[0], np.float64))
     assert _off(found, exact) < 1e-5  # not low: 8 bits would not reach its tolerance
 

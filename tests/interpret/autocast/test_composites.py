@@ -187,7 +187,7 @@ def test_composite_of_float32_stays_in_float32(name):
 
 def test_composites_need_backward_demand(monkeypatch):
     """The same check fails where only the listed operations run in float32."""
-    monkeypatch.setattr(evaluate, "demanded", lambda *_: frozenset())
+    monkeypatch.setattr(evaluate, "float32_consumers", lambda *_: frozenset())
     names = ("jax.nn.softmax", "softmax by hand", "flax LayerNorm")
     found = _results(names)
     close = {

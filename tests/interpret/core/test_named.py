@@ -39,7 +39,7 @@ OF = {"nnx": nnx_model, "equinox": equinox_model}
 def paths(fn: Callable[..., Any], *args: Any, name: str = "dot_general") -> list[str]:
     """The module path of each product, in the order in which they run."""
     program = trace("test", fn, args, {})
-    return [s.place.path for s in equations(program.closed) if s.eqn.primitive.name == name]
+    return [s.location.path for s in equations(program.closed) if s.eqn.primitive.name == name]
 
 
 def expected(layers: int, parts: dict[str, int], mlp: tuple[str, ...]) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.interpret.core.trace import trace
-from mpjax.interpret.nonfinite.instrument import Watch
+from mpjax.interpret.nonfinite.instrument import InstrumentedProgram
 from mpjax.ops import dot_general
 from mpjax.precision import get_recipe, recipe_names
 
@@ -34,7 +34,7 @@ def made(name: str, a: np.ndarray, b: np.ndarray) -> list[str]:
         return jnp.vdot(y, y)
 
     program = trace("test", jax.grad(loss, (0, 1)), (jnp.asarray(a), jnp.asarray(b)), {})
-    watch = Watch(program.closed)
+    watch = InstrumentedProgram(program.closed)
     records, _ = watch(program.args)
     return [watch.sites[found.key].eqn.primitive.name for found in watch.found(records)]
 

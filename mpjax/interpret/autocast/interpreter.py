@@ -10,10 +10,10 @@ import jax
 from jax.extend.core import ClosedJaxpr
 
 from mpjax.interpret.autocast.cotangents import Sides, sides
-from mpjax.interpret.autocast.evaluate import Equations
-from mpjax.interpret.autocast.rules import Region, Regions
+from mpjax.interpret.autocast.evaluate import CastScope
+from mpjax.interpret.autocast.rules import CastPolicy, CastRules
 from mpjax.interpret.core.control_flow import Rebind
-from mpjax.interpret.core.location import Place
+from mpjax.interpret.core.location import Location
 from mpjax.interpret.core.op_lists import Lists
 from mpjax.interpret.core.retrace import Result
 from mpjax.interpret.core.walk import walk
@@ -21,20 +21,20 @@ from mpjax.interpret.core.walk import walk
 _log = logging.getLogger("mpjax.interpret")
 
 
-class Caster:
+class CastInterpreter:
     """One autocast of one function call.
 
     Args:
-      regions: what happens where.
+      cast_rules: what happens where.
       lists: which operations run low.
       said: what was logged already; each line is logged once.
       key: for recipes that draw random numbers.
     """
 
     def __init__(
-        self, regions: Regions, lists: Lists, said: set[str] | None = None, key: Any = None
+        self, cast_rules: CastRules, lists: Lists, said: set[str] | None = None, key: Any = None
     ) -> None:
-        self.regions = regions
+        self.cast_rules = cast_rules
         self.lists = lists
         self._said = set() if said is None else said
         self._key, self._drawn = key, 0
@@ -49,16 +49,16 @@ class Caster:
             self._said.add(line)
             _log.warning("%s", line)
 
-    def draw(self, region: Region) -> Any:
+    def draw(self, cast_policy: CastPolicy) -> Any:
         """A key of its own for each product whose recipe draws; None without one."""
-        if self._key is None or region.recipe is None or not region.recipe.uses_key:
+        if self._key is None or cast_policy.recipe is None or not cast_policy.recipe.uses_key:
             return None
         self._drawn += 1
         return jax.random.fold_in(self._key, self._drawn)
 
     def learn(self, rule: ClosedJaxpr, kept: int) -> None:
         """Takes note of the gradients in a backward rule, all its arguments after the kept ones."""
-        if self.regions.quantises:
+        if self.cast_rules.quantises:
             self._rules.append(rule)
             self.gradients |= sides(rule, kept)
 
@@ -67,12 +67,12 @@ class Caster:
         closed: ClosedJaxpr,
         args: Sequence[Any],
         weak: Sequence[float | None],
-        outer: Place,
+        outer: Location,
         lists: Lists | None = None,
     ) -> Result:
         """Evaluates a jaxpr; the note is, for each output, its bound if it is a weak constant."""
         lists = self.lists if lists is None else lists
-        frame = Equations(self, closed, args, weak, outer, lists)
-        outs = walk(closed, args, frame.visit, outer, lines=False)
-        note = [frame.weak.bound(atom) for atom in closed.jaxpr.outvars]
+        scope = CastScope(self, closed, args, weak, outer, lists)
+        outs = walk(closed, args, scope.visit, outer, lines=False)
+        note = [scope.weak.bound(atom) for atom in closed.jaxpr.outvars]
         return Result(list(outs), {}, note)
