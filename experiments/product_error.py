@@ -16,7 +16,7 @@ import numpy as np
 from mpjax.formats import Format
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops import dot_general, hadamard
-from mpjax.ops.quantized import encode, opened
+from mpjax.ops.quantized import opened, quantize_operand
 from mpjax.precision import Operand, Recipe, get_recipe
 
 MATMUL = (((1,), (0,)), ((), ()))
@@ -178,7 +178,9 @@ def distinct(names: Sequence[str], size: int, compute: Any) -> list[dict[str, An
         recipe = find(name)
         six = (*recipe.fprop, *recipe.dgrad, *recipe.wgrad)
         for number, (operand, (label, data, axis)) in enumerate(zip(six, roles, strict=True)):
-            values = encode(jnp.asarray(data), operand, (axis,), jax.random.key(3), compute).values
+            values = quantize_operand(
+                jnp.asarray(data), operand, (axis,), jax.random.key(3), compute
+            ).values
             limit = None if operand is None else 2 ** Format(operand.format).bits
             # -0 and 0 are one value: np.unique compares
             count = len(np.unique(np.asarray(values.astype(jnp.float32))))
@@ -213,7 +215,9 @@ def with_outliers(names: Sequence[str], outliers: Outliers, compute: Any) -> lis
         @jax.jit
         def seen(x: Any, key: Any, recipe: Recipe = recipe) -> list[Any]:
             pairs = ((recipe.fprop[0], 1), (recipe.wgrad[0], 0))
-            factors = [encode(x.astype(compute), o, (axis,), key, compute) for o, axis in pairs]
+            factors = [
+                quantize_operand(x.astype(compute), o, (axis,), key, compute) for o, axis in pairs
+            ]
             return [opened(f).astype(jnp.float32) for f in factors]
 
         for seed, size, ordinary, inputs, (exact_y, _, exact_dw) in cases:

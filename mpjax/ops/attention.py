@@ -34,9 +34,9 @@ def _scores_fwd(q_BGNK: Any, k_BGSK: Any, full: Any, wide: Any) -> Any:
     return _scores(q_BGNK, k_BGSK, full, wide), (q_BGNK, k_BGSK)
 
 
-def _scores_bwd(full: Any, wide: Any, kept: Any, d_BGNS: Any) -> Any:
+def _scores_bwd(full: Any, wide: Any, residuals: Any, d_BGNS: Any) -> Any:
     del wide  # the cotangent has this dtype; left so, both products below would run in it
-    q_BGNK, k_BGSK = kept
+    q_BGNK, k_BGSK = residuals
     d_BGNS = d_BGNS.astype(q_BGNK.dtype)
     dq = jnp.einsum("BGNS,BGSK->BGNK", d_BGNS, k_BGSK, precision=full)
     return dq, jnp.einsum("BGNS,BGNK->BGSK", d_BGNS, q_BGNK, precision=full)

@@ -12,7 +12,7 @@ from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import ROUNDED, check_key
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops.checks import Axes, Dims
-from mpjax.ops.quantized import Factor, backward_dims, combine
+from mpjax.ops.quantized import QuantizedOperand, backward_dims, combine
 from mpjax.precision import Recipe
 
 PRNG = "threefry2x32"
@@ -24,13 +24,13 @@ class Bilinear(Protocol):
     def axes(self, x: Any, w: Any) -> tuple[tuple[Axes, Axes], ...]:
         """Axes of (x, W), (dy, W) and (x, dy) in fprop, dgrad and wgrad."""
 
-    def fprop(self, x: Factor, w: Factor, recipe: Recipe) -> Any:
+    def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Any:
         """The result, float32."""
 
-    def dgrad(self, dy: Factor, w: Factor, recipe: Recipe, x: Any) -> Any:
+    def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Any) -> Any:
         """The gradient of x, float32."""
 
-    def wgrad(self, x: Factor, dy: Factor, recipe: Recipe, w: Any) -> Any:
+    def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Any) -> Any:
         """The gradient of W, float32."""
 
 
@@ -48,22 +48,22 @@ class Dot(NamedTuple):
         (d_dims, _), (w_dims, _) = backward_dims(self.dims, x.ndim, w.ndim)
         return self.dims[0], d_dims[0], w_dims[0]
 
-    def fprop(self, x: Factor, w: Factor, recipe: Recipe) -> Any:
+    def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Any:
         """See `Bilinear`."""
         return combine(x, w, self.dims, recipe)
 
-    def dgrad(self, dy: Factor, w: Factor, recipe: Recipe, x: Any) -> Any:
+    def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Any) -> Any:
         """See `Bilinear`."""
         (dims, order), _ = backward_dims(self.dims, x.ndim, w.values.ndim)
         return lax.transpose(combine(dy, w, dims, recipe), order)
 
-    def wgrad(self, x: Factor, dy: Factor, recipe: Recipe, w: Any) -> Any:
+    def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Any) -> Any:
         """See `Bilinear`."""
         _, (dims, order) = backward_dims(self.dims, x.values.ndim, w.ndim)
         return lax.transpose(combine(x, dy, dims, recipe), order)
 
 
-class How(NamedTuple):
+class ProductSpec(NamedTuple):
     """What is static about a product.
 
     Args:
@@ -93,35 +93,35 @@ def key_data(key: Any, where: str) -> Any:
     return jax.random.key_data(key)
 
 
-def check_operands(a: Any, b: Any, how: How, amax: AmaxHistory | None) -> None:
+def check_operands(a: Any, b: Any, spec: ProductSpec, amax: AmaxHistory | None) -> None:
     """Checks operands and state of a product.
 
     Raises:
       ConfigError: delayed scaling without its state, a state that the recipe does not use, or
         operands that are not float32, bfloat16 or float16.
     """
-    recipe = how.recipe
+    recipe = spec.recipe
     for name, x in (("left", a), ("right", b)):
         if x.dtype not in ROUNDED:
             raise ConfigError(
-                f"{how.where}: recipe {recipe.name!r} quantises float32, bfloat16 and float16"
+                f"{spec.where}: recipe {recipe.name!r} quantises float32, bfloat16 and float16"
                 f" operands, the {name} one is {x.dtype.name}; cast it, or leave the recipe out"
             )
         if x.size == 0:
             raise ConfigError(
-                f"{how.where}: recipe {recipe.name!r} has nothing to quantise, the {name} operand"
+                f"{spec.where}: recipe {recipe.name!r} has nothing to quantise, the {name} operand"
                 f" has shape {x.shape}; leave the product out"
             )
     if recipe.history and amax is None:
         raise ConfigError(
-            f"{how.where}: recipe {recipe.name!r} takes its scales from past steps and has no"
+            f"{spec.where}: recipe {recipe.name!r} takes its scales from past steps and has no"
             " state; pass amax=AmaxHistory.empty(steps) (a model: state=model.init_state()), or"
             f" take a recipe without history, such as fp8"
         )
     if amax is not None and not isinstance(amax, AmaxHistory):
-        raise ConfigError(f"{how.where}: amax is {brief(amax)}; pass AmaxHistory.empty(steps)")
+        raise ConfigError(f"{spec.where}: amax is {brief(amax)}; pass AmaxHistory.empty(steps)")
     if amax is not None and not recipe.history:
         raise ConfigError(
-            f"{how.where}: recipe {recipe.name!r} keeps no amax history; leave amax out, or take"
+            f"{spec.where}: recipe {recipe.name!r} keeps no amax history; leave amax out, or take"
             " fp8-delayed"
         )

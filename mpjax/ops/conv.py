@@ -12,10 +12,10 @@ from jax import lax
 from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import as_array
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.ops.bilinear import How
+from mpjax.ops.bilinear import ProductSpec
 from mpjax.ops.checks import Axes, float_dtype
 from mpjax.ops.product import product
-from mpjax.ops.quantized import Factor, opened
+from mpjax.ops.quantized import QuantizedOperand, opened
 from mpjax.precision import Recipe, get_recipe
 
 
@@ -55,17 +55,17 @@ class Conv(NamedTuple):
             ((n, *space), (m, *places)),
         )
 
-    def fprop(self, x: Factor, w: Factor, recipe: Recipe) -> Any:
+    def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Any:
         """The result, float32."""
         return self._apply(opened(x), opened(w))
 
-    def dgrad(self, dy: Factor, w: Factor, recipe: Recipe, x: Any) -> Any:
+    def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Any) -> Any:
         """The gradient of x: the convolution is linear in it."""
         whole = jax.ShapeDtypeStruct(x.shape, jnp.float32)
         pull = jax.linear_transpose(lambda x: self._apply(x, opened(w)), whole)
         return pull(opened(dy).astype(jnp.float32))[0]
 
-    def wgrad(self, x: Factor, dy: Factor, recipe: Recipe, w: Any) -> Any:
+    def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Any) -> Any:
         """The gradient of the kernel: the convolution is linear in it."""
         whole = jax.ShapeDtypeStruct(w.shape, jnp.float32)
         pull = jax.linear_transpose(lambda w: self._apply(opened(x), w), whole)
@@ -164,5 +164,5 @@ def conv_general_dilated(
         tuple(window_strides), tuple((int(a), int(b)) for a, b in padding), dilations, numbers,
         feature_group_count,
     )  # fmt: skip
-    y, amax = product(x, kernel, How(op, recipe, compute, output, where), key, amax)
+    y, amax = product(x, kernel, ProductSpec(op, recipe, compute, output, where), key, amax)
     return y if amax is None else (y, amax)

@@ -59,10 +59,10 @@ def _forward_kept(x: Any, w: Any, policy: Any, gradient_dtype: Any, strides: Any
     return y, (x.astype(policy.compute_dtype), w, jnp.zeros(0, x.dtype))
 
 
-def _backward(policy: Any, gradient_dtype: Any, strides: Any, kept: Any, dy: Any) -> Any:
+def _backward(policy: Any, gradient_dtype: Any, strides: Any, residuals: Any, dy: Any) -> Any:
     # JAX's own rules would emit both gradients in the dtype of the operands, and refuse operands
     # that differ from the result; so the two convolutions are written out.
-    x, w, like = kept
+    x, w, like = residuals
     compute = policy.compute_dtype
     dy = dy.astype(compute)
     sizes, kernel = x.shape[1:3], w.shape[:2]

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.ops.bilinear import Dot, How
+from mpjax.ops.bilinear import Dot, ProductSpec
 from mpjax.ops.product import product
 from mpjax.precision import Recipe, sum_dtype, wider
 
@@ -42,8 +42,8 @@ def _product_fwd(x_ND: Any, w: Any, policy: Any, gradient_dtype: Any, tied: bool
     return y, (x_ND.astype(policy.compute_dtype), w, jnp.zeros(0, x_ND.dtype))
 
 
-def _product_bwd(policy: Any, gradient_dtype: Any, tied: bool, kept: Any, dy_NF: Any) -> Any:
-    x_ND, w, like = kept
+def _product_bwd(policy: Any, gradient_dtype: Any, tied: bool, residuals: Any, dy_NF: Any) -> Any:
+    x_ND, w, like = residuals
     compute = policy.compute_dtype
     dy_NF = dy_NF.astype(compute)
     dx = _dot(dy_NF, w.astype(compute), (1, int(not tied)), wider(compute, like.dtype))
@@ -105,7 +105,9 @@ def linear(
     else:
         dims = (((1,), (int(transposed),)), ((), ()))
         dtypes = jnp.dtype(policy.compute_dtype), jnp.dtype(policy.output_dtype)
-        y_NF, amax = product(x_ND, kernel, How(Dot(dims), recipe, *dtypes, where), key, amax)
+        y_NF, amax = product(
+            x_ND, kernel, ProductSpec(Dot(dims), recipe, *dtypes, where), key, amax
+        )
     y = y_NF.reshape(*x.shape[:-1], y_NF.shape[-1])
     return y if amax is None else (y, amax)
 
@@ -126,8 +128,8 @@ def scale_by(x: Float[Array, "... D"], scale: Float[Array, " D"], gradient_dtype
     return x * _row(scale, x)
 
 
-def _scale_by_bwd(gradient_dtype: Any, kept: Any, dy: Any) -> Any:
-    x, scale = kept
+def _scale_by_bwd(gradient_dtype: Any, residuals: Any, dy: Any) -> Any:
+    x, scale = residuals
     wide = sum_dtype(dy.dtype)  # the terms of the sum, too
     terms = dy.astype(wide) * x.astype(wide)
     return dy * _row(scale, dy), _sum_tokens(terms, gradient_dtype, scale.dtype)
@@ -160,8 +162,8 @@ def look_up(
     return jnp.take(table, known, axis=0).astype(output_dtype)
 
 
-def _look_up_bwd(output_dtype: Any, gradient_dtype: Any, kept: Any, dy: Any) -> Any:
-    ids, like = kept
+def _look_up_bwd(output_dtype: Any, gradient_dtype: Any, residuals: Any, dy: Any) -> Any:
+    ids, like = residuals
     wide = wider(dy.dtype, gradient_dtype)
     grad = jnp.zeros(like.shape[1:], wide).at[ids].add(dy.astype(wide))
     return grad.astype(like.dtype), None

@@ -40,11 +40,11 @@ def _normalise_fwd(x: Any, compute: Any, centre: bool, epsilon: float, axes: Axe
 
 
 def _normalise_bwd(
-    compute: Any, centre: bool, epsilon: float, axes: Axes, kept: Any, dy: Any
+    compute: Any, centre: bool, epsilon: float, axes: Axes, residuals: Any, dy: Any
 ) -> Any:
     # dx = (dy - mean(dy) - y mean(dy y)) / sigma. Differentiating the rsqrt instead would form
     # sigma^-3, which overflows float16 once sigma is below 0.025.
-    x, mean, inverse = kept
+    x, mean, inverse = residuals
     wide = sum_dtype(compute)
     centred = x.astype(wide) if mean is None else x.astype(wide) - mean
     y, dy = centred * inverse, dy.astype(wide)

@@ -12,11 +12,11 @@ from jax import lax
 from mpjax.formats.checks import as_array
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.formats.tiles import amax_of
-from mpjax.ops.bilinear import PRNG, Dot, How, check_operands, key_data
+from mpjax.ops.bilinear import PRNG, Dot, ProductSpec, check_operands, key_data
 from mpjax.ops.checks import float_dtype, read_dims
 from mpjax.ops.hadamard import hadamard
 from mpjax.ops.linear_map import linear_map, with_derivative
-from mpjax.ops.quantized import encode, need_key
+from mpjax.ops.quantized import need_key, quantize_operand
 from mpjax.precision import Recipe, get_recipe
 
 
@@ -34,17 +34,17 @@ def _part(amax: Any, number: int) -> Any:
 # traced. The path of the module says nothing about the numbers: it stays outside, so that two
 # modules of equal shapes share a program.
 @functools.partial(jax.jit, static_argnums=5, inline=True)
-def _multiply(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
-    recipe, ((x_axes, w_axes), *_) = how.recipe, how.op.axes(a, b)
-    x = a.astype(how.compute)
-    left = encode(x, recipe.fprop[0], x_axes, _key(key, 0), how.compute, _part(amax, 0))
+def _multiply(a: Any, b: Any, key: Any, amax: Any, observed_amax: Any, spec: ProductSpec) -> Any:
+    recipe, ((x_axes, w_axes), *_) = spec.recipe, spec.op.axes(a, b)
+    x = a.astype(spec.compute)
+    left = quantize_operand(x, recipe.fprop[0], x_axes, _key(key, 0), spec.compute, _part(amax, 0))
     # a weight is quantised as it is stored: a cast before would round it twice
-    right = encode(b, recipe.fprop[1], w_axes, _key(key, 1), how.compute, _part(amax, 1))
-    y = how.op.fprop(left, right, recipe).astype(how.output)
-    if seen is not None:
+    right = quantize_operand(b, recipe.fprop[1], w_axes, _key(key, 1), spec.compute, _part(amax, 1))
+    y = spec.op.fprop(left, right, recipe).astype(spec.output)
+    if observed_amax is not None:
         now = [amax_of(v, v.shape).reshape(()) for v in (x, b)]
-        seen = jnp.maximum(seen, jnp.stack([*now, jnp.float32(0)]))
-    return y, seen
+        observed_amax = jnp.maximum(observed_amax, jnp.stack([*now, jnp.float32(0)]))
+    return y, observed_amax
 
 
 # A product is linear in x, in W and, backwards, in dy. Rounding is taken as the identity
@@ -78,11 +78,11 @@ def _still(tree: Any) -> Any:
     return jax.tree.map(lax.stop_gradient, tree)
 
 
-def _forward(a: Any, b: Any, key: Any, amax: Any, seen: Any, how: How) -> Any:
-    need_key(how.recipe, key, False, how.where)
-    operands = a, b, key, amax, seen
-    outs = _multiply(*_still(operands), how._replace(where=""))
-    return with_derivative(OfProduct(how), outs, operands)
+def _forward(a: Any, b: Any, key: Any, amax: Any, observed_amax: Any, spec: ProductSpec) -> Any:
+    need_key(spec.recipe, key, False, spec.where)
+    operands = a, b, key, amax, observed_amax
+    outs = _multiply(*_still(operands), spec._replace(where=""))
+    return with_derivative(OfProduct(spec), outs, operands)
 
 
 # The rule says nothing that the function does not; what walks over a program meets one equation.
@@ -90,28 +90,28 @@ _product = jax.custom_jvp(_forward, nondiff_argnums=(5,))
 
 
 @_product.defjvp
-def _product_jvp(how: How, primals: Any, tangents: Any) -> Any:
-    a, b, key, amax, seen = primals
-    outs = _forward(a, b, key, amax, seen, how)
-    return outs, OfProduct(how).along(outs, primals, tangents)
+def _product_jvp(spec: ProductSpec, primals: Any, tangents: Any) -> Any:
+    a, b, key, amax, observed_amax = primals
+    outs = _forward(a, b, key, amax, observed_amax, spec)
+    return outs, OfProduct(spec).along(outs, primals, tangents)
 
 
 class OfProduct(NamedTuple):
     """The derivative of `_multiply`.
 
     Args:
-      how: the product.
+      spec: the product.
     """
 
-    how: How
+    spec: ProductSpec
 
     def along(self, outs: Any, operands: Any, tangents: Any) -> Any:
         """The tangents of its results."""
         a, b, key, amax, _ = operands
         da, db, _, _, dseen = tangents
         # x is kept as the product used it; the weight's cast is repeated, which costs no memory.
-        at = a.astype(self.how.compute), b, key, amax
-        return LinearMap("push", self.how).bind(at, (da, db, dseen), outs)
+        at = a.astype(self.spec.compute), b, key, amax
+        return LinearMap("push", self.spec).bind(at, (da, db, dseen), outs)
 
     def derivative(self, outs: Any, operands: Any, tangents: Any) -> Any:
         """See `mpjax.ops.linear_map.Rule`."""
@@ -119,33 +119,35 @@ class OfProduct(NamedTuple):
         return outs, self.along(outs, operands, tangents)
 
 
-def _push(how: How, at: Any, tangents: Any) -> Any:
+def _push(spec: ProductSpec, at: Any, tangents: Any) -> Any:
     a, b, key, amax = at
     da, db, dseen = tangents
-    left = _product(da, b, _folded(key, _FOR_X), _fresh(amax, 0), None, how)[0]
-    right = _product(a, db, _folded(key, _FOR_W), _fresh(amax, 1), None, how)[0]
+    left = _product(da, b, _folded(key, _FOR_X), _fresh(amax, 0), None, spec)[0]
+    right = _product(a, db, _folded(key, _FOR_W), _fresh(amax, 1), None, spec)[0]
     return left + right, dseen
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _pull_back(how: How, like: Any, operands: Any) -> Any:
+def _pull_back(spec: ProductSpec, like: Any, operands: Any) -> Any:
     x, b, dy, key, amax = operands
-    recipe, compute = how.recipe, how.compute
+    recipe, compute = spec.recipe, spec.compute
     x, dy = x.astype(compute), dy.astype(compute)
-    _, (dy_axes, b_axes), (x_axes, dy_tokens) = how.op.axes(x, b)
+    _, (dy_axes, b_axes), (x_axes, dy_tokens) = spec.op.axes(x, b)
 
-    left = encode(dy, recipe.dgrad[0], dy_axes, _key(key, 2), compute, _part(amax, 2))
-    right = encode(b, recipe.dgrad[1], b_axes, _key(key, 3), compute, _part(amax, 1))
-    dx = how.op.dgrad(left, right, recipe, x)
+    left = quantize_operand(dy, recipe.dgrad[0], dy_axes, _key(key, 2), compute, _part(amax, 2))
+    right = quantize_operand(b, recipe.dgrad[1], b_axes, _key(key, 3), compute, _part(amax, 1))
+    dx = spec.op.dgrad(left, right, recipe, x)
 
     tokens, gradient = x, dy
     if recipe.hadamard and x_axes:
         signs = jax.random.rademacher(_key(key, 4), (recipe.hadamard,), jnp.float32)
         tokens = hadamard(x, x_axes[-1], signs)
         gradient = hadamard(dy, dy_tokens[-1], signs)
-    left = encode(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0))
-    right = encode(gradient, recipe.wgrad[1], dy_tokens, _key(key, 6), compute, _part(amax, 2))
-    db = how.op.wgrad(left, right, recipe, b)
+    left = quantize_operand(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0))
+    right = quantize_operand(
+        gradient, recipe.wgrad[1], dy_tokens, _key(key, 6), compute, _part(amax, 2)
+    )
+    db = spec.op.wgrad(left, right, recipe, b)
     now = None if amax is None else amax_of(dy, dy.shape).reshape(())
     return (dx.astype(like), db.astype(b.dtype)), now
 
@@ -154,11 +156,11 @@ class OfPull(NamedTuple):
     """The derivative of `_pull_back`.
 
     Args:
-      how: the product.
+      spec: the product.
       like: dtype of the gradient of x.
     """
 
-    how: How
+    spec: ProductSpec
     like: Any
 
     def derivative(self, outs: Any, operands: Any, tangents: Any) -> Any:
@@ -167,18 +169,18 @@ class OfPull(NamedTuple):
         own = _fresh(amax, 2)
         if amax is not None:  # this dy is not the one that the history is of
             still = _still((a, b, dy, key, own))
-            outs, _ = _pull_back(self.how._replace(where=""), self.like, still)
+            outs, _ = _pull_back(self.spec._replace(where=""), self.like, still)
         outs = with_derivative(self, outs, (a, b, dy, key, own))
         along = LinearMap("pull", *self).bind((a, b, key, own), (ddy,), outs)
         across = LinearMap("cross", *self).bind((dy, key, own), (da, db), outs)
         return outs, tuple(x + y for x, y in zip(along, across, strict=True))
 
 
-def _pull(how: How, like: Any, operands: Any) -> Any:
+def _pull(spec: ProductSpec, like: Any, operands: Any) -> Any:
     """The gradients of x, in a dtype, and of W; and the amax of dy for delayed scaling."""
-    need_key(how.recipe, operands[3], True, how.where)
-    outs, now = _pull_back(how._replace(where=""), like, _still(operands))
-    return with_derivative(OfPull(how, like), outs, operands), now
+    need_key(spec.recipe, operands[3], True, spec.where)
+    outs, now = _pull_back(spec._replace(where=""), like, _still(operands))
+    return with_derivative(OfPull(spec, like), outs, operands), now
 
 
 class LinearMap(NamedTuple):
@@ -186,12 +188,12 @@ class LinearMap(NamedTuple):
 
     Args:
       kind: push, pull or cross.
-      how: the product.
+      spec: the product.
       like: dtype of the gradient of x that it gives, except for push.
     """
 
     kind: str
-    how: How
+    spec: ProductSpec
     like: Any = None
 
     def bind(self, at: Any, tangents: Any, outs: Any) -> Any:
@@ -202,31 +204,33 @@ class LinearMap(NamedTuple):
 
     def apply(self, at: Any, tangents: Any) -> Any:
         """Its value."""
-        how = self.how
+        spec = self.spec
         if self.kind == "push":
-            return _push(how, at, tangents)
+            return _push(spec, at, tangents)
         if self.kind == "pull":
             (a, b, key, amax), (dy,) = at, tangents
-            return _pull(how, self.like, (a, b, dy, _folded(key, _FOR_DY), _fresh(amax, 2)))[0]
+            return _pull(spec, self.like, (a, b, dy, _folded(key, _FOR_DY), _fresh(amax, 2)))[0]
         (dy, key, amax), (a, b) = at, tangents
         operands = a, b, dy, _folded(key, _FOR_BOTH), _fresh(amax, 0, 1, 2)
-        return _pull(how, self.like, operands)[0]
+        return _pull(spec, self.like, operands)[0]
 
     def transpose(self, at: Any, cotangents: Any, tangents: Any) -> Any:
         """The cotangents of `tangents`, which are shapes and dtypes."""
         if self.kind == "pull":
-            return (_push(self.how, at, (*cotangents, None))[0].astype(tangents[0].dtype),)
+            return (_push(self.spec, at, (*cotangents, None))[0].astype(tangents[0].dtype),)
         if self.kind == "cross":
             return self._replace(like=tangents[0].dtype).apply(at, cotangents)
-        (a, b, key, amax), (dy, *seen) = at, cotangents
-        (da, db), now = _pull(self.how, tangents[0].dtype, (a, b, dy, key, amax))
+        (a, b, key, amax), (dy, *observed_amax) = at, cotangents
+        (da, db), now = _pull(self.spec, tangents[0].dtype, (a, b, dy, key, amax))
         zero = jnp.float32(0)
-        new = [jnp.maximum(s, jnp.stack([zero, zero, lax.stop_gradient(now)])) for s in seen]
+        new = [
+            jnp.maximum(s, jnp.stack([zero, zero, lax.stop_gradient(now)])) for s in observed_amax
+        ]
         return da, db, *new
 
 
 def product(
-    a: Any, b: Any, how: How, key: Any = None, amax: AmaxHistory | None = None
+    a: Any, b: Any, spec: ProductSpec, key: Any = None, amax: AmaxHistory | None = None
 ) -> tuple[Any, AmaxHistory | None]:
     """Multiplies under a recipe; the callers are `dot_general` and `linear`.
 
@@ -234,13 +238,13 @@ def product(
       ConfigError: delayed scaling without its state, a state that the recipe does not use, or
         operands that are not float32, bfloat16 or float16.
     """
-    recipe = how.recipe
-    check_operands(a, b, how, amax)
+    recipe = spec.recipe
+    check_operands(a, b, spec, amax)
     if amax is None:
-        return _product(a, b, key_data(key, how.where), None, None, how)[0], None
+        return _product(a, b, key_data(key, spec.where), None, None, spec)[0], None
     roomy = amax.amax * jnp.float32(2.0**recipe.margin)
-    y, seen = _product(a, b, key_data(key, how.where), roomy, amax.seen, how)
-    return y, amax._replace(seen=seen)
+    y, observed_amax = _product(a, b, key_data(key, spec.where), roomy, amax.seen, spec)
+    return y, amax._replace(seen=observed_amax)
 
 
 def dot_general(
@@ -294,5 +298,5 @@ def dot_general(
     dims = read_dims(dimension_numbers, a.shape, b.shape, where)
     compute = float_dtype(compute_dtype, a.dtype, f"{where}: compute_dtype")
     output = float_dtype(preferred_element_type, a.dtype, f"{where}: preferred_element_type")
-    y, amax = product(a, b, How(Dot(dims), recipe, compute, output, where), key, amax)
+    y, amax = product(a, b, ProductSpec(Dot(dims), recipe, compute, output, where), key, amax)
     return y if amax is None else (y, amax)

@@ -33,7 +33,7 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)
 _INT32_TERMS = (2**31 - 1) // 128**2  # so many products of two int8 an int32 can sum
 
 
-class Factor(NamedTuple):
+class QuantizedOperand(NamedTuple):
     """An operand as it enters a product.
 
     Args:
@@ -55,16 +55,16 @@ class Factor(NamedTuple):
     top: float
 
 
-def encode(
+def quantize_operand(
     x: Any, operand: Operand | None, axes: Axes, key: Any, compute: Any, amax: Any = None
-) -> Factor:
+) -> QuantizedOperand:
     """Quantises an operand along the axes that its product sums over.
 
     Args:
       amax: of delayed scaling, margin included; where it is 0 the tensor's own is used.
     """
     if operand is None:
-        return Factor(x.astype(compute), None, x.shape, None, False, False, 0.0)
+        return QuantizedOperand(x.astype(compute), None, x.shape, None, False, False, 0.0)
     format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
     tile = scaling.tiles(x.shape, axes)
     scaled = scaling.kind != "none"
@@ -79,7 +79,7 @@ def encode(
     values = scaled_values(x, scales, format, tile, operand.rounding, key)
     short = is_short(operand)
     top = format.max if scaled else 0.0
-    return Factor(values, scales, tile, format, scaling.blocks, short, top)
+    return QuantizedOperand(values, scales, tile, format, scaling.blocks, short, top)
 
 
 def is_short(operand: Operand | None) -> bool:
@@ -110,7 +110,7 @@ def native_unit(left: Format | None, right: Format | None, blocks: bool, terms: 
     return "float8" if left.name in _FLOAT8 and right.name in _FLOAT8 else ""
 
 
-def _multiply(a: Factor, b: Factor, dims: Dims) -> Any:
+def _multiply(a: QuantizedOperand, b: QuantizedOperand, dims: Dims) -> Any:
     """The product of two factors' values, float32."""
     terms = math.prod(a.values.shape[axis] for axis in dims[0][0])
     unit = native_unit(a.format, b.format, False, terms)
@@ -145,7 +145,7 @@ def _spread(scales: Any, batch: Axes, free: Axes, summed: Axes, before: int, aft
     return moved.reshape(*shape[:split], *(1,) * before, *shape[split:], *(1,) * after)
 
 
-def opened(f: Factor) -> Any:
+def opened(f: QuantizedOperand) -> Any:
     """A factor's numbers with their scales applied."""
     if f.scales is None:
         return f.values
@@ -175,7 +175,7 @@ def _chunked(a: Any, b: Any, dims: Dims, accumulate: Format, chunk: int) -> Any:
     return lax.scan(add, zero, (left, right))[0].reshape(shape)
 
 
-def combine(a: Factor, b: Factor, dims: Dims, recipe: Recipe) -> Any:
+def combine(a: QuantizedOperand, b: QuantizedOperand, dims: Dims, recipe: Recipe) -> Any:
     """Returns the product of two factors, float32, in `lax.dot_general`'s layout."""
     if recipe.accumulate != "float32":
         return _chunked(opened(a), opened(b), dims, Format(recipe.accumulate), recipe.chunk)

@@ -202,7 +202,7 @@ def test_auto_leaves_heads_that_cudnn_lacks_to_xla(monkeypatch: pytest.MonkeyPat
         attention(x, x, x, *policies, kernel="cudnn")
     asked = []  # the control: 16 goes to cuDNN
     monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda q, *_, **how: asked.append(how) or q
+        jax.nn, "dot_product_attention", lambda q, *_, **spec: asked.append(spec) or q
     )
     attention(*[jnp.ones((1, 4, 1, 16), jnp.bfloat16)] * 3, *policies, kernel="auto")
     assert asked == [{"is_causal": True, "implementation": "cudnn"}]

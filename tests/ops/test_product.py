@@ -115,12 +115,12 @@ def test_any_dimension_numbers(shapes: Any, dims: Any, name: str) -> None:
 
 
 def test_operands_of_scaled_formats_hold_few_values() -> None:
-    from mpjax.ops.quantized import encode
+    from mpjax.ops.quantized import quantize_operand
 
     x = operands(m=256, k=256)[0]
     for name in ("int8", "fp8", "mxfp4"):
         operand = get_recipe(name).fprop[0]
-        values = np.unique(np.asarray(encode(x, operand, (1,), None, jnp.float32).values))
+        values = np.unique(np.asarray(quantize_operand(x, operand, (1,), None, jnp.float32).values))
         assert operand is not None and 8 <= len(values) <= 2 ** {"mxfp4": 4}.get(name, 8)
     assert len(np.unique(np.asarray(x))) > 2**15  # what is not quantised holds many
 

@@ -16,7 +16,7 @@ import pytest
 import mpjax.ops.product
 from mpjax.formats import Format
 from mpjax.ops import dot_general
-from mpjax.ops.quantized import Factor, encode, opened
+from mpjax.ops.quantized import QuantizedOperand, opened, quantize_operand
 from mpjax.precision import Recipe, get_recipe, recipe_names
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -123,7 +123,7 @@ def _distance(name: str) -> list[float]:
     dy *= 2.0 ** np.linspace(0, 8, 136, dtype=np.float32)
 
     def held(v: Any, operand: Any, axis: int) -> np.ndarray:
-        one = jax.jit(lambda v: opened(encode(v, operand, (axis,), None, jnp.float32)))
+        one = jax.jit(lambda v: opened(quantize_operand(v, operand, (axis,), None, jnp.float32)))
         return np.asarray(one(v), np.float64)
 
     exact = (
@@ -144,11 +144,11 @@ def test_the_counted_operands_are_those_that_are_multiplied(name: str) -> None:
 
 
 @pytest.fixture
-def swap_encode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
-    """Puts another `encode` into products, and forgets those that were traced with the real one."""
+def swap_quantize(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Puts another `quantize_operand` into products, and forgets those traced with the real one."""
 
     def swap(other: Any) -> None:
-        monkeypatch.setattr(mpjax.ops.product, "encode", other)
+        monkeypatch.setattr(mpjax.ops.product, "quantize_operand", other)
         _forget()
 
     yield swap
@@ -161,29 +161,33 @@ def _forget() -> None:
         traced.clear_cache()
 
 
-def test_operands_that_are_not_quantised_are_noticed(swap_encode: Any) -> None:
-    def wide(x: Any, operand: Any, axes: Any, key: Any, compute: Any, amax: Any = None) -> Factor:
-        return encode(x, None, axes, key, compute)
+def test_operands_that_are_not_quantised_are_noticed(swap_quantize: Any) -> None:
+    def wide(
+        x: Any, operand: Any, axes: Any, key: Any, compute: Any, amax: Any = None
+    ) -> QuantizedOperand:
+        return quantize_operand(x, None, axes, key, compute)
 
-    swap_encode(wide)
+    swap_quantize(wide)
     assert min(_distance("fp8-block")) > 1e-3
 
 
 def _other_axis(backward_only: bool) -> Any:
-    """An `encode` that quantises along the axis that is not summed over."""
+    """A `quantize_operand` that quantises along the axis that is not summed over."""
     calls: list[Any] = []
 
-    def wrong(x: Any, operand: Any, axes: Any, key: Any, compute: Any, amax: Any = None) -> Factor:
+    def wrong(
+        x: Any, operand: Any, axes: Any, key: Any, compute: Any, amax: Any = None
+    ) -> QuantizedOperand:
         calls.append(axes)
         if len(calls) > 2 or not backward_only:  # the first two are the forward product's
             axes = (1 - axes[0],)
-        return encode(x, operand, axes, key, compute, amax)
+        return quantize_operand(x, operand, axes, key, compute, amax)
 
     return wrong
 
 
-def test_a_backward_pass_along_the_wrong_axis_is_noticed(swap_encode: Any) -> None:
-    swap_encode(_other_axis(backward_only=True))
+def test_a_backward_pass_along_the_wrong_axis_is_noticed(swap_quantize: Any) -> None:
+    swap_quantize(_other_axis(backward_only=True))
     # not mxfp8: with power-of-two scales a float is rounded alike along either axis
     output, dgrad, wgrad = _distance("int8-block")
     assert output < 2e-6 < 1e-3 < min(dgrad, wgrad)
@@ -220,10 +224,10 @@ def test_e4m3_blocks_keep_the_ordinary_channels(outliers: Any) -> None:
 
 
 def test_blocks_along_the_wrong_axis_lose_the_ordinary_channels(
-    outliers: Any, swap_encode: Any
+    outliers: Any, swap_quantize: Any
 ) -> None:
     right = outliers["int8-block", "wgrad, ordinary", 100.0]
-    swap_encode(_other_axis(backward_only=False))
+    swap_quantize(_other_axis(backward_only=False))
     one = error.Outliers((100.0,), tokens=256, channels=1024, outputs=16, seeds=1)
     found = error.with_outliers(("int8-block",), one, jnp.float32)
     (wrong,) = [r["sqnr"] for r in found if r["place"] == "wgrad, ordinary"]

@@ -75,8 +75,8 @@ def test_llama3_leaves_short_waves_and_stretches_long_ones() -> None:
     x = jnp.ones((1, 1, 1, 16))
     f32, at = parse_policy("f32"), jnp.array([1])
 
-    def angles(**how: Any) -> np.ndarray:
-        y = np.asarray(rotary(x, at, f32, theta=1e6, **how)).ravel()
+    def angles(**spec: Any) -> np.ndarray:
+        y = np.asarray(rotary(x, at, f32, theta=1e6, **spec)).ravel()
         return (np.arctan2(y[8:], y[:8]) - np.pi / 4) % (2 * np.pi)
 
     ratio = angles(scaling=scaling)[:5] / angles()[:5]  # later ones are too small to divide

@@ -48,7 +48,7 @@ def activate(name: str, x: Any) -> Any:
     return _ACTIVATIONS[name](x)
 
 
-class Sight(NamedTuple):
+class AttentionContext(NamedTuple):
     """Where the tokens of a call stand and what they see; the same in all blocks.
 
     Args:
@@ -80,7 +80,9 @@ class Attention(Layer):
     across: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD: Any, sight: Sight, cache: Any = None) -> tuple[Any, Any]:
+    def __call__(
+        self, x_BTD: Any, attention_context: AttentionContext, cache: Any = None
+    ) -> tuple[Any, Any]:
         """Returns what the tokens take in, and the cache.
 
         Args:
@@ -90,7 +92,7 @@ class Attention(Layer):
             those of the source, if they are known.
         """
         c = self.config
-        source = sight.source_BSD if self.across else x_BTD
+        source = attention_context.source_BSD if self.across else x_BTD
 
         def project(x: Any, name: str, heads: int, axis: str) -> Any:
             bias = c.bias or c.qkv_bias
@@ -112,18 +114,23 @@ class Attention(Layer):
         if c.position == "rotary" and not self.across:  # two texts have no distance
             policy = self.policy("rotary")
             q, k = (
-                ops.rotary(x, sight.positions, policy, theta=c.rope_theta, scaling=c.rope)
+                ops.rotary(
+                    x, attention_context.positions, policy, theta=c.rope_theta, scaling=c.rope
+                )
                 for x in (q, k)
             )
         if cache is not None and not self.across:
-            cache = write(cache[0], k, sight.first), write(cache[1], v, sight.first)
+            cache = (
+                write(cache[0], k, attention_context.first),
+                write(cache[1], v, attention_context.first),
+            )
             k, v = read(cache[0]), read(cache[1])
         out = ops.attention(
             q, k, v, self.policy(), self.policy("softmax"),
-            first=0 if self.across else sight.first,
+            first=0 if self.across else attention_context.first,
             causal=self.causal and not self.across,
             window=0 if self.across else c.window,
-            keep_BS=sight.keep_source_BS if self.across else sight.keep_BS,
+            keep_BS=attention_context.keep_source_BS if self.across else attention_context.keep_BS,
             kernel=c.kernel,
         )  # fmt: skip
         gain = (2 * c.layers) ** -0.5  # the residual stream keeps its variance over the depth
@@ -171,7 +178,11 @@ class Block(Layer):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Any, sight: Sight, cache: Any = None, train: bool = False
+        self,
+        x_BTD: Any,
+        attention_context: AttentionContext,
+        cache: Any = None,
+        train: bool = False,
     ) -> tuple[Any, Any]:
         """Returns the features and the cache: keys and values, and across if there is a source."""
         c = self.config
@@ -193,12 +204,12 @@ class Block(Layer):
         own: Any = None if cache is None else cache[:2]
         known = None if cache is None else cache[2:]
         attention = Attention(self.context, c, self.causal, name="attention")
-        branch, own = attention(before("attention", x_BTD), sight, own)
+        branch, own = attention(before("attention", x_BTD), attention_context, own)
         x_BTD = join("attention", x_BTD, branch)
         if self.cross:
             name = "cross_attention"
             across = Attention(self.context, c, across=True, name=name)
-            branch, _ = across(before(name, x_BTD), sight, known)
+            branch, _ = across(before(name, x_BTD), attention_context, known)
             x_BTD = join(name, x_BTD, branch)
         x_BTD = join("mlp", x_BTD, MLP(self.context, c, name="mlp")(before("mlp", x_BTD)))
         return x_BTD, None if cache is None else own + cache[2:]

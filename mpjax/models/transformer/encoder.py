@@ -18,7 +18,7 @@ from mpjax.formats import weight_view
 from mpjax.models.core.checks import as_ids, below, keep_of
 from mpjax.models.core.module import At, part_key
 from mpjax.models.core.network import Network
-from mpjax.models.transformer.block import Sight
+from mpjax.models.transformer.block import AttentionContext
 from mpjax.models.transformer.encoder_config import EncoderConfig, encoder_config
 from mpjax.models.transformer.heads import ClassHead, MaskedHead, MeanPooler, Pooler
 from mpjax.models.transformer.parts import Parts, init_boxed, outer_parts
@@ -129,8 +129,8 @@ class Encoder(Network):
         ids = as_ids(given["ids"], "encoder")
         stack = Stack(c, self.at, self.segments, self.rounds, "encoder", causal=False)
         x, _, amax = Trunk(stack, self.shard, c.types)(
-            p, ids, Sight(jnp.arange(ids.shape[1]), keep_BS=keep), kinds_BT=given.get("types"),
-            amax=seen.get("layers"), key=key, train=train,
+            p, ids, AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep),
+            kinds_BT=given.get("types"), amax=seen.get("layers"), key=key, train=train,
         )  # fmt: skip
         new = dict(seen) | ({"layers": amax} if amax else {})
         parts, out = _head_parts(c, self.at), {"features": x}

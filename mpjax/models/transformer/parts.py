@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from mpjax.models.core.layers import Embed, Linear, Norm
 from mpjax.models.core.module import At, part_key
-from mpjax.models.transformer.block import Block, Sight
+from mpjax.models.transformer.block import AttentionContext, Block
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.models.transformer.decoder_config import DecoderConfig
 
@@ -68,8 +68,8 @@ def init_boxed(
     }
     tree = {name: variables["params"] for name, variables in made.items() if variables}
     x = jnp.zeros((1, 1, config.width))
-    sight = Sight(jnp.zeros(1, jnp.int32), source_BSD=x if cross else None)
+    attention_context = AttentionContext(jnp.zeros(1, jnp.int32), source_BSD=x if cross else None)
     block, first = Block(at("layers", "0"), config, causal, cross), part_key(key, "layers")
     keys = jnp.stack([jax.random.fold_in(first, layer) for layer in range(config.layers)])
-    tree["layers"] = jax.vmap(lambda key: block.init(key, x, sight)["params"])(keys)
+    tree["layers"] = jax.vmap(lambda key: block.init(key, x, attention_context)["params"])(keys)
     return tree

@@ -19,7 +19,7 @@ from mpjax.models.core.checks import as_ids, below, field, keep_of
 from mpjax.models.core.module import At, Context, part_key
 from mpjax.models.core.network import Network
 from mpjax.models.core.storage import Storage
-from mpjax.models.transformer.block import Sight
+from mpjax.models.transformer.block import AttentionContext
 from mpjax.models.transformer.heads import next_token_loss, unembed
 from mpjax.models.transformer.parts import decoder_parts, init_boxed, outer_parts
 from mpjax.models.transformer.seq2seq_config import Seq2SeqConfig, seq2seq_config
@@ -87,11 +87,19 @@ class Seq2Seq(Network):
         )  # fmt: skip
         return Trunk(stack, self.shard)
 
-    def _run(self, half: str, p: Any, ids: Any, sight: Sight, state: Any, **how: Any) -> Any:
+    def _run(
+        self,
+        half: str,
+        p: Any,
+        ids: Any,
+        attention_context: AttentionContext,
+        state: Any,
+        **how: Any,
+    ) -> Any:
         """Features, cache and the state with this half's new amax histories."""
         seen = state.get("amax", {})
         how["amax"] = seen.get(half, {}).get("layers")
-        x, cache, amax = self._trunk(half)(p, ids, sight, **how)
+        x, cache, amax = self._trunk(half)(p, ids, attention_context, **how)
         return x, cache, (state | {"amax": seen | {half: {"layers": amax}}} if amax else state)
 
     def _read(self, p: Any, source: Any, keep: Any, state: Any, key: Any, train: bool) -> Any:
@@ -106,8 +114,8 @@ class Seq2Seq(Network):
                 " each token"
             )
         key = None if key is None else part_key(key, "source")
-        sight = Sight(jnp.arange(ids.shape[1]), keep_BS=keep)
-        x, _, state = self._run("encoder", own, ids, sight, state, key=key, train=train)
+        attention_context = AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep)
+        x, _, state = self._run("encoder", own, ids, attention_context, state, key=key, train=train)
         return x, keep, state
 
     @jax.named_scope(CARRIED)
@@ -118,7 +126,7 @@ class Seq2Seq(Network):
         state, p = state or {}, weight_view(params)
         if "position" in state:
             ids, keep = as_ids(inputs, "seq2seq"), state.get("source_keep")
-            sight = sight_of(ids.shape[1], None, state)._replace(keep_source_BS=keep)
+            attention_context = sight_of(ids.shape[1], None, state)._replace(keep_source_BS=keep)
         else:
             if not isinstance(inputs, dict) or not {"source", "inputs"} <= set(inputs):
                 raise ConfigError(
@@ -129,12 +137,12 @@ class Seq2Seq(Network):
             source_keep = keep_of(inputs, "seq2seq", keep="source_keep")
             source, keep, state = self._read(p, inputs["source"], source_keep, state, key, train)
             own = keep_of(inputs, "seq2seq", mask="decoder_attention_mask")
-            sight = sight_of(ids.shape[1], own, state)._replace(
+            attention_context = sight_of(ids.shape[1], own, state)._replace(
                 source_BSD=source, keep_source_BS=keep
             )
         x, cache, new = self._run(
-            "decoder", p["decoder"], ids, sight, state, cache=state.get("layers"), key=key,
-            train=train,
+            "decoder", p["decoder"], ids, attention_context, state, cache=state.get("layers"),
+            key=key, train=train,
         )  # fmt: skip
         if "layers" in state:
             new = new | {"layers": cache, "position": state["position"] + ids.shape[1]}

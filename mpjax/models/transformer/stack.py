@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mpjax.formats import weight_view
 from mpjax.models.core.module import At, part_key
-from mpjax.models.transformer.block import Attention, Block, Sight
+from mpjax.models.transformer.block import Attention, AttentionContext, Block
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.precision import Precision
 
@@ -60,7 +60,14 @@ class Stack:
     cross: bool = False
 
     def __call__(
-        self, stacked: Any, x: Any, sight: Sight, cache: Any, amax: Any, key: Any, dropping: bool
+        self,
+        stacked: Any,
+        x: Any,
+        attention_context: AttentionContext,
+        cache: Any,
+        amax: Any,
+        key: Any,
+        dropping: bool,
     ) -> tuple[Any, Any, Any]:
         """Returns the features behind the last block, the new cache and the new amax histories.
 
@@ -90,10 +97,10 @@ class Stack:
                         rngs["rounding"] = part_key(own, "rounding")
                 variables = {"params": weight_view(params)}
                 if not seen:
-                    out = block.apply(variables, x, sight, cached, dropping, rngs=rngs)
+                    out = block.apply(variables, x, attention_context, cached, dropping, rngs=rngs)
                     return out[0], (out[1], seen)
                 out, updated = block.apply(
-                    variables | {"amax": seen}, x, sight, cached, dropping, rngs=rngs,
+                    variables | {"amax": seen}, x, attention_context, cached, dropping, rngs=rngs,
                     mutable=["amax"],
                 )  # fmt: skip
                 return out[0], (out[1], updated["amax"])
@@ -123,12 +130,12 @@ class Stack:
 
         Delayed scaling takes the current tensors here, as it does wherever it has no history.
         """
-        sight, outputs = Sight(None, source_BSD=source_BSD), []
+        attention_context, outputs = AttentionContext(None, source_BSD=source_BSD), []
         for start, stop in self.segments:
             context = self.at("layers", str(start), "cross_attention")
             across = Attention(context, self.config, across=True)
             params = jax.tree.map(lambda a: a[start:stop], stacked["cross_attention"])  # noqa: B023
-            one = lambda p: across.apply({"params": weight_view(p)}, None, sight)[1]  # noqa: B023, E731
+            one = lambda p: across.apply({"params": weight_view(p)}, None, attention_context)[1]  # noqa: B023, E731
             outputs.append(jax.lax.map(one, params))
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 from mpjax.errors import ConfigError
 from mpjax.models.core.module import part_key
 from mpjax.models.core.storage import Storage
-from mpjax.models.transformer.block import Sight
+from mpjax.models.transformer.block import AttentionContext
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.models.transformer.kv_cache import cache_storage, empty
 from mpjax.models.transformer.parts import outer_parts
@@ -36,8 +36,8 @@ class Trunk:
     types: int = 0
 
     def __call__(
-        self, p: Any, ids_BT: Any, sight: Sight, *, kinds_BT: Any = None, cache: Any = None,
-        amax: Any = None, key: Any = None, train: bool = False,
+        self, p: Any, ids_BT: Any, attention_context: AttentionContext, *, kinds_BT: Any = None,
+        cache: Any = None, amax: Any = None, key: Any = None, train: bool = False,
     ) -> tuple[Any, Any, Any]:  # fmt: skip
         """Returns the features (B, T, D), the new cache and the new amax histories.
 
@@ -67,9 +67,9 @@ class Trunk:
                     f" context={c.context}; set context={ids_BT.shape[1]} or shorten it"
                 )
             if c.position == "learned":
-                at = run("position", sight.positions)
+                at = run("position", attention_context.positions)
             else:
-                at = sinusoid(sight.positions, c.width)
+                at = sinusoid(attention_context.positions, c.width)
             x = x + (at[None] if at.ndim == 2 else at).astype(x.dtype)
         if self.types:
             kinds_BT = jnp.zeros_like(ids_BT) if kinds_BT is None else kinds_BT
@@ -84,11 +84,13 @@ class Trunk:
             x = nn.Dropout(c.dropout, deterministic=False).apply(
                 {}, x, rngs={"dropout": part_key(key, "embed")}
             )
-        x, cache, amax = self.stack(p["layers"], x, sight, cache, amax or {}, key, dropping)
+        x, cache, amax = self.stack(
+            p["layers"], x, attention_context, cache, amax or {}, key, dropping
+        )
         return (run("norm", x) if c.norm_first else x), cache, amax
 
 
-def sight_of(tokens: int, keep_BT: Any, state: Any) -> Sight:
+def sight_of(tokens: int, keep_BT: Any, state: Any) -> AttentionContext:
     """Returns where the tokens of a decoder's call stand.
 
     Args:
@@ -101,10 +103,10 @@ def sight_of(tokens: int, keep_BT: Any, state: Any) -> Sight:
     """
     if "position" not in state:
         if keep_BT is None:
-            return Sight(jnp.arange(tokens))
+            return AttentionContext(jnp.arange(tokens))
         keep_BT = jnp.asarray(keep_BT).astype(bool)  # tokenizers give 0 and 1
         # Tokens are counted, padding is not: on either side it changes no token's position.
-        return Sight(jnp.maximum(jnp.cumsum(keep_BT, axis=1) - 1, 0), keep_BS=keep_BT)
+        return AttentionContext(jnp.maximum(jnp.cumsum(keep_BT, axis=1) - 1, 0), keep_BS=keep_BT)
     if keep_BT is not None:
         raise ConfigError(
             "model: keep is given beside a cache; give the padding as init_cache(pads=...)"
@@ -112,10 +114,10 @@ def sight_of(tokens: int, keep_BT: Any, state: Any) -> Sight:
     first = state["position"]
     slots_T = jnp.arange(tokens) + first
     if "pads" not in state:
-        return Sight(slots_T, first)
+        return AttentionContext(slots_T, first)
     pads_B1 = state["pads"][:, None]
     keep_BS = jnp.arange(state["layers"][0].shape[2])[None, :] >= pads_B1
-    return Sight(jnp.maximum(slots_T[None, :] - pads_B1, 0), first, keep_BS)
+    return AttentionContext(jnp.maximum(slots_T[None, :] - pads_B1, 0), first, keep_BS)
 
 
 def empty_cache(
