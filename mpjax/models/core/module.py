@@ -31,27 +31,27 @@ class Context:
       precision: the model's Precision.
       prefix: path of the part inside the model, such as ("decoder", "layers", "3").
       shard: constrains an activation to logical axes.
-      seen: collects every path that is asked for and what it is, `module`, `weight` or
+      sites: collects every path that is asked for and what it is, `module`, `weight` or
         `product`; None does not.
     """
 
     precision: Precision
     prefix: tuple[str, ...]
     shard: Callable[[Any, tuple[str | None, ...]], Any] = unsharded
-    seen: dict[str, str] | None = dataclasses.field(default=None, compare=False)
+    sites: dict[str, str] | None = dataclasses.field(default=None, compare=False)
 
     def policy(self, path: tuple[str, ...], weight: bool = False) -> jmp.Policy:
         """Returns the policy of a module, operation or weight below this part."""
         full = "/".join((*self.prefix, *path))
-        if self.seen is not None:
-            self.seen.setdefault(full, "weight" if weight else "module")
+        if self.sites is not None:
+            self.sites.setdefault(full, "weight" if weight else "module")
         return self.precision.policy(full)
 
     def recipe(self, path: tuple[str, ...]) -> Recipe | None:
         """Returns the recipe of a matrix product below this part."""
         full = "/".join((*self.prefix, *path))
-        if self.seen is not None:
-            self.seen[full] = "product"
+        if self.sites is not None:
+            self.sites[full] = "product"
         return self.precision.recipe(full)
 
 

@@ -44,35 +44,31 @@ class Network:
     metadata: Metadata = dataclasses.field(default=NONE, compare=False, repr=False)
 
     root: ClassVar[str]  # first part of every path; empty where parts have several
-    unthreaded: ClassVar[str] = ""  # path of a product that cannot thread an amax history
+    stateless_product: ClassVar[str] = ""  # path of a product that cannot thread an amax history
 
-    def boxed(self, at: At, key: Any) -> Any:
+    def init_with_axes(self, at: At, key: Any) -> Any:
         """Returns drawn parameters boxed with their logical axes; equal layers are stacked."""
         raise NotImplementedError
 
     @property
-    def depth(self) -> int:
-        """How many layers are stacked below `ROOT/layers`."""
-        return 0
-
-    @property
-    def depths(self) -> dict[str, int]:
+    def layer_counts(self) -> dict[str, int]:
         """Root -> how many layers are stacked below `ROOT/layers`."""
-        return {self.root: self.depth}
+        return {self.root: 0}
 
     @property
-    def further(self) -> dict[str, str]:
+    def extra_sites(self) -> dict[str, str]:
         """Path -> kind of what takes a policy and is not seen while parameters are drawn."""
         return {f"{self.root}/loss": "module"}
 
     def __post_init__(self) -> None:
         self.precision.check(self.paths, self._of("weight"), self._of("product"))
         self._check_storage()
-        recipe = self.recipes.get(self.unthreaded)
+        recipe = self.recipes.get(self.stateless_product)
         if recipe is not None and recipe.history:
             raise ConfigError(
-                f"{self.unthreaded}: recipe {recipe.name!r} keeps an amax history, which a loss"
-                " taken in chunks cannot thread; take a recipe without history for it, such as fp8"
+                f"{self.stateless_product}: recipe {recipe.name!r} keeps an amax history, which a"
+                " loss taken in chunks cannot thread; take a recipe without history for it, such as"
+                " fp8"
             )
 
     def _check_storage(self) -> None:
@@ -103,20 +99,20 @@ class Network:
     @property
     def _outline(self) -> _Outline:
         """Traced once for each configuration: every model of one has it, whatever its Precision."""
-        mine = (type(self), self.config)
-        if mine not in _OUTLINES:
-            _OUTLINES[mine] = self._drawn()
-        return _OUTLINES[mine]
+        own = (type(self), self.config)
+        if own not in _OUTLINES:
+            _OUTLINES[own] = self._drawn()
+        return _OUTLINES[own]
 
     def _drawn(self) -> _Outline:
-        seen: dict[str, str] = {}
+        sites: dict[str, str] = {}
         covers_all = get_precision("fp32")
 
         def at(*prefix: str) -> Context:
-            return Context(covers_all, self._prefix + prefix, seen=seen)
+            return Context(covers_all, self._prefix + prefix, sites=sites)
 
-        boxed = jax.eval_shape(lambda: self.boxed(at, jax.random.key(0)))
-        seen |= self.further
+        boxed = jax.eval_shape(lambda: self.init_with_axes(at, jax.random.key(0)))
+        sites |= self.extra_sites
 
         def names(path: Any, box: Any) -> tuple[str | None, ...]:
             stacked = path[1].key == "layers"
@@ -129,10 +125,13 @@ class Network:
             root, *rest = path.split("/")
             if rest[:2] != ["layers", "0"]:
                 return [path]
-            return ["/".join([root, "layers", str(i), *rest[2:]]) for i in range(self.depths[root])]
+            return [
+                "/".join([root, "layers", str(i), *rest[2:]])
+                for i in range(self.layer_counts[root])
+            ]
 
-        sites = {each: kind for path, kind in seen.items() for each in layers(path)}
-        return _Outline(sites, axes)
+        each_layer = {each: kind for path, kind in sites.items() for each in layers(path)}
+        return _Outline(each_layer, axes)
 
     def _of(self, kind: str) -> list[str]:
         return [path for path, found in self._outline.sites.items() if found == kind]
@@ -171,7 +170,7 @@ class Network:
         for path, recipe in self.recipes.items():
             if recipe.history:
                 bare = [part for part in path.split("/") if not part.isdigit()]
-                layers = (self.depths[bare[0]],) if bare[1] == "layers" else ()
+                layers = (self.layer_counts[bare[0]],) if bare[1] == "layers" else ()
                 at = tree
                 for part in bare[len(self._prefix) :]:
                     at = at.setdefault(part, {})
@@ -183,4 +182,4 @@ class Network:
 # is what a program is kept for, so it comes without `shard`, which nothing is drawn by.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _draw(model: Network, key: Any) -> Any:
-    return stored(nn.unbox(model.boxed(model.at, key)), model.precision)
+    return stored(nn.unbox(model.init_with_axes(model.at, key)), model.precision)

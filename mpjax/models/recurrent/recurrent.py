@@ -41,15 +41,15 @@ class Recurrent(Network):
 
     config: RecurrentConfig
     root: ClassVar[str] = "recurrent"
-    unthreaded: ClassVar[str] = "recurrent/head"
+    stateless_product: ClassVar[str] = "recurrent/head"
 
     @property
-    def depth(self) -> int:
-        """Cells above each other."""
-        return self.config.layers
+    def layer_counts(self) -> dict[str, int]:
+        """See `Network`: cells above each other."""
+        return {"recurrent": self.config.layers}
 
     @property
-    def further(self) -> dict[str, str]:
+    def extra_sites(self) -> dict[str, str]:
         """See `Network`; a tied head draws no parameters."""
         return {"recurrent/head": "product", "recurrent/loss": "module"}
 
@@ -66,7 +66,7 @@ class Recurrent(Network):
         context = at("layers", str(layer), "cell")
         return Cell(context, self.config.cell, name=f"recurrent/layers/{layer}/cell")
 
-    def boxed(self, at: At, key: Any) -> Any:
+    def init_with_axes(self, at: At, key: Any) -> Any:
         """See `Network`."""
         c, x_TBD = self.config, jnp.zeros((1, 1, self.config.width))
         embed = self._embed(at).init(part_key(key, "embed"), jnp.zeros((1, 1), jnp.int32))

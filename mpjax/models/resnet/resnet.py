@@ -172,7 +172,7 @@ class ResNet(Network):
     def _body(self, at: At) -> Body:
         return Body(at(), self.config, name=self.root)
 
-    def boxed(self, at: At, key: Any) -> Any:
+    def init_with_axes(self, at: At, key: Any) -> Any:
         """See `Network`."""
         image = jnp.zeros((1, 1, 1, self.config.inputs))
         return {self.root: self._body(at).init(key, image)["params"]}

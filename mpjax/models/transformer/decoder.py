@@ -20,10 +20,14 @@ from mpjax.models.core.module import At
 from mpjax.models.core.network import Network
 from mpjax.models.core.storage import Storage
 from mpjax.models.transformer.decoder_config import DecoderConfig, decoder_config
-from mpjax.models.transformer.heads import next_token_loss, unembed
-from mpjax.models.transformer.parts import decoder_parts, init_boxed
-from mpjax.models.transformer.stack import Stack, equal_segments
-from mpjax.models.transformer.trunk import Trunk, empty_cache, sight_of
+from mpjax.models.transformer.heads import next_token_head, next_token_logits, next_token_loss
+from mpjax.models.transformer.transformer import (
+    Segments,
+    Transformer,
+    attention_context_of,
+    empty_cache,
+    equal_segments,
+)
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
 
@@ -39,26 +43,32 @@ class Model(Network):
     """
 
     root: ClassVar[str] = "decoder"
-    unthreaded: ClassVar[str] = "decoder/head"
+    stateless_product: ClassVar[str] = "decoder/head"
 
-    def boxed(self, at: At, key: Any) -> Any:
-        """Returns drawn parameters boxed with their logical axes; blocks are stacked."""
-        return {"decoder": init_boxed(self.config, at, key, decoder_parts(self.config, at))}
+    def _described(self, at: At) -> Transformer:
+        return Transformer(self.config, at, "decoder", heads=next_token_head(self.config, at))
+
+    def _transformer(self) -> Transformer:
+        return self._described(self.at).running(self, self.segments)
+
+    def init_with_axes(self, at: At, key: Any) -> Any:
+        """See `Network`; blocks are stacked."""
+        return {"decoder": self._described(at).init_with_axes(key)}
 
     @property
-    def depth(self) -> int:
-        """How many layers are stacked below `decoder/layers`."""
-        return self.config.layers
+    def layer_counts(self) -> dict[str, int]:
+        """See `Network`."""
+        return {"decoder": self.config.layers}
 
     @property
-    def further(self) -> dict[str, str]:
+    def extra_sites(self) -> dict[str, str]:
         """The tied head's product and the loss."""
         return {"decoder/head": "product", "decoder/loss": "module"}
 
     @functools.cached_property
-    def segments(self) -> tuple[tuple[int, int], ...]:
+    def segments(self) -> Segments:
         """Ranges of consecutive layers whose policies are equal: (start, stop)."""
-        return equal_segments(self.precision, self.paths, "decoder", self.depth)
+        return equal_segments(self.precision, self.paths, "decoder", self.config.layers)
 
     @jax.named_scope(CARRIED)
     def features(
@@ -68,9 +78,8 @@ class Model(Network):
         """Returns the features behind the last norm (B, T, D) and the new state, as `apply`."""
         state, ids_BT = state or {}, as_ids(ids_BT, "decoder")
         T = ids_BT.shape[1]
-        stack = Stack(self.config, self.at, self.segments, rounding=self.rounds)
-        x, cache, amax = Trunk(stack, self.shard)(
-            below(slice_view(params), "decoder"), ids_BT, sight_of(T, keep, state),
+        x, cache, amax = self._transformer()(
+            below(slice_view(params), "decoder"), ids_BT, attention_context_of(T, keep, state),
             cache=state.get("layers"), amax=state.get("amax", {}).get("layers"), key=key,
             train=train,
         )  # fmt: skip
@@ -97,9 +106,8 @@ class Model(Network):
           train: whether dropout is on.
         """
         x, state = self.features(params, ids_BT, keep=keep, state=state, key=key, train=train)
-        logits = unembed(self.config, self.at, slice_view(params)["decoder"], x, key)
-        cap = self.config.logit_cap
-        return (cap * jnp.tanh(logits / cap) if cap else logits), state
+        p, cap = slice_view(params)["decoder"], self.config.logit_cap
+        return next_token_logits(self._transformer(), p, x, key, cap), state
 
     @ops.counted(ops.weight_sum)
     def loss(
@@ -116,7 +124,8 @@ class Model(Network):
         targets_of(batch, ids.shape, "decoder")
         x, state = self.features(params, ids, keep=keep, state=state, key=key, train=train)
         p = slice_view(params)["decoder"]
-        return next_token_loss(self.config, self.at, p, x, batch, key, train), state
+        loss = next_token_loss(self._transformer(), self.config, p, x, batch, key, train)
+        return loss, state
 
     def init_cache(
         self, batch: int, length: int, storage: str | Storage = "", *, pads: Any = None

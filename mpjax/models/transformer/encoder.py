@@ -21,9 +21,7 @@ from mpjax.models.core.network import Network
 from mpjax.models.transformer.block import AttentionContext
 from mpjax.models.transformer.encoder_config import EncoderConfig, encoder_config
 from mpjax.models.transformer.heads import ClassHead, MaskedHead, MeanPooler, Pooler
-from mpjax.models.transformer.parts import Parts, init_boxed, outer_parts
-from mpjax.models.transformer.stack import Stack, equal_segments
-from mpjax.models.transformer.trunk import Trunk
+from mpjax.models.transformer.transformer import Parts, Segments, Transformer, equal_segments
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
 
@@ -67,41 +65,43 @@ class Encoder(Network):
 
     root: ClassVar[str] = "encoder"
 
-    def boxed(self, at: At, key: Any) -> Any:
-        """Returns drawn parameters boxed with their logical axes; blocks are stacked."""
+    def _described(self, at: At) -> Transformer:
         c = self.config
-        parts = outer_parts(c, at, "encoder", c.types) | _head_parts(c, at)
-        return {"encoder": init_boxed(c, at, key, parts, causal=False)}
+        return Transformer(c, at, "encoder", causal=False, types=c.types, heads=_head_parts(c, at))
+
+    def init_with_axes(self, at: At, key: Any) -> Any:
+        """See `Network`; blocks are stacked."""
+        return {"encoder": self._described(at).init_with_axes(key)}
 
     @property
-    def depth(self) -> int:
-        """How many layers are stacked below `encoder/layers`."""
-        return self.config.layers
+    def layer_counts(self) -> dict[str, int]:
+        """See `Network`."""
+        return {"encoder": self.config.layers}
 
     @functools.cached_property
-    def segments(self) -> tuple[tuple[int, int], ...]:
+    def segments(self) -> Segments:
         """Ranges of consecutive layers whose policies are equal: (start, stop)."""
-        return equal_segments(self.precision, self.paths, "encoder", self.depth)
+        return equal_segments(self.precision, self.paths, "encoder", self.config.layers)
 
     def _inputs(self, inputs: Any) -> dict[str, Any]:
-        given = dict(inputs) if isinstance(inputs, dict) else {"ids": inputs}
-        if "attention_mask" in given:
-            given["keep"] = keep_of(given, "encoder")
-            del given["attention_mask"]
-        if "ids" not in given or (odd := sorted(set(given) - set(_INPUTS))):
-            what = "lacks 'ids'" if "ids" not in given else f"holds {odd[0]!r}"
+        fields = dict(inputs) if isinstance(inputs, dict) else {"ids": inputs}
+        if "attention_mask" in fields:
+            fields["keep"] = keep_of(fields, "encoder")
+            del fields["attention_mask"]
+        if "ids" not in fields or (odd := sorted(set(fields) - set(_INPUTS))):
+            what = "lacks 'ids'" if "ids" not in fields else f"holds {odd[0]!r}"
             raise ConfigError(f"encoder: the input {what}; give ids, and keep and types if any")
-        if "types" in given and not self.config.types:
+        if "types" in fields and not self.config.types:
             raise ConfigError(
                 "encoder: token types are given and types=0; leave them out, or set types=2"
             )
-        for name, value in given.items():
-            if jnp.shape(value) != jnp.shape(given["ids"]):
+        for name, value in fields.items():
+            if jnp.shape(value) != jnp.shape(fields["ids"]):
                 raise ConfigError(
                     f"encoder: {name} has shape {jnp.shape(value)}, ids"
-                    f" {jnp.shape(given['ids'])}; give one for each token"
+                    f" {jnp.shape(fields['ids'])}; give one for each token"
                 )
-        return given
+        return fields
 
     @jax.named_scope(CARRIED)
     def apply(
@@ -123,17 +123,17 @@ class Encoder(Network):
           `masked` (B, T, V) for `masked` and `pretrain`, `next` (B, 2; 0 is the next sentence) for
           `pretrain`, `class` (B, C), `token` (B, T, C). What stands at padding means nothing.
         """
-        c, p, given = self.config, below(weight_view(params), "encoder"), self._inputs(inputs)
-        seen = (state or {}).get("amax", {})
-        keep = jnp.asarray(given["keep"]).astype(bool) if "keep" in given else None
-        ids = as_ids(given["ids"], "encoder")
-        stack = Stack(c, self.at, self.segments, self.rounds, "encoder", causal=False)
-        x, _, amax = Trunk(stack, self.shard, c.types)(
+        c, p, fields = self.config, below(weight_view(params), "encoder"), self._inputs(inputs)
+        histories = (state or {}).get("amax", {})
+        keep = jnp.asarray(fields["keep"]).astype(bool) if "keep" in fields else None
+        ids = as_ids(fields["ids"], "encoder")
+        transformer = self._described(self.at).running(self, self.segments)
+        x, _, amax = transformer(
             p, ids, AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep),
-            kinds_BT=given.get("types"), amax=seen.get("layers"), key=key, train=train,
+            kinds_BT=fields.get("types"), amax=histories.get("layers"), key=key, train=train,
         )  # fmt: skip
-        new = dict(seen) | ({"layers": amax} if amax else {})
-        parts, out = _head_parts(c, self.at), {"features": x}
+        new = dict(histories) | ({"layers": amax} if amax else {})
+        parts, out = transformer.heads, {"features": x}
 
         def run(name: str, *args: Any) -> Any:
             own = None if key is None else part_key(key, name)
@@ -141,10 +141,10 @@ class Encoder(Network):
             if self.rounds and own is not None:
                 rngs["rounding"] = part_key(own, "rounding")
             variables = {"params": p.get(name, {})}
-            if name not in seen:
+            if name not in histories:
                 return parts[name][0].apply(variables, *args, rngs=rngs)
             y, updated = parts[name][0].apply(
-                variables | {"amax": seen[name]}, *args, rngs=rngs, mutable=["amax"]
+                variables | {"amax": histories[name]}, *args, rngs=rngs, mutable=["amax"]
             )
             new[name] = updated["amax"]
             return y

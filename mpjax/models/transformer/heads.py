@@ -15,7 +15,7 @@ from mpjax.models.core.module import At, Layer
 from mpjax.models.transformer.block import activate
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.models.transformer.decoder_config import DecoderConfig
-from mpjax.models.transformer.parts import decoder_parts
+from mpjax.models.transformer.transformer import Parts, Transformer
 
 
 class Pooler(Layer):
@@ -91,41 +91,56 @@ class ClassHead(Layer):
         return Linear(self.context, self.classes, ("embed", None), True, name="head")(x)
 
 
-def unembed(config: DecoderConfig, at: At, p: Any, x: Any, key: Any = None) -> Any:
+def next_token_head(config: DecoderConfig, at: At) -> Parts:
+    """Returns the head of a decoder as a part; none where it is the transposed embedding."""
+    if config.tied:
+        return {}
+    axes = ("embed", "vocab")
+    head = Linear(at("head"), config.vocabulary, axes, config.head_bias, name="decoder/head")
+    return {"head": (head, (jnp.zeros((1, 1, config.width)),))}
+
+
+def unembed(decoder: Transformer, p: Any, x: Any, key: Any = None) -> Any:
     """Returns features as logits in the output dtype of `decoder/head`.
 
     Args:
-      config: shape.
-      at: path prefix below `decoder` -> context.
+      decoder: the Transformer that they come from.
       p: weights below `decoder`.
       x: features (..., D).
       key: of recipes that draw, or None.
     """
-    head = None if config.tied else decoder_parts(config, at)["head"][0]
-    return head_logits(head, at("head"), p, x, key)
+    head, _ = decoder.parts.get("head", (None, ()))
+    return head_logits(head, decoder.at("head"), p, x, key)
+
+
+def next_token_logits(decoder: Transformer, p: Any, x: Any, key: Any, cap: float) -> Any:
+    """Returns the logits of `unembed`, or `cap tanh(logits / cap)` of them if cap > 0."""
+    logits = unembed(decoder, p, x, key)
+    return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def next_token_loss(
-    config: DecoderConfig, at: At, p: Any, x: Any, batch: Any, key: Any, train: bool
+    decoder: Transformer, config: DecoderConfig, p: Any, x: Any, batch: Any, key: Any, train: bool
 ) -> Any:
     """Returns the mean cross-entropy of a batch's `targets`, by its `weights` if it has any.
 
     Args:
+      decoder: the Transformer that the features come from.
       config: shape.
-      at: path prefix below `decoder` -> context.
       p: weights below `decoder`.
       x: features (B, T, D).
       batch: `targets` (B, T), and `weights` (B, T) if not all tokens count alike.
       key: of recipes that draw, or None.
       train: whether the z-loss is part of it.
     """
-    c, targets = config, targets_of(batch, x.shape[:2], at("loss").prefix[0])
+    c, context = config, decoder.at("loss")
+    targets = targets_of(batch, x.shape[:2], context.prefix[0])
     B, T = targets.shape
     return ops.cross_entropy(
         x,
         targets,
-        lambda x: unembed(c, at, p, x, key),
-        at("loss").policy(()),
+        lambda x: unembed(decoder, p, x, key),
+        context.policy(()),
         chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
         z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of what is judged
         logit_cap=c.logit_cap,

@@ -16,15 +16,19 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.core.checks import as_ids, below, field, keep_of
-from mpjax.models.core.module import At, Context, part_key
+from mpjax.models.core.module import At, part_key
 from mpjax.models.core.network import Network
 from mpjax.models.core.storage import Storage
 from mpjax.models.transformer.block import AttentionContext
-from mpjax.models.transformer.heads import next_token_loss, unembed
-from mpjax.models.transformer.parts import decoder_parts, init_boxed, outer_parts
+from mpjax.models.transformer.heads import next_token_head, next_token_logits, next_token_loss
 from mpjax.models.transformer.seq2seq_config import Seq2SeqConfig, seq2seq_config
-from mpjax.models.transformer.stack import Stack, equal_segments
-from mpjax.models.transformer.trunk import Trunk, empty_cache, sight_of
+from mpjax.models.transformer.transformer import (
+    Segments,
+    Transformer,
+    attention_context_of,
+    empty_cache,
+    equal_segments,
+)
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
 
@@ -42,65 +46,58 @@ class Seq2Seq(Network):
     """
 
     root: ClassVar[str] = ""
-    unthreaded: ClassVar[str] = "decoder/head"
+    stateless_product: ClassVar[str] = "decoder/head"
 
-    def boxed(self, at: At, key: Any) -> Any:
-        """Returns drawn parameters boxed with their logical axes; blocks are stacked."""
-        c = self.config
-        read, write = (functools.partial(at, half) for half in HALVES)
-        own = outer_parts(c.encoder, read, "encoder")
-        if not c.source_vocabulary:
-            del own["embed"]  # the decoder's
-        keys = [part_key(key, half) for half in HALVES]
+    def _described(self, at: At, half: str) -> Transformer:
+        c, own = self.config, functools.partial(at, half)
+        if half == "encoder":
+            return Transformer(c.encoder, own, half, causal=False)
+        return Transformer(c, own, half, cross=True, heads=next_token_head(c, own))
+
+    def _transformer(self, half: str) -> Transformer:
+        return self._described(self.at, half).running(self, self.segments[half])
+
+    def init_with_axes(self, at: At, key: Any) -> Any:
+        """See `Network`; blocks are stacked."""
+        shared = () if self.config.source_vocabulary else ("embed",)  # it is the decoder's
         return {
-            "encoder": init_boxed(c.encoder, read, keys[0], own, causal=False),
-            "decoder": init_boxed(c, write, keys[1], decoder_parts(c, write), cross=True),
+            half: self._described(at, half).init_with_axes(
+                part_key(key, half), without=shared if half == "encoder" else ()
+            )
+            for half in HALVES
         }
 
     @property
-    def depths(self) -> dict[str, int]:
-        """Layers of each half."""
+    def layer_counts(self) -> dict[str, int]:
+        """See `Network`."""
         return {"encoder": self.config.encoder.layers, "decoder": self.config.layers}
 
     @property
-    def further(self) -> dict[str, str]:
+    def extra_sites(self) -> dict[str, str]:
         """The look-up in a shared table, the tied head's product, and the loss."""
         paths = {"decoder/head": "product", "decoder/loss": "module"}
         return paths if self.config.source_vocabulary else paths | {"encoder/embed": "module"}
 
     @functools.cached_property
-    def segments(self) -> dict[str, tuple[tuple[int, int], ...]]:
+    def segments(self) -> dict[str, Segments]:
         """Half -> ranges of consecutive layers whose policies are equal: (start, stop)."""
         return {
-            half: equal_segments(self.precision, self.paths, half, depth)
-            for half, depth in self.depths.items()
+            half: equal_segments(self.precision, self.paths, half, layers)
+            for half, layers in self.layer_counts.items()
         }
 
-    def _target_at(self, *prefix: str) -> Context:
-        return self.at("decoder", *prefix)
-
-    def _trunk(self, half: str) -> Trunk:
-        reads = half == "encoder"
-        stack = Stack(
-            self.config.encoder if reads else self.config, functools.partial(self.at, half),
-            self.segments[half], self.rounds, half, causal=not reads, cross=not reads,
-        )  # fmt: skip
-        return Trunk(stack, self.shard)
-
     def _run(
-        self,
-        half: str,
-        p: Any,
-        ids: Any,
-        attention_context: AttentionContext,
-        state: Any,
-        **how: Any,
-    ) -> Any:
+        self, half: str, p: Any, ids: Any, attention_context: AttentionContext, state: Any,
+        **options: Any,
+    ) -> Any:  # fmt: skip
         """Features, cache and the state with this half's new amax histories."""
-        seen = state.get("amax", {})
-        how["amax"] = seen.get(half, {}).get("layers")
-        x, cache, amax = self._trunk(half)(p, ids, attention_context, **how)
-        return x, cache, (state | {"amax": seen | {half: {"layers": amax}}} if amax else state)
+        histories = state.get("amax", {})
+        x, cache, amax = self._transformer(half)(
+            p, ids, attention_context, amax=histories.get(half, {}).get("layers"), **options
+        )
+        if amax:
+            state = state | {"amax": histories | {half: {"layers": amax}}}
+        return x, cache, state
 
     def _read(self, p: Any, source: Any, keep: Any, state: Any, key: Any, train: bool) -> Any:
         own = below(p, "encoder")
@@ -126,7 +123,9 @@ class Seq2Seq(Network):
         state, p = state or {}, weight_view(params)
         if "position" in state:
             ids, keep = as_ids(inputs, "seq2seq"), state.get("source_keep")
-            attention_context = sight_of(ids.shape[1], None, state)._replace(keep_source_BS=keep)
+            attention_context = attention_context_of(ids.shape[1], None, state)._replace(
+                keep_source_BS=keep
+            )
         else:
             if not isinstance(inputs, dict) or not {"source", "inputs"} <= set(inputs):
                 raise ConfigError(
@@ -137,7 +136,7 @@ class Seq2Seq(Network):
             source_keep = keep_of(inputs, "seq2seq", keep="source_keep")
             source, keep, state = self._read(p, inputs["source"], source_keep, state, key, train)
             own = keep_of(inputs, "seq2seq", mask="decoder_attention_mask")
-            attention_context = sight_of(ids.shape[1], own, state)._replace(
+            attention_context = attention_context_of(ids.shape[1], own, state)._replace(
                 source_BSD=source, keep_source_BS=keep
             )
         x, cache, new = self._run(
@@ -164,9 +163,8 @@ class Seq2Seq(Network):
           train: whether dropout is on.
         """
         x, state = self.features(params, inputs, state=state, key=key, train=train)
-        logits = unembed(self.config, self._target_at, weight_view(params)["decoder"], x, key)
-        cap = self.config.logit_cap
-        return (cap * jnp.tanh(logits / cap) if cap else logits), state
+        p, cap = weight_view(params)["decoder"], self.config.logit_cap
+        return next_token_logits(self._transformer("decoder"), p, x, key, cap), state
 
     @ops.counted(ops.weight_sum)
     def loss(
@@ -182,7 +180,8 @@ class Seq2Seq(Network):
             field(batch, name, "seq2seq")
         x, state = self.features(params, batch, state=state, key=key, train=train)
         p = weight_view(params)["decoder"]
-        return next_token_loss(self.config, self._target_at, p, x, batch, key, train), state
+        decoder = self._transformer("decoder")
+        return next_token_loss(decoder, self.config, p, x, batch, key, train), state
 
     def start(
         self, params: Any, source: Any, *, length: int, source_keep: Any = None,
@@ -203,8 +202,8 @@ class Seq2Seq(Network):
         p = weight_view(params)
         x, keep, new = self._read(p, source, source_keep, state or {}, None, False)
         cache = empty_cache(self.config, self.precision, x.shape[0], length, storage)
-        known = self._trunk("decoder").stack.known(p["decoder"]["layers"], x)
-        new = new | cache | {"layers": cache["layers"] + known}
+        source = self._transformer("decoder").source_cache(p["decoder"]["layers"], x)
+        new = new | cache | {"layers": cache["layers"] + source}
         return new if keep is None else new | {"source_keep": keep}
 
 
