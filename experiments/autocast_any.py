@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import launch  # sets XLA flags before JAX starts
+from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import jax.numpy as jnp

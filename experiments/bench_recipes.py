@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-import launch  # sets XLA flags before JAX starts
+from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import jax.numpy as jnp

@@ -18,13 +18,13 @@ import time
 from collections import Counter
 from typing import Any
 
-import launch  # sets XLA flags before JAX starts
+from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bare_step import make_step
+from common.bare_step import make_step
 from rich.console import Console
 from rich.table import Table
 

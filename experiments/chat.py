@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import launch  # sets XLA flags before JAX starts
+from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import launch  # sets XLA flags before JAX starts
 import sweep
+from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import numpy as np

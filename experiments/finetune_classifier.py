@@ -19,10 +19,12 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import finetune  # sets XLA flags before JAX starts
-import finetune_report
-import launch
 import numpy as np
+from common import (
+    finetune,  # sets XLA flags before JAX starts
+    finetune_report,
+    launch,
+)
 
 from mpjax.data.labelled import LabelledTexts, load_labelled
 from mpjax.errors import need

@@ -19,10 +19,12 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import finetune  # sets XLA flags before JAX starts
-import finetune_report
-import launch
 import numpy as np
+from common import (
+    finetune,  # sets XLA flags before JAX starts
+    finetune_report,
+    launch,
+)
 
 from mpjax.data.tagged import load_tagged, most_frequent_tags
 from mpjax.errors import ConfigError, need

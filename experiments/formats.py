@@ -27,9 +27,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import launch  # sets XLA flags before JAX starts
 import numpy as np
-from product_error import (
+from common import launch  # sets XLA flags before JAX starts
+from common.product_error import (
     PRODUCTS,
     Outliers,
     against_length,

@@ -9,11 +9,11 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated
 
-import launch  # sets XLA flags before JAX starts
+from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import tyro
-from lm import CHECKPOINTS, Shape, continuation, lm_model, prompt_ids, room, sample
+from common.lm import CHECKPOINTS, Shape, continuation, lm_model, prompt_ids, room, sample
 
 from mpjax.data import Tokenizer
 from mpjax.errors import ConfigError

@@ -20,8 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import finished
-import launch  # sets XLA flags before JAX starts
+from common import (
+    finished,
+    launch,  # sets XLA flags before JAX starts
+)
 
 import jax  # isort: skip
 import numpy as np

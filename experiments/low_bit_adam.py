@@ -17,8 +17,8 @@ import dataclasses
 import time
 from pathlib import Path
 
-import launch  # sets XLA flags before JAX starts
 import sweep
+from common import launch  # sets XLA flags before JAX starts
 
 from mpjax.errors import ConfigError
 from mpjax.precision import get_precision

@@ -16,8 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import launch  # sets XLA flags before JAX starts
 import sweep
+from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 

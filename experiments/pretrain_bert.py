@@ -22,10 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import finetune  # sets XLA flags before JAX starts
-import finetune_report
-import launch
 import numpy as np
+from common import (
+    finetune,  # sets XLA flags before JAX starts
+    finetune_report,
+    launch,
+)
 
 from mpjax.data import Document, read_documents, split_documents
 from mpjax.data.buckets import IGNORE, Batch, eval_batches

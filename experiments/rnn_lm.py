@@ -14,8 +14,8 @@ import dataclasses
 import time
 from pathlib import Path
 
-import launch  # sets XLA flags before JAX starts
 import sweep
+from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import numpy as np

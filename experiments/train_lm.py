@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import launch  # sets XLA flags before JAX starts
+from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
-from lm import CHECKPOINTS, Judge, agreed, eval_precision, lm_model, prompt_ids, sample
-from lm_config import MAY_CHANGE, PRECISION, Config, settings
+from common.lm import CHECKPOINTS, Judge, agreed, eval_precision, lm_model, prompt_ids, sample
+from common.lm_config import MAY_CHANGE, PRECISION, Config, settings
 
 from mpjax.data import Corpus, Tokenizer, batches, load_corpus
 from mpjax.errors import ConfigError

@@ -22,9 +22,11 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-import finetune  # sets XLA flags before JAX starts
-import finetune_report
-import launch
+from common import (
+    finetune,  # sets XLA flags before JAX starts
+    finetune_report,
+    launch,
+)
 
 import jax  # isort: skip
 import numpy as np

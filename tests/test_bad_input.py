@@ -78,8 +78,9 @@ def scripts():
         mock.patch.object(sys, "unraisablehook"),
     ):
         sys.path.insert(0, str(ROOT / "experiments"))
-        names = ("launch", *BASE)
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+        names = ("common.launch", *BASE)
+        found = {name.rpartition(".")[2]: importlib.import_module(name) for name in names}
+        yield SimpleNamespace(**found)
     logging.getLogger("mpjax").setLevel(level)
 
 

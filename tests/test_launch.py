@@ -39,8 +39,9 @@ def scripts():
         mock.patch.object(sys, "path", [str(ROOT / "experiments"), *sys.path]),
         mock.patch.object(sys, "unraisablehook"),
     ):
-        names = ("launch", "finished", "processes", *TRAINERS)
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+        names = ("common.launch", "common.finished", "common.processes", *TRAINERS)
+        found = {name.rpartition(".")[2]: importlib.import_module(name) for name in names}
+        yield SimpleNamespace(**found)
     logging.getLogger("mpjax").setLevel(level)
 
 
@@ -209,7 +210,7 @@ def test_a_sick_terminal_kills_nothing_that_trains(begin, tmp_path, monkeypatch,
 CLOSED = """
 import sys
 sys.path.insert(0, "experiments")
-import launch
+from common import launch
 import dataclasses, os, pathlib
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ def unmet(source: str, path: str) -> list[str]:
     known = {MODULE_NAMES.get(name, name) for name in required} | {"mpjax"}
     known |= set(sys.stdlib_module_names)
     if path.startswith("experiments/"):
-        known |= {script.stem for script in SCRIPTS}  # a script's own folder is on its path
+        known |= {script.stem for script in SCRIPTS} | {"common"}  # a script's own folder is on its path
     top = [
         node
         for node in ast.parse(source).body

@@ -24,7 +24,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import launch  # noqa: E402, F401  # sets XLA flags before JAX starts
+from common import launch  # noqa: E402, F401  # sets XLA flags before JAX starts
 
 import jax  # noqa: E402  # isort: skip
 import numpy as np  # noqa: E402

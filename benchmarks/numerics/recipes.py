@@ -20,7 +20,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import formats  # noqa: E402  # sets XLA flags before JAX starts
-from product_error import Outliers, with_outliers  # noqa: E402
+from common.product_error import Outliers, with_outliers  # noqa: E402
 
 from benchmarks.common.page import table, write  # noqa: E402
 from mpjax.precision import parse_dtype  # noqa: E402

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from finetune_report import above  # noqa: E402
+from common.finetune_report import above  # noqa: E402
 
 from benchmarks.common.page import ROOT, table, write
 from mpjax.report import interval  # noqa: E402

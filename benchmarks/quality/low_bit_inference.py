@@ -28,7 +28,7 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import launch  # noqa: E402, F401  # sets XLA flags before JAX starts
+from common import launch  # noqa: E402, F401  # sets XLA flags before JAX starts
 
 from benchmarks.common.page import table, write  # noqa: E402
 from mpjax.data import Tokenizer, validation_batches  # noqa: E402

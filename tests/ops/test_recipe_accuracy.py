@@ -21,7 +21,7 @@ from mpjax.precision import Recipe, get_recipe, recipe_names
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments" / "common"
 MATMUL = (((1,), (0,)), ((), ()))
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import bare_step
 import jax
 import jax.numpy as jnp
 import optax
+from common import bare_step
 from jax import lax
 
 LOW = jnp.bfloat16

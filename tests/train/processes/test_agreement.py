@@ -23,7 +23,7 @@ PAGE = {"settings": {"seed": 0, "shape": {"width": 8}}, "code": "a"}
 SCRIPT = """
 import sys
 sys.path.insert(0, "experiments")
-import launch
+from common import launch
 import dataclasses, pathlib
 
 @dataclasses.dataclass(frozen=True)

@@ -104,7 +104,7 @@ def test_the_service_takes_no_port_of_another(tmp_path):
 SCRIPT = """
 import sys
 sys.path.insert(0, "experiments")
-import launch
+from common import launch
 import dataclasses, pathlib, time
 from mpjax.train import peers
 from mpjax.errors import ConfigError

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import launch  # sets XLA flags before JAX starts
 import numpy as np
 from rich.table import Table
 
+from common import launch  # sets XLA flags before JAX starts
 from mpjax.files import write_text
 from mpjax.report import Outcome, interval, plot_loss, save_plot
 from mpjax.report.slices import slice_cells, slice_gaps

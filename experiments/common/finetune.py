@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import finished
-import launch  # sets XLA flags before JAX starts
+from common import (
+    finished,
+    launch,  # sets XLA flags before JAX starts
+)
 
 import jax  # isort: skip
 import numpy as np
-from finetune_report import Arm
 from rich.console import Console
 
+from common.finetune_report import Arm
 from mpjax.data.assets import asset_names, fetch
 from mpjax.data.buckets import Batch, bucket_batches
 from mpjax.data.tokenizers.wordpiece import WordPiece, parse_wordpiece, train_wordpiece

@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import launch
 import tyro
-from lm import Shape, shape_changes
 
+from common import launch
+from common.lm import Shape, shape_changes
 from mpjax.errors import ConfigError
 from mpjax.precision import Precision, PrecisionSchedule, get_precision, get_schedule
 

@@ -14,9 +14,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import launch  # sets XLA flags before JAX starts  # noqa: F401
 from rich.console import Console
 
+from common import launch  # sets XLA flags before JAX starts  # noqa: F401
 from mpjax.errors import ConfigError
 from mpjax.files import is_temporary, write_text
 from mpjax.train.checkpoint.restore import differences

@@ -62,7 +62,7 @@ def started(config: Any) -> dict[str, Any]:
     del settings["distributed"]  # names each process
     page = {
         "settings": settings, "versions": versions(), "environment": environment(),
-        "code": code_hash(Path(mpjax.__file__).parent, Path(__file__).parent),
+        "code": code_hash(Path(mpjax.__file__).parent, Path(__file__).parents[1]),
     }  # fmt: skip
     return json.loads(json.dumps(page, default=str))
 

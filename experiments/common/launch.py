@@ -70,9 +70,9 @@ set_flags()
 set_log()
 
 import jax  # noqa: E402
-from command_line import parse  # noqa: E402
-from processes import leave, one_run  # noqa: E402
 
+from common.command_line import parse  # noqa: E402
+from common.processes import leave, one_run  # noqa: E402
 from mpjax.data import Corpus  # noqa: E402
 from mpjax.data.cache import checksum  # noqa: E402
 from mpjax.errors import ConfigError, TrainingStopped  # noqa: E402
