@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 
-from mpjax.ops.quantized import how_it_runs
+from mpjax.ops.quantized_operand import how_it_runs
 from mpjax.precision import (
     Moments,
     Operand,

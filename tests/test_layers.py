@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,14 @@ MAY_IMPORT = {
     "probe": set(),
     "doctor": {"probe"},  # it stays light: a broken part must not keep it from starting
 }
+# Rooms of a part that do not import each other, and what all of them stand on.
+ROOMS = {
+    "interpret": ({"autocast", "audit", "monitor", "nonfinite"}, {"core"}),
+    "models": ({"transformer", "recurrent", "resnet"}, {"core"}),
+}
+MOST_MODULES = 14  # in a folder
+# Modules of one name that are the same part of several rooms.
+SAME_PARTS = {"config", "checks", "report"}
 THE_FACE = "__init__"  # mpjax/__init__.py gathers the public names and may import every part
 # distribution -> the modules that it gives
 MODULE_NAMES = {"orbax-checkpoint": "orbax"}
@@ -73,7 +82,26 @@ def breaches(source: str, path: str) -> list[str]:
             found.append(f"{path}: {'.'.join(name)}")
         if name[0] in ONLY_IN and part not in (None, ONLY_IN[name[0]]):
             found.append(f"{path}: {'.'.join(name)}")
+        apart, base = ROOMS.get(part or "", (set(), set()))
+        here, there = parts[2:3], name[2:3]
+        if part and name[:2] == ("mpjax", part) and here and there and here != there:
+            if here[0] in apart and there[0] in apart:
+                found.append(f"{path}: {'.'.join(name)}")
+            if here[0] in base and there[0] in apart:
+                found.append(f"{path}: {'.'.join(name)}")
     return found
+
+
+def crowded(modules: list[str]) -> list[str]:
+    """The folders of too many modules."""
+    counts = Counter(m.rpartition("/")[0] for m in modules if not m.endswith("__init__.py"))
+    return sorted(folder for folder, count in counts.items() if count > MOST_MODULES)
+
+
+def namesakes(modules: list[str]) -> list[str]:
+    """The names that several modules bear."""
+    names = Counter(Path(m).stem for m in modules if not Path(m).stem.startswith("__"))
+    return sorted(name for name, count in names.items() if count > 1 and name not in SAME_PARTS)
 
 
 def unmet(source: str, path: str) -> list[str]:
@@ -83,7 +111,9 @@ def unmet(source: str, path: str) -> list[str]:
     known = {MODULE_NAMES.get(name, name) for name in required} | {"mpjax"}
     known |= set(sys.stdlib_module_names)
     if path.startswith("experiments/"):
-        known |= {script.stem for script in SCRIPTS} | {"common"}  # a script's own folder is on its path
+        known |= {script.stem for script in SCRIPTS} | {
+            "common"
+        }  # a script's own folder is on its path
     top = [
         node
         for node in ast.parse(source).body
@@ -126,6 +156,11 @@ def test_nobody_imports_upwards() -> None:
         ("mpjax/train/bad.py", "from mpjax.tasks import lm"),
         ("mpjax/data/bad.py", "from mpjax.train import state"),
         ("mpjax/interpret/bad.py", "from mpjax.optim import wrap"),
+        ("mpjax/interpret/audit/bad.py", "from mpjax.interpret.monitor.measure import measure"),
+        ("mpjax/interpret/audit/bad.py", "from ..autocast import rules"),
+        ("mpjax/interpret/core/bad.py", "from mpjax.interpret.audit import audit"),
+        ("mpjax/models/resnet/bad.py", "import mpjax.models.transformer.block"),
+        ("mpjax/models/core/bad.py", "from mpjax.models.recurrent.cell import Cell"),
         ("mpjax/doctor.py", "from mpjax.models import decoder"),
         ("mpjax/models/bad.py", "from experiments import train_lm"),
         ("mpjax/models/bad.py", "from mpjax.new_part import x"),
@@ -142,6 +177,8 @@ def test_a_bad_import_is_caught(path: str, source: str) -> None:
         ("mpjax/models/good.py", "import flax\nfrom mpjax.ops import norm\nfrom . import layers"),
         ("mpjax/train/good.py", "from mpjax.optim import wrap\nfrom mpjax.errors import X"),
         ("mpjax/formats/good.py", "from mpjax.formats.format_table import Format"),
+        ("mpjax/interpret/audit/good.py", "from mpjax.interpret.core.walk import walk"),
+        ("mpjax/models/inference/good.py", "from mpjax.models.transformer.kv_cache import read"),
         ("experiments/good.py", "import mpjax\nimport flax\nfrom mpjax.models import decoder"),
     ],
 )
@@ -156,6 +193,13 @@ def test_a_plain_install_has_what_is_imported() -> None:
     assert unmet("import no_such_script", "experiments/x.py")
     assert unmet("from orbax import checkpoint\nimport jax.numpy, json", "x.py") == []
     assert unmet("def f():\n    import pyarrow", "x.py") == []
+
+
+def test_folders_show_what_is_in_them() -> None:
+    modules = [_relative(path) for path in MODULES]
+    assert crowded(modules) == [] and namesakes(modules) == []
+    assert crowded([f"mpjax/a/{i}.py" for i in range(15)]) == ["mpjax/a"]
+    assert namesakes(["mpjax/a/x.py", "mpjax/b/x.py", "mpjax/a/config.py"]) == ["x"]
 
 
 def test_modules_are_short() -> None:

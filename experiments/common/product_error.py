@@ -16,7 +16,7 @@ import numpy as np
 from mpjax.formats import Format
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops import dot_general, hadamard
-from mpjax.ops.quantized import opened, quantize_operand
+from mpjax.ops.quantized_operand import opened, quantize_operand
 from mpjax.precision import Operand, Recipe, get_recipe
 
 MATMUL = (((1,), (0,)), ((), ()))

@@ -1,15 +1,14 @@
 """The numerically delicate operations, each under its policy."""
 
 from mpjax.ops.attention import KERNELS, attention
-from mpjax.ops.conv import conv_general_dilated
-from mpjax.ops.convolution import convolution
+from mpjax.ops.conv import conv_general_dilated, convolution
 from mpjax.ops.counts import counted, weight_sum
 from mpjax.ops.cross_entropy import chunk_length, cross_entropy
+from mpjax.ops.dot_general import dot_general
 from mpjax.ops.hadamard import hadamard
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import group_norm, norm
-from mpjax.ops.product import dot_general
-from mpjax.ops.quantized import how_it_runs
+from mpjax.ops.quantized_operand import how_it_runs
 from mpjax.ops.rotary import rotary
 
 __all__ = [

@@ -15,8 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.ops.bilinear import Dot, ProductSpec
-from mpjax.ops.product import product
+from mpjax.ops.dot_general import Dot, ProductSpec, product
 from mpjax.precision import Recipe, sum_dtype, wider
 
 

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import mpjax.ops.product
 from mpjax.formats import Format
 from mpjax.ops import dot_general
-from mpjax.ops.quantized import QuantizedOperand, opened, quantize_operand
+from mpjax.ops.quantized_operand import QuantizedOperand, opened, quantize_operand
 from mpjax.precision import Recipe, get_recipe, recipe_names
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments" / "common"
+MODULE = importlib.import_module("mpjax.ops.dot_general")  # the function has its name
 MATMUL = (((1,), (0,)), ((), ()))
 
 
@@ -148,7 +148,7 @@ def swap_quantize(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], N
     """Puts another `quantize_operand` into products, and forgets those traced with the real one."""
 
     def swap(other: Any) -> None:
-        monkeypatch.setattr(mpjax.ops.product, "quantize_operand", other)
+        monkeypatch.setattr(MODULE, "quantize_operand", other)
         _forget()
 
     yield swap
@@ -157,7 +157,7 @@ def swap_quantize(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], N
 
 
 def _forget() -> None:
-    for traced in (mpjax.ops.product._multiply, mpjax.ops.product._pull_back):
+    for traced in (MODULE._multiply, MODULE._pull_back):
         traced.clear_cache()
 
 

@@ -16,9 +16,9 @@ from mpjax.formats import Quantized
 from mpjax.models.core.module import stored
 from mpjax.models.hf.architecture import Architecture, architecture_of
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
+from mpjax.models.hf.encoder_fields import pools_mean
 from mpjax.models.hf.fields import FREE, Fields
 from mpjax.models.hf.leaf_tensors import filled, tensor_shape
-from mpjax.models.hf.pooling import pools_mean
 from mpjax.models.hf.tensor_files import Tensors
 from mpjax.precision import Precision
 

@@ -19,8 +19,8 @@ from mpjax.models.core.checks import check_params
 from mpjax.models.core.metadata import Metadata
 from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
 from mpjax.models.hf.checkpoint import CONFIG
+from mpjax.models.hf.encoder_fields import pooling_files
 from mpjax.models.hf.leaf_tensors import joined
-from mpjax.models.hf.pooling import pooling_files
 from mpjax.models.hf.tensor_names import Weight
 from mpjax.precision import parse_dtype
 

@@ -18,7 +18,7 @@ from mpjax.train import ShardActivations, parse_mesh
 from mpjax.train.sharding import partition
 from mpjax.train.stablehlo import convolutions
 from tests.models.shapes import FAST, stirred
-from tests.ops.test_convolution import naive
+from tests.ops.test_conv import naive
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 X32 = "fp32 rule:**/conv*=p=f32,c={0},o=f32"
