@@ -28,9 +28,7 @@ from rich.table import Table
 
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
 from mpjax.errors import ConfigError
-from mpjax.interpret.audit.audit import audit
-from mpjax.interpret.autocast.autocast import autocast
-from mpjax.interpret.core.named import named
+from mpjax.interpret import audit, autocast, named
 from mpjax.optim import (
     DynamicLossScale,
     NoOpLossScale,
@@ -39,7 +37,7 @@ from mpjax.optim import (
     scaled_value_and_grad,
     select,
 )
-from mpjax.precision.dtypes import dtype_name, parse_dtype
+from mpjax.precision import dtype_name, parse_dtype
 from mpjax.report import gaps, interval
 
 Apply = Callable[[Any, Any], Any]  # weights, ids of shape (batch, seq) -> logits

@@ -26,15 +26,20 @@ import jax  # isort: skip
 
 from mpjax.data import Tokenizer, read_documents, validation_batches
 from mpjax.data.assets import fetch
-from mpjax.data.chat.chat import Chat, Message
+from mpjax.data.chat import Chat, Message
 from mpjax.errors import ConfigError
 from mpjax.json_text import parse_json
-from mpjax.models import input_moments, left_pad, quantize_weights, stream
-from mpjax.models.core.storage import stored_bytes
+from mpjax.models import (
+    Sampling,
+    cache_storage,
+    has_scales,
+    input_moments,
+    left_pad,
+    quantize_weights,
+    stored_bytes,
+    stream,
+)
 from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint
-from mpjax.models.inference.quantize_weights import has_scales
-from mpjax.models.inference.sampling import Sampling
-from mpjax.models.transformer.kv_cache import cache_storage
 from mpjax.precision import get_precision
 
 BLOCK = 64  # prompts are padded to a multiple of it: so many lengths share a compiled program

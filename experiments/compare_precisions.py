@@ -24,7 +24,7 @@ import jax  # isort: skip
 import numpy as np
 
 from mpjax.errors import ConfigError
-from mpjax.models import Model, decoder
+from mpjax.models import Decoder, decoder
 from mpjax.precision import get_precision
 from mpjax.report import (
     plot_gradients,
@@ -73,7 +73,7 @@ def arms(config: Config) -> list[sweep.Arm]:
     ]
 
 
-def gradients(model: Model, params: Any, batch: Any, stress: int) -> np.ndarray:
+def gradients(model: Decoder, params: Any, batch: Any, stress: int) -> np.ndarray:
     """All weight gradients of the loss times 2^-stress, in one vector."""
 
     def loss(params: Any) -> Any:

@@ -26,9 +26,9 @@ from common import (
     launch,
 )
 
-from mpjax.data.labelled import LabelledTexts, load_labelled
+from mpjax.data import LabelledTexts, load_labelled
 from mpjax.errors import need
-from mpjax.report.slices import length_slices
+from mpjax.report import length_slices
 from mpjax.tasks import TextClassification, class_scores
 
 

@@ -26,9 +26,9 @@ from common import (
     launch,
 )
 
-from mpjax.data.tagged import load_tagged, most_frequent_tags
+from mpjax.data import load_tagged, most_frequent_tags
 from mpjax.errors import ConfigError, need
-from mpjax.report.slices import length_slices
+from mpjax.report import length_slices
 from mpjax.tasks import TokenClassification, softmax
 
 

@@ -44,8 +44,7 @@ from mpjax.errors import ConfigError
 from mpjax.files import write_text
 from mpjax.formats import Format
 from mpjax.precision import parse_dtype, recipe_names
-from mpjax.report import interval, save_plot
-from mpjax.report.formats import plot_distinct, plot_sqnr
+from mpjax.report import interval, plot_distinct, plot_sqnr, save_plot
 
 PLACEMENTS = ("random", "even", "together")
 

@@ -17,12 +17,9 @@ from common.lm import CHECKPOINTS, Shape, continuation, lm_model, prompt_ids, ro
 
 from mpjax.data import Tokenizer
 from mpjax.errors import ConfigError
-from mpjax.models import beam_search, quantize_weights
-from mpjax.models.core.storage import Storage
-from mpjax.models.inference.sampling import Sampling
-from mpjax.models.transformer.kv_cache import cache_storage
+from mpjax.models import Sampling, Storage, beam_search, cache_storage, quantize_weights
 from mpjax.precision import get_precision
-from mpjax.train.checkpoint.reader import CheckpointReader
+from mpjax.train import CheckpointReader
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,18 +30,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mpjax.data.images import Images, image_batches, load_images
+from mpjax.data import Images, image_batches, load_images
 from mpjax.files import write_text
 from mpjax.models import ResNet, resnet
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import get_precision
 from mpjax.report import Outcome, gap, interval, plot_loss, save_plot
-from mpjax.train import build
-from mpjax.train.loop import fit
-from mpjax.train.report.manifest import manifest
-from mpjax.train.report.memory import bytes_per_parameter
-from mpjax.train.report.metrics_writer import MetricsWriter
-from mpjax.train.report.progress import ProgressBar
+from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
 from mpjax.train.stablehlo import convolutions
 
 BARS = {"digits": 0.98, "fashion-mnist": 0.90}

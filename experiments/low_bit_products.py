@@ -23,7 +23,7 @@ import jax  # isort: skip
 
 from mpjax.data import load_corpus
 from mpjax.errors import ConfigError
-from mpjax.models import Model
+from mpjax.models import Decoder
 from mpjax.ops import how_it_runs
 from mpjax.precision import get_precision, get_recipe
 from mpjax.report import Outcome, gaps, interval, plot_loss, rich_table, save_plot, write_report
@@ -70,7 +70,7 @@ def decided(values: Sequence[float], within: float) -> bool:
     return (-within <= low and high <= within) or low > within or high < -within
 
 
-def quantised_share(model: Model, seq: int) -> float:
+def quantised_share(model: Decoder, seq: int) -> float:
     """The share of a step's product FLOPs that a recipe quantises.
 
     A product with a kernel costs two FLOPs a number of the kernel and token, thrice (forward and

@@ -29,15 +29,22 @@ from common import (
     launch,
 )
 
-from mpjax.data import Document, read_documents, split_documents
-from mpjax.data.buckets import IGNORE, Batch, eval_batches
-from mpjax.data.masking import masking, segment_pairs
-from mpjax.data.tokenizers.wordpiece import Example, WordPiece
+from mpjax.data import (
+    Batch,
+    Document,
+    Example,
+    WordPiece,
+    eval_batches,
+    read_documents,
+    segment_pairs,
+    split_documents,
+)
+from mpjax.data.buckets import IGNORE
+from mpjax.data.masking import masking
 from mpjax.errors import ConfigError
 from mpjax.files import write_text
 from mpjax.models.hf import save_checkpoint
-from mpjax.report import gaps, interval
-from mpjax.report.slices import length_slices
+from mpjax.report import gaps, interval, length_slices
 from mpjax.tasks import MaskedLanguage
 
 

@@ -38,12 +38,7 @@ from mpjax.report import (
     save_plot,
     write_report,
 )
-from mpjax.train import build
-from mpjax.train.loop import fit
-from mpjax.train.report.manifest import manifest
-from mpjax.train.report.memory import bytes_per_parameter
-from mpjax.train.report.metrics_writer import MetricsWriter
-from mpjax.train.report.progress import ProgressBar
+from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
 
 console = Console(stderr=True)
 

@@ -30,23 +30,36 @@ from mpjax.data import Corpus, Tokenizer, batches, load_corpus
 from mpjax.errors import ConfigError
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision, PrecisionSchedule, get_precision
-from mpjax.report import save_plot
-from mpjax.report.heatmap import plot_heatmap
-from mpjax.train import TrainState, TrainStep, build, parse_mesh
-from mpjax.train.checkpoint.bundle import explain, save_bundle
-from mpjax.train.checkpoint.checkpointer import Checkpointer
-from mpjax.train.checkpoint.reader import CheckpointReader
-from mpjax.train.checkpoint.restore import compare_settings, restore_into
-from mpjax.train.loop import fit
-from mpjax.train.report.environment import environment, require_same_environment
-from mpjax.train.report.interrupt import Interrupt
-from mpjax.train.report.manifest import MANIFEST, manifest, read_manifest, write_manifest
-from mpjax.train.report.memory import formula
-from mpjax.train.report.metrics_writer import METRICS, MetricsWriter, import_wandb
-from mpjax.train.report.progress import ProgressBar
-from mpjax.train.report.tensor_monitor import TensorWriter, watched
-from mpjax.train.schedule.switch_state import joined
-from mpjax.train.step import check_batch
+from mpjax.report import plot_heatmap, save_plot
+from mpjax.train import (
+    Checkpointer,
+    CheckpointReader,
+    Interrupt,
+    MetricsWriter,
+    ProgressBar,
+    TensorWriter,
+    TrainState,
+    TrainStep,
+    build,
+    check_batch,
+    environment,
+    fit,
+    joined,
+    manifest,
+    parse_mesh,
+    read_manifest,
+    restore_into,
+    write_manifest,
+)
+from mpjax.train.checkpoint import compare_settings, explain, save_bundle
+from mpjax.train.report import (
+    MANIFEST,
+    METRICS,
+    formula,
+    import_wandb,
+    require_same_environment,
+    watched,
+)
 
 log = logging.getLogger("mpjax.experiments")
 

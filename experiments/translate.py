@@ -31,14 +31,11 @@ from common import (
 import jax  # isort: skip
 import numpy as np
 
+from mpjax.data import Characters, load_pairs, make_tokenizer
 from mpjax.data.lexicon import learn_lexicon, nearest_targets
-from mpjax.data.pairs import load_pairs
-from mpjax.data.tokenizers.characters import Characters
-from mpjax.data.tokenizers.tokenizer import make_tokenizer
 from mpjax.errors import need
 from mpjax.models import seq2seq
-from mpjax.report import interval
-from mpjax.report.slices import length_slices
+from mpjax.report import interval, length_slices
 from mpjax.tasks import Translation, text_scores
 
 LEXICON = "lexicon and spelling"

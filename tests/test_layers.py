@@ -18,12 +18,13 @@ MODULES = sorted((ROOT / "mpjax").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
 
 # What reads nobody else's state and says what is wrong: every part may import it.
-COMMON = {"errors", "json_text", "plain_pickle"}
+COMMON = {"errors", "json_text", "lazy", "plain_pickle"}
 # part -> the parts of mpjax that it may import, besides itself and COMMON (CONTRIBUTING.md).
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
     "json_text": set(),
+    "lazy": set(),
     "plain_pickle": set(),
     "formats": set(),
     "precision": {"formats"},
@@ -193,6 +194,18 @@ def test_a_plain_install_has_what_is_imported() -> None:
     assert unmet("import no_such_script", "experiments/x.py")
     assert unmet("from orbax import checkpoint\nimport jax.numpy, json", "x.py") == []
     assert unmet("def f():\n    import pyarrow", "x.py") == []
+
+
+def deep(source: str) -> list[str]:
+    """Modules more than two levels below mpjax that are imported from."""
+    nodes = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom))
+    names = [node.module or "" for node in nodes]
+    return [name for name in names if name.startswith("mpjax.") and name.count(".") > 2]
+
+
+def test_experiments_need_the_public_face_alone() -> None:
+    assert [name for path in SCRIPTS for name in deep(path.read_text())] == []
+    assert deep("from mpjax.train.report.progress import ProgressBar")
 
 
 def test_folders_show_what_is_in_them() -> None:

@@ -46,7 +46,7 @@ import numpy as np  # noqa: E402
 
 import mpjax  # noqa: E402
 from benchmarks.common.page import table, write  # noqa: E402
-from benchmarks.tools.third_party_models import COMMITS, MODELS, Built, Model  # noqa: E402
+from benchmarks.tools.third_party_models import COMMITS, MODELS, Built, Decoder  # noqa: E402
 
 # Of each arm: rules, format and scaling of the control, unit roundoff of an operand and of a
 # cotangent (e5m2 in fp8). int8 by row: half a step of 1/127 of the largest of a row, which is about
@@ -161,7 +161,7 @@ def failures(found: dict[str, Any]) -> list[str]:
 
 
 def one(
-    model: Model, at: Path, arms: list[str], saved: dict[str, Any], keep: Callable[[], object]
+    model: Decoder, at: Path, arms: list[str], saved: dict[str, Any], keep: Callable[[], object]
 ) -> None:
     """A model in those arms that were not measured before; `keep` after each."""
     left = [arm for arm in arms if f"{model.name}|{arm}" not in saved]
@@ -189,7 +189,7 @@ def one(
         keep()
 
 
-def row(model: Model, arms: list[str], saved: dict[str, Any]) -> tuple[object, ...]:
+def row(model: Decoder, arms: list[str], saved: dict[str, Any]) -> tuple[object, ...]:
     """A row of the page."""
     cells: list[str] = []
     for arm in arms:

@@ -469,7 +469,7 @@ def _spline_flow(at: Path) -> Built:
     return equinox(flow, lambda f, x: paramax.unwrap(f).log_prob(x), _normal(4, 3))
 
 
-class Model(NamedTuple):
+class Decoder(NamedTuple):
     """A model of others.
 
     Args:
@@ -485,8 +485,8 @@ class Model(NamedTuple):
     build: Callable[[Path], Built]
 
 
-def _of(package: str, source: str, **builds: Callable[[Path], Built]) -> list[Model]:
-    return [Model(name.replace("_", " "), package, source, make) for name, make in builds.items()]
+def _of(package: str, source: str, **builds: Callable[[Path], Built]) -> list[Decoder]:
+    return [Decoder(name.replace("_", " "), package, source, make) for name, make in builds.items()]
 
 
 MODELS = [

@@ -18,22 +18,16 @@ import numpy as np
 from rich.console import Console
 
 from common.finetune_report import Arm
+from mpjax.data import Batch, WordPiece, bucket_batches, parse_wordpiece, train_wordpiece
 from mpjax.data.assets import asset_names, fetch
-from mpjax.data.buckets import Batch, bucket_batches
-from mpjax.data.tokenizers.wordpiece import WordPiece, parse_wordpiece, train_wordpiece
 from mpjax.errors import ConfigError
 from mpjax.models import EncoderConfig, encoder
 from mpjax.models.hf import load_checkpoint, open_checkpoint
 from mpjax.optim import make_optimizer
-from mpjax.precision import PrecisionSchedule, get_precision, get_schedule
-from mpjax.precision.schedule import KINDS, fixed
+from mpjax.precision import PrecisionSchedule, fixed, get_precision, get_schedule
+from mpjax.precision.schedule import KINDS
 from mpjax.report import Outcome
-from mpjax.train import build
-from mpjax.train.loop import fit
-from mpjax.train.report.manifest import manifest
-from mpjax.train.report.memory import bytes_per_parameter
-from mpjax.train.report.metrics_writer import MetricsWriter
-from mpjax.train.report.progress import ProgressBar
+from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
 
 console = Console(stderr=True)
 

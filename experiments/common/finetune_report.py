@@ -12,8 +12,7 @@ from rich.table import Table
 
 from common import launch  # sets XLA flags before JAX starts
 from mpjax.files import write_text
-from mpjax.report import Outcome, interval, plot_loss, save_plot
-from mpjax.report.slices import slice_cells, slice_gaps
+from mpjax.report import Outcome, interval, plot_loss, save_plot, slice_cells, slice_gaps
 
 
 @dataclasses.dataclass(frozen=True)

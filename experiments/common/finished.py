@@ -19,9 +19,9 @@ from rich.console import Console
 from common import launch  # sets XLA flags before JAX starts  # noqa: F401
 from mpjax.errors import ConfigError
 from mpjax.files import is_temporary, write_text
-from mpjax.train.checkpoint.restore import differences
-from mpjax.train.report.manifest import MANIFEST, read_manifest, write_manifest
-from mpjax.train.report.metrics_writer import METRICS, read_metrics, to_line
+from mpjax.train import read_manifest, read_metrics, write_manifest
+from mpjax.train.checkpoint import differences
+from mpjax.train.report import MANIFEST, METRICS, to_line
 
 _OUTCOME = "outcome.json"
 log = logging.getLogger("mpjax.experiments")

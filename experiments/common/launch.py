@@ -77,9 +77,9 @@ from mpjax.data import Corpus  # noqa: E402
 from mpjax.data.cache import checksum  # noqa: E402
 from mpjax.errors import ConfigError, TrainingStopped  # noqa: E402
 from mpjax.files import private_folder  # noqa: E402
-from mpjax.models import Model, decoder  # noqa: E402
+from mpjax.models import Decoder, decoder  # noqa: E402
 from mpjax.precision import Precision  # noqa: E402
-from mpjax.train.report.terminal import steady_terminal  # noqa: E402
+from mpjax.train.report import steady_terminal  # noqa: E402
 
 
 def guard_compiled() -> None:
@@ -218,7 +218,7 @@ def products(model: Any, tokens: int) -> dict[str, dict[str, str]]:
     }
 
 
-def make_decoder(work: Any, corpus: Corpus, precision: Precision) -> Model:
+def make_decoder(work: Any, corpus: Corpus, precision: Precision) -> Decoder:
     """Returns the decoder of a workload with the vocabulary of its tokenizer."""
     return decoder(
         work.model, precision, vocabulary=corpus.tokenizer.vocab_size, layers=work.layers,

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from mpjax.data import Corpus, Tokenizer, validation_batches
 from mpjax.errors import ConfigError
-from mpjax.models import DecoderConfig, Model, decoder, decoder_config, generate
+from mpjax.models import Decoder, DecoderConfig, decoder, decoder_config, generate
 from mpjax.precision import Precision, get_precision
 from mpjax.train import ShardActivations, TrainStep
 
@@ -46,7 +46,7 @@ def shape_changes(shape: Any) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(shape).items() if value is not None}
 
 
-def lm_model(size: str, shape: Any, precision: Precision, vocabulary: int, seq: int) -> Model:
+def lm_model(size: str, shape: Any, precision: Precision, vocabulary: int, seq: int) -> Decoder:
     """Returns the decoder that the command line describes.
 
     Args:
@@ -111,7 +111,7 @@ class Judge:
     """
 
     def __init__(
-        self, model: Model, precision: str, corpus: Corpus, config: Any, step: TrainStep
+        self, model: Decoder, precision: str, corpus: Corpus, config: Any, step: TrainStep
     ) -> None:
         judge = decoder(model.config, eval_precision(precision))
         if step.mesh is not None:
@@ -130,7 +130,7 @@ class Judge:
         return self.last
 
 
-def prompt_ids(model: Model, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+def prompt_ids(model: Decoder, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
     """Returns the ids of a prompt, shape (1, tokens).
 
     Raises:
@@ -146,14 +146,14 @@ def prompt_ids(model: Model, tokenizer: Tokenizer, prompt: str) -> np.ndarray:
     return ids
 
 
-def room(model: Model, ids: np.ndarray, new: int) -> int:
+def room(model: Decoder, ids: np.ndarray, new: int) -> int:
     """Returns how many of the tokens asked for fit behind a prompt."""
     learned = model.config.position == "learned"
     return min(new, model.config.context - ids.shape[1]) if learned else new
 
 
 def sample(
-    model: Model, params: Any, tokenizer: Tokenizer, prompt: str, new: int, *,
+    model: Decoder, params: Any, tokenizer: Tokenizer, prompt: str, new: int, *,
     temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
     cache: str = "", state: Any = None,
 ) -> str:  # fmt: skip

@@ -15,11 +15,10 @@ import jax
 
 import mpjax
 from mpjax.errors import ConfigError, TrainingStopped
-from mpjax.train.checkpoint.lock import hold_folder
-from mpjax.train.processes.agreement import code_hash, of_first, require_agreement
-from mpjax.train.processes.peers import end, initialize, watched
-from mpjax.train.report.environment import environment
-from mpjax.train.report.manifest import versions
+from mpjax.train import environment
+from mpjax.train.checkpoint import hold_folder
+from mpjax.train.processes import code_hash, end, initialize, of_first, require_agreement, watched
+from mpjax.train.report import versions
 
 # What an experiment's command line makes one line of.
 EXPLAINED = (ConfigError, TrainingStopped, OSError, KeyboardInterrupt, SystemExit)

@@ -1,12 +1,17 @@
 """Transforms of any JAX function, on one walk over its jaxpr."""
 
 from mpjax.interpret.audit.audit import assert_low_precision, audit
+from mpjax.interpret.audit.report import Audit
 from mpjax.interpret.autocast.autocast import autocast, no_autocast
 from mpjax.interpret.core.named import named
 from mpjax.interpret.monitor.monitor import monitor
-from mpjax.interpret.nonfinite.nonfinite import trace_nonfinite
+from mpjax.interpret.monitor.report import Monitored
+from mpjax.interpret.nonfinite.nonfinite import Nonfinite, trace_nonfinite
 
 __all__ = [
+    "Audit",
+    "Monitored",
+    "Nonfinite",
     "assert_low_precision",
     "audit",
     "autocast",

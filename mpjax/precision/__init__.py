@@ -10,7 +10,7 @@ from mpjax.precision.reading import get_precision, parse_rule
 from mpjax.precision.recipe import Operand, Recipe
 from mpjax.precision.recipe_presets import get_recipe, recipe_names, register_recipe
 from mpjax.precision.rule import Rule, matches
-from mpjax.precision.schedule import PrecisionSchedule
+from mpjax.precision.schedule import PrecisionSchedule, dynamic, fixed, late, mixed
 from mpjax.precision.schedule_reading import get_schedule
 from mpjax.precision.triggers import Triggers
 
@@ -25,11 +25,15 @@ __all__ = [
     "Rule",
     "Triggers",
     "dtype_name",
+    "dynamic",
+    "fixed",
     "get_precision",
     "get_recipe",
     "get_schedule",
     "is_fp8",
+    "late",
     "matches",
+    "mixed",
     "parse_dtype",
     "parse_policy",
     "parse_rule",

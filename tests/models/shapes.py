@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.models import Model, decoder
+from mpjax.models import Decoder, decoder
 
 GPT = dict(norm="layer", position="learned", activation="gelu", bias=True, tied=True)
 LLAMA = dict(norm="rms", position="rotary", activation="swiglu", bias=False, tied=False, kv_heads=2)
@@ -20,7 +20,7 @@ IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, T + 1)), jnp.int3
 BATCH = {"inputs": IDS[:, :-1], "targets": IDS[:, 1:]}
 
 
-def small(precision: Any = "fp32", kind: str = "llama", **changes: Any) -> Model:
+def small(precision: Any = "fp32", kind: str = "llama", **changes: Any) -> Decoder:
     """A decoder of two layers of width 16."""
     return decoder("tiny", precision, **(SIZE | KINDS[kind] | changes))
 
@@ -30,7 +30,7 @@ FAST = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
-def stirred(model: Model, seed: int = 1) -> Any:
+def stirred(model: Decoder, seed: int = 1) -> Any:
     """Parameters with biases and scales away from 0 and 1, where mistakes in them would hide.
 
     Drawn by numpy: to compile the initialisation of each small model takes longer than to run it.
@@ -71,24 +71,24 @@ def applied(model: Any) -> Any:
     return jax.jit(run, compiler_options=FAST, static_argnames="train")
 
 
-def logits(model: Model, params: Any, ids: Any) -> np.ndarray:
+def logits(model: Decoder, params: Any, ids: Any) -> np.ndarray:
     """Logits in float32."""
     return np.asarray(
         jax.jit(lambda p, i: model.apply(p, i)[0], compiler_options=FAST)(params, ids), np.float32
     )
 
 
-def judged(model: Model, params: Any) -> float:
+def judged(model: Decoder, params: Any) -> float:
     """Loss of BATCH in evaluation."""
     return float(jax.jit(lambda p: model.loss(p, BATCH)[0], compiler_options=FAST)(params))
 
 
-def _training_loss(model: Model) -> Any:
+def _training_loss(model: Decoder) -> Any:
     return lambda p: model.loss(p, BATCH, key=jax.random.key(0), train=True)[0]
 
 
 @functools.cache
-def loss_and_gradients(model: Model, seed: int = 1) -> Any:
+def loss_and_gradients(model: Decoder, seed: int = 1) -> Any:
     """Loss and gradients of BATCH in training at `stirred` parameters."""
     return jax.jit(jax.value_and_grad(_training_loss(model)), compiler_options=FAST)(
         stirred(model, seed)
@@ -96,7 +96,7 @@ def loss_and_gradients(model: Model, seed: int = 1) -> Any:
 
 
 @functools.cache
-def stablehlo(model: Model) -> str:
+def stablehlo(model: Decoder) -> str:
     """StableHLO of loss and gradients in training."""
     params = jax.eval_shape(model.init, jax.random.key(0))
     return jax.jit(jax.value_and_grad(_training_loss(model))).lower(params).as_text()

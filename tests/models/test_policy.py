@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 
-from mpjax.models import Model
+from mpjax.models import Decoder
 from mpjax.precision import get_precision
 from mpjax.train.stablehlo import products_and_casts
 from tests.models.shapes import BATCH, small, stablehlo
@@ -29,7 +29,7 @@ PRODUCTS = {
 }
 
 
-def _operands(model: Model) -> dict[str, int]:
+def _operands(model: Decoder) -> dict[str, int]:
     """How many products have operands of each dtype; mixed ones count as `f32+bf16`."""
     found: dict[str, int] = {}
     for key, count in products_and_casts(stablehlo(model)).items():

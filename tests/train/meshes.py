@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from mpjax.models import Model, decoder
+from mpjax.models import Decoder, decoder
 from mpjax.train import TrainState, TrainStep
 
 MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
@@ -24,7 +24,7 @@ SIZE = dict(vocabulary=64, layers=1, width=32, heads=8, context=16, norm="rms")
 FAST = {"xla_backend_optimization_level": 0}
 
 
-def small(precision: Any = "fp32", **changes: Any) -> Model:
+def small(precision: Any = "fp32", **changes: Any) -> Decoder:
     """A decoder whose axes eight devices divide."""
     return decoder("tiny", precision, **(SIZE | changes))
 

@@ -59,7 +59,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def recurrent_size_names() -> tuple[str, ...]:
+def recurrent_sizes() -> tuple[str, ...]:
     """Returns the names of all sizes."""
     return tuple(_SIZES)
 

@@ -69,7 +69,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def resnet_size_names() -> tuple[str, ...]:
+def resnet_sizes() -> tuple[str, ...]:
     """Returns the names of all sizes."""
     return tuple(_SIZES)
 

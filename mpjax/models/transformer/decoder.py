@@ -33,7 +33,7 @@ from mpjax.precision.policy import CARRIED
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(Network):
+class Decoder(Network):
     """A decoder and its Precision: `init(key) -> params`, `apply(params, ids) -> logits, state`.
 
     Args:
@@ -145,7 +145,7 @@ class Model(Network):
 
 def decoder(
     size: str | DecoderConfig, precision: str | Precision = "fp32", **changes: Any
-) -> Model:
+) -> Decoder:
     """Returns a decoder-only Transformer that carries its Precision.
 
     Args:
@@ -163,4 +163,4 @@ def decoder(
       >>> model.apply(params, jnp.zeros((1, 4), jnp.int32))[0].shape
       (1, 4, 256)
     """
-    return Model(decoder_config(size, **changes), get_precision(precision))
+    return Decoder(decoder_config(size, **changes), get_precision(precision))

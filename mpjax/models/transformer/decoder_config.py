@@ -82,7 +82,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def size_names() -> tuple[str, ...]:
+def decoder_sizes() -> tuple[str, ...]:
     """Returns the names of all sizes."""
     return tuple(_SIZES)
 
@@ -91,7 +91,7 @@ def decoder_config(size: str | DecoderConfig, **changes: Any) -> DecoderConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:
-      size: a name that `size_names` lists, or a DecoderConfig.
+      size: a name that `decoder_sizes` lists, or a DecoderConfig.
       changes: fields of DecoderConfig.
 
     Raises:

@@ -93,7 +93,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def encoder_size_names() -> tuple[str, ...]:
+def encoder_sizes() -> tuple[str, ...]:
     """Returns the names of all sizes."""
     return tuple(_SIZES)
 
@@ -102,7 +102,7 @@ def encoder_config(size: str | EncoderConfig, **changes: Any) -> EncoderConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:
-      size: a name that `encoder_size_names` lists, or an EncoderConfig.
+      size: a name that `encoder_sizes` lists, or an EncoderConfig.
       changes: fields of EncoderConfig.
 
     Raises:

@@ -51,7 +51,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def seq2seq_size_names() -> tuple[str, ...]:
+def seq2seq_sizes() -> tuple[str, ...]:
     """Returns the names of all sizes."""
     return tuple(_SIZES)
 
@@ -60,7 +60,7 @@ def seq2seq_config(size: str | Seq2SeqConfig, **changes: Any) -> Seq2SeqConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:
-      size: a name that `seq2seq_size_names` lists, or a Seq2SeqConfig.
+      size: a name that `seq2seq_sizes` lists, or a Seq2SeqConfig.
       changes: fields of Seq2SeqConfig.
 
     Raises:

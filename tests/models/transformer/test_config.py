@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.models import DecoderConfig, decoder, decoder_config, size_names
+from mpjax.models import DecoderConfig, decoder, decoder_config, decoder_sizes
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_published_parameter_counts(size: str, count: int) -> None:
 
 
 def test_every_size_builds() -> None:
-    for size in size_names():
+    for size in decoder_sizes():
         assert decoder_config(size).width % decoder_config(size).heads == 0
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.models import Model, decoder
+from mpjax.models import Decoder, decoder
 from mpjax.precision import get_precision
 from tests.models.shapes import FAST, SIZE, loss_and_gradients, small
 
@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _init(model: Model) -> Any:
+def _init(model: Decoder) -> Any:
     return jax.jit(model.init, compiler_options=FAST)(jax.random.key(3))
 
 

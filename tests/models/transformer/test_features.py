@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.models import Model
+from mpjax.models import Decoder
 from tests.models.shapes import BATCH, FAST, IDS, applied, drawn, small
 from tests.models.transformer import oracle
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
-def logits(model: Model, params: Any, ids: Any, **more: Any) -> np.ndarray:
+def logits(model: Decoder, params: Any, ids: Any, **more: Any) -> np.ndarray:
     return np.asarray(applied(model)(params, ids, **more)[0])
 
 
 PADS = np.array([3, 0])
 
 
-def _numpy_logits(model: Model, params: Any, ids: Any) -> np.ndarray:
+def _numpy_logits(model: Decoder, params: Any, ids: Any) -> np.ndarray:
     exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     return np.stack([oracle.logits(model.config, exact, row) for row in np.asarray(ids)])
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax.models import Model
+from mpjax.models import Decoder
 from mpjax.precision import get_precision
 from tests.models.shapes import FAST, IDS, logits, small, stirred
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.03, "fp16": 4e-3}
 
 
-def _decode(model: Model, params: Any, *ways: list[int]) -> list[np.ndarray]:
+def _decode(model: Decoder, params: Any, *ways: list[int]) -> list[np.ndarray]:
     """Logits of IDS for each way of giving them to the model in parts."""
     step = jax.jit(lambda ids, state: model.apply(params, ids, state=state), compiler_options=FAST)
     results = []
