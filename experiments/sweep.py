@@ -27,6 +27,7 @@ from rich.console import Console
 
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
 from mpjax.errors import TrainingStopped
+from mpjax.ops import Objective, weight_sum
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import Precision, get_precision
 from mpjax.report import (
@@ -167,7 +168,7 @@ def stressed(stress: int, work: Training, raw: Any) -> tuple[Any, Callable[[Any]
             loss, state = model.loss(*args, **kwargs)
             return loss * 2.0**-stress, state
 
-        return loss_fn
+        return Objective(loss_fn, weight_sum)
 
     return tx, objective
 

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "models": {"formats", "precision", "ops", "files"},
     "tasks": {"formats", "precision", "ops", "models", "data"},
     "data": {"files"},
-    "train": {"formats", "precision", "optim", "interpret", "data", "files"},
+    "train": {"formats", "precision", "ops", "optim", "interpret", "data", "files"},
     "report": {"formats", "files"},  # reads what runs wrote and draws it
     "replay": {"train", "models", "optim", "precision"},  # rebuilds a run's step
     "probe": set(),

@@ -2,12 +2,12 @@
 
 from mpjax.ops.attention import KERNELS, attention
 from mpjax.ops.conv import conv_general_dilated, convolution
-from mpjax.ops.counts import counted, weight_sum
 from mpjax.ops.cross_entropy import chunk_length, cross_entropy
 from mpjax.ops.dot_general import dot_general
 from mpjax.ops.hadamard import hadamard
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import group_norm, norm
+from mpjax.ops.objective import LossFn, Objective, rows_alike, weight_sum
 from mpjax.ops.quantized_operand import how_it_runs
 from mpjax.ops.rotary import rotary
 
@@ -17,7 +17,8 @@ __all__ = [
     "chunk_length",
     "conv_general_dilated",
     "convolution",
-    "counted",
+    "LossFn",
+    "Objective",
     "cross_entropy",
     "dot_general",
     "group_norm",
@@ -29,5 +30,6 @@ __all__ = [
     "rotary",
     "scale_by",
     "shift_by",
+    "rows_alike",
     "weight_sum",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mpjax import ops
 from mpjax.data.buckets import IGNORE
 from mpjax.data.labelled import LabelledTexts
 from mpjax.data.tokenizers.wordpiece import Example, WordPiece
@@ -56,8 +57,8 @@ class TextClassification:
         found = pieces.encode(texts.texts, texts.seconds, longest=longest)
         return [e | {"labels": np.int32(y)} for e, y in zip(found, texts.labels, strict=True)]
 
-    def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
-        """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
+    def objective(self, model: Any) -> ops.Objective:
+        """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
         check_labels(model, self.classes, "classes")
         return label_objective(model, self.output, self.loss)
 

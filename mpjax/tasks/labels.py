@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, C classes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -122,8 +121,8 @@ def label_loss(logits: Any, labels: Any, policy: jmp.Policy, weights: Any = None
     )
 
 
-def label_objective(model: Any, output: str, path: str) -> Callable[..., tuple[Any, Any]]:
-    """Returns the loss function of a batch's `labels` under one output of an encoder.
+def label_objective(model: Any, output: str, path: str) -> ops.Objective:
+    """Returns the objective of a batch's `labels` under one output of an encoder.
 
     `weights` of the labels, of their shape, say which count more than others.
 
@@ -134,7 +133,9 @@ def label_objective(model: Any, output: str, path: str) -> Callable[..., tuple[A
     """
     policy = model.precision.policy(path)
 
-    @ops.counted(lambda batch: target_weight(field(batch, "labels", path), batch.get("weights")))
+    def count(batch: Any) -> Any:
+        return target_weight(field(batch, "labels", path), batch.get("weights"))
+
     def loss_fn(
         params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:
@@ -143,4 +144,4 @@ def label_objective(model: Any, output: str, path: str) -> Callable[..., tuple[A
         outputs, state = model.apply(params, inputs, state=state, key=key, train=train)
         return label_loss(outputs[output], labels, policy, batch.get("weights")), state
 
-    return loss_fn
+    return ops.Objective(loss_fn, count)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
 from mpjax.models.core.checks import each_batch, field
@@ -24,9 +25,9 @@ class Language:
     encoder-decoder reads its source too.
     """
 
-    def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
-        """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
-        return model.loss
+    def objective(self, model: Any) -> ops.Objective:
+        """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
+        return ops.Objective(model.loss, ops.weight_sum)
 
     def judge(self, model: Any) -> Callable[..., dict[str, float]]:
         r"""Returns a function (params, batches) -> `loss` in nats a token and `perplexity`.

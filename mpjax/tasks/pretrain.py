@@ -87,8 +87,8 @@ class MaskedLanguage:
 
         return losses_fn
 
-    def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
-        """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
+    def objective(self, model: Any) -> ops.Objective:
+        """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
         losses_fn = self.losses(model)
 
         def count(batch: Any) -> dict[str, Any]:
@@ -101,12 +101,11 @@ class MaskedLanguage:
             losses, state = losses_fn(params, batch, **options)
             return {name: weight * losses[name] for name, weight in self.weights.items()}, state
 
-        @ops.counted(count, parts)
         def loss_fn(params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
             losses, state = parts(params, batch, **options)
             return sum(losses.values()), state
 
-        return loss_fn
+        return ops.Objective(loss_fn, count, parts)
 
     def judge(self, model: Any) -> Callable[..., tuple[dict[str, float], dict[str, np.ndarray]]]:
         """Returns a function (params, batches) -> scores, and which targets are right.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -67,8 +67,8 @@ class TextRegression:
         encoded = pieces.encode(texts, seconds, longest=longest)
         return [e | {"values": np.float32(y)} for e, y in zip(encoded, found, strict=True)]
 
-    def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
-        """Returns the loss function of a model, for `mpjax.train.build(objective=...)`.
+    def objective(self, model: Any) -> ops.Objective:
+        """Returns the objective of a model, for `mpjax.train.build(objective=...)`.
 
         Raises:
           ConfigError: a model with classes.
@@ -76,7 +76,6 @@ class TextRegression:
         self._check(model)
         policy = model.precision.policy(self.loss)
 
-        @ops.counted(lambda batch: jnp.float32(batch["values"].shape[0]))
         def loss_fn(
             params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
         ) -> tuple[Any, Any]:
@@ -88,7 +87,7 @@ class TextRegression:
             squares = jnp.square(error.astype(jnp.float32))
             return jnp.mean(squares).astype(policy.output_dtype), state
 
-        return loss_fn
+        return ops.Objective(loss_fn, lambda batch: jnp.float32(batch["values"].shape[0]))
 
     def predictor(self, model: Any, **settings: Any) -> Predict:
         """Returns a function (params, examples) -> the number (1,) of each; see `predictor`."""

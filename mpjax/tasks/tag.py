@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mpjax import ops
 from mpjax.data.buckets import IGNORE
 from mpjax.data.tagged import TaggedSentences
 from mpjax.data.tokenizers.wordpiece import Example, WordPiece
@@ -60,8 +61,8 @@ class TokenClassification:
             examples.append(example | {"labels": labels})
         return examples
 
-    def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
-        """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
+    def objective(self, model: Any) -> ops.Objective:
+        """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
         check_labels(model, self.names, "tags")
         return label_objective(model, self.output, self.loss)
 

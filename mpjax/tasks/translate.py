@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax import ops
 from mpjax.data.buckets import Example, eval_batches
 from mpjax.data.pairs import Pair
 from mpjax.errors import ConfigError
@@ -130,8 +131,8 @@ class Translation:
             )
         return found
 
-    def objective(self, model: Any) -> Callable[..., tuple[Any, Any]]:
-        """Returns the loss function of a model, for `mpjax.train.build(objective=...)`."""
+    def objective(self, model: Any) -> ops.Objective:
+        """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
         return Language().objective(model)
 
     def judge(

@@ -11,13 +11,14 @@ import optax
 from jax.sharding import Mesh
 
 from mpjax.errors import ConfigError
+from mpjax.ops import LossFn, Objective, weight_sum
 from mpjax.optim import make_loss_scale, wrap
 from mpjax.precision import PrecisionSchedule, get_schedule
 from mpjax.train.preflight import require_room
 from mpjax.train.schedule.switch import make_switching_step
 from mpjax.train.schedule.switch_state import require_alike, whole_state
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
-from mpjax.train.step import LossFn, TrainState, TrainStep, init_state, make_train_step
+from mpjax.train.step import TrainState, TrainStep, init_state, make_train_step
 
 
 class _Part(NamedTuple):
@@ -30,6 +31,10 @@ class _Part(NamedTuple):
     abstract: TrainState
 
 
+def _own_loss(model: Any) -> Objective:
+    return Objective(model.loss, weight_sum)
+
+
 def build(
     model: Any,
     optimizer: optax.GradientTransformation | optax.MultiSteps,
@@ -40,7 +45,7 @@ def build(
     gate: bool = True,
     patience: int = 50,
     accumulate: int = 1,
-    objective: Callable[[Any], LossFn] = lambda model: model.loss,
+    objective: Callable[[Any], LossFn | Objective] = _own_loss,
     schedule: PrecisionSchedule | str | dict[str, Any] | None = None,
 ) -> tuple[TrainState, TrainStep]:
     """Initialises a model of ours on a mesh and compiles its train step.
@@ -55,7 +60,8 @@ def build(
       gate: whether non-finite steps are skipped.
       patience: see `mpjax.optim.wrap`.
       accumulate: microbatches a step.
-      objective: from the model, sharded on the mesh, to its loss function.
+      objective: from the model, sharded on the mesh, to its loss function or `mpjax.ops.Objective`;
+        by default its own loss, a mean by the batch's `weights` if it has any.
       schedule: of Precision over the run, anything that `get_schedule` reads; the model carries its
         first precision. With two precisions the step is a `mpjax.train.SwitchingStep`.
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from mpjax.formats.delayed import begin_step, end_step, seen_of, with_seen
+from mpjax.ops import Objective
 from mpjax.optim import scaled_grad, weight_view
 
 if TYPE_CHECKING:
     from mpjax.train.step import TrainState
 
-LossFn = Callable[..., tuple[Any, Any]]  # (params, batch, *, state, key, train) -> loss, state
-
 
 def gradients(
-    loss_fn: LossFn, state: TrainState, batch: Any, accumulate: int
+    objective: Objective, state: TrainState, batch: Any, accumulate: int
 ) -> tuple[Any, Any, Any]:
     """Returns scaled gradients, mean loss and model state; microbatches are summed in float32.
 
-    Each weighs by its share of the targets, where the loss function says how many there are; of
-    several losses each by its own (see `mpjax.ops.counted`).
+    Each weighs by its share of the targets; of several losses each by its own (see
+    `mpjax.ops.Objective`).
     """
     scale, weights = state.opt_state.loss_scale, weight_view(state.params)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -34,7 +32,7 @@ def gradients(
         params: Any, seen: Any, micro: Any, model_state: Any, key: Any, shares: Any = None
     ) -> tuple[Any, Any]:
         model_state = with_seen(model_state, seen)
-        loss, model_state = _loss(loss_fn, params, micro, model_state, key, shares)
+        loss, model_state = _loss(objective, params, micro, model_state, key, shares)
         return loss, (loss, model_state)
 
     # The amax of gradients leaves as the cotangent of `seen`; an empty list costs nothing.
@@ -61,24 +59,24 @@ def gradients(
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
     carry = (zeros, jnp.float32(0), jax.tree.map(jnp.zeros_like, seen_of(begun)), begun)
-    parts = (jnp.arange(accumulate), *_microbatches(loss_fn, batch, accumulate))
+    parts = (jnp.arange(accumulate), *_microbatches(objective, batch, accumulate))
     (grads, loss, amax, model_state), _ = jax.lax.scan(body, carry, parts)
     model_state = end_step(model_state, state.model_state, amax, scale.value)
     return jax.tree.map(lambda g: g / accumulate, grads), loss / accumulate, model_state
 
 
 def _loss(
-    loss_fn: LossFn, params: Any, batch: Any, model_state: Any, key: Any, shares: Any
+    objective: Objective, params: Any, batch: Any, model_state: Any, key: Any, shares: Any
 ) -> tuple[Any, Any]:
     """The loss of a (micro)batch and the state; of several losses their sum by `shares`."""
-    run: Any = loss_fn if shares is None else loss_fn.parts  # type: ignore[attr-defined]
+    run: Any = objective.loss if shares is None else objective.parts
     loss, model_state = run(params, batch, state=model_state, key=key, train=True)
     if shares is not None:
         loss = sum(shares[name] * part.astype(jnp.float32) for name, part in loss.items())
     return loss, model_state
 
 
-def _microbatches(loss_fn: LossFn, batch: Any, accumulate: int) -> tuple[Any, Any, Any]:
+def _microbatches(objective: Objective, batch: Any, accumulate: int) -> tuple[Any, Any, Any]:
     """A batch cut along a new first axis; each part's weight, and its weights by name of a loss.
 
     One of the two is None: of several losses the gradients are those of their weighed sum. Both
@@ -89,13 +87,13 @@ def _microbatches(loss_fn: LossFn, batch: Any, accumulate: int) -> tuple[Any, An
         return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
     micros = jax.tree.map(split, batch)
-    counts = jax.vmap(getattr(loss_fn, "count", lambda micro: None))(micros)
+    counts = jax.vmap(objective.count)(micros)
     # Of no count there are no leaves, of several losses as many.
     shares = jax.tree.map(lambda n: n * (accumulate / jnp.maximum(jnp.sum(n), 1e-30)), counts)
     return (micros, None, shares) if isinstance(shares, dict) else (micros, shares, None)
 
 
-def loss_at(loss_fn: LossFn, state: TrainState, batch: Any, accumulate: int) -> Any:
+def loss_at(objective: Objective, state: TrainState, batch: Any, accumulate: int) -> Any:
     """Returns the loss of a batch as a function of weights, for searches along a line.
 
     The model's state and key are those of the step.
@@ -110,12 +108,12 @@ def loss_at(loss_fn: LossFn, state: TrainState, batch: Any, accumulate: int) -> 
         def of(part: Any) -> Any:
             key, micro, share, several = part
             model_state = begin_step(state.model_state, jnp.float32(1))
-            loss, _ = _loss(loss_fn, params, micro, model_state, key, several)
+            loss, _ = _loss(objective, params, micro, model_state, key, several)
             return loss.astype(jnp.float32) * (1 if share is None else share)
 
         if accumulate == 1:
             return of((key, batch, None, None))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulate))
-        return jnp.mean(jax.lax.map(of, (keys, *_microbatches(loss_fn, batch, accumulate))))
+        return jnp.mean(jax.lax.map(of, (keys, *_microbatches(objective, batch, accumulate))))
 
     return value

@@ -13,8 +13,9 @@ from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
+from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
 from mpjax.optim import Optimizer, OptState, copied, select, without_repeats
-from mpjax.train.gradients import LossFn, gradients, loss_at
+from mpjax.train.gradients import gradients, loss_at
 
 
 class TrainState(NamedTuple):
@@ -139,13 +140,28 @@ def compile_step(function: Any, mesh: Mesh | None, shardings: Any) -> Any:
     )
 
 
+def _objective(loss_fn: LossFn | Objective, count: Count | None, accumulate: int) -> Objective:
+    if isinstance(loss_fn, Objective):
+        if count is not None:
+            raise ConfigError("count: the objective has its own; leave count out")
+        return loss_fn
+    if count is None and accumulate > 1:
+        raise ConfigError(
+            f"accumulate: {accumulate} microbatches count by their targets, and the loss does not"
+            " say how many it is a mean over; pass count=mpjax.ops.rows_alike for a mean over rows,"
+            " count=mpjax.ops.weight_sum for one by the batch's weights, or a function of yours"
+        )
+    return Objective(loss_fn, count or rows_alike)
+
+
 def make_train_step(
-    loss_fn: LossFn,
+    loss_fn: LossFn | Objective,
     optimizer: Optimizer,
     *,
     mesh: Mesh | None = None,
     shardings: Any = None,
     accumulate: int = 1,
+    count: Count | None = None,
 ) -> TrainStep:
     """Returns the compiled train step of any model.
 
@@ -153,46 +169,50 @@ def make_train_step(
     optimizer.
 
     Args:
-      loss_fn: `loss_fn(params, batch, *, state, key, train) -> (loss, state)`, the mean over the
-        batch; one that is a mean over fewer targets says so by `mpjax.ops.counted`.
+      loss_fn: `loss_fn(params, batch, *, state, key, train) -> (loss, state)`, a mean over the
+        targets of a batch; or a `mpjax.ops.Objective`, which also says how many there are.
       optimizer: from `mpjax.optim.wrap`.
       mesh: devices; None is one device.
       shardings: of the state, from `state_shardings`; needed with a mesh.
       accumulate: microbatches a step; each takes every accumulate-th row of the batch, and counts
-        by its number of targets, or all alike.
+        by its number of targets.
+      count: batch -> number of targets, as in Objective, of a loss function that is none; needed
+        with accumulate above 1. `mpjax.ops.rows_alike` for a mean over rows.
 
     Returns:
       `step(state, batch) -> (state, metrics)`; metrics are scalars on the device: `loss`,
       `loss_scale`, `skipped`, `stuck`, and `grad_norm` when the optimizer clips.
 
     Raises:
-      ConfigError: accumulate below 1.
+      ConfigError: accumulate below 1, or above it without a count.
 
     Example:
       >>> import optax
+      >>> from mpjax.ops import rows_alike
       >>> from mpjax.optim import wrap
       >>> from mpjax.precision import get_precision
       >>> def loss(params, batch, *, state, key, train):
       ...     return jnp.mean((params["w"] * batch["x"] - batch["y"]) ** 2), state
       >>> optimizer = wrap(optax.sgd(0.5), get_precision("fp32"))
       >>> state = init_state({"w": jnp.zeros(())}, optimizer)
-      >>> step = make_train_step(loss, optimizer, accumulate=2)
+      >>> step = make_train_step(loss, optimizer, accumulate=2, count=rows_alike)
       >>> state, metrics = step(state, {"x": jnp.ones(4), "y": jnp.ones(4)})
       >>> float(state.params["w"]), float(metrics["loss"])
       (1.0, 1.0)
     """
     if accumulate < 1:
         raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")
+    objective = _objective(loss_fn, count, accumulate)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        grads, loss, model_state = gradients(loss_fn, state, batch, accumulate)
+        grads, loss, model_state = gradients(objective, state, batch, accumulate)
         loss = loss.astype(jnp.float32)
         params, opt_state, metrics = optimizer.step_with_metrics(
             grads,
             state.opt_state,
             state.params,
             value=loss,
-            value_fn=loss_at(loss_fn, state, batch, accumulate),
+            value_fn=loss_at(objective, state, batch, accumulate),
         )
         if "finite" in metrics and state.model_state is not None:
             model_state = select(metrics["finite"], model_state, state.model_state)

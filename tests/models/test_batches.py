@@ -25,6 +25,7 @@ from mpjax.models import (
     resnet,
     seq2seq,
 )
+from mpjax.ops import rows_alike
 from mpjax.optim import wrap
 from mpjax.precision import get_precision
 from mpjax.tasks import Language, MaskedLanguage, TextClassification, TokenClassification
@@ -175,7 +176,7 @@ def _loss(params: Any, batch: Any, *, state: Any, key: Any, train: bool) -> Any:
 @functools.cache
 def _step(accumulate: int = 1) -> tuple[Any, Any]:
     optimizer = wrap(optax.sgd(0.1), get_precision("fp32"))
-    return make_train_step(_loss, optimizer, accumulate=accumulate), optimizer
+    return make_train_step(_loss, optimizer, accumulate=accumulate, count=rows_alike), optimizer
 
 
 def _state() -> Any:

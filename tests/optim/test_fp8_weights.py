@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized
 from mpjax.models import decoder
+from mpjax.ops import rows_alike
 from mpjax.optim import store_weights, weight_view, wrap
 from mpjax.optim.gate import bits
 from mpjax.precision import get_precision
@@ -226,7 +227,7 @@ def test_a_train_step_learns_through_the_view(tmp_path: Any) -> None:
     losses = {}
     for update in ("nearest", "stochastic"):
         opt = make(update, optax.adam(3e-3))
-        step = make_train_step(loss_fn, opt, accumulate=2)
+        step = make_train_step(loss_fn, opt, accumulate=2, count=rows_alike)
         state = init_state(regression()[1], opt)
         for _ in range(300):
             state, metrics = step(state, batch)

@@ -107,15 +107,16 @@ def test_losses_of_a_user_have_a_count_each() -> None:
         mean = lambda w: jnp.sum(w * params * batch["x"]) / jnp.maximum(jnp.sum(w), 1)  # noqa: E731
         return {name: mean(batch[name]) for name in "ab"}, state
 
-    @ops.counted(lambda batch: {name: jnp.sum(batch[name]) for name in "ab"}, parts)
     def loss(params: Any, batch: Any, **options: Any) -> Any:
         found, state = parts(params, batch, **options)
         return found["a"] + found["b"], state
 
+    count = lambda batch: {name: jnp.sum(batch[name]) for name in "ab"}  # noqa: E731
+    objective = ops.Objective(loss, count, parts)
     for precision in ("fp32", "fp16"):
         for accumulate in (1, 2, 4):
             optimizer = wrap(optax.sgd(1.0), get_precision(precision))
             state = init_state(jnp.float32(0.0), optimizer)
-            state, _ = make_train_step(loss, optimizer, accumulate=accumulate)(state, batch)
+            state, _ = make_train_step(objective, optimizer, accumulate=accumulate)(state, batch)
             want = -(1 + 4 + 8) / 3 - (3 * 2 + 4) / 4  # by hand
             assert float(state.params) == pytest.approx(want, rel=1e-6)

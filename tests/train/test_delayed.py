@@ -14,7 +14,7 @@ import pytest
 
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.ops import dot_general
+from mpjax.ops import dot_general, rows_alike
 from mpjax.optim import wrap
 from mpjax.precision import Operand, Recipe, get_precision
 from mpjax.train import build, init_state, make_train_step
@@ -41,7 +41,7 @@ def start(accumulate: int = 1, loss_scale: str = "none", lr: float = 0.0) -> tup
     wrapped = wrap(optax.sgd(lr), get_precision("fp32", loss_scale=loss_scale))
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), jnp.float32)}
     state = init_state(params, wrapped, model_state={"amax": AmaxHistory.empty(HISTORY)})
-    return state, make_train_step(loss_fn, wrapped, accumulate=accumulate)
+    return state, make_train_step(loss_fn, wrapped, accumulate=accumulate, count=rows_alike)
 
 
 def rows(seed: int, factor: float = 1.0, n: int = 8) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mpjax.errors import ConfigError
+from mpjax.ops import Objective, rows_alike, weight_sum
 from mpjax.optim import all_finite, wrap
 from mpjax.precision import get_precision
 from mpjax.train import build, init_state, make_train_step, parse_mesh
@@ -135,7 +136,7 @@ def test_microbatches_count_by_their_targets() -> None:
     assert float(metrics["loss"]) == 0 and int(metrics["skipped"]) == 0
     alike = make_train_step(  # the negative control: all microbatches alike
         lambda *args, **kw: small().loss(*args, **kw), wrap(optax.sgd(1.0), small().precision),
-        accumulate=2,
+        accumulate=2, count=rows_alike,
     )  # fmt: skip
     state = init_state(small().init(jax.random.key(0)), alike.optimizer)
     _, metrics = alike(state, data | {"weights": jnp.asarray(weights)})
@@ -151,7 +152,7 @@ def test_low_weights_accumulate_in_float32() -> None:
 
     # Gradients of the four rows: in bfloat16 256 + 1 + 1 + 1 is 256, a mean of 64.
     data = jnp.array([256.0, 1.0, 1.0, 1.0], jnp.bfloat16)
-    steps = {n: make_train_step(loss, optimizer, accumulate=n) for n in (1, 4)}
+    steps = {n: make_train_step(loss, optimizer, accumulate=n, count=rows_alike) for n in (1, 4)}
     new = {}
     for n, step in steps.items():
         state = init_state({"w": jnp.zeros((), jnp.bfloat16)}, optimizer)
@@ -164,7 +165,7 @@ def test_low_weights_accumulate_in_float32() -> None:
 def test_the_accumulator_is_float32() -> None:
     model = small("pure-bf16")
     optimizer = wrap(optax.sgd(1.0), model.precision)
-    step = make_train_step(model.loss, optimizer, accumulate=2)
+    step = make_train_step(model.loss, optimizer, accumulate=2, count=weight_sum)
     state = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), optimizer))
     shape = state.params["decoder"]["embed"]["table"].shape
     scans = [e for e in equations(step.function, state, batch()) if e.primitive.name == "scan"]
@@ -323,3 +324,15 @@ def test_live_bytes_per_parameter(precision: Any, bytes_each: float) -> None:
         f"({sizes['params']} params + {sizes['moments']} moments + {sizes['master']} master"
         f" + {sizes['rest']} rest) bytes / {count} parameters = {live / count:.3f}"
     )
+
+
+def test_microbatches_of_a_loss_that_does_not_say_what_it_is_a_mean_over() -> None:
+    optimizer = wrap(optax.sgd(1.0), get_precision("fp32"))
+    with pytest.raises(ConfigError, match=r"pass count=mpjax.ops.rows_alike for a mean over rows"):
+        make_train_step(_linear_loss, optimizer, accumulate=2)
+    wrapped = lambda *args, **options: small().loss(*args, **options)  # noqa: E731
+    with pytest.raises(ConfigError, match="accumulate: 2 microbatches count by their targets"):
+        build(small(), optax.sgd(1.0), accumulate=2, objective=lambda model: wrapped)
+    objective = Objective(_linear_loss, rows_alike)
+    with pytest.raises(ConfigError, match="the objective has its own"):
+        make_train_step(objective, optimizer, accumulate=2, count=rows_alike)

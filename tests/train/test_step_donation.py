@@ -13,6 +13,7 @@ import optax.contrib
 import pytest
 
 from mpjax.models import decoder
+from mpjax.ops import rows_alike
 from mpjax.optim import wrap
 from mpjax.train import init_state, make_train_step, parse_mesh, state_shardings
 
@@ -77,7 +78,7 @@ def test_one_array_in_two_places_is_two_weights() -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_an_optimizer_gets_the_loss_of_the_whole_batch(accumulate: int) -> None:
     opt = wrap(optax.contrib.momo(), "fp16")
-    step = make_train_step(loss_fn, opt, accumulate=accumulate)
+    step = make_train_step(loss_fn, opt, accumulate=accumulate, count=rows_alike)
     state = init_state(weights(), opt)
     tx = optax.contrib.momo()
     params = weights()
@@ -95,7 +96,7 @@ def test_an_optimizer_gets_the_loss_of_the_whole_batch(accumulate: int) -> None:
 
 def test_a_line_search_gets_the_loss_as_a_function() -> None:
     opt = wrap(optax.lbfgs(), "fp32")
-    step = make_train_step(loss_fn, opt, accumulate=2)
+    step = make_train_step(loss_fn, opt, accumulate=2, count=rows_alike)
     state = init_state(weights(), opt)
     for _ in range(8):
         state, metrics = step(state, BATCH)

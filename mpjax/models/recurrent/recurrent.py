@@ -150,7 +150,6 @@ class Recurrent(Network):
         x, state = self.features(params, ids_BT, keep=keep, state=state, key=key, train=train)
         return self._unembed(params, x, key), state
 
-    @ops.counted(ops.weight_sum)
     def loss(
         self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:

@@ -208,7 +208,6 @@ class ResNet(Network):
         logits, state = self._body(self.at).apply(variables, images, rngs=rngs, mutable=["amax"])
         return logits, state or None
 
-    @ops.counted(ops.weight_sum)
     def loss(
         self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from mpjax import ops
 from mpjax.formats import slice_view
 from mpjax.models.core.checks import as_counts, as_ids, below, language_inputs, targets_of
 from mpjax.models.core.module import At
@@ -109,7 +108,6 @@ class Decoder(Network):
         p, cap = slice_view(params)["decoder"], self.config.logit_cap
         return next_token_logits(self._transformer(), p, x, key, cap), state
 
-    @ops.counted(ops.weight_sum)
     def loss(
         self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:

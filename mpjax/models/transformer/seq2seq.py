@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.core.checks import as_ids, below, field, keep_of
@@ -166,7 +165,6 @@ class Seq2Seq(Network):
         p, cap = weight_view(params)["decoder"], self.config.logit_cap
         return next_token_logits(self._transformer("decoder"), p, x, key, cap), state
 
-    @ops.counted(ops.weight_sum)
     def loss(
         self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
     ) -> tuple[Any, Any]:

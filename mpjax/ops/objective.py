@@ -1,0 +1,71 @@
+"""An objective: a mean loss, and how many targets of a batch the mean is over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+LossFn = Callable[..., tuple[Any, Any]]  # (params, batch, *, state, key, train) -> loss, state
+Count = Callable[[Any], Any]  # batch -> number of targets, or name -> number, or None
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    r"""A mean loss, and how many targets of a batch the mean is over.
+
+    `mpjax.train.make_train_step(accumulate=n)` takes
+    $\sum_i n_i L_i \big/ \sum_i n_i$ of the microbatches, the mean of the whole batch. A sum of
+    means over different targets has a count for each,
+    $\sum_j \big(\sum_i n_{ij} L_{ij} \big/ \sum_i n_{ij}\big)$.
+
+    Args:
+      loss: `loss(params, batch, *, state, key, train) -> (loss, state)`.
+      count: batch -> the number of targets, or the sum of their weights; None if rows count alike.
+        With `parts`, name -> number.
+      parts: takes what `loss` takes; returns the parts whose sum is the loss, name -> loss, and the
+        state.
+
+    Example:
+      >>> def loss(params, batch, *, state=None, key=None, train=False):
+      ...     total = jnp.sum(batch["weights"] * params * batch["x"])
+      ...     return total / jnp.sum(batch["weights"]), state
+      >>> objective = Objective(loss, weight_sum)
+      >>> batch = {"x": jnp.ones(2), "weights": jnp.array([1.0, 0.5])}
+      >>> float(objective(2.0, batch)[0]), float(objective.count(batch))
+      (2.0, 1.5)
+    """
+
+    loss: LossFn
+    count: Count
+    parts: Callable[..., tuple[dict[str, Any], Any]] | None = None
+
+    def __call__(self, params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
+        """Returns the loss and the state."""
+        return self.loss(params, batch, **options)
+
+
+def weight_sum(batch: Any) -> Any:
+    """Returns the sum of a batch's `weights`; None where it has none, and all count alike.
+
+    Args:
+      batch: name -> array.
+
+    Example:
+      >>> weight_sum({"targets": jnp.ones((2, 3))}) is None
+      True
+    """
+    weights = batch.get("weights") if isinstance(batch, Mapping) else None
+    return None if weights is None else jnp.sum(jnp.asarray(weights, jnp.float32))
+
+
+def rows_alike(batch: Any) -> None:
+    """The count of a mean over the rows of a batch: all count alike.
+
+    Example:
+      >>> rows_alike({"x": jnp.ones(3)}) is None
+      True
+    """
+    del batch
