@@ -196,8 +196,8 @@ def float32_matmul_bits() -> int:
 
     exact = 1 + np.exp2(-np.arange(1, 129, dtype=np.float32))
     product = jax.jit(jax.numpy.matmul)(np.diag(exact), np.eye(128, dtype=np.float32))
-    kept = (np.diag(np.asarray(product)) == exact)[:23]
-    return 1 + int(np.argmin(kept) if not kept.all() else 23)
+    right = (np.diag(np.asarray(product)) == exact)[:23]
+    return 1 + int(np.argmin(right) if not right.all() else 23)
 
 
 def machine() -> dict[str, Any]:

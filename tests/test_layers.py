@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -194,6 +196,24 @@ def test_a_plain_install_has_what_is_imported() -> None:
     assert unmet("import no_such_script", "experiments/x.py")
     assert unmet("from orbax import checkpoint\nimport jax.numpy, json", "x.py") == []
     assert unmet("def f():\n    import pyarrow", "x.py") == []
+
+
+# Words that stood for many things; the field's own took their place.
+RETIRED = {
+    *("Sight", "Trunk", "Skeleton", "Place", "Region", "Reach", "Culprit", "Frame", "Watch", "How"),
+    *("Factor", "given", "kept", "seen", "bad", "felt", "mine", "how"),
+}
+
+
+def retired(source: str) -> list[str]:
+    """The identifiers of a module that are retired words."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return sorted({t.string for t in tokens if t.type == tokenize.NAME} & RETIRED)
+
+
+def test_names_are_the_fields() -> None:
+    assert {_relative(p): words for p in MODULES if (words := retired(p.read_text()))} == {}
+    assert retired("kept = lambda seen: seen.how\n# given\n") == ["how", "kept", "seen"]
 
 
 def deep(source: str) -> list[str]:

@@ -283,7 +283,7 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
         Planted("deep lines", "train/report/metrics_writer.py",
                 "except (ValueError, RecursionError):  # no", "except ValueError:  # no", _LOGS),
         Planted("no link for what is set aside", "train/report/metrics_writer.py",
-                "how | NO_FOLLOW", "how", _LOGS),
+                "flags | NO_FOLLOW", "flags", _LOGS),
         Planted("half a manifest", "train/report/manifest.py",
                 "if path.exists() and read_manifest(out) is None:", OFF, _LOGS),
         Planted("a digest that lists nothing", "train/checkpoint/digest.py",

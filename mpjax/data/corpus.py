@@ -78,10 +78,10 @@ def load_corpus(
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, [document.text for document in train], cache=cache)
     content = hashlib.sha256(b"".join(sorted(document.digest for document in documents)))
-    how = f"{held_out!r} {tokenizer.to_text()}"
+    settings = f"{held_out!r} {tokenizer.to_text()}"
     if tokenizer.prefix or tokenizer.suffix:
-        how += f" {tokenizer.prefix} {tokenizer.suffix}"
-    key = hashlib.sha256(content.digest() + how.encode())
+        settings += f" {tokenizer.prefix} {tokenizer.suffix}"
+    key = hashlib.sha256(content.digest() + settings.encode())
     ids = [
         _cached(f"{key.hexdigest()[:32]}.{side}.npy", _encoder(part, tokenizer), cache)
         for side, part in (("train", train), ("validation", validation))

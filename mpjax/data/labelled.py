@@ -182,10 +182,10 @@ def _distinct(rows: Rows) -> Rows:
 def _repeats(sides: Sequence[Rows], distinct: Sequence[Rows]) -> dict[str, int]:
     """How many rows repeat an earlier text of their side, by whether the label is the same."""
     same = other = 0
-    for rows, kept in zip(sides, distinct, strict=True):
-        labels = {tuple(row[1:]): row[0] for row in kept}
+    for rows, unique in zip(sides, distinct, strict=True):
+        labels = {tuple(row[1:]): row[0] for row in unique}
         other += sum(labels[tuple(row[1:])] != row[0] for row in rows)
-        same += len(rows) - len(kept)
+        same += len(rows) - len(unique)
     return {"equal to an earlier one": same - other, _OTHER: other}
 
 

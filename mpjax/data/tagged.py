@@ -102,8 +102,8 @@ def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedS
     out = held_out([" ".join(_words(s)) for s in distinct], _HELD_OUT, seed=seed)
     train = [s for s, one in zip(distinct, out, strict=True) if not one]
     test = [s for s, one in zip(distinct, out, strict=True) if one]
-    seen = {tag for s in train for _, tag in s}
-    names = sorted_names(seen | {tag for s in test for _, tag in s})
+    in_training = {tag for s in train for _, tag in s}
+    names = sorted_names(in_training | {tag for s in test for _, tag in s})
     if len(names) < 2:
         raise ConfigError(f"data {source!r}: one tag, {names[0]!r}; expected at least two")
     dropped = {"-DOCSTART-": read - len(sentences)}

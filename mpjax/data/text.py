@@ -101,12 +101,12 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
             f"{source}: column {column!r} was asked for, but there is no .jsonl or .parquet file "
             "here; drop the column"
         )
-    kept = [document for document in documents if document.text]
-    if not kept:
+    full = [document for document in documents if document.text]
+    if not full:
         raise ConfigError(f"{source}: no text in it; name a source that holds some UTF-8 text")
-    if len(kept) < len(documents):
-        logger.warning("%s: %d empty document(s) dropped", source, len(documents) - len(kept))
-    return kept
+    if len(full) < len(documents):
+        logger.warning("%s: %d empty document(s) dropped", source, len(documents) - len(full))
+    return full
 
 
 def _locate(source: str, column: str | None) -> tuple[Path, str | None]:

@@ -14,21 +14,21 @@ from mpjax.errors import ConfigError, brief
 class AmaxHistory(NamedTuple):
     r"""What delayed scaling knows of a product's operands: x, W and dy, in this order.
 
-    A product takes its scales from `amax` and writes what it sees to `seen`: the amax of x and W on
-    the way forward, that of dy as the cotangent of `seen`, so that uses and microbatches are joined
-    by a maximum where gradients would be summed.
+    A product takes its scales from `amax` and writes to `observed_amax`: the amax of x and W on the
+    way forward, that of dy as the cotangent of `observed_amax`, so that uses and microbatches are
+    joined by a maximum where gradients would be summed.
 
     Args:
       history: amax of the last steps, newest first, shape (..., 3, steps); dy's are divided by
         the loss scale.
       amax: what the scales come from, the maximum of the history, shape (..., 3); 0 while nothing
         is known, and then the current tensor decides.
-      seen: amax of this step so far, shape (..., 3).
+      observed_amax: amax of this step so far, shape (..., 3).
     """
 
     history: Float[Array, "*layers 3 steps"]
     amax: Float[Array, "*layers 3"]
-    seen: Float[Array, "*layers 3"]
+    observed_amax: Float[Array, "*layers 3"]
 
     @classmethod
     def empty(cls, steps: int, layers: tuple[int, ...] = ()) -> AmaxHistory:
@@ -53,7 +53,7 @@ class AmaxHistory(NamedTuple):
     def begin(self, loss_scale: Any) -> AmaxHistory:
         """Returns the state for a step whose gradients are multiplied by the loss scale."""
         amax = self.amax.at[..., 2].multiply(loss_scale)
-        return self._replace(amax=amax, seen=jnp.zeros_like(self.seen))
+        return self._replace(amax=amax, observed_amax=jnp.zeros_like(self.observed_amax))
 
     def end(self, before: AmaxHistory, gradient_amax: Any, loss_scale: Any) -> AmaxHistory:
         """Returns the state after a step.
@@ -62,16 +62,16 @@ class AmaxHistory(NamedTuple):
 
         Args:
           before: the state before `begin`.
-          gradient_amax: the cotangent of `seen`, in units of the loss scale.
+          gradient_amax: the cotangent of `observed_amax`, in units of the loss scale.
           loss_scale: that of the step.
         """
         dy = gradient_amax[..., 2:] / loss_scale
-        now = jnp.concatenate([self.seen[..., :2], dy], axis=-1)
+        now = jnp.concatenate([self.observed_amax[..., :2], dy], axis=-1)
         now = jnp.where(jnp.isfinite(now), now, jnp.float32(0))
         history = jnp.concatenate([now[..., None], before.history[..., :-1]], axis=-1)
         largest = jnp.max(history, axis=-1)
         amax = jnp.where(largest > 0, largest, before.amax)
-        return AmaxHistory(history, amax, jnp.zeros_like(self.seen))
+        return AmaxHistory(history, amax, jnp.zeros_like(self.observed_amax))
 
 
 def _is_history(x: Any) -> bool:
@@ -88,15 +88,15 @@ def map_histories(function: Any, tree: Any, *rest: Any) -> Any:
     )
 
 
-def seen_of(tree: Any) -> list[Any]:
-    """Returns `seen` of each AmaxHistory of a tree, in order; empty where there is none."""
-    return [x.seen for x in jax.tree.leaves(tree, is_leaf=_is_history) if _is_history(x)]
+def observed_of(tree: Any) -> list[Any]:
+    """Returns `observed_amax` of each AmaxHistory of a tree, in order; empty without one."""
+    return [x.observed_amax for x in jax.tree.leaves(tree, is_leaf=_is_history) if _is_history(x)]
 
 
-def with_seen(tree: Any, seen: list[Any]) -> Any:
-    """Returns the tree with these in the place of `seen_of`."""
-    rest = iter(seen)
-    return map_histories(lambda x: x._replace(seen=next(rest)), tree)
+def with_observed(tree: Any, observed_amax: list[Any]) -> Any:
+    """Returns the tree with these in the place of `observed_of`."""
+    rest = iter(observed_amax)
+    return map_histories(lambda x: x._replace(observed_amax=next(rest)), tree)
 
 
 def begin_step(tree: Any, loss_scale: Any) -> Any:

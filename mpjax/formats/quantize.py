@@ -189,8 +189,8 @@ def quantize(
         raise ConfigError(f"quantize: x of shape {x.shape} has no elements; leave it out")
     tile = x.shape
     if scaling.kind not in ("none", "tensor"):
-        given = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
-        axes = tuple(_axis(a, x.ndim) for a in given)
+        chosen = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+        axes = tuple(_axis(a, x.ndim) for a in chosen)
         if len(set(axes)) < len(axes):
             raise ConfigError(f"quantize: axis={axis} names an axis twice; name it once")
         tile = scaling.tiles(x.shape, axes)

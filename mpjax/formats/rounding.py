@@ -84,19 +84,19 @@ def _round_pattern(
         # e8m0's ties go up, all others' to even
         odd = right(sig, s) if format.kind != "power" else _U(1)
         carry = lax.bitwise_and(lax.bitwise_and(odd, ones), _U(1))
-        kept = right(lax.add(lax.add(sig, half), carry), s)
+        rounded = right(lax.add(lax.add(sig, half), carry), s)
     else:
         low = lax.bitwise_and(sig, ones)
         if rounding == "floor":
             up = lax.bitwise_and(lax.ne(sign, _U(0)), lax.ne(low, _U(0)))
         else:
             up = _random_up(sig, low, shift, bits)
-        kept = lax.add(right(sig, s), as_uint(up))
+        rounded = lax.add(right(sig, s), as_uint(up))
     # With base = exponent - 1, adding the significand adds its leading one to the exponent.
-    normal = lax.add(left(as_uint(base), _U(23)), left(kept, s))
+    normal = lax.add(left(as_uint(base), _U(23)), left(rounded, s))
     step = left(as_uint(lax.max(lax.add(quantum, _I(127)), _I(0))), _U(23))  # kept is 1 there
     out = select(lax.eq(s, _U(25)), step, normal)
-    out = select(lax.eq(kept, _U(0)), _U(0), out)
+    out = select(lax.eq(rounded, _U(0)), _U(0), out)
 
     if saturate or format.specials == "none":
         edge: Any = _U(_top(format.max, format, dtype))

@@ -90,8 +90,8 @@ def _multiply(values: Any, scales: Any) -> Any:
     half, safe = select(least, _F(0.5), _F(1)), select(least, _F(2.0**-126), scales)
     small = lax.lt(scales, _F(2.0**-24))  # else no product of a format's numbers is subnormal
     # of 2^-127 they are 2^22
-    kept = select(lax.bitwise_and(small, lax.bitwise_not(least)), pattern, _I(0))
-    counts, exact = number_of(lax.add(kept, _COUNTS)), lax.eq(scales, _F(1))
+    truncated = select(lax.bitwise_and(small, lax.bitwise_not(least)), pattern, _I(0))
+    counts, exact = number_of(lax.add(truncated, _COUNTS)), lax.eq(scales, _F(1))
     counts, exact, small, half, safe = (
         spread(v, values) for v in (counts, exact, small, half, safe)
     )

@@ -225,10 +225,10 @@ class OfProduct(NamedTuple):
     def along(self, outs: Any, operands: Any, tangents: Any) -> Any:
         """The tangents of its results."""
         a, b, key, amax, _ = operands
-        da, db, _, _, dseen = tangents
+        da, db, _, _, d_observed = tangents
         # x is kept as the product used it; the weight's cast is repeated, which costs no memory.
         at = a.astype(self.spec.compute), b, key, amax
-        return LinearMap("push", self.spec).bind(at, (da, db, dseen), outs)
+        return LinearMap("push", self.spec).bind(at, (da, db, d_observed), outs)
 
     def derivative(self, outs: Any, operands: Any, tangents: Any) -> Any:
         """See `mpjax.ops.linear_map.Rule`."""
@@ -238,10 +238,10 @@ class OfProduct(NamedTuple):
 
 def _push(spec: ProductSpec, at: Any, tangents: Any) -> Any:
     a, b, key, amax = at
-    da, db, dseen = tangents
+    da, db, d_observed = tangents
     left = _product(da, b, _folded(key, _FOR_X), _fresh(amax, 0), None, spec)[0]
     right = _product(a, db, _folded(key, _FOR_W), _fresh(amax, 1), None, spec)[0]
-    return left + right, dseen
+    return left + right, d_observed
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
@@ -360,8 +360,8 @@ def product(
     if amax is None:
         return _product(a, b, key_data(key, spec.where), None, None, spec)[0], None
     roomy = amax.amax * jnp.float32(2.0**recipe.margin)
-    y, observed_amax = _product(a, b, key_data(key, spec.where), roomy, amax.seen, spec)
-    return y, amax._replace(seen=observed_amax)
+    y, observed_amax = _product(a, b, key_data(key, spec.where), roomy, amax.observed_amax, spec)
+    return y, amax._replace(observed_amax=observed_amax)
 
 
 def dot_general(
@@ -390,7 +390,7 @@ def dot_general(
       dimension_numbers: `((a contracting, b contracting), (a batch, b batch))`.
       recipe: a Recipe or its name.
       key: random key, for recipes that draw (stochastic rounding, Hadamard).
-      amax: state of delayed scaling; its `seen` is threaded: use what is returned next.
+      amax: state of delayed scaling; its `observed_amax` is threaded: use what is returned next.
       compute_dtype: of operands that the recipe does not quantise; by default the dtype of a.
       preferred_element_type: of the result; by default the dtype of a.
       where: what to call the product in an error.

@@ -63,12 +63,12 @@ def check_weights(params: Any) -> None:
             )
 
 
-def check_like(name: str, given: Any, params: Any) -> None:
+def check_like(name: str, candidate: Any, params: Any) -> None:
     """Checks that a tree has an array of each weight's shape in its place.
 
     Args:
       name: what to call the tree in an error.
-      given: the tree.
+      candidate: the tree.
       params: the weights as stored.
 
     Raises:
@@ -76,12 +76,12 @@ def check_like(name: str, given: Any, params: Any) -> None:
     """
     shapes = [getattr(p, "shape", None) for p in jax.tree.leaves(params, is_leaf=is_quantized)]
     structure: Any = jax.tree.structure(jax.tree.map(lambda _: 0, params, is_leaf=is_quantized))
-    same = structure == jax.tree.structure(given)
-    if same and shapes == [getattr(x, "shape", None) for x in jax.tree.leaves(given)]:
+    same = structure == jax.tree.structure(candidate)
+    if same and shapes == [getattr(x, "shape", None) for x in jax.tree.leaves(candidate)]:
         return
-    if difference := _difference(given, params):
-        path, theirs, mine = difference
-        if theirs is None or mine is None:
+    if difference := _difference(candidate, params):
+        path, theirs, ours = difference
+        if theirs is None or ours is None:
             who = f"params and not in {name}" if theirs is None else f"{name} and not in params"
             raise ConfigError(
                 f"update: {path or 'an array'} is in {who}; give {name} of the structure of params"
@@ -90,20 +90,20 @@ def check_like(name: str, given: Any, params: Any) -> None:
         what = brief(theirs) if shape is None else f"of shape {shape}"
         raise ConfigError(
             f"update: {name} of {path or 'params'} are {what}, the weight has shape"
-            f" {getattr(mine, 'shape', None)}; give {name} of these params"
+            f" {getattr(ours, 'shape', None)}; give {name} of these params"
         )
     raise ConfigError(
-        f"update: {name} stand in other containers than params ({jax.tree.structure(given)}); give"
-        " both in the same, such as dicts"
+        f"update: {name} stand in other containers than params ({jax.tree.structure(candidate)});"
+        " give both in the same, such as dicts"
     )
 
 
-def _difference(given: Any, params: Any) -> tuple[str, Any, Any] | None:
+def _difference(candidate: Any, params: Any) -> tuple[str, Any, Any] | None:
     """The first path at which a tree is not like the weights, and both leaves, None if absent."""
     key = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    theirs = {key(p): x for p, x in jax.tree_util.tree_leaves_with_path(given)}
-    mine = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    wanted = {key(p): x for p, x in mine}
+    theirs = {key(p): x for p, x in jax.tree_util.tree_leaves_with_path(candidate)}
+    ours = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    wanted = {key(p): x for p, x in ours}
     for path in (*wanted, *theirs):
         pair = theirs.get(path), wanted.get(path)
         shapes = [getattr(x, "shape", None) for x in pair]

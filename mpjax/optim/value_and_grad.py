@@ -58,14 +58,16 @@ def scaled_grad(
     if argnums == 0:
         return loss_scale.grad(fn)
 
-    def grad(params: Any, seen: Any, *args: Any) -> tuple[Any, Any]:
-        if jax.tree.leaves(seen):
+    def grad(params: Any, observed_amax: Any, *args: Any) -> tuple[Any, Any]:
+        if jax.tree.leaves(observed_amax):
             raise ConfigError(
                 "loss scale: leaf pulls gradients at several scales, and delayed scaling keeps"
                 " their amax at one; take loss_scale=dynamic or a recipe with current scaling"
             )
-        grads, aux = loss_scale.grad(lambda params, *args: fn(params, seen, *args))(params, *args)
-        return (grads, seen), aux
+        grads, aux = loss_scale.grad(lambda params, *args: fn(params, observed_amax, *args))(
+            params, *args
+        )
+        return (grads, observed_amax), aux
 
     return grad
 

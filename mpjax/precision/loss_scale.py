@@ -177,8 +177,8 @@ class LossScaleSettings:
             )
         groups = (self.groups,) if isinstance(self.groups, str) else tuple(self.groups)
         for pattern in groups:
-            bad = not isinstance(pattern, str) or not pattern or set(pattern) & set(" =,|")
-            if bad or groups.count(pattern) > 1:
+            invalid = not isinstance(pattern, str) or not pattern or set(pattern) & set(" =,|")
+            if invalid or groups.count(pattern) > 1:
                 raise ConfigError(
                     f"loss scale: the group {pattern!r} is empty, stands twice or holds one of"
                     " ' =,|'; write groups=PATTERN|PATTERN, such as groups=**/embed|**"

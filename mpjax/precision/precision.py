@@ -71,10 +71,10 @@ class Precision:
                 f"precision: rules={brief(rules)}; give a tuple of Rule, or write"
                 " get_precision('bf16', rules=['**/norm*=fp32'])"
             )
-        given = {name: getattr(self, name) for name in OPTIONS}
-        for name in (name for name, value in given.items() if value is None):
+        options = {name: getattr(self, name) for name in OPTIONS}
+        for name in (name for name, value in options.items() if value is None):
             raise ConfigError(f"{name}: None stands in its place; leave it out for the default")
-        for name, value in ({"rules": tuple(rules)} | parse_options(given)).items():
+        for name, value in ({"rules": tuple(rules)} | parse_options(options)).items():
             object.__setattr__(self, name, value)
         if self.name.split() != [self.name] or self.name.startswith("{"):
             raise ConfigError(f"precision: the name {self.name!r} is not one word; choose another")
@@ -149,17 +149,17 @@ class Precision:
         for path in paths:
             self.policy(path)
         for number, rule in enumerate(self.rules):
-            mine = [path for path in paths if matches(rule.pattern, path)]
+            matched = [path for path in paths if matches(rule.pattern, path)]
             if not rule.user:
                 continue
-            if not mine:
+            if not matched:
                 raise ConfigError(
                     f"rule {str(rule)!r}: matches no path of the model;"
                     f" {nearest(rule.pattern, paths)}"
                 )
             p = rule.policy
             follows = jnp.float32 if is_fp8(p.param_dtype) else p.param_dtype
-            if weights.issuperset(mine) and not follows == p.compute_dtype == p.output_dtype:
+            if weights.issuperset(matched) and not follows == p.compute_dtype == p.output_dtype:
                 raise ConfigError(
                     f"rule {str(rule)!r}: names weights only, for which only p= counts; write"
                     f" {rule.pattern}=p={dtype_name(p.param_dtype)}, or name their module to set"
@@ -171,7 +171,7 @@ class Precision:
                 and not any(matches(rule.pattern, path) for path in products)
             ):
                 shown = sorted({f"**/{path.split('/')[-1]}" for path in products})
-                modules = [path for path in mine if path not in weights] or mine
+                modules = [path for path in matched if path not in weights] or matched
                 raise ConfigError(
                     f"rule {str(rule)!r}: recipe {rule.recipe.name!r} quantises matrix products,"
                     f" and {spellings(modules[0])[-1]} has none; it can be given to"
@@ -179,7 +179,7 @@ class Precision:
                 )
             deciding = [
                 next(n for n, other in enumerate(self.rules) if matches(other.pattern, path))
-                for path in mine
+                for path in matched
             ]
             if number not in deciding:
                 raise ConfigError(

@@ -136,52 +136,54 @@ class Triggers:
         changed = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
         return ",".join(f"{f.name}={getattr(self, f.name):g}" for f in changed)
 
-    def judge(self, seen: Evidence) -> Verdict:
+    def judge(self, evidence: Evidence) -> Verdict:
         """Returns whether to switch after a window, and why."""
-        margin = max(self.rise * abs(seen.best), _DEVIATIONS * seen.spread)
-        return self._down(seen, margin) if seen.high else self._up(seen, margin)
+        margin = max(self.rise * abs(evidence.best), _DEVIATIONS * evidence.spread)
+        return self._down(evidence, margin) if evidence.high else self._up(evidence, margin)
 
-    def _up(self, seen: Evidence, margin: float) -> Verdict:
+    def _up(self, evidence: Evidence, margin: float) -> Verdict:
         reason = ""
         # In the first window a dynamic loss scale finds its place, by skipping.
-        limit = 1.0 if math.isinf(seen.best) else self.skips
-        if seen.skips >= limit:
+        limit = 1.0 if math.isinf(evidence.best) else self.skips
+        if evidence.skips >= limit:
             reason = (
-                f"{seen.skips:.0%} of the last {self.window} steps were skipped, limit {limit:.0%}"
+                f"{evidence.skips:.0%} of the last {self.window} steps were skipped,"
+                f" limit {limit:.0%}"
             )
-        elif math.isnan(seen.loss):
+        elif math.isnan(evidence.loss):
             reason = f"no loss of the last {self.window} steps was finite"
-        elif seen.loss > seen.best + margin:
+        elif evidence.loss > evidence.best + margin:
             reason = (
-                f"the loss rose to {seen.loss:.4g} over the last {self.window} steps, limit"
-                f" {seen.best + margin:.4g}"
+                f"the loss rose to {evidence.loss:.4g} over the last {self.window} steps, limit"
+                f" {evidence.best + margin:.4g}"
             )
-        elif self.underflow and seen.underflow >= self.underflow:
+        elif self.underflow and evidence.underflow >= self.underflow:
             reason = (
-                f"{seen.underflow:.0%} of the backward pass underflows, limit {self.underflow:.0%}"
+                f"{evidence.underflow:.0%} of the backward pass underflows,"
+                f" limit {self.underflow:.0%}"
             )
-        if reason and seen.free < _WIDER * self.headroom:
+        if reason and evidence.free < _WIDER * self.headroom:
             return Verdict(
                 False,
-                f"{reason}; stays, because only {seen.free:.2f} GB are free and headroom="
+                f"{reason}; stays, because only {evidence.free:.2f} GB are free and headroom="
                 f"{self.headroom:g} asks for {_WIDER * self.headroom:g} before a promotion",
             )
         return Verdict(bool(reason), reason)
 
-    def _down(self, seen: Evidence, margin: float) -> Verdict:
-        if seen.free < self.headroom:
-            return Verdict(True, f"{seen.free:.2f} GB are free, headroom {self.headroom:g} GB")
-        hold = self.hold * 2 ** min(max(seen.trips - 1, 0), _LONGEST)
+    def _down(self, evidence: Evidence, margin: float) -> Verdict:
+        if evidence.free < self.headroom:
+            return Verdict(True, f"{evidence.free:.2f} GB are free, headroom {self.headroom:g} GB")
+        hold = self.hold * 2 ** min(max(evidence.trips - 1, 0), _LONGEST)
         calm = (
-            seen.windows >= hold
-            and seen.skips <= self.skips / 2
-            and seen.loss <= seen.best + margin / 2  # False for NaN
-            and not (self.underflow and seen.underflow > self.underflow / 2)
+            evidence.windows >= hold
+            and evidence.skips <= self.skips / 2
+            and evidence.loss <= evidence.best + margin / 2  # False for NaN
+            and not (self.underflow and evidence.underflow > self.underflow / 2)
         )
         if not calm:
             return Verdict(False)
         return Verdict(
             True,
-            f"calm again: {seen.skips:.0%} skipped, loss {seen.loss:.4g}, {seen.windows} windows"
-            " after the last switch",
+            f"calm again: {evidence.skips:.0%} skipped, loss {evidence.loss:.4g},"
+            f" {evidence.windows} windows after the last switch",
         )

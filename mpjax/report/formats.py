@@ -200,17 +200,17 @@ def plot_distinct(counts: Sequence[tuple[str, str, int, int | None]]) -> Figure:
     operands = list(dict.fromkeys(operand for _, operand, *_ in counts))
     figure = canvas(8.5, 1.4 + 0.36 * len(recipes))
     ax = figure.subplots()
-    seen = set()
+    labelled = set()
     for recipe, operand, count, limit in counts:
         place = operands.index(operand)
         y = recipes.index(recipe) + 0.22 * (place - (len(operands) - 1) / 2)
         ax.plot(
             count, y, marker=_MARKERS[place], color=COLOURS[place], ms=5, linestyle="none",
-            label=None if operand in seen else operand,
+            label=None if operand in labelled else operand,
         )  # fmt: skip
         if limit is not None:
             ax.plot([limit, limit], [y - 0.12, y + 0.12], color="black", lw=1.8)
-        seen.add(operand)
+        labelled.add(operand)
     ax.set_xscale("log", base=2)
     ax.set_yticks(range(len(recipes)), recipes)
     ax.invert_yaxis()

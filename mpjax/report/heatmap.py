@@ -59,7 +59,7 @@ def _tables(
             lost.append(over if over >= under else -under)
         found.setdefault(row, {})[layer] = lost
     rows = [row for kind in KINDS for row in found if row[0] == kind]
-    layers = {layer for mine in found.values() for layer in mine}
+    layers = {layer for by_layer in found.values() for layer in by_layer}
     columns: list[int | None] = [None] if None in layers else []
     columns += sorted(layer for layer in layers if layer is not None)
     values = np.full((len(formats), len(rows), len(columns)), np.nan)

@@ -117,7 +117,7 @@ class Translation:
                 "%d of %d pairs are longer than %d tokens a side and are left out",
                 (~keep).sum(), len(keep), longest,
             )  # fmt: skip
-        return [pair for pair, kept in zip(pairs, keep, strict=True) if kept]
+        return [pair for pair, fits in zip(pairs, keep, strict=True) if fits]
 
     def examples(self, pairs: Sequence[Pair]) -> list[Example]:
         """Returns what the model reads of each pair: a target moved by one, and its weights."""
@@ -185,11 +185,11 @@ class Translation:
             for rows, padded in eval_batches(self._sources(texts), batch=batch, lengths=lengths):
                 state = read(params, padded["source"], padded["source_keep"])
                 first = jnp.full((len(padded["source"]), 1), self.begin, jnp.int32)
-                how: dict[str, Any] = dict(new=longest, end=self.end, state=state)
+                options: dict[str, Any] = dict(new=longest, end=self.end, state=state)
                 if beams > 1:
-                    ids = beam_search(continued, params, first, beams=beams, **how).tokens[:, 0]
+                    ids = beam_search(continued, params, first, beams=beams, **options).tokens[:, 0]
                 else:
-                    ids = generate(continued, params, first, temperature=0.0, **how)
+                    ids = generate(continued, params, first, temperature=0.0, **options)
                 for row, one in zip(rows, np.asarray(ids), strict=False):
                     known = one[: np.argmax(one == self.end)] if self.end in one else one
                     # a model may write its begin again, which is no text

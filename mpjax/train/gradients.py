@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from mpjax.formats.delayed import begin_step, end_step, seen_of, with_seen
+from mpjax.formats.delayed import begin_step, end_step, observed_of, with_observed
 from mpjax.ops import Objective
 from mpjax.optim import scaled_grad, weight_view
 
@@ -29,23 +29,23 @@ def gradients(
     begun = begin_step(state.model_state, scale.value)
 
     def loss_of(
-        params: Any, seen: Any, micro: Any, model_state: Any, key: Any, shares: Any = None
+        params: Any, observed_amax: Any, micro: Any, model_state: Any, key: Any, shares: Any = None
     ) -> tuple[Any, Any]:
-        model_state = with_seen(model_state, seen)
+        model_state = with_observed(model_state, observed_amax)
         loss, model_state = _loss(objective, params, micro, model_state, key, shares)
         return loss, (loss, model_state)
 
-    # The amax of gradients leaves as the cotangent of `seen`; an empty list costs nothing.
+    # The amax of gradients leaves as the cotangent of `observed_amax`; an empty list costs nothing.
     grad = scaled_grad(scale, loss_of, argnums=(0, 1))
     if accumulate == 1:
-        (grads, amax), (loss, model_state) = grad(weights, seen_of(begun), batch, begun, key)
+        (grads, amax), (loss, model_state) = grad(weights, observed_of(begun), batch, begun, key)
         return grads, loss, end_step(model_state, state.model_state, amax, scale.value)
 
     def body(carry: Any, part: Any) -> tuple[Any, None]:
         total, total_loss, largest, model_state = carry
         index, micro, share, several = part
         (grads, amax), (loss, model_state) = grad(
-            weights, seen_of(model_state), micro, model_state, jax.random.fold_in(key, index),
+            weights, observed_of(model_state), micro, model_state, jax.random.fold_in(key, index),
             several,
         )  # fmt: skip
 
@@ -58,7 +58,7 @@ def gradients(
         return (total, total_loss, largest, model_state), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
-    carry = (zeros, jnp.float32(0), jax.tree.map(jnp.zeros_like, seen_of(begun)), begun)
+    carry = (zeros, jnp.float32(0), jax.tree.map(jnp.zeros_like, observed_of(begun)), begun)
     parts = (jnp.arange(accumulate), *_microbatches(objective, batch, accumulate))
     (grads, loss, amax, model_state), _ = jax.lax.scan(body, carry, parts)
     model_state = end_step(model_state, state.model_state, amax, scale.value)

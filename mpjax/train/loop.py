@@ -79,12 +79,12 @@ def fit(
         for number, metrics, _ in done:
             # not jax.device_get, which takes the host four times as long for a few scalars
             host = {key: np.asarray(value).item() for key, value in metrics.items()}
-            bad = host.pop("stuck")
+            stuck_steps = host.pop("stuck")
             report({"step": number, "tokens_per_s": tokens_per_s} | host)
-            if bad:
+            if stuck_steps:
                 try:
                     taken, plain = step.active(state)
-                    taken.optimizer.check_alive(plain.opt_state, plain.params, bad)
+                    taken.optimizer.check_alive(plain.opt_state, plain.params, stuck_steps)
                 except TrainingStopped:
                     stuck(int(state.step), state, batch)
                     raise

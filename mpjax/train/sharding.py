@@ -50,7 +50,7 @@ def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
       1
     """
     devices = jax.devices() if devices is None else devices
-    given: dict[str, int] = {}
+    asked: dict[str, int] = {}
     for part in filter(None, text.split(",")):
         axis, _, size = part.partition("=")
         if axis not in AXES:
@@ -59,10 +59,10 @@ def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
             raise ConfigError(
                 f"mesh: {axis}={size!r} in {text!r} is not a positive whole number; write {axis}=2"
             )
-        if axis in given:
+        if axis in asked:
             raise ConfigError(f"mesh: axis {axis!r} stands twice in {text!r}; keep one")
-        given[axis] = int(size)
-    sizes = dict.fromkeys(AXES, 1) | given
+        asked[axis] = int(size)
+    sizes = dict.fromkeys(AXES, 1) | asked
     if not text:
         sizes["data"] = len(devices)
     if math.prod(sizes.values()) != len(devices):

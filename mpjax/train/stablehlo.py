@@ -45,14 +45,14 @@ def products_and_casts(stablehlo: str) -> Counter[str]:
         if name in counted:
             return counted[name]
         total: Counter[str] = Counter()
-        seen: set[tuple[str, str]] = set()
+        cast_once: set[tuple[str, str]] = set()
         for line in bodies[name]:
             if match := _DOT.search(line):
                 total[f"dot ({match[1]}) -> {match[2]}"] += 1
             elif match := _CAST.search(line):
                 value, old, new = match.groups()
-                if _FLOAT.search(old) and _FLOAT.search(new) and (value, new) not in seen:
-                    seen.add((value, new))
+                if _FLOAT.search(old) and _FLOAT.search(new) and (value, new) not in cast_once:
+                    cast_once.add((value, new))
                     total[f"cast {old} -> {new}"] += 1
             elif match := _CALL.search(line):
                 total.update(count(match[1]))

@@ -73,7 +73,7 @@ def test_histories_follow_a_plain_model_through_jumps_zeros_and_nan() -> None:
         seen = jnp.asarray([1.5 * factor, 2.0, 0.25 * factor * 8], jnp.float32)
         begun = state.begin(jnp.float32(8))
         assert float(begun.amax[2]) == pytest.approx(8 * plain[2].amax)
-        observed = begun._replace(seen=seen.at[2].set(0))
+        observed = begun._replace(observed_amax=seen.at[2].set(0))
         state = observed.end(state, jnp.zeros(3).at[2].set(seen[2]), jnp.float32(8))
         for model, value in zip(plain, (1.5 * factor, 2.0, 0.25 * factor), strict=True):
             model.see(value)
@@ -170,10 +170,10 @@ def test_a_product_that_is_used_twice_keeps_the_larger_magnitude() -> None:
     w = jnp.ones((2, 2))
 
     def loss(seen: Any) -> tuple[Any, Any]:
-        amax = AmaxHistory.empty(HISTORY)._replace(seen=seen)
+        amax = AmaxHistory.empty(HISTORY)._replace(observed_amax=seen)
         y, amax = dot_general(jnp.full((1, 2), 3.0), w, DIMS, RECIPE, amax=amax)
         z, amax = dot_general(jnp.full((1, 2), 5.0), w, DIMS, RECIPE, amax=amax)
-        return jnp.sum(7.0 * y) + jnp.sum(2.0 * z), amax.seen
+        return jnp.sum(7.0 * y) + jnp.sum(2.0 * z), amax.observed_amax
 
     gradient, seen = jax.jit(jax.grad(loss, has_aux=True))(jnp.zeros(3))
     assert seen.tolist() == [5.0, 1.0, 0.0]

@@ -159,8 +159,8 @@ def _asset(name: str | Asset) -> Asset:
 
 def _folder(asset: Asset, cache_dir: str | os.PathLike[str] | None) -> Path:
     # A later table that keeps other members of the same package means another folder.
-    kept = repr((asset.sha256, asset.root, asset.members))
-    key = hashlib.sha256(kept.encode()).hexdigest()[:12]
+    identity = repr((asset.sha256, asset.root, asset.members))
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return Cache(cache_dir).folder / "assets" / f"{asset.name}-{key}"
 
 

@@ -175,7 +175,7 @@ def _product(step: Step) -> Product:
         reader.outs[0].aval.dtype if reader.name == "convert_element_type" else out.aval.dtype
         for reader in out.readers
     }
-    kept = out.returned or out.joins or len(goes_on) != 1
+    stays = out.returned or out.joins or len(goes_on) != 1
     first, second = (str(x.aval.dtype) for x in step.ins[:2])
     return Product(
         path=location.path,
@@ -184,7 +184,7 @@ def _product(step: Step) -> Product:
         kind=step.name,
         operands=(first, second),
         accumulation=str(out.aval.dtype),
-        output=str(out.aval.dtype if kept else goes_on.pop()),
+        output=str(out.aval.dtype if stays else goes_on.pop()),
         flops=operations(step.eqn) * location.loops,
         times=location.loops,
     )

@@ -95,10 +95,10 @@ def _dead(flow: Flow) -> Iterator[tuple[str, Step]]:
             continue
         value, old = step.outs[0], step.ins[0].aval.dtype
         what = f"{old} -> {value.aval.dtype}"
-        kept = value.returned or value.joins
-        if not kept and not value.readers:
+        used = value.returned or value.joins
+        if not used and not value.readers:
             yield f"{what}, never used", step
-        elif not kept and old.itemsize < value.aval.dtype.itemsize:
+        elif not used and old.itemsize < value.aval.dtype.itemsize:
             back = [_is_cast(r) and r.outs[0].aval.dtype == old for r in value.readers]
             if all(back):
                 yield f"{what}, cast straight back", step

@@ -152,8 +152,8 @@ class Leaks:
         if is_product(step.eqn):
             return [[x for x in step.ins[:2] if x.wide]]
         return [
-            [x for x in reader.ins if x.wide and x not in mine]
-            for reader, mine in readers(step.outs[0])
+            [x for x in reader.ins if x.wide and x not in inside]
+            for reader, inside in readers(step.outs[0])
             if step.transposed or not reader.transposed  # a gradient reads what it is given
         ]
 

@@ -27,13 +27,13 @@ class Origin(NamedTuple):
 def origin(value: Value) -> Origin:
     """Returns the origin of a wide value, the nearest one if there are several."""
     queue: list[tuple[Value, Step | None]] = [(value, None)]
-    seen: set[Value] = set()
+    visited: set[Value] = set()
     made: Step | None = None
     shape = _shape(value)
     for value, reader in queue:  # grows while it is read
-        if value in seen or not value.wide:
+        if value in visited or not value.wide:
             continue
-        seen.add(value)
+        visited.add(value)
         if value.origin:
             if value.number:
                 return Origin("number", value.origin, reader)
@@ -88,11 +88,11 @@ class Makers:
         """Of the makers behind a value, through wide values only."""
         if value.step is not None or not value.wide:
             return self._found.get(value.step, 0) if value.step and value.wide else 0
-        bits, stack, seen = 0, list(value.same), {value}
+        bits, stack, visited = 0, list(value.same), {value}
         while stack:
             value = stack.pop()
-            if value not in seen and value.wide:
-                seen.add(value)
+            if value not in visited and value.wide:
+                visited.add(value)
                 stack += value.same
                 bits |= self._found.get(value.step, 0) if value.step else 0
         return bits
@@ -113,19 +113,19 @@ class Makers:
 
 def readers(value: Value) -> Iterator[tuple[Step, set[Value]]]:
     """Yields the steps that first do more than move a value, with the values that are it."""
-    stack, mine = [value], {value}
+    stack, inside = [value], {value}
     found: dict[Step, None] = {}
     while stack:
         value = stack.pop()
         moved = list(value.joins)
         for reader in value.readers:
-            if reader.name in SHAPE and not any(x.wide and x not in mine for x in reader.ins):
+            if reader.name in SHAPE and not any(x.wide and x not in inside for x in reader.ins):
                 moved += reader.outs
             else:
                 found[reader] = None
-        stack += [x for x in moved if x not in mine]
-        mine.update(moved)
-    return ((reader, mine) for reader in found)
+        stack += [x for x in moved if x not in inside]
+        inside.update(moved)
+    return ((reader, inside) for reader in found)
 
 
 def _shape(value: Value) -> str:

@@ -125,8 +125,8 @@ def autocast(
     def cast_fn(*args: Any, **kwargs: Any) -> Any:
         program = trace("autocast", fn, args, kwargs, runs=True)
         interpreter = CastInterpreter(where, names, said, key)
-        given = [None] * len(program.args)
-        outs = interpreter.evaluate(program.closed, program.args, given, Location()).outs
+        no_bounds = [None] * len(program.args)
+        outs = interpreter.evaluate(program.closed, program.args, no_bounds, Location()).outs
         where.check([path for path in interpreter.paths if path])
         if restore_dtypes:
             avals = program.closed.out_avals

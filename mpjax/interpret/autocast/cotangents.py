@@ -18,16 +18,16 @@ from mpjax.precision import Recipe
 Sides = tuple[bool, bool]  # of a product's operands, left and right: whether it is a gradient
 
 
-def sides(closed: ClosedJaxpr, kept: int) -> dict[int, Sides]:
+def sides(closed: ClosedJaxpr, residuals: int) -> dict[int, Sides]:
     """Returns for each product of a backward rule, by its equation's `id`, which are gradients.
 
     Args:
       closed: the rule.
-      kept: how many of its arguments, the first, are no cotangents.
+      residuals: how many of its arguments, the first, are no cotangents.
     """
     flow = Flow(Program(closed, [], [""] * len(closed.in_avals), list))
     reached: set[Value] = set()
-    ahead = list(flow.args[kept:])
+    ahead = list(flow.args[residuals:])
     while ahead:
         value = ahead.pop()
         if value not in reached:

@@ -248,8 +248,8 @@ class CastScope:
         weak = [self.weak.bound(atom) if passed else None for atom in eqn.invars]
 
         def run(closed: ClosedJaxpr, values: Sequence[Any], number: int) -> Result:
-            mine = weak if passed else [None] * len(values)
-            return interpreter.evaluate(closed, values, mine, location, lists)
+            bounds = weak if passed else [None] * len(values)
+            return interpreter.evaluate(closed, values, bounds, location, lists)
 
         if eqn.primitive.name in _WITH_RULES:
             return custom_rules.rebuild(eqn, self._following(eqn, args), run, interpreter.learn)

@@ -59,8 +59,8 @@ class _Plan:
             outs = self.eqns[index].outvars
             if not self.follows[index] or index in self.found or self.leaves.intersection(outs):
                 continue
-            mine = [reader for var in outs for reader in self.readers.get(var, ())]
-            if mine and wanted(index, mine):
+            consumers = [reader for var in outs for reader in self.readers.get(var, ())]
+            if consumers and wanted(index, consumers):
                 self.full[index] = True
                 self.found.add(index)
 

@@ -56,11 +56,11 @@ class CastInterpreter:
         self._drawn += 1
         return jax.random.fold_in(self._key, self._drawn)
 
-    def learn(self, rule: ClosedJaxpr, kept: int) -> None:
+    def learn(self, rule: ClosedJaxpr, residuals: int) -> None:
         """Takes note of the gradients in a backward rule, all its arguments after the kept ones."""
         if self.cast_rules.quantises:
             self._rules.append(rule)
-            self.gradients |= sides(rule, kept)
+            self.gradients |= sides(rule, residuals)
 
     def evaluate(
         self,

@@ -68,7 +68,7 @@ def biases(jaxpr: Jaxpr) -> dict[int, int]:
     float32 would widen it.
     """
     made: dict[Any, int] = {}  # a product, perhaps transposed -> free axes of its right operand
-    given: dict[Any, JaxprEqn] = {}
+    producers: dict[Any, JaxprEqn] = {}
     found: dict[int, int] = {}
     for eqn in jaxpr.eqns:
         name, first = eqn.primitive.name, eqn.invars[0] if eqn.invars else None
@@ -81,11 +81,15 @@ def biases(jaxpr: Jaxpr) -> dict[int, int]:
         elif name == "transpose" and not isinstance(first, Literal) and first in made:
             made[eqn.outvars[0]] = 1
         elif name in ("reshape", "broadcast_in_dim"):
-            given[eqn.outvars[0]] = eqn
+            producers[eqn.outvars[0]] = eqn
         elif name == "add" and not any(isinstance(atom, Literal) for atom in eqn.invars):
             for side in (0, 1):
                 product, bias = (eqn.invars[i] for i in (side, 1 - side))
-                if product in made and bias in given and _is_bias(given[bias], made[product]):
+                if (
+                    product in made
+                    and bias in producers
+                    and _is_bias(producers[bias], made[product])
+                ):
                     found[id(eqn)] = side
     return found
 
@@ -107,8 +111,8 @@ def add_bias(eqn: JaxprEqn, args: Sequence[Any], side: int) -> list[Any]:
 
 def _is_bias(eqn: JaxprEqn, free: int) -> bool:
     source: Any = eqn.invars[0].aval
-    given: Any = eqn.outvars[0].aval
-    shape, rank = given.shape, source.ndim
+    producers: Any = eqn.outvars[0].aval
+    shape, rank = producers.shape, source.ndim
     if not 0 < rank < len(shape) or rank not in (1, free):
         return False
     if eqn.primitive.name == "reshape":  # which only put axes of length one in

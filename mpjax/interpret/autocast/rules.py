@@ -135,7 +135,7 @@ def cast_rules(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[CastRules,
     Raises:
       ConfigError: a dtype that autocast does not compute in, or a rule that it cannot follow.
     """
-    mine = parse_rules(rules)
+    own = parse_rules(rules)
     if isinstance(value, Precision):
         precision = value
     else:
@@ -153,14 +153,14 @@ def cast_rules(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[CastRules,
                 )
             precision = _of_dtype(dtype)
             if dtype == jnp.float32:
-                mine = tuple(_alone(*pair) for pair in zip(rules, mine, strict=True))
+                own = tuple(_alone(*pair) for pair in zip(rules, own, strict=True))
     note = ""
     if left := _optimizers(precision):
         note = (
             f"autocast: Precision {precision.name!r} sets {' '.join(left)}, which the optimizer"
             " takes: mpjax.optim.wrap(optimizer, precision); autocast reads its rules alone"
         )
-    every = (*mine, *precision.rules)
+    every = (*own, *precision.rules)
     last = next((i for i, rule in enumerate(every) if rule.pattern == "**"), None)
     if last is None:
         raise ConfigError("autocast: no rule covers every path; add '**=POLICY' at the end")

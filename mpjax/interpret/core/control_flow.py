@@ -210,8 +210,10 @@ class Rebind:
 
         def aligned(t: Traced, start: int) -> Traced:
             def branch(*xs: Any) -> Result:
-                mine = xs[start : start + len(t.consts)]
-                own, records, note = t.split(jaxpr_as_fun(t.closed)(*mine, *xs[len(hoisted) :]))
+                constants = xs[start : start + len(t.consts)]
+                own, records, note = t.split(
+                    jaxpr_as_fun(t.closed)(*constants, *xs[len(hoisted) :])
+                )
                 # A dict of all keys in one order: what this branch does not record is zero.
                 found = {k: records.get(k, jnp.zeros(a.shape, a.dtype)) for k, a in shapes.items()}
                 filled = {k: varying(x, sorted(propagation[k])) for k, x in found.items()}
@@ -273,11 +275,11 @@ def _in_place(eqn: JaxprEqn, args: Sequence[Any], run: Run, *_: Any) -> Result:
     held = held if isinstance(held, ClosedJaxpr) else ClosedJaxpr(held, ())
     outs, records, note = run(held, args, 0)
     shardings = eqn.params.get("out_shardings", (None,) * len(outs))
-    kept = [
+    results = [
         lax.with_sharding_constraint(x, s) if isinstance(s, jax.sharding.Sharding) else x
         for x, s in zip(outs, shardings, strict=True)
     ]
-    return Result(kept, records, note)
+    return Result(results, records, note)
 
 
 _IN_PLACE_WHEN_FOLDED = CUSTOM_RULES | {"jit", "pjit", "composite", "custom_vmap_call"}

@@ -82,20 +82,20 @@ def _jvp(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> list[Any]:
         jaxpr, consts, zeros = p["jvp_jaxpr_fun"].call_wrapped(*absent)
         consts = _closed_over(consts, eqn, primals[:skip])
         present = [t for t, zero in zip(tangents[skip:], absent, strict=True) if not zero]
-        mine = [*primals[skip:], *present]
-        outs = run(ClosedJaxpr(jaxpr, consts), mine, 1).outs
-        given = iter(outs[len(zeros) :])
-        kept = [
+        inputs = [*primals[skip:], *present]
+        outs = run(ClosedJaxpr(jaxpr, consts), inputs, 1).outs
+        tangents_left = iter(outs[len(zeros) :])
+        outputs = [
             cast(x, dtype)
             for x, dtype in zip(outs, _boundary(p["call_jaxpr"], primals, run), strict=False)
         ]
         tangents_out = [
             _zero(jax.typeof(y).to_tangent_aval(), p["symbolic_zeros"])
             if zero
-            else cast(next(given), y.dtype)
-            for zero, y in zip(zeros, kept, strict=True)
+            else cast(next(tangents_left), y.dtype)
+            for zero, y in zip(zeros, outputs, strict=True)
         ]
-        return kept, tangents_out
+        return outputs, tangents_out
 
     function.defjvp(rule, symbolic_zeros=p["symbolic_zeros"])
     return list(function(*args))
@@ -124,11 +124,11 @@ def _residuals(params: dict[str, Any]) -> tuple[int, list[int | None]]:
     return tree.num_leaves - sum(source is not None for source in sources), sources
 
 
-def _cotangents(given: Any) -> list[Any]:
+def _cotangents(values_in: Any) -> list[Any]:
     """The cotangents that a rule gives; since JAX 0.12 they come in a pair with its logs."""
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], list):
-        return given[0]
-    return list(given)
+    if isinstance(values_in, tuple) and len(values_in) == 2 and isinstance(values_in[0], list):
+        return values_in[0]
+    return list(values_in)
 
 
 def _vjp(
@@ -144,16 +144,16 @@ def _vjp(
     # Whether something closed over is differentiated is known with symbolic zeros only.
     symbolic = bool(p["symbolic_zeros"] or skip)
 
-    def forward(*given: Any) -> tuple[list[Any], list[Any]]:
-        values = [g.value for g in given] if symbolic else list(given)
-        if symbolic and any(g.perturbed for g in given[:skip]):
+    def forward(*values_in: Any) -> tuple[list[Any], list[Any]]:
+        values = [g.value for g in values_in] if symbolic else list(values_in)
+        if symbolic and any(g.perturbed for g in values_in[:skip]):
             raise ConfigError(
                 f"autocast: the custom_vjp function {_name(eqn)} is differentiated with respect to"
                 " an array that it closes over, for which its rule has no cotangent; pass the"
                 " array as an argument"
             )
         # A rule without symbolic zeros does not ask what is differentiated.
-        flags = tuple(not p["symbolic_zeros"] or g.perturbed for g in given[skip:])
+        flags = tuple(not p["symbolic_zeros"] or g.perturbed for g in values_in[skip:])
         jaxpr, consts = p["fwd_jaxpr_thunk"].call_wrapped(*flags)
         consts = _closed_over(consts, eqn, values[:skip])
         outs = run(ClosedJaxpr(jaxpr, consts), values[skip:], 1).outs
@@ -170,8 +170,8 @@ def _vjp(
         perturbed, residuals, outside, like = saved
         jaxpr, _ = p["fwd_jaxpr_thunk"].call_wrapped(*perturbed.flags)
         own, sources = _residuals(p)
-        given = iter(jaxpr.outvars[:own])
-        atoms = [next(given) if s is None else p["call_jaxpr"].jaxpr.invars[s] for s in sources]
+        values_in = iter(jaxpr.outvars[:own])
+        atoms = [next(values_in) if s is None else p["call_jaxpr"].jaxpr.invars[s] for s in sources]
         # A number that the forward rule keeps, the backward rule knows, which may branch on it.
         known = [isinstance(atom, Literal) for atom in atoms]
         avals = [atom.aval for atom, fixed in zip(atoms, known, strict=True) if not fixed]
@@ -185,21 +185,21 @@ def _vjp(
         missing: list[bool] = []
 
         def traced(values: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
-            kept, left = iter(values), iter(arrays)
-            saved = [atom.val if isinstance(atom, Literal) else next(kept) for atom in atoms]
+            variables, left = iter(values), iter(arrays)
+            saved = [atom.val if isinstance(atom, Literal) else next(variables) for atom in atoms]
             pairs = zip(tangents, zeros, strict=True)
             full = [SymbolicZero(aval) if zero else next(left) for aval, zero in pairs]
-            given = _cotangents(p["bwd"].call_wrapped(*saved, *full))
-            missing[:] = [type(x).__name__ in ("Zero", "NoneType") for x in given]
-            return [x for x, none in zip(given, missing, strict=True) if not none]
+            gradients = _cotangents(p["bwd"].call_wrapped(*saved, *full))
+            missing[:] = [type(x).__name__ in ("Zero", "NoneType") for x in gradients]
+            return [x for x, none in zip(gradients, missing, strict=True) if not none]
 
         # As the rule was written, so at the dtypes that it was written for; then evaluated low.
         arrays = [aval for aval, zero in zip(tangents, zeros, strict=True) if not zero]
         closed = jax.make_jaxpr(traced)(avals, arrays)
         closed = ClosedJaxpr(closed.jaxpr, _closed_over(closed.consts, eqn, outside))
-        kept = [x for x, fixed in zip(residuals, known, strict=True) if not fixed]
-        learn(closed, len(kept))
-        outs = iter(run(closed, [*kept, *present], 2).outs)
+        varying_residuals = [x for x, fixed in zip(residuals, known, strict=True) if not fixed]
+        learn(closed, len(varying_residuals))
+        outs = iter(run(closed, [*varying_residuals, *present], 2).outs)
         found = [None if none else next(outs) for none in missing]
         cast_back = [
             None if x is None else cast(x, y.dtype) for x, y in zip(found, like, strict=True)

@@ -153,13 +153,13 @@ class Flow:
         n, size = scan_sizes(eqn)
         m = n + size
         inner = p["jaxpr"].jaxpr
-        given = [
+        inputs = [
             x if i < n else _join(var.aval, x)
             for i, (x, var) in enumerate(zip(ins, inner.invars, strict=True))
         ]
         within = location._replace(loops=location.loops * int(p["length"]))
-        outs = self._run(p["jaxpr"], given, within)
-        _feed(given[n:m], outs)
+        outs = self._run(p["jaxpr"], inputs, within)
+        _feed(inputs[n:m], outs)
         return [_join(var.aval, x) for var, x in zip(eqn.outvars, outs, strict=True)]
 
     def _while(self, eqn: JaxprEqn, location: Location, ins: list[Value]) -> list[Value]:
@@ -189,16 +189,16 @@ class Flow:
     def _linear_solve(self, eqn: JaxprEqn, location: Location, ins: list[Value]) -> list[Value]:
         sizes = list(eqn.params["const_lengths"])
         first = sum(sizes[:2])  # after the constants of the operator and of its transpose
-        given = [*ins[first : first + sizes[2]], *ins[sum(sizes) :]]
-        outs = self._run(eqn.params["jaxprs"].solve, given, location)
+        inputs = [*ins[first : first + sizes[2]], *ins[sum(sizes) :]]
+        outs = self._run(eqn.params["jaxprs"].solve, inputs, location)
         return [_join(var.aval, x) for var, x in zip(eqn.outvars, outs, strict=False)]
 
     def _shard_map(self, eqn: JaxprEqn, location: Location, ins: list[Value]) -> list[Value]:
         (held,) = inner_jaxprs(eqn)
         sizes = dict(eqn.params["mesh"].shape)
         shards = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
-        given = [_join(var.aval, x) for var, x in zip(held.jaxpr.invars, ins, strict=True)]
-        outs = self._run(held, given, location._replace(loops=location.loops * shards))
+        inputs = [_join(var.aval, x) for var, x in zip(held.jaxpr.invars, ins, strict=True)]
+        outs = self._run(held, inputs, location._replace(loops=location.loops * shards))
         return [_join(var.aval, x) for var, x in zip(eqn.outvars, outs, strict=True)]
 
 

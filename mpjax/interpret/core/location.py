@@ -114,10 +114,10 @@ def _line(traceback: Any, outer: str) -> str:
     text = source_info_util.summarize(info, num_frames=_MANY_FRAMES)
     frames = [_FRAME.match(line) for line in reversed(text.splitlines())]  # innermost first
     known = [frame for frame in frames if frame and not frame["file"].startswith(_PARTS)]
-    mine = [f for f in known if not f["file"].startswith(_LIBRARY) or "/mpjax/" in f["file"]]
-    if not mine and outer:
+    users = [f for f in known if not f["file"].startswith(_LIBRARY) or "/mpjax/" in f["file"]]
+    if not users and outer:
         return outer
-    best: re.Match[str] | None = next(iter(mine or known), None)
+    best: re.Match[str] | None = next(iter(users or known), None)
     if best is None:
         return ""
     function = best["function"].split(".<locals>.")[-1]

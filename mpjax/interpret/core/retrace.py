@@ -116,11 +116,11 @@ def retrace(
       avals: of its inputs.
       held: that jaxpr, whose name and source the new one takes; by default it has its own.
     """
-    seen: list[tuple[tuple[Any, ...], Any]] = []
+    recorded: list[tuple[tuple[Any, ...], Any]] = []
 
     def flat(*args: Any) -> list[Any]:
         outs, records, note = fn(*args)
-        seen.append((tuple(records), note))
+        recorded.append((tuple(records), note))
         return [*outs, *records.values()]
 
     closed = jax.make_jaxpr(flat)(*avals)
@@ -135,16 +135,16 @@ def retrace(
             constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=info
         )
         closed = ClosedJaxpr(jaxpr, ())
-    return Traced(closed, consts, *seen[0])
+    return Traced(closed, consts, *recorded[0])
 
 
 def at_least(outs: Sequence[Any], carry: Sequence[Any]) -> list[Any]:
     """Returns a loop's outputs, those carried at least as wide as the carry came in."""
-    kept = [
+    results = [
         cast(x, widest(x.dtype, c.dtype)) if is_float(x) else x
         for x, c in zip(outs, carry, strict=False)
     ]
-    return [*kept, *outs[len(kept) :]]
+    return [*results, *outs[len(results) :]]
 
 
 def widen(carry: list[Any], body: Traced) -> bool:

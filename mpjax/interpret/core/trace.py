@@ -74,9 +74,9 @@ def trace(
     """
     check_function(what, fn)
     paths, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    kept = [(path, leaf) for path, leaf in paths if is_array(leaf)]
-    names = [_spell(path) for path, _ in kept]
-    for name, (_, leaf) in zip(names, kept, strict=True):
+    arrays_by_path = [(path, leaf) for path, leaf in paths if is_array(leaf)]
+    names = [_spell(path) for path, _ in arrays_by_path]
+    for name, (_, leaf) in zip(names, arrays_by_path, strict=True):
         if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
             if leaf.is_deleted():
                 raise ConfigError(
@@ -96,7 +96,7 @@ def trace(
         out["leaves"] = [None if is_array(leaf) else leaf for leaf in leaves]
         return [leaf for leaf in leaves if is_array(leaf)]
 
-    arrays = [leaf for _, leaf in kept]
+    arrays = [leaf for _, leaf in arrays_by_path]
     try:
         closed = jax.make_jaxpr(flat)(*arrays)
     except ConfigError as error:
@@ -116,18 +116,18 @@ def trace(
     return Program(closed, arrays, names, rebuild)
 
 
-def _unchanged(what: str, given: Any, before: Sequence[Any], found: Any) -> None:
+def _unchanged(what: str, passed: Any, before: Sequence[Any], found: Any) -> None:
     """Refuses a call that changed an object among its arguments, and does not return the change.
 
     Such as a module of Flax NNX, whose dropout counts and whose batch norm averages.
     """
-    now = jax.tree_util.tree_leaves_with_path(given)
+    now = jax.tree_util.tree_leaves_with_path(passed)
     if len(now) != len(before):
         return  # a dict that was filled or emptied: what is in it is the function's own
     returned = {id(leaf) for leaf in jax.tree.leaves(found)}
     for (path, new), old in zip(now, before, strict=True):
         lost = new is not old and is_array(new) and id(new) not in returned
-        if lost and _in_object(given, path):
+        if lost and _in_object(passed, path):
             raise ConfigError(
                 f"{what}: the call changes {_spell(path)}, which would be lost, for the function is"
                 " traced; return the changed state (Flax NNX: nnx.split outside, nnx.merge inside,"
@@ -135,9 +135,9 @@ def _unchanged(what: str, given: Any, before: Sequence[Any], found: Any) -> None
             )
 
 
-def _in_object(given: Any, path: Sequence[Any]) -> bool:
+def _in_object(passed: Any, path: Sequence[Any]) -> bool:
     """Whether a leaf lies in an argument that is no plain container."""
-    value = given[path[0].idx][path[1].key if path[0].idx else path[1].idx]
+    value = passed[path[0].idx][path[1].key if path[0].idx else path[1].idx]
     return not isinstance(value, dict | list | tuple) and len(path) > 2
 
 

@@ -63,15 +63,15 @@ def bind(eqn: JaxprEqn, args: Sequence[Any], **changed: Any) -> list[Any]:
 
     A scatter holds how it combines two numbers: that follows the dtype of its arguments.
     """
-    primitive, given = eqn.primitive, eqn.params | changed
-    combiner = given.get("update_jaxpr")
+    primitive, bound = eqn.primitive, eqn.params | changed
+    combiner = bound.get("update_jaxpr")
     if combiner is not None and combiner.invars[0].aval.dtype != args[0].dtype:
-        consts = given.get("update_consts", ())
-        given["update_jaxpr"] = _combiner(combiner, tuple(consts), args[0].dtype)
-        given |= {"update_consts": ()} if consts else {}
+        consts = bound.get("update_consts", ())
+        bound["update_jaxpr"] = _combiner(combiner, tuple(consts), args[0].dtype)
+        bound |= {"update_consts": ()} if consts else {}
     if primitive.multiple_results:
-        return list(primitive.bind(*args, **primitive.get_bind_params(given)))
-    return [run(primitive, args, given)]
+        return list(primitive.bind(*args, **primitive.get_bind_params(bound)))
+    return [run(primitive, args, bound)]
 
 
 def _combiner(old: Jaxpr, consts: tuple[Any, ...], dtype: Any) -> Jaxpr:

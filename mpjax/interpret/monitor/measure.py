@@ -149,12 +149,12 @@ def measure(
         rows.append(_sampled(x.reshape(x.shape[0] if layered else 1, -1), sample))
     found: list[Any] = [None] * len(rows)
     for big in (True, False):
-        mine = [i for i, row in enumerate(rows) if (row.shape[1] >= _CHUNKS[0]) == big]
-        if not mine:
+        chosen = [i for i, row in enumerate(rows) if (row.shape[1] >= _CHUNKS[0]) == big]
+        if not chosen:
             continue
-        counts, reals = _measure([rows[i] for i in mine], _CHUNKS[0 if big else 1], formats)
+        counts, reals = _measure([rows[i] for i in chosen], _CHUNKS[0 if big else 1], formats)
         first = 0
-        for i in mine:
+        for i in chosen:
             last = first + rows[i].shape[0]
             part = slice(first, last) if tensors[i][1] else first
             found[i] = counts[part], reals[part]
@@ -206,9 +206,9 @@ def _measure(rows: Sequence[Any], chunk: int, formats: tuple[Candidate, ...]) ->
     pads = jnp.asarray(padding, jnp.uint32)
     histogram = histogram.reshape(count, EXPONENTS).at[:, -1].add(-pads)
     finite = m < jnp.uint32(_INF)
-    kept = jnp.where(finite, m, jnp.uint32(0))
+    finite_bits = jnp.where(finite, m, jnp.uint32(0))
     values = jnp.where(finite, x, jnp.float32(0))
-    top = largest(kept)
+    top = largest(finite_bits)
     # 2^unit is the power of two at the largest magnitude; its inverse must be a normal number.
     unit = jnp.clip((top >> jnp.uint32(23)).astype(jnp.int32), 1, 252)
     size = _float(unit.astype(jnp.uint32) << jnp.uint32(23))
@@ -217,7 +217,7 @@ def _measure(rows: Sequence[Any], chunk: int, formats: tuple[Candidate, ...]) ->
     # A subnormal is its pattern times 2^-149; 2^-149 times the inverse, made of bits, as a product
     # with it would be reassociated to one with a number that is flushed.
     step = spread(_float(jnp.maximum(105 - unit, 0).astype(jnp.uint32) << jnp.uint32(23)))
-    tiny = kept.astype(jnp.float32) * step
+    tiny = finite_bits.astype(jnp.float32) * step
     whole = jnp.where(field == 0, jnp.where(x < 0, -tiny, tiny), values * spread(inverse))
 
     def mean(y: Any) -> Any:
@@ -242,7 +242,7 @@ def _measure(rows: Sequence[Any], chunk: int, formats: tuple[Candidate, ...]) ->
         reals.append(jnp.sqrt(mean(jnp.square(error * spread(inverse)))) * size)
         # To nearest, ties to even: half the smallest number is the largest that becomes zero.
         below = _bits(over) <= jnp.uint32(_pattern(format.min_subnormal / 2))
-        counts.append(sums(_count(below & (kept != 0))))
+        counts.append(sums(_count(below & (finite_bits != 0))))
         if candidate.scaled:
             counts.append(histogram[:, -1] - nans)  # the largest finite number fits
         else:

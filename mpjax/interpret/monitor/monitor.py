@@ -112,10 +112,10 @@ class _Monitor:
     def _measure(self, pending: list[Pending], records: Records) -> None:
         """Measures what waits for it: tensors for the formats, and numbers of other kinds."""
         for tensors in (True, False):
-            mine = [p for p in pending if (p.kind in KINDS) == tensors]
+            chosen = [p for p in pending if (p.kind in KINDS) == tensors]
             formats = self._formats if tensors else ()
-            pairs = measure([(p.x, p.layered) for p in mine], formats, self._shares(mine))
-            for p, pair in zip(mine, pairs, strict=True):
+            pairs = measure([(p.x, p.layered) for p in chosen], formats, self._shares(chosen))
+            for p, pair in zip(chosen, pairs, strict=True):
                 _put(records, p.kind, p.name, pair)
         pending.clear()
 

@@ -70,9 +70,9 @@ def find_tensors(program: Program) -> Tensors:
     marks: dict[int, list[Mark]] = {}
 
     def mark(step: Step, found: Mark) -> None:
-        mine = marks.setdefault(id(step.eqn), [])
-        if found not in mine:
-            mine.append(found)
+        own = marks.setdefault(id(step.eqn), [])
+        if found not in own:
+            own.append(found)
 
     gradients = _mark_gradients(flow, weights, mark)
     _mark_products(flow, {flow.args[leaf.argument] for leaf in weights}, gradients, mark)
@@ -126,14 +126,14 @@ def _renamed(value: Value) -> Value:
 
 def _is_weight(value: Value, weights: set[Value]) -> bool:
     """Whether a value is a weight: a part of it, cast, or rounded and scaled by few numbers."""
-    seen, todo = set(), [value]
+    visited, todo = set(), [value]
     while todo:
         value = todo.pop()
         if value in weights:
             return True
-        if value in seen or (value.step is not None and value.step.name in LOW):
+        if value in visited or (value.step is not None and value.step.name in LOW):
             continue
-        seen.add(value)
+        visited.add(value)
         if value.step is None or value.step.name in _PARTS:
             todo += [v for v in behind(value)][:1] if value.step else value.same
             continue
@@ -143,16 +143,16 @@ def _is_weight(value: Value, weights: set[Value]) -> bool:
     return False
 
 
-def _is_cotangent(value: Value, seen: frozenset[Value] = frozenset()) -> bool:
-    if value in seen:
+def _is_cotangent(value: Value, visited: frozenset[Value] = frozenset()) -> bool:
+    if value in visited:
         return False
     if value.step is not None:
         return value.step.transposed
-    return any(_is_cotangent(v, seen | {value}) for v in value.same)
+    return any(_is_cotangent(v, visited | {value}) for v in value.same)
 
 
 def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark: Any) -> None:
-    seen: set[Value] = set()
+    visited: set[Value] = set()
     sites = _sites([step for step in flow.steps if step.name in LOW])
 
     def is_weight(value: Value) -> bool:
@@ -160,9 +160,9 @@ def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark:
 
     def new(value: Value) -> bool:
         root = _renamed(value)
-        if not is_float(value.aval) or not value.aval.shape or root in seen:
+        if not is_float(value.aval) or not value.aval.shape or root in visited:
             return False
-        seen.add(root)
+        visited.add(root)
         return True
 
     for step in flow.steps:
@@ -212,11 +212,11 @@ def _sites(steps: Sequence[Step]) -> dict[int, str]:
         lines.setdefault((step.location.path, step.transposed), {})[step.location.line] = None
     found = {}
     for step in steps:
-        mine = list(lines[step.location.path, step.transposed])
+        own = list(lines[step.location.path, step.transposed])
         if step.transposed:
-            mine.reverse()  # the backward pass meets the last product first
-        number = mine.index(step.location.line) + 1
-        found[id(step)] = str(number) if len(mine) > 1 else ""
+            own.reverse()  # the backward pass meets the last product first
+        number = own.index(step.location.line) + 1
+        found[id(step)] = str(number) if len(own) > 1 else ""
     return found
 
 
@@ -237,13 +237,13 @@ def _feeds_softmax(step: Step) -> bool:
     subtracted = passes(step.outs[0], "sub", moves)
     if not any(passes(s.outs[0], "exp", RENAMES) for s in subtracted):
         return False
-    seen: set[Value] = set()
+    visited: set[Value] = set()
     todo = [step.ins[0]]
     while todo:
         value = todo.pop()
-        if value in seen or len(seen) > 64:
+        if value in visited or len(visited) > 64:
             continue
-        seen.add(value)
+        visited.add(value)
         if value.step is not None and value.step.name in LOW:
             return True
         size = value.aval.size

@@ -129,14 +129,14 @@ def behind(value: Value) -> Iterator[Value]:
 
 def _adds(new: Value, old: Value) -> bool:
     """Whether a value comes from another one through sums, choices and casts alone."""
-    seen, todo = set(), [new]
+    visited, todo = set(), [new]
     while todo:
         value = todo.pop()
         if value is old:
             return True
-        if value in seen or (value.step is not None and value.step.name not in _ADDS):
+        if value in visited or (value.step is not None and value.step.name not in _ADDS):
             continue
-        seen.add(value)
+        visited.add(value)
         todo += [v for v in behind(value) if v.aval.shape == old.aval.shape]
     return False
 
@@ -152,14 +152,14 @@ def _leaves_backward(value: Value) -> bool:
 
 def sources_of(value: Value) -> tuple[list[Step], list[Step]]:
     """The backward steps that a value comes from, value by value, and the steps on the way."""
-    seen, todo = set(), [value]
+    visited, todo = set(), [value]
     sources: list[Step] = []
     between: list[Step] = []
     while todo:
         value = todo.pop()
-        if value in seen:
+        if value in visited:
             continue
-        seen.add(value)
+        visited.add(value)
         if value.step is not None and (value.step.transposed or value.step.name == "add_any"):
             sources.append(value.step)
             continue

@@ -59,12 +59,12 @@ def find_cure(program: Program, first_fault: FirstFault, exact: float | None) ->
     if not low:
         return NONE
     if _is_cured(program, first_fault, *whole[-1]):
-        good, bad = len(paths), -1  # every module that holds one that will do will do
-        while good - bad > 1:
-            middle = (good + bad) // 2
+        working, failing = len(paths), -1  # every module that holds one that will do will do
+        while working - failing > 1:
+            middle = (working + failing) // 2
             cured = _is_cured(program, first_fault, *whole[middle])
-            good, bad = (middle, bad) if cured else (good, middle)
-        return whole[good][0]
+            working, failing = (middle, failing) if cured else (working, middle)
+        return whole[working][0]
     return _of_this_value(program, first_fault, exact, [*([alone] if may_do else []), *whole])
 
 
@@ -209,8 +209,8 @@ def _lower_scale(program: Program, first_fault: FirstFault) -> str:
     most = int(math.log2(largest))
     if not clean(most):
         return ""
-    good, bad = most, 0
-    while good - bad > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if clean(middle) else (good, middle)
-    return f"a loss scale 2^{good} lower: {largest:g} -> {largest / 2**good:g}"
+    working, failing = most, 0
+    while working - failing > 1:
+        middle = (working + failing) // 2
+        working, failing = (middle, failing) if clean(middle) else (working, middle)
+    return f"a loss scale 2^{working} lower: {largest:g} -> {largest / 2**working:g}"

@@ -128,8 +128,8 @@ def _is_optimizer(jaxpr: Jaxpr, index: int, outer: Location) -> bool:
     for eqn in jaxpr.eqns[: index + 1]:
         parts = _follows(eqn, [_of(atom, follows) for atom in eqn.invars], outer)
         follows |= dict(zip(eqn.outvars, parts, strict=True))
-    mine = set().union(*(_of(atom, follows) for atom in jaxpr.eqns[index].invars))
-    return "backward" in mine or "forward" not in mine
+    passes = set().union(*(_of(atom, follows) for atom in jaxpr.eqns[index].invars))
+    return "backward" in passes or "forward" not in passes
 
 
 def _of(atom: object, follows: dict[Var, set[str]]) -> set[str]:

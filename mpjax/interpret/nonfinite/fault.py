@@ -116,15 +116,15 @@ def faults(eqn: JaxprEqn, args: Sequence[Any], out: Any) -> tuple[Any, Any]:
     return jnp.max(code), new_nan | new_inf
 
 
-def repaired(x: Any, bad: Any) -> Any:
-    """Returns an array with the nearest finite number where `bad`: 0 for NaN, the largest for inf.
+def repaired(x: Any, nonfinite: Any) -> Any:
+    """Returns an array with finite numbers where `nonfinite`: 0 for NaN, the largest for infinity.
 
     Args:
       x: the array.
-      bad: mask in its shape.
+      nonfinite: mask in its shape.
     """
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        return jnp.where(bad, jnp.zeros((), x.dtype), x)
+        return jnp.where(nonfinite, jnp.zeros((), x.dtype), x)
     most = jnp.asarray(float(jnp.finfo(x.dtype).max), x.dtype)
     finite = jnp.where(jnp.isnan(x), jnp.zeros((), x.dtype), jnp.clip(x, -most, most))
-    return jnp.where(bad, finite, x)
+    return jnp.where(nonfinite, finite, x)

@@ -87,8 +87,8 @@ def find_first_fault(closed: ClosedJaxpr, args: Sequence[Any], shards: bool) -> 
     if not found:
         return None
     records, outputs = instrumented(args)
-    given = any(is_number(x) and bool(jnp.any(jnp.isnan(x))) for x in args)
-    if outputs == healthy and (given or not any(nan for _, nan in outputs)):
+    nan_among_inputs = any(is_number(x) and bool(jnp.any(jnp.isnan(x))) for x in args)
+    if outputs == healthy and (nan_among_inputs or not any(nan for _, nan in outputs)):
         return None
     # no fault alone affects an output, together they do
     return _alone(plain, instrumented, args, found[0].key, records)

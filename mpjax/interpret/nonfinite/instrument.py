@@ -163,18 +163,18 @@ class InstrumentedProgram:
         site_codes: SiteCodes | None,
     ) -> Result:
         records: dict[Any, Any] = {}
-        count, mine = itertools.count(), [] if site_codes is None else site_codes
+        count, codes = itertools.count(), [] if site_codes is None else site_codes
 
         def visit(eqn: JaxprEqn, location: Location, values: list[Any]) -> list[Any]:
-            outs, found, _ = self._visit(eqn, location, values, (*key, next(count)), levels, mine)
+            outs, found, _ = self._visit(eqn, location, values, (*key, next(count)), levels, codes)
             records.update(found)
             return outs
 
         outs = walk(closed, args, visit, outer, lines=False)
-        if site_codes is None and mine:
-            mine.sort(key=lambda pair: pair[1].dtype != jnp.bool_)  # so that few are converted
-            self._site_keys[key] = tuple(each for each, _ in mine)
-            records[FLAGS, *key] = packed([code for _, code in mine])
+        if site_codes is None and codes:
+            codes.sort(key=lambda pair: pair[1].dtype != jnp.bool_)  # so that few are converted
+            self._site_keys[key] = tuple(each for each, _ in codes)
+            records[FLAGS, *key] = packed([code for _, code in codes])
         return Result(outs, records)
 
     def _visit(
@@ -234,36 +234,36 @@ class InstrumentedProgram:
         self, eqn: JaxprEqn, args: list[Any], outs: list[Any], key: Key, levels: tuple[str, ...]
     ) -> tuple[list[Any], Any, dict[Any, Any]]:
         """Outputs, repaired if that is chosen; how bad they were; and what was measured."""
-        code, kept = jnp.int32(FINE), []
+        code, results = jnp.int32(FINE), []
         records: dict[Any, Any] = {}
         wide = widened(eqn, args) or outs
         least, most = jnp.float32(jnp.inf), jnp.float32(-jnp.inf)  # in float32, where it broke
         for out, exact in zip(outs, wide, strict=True):
             if is_number(out) and out.size:
-                found, bad = faults(eqn, args, out)
+                found, nonfinite = faults(eqn, args, out)
                 code = jnp.where(found > FINE, found, code)
-                least, most = among(exact, bad, least, most)
-                out = repaired(out, agreed(bad, out) & self._repairs[self.checked.index(key)])
+                least, most = among(exact, nonfinite, least, most)
+                out = repaired(out, agreed(nonfinite, out) & self._repairs[self.checked.index(key)])
                 if self.shards and set(levels) <= {"scan", "reverse"}:
-                    records.setdefault((MASK, *key), bad)
+                    records.setdefault((MASK, *key), nonfinite)
                 legal = (code == FINE) & ~all_finite(out)  # a mask of -inf, or what follows
                 code = jnp.where(legal, jnp.int32(SEEN), code)
-            kept.append(out)
+            results.append(out)
         measured = [packed([code])[0].astype(jnp.float32), *map(range_of, args)]
         measured.append(jnp.stack([least, most]))
-        return kept, code, records | {(RANGES, *key): jnp.concatenate(measured)}
+        return results, code, records | {(RANGES, *key): jnp.concatenate(measured)}
 
     def _narrowed(self, values: Sequence[Any], dtypes: Sequence[Any]) -> tuple[list[Any], Any]:
         """Values in the dtypes that they were traced in; and how bad it is if one did not fit."""
-        lost, kept = None, []
+        lost, results = None, []
         for x, dtype in zip(values, dtypes, strict=True):
             if dtype is not None and hasattr(x, "dtype") and is_float(x) and x.dtype != dtype:
                 y = cast(x, dtype)
                 over = all_finite(x) & ~all_finite(y)
                 code = jnp.where(over, jnp.int32(INFINITY), jnp.int32(FINE))
                 lost, x = code if lost is None else jnp.maximum(lost, code), y
-            kept.append(x)
-        return kept, lost
+            results.append(x)
+        return results, lost
 
 
 # One run: what the compiler would save in it, it does not earn.

@@ -144,17 +144,17 @@ def trace_nonfinite(
 def _given(program: Program) -> Nonfinite | None:
     """A NaN among the arguments, or what the function closes over, that reaches an output."""
     closed = [(f"a closed-over array of {jnp.shape(x)}", x) for x in program.closed.consts]
-    bad = [
+    nonfinite_arguments = [
         (name, x)
         for name, x in [*zip(program.names, program.args, strict=True), *closed]
         if is_number(x) and bool(jnp.any(jnp.isnan(x)))
     ]
-    if not bad:
+    if not nonfinite_arguments:
         return None
     _, outs = InstrumentedProgram(program.closed)(program.args)
     if not any(code for _, code in outs):
         return None
-    name, x = bad[0]
+    name, x = nonfinite_arguments[0]
     return Nonfinite(
         "argument", name, None, "forward", "", "nan", (Range.of(x),), None, NONE,
         "the function was given it: it broke before this call",

@@ -44,10 +44,10 @@ class Propagation:
     def _through(self, jaxpr: Jaxpr, key: Key, ins: Sequence[bool]) -> list[bool]:
         broken = {var for var, is_nonfinite in zip(jaxpr.invars, ins, strict=True) if is_nonfinite}
         for index, eqn in enumerate(jaxpr.eqns):
-            mine = (*key, index)
-            given = [isinstance(atom, Var) and atom in broken for atom in eqn.invars]
-            if any(given) or mine in self._holders:
-                outs = self._equation(eqn, mine, given)
+            own = (*key, index)
+            operands = [isinstance(atom, Var) and atom in broken for atom in eqn.invars]
+            if any(operands) or own in self._holders:
+                outs = self._equation(eqn, own, operands)
                 broken |= {
                     var
                     for var, is_nonfinite in zip(eqn.outvars, outs, strict=True)

@@ -101,10 +101,10 @@ def keep_of(
       >>> keep_of({"attention_mask": np.array([[1, 0]])}, "decoder").tolist()
       [[1, 0]]
     """
-    given = batch.get(keep)
+    weights = batch.get(keep)
     if batch.get(mask) is None:
-        return given
-    if given is not None:
+        return weights
+    if weights is not None:
         raise ConfigError(f"{where}: the batch holds {keep} and {mask}; give one of them")
     found = as_array(batch[mask], f"{where}: {mask}")
     if jnp.issubdtype(found.dtype, jnp.floating):
@@ -214,15 +214,15 @@ def check_params(model: Any, params: Any, where: str) -> None:
         wanted = _shapes(model)
     except TypeError:  # a model with an unhashable shard
         wanted = _shapes.__wrapped__(model)
-    given = _named(params)
+    weights = _named(params)
     misshaped = [
         f"{name} is {np.shape(x)}, not {wanted[name]}"
-        for name, x in given.items()
+        for name, x in weights.items()
         if name in wanted and np.shape(x) != wanted[name]
     ]
     said = [f"{what} {listed(names, 3)}" for what, names in
-            (("missing", [name for name in wanted if name not in given]),
-             ("unexpected", [name for name in given if name not in wanted]),
+            (("missing", [name for name in wanted if name not in weights]),
+             ("unexpected", [name for name in weights if name not in wanted]),
              ("misshaped", misshaped)) if names]  # fmt: skip
     if said:
         raise ConfigError(

@@ -111,12 +111,12 @@ def search(
             whole = jnp.where(jnp.arange(N) > s.length, token[..., None], tokens)
             both = jnp.concatenate([ended[0], worth], 1), jnp.concatenate([ended[1], whole], 1)
             ended = _top(*both, K)[:2]
-        best, kept, at = _top(jnp.where(ends, _NEVER, total), tokens, K)
+        best, finished, at = _top(jnp.where(ends, _NEVER, total), tokens, K)
         parent = jnp.take_along_axis(parent, at, axis=1)
         rows = (jnp.arange(B)[:, None] * K + parent).reshape(-1)
         token_R1 = jnp.take_along_axis(token, at, axis=1).reshape(-1, 1)
         last, state = step(token_R1, take_rows(s.state, rows))
-        return _Search(last, state, (best, kept), ended, length)
+        return _Search(last, state, (best, finished), ended, length)
 
     s = jax.lax.while_loop(goes_on, body, begin)
     # A row that reached the last token without an end is a whole answer too.

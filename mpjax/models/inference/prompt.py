@@ -122,9 +122,9 @@ def check_prompt(
         check_params(model, params, type(model).__name__.lower())
     shape = getattr(prompt, "shape", None)
     if shape is None or len(shape) != 2 or not jnp.issubdtype(prompt.dtype, jnp.integer):
-        given = type(prompt).__name__ if shape is None else f"{prompt.dtype} {tuple(shape)}"
+        kind_of = type(prompt).__name__ if shape is None else f"{prompt.dtype} {tuple(shape)}"
         raise ConfigError(
-            f"prompt: {given}; give integer ids of shape (B, T), such as left_pad([[5, 6]])[0]"
+            f"prompt: {kind_of}; give integer ids of shape (B, T), such as left_pad([[5, 6]])[0]"
         )
     B, T = shape
     vocabulary = model.config.vocabulary

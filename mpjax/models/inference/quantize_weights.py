@@ -163,8 +163,8 @@ def quantize_weights(
         if number is not None:
             chosen = found[number][1]
         else:
-            kept = storage.scaling is not None and any(matches(p, path) for p in KEPT)
-            chosen = None if kept else storage
+            excluded = storage.scaling is not None and any(matches(p, path) for p in KEPT)
+            chosen = None if excluded else storage
         if chosen is not None and chosen.scaling is not None and ndim < 2:
             leaves.append(leaf)  # a vector has no rows to scale
             continue

@@ -45,9 +45,9 @@ class Hidden(Layer):
         where = "/".join((*self.context.prefix, *self.path))
         if recipe is None or self.is_initializing():
             return (
-                lambda h, seen, t: (
+                lambda h, observed_amax, t: (
                     ops.linear(h, kernel, policy, gradient_dtype=gradient_dtype),
-                    seen,
+                    observed_amax,
                 ),
                 None,
             )
@@ -56,11 +56,11 @@ class Hidden(Layer):
         if recipe.history and self.has_variable("amax", "kernel"):
             amax = AmaxHistory(*self.get_variable("amax", "kernel"))
 
-        def product(h: Any, seen: Any, t: Any) -> tuple[Any, Any]:
+        def product(h: Any, observed_amax: Any, t: Any) -> tuple[Any, Any]:
             own = None if key is None else jax.random.fold_in(key, t)
-            told = None if amax is None else amax._replace(seen=seen)
+            told = None if amax is None else amax._replace(observed_amax=observed_amax)
             out = ops.linear(h, kernel, policy, recipe=recipe, key=own, amax=told, where=where)
-            return (out, seen) if told is None else (out[0], out[1].seen)
+            return (out, observed_amax) if told is None else (out[0], out[1].observed_amax)
 
         return product, amax
 
@@ -105,11 +105,11 @@ class Cell(Layer):
         }
         first = {name: self.context.shard(x, ("batch", None)) for name, x in first.items()}
 
-        def step(carry: Any, given: Any) -> tuple[Any, Any]:
-            state, seen = carry
-            inputs_BG, t, keep_B = given
+        def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
+            state, observed_amax = carry
+            inputs_BG, t, keep_B = inputs
             with jax.named_scope("hidden"):
-                turned_BG, seen = product(state["hidden"], seen, t)
+                turned_BG, observed_amax = product(state["hidden"], observed_amax, t)
             with jax.named_scope("state"):
                 memory_BD = state["cell" if self.kind == "lstm" else "hidden"]
                 wide = (x.astype(policy.compute_dtype) for x in (inputs_BG, turned_BG, memory_BD))
@@ -118,13 +118,13 @@ class Cell(Layer):
                 if keep_B is not None:  # padding is not remembered
                     new = {n: jnp.where(keep_B[:, None], x, state[n]) for n, x in new.items()}
                 state = new
-            return (state, seen), new["hidden"].astype(own.output_dtype)
+            return (state, observed_amax), new["hidden"].astype(own.output_dtype)
 
-        seen: Any = None if amax is None else amax.seen
-        given = (inputs_TBG, jnp.arange(T), keep_TB)
-        (last, seen), y_TBD = jax.lax.scan(step, (first, seen), given)
+        observed_amax: Any = None if amax is None else amax.observed_amax
+        inputs = (inputs_TBG, jnp.arange(T), keep_TB)
+        (last, observed_amax), y_TBD = jax.lax.scan(step, (first, observed_amax), inputs)
         if amax is not None:
-            hidden.put_variable("amax", "kernel", amax._replace(seen=seen))
+            hidden.put_variable("amax", "kernel", amax._replace(observed_amax=observed_amax))
         return y_TBD, last
 
 

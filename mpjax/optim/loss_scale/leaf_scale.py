@@ -189,13 +189,13 @@ class LeafLossScale(LossScale):
         """
         groups, found = self.settings.groups, []
         for path in leaf_paths(tree):
-            mine = [i for i, group in enumerate(groups) if matches(group, path)]
-            if not mine:
+            matching = [i for i, group in enumerate(groups) if matches(group, path)]
+            if not matching:
                 raise ConfigError(
                     f"{path}: no group of the loss scale covers this weight; there are"
                     f" {' '.join(groups)}; add '**' as the last"
                 )
-            found.append(mine[0])
+            found.append(matching[0])
         for i, group in enumerate(groups):
             if i not in found:
                 raise ConfigError(

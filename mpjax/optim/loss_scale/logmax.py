@@ -129,12 +129,12 @@ class LogMaxLossScale(StaticLossScale):
                 " the unscaled ones"
             )
         s = self.settings
-        scale, good, mean, variance, seen, headroom = self.state
+        scale, good, mean, variance, steps, headroom = self.state
         amax = largest(grads)
         told = finite & (amax > 0)
         # After that many steps the exponential decay has the larger weight, for good.
-        seen = jnp.where(told, jnp.minimum(seen + 1, math.ceil(1 / (1 - s.decay))), seen)
-        rate = jnp.maximum(1 / jnp.maximum(seen, 1).astype(jnp.float32), 1 - s.decay)
+        steps = jnp.where(told, jnp.minimum(steps + 1, math.ceil(1 / (1 - s.decay))), steps)
+        rate = jnp.maximum(1 / jnp.maximum(steps, 1).astype(jnp.float32), 1 - s.decay)
         off = jnp.where(told, jnp.log2(jnp.where(told, amax, 1)) - mean, 0)
         mean = mean + rate * off
         variance = jnp.where(told, (1 - rate) * (variance + rate * off * off), variance)
@@ -145,15 +145,15 @@ class LogMaxLossScale(StaticLossScale):
         release = good >= s.growth_interval
         eased = jnp.maximum(headroom - math.log2(s.growth_factor), 0)
         lowered = jnp.maximum(scale * s.backoff_factor, s.min_scale)
-        kept = jnp.where(seen > 0, jnp.maximum(headroom, ceiling - jnp.log2(lowered)), headroom)
-        headroom = jnp.where(finite, jnp.where(release, eased, headroom), kept)
+        raised = jnp.where(steps > 0, jnp.maximum(headroom, ceiling - jnp.log2(lowered)), headroom)
+        headroom = jnp.where(finite, jnp.where(release, eased, headroom), raised)
 
         exponent = jnp.clip(ceiling - headroom, -126.0, 127.0)  # of normal float32 numbers
         wanted = _power_of_two(jnp.floor(exponent)) if s.power_of_two else jnp.exp2(exponent)
         wanted = jnp.clip(wanted, s.min_scale, s.max_scale)
         grown = jnp.minimum(scale * s.growth_factor, s.max_scale)
         scale = jnp.where(finite, jnp.where(amax > 0, wanted, grown), lowered)
-        state = (scale, jnp.where(release, 0, good), mean, variance, seen, headroom)
+        state = (scale, jnp.where(release, 0, good), mean, variance, steps, headroom)
         return rebuild(type(self), s, state, self.owned)
 
     def at_minimum(self, grads: Any = None) -> Any:

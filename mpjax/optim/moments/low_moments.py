@@ -174,8 +174,8 @@ def low_moments(
     def is_low(moment: Moment, x: Any) -> bool:
         if moment.kind not in low or not jnp.issubdtype(x.dtype, jnp.floating):
             return False
-        kept = any(matches(pattern, moment.where) for pattern in moments.keep)
-        return not kept and x.size >= max(1, moments.min_size)
+        excluded = any(matches(pattern, moment.where) for pattern in moments.keep)
+        return not excluded and x.size >= max(1, moments.min_size)
 
     def store(state: Any, own: frozenset[type], key: Any = None) -> Any:
         def leaf(path: Any, x: Any) -> Any:

@@ -67,17 +67,17 @@ def called(eqn: Any) -> tuple[list[Any], list[Any]]:
     return ([] if body is None else [body]), eqn.invars
 
 
-def inputs_of(jaxpr: Any, given: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+def inputs_of(jaxpr: Any, kinds_in: Sequence[frozenset[int]]) -> list[frozenset[int]]:
     """Returns for each output the inputs that its value depends on.
 
     Args:
       jaxpr: without the closure.
-      given: what each input depends on itself.
+      kinds_in: what each input depends on itself.
 
     Returns:
-      Sets of numbers from `given`, and of RANDOM.
+      Sets of numbers from `kinds_in`, and of RANDOM.
     """
-    known: dict[Any, frozenset[int]] = dict(zip(jaxpr.invars, given, strict=True))
+    known: dict[Any, frozenset[int]] = dict(zip(jaxpr.invars, kinds_in, strict=True))
 
     def read(x: Any) -> frozenset[int]:
         return frozenset() if isinstance(x, core.Literal) else known.get(x, frozenset())
@@ -175,7 +175,7 @@ def without_leaf(shape: tuple[int, ...]) -> _Kind:
     return _CONSTANT if shape else _SCALAR
 
 
-def is_elementwise(jaxpr: Any, given: Sequence[_Kind], wanted: Sequence[_Kind]) -> bool:
+def is_elementwise(jaxpr: Any, kinds_in: Sequence[_Kind], wanted: Sequence[_Kind]) -> bool:
     """Returns whether a program computes its outputs number by number.
 
     Sums over all weights together are allowed: how a weight is cut into several changes them by
@@ -183,12 +183,12 @@ def is_elementwise(jaxpr: Any, given: Sequence[_Kind], wanted: Sequence[_Kind]) 
 
     Args:
       jaxpr: without the closure.
-      given: the kind of each input.
+      kinds_in: the kind of each input.
       wanted: of each output: the element of a weight, or what belongs to none.
     """
-    count = len(frozenset[int]().union(*(kind.leaves for kind in given)))
+    count = len(frozenset[int]().union(*(kind.leaves for kind in kinds_in)))
     try:
-        outs = _kinds(jaxpr, given, count)
+        outs = _kinds(jaxpr, kinds_in, count)
     except _NotElementwise:
         return False
     uniform = ("uniform", "scalar")
@@ -199,8 +199,8 @@ def is_elementwise(jaxpr: Any, given: Sequence[_Kind], wanted: Sequence[_Kind]) 
     )  # fmt: skip
 
 
-def _kinds(jaxpr: Any, given: Sequence[_Kind], count: int) -> list[_Kind]:
-    known: dict[Any, _Kind] = dict(zip(jaxpr.invars, given, strict=True))
+def _kinds(jaxpr: Any, kinds_in: Sequence[_Kind], count: int) -> list[_Kind]:
+    known: dict[Any, _Kind] = dict(zip(jaxpr.invars, kinds_in, strict=True))
 
     def read(x: Any) -> _Kind:
         if isinstance(x, core.Literal):

@@ -126,14 +126,14 @@ def _arithmetic(
     made = {x: (eqn, i) for eqn in jaxpr.eqns for i, x in enumerate(eqn.outvars)}
     inputs = {x: i for i, x in enumerate(jaxpr.invars)}
     steps: collections.Counter[str] = collections.Counter()
-    rest, seen, reached = [jaxpr.outvars[output]], set(), set()
+    rest, visited, reached = [jaxpr.outvars[output]], set(), set()
     while rest:
         x = rest.pop()
-        if isinstance(x, core.Literal) or x in seen:
+        if isinstance(x, core.Literal) or x in visited:
             continue
         if not shape or x.aval.shape[-len(shape) :] != shape:
             continue
-        seen.add(x)
+        visited.add(x)
         if x in inputs:
             reached.add(inputs[x])
         elif x in made:
@@ -208,5 +208,5 @@ def sees_no_shapes(
     count = len(whole.jaxpr.invars) - 2 * len(sizes) - len(kinds)
     tail = whole.inputs[len(whole.inputs) - count :]
     extras = [without_leaf(()) if o is None else element(index[o.weight]) for o in tail]
-    given = [*elements, *kinds, *elements, *extras]
-    return is_elementwise(whole.jaxpr, given, [*elements, *kinds])
+    kinds_in = [*elements, *kinds, *elements, *extras]
+    return is_elementwise(whole.jaxpr, kinds_in, [*elements, *kinds])

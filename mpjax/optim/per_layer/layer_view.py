@@ -94,7 +94,7 @@ class LayerView:
             apart = functools.partial(split, where=plan.where, deep=plan.deep)
             shown = structure_of(apart(grads))
 
-            def seen(x: Any) -> Any:
+            def viewed(x: Any) -> Any:
                 if not callable(x):
                     return apart(x) if is_tree(x) else x
 
@@ -109,7 +109,7 @@ class LayerView:
             )
             updates, state = self._optimizer.update(
                 apart(grads), split_like(state, like), None if params is None else apart(params),
-                **{name: seen(x) for name, x in extra.items()},
+                **{name: viewed(x) for name, x in extra.items()},
             )  # fmt: skip
             check_updates(updates, apart(grads))
             return joined(updates), joined(state)
@@ -171,18 +171,18 @@ class LayerView:
     def _found(self, shapes: Any, where: dict[Path, int], extra: dict[str, Any]) -> _Plan:
         number = jax.ShapeDtypeStruct((), jnp.float32)
         # Without functions: what wants one (a line search) is shown leaves.
-        given = {name: abstract(x) for name, x in extra.items() if not callable(x)}
-        extra = {"value": number, "grad": shapes} | given
+        named = {name: abstract(x) for name, x in extra.items() if not callable(x)}
+        extra = {"value": number, "grad": shapes} | named
         one, own = one_layer(shapes, where), own_paths(shapes)
 
         structure = structure_of(shapes)
 
         def attempt(params: Any, view: Any, weights: Any) -> UpdateTrace | None:
-            seen = {
+            viewed = {
                 name: view(x) if structure_of(x) == structure else x for name, x in extra.items()
             }
             try:
-                return trace_update(self._optimizer, params, seen, weights)
+                return trace_update(self._optimizer, params, viewed, weights)
             except Exception as error:  # whatever a third party raises, a view that it cannot take
                 log.debug("optimizer: a view of the layers does not fit it: %s", error)
                 return None
@@ -281,8 +281,8 @@ def _view(
     optimizer: optax.GradientTransformation, patterns: tuple[str, ...]
 ) -> optax.GradientTransformationExtraArgs:
     """One view of an optimizer, so that it equals itself; and none of what is a view already."""
-    seen = getattr(optimizer.init, "__self__", None)
-    if isinstance(seen, LayerView) and seen.stacked == patterns:
+    viewed = getattr(optimizer.init, "__self__", None)
+    if isinstance(viewed, LayerView) and viewed.stacked == patterns:
         return optax.with_extra_args_support(optimizer)
     view = LayerView(optimizer, patterns)
     return optax.GradientTransformationExtraArgs(view.init, view.update)

@@ -224,10 +224,10 @@ class Checkpointer(CheckpointReader):
                 f"{self.directory}: steps {foreign} were written by another run, while this one"
                 f" went on from step {self._at}; end one of the two, and give another --out"
             )
-        kept = [s for s in self.steps() if s not in later]
-        if kept and step <= kept[-1]:
+        earlier = [s for s in self.steps() if s not in later]
+        if earlier and step <= earlier[-1]:
             raise ConfigError(
-                f"{self.directory}: cannot save step {step}, step {kept[-1]} is already there; "
+                f"{self.directory}: cannot save step {step}, step {earlier[-1]} is already there; "
                 "resume from it (--resume latest), or give another --out"
             )
         if later:

@@ -60,8 +60,8 @@ class Keep:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns for each checkpoint, oldest first, whether it stays."""
-        kept = self._choose([checkpoint.step for checkpoint in checkpoints])
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+        chosen = self._choose([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in chosen for checkpoint in checkpoints]
 
 
 def open_writer(

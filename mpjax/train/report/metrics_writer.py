@@ -104,25 +104,25 @@ def keep_until(path: Path, step: int) -> None:
     Lines that hold no record with a step go to `NAME.damaged` beside it, with one logged line. A
     last line that was cut off is what every kill leaves, and is dropped.
     """
-    kept: list[bytes] = []
+    lines: list[bytes] = []
     damaged: list[bytes] = []
     first = 0
     for number, (line, record) in enumerate(_lines(path), 1):
         if record is not None and type(record.get("step")) is int:
             if record["step"] <= step:
-                kept.append(line.rstrip(b"\r\n") + b"\n")
+                lines.append(line.rstrip(b"\r\n") + b"\n")
         elif not _cut_off(line):
             first = first or number
             damaged.append(line)
     if damaged:
         aside = path.with_name(f"{path.name}.damaged")
-        with open(aside, "ab", opener=lambda name, how: os.open(name, how | NO_FOLLOW)) as file:
+        with open(aside, "ab", opener=lambda name, flags: os.open(name, flags | NO_FOLLOW)) as file:
             file.writelines(damaged)
         _log.warning(
             "%s: %d lines are no records, the first is line %d; moved to %s, the others are kept",
             path, len(damaged), first, aside.name,
         )  # fmt: skip
-    write_file(path, lambda file: file.writelines(kept))
+    write_file(path, lambda file: file.writelines(lines))
 
 
 def _cut_off(line: bytes) -> bool:

@@ -60,12 +60,12 @@ def watched(
     def compiled(state: Any, batch: Any) -> Any:
         nonlocal number
         number += 1
-        seen = None
+        monitored = None
         if number % every == 0 or number == start + 1:
-            seen = look(state, batch)
+            monitored = look(state, batch)
         out = step.compiled(state, batch)
-        if seen is not None:
-            report(number, seen)
+        if monitored is not None:
+            report(number, monitored)
         return out
 
     return dataclasses.replace(step, compiled=compiled)
@@ -79,10 +79,10 @@ def _trimmed(counts: np.ndarray) -> tuple[int, list[int]]:
     return _LOWEST + int(there[0]), counts[there[0] : there[-1] + 1].tolist()
 
 
-def _histograms(seen: Monitored) -> Iterator[tuple[str, str, int | None, int, list[int]]]:
+def _histograms(monitored: Monitored) -> Iterator[tuple[str, str, int | None, int, list[int]]]:
     """Kind, name, layer, exponent of the first count and counts of each tensor and layer."""
     for kind in KINDS:
-        for name, found in getattr(seen, kind).items():
+        for name, found in getattr(monitored, kind).items():
             flat = np.asarray(found.histogram)
             flat = flat.reshape(-1, flat.shape[-1])
             for layer, counts in enumerate(flat):
@@ -117,9 +117,9 @@ class TensorWriter:
         self.last: list[dict[str, Any]] = []
         self.last_step = start
 
-    def write(self, step: int, seen: Monitored) -> None:
+    def write(self, step: int, monitored: Monitored) -> None:
         """Writes what was seen before a step."""
-        host = jax.device_get(seen)
+        host = jax.device_get(monitored)
         self.last, self.last_step = list(host.rows()), step
         found = {entry[:3]: entry[3:] for entry in _histograms(host)}
         for row in self.last:

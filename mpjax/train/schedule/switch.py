@@ -109,7 +109,7 @@ class _Chooser:
         # float64 on the host: the same bits wherever the state comes from
         losses = switch.losses[np.isfinite(switch.losses)].astype(np.float64)
         loss, spread = (losses.mean(), losses.std()) if losses.size else (np.nan, np.nan)
-        seen = Evidence(
+        evidence = Evidence(
             high=index > 0,
             windows=(number - int(switch.since)) // triggers.window,
             trips=int(switch.trips),
@@ -120,7 +120,7 @@ class _Chooser:
             underflow=underflow,
             free=_free() if triggers.headroom else np.inf,
         )
-        verdict = triggers.judge(seen)
+        verdict = triggers.judge(evidence)
         new: dict[str, Any] = {"skipped": skipped}
         if loss < switch.best:
             new |= {"best": np.float32(loss), "spread": np.float32(spread)}
@@ -143,8 +143,8 @@ class _Chooser:
         format = self._schedule.measured
         if not format:
             return float("nan")
-        seen = jax.device_get(self._looks[index](plain_state(state, index), batch))
-        found = list(seen.activation_gradients.values())
+        evidence = jax.device_get(self._looks[index](plain_state(state, index), batch))
+        found = list(evidence.activation_gradients.values())
         count = sum(np.sum(s.size) for s in found)
         # What has underflowed already is a zero.
         lost = sum(np.sum((s.zeros + s.underflow(format)) * s.size) for s in found)

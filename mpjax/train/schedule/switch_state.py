@@ -162,8 +162,8 @@ def require_alike(labels: Sequence[str], states: Sequence[TrainState]) -> None:
 
     def stored(state: TrainState) -> Any:
         carried = _carried(state.model_state)
-        kept = {"moments": state.opt_state.inner, "update": state.opt_state.weights}
-        return state.params, kept, carried
+        carried_on = {"moments": state.opt_state.inner, "update": state.opt_state.weights}
+        return state.params, carried_on, carried
 
     for label, state in zip(labels[1:], states[1:], strict=True):
         first, other = stored(states[0]), stored(state)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.formats.delayed import seen_of, with_seen
+from mpjax.formats.delayed import observed_of, with_observed
 from mpjax.interpret.core.walk import scan_sizes
 from mpjax.models import Recurrent, generate, recurrent
 from mpjax.precision import get_precision
@@ -219,10 +219,12 @@ def test_delayed_scaling_threads_its_amax_through_time() -> None:
     params, state = stirred(model), model.init_state()
 
     def loss(seen: Any) -> Any:
-        return model.loss(params, BATCH, state=with_seen(state, seen))
+        return model.loss(params, BATCH, state=with_observed(state, seen))
 
-    backward, after = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST)(seen_of(state))
-    amax = after["amax"]["layers"]["cell"]["hidden"]["kernel"].seen[0]
+    backward, after = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST)(
+        observed_of(state)
+    )
+    amax = after["amax"]["layers"]["cell"]["hidden"]["kernel"].observed_amax[0]
     kernel = params["recurrent"]["layers"]["cell"]["hidden"]["kernel"]
     assert 0 < float(amax[0]) < 1 and float(amax[1]) == float(jnp.abs(kernel).max())
     assert all(float(a[0, 2]) > 0 for a in backward)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from mpjax.errors import ConfigError
-from mpjax.formats.delayed import seen_of, with_seen
+from mpjax.formats.delayed import observed_of, with_observed
 from mpjax.models import ResNet, resnet, resnet_config
 from mpjax.train import ShardActivations, parse_mesh
 from mpjax.train.sharding import partition
@@ -142,10 +142,12 @@ def test_delayed_scaling_threads_its_amax_forward_and_back() -> None:
     assert set(state["amax"]) == {"conv_stem", "stage0"}  # the head stays high
 
     def loss(seen: Any) -> Any:
-        return model.loss(params, BATCH, state=with_seen(state, seen))
+        return model.loss(params, BATCH, state=with_observed(state, seen))
 
-    backward, after = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST)(seen_of(state))
-    stem = after["amax"]["conv_stem"]["kernel"].seen
+    backward, after = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST)(
+        observed_of(state)
+    )
+    stem = after["amax"]["conv_stem"]["kernel"].observed_amax
     kernel = params["resnet"]["conv_stem"]["kernel"]
     assert float(stem[0]) == float(jnp.abs(IMAGES).max().astype(jnp.bfloat16))
     assert float(stem[1]) == float(jnp.abs(kernel).max())

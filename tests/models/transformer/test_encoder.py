@@ -196,7 +196,7 @@ def test_delayed_scaling_sees_the_pooler_too() -> None:
     model = small("fp8-delayed", head="class", layers=1)
     _, state = applied(model)(drawn(model), IDS, state=model.init_state())
     assert set(state["amax"]) == {"layers", "pooler"}
-    seen = state["amax"]["pooler"]["dense"]["kernel"].seen
+    seen = state["amax"]["pooler"]["dense"]["kernel"].observed_amax
     assert (np.asarray(seen)[:2] > 0).all()  # of x and W; that of dy comes with the gradient
 
 

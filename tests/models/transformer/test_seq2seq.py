@@ -115,7 +115,7 @@ def test_delayed_scaling_threads_both_halves() -> None:
     histories = jax.tree.leaves(state["amax"], is_leaf=is_history)
     assert len(histories) == 6 + 10  # products of a block of each half
     # of x and W; that of dy comes with the gradient
-    assert all((np.asarray(h.seen)[:, :2] > 0).all() for h in histories)
+    assert all((np.asarray(h.observed_amax)[:, :2] > 0).all() for h in histories)
 
 
 @pytest.mark.parametrize(
