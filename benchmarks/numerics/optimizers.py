@@ -208,7 +208,7 @@ def on_host(state: Any) -> Any:
         is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
         return np.array(jax.random.key_data(x) if is_key else x)
 
-    kept = (state.params, state.opt_state.inner, state.opt_state.weights)
+    kept = (state.params, state.opt_state.inner, state.opt_state.update_state)
     return jax.tree.map(leaf, kept)
 
 

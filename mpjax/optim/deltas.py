@@ -38,7 +38,7 @@ def delta_transformation(init: Callable[..., Any], advance: Callable[..., Any]) 
                 " Optimizer.step"
             )
         new_params, updates, state, _ = advance(grads, state, params, extra)
-        if state.weights:  # the weight does not follow its own update, rounded to nearest
+        if state.update_state:  # the weight does not follow its own update, rounded to nearest
             updates = jax.tree.map(_delta, new_params, params, updates)
         return updates, state
 

@@ -37,7 +37,7 @@ def map_weights(fn: Any, params: Any, *rest: Any) -> Any:
     return jax.tree.map(fn, params, *rest, is_leaf=is_quantized)
 
 
-def init_weights(params: Any, update: str, seed: Any = 0) -> dict[str, Any]:
+def init_update_state(params: Any, update: str, seed: Any = 0) -> dict[str, Any]:
     """Returns the state of an update rule.
 
     Args:
@@ -89,11 +89,11 @@ def _wide(p: Any) -> Any:
     return p.astype(jnp.float32) if is_low(p) else p
 
 
-def view(params: Any, weights: dict[str, Any]) -> Any:
+def float32_view(params: Any, update_state: dict[str, Any]) -> Any:
     """Returns the float32 weights that the optimizer sees: the master copy where there is one."""
-    if "master" not in weights:
+    if "master" not in update_state:
         return map_weights(_wide, params)
-    return map_weights(lambda p, m: _wide(p) if m is None else m, params, weights["master"])
+    return map_weights(lambda p, m: _wide(p) if m is None else m, params, update_state["master"])
 
 
 def _write(p: Any, full: Any, rounding: str = "nearest", key: Any = None) -> Any:
@@ -117,8 +117,8 @@ def _kahan(p: Any, w: Any, u: Any, c: Any) -> tuple[Any, Any]:
     return s, round_to(gained - y, low, saturate=False).astype(c.dtype)
 
 
-def take(
-    updates: Any, full: Any, params: Any, weights: dict[str, Any], update: str
+def apply_update_rule(
+    updates: Any, full: Any, params: Any, update_state: dict[str, Any], update: str
 ) -> tuple[Any, dict[str, Any]]:
     r"""Returns the weights after their updates, as stored, and the update rule's state.
 
@@ -129,9 +129,9 @@ def take(
 
     Args:
       updates: float32.
-      full: the weights from `view`.
+      full: the weights from `float32_view`.
       params: the weights as stored.
-      weights: the update rule's state.
+      update_state: the update rule's state.
       update: the update rule.
 
     Raises:
@@ -141,20 +141,20 @@ def take(
       Gupta et al. 2015, Deep Learning with Limited Numerical Precision, section 3; Zamirai et al.
       2020, Revisiting BFloat16 Training, algorithms 2 and 3.
     """
-    if set(weights) != _STATE[update]:
-        held = next(rule for rule, names in _STATE.items() if names == set(weights))
+    if set(update_state) != _STATE[update]:
+        held = next(rule for rule, names in _STATE.items() if names == set(update_state))
         raise ConfigError(
             f"update: the optimizer state is one of update={held}, the optimizer has"
             f" update={update}; make the state with this optimizer's init"
         )
     if update == "kahan":
-        pairs = map_weights(_kahan, params, full, updates, weights["kahan"])
+        pairs = map_weights(_kahan, params, full, updates, update_state["kahan"])
         stored = map_weights(lambda _, pair: pair[0], params, pairs)
         return stored, {"kahan": map_weights(lambda _, pair: pair[1], params, pairs)}
     new = jax.tree.map(lambda w, u: w + u, full, updates)
     if update == "stochastic":
-        key = jax.random.wrap_key_data(weights["key"], impl=_PRNG)
-        key = jax.random.fold_in(key, weights["draws"])
+        key = jax.random.wrap_key_data(update_state["key"], impl=_PRNG)
+        key = jax.random.fold_in(key, update_state["draws"])
 
         def draw(path: Any, p: Any, f: Any) -> Any:
             where = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -162,11 +162,11 @@ def take(
             return _write(p, f, "stochastic", jax.random.fold_in(key, zlib.crc32(where.encode())))
 
         stored = jax.tree_util.tree_map_with_path(draw, params, new, is_leaf=is_quantized)
-        return stored, weights | {"draws": weights["draws"] + 1}
+        return stored, update_state | {"draws": update_state["draws"] + 1}
     stored = map_weights(_nearest, params, new)
     if update == "master":
         return stored, {"master": map_weights(lambda p, f: f if is_low(p) else None, params, new)}
-    return stored, weights
+    return stored, update_state
 
 
 def _nearest(p: Any, full: Any) -> Any:

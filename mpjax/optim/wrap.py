@@ -32,13 +32,13 @@ class OptState(NamedTuple):
 
     Args:
       inner: the optax optimizer's state, moments in their storage dtypes.
-      weights: the update rule's state: float32 copies, a count of draws, compensations, or empty.
+      update_state: of the update rule: float32 copies, a count of draws, compensations, or empty.
       loss_scale: the loss scale; its settings are static.
       gate: skip counters.
     """
 
     inner: Any
-    weights: dict[str, Any]
+    update_state: dict[str, Any]
     loss_scale: LossScale
     gate: GateState
 
@@ -66,8 +66,8 @@ class Optimizer:
             of floating-point numbers, or a wrapped optimizer lies inside this one.
         """
         seed = self.seed if seed is None else seed
-        weights = update_rules.init_weights(params, self.precision.update, seed)
-        inner = self.inner.init(update_rules.view(params, weights))
+        update_state = update_rules.init_update_state(params, self.precision.update, seed)
+        inner = self.inner.init(update_rules.float32_view(params, update_state))
         if any(map(_is_state, jax.tree.leaves(inner, is_leaf=_is_state))):
             raise ConfigError(
                 "optimizer: a part of it is wrapped already; pass the raw optax optimizer, chained"
@@ -75,8 +75,8 @@ class Optimizer:
             )
         scale = make_loss_scale(self.precision.loss_scale, params).of_optimizer()
         # Some optimizers keep the first weights: as arrays of their own, which may be donated.
-        inner, weights = distinct((inner, weights), besides=params)
-        return OptState(inner, weights, scale, GateState.zero())
+        inner, update_state = distinct((inner, update_state), besides=params)
+        return OptState(inner, update_state, scale, GateState.zero())
 
     def _advance(
         self, scaled: Any, state: OptState, params: Any, extra: dict[str, Any]
@@ -96,26 +96,26 @@ class Optimizer:
             grads = jax.tree.map(lambda g: g * factor, grads)
             if finite_leaves is not None:  # a norm beyond float32 leaves no factor: skip
                 finite_leaves &= ~(jnp.all(finite_leaves) & (factor < 2.0**-126))
-        full = update_rules.view(params, state.weights)
+        full = update_rules.float32_view(params, state.update_state)
         # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
         # refuses; it is relaxed around this one call.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             extra = {"grad": grads} | extra
             updates, inner = checks.update(self.inner, grads, state.inner, full, extra)
-        new_params, weights = update_rules.take(
-            updates, full, params, state.weights, self.precision.update
+        new_params, update_state = update_rules.apply_update_rule(
+            updates, full, params, state.update_state, self.precision.update
         )
-        new = (new_params, updates, inner, weights)
+        new = (new_params, updates, inner, update_state)
         if finite_leaves is not None:
             finite = jnp.all(finite_leaves)
             # -0.0 is the update that leaves every weight's bits alone, -0.0 included.
             nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
-            new = select(finite, new, (params, nothing, state.inner, state.weights))
+            new = select(finite, new, (params, nothing, state.inner, state.update_state))
             gate = record(state.gate, finite_leaves, state.loss_scale.at_minimum(unscaled))
             state = state._replace(gate=gate, loss_scale=state.loss_scale.adjust(finite, unscaled))
             metrics["finite"] = finite
-        new_params, updates, inner, weights = new
-        state = state._replace(inner=inner, weights=weights)
+        new_params, updates, inner, update_state = new
+        state = state._replace(inner=inner, update_state=update_state)
         return new_params, updates, state, metrics
 
     def value_and_grad(

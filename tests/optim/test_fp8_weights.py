@@ -87,8 +87,8 @@ def test_without_a_gradient_no_bit_moves(update: str, scaling: str) -> None:
         params, state = step(grads, state, params)
         assert raw(params) != raw(before)
         if update == "kahan":  # what is still owed would be paid now
-            owed = jax.tree.map(jnp.zeros_like, state.weights)
-            state = state._replace(weights=owed)
+            owed = jax.tree.map(jnp.zeros_like, state.update_state)
+            state = state._replace(update_state=owed)
         if update == "master":  # the master lies between two stored numbers: nearest again
             state = opt.init(params)
         after, _ = step(zero, state, params)
@@ -139,7 +139,7 @@ def test_nearest_and_master_against_ml_dtypes() -> None:
         x = np.asarray(full["mlp"]["up"])
         expected = (x / np.asarray(q.scales)).astype(ml_dtypes.float8_e4m3fn)
         assert np.asarray(q.values).tobytes() == expected.tobytes()
-        assert np.asarray(low_state.weights["master"]["mlp"]["up"]).tobytes() == x.tobytes()
+        assert np.asarray(low_state.update_state["master"]["mlp"]["up"]).tobytes() == x.tobytes()
         assert np.array_equal(low["norm"], full["norm"])
 
 
@@ -174,7 +174,7 @@ def test_kahan_stays_near_float32_and_nearest_is_stuck() -> None:
 
         (w, state), _ = jax.lax.scan(body, (params, opt.init(params)), sizes)
         if update == "kahan":
-            assert state.weights["kahan"]["w"].dtype == jnp.bfloat16
+            assert state.update_state["kahan"]["w"].dtype == jnp.bfloat16
         return np.asarray(weight_view(w)["w"], np.float64)
 
     exact, kahan, nearest = run(None), run("kahan"), run("nearest")
@@ -195,7 +195,9 @@ def test_a_skipped_step_moves_no_bit(update: str) -> None:
     bad["norm"] = bad["norm"].at[2].set(jnp.nan)
     after, skipped = step(bad, state, params)
     assert raw(after) == raw(params)
-    assert raw(skipped.weights) == raw(state.weights) and raw(skipped.inner) == raw(state.inner)
+    assert raw(skipped.update_state) == raw(state.update_state) and raw(skipped.inner) == raw(
+        state.inner
+    )
     assert skipped.gate.skipped == 1
     moved, _ = step(gradients(1), state, params)
     assert raw(moved) != raw(params)
@@ -256,7 +258,7 @@ def test_eight_devices_store_what_one_stores(update: str) -> None:
     assert cut.params["mlp"]["up"].scales.spec == P()
     assert cut.opt_state.inner[0].trace["mlp"]["up"].spec == P(None, "fsdp")
     if update in ("master", "kahan"):
-        assert cut.opt_state.weights[update]["mlp"]["up"].spec == P(None, "fsdp")
+        assert cut.opt_state.update_state[update]["mlp"]["up"].spec == P(None, "fsdp")
     step = jax.jit(lambda g, s: opt.step(g, s.opt_state, s.params))
     whole = NamedSharding(mesh, P())
     spread = jax.device_put(state, cut)
@@ -358,14 +360,16 @@ def test_a_decoder_trains_with_fp8_weights(mesh: str | None) -> None:
     precision = get_precision("bf16", rules=LOW, update="stochastic")
     state, step = build(decoder("tiny", precision, **TINY), optax.sgd(0.5), mesh, seed=1)
     assert step.init is not None
-    assert raw(step.init(2).opt_state.weights["key"]) != raw(state.opt_state.weights["key"])
+    assert raw(step.init(2).opt_state.update_state["key"]) != raw(
+        state.opt_state.update_state["key"]
+    )
     ids = jnp.tile(jnp.arange(9, dtype=jnp.int32), (8, 1))
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
     losses = []
     for _ in range(10):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.7 * losses[0] and int(state.opt_state.weights["draws"]) == 10
+    assert losses[-1] < 0.7 * losses[0] and int(state.opt_state.update_state["draws"]) == 10
     up = state.params["decoder"]["layers"]["mlp"]["up"]["kernel"]
     if mesh:
         shard = up.values.addressable_shards[0].data

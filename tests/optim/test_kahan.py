@@ -45,9 +45,9 @@ def test_100_steps_are_numpys_bit_for_bit(dtype: Any, how: str) -> None:
         ours, state = step({"w": jnp.asarray(g)}, state, ours)
         w, c = oracle(w, -g, c)
         assert np.asarray(ours["w"]).tobytes() == w.tobytes()
-        assert np.asarray(state.weights["kahan"]["w"]).tobytes() == c.tobytes()
+        assert np.asarray(state.update_state["kahan"]["w"]).tobytes() == c.tobytes()
         lossy += int((c != 0).sum())
-    assert state.weights["kahan"]["w"].dtype == dtype  # 2 bytes a weight
+    assert state.update_state["kahan"]["w"].dtype == dtype  # 2 bytes a weight
     assert lossy > 0.9 * 300 * (100 if how == "jit" else 5)
 
 
@@ -61,7 +61,7 @@ def test_no_compensation_term_is_elided_by_the_compiler() -> None:
     # rounding to nearest even on bits: one mask of the dropped bits per rounding, three roundings
     assert len(re.findall(r"= u32\[256\]\S* (?:shift-left|and|or)\(", text)) > 10
     _, out = step({"w": jnp.full(256, np.float32(-1e-4))}, state, w)
-    assert (np.asarray(out.weights["kahan"]["w"], np.float32) != 0).all()
+    assert (np.asarray(out.update_state["kahan"]["w"], np.float32) != 0).all()
 
 
 def track(update: str, steps: int = 1000) -> np.ndarray:
@@ -113,12 +113,12 @@ def test_a_forgotten_compensation_or_a_wrong_sign_is_caught() -> None:
 def test_a_skipped_step_keeps_the_compensation() -> None:
     opt, w = make(), {"w": jnp.ones(64, jnp.bfloat16), "norm": jnp.ones(2)}
     state = opt.init(w)
-    assert state.weights["kahan"]["norm"] is None
+    assert state.update_state["kahan"]["norm"] is None
     good = {"w": jnp.full(64, 1e-3), "norm": jnp.full(2, 1e-3)}
     w, state = opt.step(good, state, w)
-    assert (np.asarray(state.weights["kahan"]["w"], np.float32) != 0).all()
+    assert (np.asarray(state.update_state["kahan"]["w"], np.float32) != 0).all()
     after, skipped = opt.step({**good, "norm": jnp.full(2, jnp.inf)}, state, w)
     assert (bits(after["w"]) == bits(w["w"])).all()
-    kept, held = (s.weights["kahan"]["w"] for s in (skipped, state))
+    kept, held = (s.update_state["kahan"]["w"] for s in (skipped, state))
     assert (bits(kept) == bits(held)).all()
     assert np.asarray(w["norm"]).tolist() == [np.float32(1) - np.float32(1e-3)] * 2

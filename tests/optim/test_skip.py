@@ -94,17 +94,17 @@ def test_a_skipped_step_is_bit_identical(name: str, update: str, low: bool) -> N
     assert all(a != b for a, b in zip(raw(after), raw(params), strict=True))
     changed = [a != b for a, b in zip(raw(moved.inner), raw(state.inner), strict=True)]
     assert sum(changed) >= len(changed) - 2 * len(params)  # adafactor has unused placeholders
-    assert raw(moved.weights) != raw(state.weights) or update in ("none", "nearest")
+    assert raw(moved.update_state) != raw(state.update_state) or update in ("none", "nearest")
 
     params = poison(params)
-    state = state._replace(inner=poison(state.inner), weights=poison(state.weights))
+    state = state._replace(inner=poison(state.inner), update_state=poison(state.update_state))
     for bad in (jnp.nan, jnp.inf):
         grads = gradients(3)
         grads["b"] = grads["b"].at[1, 2].set(bad)
         after, skipped = step(grads, state, params)
         assert raw(after) == raw(params)
         assert raw(skipped.inner) == raw(state.inner)
-        assert raw(skipped.weights) == raw(state.weights)
+        assert raw(skipped.update_state) == raw(state.update_state)
         assert jax.tree.structure(skipped) == jax.tree.structure(state)
         assert skipped.loss_scale.value == state.loss_scale.value / 2
         assert skipped.gate.skipped == state.gate.skipped + 1
@@ -159,7 +159,7 @@ def test_as_optax_gives_the_weights_of_step_bit_for_bit(name: str, update: str, 
         if n == 2:
             grads["b"] = grads["b"].at[0, 0].set(jnp.nan)
             params = poison(params)
-            state = state._replace(weights=poison(state.weights))
+            state = state._replace(update_state=poison(state.update_state))
         updates, optax_state = tx.update(grads, state, params)
         assert {u.dtype.name for u in jax.tree.leaves(updates)} == {"float32"}
         ours, state = opt.step(grads, state, params)
@@ -206,7 +206,7 @@ def test_the_one_exception_to_as_optax_heals_at_the_next_step() -> None:
     precision = get_precision("fp32", rules=["**=bfloat16"], update="master")
     opt = wrap(optax.sgd(1.0), precision)
     tx, start = opt.as_optax(), {"w": jnp.ones(1, jnp.bfloat16)}
-    state = opt.init(start)._replace(weights={"master": {"w": jnp.full(1, 1 + 2.0**-23)}})
+    state = opt.init(start)._replace(update_state={"master": {"w": jnp.full(1, 1 + 2.0**-23)}})
     grads = {"w": jnp.full(1, 1.0)}
     ours, ours_state = opt.step(grads, state, start)
     updates, _ = tx.update(grads, state, start)

@@ -88,7 +88,7 @@ def agreement(a: Any, b: Any) -> float:
 def fresh_each_step() -> bool:
     w = {"w": jnp.ones(4096, jnp.bfloat16)}
     (first, second, third), state = run(make(), w, 3)
-    assert int(state.weights["draws"]) == 3
+    assert int(state.update_state["draws"]) == 3
     pairs = [(first, second), (second, third), (first, third)]
     return all(0.53 < agreement(a["w"], b["w"]) < 0.63 for a, b in pairs)
 
@@ -133,7 +133,9 @@ def test_the_seed_decides() -> None:
     w = {"w": jnp.ones(4096, jnp.bfloat16)}
     zero, again, one = (run(make(seed=s), w, 1)[0][0]["w"] for s in (0, 0, 1))
     assert (zero == again).all() and 0.53 < agreement(zero, one) < 0.63
-    assert (make().init(w, seed=1).weights["key"] == make(seed=1).init(w).weights["key"]).all()
+    assert (
+        make().init(w, seed=1).update_state["key"] == make(seed=1).init(w).update_state["key"]
+    ).all()
 
 
 @pytest.mark.parametrize("spec", [P(), P("x"), P(None, "x")], ids=["replicas", "rows", "columns"])
@@ -178,12 +180,15 @@ def test_only_a_step_that_is_taken_counts(gate: bool) -> None:
     w1, state = opt.step(good, state, w)
     w2, after = opt.step(bad, state, w1)
     if gate:
-        assert int(after.weights["draws"]) == int(state.weights["draws"]) == 1
+        assert int(after.update_state["draws"]) == int(state.update_state["draws"]) == 1
         assert (bits(w2["w"]) == bits(w1["w"])).all()
         straight, replayed = opt.step(good, state, w1)[0], opt.step(good, after, w2)[0]
         assert (bits(straight["w"]) == bits(replayed["w"])).all()
     else:
-        assert int(after.weights["draws"]) == 2 and np.isnan(np.asarray(w2["w"], np.float32)).all()
+        assert (
+            int(after.update_state["draws"]) == 2
+            and np.isnan(np.asarray(w2["w"], np.float32)).all()
+        )
 
 
 def test_weights_that_do_not_change_keep_their_bits() -> None:

@@ -52,7 +52,7 @@ def test_master_weights_follow_a_float32_run_exactly() -> None:
             rounded = np.asarray(full[key]).astype(DTYPES[key])
             assert low[key].dtype == DTYPES[key]
             assert np.asarray(low[key]).tobytes() == rounded.tobytes()
-            copy = low_state.weights["master"][key]
+            copy = low_state.update_state["master"][key]
             assert np.asarray(copy).tobytes() == np.asarray(full[key]).tobytes()
         lost += int(jnp.sum(bits(before["a"]) == bits(low["a"])))
     assert lost > 20  # most single updates do not move a bfloat16 weight
@@ -77,7 +77,7 @@ def test_nearest_loses_updates_below_half_an_ulp_and_master_does_not() -> None:
     nearest, _ = run_adam("nearest")
     assert np.array_equal(np.asarray(nearest, np.float32), [1.0, 1.0])  # the trap of NUMERICS.md
     master, state = run_adam("master")
-    assert np.array_equal(state.weights["master"]["w"], full)
+    assert np.array_equal(state.update_state["master"]["w"], full)
     assert np.array_equal(master, np.asarray(full).astype(ml_dtypes.bfloat16))
     assert (np.asarray(master, np.float32) < 1).all()
 
@@ -100,8 +100,8 @@ def test_float32_leaves_keep_no_copy() -> None:
     mixed = {"low": jnp.ones(2, jnp.bfloat16), "norm": jnp.ones(2)}
     opt = wrap(optax.sgd(0.25), weights("master"))
     state = opt.init(mixed)
-    assert state.weights["master"]["norm"] is None
-    assert state.weights["master"]["low"].dtype == jnp.float32
+    assert state.update_state["master"]["norm"] is None
+    assert state.update_state["master"]["low"].dtype == jnp.float32
     out, state = opt.step(jax.tree.map(lambda p: jnp.ones(2), mixed), state, mixed)
     assert {k: (v.dtype.name, v.tolist()) for k, v in out.items()} == {
         "low": ("bfloat16", [0.75, 0.75]),

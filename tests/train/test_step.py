@@ -157,7 +157,7 @@ def test_low_weights_accumulate_in_float32() -> None:
     for n, step in steps.items():
         state = init_state({"w": jnp.zeros((), jnp.bfloat16)}, optimizer)
         state, _ = step(state, data)
-        new[n] = float(state.opt_state.weights["master"]["w"])
+        new[n] = float(state.opt_state.update_state["master"]["w"])
     assert new[4] == -259 / 4
     assert new[1] != -259 / 4  # the negative control: one bfloat16 gradient cannot hold it
 
@@ -246,7 +246,7 @@ def test_one_nan_in_one_shard_makes_every_device_skip() -> None:
     state, metrics = run(state, data(1, 1.0))
     assert int(metrics["skipped"]) == 1 and np.isfinite(float(metrics["loss"]))
     after = host(state)
-    kept = lambda s: (s.params, s.opt_state.inner, s.opt_state.weights, s.key)  # noqa: E731
+    kept = lambda s: (s.params, s.opt_state.inner, s.opt_state.update_state, s.key)  # noqa: E731
     assert _bits(kept(after)) == _bits(kept(before))
     assert after.opt_state.loss_scale.state[0] == before.opt_state.loss_scale.state[0] / 2
     assert (int(after.step), int(after.opt_state.gate.skipped)) == (2, 1)

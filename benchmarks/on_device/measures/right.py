@@ -195,7 +195,7 @@ def skipped(size: Any, precision: str) -> dict[str, Any]:
         after = jax.device_get(state)
 
     def kept(state: Any) -> Any:
-        return state.params, state.model_state, state.opt_state.inner, state.opt_state.weights
+        return state.params, state.model_state, state.opt_state.inner, state.opt_state.update_state
 
     moved = differ(kept(after), kept(before))
     rows = [

@@ -32,7 +32,7 @@ def state_bytes(state: TrainState) -> dict[str, int]:
     kinds = {
         "params": state.params,
         "moments": state.opt_state.inner,
-        "master": state.opt_state.weights,
+        "master": state.opt_state.update_state,
         "rest": (
             state.step,
             state.key,

@@ -162,7 +162,7 @@ def require_alike(labels: Sequence[str], states: Sequence[TrainState]) -> None:
 
     def stored(state: TrainState) -> Any:
         carried = _carried(state.model_state)
-        carried_on = {"moments": state.opt_state.inner, "update": state.opt_state.weights}
+        carried_on = {"moments": state.opt_state.inner, "update": state.opt_state.update_state}
         return state.params, carried_on, carried
 
     for label, state in zip(labels[1:], states[1:], strict=True):
