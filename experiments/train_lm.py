@@ -221,9 +221,10 @@ def prepare(config: Config) -> Run:
         data.set_state(meta["data"])
     elif config.init_from:
         # Weights and their master copies; moments, counters and data begin anew.
-        fresh = {"params": state.params, "opt_state": {"weights": state.opt_state.update_state}}
+        copies = {"update_state": state.opt_state.update_state}
+        fresh = {"params": state.params, "opt_state": copies}
         fresh, lines = restore_into(fresh, other, other.newest_good())
-        opt_state = state.opt_state._replace(update_state=fresh["opt_state"]["weights"])
+        opt_state = state.opt_state._replace(update_state=fresh["opt_state"]["update_state"])
         state = state._replace(params=fresh["params"], opt_state=opt_state)
         for line in lines:
             if "only in the checkpoint" not in line:
