@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from typing import Any
 
 from mpjax.errors import ConfigError
@@ -17,7 +16,9 @@ from mpjax.optim.loss_scale.scalers import (
 )
 from mpjax.precision import LossScaleSettings
 
-_KINDS: dict[str, type] = {
+_KINDS: dict[str, type[LossScale]] = {
+    "none": NoOpLossScale,
+    "static": StaticLossScale,
     "dynamic": DynamicLossScale,
     "logmax": LogMaxLossScale,
     "leaf": LeafLossScale,
@@ -39,20 +40,16 @@ def make_loss_scale(settings: str | LossScaleSettings, params: Any = None) -> Lo
       128.0
     """
     settings = LossScaleSettings.parse(settings)
-    if settings.kind == "none":
-        return NoOpLossScale()
-    if settings.kind == "static":
-        return StaticLossScale(settings.init)
     kind = _KINDS[settings.kind]
-    fields = dataclasses.asdict(settings)
     if kind is LeafLossScale:
         if params is None:
             raise ConfigError(
                 "loss scale: leaf has a scale for each group of weights; write"
                 " make_loss_scale(settings, params)"
             )
-        fields["groups"] = settings.groups or tuple(leaf_paths(params))
-    scale = kind(**{name: fields[name] for name in inspect.signature(kind).parameters})
-    if kind is LeafLossScale:
+        groups = settings.groups or tuple(leaf_paths(params))
+        settings = dataclasses.replace(settings, groups=groups)
+    scale = kind.from_settings(settings)
+    if isinstance(scale, LeafLossScale):
         scale.group_of(params)  # raises here, not at the first step
     return scale

@@ -34,8 +34,8 @@ from mpjax.optim.loss_scale.scalers import (
     LossScale,
     as_flag,
     as_pytree,
-    given_init,
     rebuild,
+    stated_init,
     step_dynamic,
 )
 from mpjax.precision import LossScaleSettings, matches
@@ -144,7 +144,7 @@ class LeafLossScale(LossScale):
     ) -> None:
         self.settings = LossScaleSettings(
             "leaf",
-            given_init(init),
+            stated_init(init),
             growth_factor,
             backoff_factor,
             growth_interval,
@@ -153,16 +153,20 @@ class LeafLossScale(LossScale):
             max_scale,
             groups=groups,  # type: ignore[arg-type]
         )
-        count = len(self.settings.groups)
+        self.state = self.first_state(self.settings)
+
+    @staticmethod
+    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+        count = len(settings.groups)
         if not count:
             raise ConfigError(
                 "loss scale: leaf has no groups; give patterns such as ['**/embed', '**'], or"
                 " make_loss_scale(settings, params) for one a leaf"
             )
-        self.state = (
-            jnp.full(count, self.settings.init, jnp.float32),
+        return (
+            jnp.full(count, settings.init, jnp.float32),
             jnp.zeros(count, jnp.int32),
-            jnp.full(count, self.settings.hysteresis, jnp.int32),
+            jnp.full(count, settings.hysteresis, jnp.int32),
         )
 
     @property

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from mpjax.errors import ConfigError
 from mpjax.formats import Format
 from mpjax.formats.format_table import FormatLike
-from mpjax.optim.loss_scale.scalers import StaticLossScale, as_flag, as_pytree, given_init, rebuild
+from mpjax.optim.loss_scale.scalers import StaticLossScale, as_flag, as_pytree, rebuild, stated_init
 from mpjax.precision import LossScaleSettings
 
 
@@ -101,7 +101,7 @@ class LogMaxLossScale(StaticLossScale):
     ) -> None:
         self.settings = LossScaleSettings(
             "logmax",
-            given_init(init),
+            stated_init(init),
             growth_factor,
             backoff_factor,
             growth_interval,
@@ -112,14 +112,13 @@ class LogMaxLossScale(StaticLossScale):
             decay=decay,
             power_of_two=power_of_two,
         )
-        self.state = (
-            jnp.float32(self.settings.init),
-            jnp.int32(0),
-            jnp.float32(0),
-            jnp.float32(0),
-            jnp.int32(0),
-            jnp.float32(0),
-        )
+        self.state = self.first_state(self.settings)
+
+    @staticmethod
+    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+        # An array each: the state is donated.
+        zeros = [jnp.float32(0) for _ in range(3)]
+        return jnp.float32(settings.init), jnp.int32(0), *zeros[:2], jnp.int32(0), zeros[2]
 
     def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> LogMaxLossScale:
         finite = as_flag(finite)

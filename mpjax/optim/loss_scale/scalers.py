@@ -42,7 +42,7 @@ def as_flag(finite: Any) -> Any:
     return flag
 
 
-def given_init(init: Any) -> Any:
+def stated_init(init: Any) -> Any:
     """Returns a first scale as it was given; settings take None for their default.
 
     Raises:
@@ -104,6 +104,17 @@ class LossScale:
 
     def __init__(self) -> None:
         self.settings, self.state = LossScaleSettings("none"), ()
+
+    @classmethod
+    def from_settings(cls, settings: LossScaleSettings) -> Any:
+        """Returns the loss scale of this kind that settings describe, before the first step."""
+        return rebuild(cls, settings, cls.first_state(settings))
+
+    @staticmethod
+    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+        """Returns the state before the first step."""
+        del settings
+        return ()
 
     def of_optimizer(self) -> Any:
         """Returns the same loss scale as part of an optimizer's state."""
@@ -172,8 +183,12 @@ class StaticLossScale(LossScale):
     names: tuple[str, ...] = ("scale",)
 
     def __init__(self, scale: int | float) -> None:
-        self.settings = LossScaleSettings("static", init=given_init(scale))
-        self.state = (jnp.float32(self.settings.init),)
+        self.settings = LossScaleSettings("static", init=stated_init(scale))
+        self.state = self.first_state(self.settings)
+
+    @staticmethod
+    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+        return (jnp.float32(settings.init),)
 
     @property
     def value(self) -> Any:
@@ -257,7 +272,7 @@ class DynamicLossScale(StaticLossScale):
     ) -> None:
         self.settings = LossScaleSettings(
             "dynamic",
-            given_init(init),
+            stated_init(init),
             growth_factor,
             backoff_factor,
             growth_interval,
@@ -265,8 +280,11 @@ class DynamicLossScale(StaticLossScale):
             min_scale,
             max_scale,
         )
-        s = self.settings
-        self.state = (jnp.float32(s.init), jnp.int32(0), jnp.int32(s.hysteresis))
+        self.state = self.first_state(self.settings)
+
+    @staticmethod
+    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+        return jnp.float32(settings.init), jnp.int32(0), jnp.int32(settings.hysteresis)
 
     def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> DynamicLossScale:
         del grads
