@@ -324,11 +324,11 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: recurrent.apply(of(recurrent), jnp.ones((1, 2))), "recurrent: float32 (B, T)",
     ),
     "generate(another model's params)": (
-        lambda: models.generate(decoder, of(encoder), IDS, new=2), "model: missing unexpected",
+        lambda: models.generate(decoder, of(encoder), IDS, new=2), "decoder: missing unexpected",
     ),
     "generate(another width)": (
         lambda: models.generate(decoder, of(wider), IDS, new=2),
-        "model: misshaped decoder/embed/table (50, 32) (50, 16)",
+        "decoder: misshaped decoder/embed/table (50, 32) (50, 16)",
     ),
     # batches
     "left_pad(a number)": (lambda: models.left_pad(5), "prompt: 5 a list of prompts [[5, 6]]"),

@@ -106,7 +106,7 @@ import sys
 sys.path.insert(0, "experiments")
 from common import launch
 import dataclasses, pathlib, time
-from mpjax.train import peers
+from mpjax.train.processes import peers
 from mpjax.errors import ConfigError
 peers.SILENCE = 5.0
 
