@@ -12,6 +12,7 @@ import pytest
 
 import mpjax
 from mpjax.errors import ConfigError
+from mpjax.interpret.autocast import products
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 Pair = tuple[Any, Any]
@@ -65,7 +66,7 @@ def test_a_written_rule_quantises_as_the_recipe_itself(rule: Any, core: Any, rec
 
 def test_forward_formats_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right, _ = gradients(in_scan, "fp8")
-    monkeypatch.setattr("mpjax.interpret.autocast.products.of_sides", lambda recipe, sides: recipe)
+    monkeypatch.setattr(products, "of_sides", lambda recipe, sides: recipe)
     mine, _ = gradients(through_vjp(in_scan), "fp8")
     assert float(jnp.max(jnp.abs(mine - right))) > 1e-3
 
