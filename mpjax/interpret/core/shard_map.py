@@ -36,13 +36,13 @@ def agreed(mask: Any, x: Any) -> Any:
 
 def run_shards(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
     """Runs a `shard_map` with its jaxpr evaluated by `run`, and records of each shard."""
-    p, recorded = eqn.params, []
+    p, traced = eqn.params, []
     axes = tuple(axis for axis in p["mesh"].axis_names if axis in p["newly_manual_axes"])
     held = p["jaxpr"] if isinstance(p["jaxpr"], ClosedJaxpr) else ClosedJaxpr(p["jaxpr"], ())
 
     def inner(*xs: Any) -> tuple[tuple[Any, ...], list[Any]]:
         outs, records, note = run(held, xs, 0)
-        recorded.append((tuple(records), note))
+        traced.append((tuple(records), note))
         differ = axes if p["check_vma"] else ()
         return tuple(outs), [varying(x, differ)[None] for x in records.values()]
 
@@ -54,5 +54,5 @@ def run_shards(eqn: JaxprEqn, args: Sequence[Any], run: Run) -> Result:
         axis_names=set(axes),
         check_vma=p["check_vma"],
     )(*args)
-    keys, note = recorded[0]
+    keys, note = traced[0]
     return Result(list(outs), dict(zip(keys, recorded, strict=True)), note)

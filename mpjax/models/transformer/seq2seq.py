@@ -200,8 +200,8 @@ class Seq2Seq(Network):
         p = weight_view(params)
         x, keep, new = self._read(p, source, source_keep, state or {}, None, False)
         cache = empty_cache(self.config, self.precision, x.shape[0], length, storage)
-        source = self._transformer("decoder").source_cache(p["decoder"]["layers"], x)
-        new = new | cache | {"layers": cache["layers"] + source}
+        across = self._transformer("decoder").source_cache(p["decoder"]["layers"], x)
+        new = new | cache | {"layers": cache["layers"] + across}
         return new if keep is None else new | {"source_keep": keep}
 
 
