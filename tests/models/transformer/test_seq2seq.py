@@ -111,7 +111,7 @@ def test_delayed_scaling_threads_both_halves() -> None:
     inputs = {name: BATCH[name] for name in ("source", "inputs")}
     _, state = applied(model)(drawn(model), inputs, state=model.init_state())
     assert set(state["amax"]) == {"encoder", "decoder"}
-    is_history = lambda x: hasattr(x, "seen")  # noqa: E731
+    is_history = lambda x: hasattr(x, "observed_amax")  # noqa: E731
     histories = jax.tree.leaves(state["amax"], is_leaf=is_history)
     assert len(histories) == 6 + 10  # products of a block of each half
     # of x and W; that of dy comes with the gradient
