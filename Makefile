@@ -107,7 +107,7 @@ device-wheels:  ## download what verify-device needs on a machine without a pack
 
 clean:  ## remove both environments, caches and builds; runs/ stays
 	rm -rf $(VENV) $(GPU_VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
-	find mpjax experiments tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find mpjax experiments benchmarks tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(FRESH):
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found; \

@@ -33,15 +33,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-import mpjax  # noqa: E402
-from mpjax.data import Tokenizer  # noqa: E402
-from mpjax.data.assets import fetch  # noqa: E402
-from mpjax.files import write_text  # noqa: E402
-from mpjax.models import (  # noqa: E402
+import mpjax
+from mpjax.data import Tokenizer
+from mpjax.data.assets import fetch
+from mpjax.files import write_text
+from mpjax.models import (
     decoder,
     encoder,
     generate,
@@ -50,14 +50,14 @@ from mpjax.models import (  # noqa: E402
     resnet,
     seq2seq,
 )
-from mpjax.models.hf import load_checkpoint, open_checkpoint  # noqa: E402
-from mpjax.optim import make_optimizer  # noqa: E402
-from mpjax.precision import get_precision, preset_names  # noqa: E402
-from mpjax.tasks import TextClassification  # noqa: E402
-from mpjax.train import build  # noqa: E402
-from tests.interpret.audit.clean import CLEAN  # noqa: E402
-from tests.interpret.audit.leaky import PLANTS  # noqa: E402
-from tests.interpret.nonfinite.planted import grid  # noqa: E402
+from mpjax.models.hf import load_checkpoint, open_checkpoint
+from mpjax.optim import make_optimizer
+from mpjax.precision import get_precision, preset_names
+from mpjax.tasks import TextClassification
+from mpjax.train import build
+from tests.interpret.audit.clean import CLEAN
+from tests.interpret.audit.leaky import PLANTS
+from tests.interpret.nonfinite.planted import grid
 
 STEPS, N, T, V = 5, 8, 16, 64
 SMALL = dict(vocabulary=V, layers=2, width=32, heads=4, context=T)

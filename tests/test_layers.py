@@ -88,9 +88,7 @@ def breaches(source: str, path: str) -> list[str]:
         apart, base = ROOMS.get(part or "", (set(), set()))
         here, there = parts[2:3], name[2:3]
         if part and name[:2] == ("mpjax", part) and here and there and here != there:
-            if here[0] in apart and there[0] in apart:
-                found.append(f"{path}: {'.'.join(name)}")
-            if here[0] in base and there[0] in apart:
+            if here[0] in apart | base and there[0] in apart:
                 found.append(f"{path}: {'.'.join(name)}")
     return found
 

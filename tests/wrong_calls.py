@@ -20,8 +20,8 @@ import optax
 
 import mpjax
 from mpjax import formats, models, ops
-from mpjax import optim as O  # noqa: N812
-from mpjax import precision as P  # noqa: N812
+from mpjax import optim as O
+from mpjax import precision as P
 from mpjax.formats.delayed import AmaxHistory
 
 x, w, key = jnp.arange(6.0).reshape(2, 3), jnp.ones((3, 4)), jax.random.key(0)

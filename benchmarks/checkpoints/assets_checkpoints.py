@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-ROOT = Path(__file__).resolve().parents[2]
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import tokenizers  # noqa: E402
+import jax
+import numpy as np
+import tokenizers
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.data.assets import fetch  # noqa: E402
-from mpjax.models import decoder, quantize_weights  # noqa: E402
-from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.data.assets import fetch
+from mpjax.models import decoder, quantize_weights
+from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 
 INT8 = "fp32, int8 weights"  # the weights of products, a scale for each of their outputs
 SCRIPT = "benchmarks.checkpoints.assets_checkpoints"

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-ROOT = Path(__file__).resolve().parents[2]
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.models.hf import load_checkpoint, save_checkpoint  # noqa: E402
-from tests.models.hf import cases, ours  # noqa: E402
+from benchmarks.common.page import ROOT, table, write
+from mpjax.models.hf import load_checkpoint, save_checkpoint
+from tests.models.hf import cases, ours
 
 try:
     import torch

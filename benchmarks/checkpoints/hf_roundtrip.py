@@ -22,19 +22,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np  # noqa: E402
-import tokenizers  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import numpy as np
+import tokenizers
+import torch
+import transformers
 
-from benchmarks.checkpoints import hf_logits  # noqa: E402  (sets JAX_PLATFORMS, adds the checkout's root to the path)
-from benchmarks.common.page import ROOT, table, write  # noqa: E402
-from mpjax.data import Tokenizer  # noqa: E402
-from mpjax.data.chat.chat_template import ChatTemplate  # noqa: E402
-from mpjax.errors import ConfigError  # noqa: E402
-from mpjax.models import generate  # noqa: E402
-from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint  # noqa: E402
-from tests.models.hf import cases, ours, text_cases  # noqa: E402
+from benchmarks.checkpoints import hf_logits
+from benchmarks.common.page import ROOT, table, write
+from mpjax.data import Tokenizer
+from mpjax.data.chat.chat_template import ChatTemplate
+from mpjax.errors import ConfigError
+from mpjax.models import generate
+from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
+from tests.models.hf import cases, ours, text_cases
 
 GOLDEN = ROOT / "tests" / "golden" / "hf_texts.json"
 NEW = 8

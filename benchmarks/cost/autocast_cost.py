@@ -16,12 +16,12 @@ import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.interpret import autocast  # noqa: E402
-from tests.interpret.autocast import twins  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.interpret import autocast
+from tests.interpret.autocast import twins
 
 ROUNDS = 60
 

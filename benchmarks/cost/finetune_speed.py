@@ -24,17 +24,17 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from common import launch  # noqa: E402, F401  # sets XLA flags before JAX starts
+from common import launch  # noqa: F401  # sets XLA flags before JAX starts
 
-import jax  # noqa: E402  # isort: skip
-import numpy as np  # noqa: E402
+import jax  # isort: skip
+import numpy as np
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.models import encoder  # noqa: E402
-from mpjax.models.hf import save_checkpoint  # noqa: E402
-from mpjax.optim import make_optimizer  # noqa: E402
-from mpjax.tasks import TextClassification  # noqa: E402
-from mpjax.train import build  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.models import encoder
+from mpjax.models.hf import save_checkpoint
+from mpjax.optim import make_optimizer
+from mpjax.tasks import TextClassification
+from mpjax.train import build
 
 try:
     import torch

@@ -27,19 +27,19 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from rich.console import Console  # noqa: E402
-from scipy import stats  # noqa: E402
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from scipy import stats
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.data import batches, load_corpus  # noqa: E402
-from mpjax.models import decoder  # noqa: E402
-from mpjax.train import build  # noqa: E402
-from mpjax.train.loop import fit  # noqa: E402
-from mpjax.train.report.metrics_writer import MetricsWriter  # noqa: E402
-from mpjax.train.report.progress import ProgressBar  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.data import batches, load_corpus
+from mpjax.models import decoder
+from mpjax.train import build
+from mpjax.train.loop import fit
+from mpjax.train.report.metrics_writer import MetricsWriter
+from mpjax.train.report.progress import ProgressBar
 
 # label -> width, layers, batch, seq, steps a block, pairs of blocks
 SIZES = {

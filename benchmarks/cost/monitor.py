@@ -19,19 +19,19 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.interpret.monitor.measure import candidates  # noqa: E402
-from mpjax.interpret.monitor.monitor import monitor  # noqa: E402
-from mpjax.interpret.monitor.report import KINDS  # noqa: E402
-from mpjax.interpret.monitor.statistics import statistics  # noqa: E402
-from mpjax.models import decoder  # noqa: E402
-from mpjax.train import build  # noqa: E402
-from mpjax.train.report.tensor_monitor import watched  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.interpret.monitor.measure import candidates
+from mpjax.interpret.monitor.monitor import monitor
+from mpjax.interpret.monitor.report import KINDS
+from mpjax.interpret.monitor.statistics import statistics
+from mpjax.models import decoder
+from mpjax.train import build
+from mpjax.train.report.tensor_monitor import watched
 
 EVERY = 50
 FORMATS = ("e4m3", "e5m2", "bf16", "fp16")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from bench_recipes import Config, measure  # noqa: E402
+from bench_recipes import Config, measure
 
 from benchmarks.common.page import table, write
 

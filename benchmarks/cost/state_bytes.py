@@ -21,15 +21,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import numpy as np
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.models import decoder  # noqa: E402
-from mpjax.optim import make_optimizer  # noqa: E402
-from mpjax.precision import get_precision  # noqa: E402
-from mpjax.train import build  # noqa: E402
-from mpjax.train.report.memory import state_bytes  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.models import decoder
+from mpjax.optim import make_optimizer
+from mpjax.precision import get_precision
+from mpjax.train import build
+from mpjax.train.report.memory import state_bytes
 
 V, L, D, H, F = 512, 1, 256, 8, 704  # vocabulary, layers, width, heads, MLP width
 MATRICES = V * D + L * (4 * D * D + 3 * D * F)  # tied embedding; q k v o; gate, up, down

@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.common.page import ROOT
 
 SECONDS, SHARE, SPARE = 5.0, 10, 100 * 10**6  # the bars: time, times the file's size, bytes on top
 # When a child is ended: by the time of its cores, which a busy machine does not lengthen, and by a

@@ -32,17 +32,16 @@ from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-TESTS = Path(__file__).resolve().parents[1]
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from benchmarks.common.page import ROOT, table, write  # noqa: E402
-from benchmarks.numerics import layouts  # noqa: E402
-from mpjax.files import write_text  # noqa: E402
-from mpjax.ops.dot import dot  # noqa: E402
-from mpjax.precision import recipe_names  # noqa: E402
-from tests.compiling import plain_code  # noqa: E402
+from benchmarks.common.page import ROOT, table, write
+from benchmarks.numerics import layouts
+from mpjax.files import write_text
+from mpjax.ops.dot import dot
+from mpjax.precision import recipe_names
+from tests.compiling import plain_code
 
 TOGETHER = 30  # orders in one program
 ROUNDS = 88

@@ -18,14 +18,14 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.optim.moments.low_moments import MomentState, low_moments, widen  # noqa: E402
-from mpjax.precision import Moments  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.optim.moments.low_moments import MomentState, low_moments, widen
+from mpjax.precision import Moments
 
 STEPS, HIGH, SMALL, B2 = 4000, 50, 0.01, 0.999
 SHAPE = (64, 256)

@@ -15,18 +15,18 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.errors import ConfigError  # noqa: E402
-from mpjax.ops import norm  # noqa: E402
-from mpjax.optim import global_norm  # noqa: E402
-from mpjax.precision import parse_policy  # noqa: E402
-from tests.formats.oracle import slow_quantize  # noqa: E402
-from tests.formats.test_rounding_ends import CARRIERS, FORMATS, mismatches  # noqa: E402
-from tests.formats.test_subnormal import X, ours  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.errors import ConfigError
+from mpjax.ops import norm
+from mpjax.optim import global_norm
+from mpjax.precision import parse_policy
+from tests.formats.oracle import slow_quantize
+from tests.formats.test_rounding_ends import CARRIERS, FORMATS, mismatches
+from tests.formats.test_subnormal import X, ours
 
 NAMES = (
     *("e4m3", "e5m2", "e3m2", "e2m3", "e2m1", "e3m3", "e4m4", "e5m3", "float16"),

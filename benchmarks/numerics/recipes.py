@@ -19,11 +19,11 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import formats  # noqa: E402  # sets XLA flags before JAX starts
-from common.product_error import Outliers, with_outliers  # noqa: E402
+import formats  # sets XLA flags before JAX starts
+from common.product_error import Outliers, with_outliers
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.precision import parse_dtype  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.precision import parse_dtype
 
 PAIRS = ("int8-tensor", "int8-block", "e4m3-tensor", "e4m3-block")
 # (pair, factor of the outlier channels, place)

@@ -15,13 +15,13 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.formats import Format, round_to  # noqa: E402
-from tests.formats.oracle import DTYPES, KNOWN, NO_NAN, cast, patterns, same  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.formats import Format, round_to
+from tests.formats.oracle import DTYPES, KNOWN, NO_NAN, cast, patterns, same
 
 PATTERNS, DRAWS, CHUNK = 10_000_000, 1_000_000, 1_000_000
 STOCHASTIC = ("e4m3", "e5m2", "e2m1", "bfloat16", "q8.8")

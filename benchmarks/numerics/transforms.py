@@ -19,11 +19,11 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402
+import jax
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.precision import get_recipe, recipe_names  # noqa: E402
-from tests.ops import straight_through  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.precision import get_recipe, recipe_names
+from tests.ops import straight_through
 
 KEYS = 16
 

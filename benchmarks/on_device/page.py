@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.page import ROOT
 from benchmarks.on_device import chart
 from benchmarks.on_device.cells import CELLS, PARTS
 from benchmarks.on_device.files import write
 from benchmarks.on_device.tables import TABLES, gigabytes, table
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "evidence"
 COMMAND = "make verify-device"
 NOT_MEASURED = "not measured on an accelerator"

@@ -13,9 +13,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.page import ROOT
 from benchmarks.on_device.cells import Cell
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def carried(wheels: Path, scratch: Path) -> list[str]:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common.finetune_report import above  # noqa: E402
+from common.finetune_report import above
 
 from benchmarks.common.page import ROOT, table, write
-from mpjax.report import interval  # noqa: E402
+from mpjax.report import interval
 
 OUT = ROOT / "runs" / "evidence" / "finetune"
 # name -> command

@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-import low_bit_products as experiment  # noqa: E402
-import sweep  # noqa: E402
+import low_bit_products as experiment
+import sweep
 
-from benchmarks.common.arms import losses  # noqa: E402
+from benchmarks.common.arms import losses
 from benchmarks.common.page import ROOT, table, write
-from mpjax.precision import Operand, Precision, Recipe, get_precision, get_recipe  # noqa: E402
-from mpjax.report import gaps  # noqa: E402
+from mpjax.precision import Operand, Precision, Recipe, get_precision, get_recipe
+from mpjax.report import gaps
 
 SEEDS = 32
 OUT = ROOT / "runs" / "evidence" / "fp8_parts"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-import image_cnn as experiment  # noqa: E402
+import image_cnn as experiment
 import numpy as np
 
 from benchmarks.common.page import ROOT, table, write

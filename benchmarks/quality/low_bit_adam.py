@@ -23,22 +23,22 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import sweep  # noqa: E402
+import sweep
 
-from benchmarks.quality import low_bit_adam  # noqa: E402  # sets XLA flags before JAX starts
+from benchmarks.quality import low_bit_adam  # sets XLA flags before JAX starts
 
-import jax  # noqa: E402  # isort: skip
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
+import jax  # isort: skip
+import jax.numpy as jnp
+import numpy as np
+import optax
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax import report  # noqa: E402
-from mpjax.optim import quantize_blocks  # noqa: E402
-from mpjax.optim.moments.dither import dither_key  # noqa: E402
-from mpjax.optim.moments.low_moments import low_moments  # noqa: E402
-from mpjax.precision import Moments  # noqa: E402
-from mpjax.report import Outcome  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax import report
+from mpjax.optim import quantize_blocks
+from mpjax.optim.moments.dither import dither_key
+from mpjax.optim.moments.low_moments import low_moments
+from mpjax.precision import Moments
+from mpjax.report import Outcome
 
 BOUND, STATE, LINEAR, WEIGHTS = 0.3, 2.1, 10.0, 6e-5  # percent, bytes, percent, absolute
 BLOCKWISE, LINEAR_ARM = "Adam int8@256", "Adam int8-linear,rounding=nearest"

@@ -28,22 +28,22 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from common import launch  # noqa: E402, F401  # sets XLA flags before JAX starts
+from common import launch  # noqa: F401  # sets XLA flags before JAX starts
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.data import Tokenizer, validation_batches  # noqa: E402
-from mpjax.data.assets import fetch  # noqa: E402
-from mpjax.models import (  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.data import Tokenizer, validation_batches
+from mpjax.data.assets import fetch
+from mpjax.models import (
     Variant,
     compare,
     input_moments,
     quantize_weights,
     save_weights,
 )
-from mpjax.models.core.storage import stored_bytes  # noqa: E402
-from mpjax.models.hf import load_checkpoint, open_checkpoint  # noqa: E402
-from mpjax.models.inference.perplexity import markdown  # noqa: E402
-from mpjax.optim import prune_weights  # noqa: E402
+from mpjax.models.core.storage import stored_bytes
+from mpjax.models.hf import load_checkpoint, open_checkpoint
+from mpjax.models.inference.perplexity import markdown
+from mpjax.optim import prune_weights
 
 BATCHES, SEQ = 16, 256
 MODULES = ("argparse", "subprocess", "statistics", "random", "logging/__init__", "typing")

@@ -15,13 +15,13 @@ import os
 import subprocess
 import sys
 
-import low_bit_products as experiment  # noqa: E402
+import low_bit_products as experiment
 
-from benchmarks.common.arms import losses  # noqa: E402
+from benchmarks.common.arms import losses
 from benchmarks.common.page import ROOT, table, write
-from mpjax.data import load_corpus  # noqa: E402
-from mpjax.precision import get_precision  # noqa: E402
-from mpjax.report import gaps  # noqa: E402
+from mpjax.data import load_corpus
+from mpjax.precision import get_precision
+from mpjax.report import gaps
 
 CLOSE = ("fp8", "fp8-delayed", "fp8-block", "mxfp8", "int8", "int8-switchback")
 # What each process trains, and how many seeds, fixed beforehand; a seed takes 12 s of a core.

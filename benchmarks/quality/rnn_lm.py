@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import sys
 
-import rnn_lm as experiment  # noqa: E402
+import rnn_lm as experiment
 
 from benchmarks.common.page import ROOT, write
-from mpjax.report import gap  # noqa: E402
-from mpjax.report.comparison_table import markdown_table  # noqa: E402
+from mpjax.report import gap
+from mpjax.report.comparison_table import markdown_table
 
 SEEDS = 4
 

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np  # noqa: E402
+import numpy as np
 
 from benchmarks.common.page import table, write
 from benchmarks.fuzz import mutants

@@ -27,12 +27,12 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("XLA_FLAGS", None)  # one device, whatever the caller's tests run under
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from benchmarks.common.page import ROOT, table, write  # noqa: E402
-from mpjax.train.checkpoint import digest, leaves, store  # noqa: E402
-from mpjax.train.checkpoint.reader import CheckpointReader  # noqa: E402
-from mpjax.train.report.metrics_writer import read_metrics  # noqa: E402
+from benchmarks.common.page import ROOT, table, write
+from mpjax.train.checkpoint import digest, leaves, store
+from mpjax.train.checkpoint.reader import CheckpointReader
+from mpjax.train.report.metrics_writer import read_metrics
 
 TRIALS, STEPS, SEED = 20, 40, 0
 SETTINGS = (

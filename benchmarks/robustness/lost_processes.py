@@ -24,7 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import ROOT, table, write
 from benchmarks.robustness.kill_resume import Bits, Run, different
 
 STEPS, SEED, BAR = 40, 0, 60.0
@@ -194,5 +194,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.chdir(Path(__file__).resolve().parents[2])
+    os.chdir(ROOT)
     sys.exit(main())

@@ -25,11 +25,11 @@ os.environ.setdefault(
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import flax.linen  # noqa: E402, F401  (for the forks)
-import jax  # noqa: E402, F401
+import flax.linen  # noqa: F401  (for the forks)
+import jax  # noqa: F401
 
-from benchmarks.common.page import ROOT, table, write  # noqa: E402
-from benchmarks.robustness.planted_readers import PLANTED, Planted  # noqa: E402
+from benchmarks.common.page import ROOT, table, write
+from benchmarks.robustness.planted_readers import PLANTED, Planted
 
 COPIED = ("mpjax", "tests", "benchmarks", "experiments", "pyproject.toml", "constraints.txt")
 LONGEST = 600  # seconds of one run of pytest: a test that hangs is no test that fails

@@ -15,17 +15,17 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-import time  # noqa: E402
-from typing import Any  # noqa: E402
+import time
+from typing import Any
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.interpret.audit.audit import audit  # noqa: E402
-from mpjax.interpret.audit.report import short  # noqa: E402
-from tests.interpret.audit.clean import CLEAN  # noqa: E402
-from tests.interpret.audit.leaky import PLANTS, Plant, line_of  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.interpret.audit.audit import audit
+from mpjax.interpret.audit.report import short
+from tests.interpret.audit.clean import CLEAN
+from tests.interpret.audit.leaky import PLANTS, Plant, line_of
 
 
 def gradient(fn: Any) -> Any:

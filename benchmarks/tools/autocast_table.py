@@ -14,14 +14,14 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from collections import Counter  # noqa: E402
+from collections import Counter
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from benchmarks.common.page import table, write  # noqa: E402
-from tests.interpret.autocast import test_table as test  # noqa: E402
-from tests.interpret.autocast.autocast_table import DEVIATES, FLOAT32_INSIDE, ROWS  # noqa: E402
+from benchmarks.common.page import table, write
+from tests.interpret.autocast import test_table as test
+from tests.interpret.autocast.autocast_table import DEVIATES, FLOAT32_INSIDE, ROWS
 
 PATTERNS = {
     "low": "made low by a product in autocast",

@@ -14,9 +14,9 @@ import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import jax  # noqa: E402
+import jax
 
-from benchmarks.common.page import table, write  # noqa: E402
+from benchmarks.common.page import table, write
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

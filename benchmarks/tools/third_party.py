@@ -35,18 +35,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Else XLA leaves out some of the roundings that the program asks for.
 os.environ["XLA_FLAGS"] = "--xla_allow_excess_precision=false"
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-import mpjax  # noqa: E402
-from benchmarks.common.page import table, write  # noqa: E402
-from benchmarks.tools.third_party_models import COMMITS, MODELS, Built, Decoder  # noqa: E402
+import mpjax
+from benchmarks.common.page import table, write
+from benchmarks.tools.third_party_models import COMMITS, MODELS, Built, Decoder
 
 # Of each arm: rules, format and scaling of the control, unit roundoff of an operand and of a
 # cotangent (e5m2 in fp8). int8 by row: half a step of 1/127 of the largest of a row, which is about

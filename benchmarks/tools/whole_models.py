@@ -17,25 +17,23 @@ import importlib.metadata
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Else XLA leaves out some of the roundings that the program asks for.
 os.environ["XLA_FLAGS"] = "--xla_allow_excess_precision=false"
 
-import autocast_any  # noqa: E402  # sets XLA flags before JAX starts
+import autocast_any  # sets XLA flags before JAX starts
 
-import jax  # noqa: E402  # isort: skip
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax  # isort: skip
+import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.common.page import table, write  # noqa: E402
-from mpjax.data import Corpus, load_corpus, validation_batches  # noqa: E402
-from mpjax.interpret.autocast.autocast import autocast  # noqa: E402
-from mpjax.report import gaps, interval  # noqa: E402
-from tests.interpret.audit.stablehlo import low_share, product_flops  # noqa: E402
+from benchmarks.common.page import table, write
+from mpjax.data import Corpus, load_corpus, validation_batches
+from mpjax.interpret.autocast.autocast import autocast
+from mpjax.report import gaps, interval
+from tests.interpret.audit.stablehlo import low_share, product_flops
 
 LIBRARIES = {"linen": "Flax Linen", "nnx": "Flax NNX", "equinox": "Equinox", "haiku": "Haiku"}
 PACKAGES = ("equinox", "dm-haiku")

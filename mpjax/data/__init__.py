@@ -1,53 +1,24 @@
 """Text sources, tokenizers and input pipelines."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
+from mpjax.data.buckets import Batch, bucket_batches, eval_batches
 from mpjax.data.corpus import Corpus, load_corpus
+from mpjax.data.images import Images, image_batches, load_images
+from mpjax.data.labelled import LabelledTexts, load_labelled
+from mpjax.data.masking import segment_pairs
+from mpjax.data.pairs import load_pairs
 from mpjax.data.pipeline import ValidationBatches, batches, validation_batches
 from mpjax.data.split import split_documents
+from mpjax.data.tagged import load_tagged, most_frequent_tags
 from mpjax.data.text import Document, read_documents
+from mpjax.data.tokenizers.characters import Characters
 from mpjax.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
-from mpjax.lazy import lazy_names
-
-if TYPE_CHECKING:
-    from mpjax.data.buckets import Batch, bucket_batches, eval_batches
-    from mpjax.data.images import Images, image_batches, load_images
-    from mpjax.data.labelled import LabelledTexts, load_labelled
-    from mpjax.data.masking import segment_pairs
-    from mpjax.data.pairs import load_pairs
-    from mpjax.data.tagged import load_tagged, most_frequent_tags
-    from mpjax.data.tokenizers.characters import Characters
-    from mpjax.data.tokenizers.wordpiece import (
-        Example,
-        WordPiece,
-        load_wordpiece,
-        parse_wordpiece,
-        train_wordpiece,
-    )
-
-# Imported at first use.
-_LAZY = {
-    "Batch": "buckets",
-    "bucket_batches": "buckets",
-    "eval_batches": "buckets",
-    "LabelledTexts": "labelled",
-    "load_labelled": "labelled",
-    "Images": "images",
-    "image_batches": "images",
-    "load_images": "images",
-    "segment_pairs": "masking",
-    "load_pairs": "pairs",
-    "load_tagged": "tagged",
-    "most_frequent_tags": "tagged",
-    "Example": "tokenizers.wordpiece",
-    "WordPiece": "tokenizers.wordpiece",
-    "load_wordpiece": "tokenizers.wordpiece",
-    "parse_wordpiece": "tokenizers.wordpiece",
-    "train_wordpiece": "tokenizers.wordpiece",
-    "Characters": "tokenizers.characters",
-}
+from mpjax.data.tokenizers.wordpiece import (
+    Example,
+    WordPiece,
+    load_wordpiece,
+    parse_wordpiece,
+    train_wordpiece,
+)
 
 __all__ = [
     "Batch",
@@ -79,7 +50,3 @@ __all__ = [
     "train_wordpiece",
     "validation_batches",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return lazy_names(__name__, _LAZY)(name)

@@ -94,7 +94,7 @@ def _round_pattern(
         rounded = lax.add(right(sig, s), as_uint(up))
     # With base = exponent - 1, adding the significand adds its leading one to the exponent.
     normal = lax.add(left(as_uint(base), _U(23)), left(rounded, s))
-    step = left(as_uint(lax.max(lax.add(quantum, _I(127)), _I(0))), _U(23))  # kept is 1 there
+    step = left(as_uint(lax.max(lax.add(quantum, _I(127)), _I(0))), _U(23))  # rounded is 1 there
     out = select(lax.eq(s, _U(25)), step, normal)
     out = select(lax.eq(rounded, _U(0)), _U(0), out)
 

@@ -296,7 +296,6 @@ def convolution(
     if recipe is None:
         return _convolution(x, kernel, policy, jnp.dtype(gradient_dtype), strides)
     return conv_general_dilated(
-        x, kernel, strides, _same(x.shape[1:3], kernel.shape[:2], strides), recipe, key=key,
-        amax=amax, compute_dtype=policy.compute_dtype, preferred_element_type=policy.output_dtype,
-        where=where,
+        x, kernel, strides, "SAME", recipe, key=key, amax=amax, where=where,
+        compute_dtype=policy.compute_dtype, preferred_element_type=policy.output_dtype,
     )  # fmt: skip

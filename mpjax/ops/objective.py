@@ -42,6 +42,11 @@ class Objective:
     count: Count
     parts: Callable[..., tuple[dict[str, Any], Any]] | None = None
 
+    @classmethod
+    def of_model(cls, model: Any) -> Objective:
+        """Returns a model's own `loss`, a mean by a batch's `weights` if it has any."""
+        return cls(model.loss, weight_sum)
+
     def __call__(self, params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
         """Returns the loss and the state."""
         return self.loss(params, batch, **options)

@@ -27,7 +27,7 @@ class Language:
 
     def objective(self, model: Any) -> ops.Objective:
         """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
-        return ops.Objective(model.loss, ops.weight_sum)
+        return ops.Objective.of_model(model)
 
     def judge(self, model: Any) -> Callable[..., dict[str, float]]:
         r"""Returns a function (params, batches) -> `loss` in nats a token and `perplexity`.

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from mpjax.errors import ConfigError
-from mpjax.ops import LossFn, Objective, weight_sum
+from mpjax.ops import LossFn, Objective
 from mpjax.optim import make_loss_scale, wrap
 from mpjax.precision import PrecisionSchedule, get_schedule
 from mpjax.train.preflight import require_room
@@ -31,10 +31,6 @@ class _Part(NamedTuple):
     abstract: TrainState
 
 
-def _own_loss(model: Any) -> Objective:
-    return Objective(model.loss, weight_sum)
-
-
 def build(
     model: Any,
     optimizer: optax.GradientTransformation | optax.MultiSteps,
@@ -45,7 +41,7 @@ def build(
     gate: bool = True,
     patience: int = 50,
     accumulate: int = 1,
-    objective: Callable[[Any], LossFn | Objective] = _own_loss,
+    objective: Callable[[Any], LossFn | Objective] = Objective.of_model,
     schedule: PrecisionSchedule | str | dict[str, Any] | None = None,
 ) -> tuple[TrainState, TrainStep]:
     """Initialises a model of ours on a mesh and compiles its train step.

@@ -16,7 +16,7 @@ from mpjax.ops.dot import dot
 from mpjax.precision import recipe_names
 
 sys.path.insert(0, str(Path(__file__).parent))
-import layouts  # noqa: E402
+import layouts
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

@@ -17,7 +17,7 @@ from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops import conv_general_dilated, dot_general
 
 sys.path.insert(0, str(Path(__file__).parent))
-import straight_through as s  # noqa: E402
+import straight_through as s
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

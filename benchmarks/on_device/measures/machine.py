@@ -8,10 +8,10 @@ import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[3]
+from benchmarks.common.page import ROOT
+
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax", "numpy",
     "ml_dtypes", "torch", "triton", "nvidia-cudnn-cu13", "nvidia-cublas",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ from mpjax.models import decoder, generate, quantize_weights
 from mpjax.models.core.storage import stored_bytes
 from mpjax.train import build
 
-ROOT = Path(__file__).resolve().parents[3]
 PROMPT, EVERY, SAMPLE = 128, 50, 4096
 
 

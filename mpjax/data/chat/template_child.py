@@ -39,7 +39,7 @@ def environment(refuse: Any) -> Any:
     class Generation(jinja2.ext.Extension):
         """The tag of what an assistant said; transformers masks by it, the text is the same."""
 
-        tags = {"generation"}  # noqa: RUF012  (as jinja2 reads it)
+        tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
@@ -74,7 +74,7 @@ def to_json(
 
 def now(form: str) -> str:
     """Returns the local time, as templates mean it."""
-    return datetime.datetime.now().strftime(form)  # noqa: DTZ005
+    return datetime.datetime.now().strftime(form)
 
 
 class Renderer:

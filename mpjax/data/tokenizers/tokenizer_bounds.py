@@ -220,7 +220,7 @@ def _plain_part(field: str, kind: str, part: dict[str, Any]) -> bool:
     return False
 
 
-def _plain_pattern(String: str | None = None, Regex: str | None = None) -> bool:  # noqa: N803
+def _plain_pattern(String: str | None = None, Regex: str | None = None) -> bool:
     if Regex is not None:
         return Regex in _KNOWN or bool(_NO_REPEAT.fullmatch(Regex))
     return bool(String)

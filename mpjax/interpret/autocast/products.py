@@ -1,4 +1,4 @@
-"""Products in a region of autocast: low operands, or quantised by a recipe."""
+"""Products under a CastPolicy: low operands, or quantised by a recipe."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def product(
     key: Any = None,
     gradients: Sides | None = None,
 ) -> Any:
-    """Returns a product whose floating-point operands are already in the dtype of the region.
+    """Returns a product whose floating-point operands are already in the low dtype of its policy.
 
-    It leaves in the region's output dtype, unless the function asked for a dtype of its own: a
+    It leaves in the policy's output dtype, unless the function asked for a dtype of its own: a
     `preferred_element_type` other than that of the operands.
 
     Args:
@@ -111,8 +111,8 @@ def add_bias(eqn: JaxprEqn, args: Sequence[Any], side: int) -> list[Any]:
 
 def _is_bias(eqn: JaxprEqn, free: int) -> bool:
     source: Any = eqn.invars[0].aval
-    producers: Any = eqn.outvars[0].aval
-    shape, rank = producers.shape, source.ndim
+    result: Any = eqn.outvars[0].aval
+    shape, rank = result.shape, source.ndim
     if not 0 < rank < len(shape) or rank not in (1, free):
         return False
     if eqn.primitive.name == "reshape":  # which only put axes of length one in

@@ -47,13 +47,13 @@ class CastRules:
     """Rules by path, first match wins; the last covers every path.
 
     Args:
-      rules: with the region that each gives.
+      rules: with the policy that each gives.
     """
 
     rules: tuple[tuple[Rule, CastPolicy], ...]
 
     def at(self, path: str) -> CastPolicy:
-        """Returns the region of a module path; the empty path stands outside every module."""
+        """Returns the policy of a module path; the empty path stands outside every module."""
         for rule, cast_policy in self.rules:
             if rule.pattern == "**" or (path and matches(rule.pattern, path)):
                 return cast_policy

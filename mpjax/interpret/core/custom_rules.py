@@ -124,11 +124,11 @@ def _residuals(params: dict[str, Any]) -> tuple[int, list[int | None]]:
     return tree.num_leaves - sum(source is not None for source in sources), sources
 
 
-def _cotangents(values_in: Any) -> list[Any]:
+def _cotangents(returned: Any) -> list[Any]:
     """The cotangents that a rule gives; since JAX 0.12 they come in a pair with its logs."""
-    if isinstance(values_in, tuple) and len(values_in) == 2 and isinstance(values_in[0], list):
-        return values_in[0]
-    return list(values_in)
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], list):
+        return returned[0]
+    return list(returned)
 
 
 def _vjp(
@@ -170,8 +170,8 @@ def _vjp(
         perturbed, residuals, outside, like = saved
         jaxpr, _ = p["fwd_jaxpr_thunk"].call_wrapped(*perturbed.flags)
         own, sources = _residuals(p)
-        values_in = iter(jaxpr.outvars[:own])
-        atoms = [next(values_in) if s is None else p["call_jaxpr"].jaxpr.invars[s] for s in sources]
+        left = iter(jaxpr.outvars[:own])
+        atoms = [next(left) if s is None else p["call_jaxpr"].jaxpr.invars[s] for s in sources]
         # A number that the forward rule keeps, the backward rule knows, which may branch on it.
         known = [isinstance(atom, Literal) for atom in atoms]
         avals = [atom.aval for atom, fixed in zip(atoms, known, strict=True) if not fixed]

@@ -59,13 +59,18 @@ def find_cure(program: Program, first_fault: FirstFault, exact: float | None) ->
     if not low:
         return NONE
     if _is_cured(program, first_fault, *whole[-1]):
-        working, failing = len(paths), -1  # every module that holds one that will do will do
-        while working - failing > 1:
-            middle = (working + failing) // 2
-            cured = _is_cured(program, first_fault, *whole[middle])
-            working, failing = (middle, failing) if cured else (working, middle)
-        return whole[working][0]
+        # Every module that holds one that will do will do.
+        cured = lambda index: _is_cured(program, first_fault, *whole[index])  # noqa: E731
+        return whole[_least(-1, len(paths), cured)][0]
     return _of_this_value(program, first_fault, exact, [*([alone] if may_do else []), *whole])
+
+
+def _least(failing: int, working: int, works: Callable[[int], bool]) -> int:
+    """The least number that works, by halving; all above one that works do too."""
+    while working - failing > 1:
+        middle = (working + failing) // 2
+        working, failing = (middle, failing) if works(middle) else (working, middle)
+    return working
 
 
 def _may_fit(first_fault: FirstFault, exact: float | None) -> bool:
@@ -209,8 +214,5 @@ def _lower_scale(program: Program, first_fault: FirstFault) -> str:
     most = int(math.log2(largest))
     if not clean(most):
         return ""
-    working, failing = most, 0
-    while working - failing > 1:
-        middle = (working + failing) // 2
-        working, failing = (middle, failing) if clean(middle) else (working, middle)
-    return f"a loss scale 2^{working} lower: {largest:g} -> {largest / 2**working:g}"
+    power = _least(0, most, clean)
+    return f"a loss scale 2^{power} lower: {largest:g} -> {largest / 2**power:g}"

@@ -186,7 +186,7 @@ def _report(program: Program, first_fault: FirstFault) -> Nonfinite:
 def _measured(
     first_fault: FirstFault,
 ) -> tuple[tuple[Range, ...], tuple[int, ...] | None, float | None]:
-    """The ranges of the culprit's inputs, the broken shards, and what it gives in float32."""
+    """The ranges of the first fault's inputs, the broken shards, and what it gives in float32."""
     found, records = first_fault.found, first_fault.records
     eqn = first_fault.instrumented.sites[found.key].eqn
     row = np.asarray(records[RANGES, *found.key])[found.stands]

@@ -60,7 +60,7 @@ def runs_wide(eqn: JaxprEqn) -> bool:
     )
 
 
-def _mixed(eqn: JaxprEqn, inputs: Sequence[Any]) -> bool:
+def _mixed(eqn: JaxprEqn, dtypes: Sequence[Any]) -> bool:
     """Whether it was traced low and comes in float32 already."""
     recorded = [a.aval.dtype for a in eqn.invars if hasattr(a.aval, "dtype") and is_float(a.aval)]
-    return list(inputs) != recorded
+    return list(dtypes) != recorded

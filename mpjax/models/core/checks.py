@@ -101,10 +101,10 @@ def keep_of(
       >>> keep_of({"attention_mask": np.array([[1, 0]])}, "decoder").tolist()
       [[1, 0]]
     """
-    weights = batch.get(keep)
+    own = batch.get(keep)
     if batch.get(mask) is None:
-        return weights
-    if weights is not None:
+        return own
+    if own is not None:
         raise ConfigError(f"{where}: the batch holds {keep} and {mask}; give one of them")
     found = as_array(batch[mask], f"{where}: {mask}")
     if jnp.issubdtype(found.dtype, jnp.floating):

@@ -63,6 +63,19 @@ def part_key(key: Any, name: str) -> Any:
     return jax.random.fold_in(key, int.from_bytes(name.encode()[:4], "little") % 2**31)
 
 
+def init_layers(init: Callable[[Any], Any], key: Any, layers: int) -> Any:
+    """Returns the parameters of equal layers along a leading axis.
+
+    Args:
+      init: key -> the parameters of one layer.
+      key: of the model; that of a layer does not depend on how many there are.
+      layers: how many.
+    """
+    first = part_key(key, "layers")
+    keys = jnp.stack([jax.random.fold_in(first, layer) for layer in range(layers)])
+    return jax.vmap(init)(keys)
+
+
 def stored(params: Any, precision: Precision) -> Any:
     """Returns drawn weights as stored: those of an fp8 rule as Quantized, a scale for each row."""
 

@@ -72,7 +72,7 @@ def read_safetensors(path: Path) -> Tensors:
             f"{path}: not a whole safetensors file ({printable(str(error), 200)}); fetch it again"
         ) from None
     tensors = {}
-    for name in file.keys():  # noqa: SIM118  (the file is no dict)
+    for name in file.keys():
         part = file.get_slice(name)
         dtype = _DTYPES.get(part.get_dtype())
         if dtype is None:

@@ -19,7 +19,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.core.checks import as_ids, below, language_inputs, targets_of
 from mpjax.models.core.layers import Embed, Linear, head_logits
-from mpjax.models.core.module import At, part_key
+from mpjax.models.core.module import At, init_layers, part_key
 from mpjax.models.core.network import Network
 from mpjax.models.recurrent.cell import Cell
 from mpjax.models.recurrent.config import RecurrentConfig, recurrent_config
@@ -70,10 +70,8 @@ class Recurrent(Network):
         """See `Network`."""
         c, x_TBD = self.config, jnp.zeros((1, 1, self.config.width))
         embed = self._embed(at).init(part_key(key, "embed"), jnp.zeros((1, 1), jnp.int32))
-        first = part_key(key, "layers")
-        keys = jnp.stack([jax.random.fold_in(first, layer) for layer in range(c.layers)])
-        cells = jax.vmap(lambda key: self._cell(at, 0).init(key, x_TBD, None)["params"])(keys)
-        tree = {"embed": embed["params"], "layers": {"cell": cells}}
+        draw = lambda key: self._cell(at, 0).init(key, x_TBD, None)["params"]  # noqa: E731
+        tree = {"embed": embed["params"], "layers": {"cell": init_layers(draw, key, c.layers)}}
         if not c.tied:
             tree["head"] = self._head(at).init(part_key(key, "head"), x_TBD)["params"]
         return {"recurrent": tree}

@@ -87,7 +87,7 @@ class Attention(Layer):
 
         Args:
           x_BTD: the tokens; None makes only the keys and values of the source.
-          sight: where they stand.
+          attention_context: where the tokens stand and what they attend to.
           cache: keys and values of earlier tokens, which those of these tokens join; across,
             those of the source, if they are known.
         """

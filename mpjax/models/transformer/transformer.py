@@ -17,7 +17,7 @@ from flax import linen as nn
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.models.core.layers import Embed, Norm
-from mpjax.models.core.module import At, part_key, unsharded
+from mpjax.models.core.module import At, init_layers, part_key, unsharded
 from mpjax.models.core.network import Network
 from mpjax.models.core.storage import Storage
 from mpjax.models.transformer.block import Attention, AttentionContext, Block
@@ -125,10 +125,9 @@ class Transformer:
         tree = {name: variables["params"] for name, variables in made.items() if variables}
         x = jnp.zeros((1, 1, self.config.width))
         context = AttentionContext(jnp.zeros(1, jnp.int32), source_BSD=x if self.cross else None)
-        block, first = self._block(0), part_key(key, "layers")
-        keys = jnp.stack([jax.random.fold_in(first, layer) for layer in range(self.config.layers)])
-        tree["layers"] = jax.vmap(lambda key: block.init(key, x, context)["params"])(keys)
-        return tree
+        block = self._block(0)
+        draw = lambda key: block.init(key, x, context)["params"]  # noqa: E731
+        return tree | {"layers": init_layers(draw, key, self.config.layers)}
 
     def __call__(
         self, p: Any, ids_BT: Any, attention_context: AttentionContext, *, kinds_BT: Any = None,

@@ -67,17 +67,17 @@ def called(eqn: Any) -> tuple[list[Any], list[Any]]:
     return ([] if body is None else [body]), eqn.invars
 
 
-def inputs_of(jaxpr: Any, kinds_in: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+def inputs_of(jaxpr: Any, sources: Sequence[frozenset[int]]) -> list[frozenset[int]]:
     """Returns for each output the inputs that its value depends on.
 
     Args:
       jaxpr: without the closure.
-      kinds_in: what each input depends on itself.
+      sources: what each input depends on itself.
 
     Returns:
-      Sets of numbers from `kinds_in`, and of RANDOM.
+      Sets of numbers from `sources`, and of RANDOM.
     """
-    known: dict[Any, frozenset[int]] = dict(zip(jaxpr.invars, kinds_in, strict=True))
+    known: dict[Any, frozenset[int]] = dict(zip(jaxpr.invars, sources, strict=True))
 
     def read(x: Any) -> frozenset[int]:
         return frozenset() if isinstance(x, core.Literal) else known.get(x, frozenset())

@@ -281,8 +281,8 @@ def _view(
     optimizer: optax.GradientTransformation, patterns: tuple[str, ...]
 ) -> optax.GradientTransformationExtraArgs:
     """One view of an optimizer, so that it equals itself; and none of what is a view already."""
-    viewed = getattr(optimizer.init, "__self__", None)
-    if isinstance(viewed, LayerView) and viewed.stacked == patterns:
+    owner = getattr(optimizer.init, "__self__", None)
+    if isinstance(owner, LayerView) and owner.stacked == patterns:
         return optax.with_extra_args_support(optimizer)
     view = LayerView(optimizer, patterns)
     return optax.GradientTransformationExtraArgs(view.init, view.update)
