@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeAlias
 
 import jax.numpy as jnp
 
-LossFn = Callable[..., tuple[Any, Any]]  # (params, batch, *, state, key, train) -> loss, state
-Count = Callable[[Any], Any]  # batch -> number of targets, or name -> number, or None
+from mpjax.typing import Array, Batch, LossFn, Model, ModelState, Params
+
+# batch -> number of targets, or of several losses name -> number; None if rows count alike
+Count: TypeAlias = Callable[[Batch], Array | dict[str, Array] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,19 +42,19 @@ class Objective:
 
     loss: LossFn
     count: Count
-    parts: Callable[..., tuple[dict[str, Any], Any]] | None = None
+    parts: Callable[..., tuple[dict[str, Array], ModelState]] | None = None
 
     @classmethod
-    def of_model(cls, model: Any) -> Objective:
+    def of_model(cls, model: Model) -> Objective:
         """Returns a model's own `loss`, a mean by a batch's `weights` if it has any."""
         return cls(model.loss, weight_sum)
 
-    def __call__(self, params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
+    def __call__(self, params: Params, batch: Batch, **options: object) -> tuple[Array, ModelState]:
         """Returns the loss and the state."""
-        return self.loss(params, batch, **options)
+        return self.loss(params, batch, **options)  # type: ignore[arg-type]
 
 
-def weight_sum(batch: Any) -> Any:
+def weight_sum(batch: Batch) -> Array | None:
     """Returns the sum of a batch's `weights`; None where it has none, and all count alike.
 
     Args:
@@ -66,7 +68,7 @@ def weight_sum(batch: Any) -> Any:
     return None if weights is None else jnp.sum(jnp.asarray(weights, jnp.float32))
 
 
-def rows_alike(batch: Any) -> None:
+def rows_alike(batch: Batch) -> None:
     """The count of a mean over the rows of a batch: all count alike.
 
     Example:
