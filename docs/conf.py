@@ -7,8 +7,12 @@ import os
 import pkgutil
 import shutil
 import sys
+from collections.abc import Container
 from pathlib import Path
 from types import FunctionType, GenericAlias, ModuleType
+
+from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 HERE = Path(__file__).resolve().parent
@@ -29,14 +33,14 @@ extensions = [
 ]
 html_theme, html_title, html_static_path = "sphinx_book_theme", "mpjax", []
 html_extra_path = ["llms.txt"]
-html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True}
+html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
 exclude_patterns = ["_build"]
 default_role = "code"  # docstrings are written with Markdown's backticks
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the outputs are those that the notebooks were committed with
 autodoc_member_order, autodoc_typehints = "groupwise", "none"
-autodoc_default_options = {"members": True, "imported-members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "imported-members": True}
 napoleon_numpy_docstring, napoleon_use_rtype = False, False
 suppress_warnings = ["mystnb.unknown_mime_type", "config.cache"]
 copybutton_exclude = ".linenos, .gp, .go"
@@ -60,6 +64,7 @@ TITLES = {
     "mpjax.train.processes": "Several processes",
     "mpjax.train.report": "What a run tells",
     "mpjax.report": "Tables and plots",
+    "mpjax.typing": "Types",
 }
 
 
@@ -67,7 +72,9 @@ def public_packages() -> list[str]:
     """Returns the packages that export names, the outermost first."""
     found = ["mpjax"]
     for module in pkgutil.walk_packages(mpjax.__path__, "mpjax."):
-        if module.ispkg and getattr(importlib.import_module(module.name), "__all__", ()):
+        if not (module.ispkg or module.name == "mpjax.typing"):
+            continue
+        if getattr(importlib.import_module(module.name), "__all__", ()):
             found.append(module.name)
     return sorted(found, key=lambda name: list(TITLES).index(name))
 
@@ -109,9 +116,27 @@ def _entry(path: str, value: object) -> list[str]:
     return [f".. py:data:: {path}", f"   :value: {' '.join(repr(value).split())[:120]}"]
 
 
-def setup(app: object) -> None:
-    """Writes the API's pages, and copies notebooks and the list of changes."""
-    del app
+def undocumented(described: Container[str]) -> list[str]:
+    """Returns the public names that no page describes under any package that exports them."""
+    places: dict[tuple[str, int], list[str]] = {}
+    for name in public_packages():
+        package = importlib.import_module(name)
+        for each in package.__all__:
+            value = getattr(package, each)
+            if not isinstance(value, ModuleType):
+                places.setdefault((each, id(value)), []).append(f"{name}.{each}")
+    return [names[0] for names in places.values() if not any(n in described for n in names)]
+
+
+def check_names(app: Sphinx, exception: Exception | None) -> None:
+    """Fails the build where a public name has no entry."""
+    if exception is None and (missing := undocumented(app.env.domains["py"].objects)):
+        raise ExtensionError(f"public names without an entry: {', '.join(missing)}")
+
+
+def setup(app: Sphinx) -> None:
+    """Writes the API's pages, and copies the notebooks."""
+    app.connect("build-finished", check_names)
     write_api(HERE / "api")
     shutil.rmtree(HERE / "notebooks", ignore_errors=True)
     shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks")
