@@ -1,4 +1,4 @@
-"""Casts that change nothing or lose what is asked back, and sums kept in a low dtype."""
+"""Casts without need, casts down that are cast up again, and sums in a low dtype."""
 
 from __future__ import annotations
 
@@ -53,28 +53,26 @@ def double_casts(flow: Flow) -> tuple[Finding, ...]:
 
 
 def dead_casts(flow: Flow) -> tuple[Finding, ...]:
-    """Returns casts that nobody reads, and casts up that are only cast straight back."""
+    """Returns casts without readers, and casts up that are only cast straight back."""
     return _counted(_dead(flow))
 
 
 def _is_cast(step: Step | None) -> bool:
-    return step is not None and step.name == "convert_element_type" and _changes(step)
-
-
-def _changes(step: Step) -> bool:
+    if step is None or step.name != "convert_element_type":
+        return False
     old, new = step.ins[0].aval, step.outs[0].aval
     return is_float(old) and is_float(new) and old.dtype != new.dtype
 
 
 def _source(value: Value) -> Value:
-    """What a value is, but for its shape."""
+    """The value that this one is in another shape."""
     while value.step is not None and value.step.name in SHAPE and len(value.step.ins) == 1:
         value = value.step.ins[0]
     return value
 
 
 def _doubles(flow: Flow) -> Iterator[tuple[str, Step]]:
-    # A gradient that casts again what the forward pass cast keeps less: no waste.
+    # The backward pass may repeat a cast of the forward pass: that saves memory.
     made: dict[tuple[Value, str, bool], Step] = {}
     for step in flow.steps:
         if not _is_cast(step):

@@ -1,4 +1,4 @@
-"""Where a wide value of a program comes from, and who uses it."""
+"""Where a wide value of a program comes from, and which steps use it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpjax.interpret.core.op_lists import SHAPE
 
 
 class Origin(NamedTuple):
-    """What a wide value is made of: the first argument, constant or new array behind it.
+    """The first argument, constant or new array that a wide value is made of.
 
     Args:
       kind: `argument`, `constant`, `number` or `made`; `cast` if there is none, so that all of it
@@ -63,7 +63,7 @@ def is_argument(value: Value) -> bool:
 
 
 class Makers:
-    """The steps that made wide values of low ones, behind every wide value of a program.
+    """For every wide value of a program, the steps that made it wide from low ones.
 
     Args:
       flow: the program.
@@ -85,10 +85,8 @@ class Makers:
                 self._found[step] = bits
 
     def _bits(self, value: Value) -> int:
-        """Of the makers behind a value, through wide values only."""
-        if value.step is not None or not value.wide:
-            return self._found.get(value.step, 0) if value.step and value.wide else 0
-        bits, stack, visited = 0, list(value.same), {value}
+        """The makers behind a value, reached through wide values only."""
+        bits, stack, visited = 0, [value], set[Value]()
         while stack:
             value = stack.pop()
             if value not in visited and value.wide:
@@ -112,7 +110,7 @@ class Makers:
 
 
 def readers(value: Value) -> Iterator[tuple[Step, set[Value]]]:
-    """Yields the steps that first do more than move a value, with the values that are it."""
+    """Yields the first steps that do more than move a value, with the values that are it."""
     stack, inside = [value], {value}
     found: dict[Step, None] = {}
     while stack:

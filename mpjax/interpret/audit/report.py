@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
 from mpjax.interpret.audit.casts import Finding
 from mpjax.interpret.audit.donation import Undonated
 from mpjax.interpret.audit.hlo import Optimised
 from mpjax.interpret.audit.sections import Section, as_markdown, as_text
+from mpjax.typing import Json
 
 SHOWN = 20  # rows of a long table
 
@@ -71,7 +71,7 @@ class Leak:
 
     def __str__(self) -> str:
         where = self.path or "(no path)"
-        if not self.products:  # inside an operation that is not looked into
+        if not self.products:  # inside an operation that is not walked
             start = f"{self.line}: {where}: {self.mechanism}: {self.dtype}"
             return f"{start} in {self.origin}; {self.remedy}"
         reached = dict.fromkeys(f"{p.path or '(no path)'} {short(p.line)}" for p in self.products)
@@ -104,7 +104,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Audit:
-    """What a program really runs; `str` gives a table.
+    """What a program runs; `str` gives a table.
 
     Args:
       low: the low dtype of most product FLOPs; empty in a program that has none.
@@ -143,9 +143,9 @@ class Audit:
         """Returns the share of the product FLOPs whose wider operand has a dtype; 0 if none."""
         return self.by_dtype.get(dtype, Cost()).products / max(self.flops, 1)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Returns all of it as JSON-able values."""
-        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        found: dict[str, Json] = json.loads(json.dumps(dataclasses.asdict(self)))
         return found
 
     def to_markdown(self) -> str:

@@ -1,7 +1,7 @@
 """Which operands of a backward rule's products are gradients.
 
-A custom rule that someone wrote holds products of its own, and in them a recipe quantises what
-comes from the cotangents as it quantises gradients, everything else as what was kept from forward.
+A custom backward rule holds products of its own. A recipe quantises their operands that come from
+the cotangents as gradients, and all others as residuals.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def sides(closed: ClosedJaxpr, residuals: int) -> dict[int, Sides]:
     found: dict[int, Sides] = {}
     for step in flow.steps:
         if is_product(step.eqn):
-            before = found.get(id(step.eqn), (False, False))
-            left, right = (x in reached for x in step.ins[:2])
-            found[id(step.eqn)] = before[0] or left, before[1] or right
+            left, right = found.get(id(step.eqn), (False, False))
+            found[id(step.eqn)] = left or step.ins[0] in reached, right or step.ins[1] in reached
     return found
 
 
@@ -46,7 +45,7 @@ def of_sides(recipe: Recipe, gradients: Sides) -> Recipe:
     """Returns a recipe whose forward product takes the operands of a product in a backward rule.
 
     Args:
-      recipe: of the place.
+      recipe: of the product's path.
       gradients: which operands are gradients.
 
     Example:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr
@@ -15,8 +14,9 @@ from mpjax.interpret.autocast.rules import CastPolicy, CastRules
 from mpjax.interpret.core.control_flow import Rebind
 from mpjax.interpret.core.location import Location
 from mpjax.interpret.core.op_lists import Lists
-from mpjax.interpret.core.retrace import Result
+from mpjax.interpret.core.retrace import Bounds, Result
 from mpjax.interpret.core.walk import walk
+from mpjax.typing import Array, Key
 
 _log = logging.getLogger("mpjax.interpret")
 
@@ -32,10 +32,13 @@ class CastInterpreter:
     """
 
     def __init__(
-        self, cast_rules: CastRules, lists: Lists, said: set[str] | None = None, key: Any = None
+        self,
+        cast_rules: CastRules,
+        lists: Lists,
+        said: set[str] | None = None,
+        key: Key | None = None,
     ) -> None:
-        self.cast_rules = cast_rules
-        self.lists = lists
+        self.cast_rules, self.lists = cast_rules, lists
         self._said = set() if said is None else said
         self._key, self._drawn = key, 0
         self.paths: dict[str, None] = {}
@@ -49,7 +52,7 @@ class CastInterpreter:
             self._said.add(line)
             _log.warning("%s", line)
 
-    def draw(self, cast_policy: CastPolicy) -> Any:
+    def draw(self, cast_policy: CastPolicy) -> Key | None:
         """A key of its own for each product whose recipe draws; None without one."""
         if self._key is None or cast_policy.recipe is None or not cast_policy.recipe.uses_key:
             return None
@@ -57,7 +60,7 @@ class CastInterpreter:
         return jax.random.fold_in(self._key, self._drawn)
 
     def learn(self, rule: ClosedJaxpr, residuals: int) -> None:
-        """Takes note of the gradients in a backward rule, all its arguments after the kept ones."""
+        """Finds the gradients in a backward rule, whose cotangents stand behind its residuals."""
         if self.cast_rules.quantises:
             self._rules.append(rule)
             self.gradients |= sides(rule, residuals)
@@ -65,14 +68,12 @@ class CastInterpreter:
     def evaluate(
         self,
         closed: ClosedJaxpr,
-        args: Sequence[Any],
-        weak: Sequence[float | None],
+        args: Sequence[Array],
+        weak: Bounds,
         outer: Location,
         lists: Lists | None = None,
     ) -> Result:
-        """Evaluates a jaxpr; the note is, for each output, its bound if it is a weak constant."""
-        lists = self.lists if lists is None else lists
-        scope = CastScope(self, closed, args, weak, outer, lists)
+        """Evaluates a jaxpr; `weak` has the bounds of its inputs that are weak constants."""
+        scope = CastScope(self, closed, args, weak, outer, lists or self.lists)
         outs = walk(closed, args, scope.visit, outer, lines=False)
-        note = [scope.weak.bound(atom) for atom in closed.jaxpr.outvars]
-        return Result(list(outs), {}, note)
+        return Result(outs, {}, [scope.weak.bound(atom) for atom in closed.jaxpr.outvars])

@@ -1,8 +1,7 @@
 """What autocast does where: rules by path, read from dtypes, texts and Precisions.
 
-A Precision says more than a function alone can honour: how a loss is scaled, weights are updated,
-moments are stored and gradients are reduced. That is the optimizer's, `mpjax.optim.wrap` with the
-same Precision; here only its rules are read.
+Of a Precision only the rules are read: loss scale, update rule, moments and the gradients' dtype
+are for the optimizer, `mpjax.optim.wrap` with the same Precision.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from mpjax.precision import Precision, Recipe, get_precision
 from mpjax.precision.dtypes import dtype_name, parse_dtype
 from mpjax.precision.reading import parse_rule, parse_rules
 from mpjax.precision.rule import Rule, matches
+from mpjax.typing import DType, DTypeLike, Settings
 
 _COMPUTE = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -34,8 +34,8 @@ class CastPolicy:
       recipe: how products are quantised, or None.
     """
 
-    low: Any = None
-    output: Any = None
+    low: DType | None = None
+    output: DType | None = None
     recipe: Recipe | None = None
 
 
@@ -108,7 +108,7 @@ def _optimizers(precision: Precision) -> list[str]:
     return [name for name in names if getattr(precision, name) != getattr(plain, name)]
 
 
-def _of_dtype(dtype: Any) -> Precision:
+def _of_dtype(dtype: DTypeLike) -> Precision:
     name = dtype_name(dtype)
     rule = parse_rule(f"**=p=f32,c={name},o={name}")
     return Precision(name, (dataclasses.replace(rule, user=False),))
@@ -122,15 +122,17 @@ def _alone(rule: str | Rule, parsed: Rule) -> Rule:
     return dataclasses.replace(parsed, policy=parse_rule(f"{parsed.pattern}=fp32").policy)
 
 
-def cast_rules(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[CastRules, str]:
-    """Returns the regions that a dtype, a preset or a Precision and further rules mean.
+def cast_rules(
+    value: DTypeLike | Settings | Precision, rules: Sequence[str | Rule] = ()
+) -> tuple[CastRules, str]:
+    """Returns the rules that a dtype, a preset or a Precision and further rules mean.
 
     Args:
       value: a dtype or its name (`bf16`, `float16`, `fp32`), a policy or recipe, or a Precision.
       rules: `PATTERN=VALUE`, before those of `value`.
 
     Returns:
-      The regions; and a line about fields of the Precision that are the optimizer's, or nothing.
+      The rules; and a line about fields of the Precision that are the optimizer's, or nothing.
 
     Raises:
       ConfigError: a dtype that autocast does not compute in, or a rule that it cannot follow.
@@ -144,7 +146,8 @@ def cast_rules(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[CastRules,
         except (ConfigError, TypeError):
             dtype = None
         if dtype is None:  # not in the handler: a mistake in it is no consequence of the other
-            precision = get_precision(value)
+            other: Any = value  # of any type, for `get_precision` to refuse
+            precision = get_precision(other)
         else:
             if dtype not in _COMPUTE:
                 raise ConfigError(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from mpjax.interpret.core.op_lists import LOW
-from mpjax.interpret.core.retrace import is_float
+from mpjax.interpret.core.retrace import aval_of, is_float
 from mpjax.interpret.core.walk import equations
 
 SCALED = frozenset({"scaled_matmul", "scaled_matmul_wrapper"})  # of blocks, which stay as they are
@@ -26,18 +25,13 @@ def held_products(eqn: JaxprEqn) -> int:
     if eqn.primitive.name == "custom_linear_solve":
         params = {"solve": params["jaxprs"].solve}  # the others are for its derivatives
     return sum(
-        is_product(site.eqn) and _is_wide(site.eqn)
+        is_product(eqn) and any(aval_of(atom).dtype.itemsize >= 4 for atom in eqn.invars[:2])
         for held in _jaxprs(tuple(params.values()))
-        for site in equations(held, lines=False)
+        for eqn, _ in equations(held)
     )
 
 
-def _is_wide(eqn: JaxprEqn) -> bool:
-    operands: list[Any] = [atom.aval for atom in eqn.invars[:2]]
-    return any(aval.dtype.itemsize >= 4 for aval in operands)
-
-
-def _jaxprs(value: Any) -> Iterator[ClosedJaxpr]:
+def _jaxprs(value: object) -> Iterator[ClosedJaxpr]:
     if isinstance(value, ClosedJaxpr):
         yield value
     elif isinstance(value, Jaxpr):

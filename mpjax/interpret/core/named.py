@@ -7,15 +7,15 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import source_info_util
 
 from mpjax.errors import ConfigError
+from mpjax.typing import Tree
 
-Model = TypeVar("Model")
-# Where these come from, modules have paths by themselves.
+# Libraries whose modules have paths by themselves.
 _WITH_PATHS = {"flax.linen": "Flax Linen", "haiku": "Haiku"}
 # Bases of modules; their methods compute nothing.
 _BASES = frozenset(
@@ -207,7 +207,7 @@ class _Naming:
         return made
 
 
-def named(model: Model) -> Model:
+def named(model: Tree) -> Tree:
     """Returns a copy of a model whose modules' calls stand in scopes, by their attribute path.
 
     Flax Linen and Haiku leave the path of each module in what they compute, Equinox only class

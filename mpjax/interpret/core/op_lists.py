@@ -1,8 +1,8 @@
 """Which operations autocast runs low, which in float32: lists after PyTorch's, for JAX's names.
 
 An operation is known by the name of its primitive, or of the function that JAX keeps as one call
-(`jit[name=log_softmax]`, a custom rule). What JAX leaves no name of (softmax, logsumexp, norms) is
-covered by the primitives in it and by `float32_consumers`.
+(`jit[name=log_softmax]`, a custom rule). Functions that are no call in a jaxpr (softmax, logsumexp,
+norms) are covered by their primitives and by `float32_consumers`.
 
 References:
   PyTorch documentation, Automatic Mixed Precision package, Autocast Op Reference.
@@ -15,24 +15,16 @@ import difflib
 import importlib.util
 import os
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy
 import jax.scipy.special
-from jax.extend.core import JaxprEqn, Literal, primitives
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, primitives
 
 from mpjax.errors import ConfigError, brief
 from mpjax.interpret.core.walk import CUSTOM_RULES
 
-LOW = frozenset(
-    {
-        "dot_general",
-        "conv_general_dilated",
-        "ragged_dot",
-        "ragged_dot_general",
-    }
-)
+LOW = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
 # `reciprocal` is what autocast calls a division of a number and a power below zero.
 _TAILS = frozenset(
     {
@@ -56,14 +48,14 @@ FULL_CPU = frozenset(
         "weighted_logsoftmax",
     }
 )
-# Computed in float32 inside, given in the dtype of the input: what a kernel would do.
+# Computed in float32; the result has the dtype of the input, as a kernel's would.
 WIDE = frozenset(
     {
         *("logaddexp", "logaddexp2", "xlogy", "xlog1py", "_xlogx", "logit"),
         *("i0", "_i0", "log_ndtr", "diagonal"),
     }
 )
-# One operation to a reader: its parts follow the input, whatever the lists say of them.
+# One operation to a reader: its parts run in the dtype of the input, whatever list they are on.
 WHOLE = frozenset(
     {
         *("elu", "celu", "selu", "silu", "swish", "log_sigmoid", "leaky_relu", "glu"),
@@ -118,14 +110,14 @@ _LIBRARIES = tuple(
 )
 
 
-def _is_listed(jaxpr: Any) -> bool:
-    """Whether a function is a library's, whose name the lists mean: not a user's of that name."""
+def _is_listed(jaxpr: Jaxpr) -> bool:
+    """Whether a function is one of JAX or Optax, which the lists name, and no user's."""
     written = jaxpr.debug_info.func_src_info or ""  # `log_softmax at FILE:LINE`
     return written.partition(" at ")[2].startswith(_LIBRARIES)
 
 
 def operation(eqn: JaxprEqn) -> str:
-    """The operation that an equation is to a reader: a kept function's name, or its primitive."""
+    """The name that the lists have for an equation: that of its function, or its primitive's."""
     name = eqn.primitive.name
     if name in ("jit", "pjit"):
         return str(eqn.params["name"]) if _is_listed(eqn.params["jaxpr"].jaxpr) else name
@@ -157,10 +149,8 @@ class Lists:
 
     def kind(self, name: str) -> str | None:
         """`low`, `full`, `wide` or `widest`; None for a name on no list."""
-        for kind in ("low", "full", "wide", "widest"):
-            if name in getattr(self, kind):
-                return kind
-        return None
+        kinds = ("low", "full", "wide", "widest")
+        return next((kind for kind in kinds if name in getattr(self, kind)), None)
 
 
 LISTS = {
@@ -204,13 +194,11 @@ def make_lists(base: str, low: Iterable[str], full: Iterable[str], widest: Itera
                 near = difflib.get_close_matches(name, sorted(_KNOWN), n=3, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
                 raise ConfigError(f"autocast: {kind} names no operation {name!r}{hint}")
-    start = dataclasses.asdict(LISTS[base])
-    return Lists(
-        **{
-            kind: (old - frozenset(named)) | {n for n, k in named.items() if k == kind}
-            for kind, old in start.items()
-        }
-    )
+    moved = {
+        kind: (old - frozenset(named)) | {n for n, k in named.items() if k == kind}
+        for kind, old in dataclasses.asdict(LISTS[base]).items()
+    }
+    return Lists(**moved)
 
 
 def _is_operation(name: str) -> bool:

@@ -1,11 +1,10 @@
-"""Statistics of a tensor, as people ask for them."""
+"""Statistics of a tensor: shares, means and losses by format, from what was measured."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from mpjax.interpret.monitor.measure import (
     candidates,
     measure,
 )
+from mpjax.typing import Array, ArrayLike
 
 
 @functools.partial(
@@ -48,8 +48,8 @@ class Statistics:
       (600.0, 0.25, 0.25, 0.25)
     """
 
-    counts: Any
-    reals: Any
+    counts: Array
+    reals: Array
     formats: tuple[Candidate, ...]
 
     @property
@@ -58,52 +58,52 @@ class Statistics:
         return tuple(self.counts.shape[:-1])
 
     @property
-    def size(self) -> Any:
+    def size(self) -> Array:
         """How many numbers were measured."""
         return self.counts[..., :EXPONENTS].sum(-1)
 
     @property
-    def histogram(self) -> Any:
+    def histogram(self) -> Array:
         r"""Counts of $2^e \le |x| < 2^{e+1}$ for e = -126 .. 127, (..., 254)."""
         return self.counts[..., 1 : EXPONENTS - 1]
 
     @property
-    def zeros(self) -> Any:
+    def zeros(self) -> Array:
         """Share of zeros."""
         return self.counts[..., ZEROS] / self.size
 
     @property
-    def subnormal(self) -> Any:
+    def subnormal(self) -> Array:
         r"""Share of $0 < |x| < 2^{-126}$."""
         return (self.counts[..., 0] - self.counts[..., ZEROS]) / self.size
 
     @property
-    def nan(self) -> Any:
+    def nan(self) -> Array:
         """Share of NaNs."""
         return self.counts[..., NANS] / self.size
 
     @property
-    def infinite(self) -> Any:
+    def infinite(self) -> Array:
         """Share of infinities."""
         return (self.counts[..., EXPONENTS - 1] - self.counts[..., NANS]) / self.size
 
     @property
-    def max(self) -> Any:
+    def max(self) -> Array:
         """Largest finite number."""
         return self.reals[..., MAX]
 
     @property
-    def amax(self) -> Any:
+    def amax(self) -> Array:
         """Largest finite magnitude."""
         return self.reals[..., AMAX]
 
     @property
-    def mean(self) -> Any:
+    def mean(self) -> Array:
         """Mean of the finite numbers."""
         return self.reals[..., MEAN]
 
     @property
-    def rms(self) -> Any:
+    def rms(self) -> Array:
         """Root mean square of the finite numbers."""
         return self.reals[..., RMS]
 
@@ -117,7 +117,7 @@ class Statistics:
             )
         return self.formats.index(wanted)
 
-    def underflow(self, format: str, scaled: bool = False) -> Any:
+    def underflow(self, format: str, scaled: bool = False) -> Array:
         """Returns the share of numbers that are not zero and become zero in a format.
 
         Args:
@@ -126,11 +126,11 @@ class Statistics:
         """
         return self.counts[..., FIRST + 2 * self._place(format, scaled)] / self.size
 
-    def overflow(self, format: str, scaled: bool = False) -> Any:
+    def overflow(self, format: str, scaled: bool = False) -> Array:
         """Returns the share of numbers beyond the format's largest, infinities among them."""
         return self.counts[..., FIRST + 1 + 2 * self._place(format, scaled)] / self.size
 
-    def sqnr(self, format: str, scaled: bool = False) -> Any:
+    def sqnr(self, format: str, scaled: bool = False) -> np.ndarray:
         """Returns the ratio of signal to rounding noise in dB, inf where nothing was lost."""
         noise = np.asarray(self.reals[..., NOISE + self._place(format, scaled)], np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -138,7 +138,7 @@ class Statistics:
         return np.where(noise == 0, np.inf, ratio)
 
 
-def statistics(x: Any, formats: Sequence[str] = ()) -> Statistics:
+def statistics(x: ArrayLike, formats: Sequence[str] = ()) -> Statistics:
     """Returns the statistics of one array.
 
     Args:

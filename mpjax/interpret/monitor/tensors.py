@@ -1,4 +1,4 @@
-"""Which tensors of a program are worth a look: found in its flow, without running it.
+"""Which tensors of a program are measured: found in its flow, without running it.
 
 * weights: the floating-point leaves of the argument named `params`, else of the first argument;
 * activations: operands (`lhs`, `rhs`) and result (`product`) of each forward product, what a module
@@ -9,19 +9,20 @@
   program returns for each weight, a new weight or a gradient;
 * updates: new weights minus old ones, where the program returns new ones.
 
-A value is looked at once: operands that are an earlier tensor cast or reshaped are left out.
+A value is measured once: operands that are an earlier tensor cast or reshaped are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 from mpjax.interpret.core.dataflow import Flow, Step, Value
 from mpjax.interpret.core.op_lists import LOW
 from mpjax.interpret.core.retrace import is_float
 from mpjax.interpret.core.trace import Program
 from mpjax.interpret.monitor.weights import RENAMES, Leaf, behind, find_weights, sources_of
+from mpjax.typing import Shape
 
 _SQUARES, _ROOTS = ("square", "integer_pow", "mul"), ("sqrt", "rsqrt")
 _PARTS = ("split", "slice", "dynamic_slice", "squeeze")
@@ -53,14 +54,17 @@ class Tensors(NamedTuple):
       weights: among the arguments.
       paths: of all modules.
       shapes: of the weights.
-      held: keeps the equations, so that their ids stay their own.
+      flow: keeps the equations, so that their ids stay their own.
     """
 
     marks: dict[int, list[Mark]]
     weights: list[Leaf]
     paths: list[str]
-    shapes: frozenset[tuple[int, ...]]
-    held: Any
+    shapes: frozenset[Shape]
+    flow: Flow
+
+
+_Marker: TypeAlias = Callable[[Step, Mark], None]
 
 
 def find_tensors(program: Program) -> Tensors:
@@ -80,7 +84,7 @@ def find_tensors(program: Program) -> Tensors:
     return Tensors(marks, weights, list(flow.paths), shapes, flow)
 
 
-def _mark_gradients(flow: Flow, weights: Sequence[Leaf], mark: Any) -> set[Value]:
+def _mark_gradients(flow: Flow, weights: Sequence[Leaf], mark: _Marker) -> set[Value]:
     """Marks where gradients of weights leave the backward pass; returns these values."""
     found: set[Value] = set()
     for leaf in weights:
@@ -110,18 +114,13 @@ def _is_square(step: Step) -> bool:
 
 
 def _renamed(value: Value) -> Value:
-    """What a value is but for its shape and dtype."""
+    """The value that this one is, cast or laid out anew."""
     while True:
-        if len(value.same) == 1 and value.same[0].aval.size == value.aval.size:
-            value = value.same[0]
-        elif (
-            value.step is not None
-            and value.step.name in RENAMES
-            and value.step.ins[0].aval.size == value.aval.size
-        ):
-            value = value.step.ins[0]
-        else:
+        renames = value.step is not None and value.step.name in RENAMES
+        source = next(behind(value), None) if renames or len(value.same) == 1 else None
+        if source is None or source.aval.size != value.aval.size:
             return value
+        value = source
 
 
 def _is_weight(value: Value, weights: set[Value]) -> bool:
@@ -135,7 +134,7 @@ def _is_weight(value: Value, weights: set[Value]) -> bool:
             continue
         visited.add(value)
         if value.step is None or value.step.name in _PARTS:
-            todo += [v for v in behind(value)][:1] if value.step else value.same
+            todo += value.step.ins[:1] if value.step else value.same
             continue
         ins = [v for v in value.step.ins if getattr(v.aval, "size", 0) == value.aval.size]
         ins = [v for v in ins if v.step is None or v.step.name != "broadcast_in_dim"]
@@ -151,12 +150,9 @@ def _is_cotangent(value: Value, visited: frozenset[Value] = frozenset()) -> bool
     return any(_is_cotangent(v, visited | {value}) for v in value.same)
 
 
-def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark: Any) -> None:
+def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark: _Marker) -> None:
     visited: set[Value] = set()
     sites = _sites([step for step in flow.steps if step.name in LOW])
-
-    def is_weight(value: Value) -> bool:
-        return _is_weight(value, weights)
 
     def new(value: Value) -> bool:
         root = _renamed(value)
@@ -167,12 +163,11 @@ def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark:
 
     for step in flow.steps:
         if step.name in LOW:
-            site, holds = sites[id(step)], [is_weight(v) for v in step.ins[:2]]
+            site, holds = sites[id(step)], [_is_weight(v, weights) for v in step.ins[:2]]
             kind = "activation_gradients" if step.transposed else "activations"
             for i, (value, role) in enumerate(zip(step.ins[:2], ("lhs", "rhs"), strict=True)):
-                if holds[i] or _is_cotangent(value) != step.transposed or not new(value):
-                    continue
-                mark(step, Mark(kind, i, ("product" if step.transposed else role) + site))
+                if not holds[i] and _is_cotangent(value) == step.transposed and new(value):
+                    mark(step, Mark(kind, i, ("product" if step.transposed else role) + site))
             out = step.outs[0]
             if _renamed(out) in gradients or out in gradients or not new(out):
                 continue
@@ -195,7 +190,7 @@ def _is_batched(step: Step) -> bool:
 
 
 def _leaves(value: Value, step: Step) -> bool:
-    """Whether a module gives this value: something forward outside of it reads it."""
+    """Whether this is an output of a module: a forward operation outside of it reads it."""
     inside = f"{step.location.path}/"
     ways = (value, *value.joins)
     readers = [r for v in ways for r in v.readers if not r.location.backward]
@@ -206,8 +201,8 @@ def _leaves(value: Value, step: Step) -> bool:
 
 
 def _sites(steps: Sequence[Step]) -> dict[int, str]:
-    """What tells the products of one module apart: the number of their line, from the second on."""
-    lines: dict[Any, dict[str, None]] = {}
+    """For each product the number of its line among those of its module; empty for a single one."""
+    lines: dict[tuple[str, bool], dict[str, None]] = {}
     for step in steps:
         lines.setdefault((step.location.path, step.transposed), {})[step.location.line] = None
     found = {}
@@ -223,7 +218,7 @@ def _sites(steps: Sequence[Step]) -> dict[int, str]:
 def _feeds_softmax(step: Step) -> bool:
     """Whether a maximum is the one that a softmax subtracts, of numbers that a product gave."""
 
-    def passes(start: Value, wanted: str, through: frozenset[str] | set[str]) -> list[Step]:
+    def passes(start: Value, wanted: str, through: frozenset[str]) -> list[Step]:
         found, todo = [], [start]
         for value in todo:
             for reader in [r for v in (value, *value.joins) for r in v.readers]:

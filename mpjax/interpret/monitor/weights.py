@@ -17,7 +17,7 @@ RENAMES = SHAPE | {
     *("copy", "copy_p", "convert_element_type", "optimization_barrier", "pvary"),
     *("settled", "with_derivative"),
 }
-# What a new weight is made of its old one by: a sum, a choice, a cast, and the bits of a rounding.
+# By which a new weight is made of its old one: sums, choices, casts and operations on bits.
 _ADDS = RENAMES | {
     *("add", "sub", "select_n", "bitcast_convert_type", "reduce_precision", "clamp", "max", "min"),
     *("and", "or", "xor", "not", "shift_left", "shift_right_logical", "shift_right_arithmetic"),
@@ -50,17 +50,14 @@ def _keys(name: str) -> tuple[str, ...]:
 
 def _outputs(program: Program) -> list[tuple[str, ...]]:
     """The path of each output array."""
-    count = len(program.closed.jaxpr.outvars)
-    tree = program.rebuild([_Number(i) for i in range(count)])
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    found = {
-        leaf: _keys(jax.tree_util.keystr(p)) for p, leaf in leaves if isinstance(leaf, _Number)
-    }
+    tree = program.rebuild([_Number(i) for i in range(len(program.closed.jaxpr.outvars))])
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {n: _keys(jax.tree_util.keystr(p)) for p, n in leaves if isinstance(n, _Number)}
     return [found[i] for i in sorted(found)]
 
 
 class _Number(int):
-    """The number of an output, in its place."""
+    """The number of an output, which stands for it in the tree that the function returned."""
 
 
 def find_weights(program: Program, flow: Flow) -> list[Leaf]:
@@ -78,13 +75,11 @@ def find_weights(program: Program, flow: Flow) -> list[Leaf]:
         if is_float(avals[i]):
             found[i] = path[cut:]
     new, gradient = _returned(flow, found, _outputs(program))
-    return [
-        Leaf(
-            "/".join(rest) or program.names[i], i, _is_layered(flow.args[i]), new.get(i),
-            gradient.get(i),
-        )
-        for i, rest in found.items()
-    ]  # fmt: skip
+    leaves = []
+    for i, rest in found.items():
+        name, layered = "/".join(rest) or program.names[i], _is_layered(flow.args[i])
+        leaves.append(Leaf(name, i, layered, new.get(i), gradient.get(i)))
+    return leaves
 
 
 def _returned(
@@ -120,11 +115,8 @@ def _returned(
 
 
 def behind(value: Value) -> Iterator[Value]:
-    """What a value is made of, one step back; itself only where it is a join."""
-    if value.same:
-        yield from value.same
-    elif value.step is not None:
-        yield from value.step.ins
+    """The values that a join is one of, or the operands of the operation that makes a value."""
+    yield from value.same or (value.step.ins if value.step is not None else ())
 
 
 def _adds(new: Value, old: Value) -> bool:
@@ -142,7 +134,7 @@ def _adds(new: Value, old: Value) -> bool:
 
 
 def _leaves_backward(value: Value) -> bool:
-    """Whether a value is what the backward pass gave, at most cast or laid out anew."""
+    """Whether a value is a result of the backward pass, at most cast or laid out anew."""
     while value.step is not None and not value.step.transposed:
         if value.step.name not in RENAMES or not value.step.ins:
             return False

@@ -1,9 +1,9 @@
 """Which pass an equation belongs to: forward, backward or optimizer.
 
-JAX marks what it transposed. It does not mark the derivatives that it computes on the way forward
-and keeps for the backward pass, such as 1 / (2 sqrt(x)): an equation is backward as well if nothing
-but backward equations reads what it gives. What comes after the last transposed equation, outside
-every differentiation, is the optimizer's, unless it only follows from the forward pass (a metric).
+JAX marks transposed equations. It does not mark the derivatives that it computes in the forward
+pass as residuals, such as 1 / (2 sqrt(x)): an equation whose results only backward equations read
+is backward as well. An equation behind the last transposed one, outside every differentiation, is
+the optimizer's, unless it depends on the forward pass alone (a metric).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 from mpjax.interpret.core.location import Location, location_of
 from mpjax.interpret.core.walk import inner_jaxprs
 
-_WHOLE = ("scan", "while", "cond", "shard_map")  # what their outputs follow from is not told apart
+_WHOLE = ("scan", "while", "cond", "shard_map")  # each output depends on all inputs
 
 
 def held_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
@@ -57,18 +57,15 @@ def direction(closed: ClosedJaxpr, key: Sequence[int | None]) -> str:
 
 
 def _is_read(var: Var, read: dict[Var, bool]) -> bool:
-    """Whether something forward reads a value; one that nobody reads counts as read."""
+    """Whether something forward reads a value; a value without readers counts as read."""
     return read.get(var, True)
 
 
 def _inner_wanted(eqn: JaxprEqn, inner: Jaxpr, wanted: Sequence[bool]) -> list[bool]:
     """Which outputs of a held jaxpr something forward reads, given those of its equation."""
     count = len(inner.outvars)
-    if eqn.primitive.name not in ("scan", "while"):
-        return list(wanted) if len(wanted) == count else [True] * count
-    if eqn.primitive.name == "while":
-        return [True] * count
-    return list(wanted)
+    unknown = eqn.primitive.name == "while" or len(wanted) != count
+    return [True] * count if unknown else list(wanted)
 
 
 def _forward(

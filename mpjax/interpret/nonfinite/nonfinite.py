@@ -6,13 +6,13 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax.errors import ConfigError
+from mpjax.interpret.core.retrace import aval_of
 from mpjax.interpret.core.trace import Program, trace
 from mpjax.interpret.nonfinite.cure import NONE, find_cure
 from mpjax.interpret.nonfinite.direction import direction
@@ -22,6 +22,7 @@ from mpjax.interpret.nonfinite.instrument import InstrumentedProgram
 from mpjax.interpret.nonfinite.reason import Range, reason
 from mpjax.interpret.nonfinite.sites import MASK, RANGES, location_at
 from mpjax.interpret.nonfinite.widen import runs_wide
+from mpjax.typing import Array, PyTree
 
 _log = logging.getLogger("mpjax.interpret")
 
@@ -79,18 +80,18 @@ class Nonfinite:
 
 
 def trace_nonfinite(
-    fn: Callable[..., Any], *args: Any, cure: bool = True, **kwargs: Any
+    fn: Callable[..., PyTree], *args: PyTree, cure: bool = True, **kwargs: PyTree
 ) -> Nonfinite | None:
     """Returns the first operation that made an infinity or a NaN, and what would cure it.
 
-    The function runs once with every operation under watch, compiled as one program; nothing of it
-    is edited and no argument is donated. A NaN is a fault where no input is NaN, an infinity where
-    all inputs are finite; so masks of -inf and what follows from them are none, but a row that is
-    masked as a whole is, at -inf - -inf. What affects no output is none either, such as log(0) in
-    the branch that `where` drops. If something broke, it is compiled and run again: to measure
-    what went in, and for each cure that is tried. That takes a few times as long as to find it, so
-    one line is logged as soon as it is found (a warning of the logger `mpjax.interpret`; each cure
-    that is tried is an info).
+    The function runs once, compiled as one program in which every operation is checked; nothing of
+    it is edited and no argument is donated. A NaN is a fault where no input is NaN, an infinity
+    where all inputs are finite; so masks of -inf and what follows from them are none, but a row
+    that is masked as a whole is, at -inf - -inf. What affects no output is none either, such as
+    log(0) in the branch that `where` drops. If there is a fault, the program is compiled and run
+    again: to measure the operation's inputs, and for each cure that is tried. That takes a few
+    times as long as to find the fault, so one line is logged as soon as it is found (a warning of
+    the logger `mpjax.interpret`; each cure that is tried is an info).
 
     XLA may compute more exactly than the dtypes say (float16 sums in float32); here every
     operation rounds to its own dtype.
@@ -162,12 +163,10 @@ def _given(program: Program) -> Nonfinite | None:
 
 
 def _report(program: Program, first_fault: FirstFault) -> Nonfinite:
-    found = first_fault.found
-    eqn = first_fault.instrumented.sites[found.key].eqn
+    found, eqn = first_fault.found, first_fault.site.eqn
     ranges, shard, exact = _measured(first_fault)
     location = location_at(program.closed, found.key)
-    kind = KINDS[found.code]
-    layers = found.layers
+    kind, layers = KINDS[found.code], found.layers
     return Nonfinite(
         primitive=eqn.primitive.name,
         path=location.path,
@@ -187,30 +186,28 @@ def _measured(
     first_fault: FirstFault,
 ) -> tuple[tuple[Range, ...], tuple[int, ...] | None, float | None]:
     """The ranges of the first fault's inputs, the broken shards, and what it gives in float32."""
-    found, records = first_fault.found, first_fault.records
-    eqn = first_fault.instrumented.sites[found.key].eqn
+    found, records, eqn = first_fault.found, first_fault.records, first_fault.site.eqn
     row = np.asarray(records[RANGES, *found.key])[found.stands]
     values = row[-3 * len(eqn.invars) - 2 : -2]
-    avals: list[Any] = [atom.aval for atom in eqn.invars]
     ranges = tuple(
         Range(aval.dtype.name, tuple(aval.shape), *map(float, three))
-        for aval, three in zip(avals, values.reshape(-1, 3), strict=True)
+        for aval, three in zip(map(aval_of, eqn.invars), values.reshape(-1, 3), strict=True)
         if is_number(aval)
     )
-    exact = (
-        max(map(float, row[-2:]), key=lambda x: (math.isnan(x), abs(x))) if runs_wide(eqn) else None
-    )
+    exact = None
+    if runs_wide(eqn):
+        exact = max(map(float, row[-2:]), key=lambda x: (math.isnan(x), abs(x)))
     if found.shards:
         return ranges, found.shards, exact
     mask = records.get((MASK, *found.key))
     return ranges, None if mask is None else _bad_shards(mask, found.stands), exact
 
 
-def _is_spread(args: Sequence[Any]) -> bool:
+def _is_spread(args: Sequence[Array]) -> bool:
     return any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in args)
 
 
-def _bad_shards(mask: jax.Array, index: tuple[int, ...]) -> tuple[int, ...] | None:
+def _bad_shards(mask: Array, index: tuple[int, ...]) -> tuple[int, ...] | None:
     """Numbers of the devices whose part of a mask has something set; None if all have all of it."""
     if mask.sharding.is_fully_replicated:
         return None
@@ -222,6 +219,6 @@ def _bad_shards(mask: jax.Array, index: tuple[int, ...]) -> tuple[int, ...] | No
     return tuple(sorted(devices))
 
 
-def _whole(mask: jax.Array, loops: int) -> bool:
+def _whole(mask: Array, loops: int) -> bool:
     """Whether no shard is cut along the axes that stand for iterations."""
     return mask.sharding.shard_shape(mask.shape)[:loops] == mask.shape[:loops]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
+
+from mpjax.interpret.core.retrace import aval_of
+from mpjax.interpret.nonfinite.summaries import range_of
+from mpjax.typing import Array, Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +27,15 @@ class Range:
     """
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     min: float
     max: float
     amax: float
 
     @classmethod
-    def of(cls, x: Any) -> Range:
-        """Returns the range of an array."""
-        real = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.asarray(x)
-        real = real.astype(jnp.float32)  # to be read, not computed with
-        nan = jnp.isnan(real)
-        low = jnp.min(real, where=~nan, initial=jnp.inf)
-        high = jnp.max(real, where=~nan, initial=-jnp.inf)
-        amax = jnp.max(jnp.abs(real), where=jnp.isfinite(real), initial=0)
-        return cls(x.dtype.name, tuple(x.shape), float(low), float(high), float(amax))
+    def of(cls, x: Array) -> Range:
+        """Returns the range of an array of numbers that is not empty."""
+        return cls(x.dtype.name, tuple(x.shape), *map(float, range_of(x)))
 
     def __str__(self) -> str:
         size = f"[{','.join(map(str, self.shape))}]" if self.shape else ""
@@ -67,8 +64,7 @@ def reason(eqn: JaxprEqn, kind: str, ranges: Sequence[Range]) -> str:
       ranges: of its floating-point inputs.
     """
     name = eqn.primitive.name
-    aval: Any = eqn.outvars[0].aval
-    dtype = aval.dtype
+    dtype = aval_of(eqn.outvars[0]).dtype
     infinite = any(math.isinf(r.min) or math.isinf(r.max) for r in ranges)
     if name == "div" and len(ranges) == 2 and ranges[1].min <= 0 <= ranges[1].max:
         return "0 / 0" if kind == "nan" and not infinite else "a division by 0"

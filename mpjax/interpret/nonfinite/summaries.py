@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mpjax.interpret.core.retrace import is_float
 from mpjax.interpret.nonfinite.fault import is_number
+from mpjax.typing import Array
 
 
-def digest(x: Any) -> Any:
+def digest(x: Array) -> Array:
     """Returns a uint32 that changes when a bit of an array does; all NaN are alike."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -27,25 +26,30 @@ def digest(x: Any) -> Any:
     return jnp.sum(bits * odd, dtype=jnp.uint32)
 
 
-def has_nan(x: Any) -> Any:
+def has_nan(x: Array) -> Array:
     """Returns whether an array holds a NaN, as a bool scalar."""
     return jnp.any(jnp.isnan(x)) if is_number(x) else jnp.zeros((), jnp.bool_)
 
 
-def range_of(x: Any) -> Any:
-    """Returns smallest, largest and largest finite magnitude, NaN apart, as float32."""
+def _real(x: Array) -> Array:
+    """Numbers as float32, to be shown; complex ones by their magnitudes."""
+    x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.asarray(x)
+    return x.astype(jnp.float32)
+
+
+def range_of(x: Array) -> Array:
+    """Returns smallest, largest and largest finite magnitude, without NaN, as float32."""
     if not is_number(x) or not jnp.size(x):
         return jnp.zeros(3, jnp.float32)
-    x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else jnp.asarray(x)
-    x, inf = x.astype(jnp.float32), jnp.float32(jnp.inf)  # to be read, not computed with
+    x, inf = _real(x), jnp.float32(jnp.inf)
     nan = jnp.isnan(x)
     low, high = jnp.min(jnp.where(nan, inf, x)), jnp.max(jnp.where(nan, -inf, x))
     amax = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.float32(0)))
     return jnp.stack([low, high, amax])
 
 
-def among(x: Any, mask: Any, least: Any, most: Any) -> tuple[Any, Any]:
-    """Returns the least and the largest value where a mask is set, or those given beyond them.
+def among(x: Array, mask: Array, least: Array, most: Array) -> tuple[Array, Array]:
+    """Returns the smaller of `least` and the values where a mask is set, and the larger of `most`.
 
     Args:
       x: an array; of complex numbers the magnitudes count.
@@ -53,7 +57,6 @@ def among(x: Any, mask: Any, least: Any, most: Any) -> tuple[Any, Any]:
       least: a float32 number.
       most: a float32 number.
     """
-    x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
-    x, inf = x.astype(jnp.float32), jnp.float32(jnp.inf)  # to be read, not computed with
+    x, inf = _real(x), jnp.float32(jnp.inf)
     low, high = jnp.min(jnp.where(mask, x, inf)), jnp.max(jnp.where(mask, x, -inf))
     return jnp.minimum(least, low), jnp.maximum(most, high)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
 from mpjax.interpret.core.op_lists import FOLLOW, FULL_CUDA, LOW
-from mpjax.interpret.core.retrace import cast, is_float
+from mpjax.interpret.core.retrace import aval_of, cast, is_float
 from mpjax.interpret.core.walk import bind
+from mpjax.typing import Array, DType, DTypeLike
 
 _KNOWN = FOLLOW | FULL_CUDA | LOW | {"convert_element_type"}
 _FULL = jnp.dtype(jnp.float32)
 
 
-def is_low(dtype: Any) -> bool:
+def is_low(dtype: DTypeLike | None) -> bool:
     """Returns whether a dtype is a float narrower than float32."""
     return (
         dtype is not None
@@ -26,7 +26,7 @@ def is_low(dtype: Any) -> bool:
     )
 
 
-def widened(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any] | None:
+def widened(eqn: JaxprEqn, args: Sequence[Array]) -> list[Array] | None:
     """Runs an operation with everything low in float32; None for one that has to stay as it is.
 
     Args:
@@ -40,17 +40,12 @@ def widened(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any] | None:
         if not is_low(eqn.params["new_dtype"]):
             return bind(eqn, args)
         return [lax.convert_element_type(args[0], jnp.float32)]
-    floats = [x.dtype for x in args if hasattr(x, "dtype") and is_float(x)]
-    if not any(is_low(dtype) for dtype in floats) and not _mixed(eqn, floats):
+    floats = [x.dtype for x in args if is_float(x)]
+    if not any(map(is_low, floats)) and not _mixed(eqn, floats):
         return None
-    values = [
-        cast(x, _FULL) if hasattr(x, "dtype") and is_float(x) and is_low(x.dtype) else x
-        for x in args
-    ]
-    changed: dict[str, Any] = {}
-    if is_low(eqn.params.get("preferred_element_type")):
-        changed["preferred_element_type"] = _FULL
-    return bind(eqn, values, **changed)
+    values = [cast(x, _FULL) if is_float(x) and is_low(x.dtype) else x for x in args]
+    asked = is_low(eqn.params.get("preferred_element_type"))
+    return bind(eqn, values, **({"preferred_element_type": _FULL} if asked else {}))
 
 
 def runs_wide(eqn: JaxprEqn) -> bool:
@@ -60,7 +55,6 @@ def runs_wide(eqn: JaxprEqn) -> bool:
     )
 
 
-def _mixed(eqn: JaxprEqn, dtypes: Sequence[Any]) -> bool:
-    """Whether it was traced low and comes in float32 already."""
-    recorded = [a.aval.dtype for a in eqn.invars if hasattr(a.aval, "dtype") and is_float(a.aval)]
-    return list(dtypes) != recorded
+def _mixed(eqn: JaxprEqn, dtypes: Sequence[DType]) -> bool:
+    """Whether it was traced low and has float32 arguments already."""
+    return list(dtypes) != [aval_of(a).dtype for a in eqn.invars if is_float(a.aval)]
