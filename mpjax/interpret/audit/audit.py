@@ -17,7 +17,7 @@ from mpjax.interpret.audit.leaks import Cause, Leaks, remedy
 from mpjax.interpret.audit.report import Audit, Cost, Leak, Product
 from mpjax.interpret.core.dataflow import Flow, Step
 from mpjax.interpret.core.location import unmatched
-from mpjax.interpret.core.matmuls import PRODUCTS, is_product
+from mpjax.interpret.core.op_lists import PRODUCTS, is_product
 from mpjax.interpret.core.platforms import check_platform
 from mpjax.interpret.core.trace import Program, trace
 from mpjax.precision.rule import matches

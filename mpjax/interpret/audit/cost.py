@@ -7,8 +7,7 @@ import math
 from jax.core import AbstractValue, Atom
 from jax.extend.core import JaxprEqn
 
-from mpjax.interpret.core.matmuls import PRODUCTS, SCALED
-from mpjax.interpret.core.op_lists import SHAPE
+from mpjax.interpret.core.op_lists import PRODUCTS, SCALED, SHAPE
 from mpjax.interpret.core.retrace import aval_of, is_float
 from mpjax.typing import Shape
 

@@ -16,7 +16,7 @@ from mpjax.interpret.audit.cost import contracted, operations
 from mpjax.interpret.audit.provenance import Makers, is_argument, origin, readers
 from mpjax.interpret.core.dataflow import Flow, Step, Value
 from mpjax.interpret.core.location import called, written
-from mpjax.interpret.core.matmuls import held_products, is_product
+from mpjax.interpret.core.op_lists import held_products, is_product
 
 # A cause that reaches less than this share of a program's product FLOPs is minor.
 MINOR = 0.001

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 
 from mpjax.formats.checks import check_key
-from mpjax.interpret.autocast.interpreter import CastInterpreter
+from mpjax.interpret.autocast.evaluate import CastInterpreter
 from mpjax.interpret.autocast.rules import cast_rules
 from mpjax.interpret.core.location import NO_AUTOCAST, Location
 from mpjax.interpret.core.op_lists import make_lists

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +13,91 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from mpjax.errors import ConfigError
 from mpjax.interpret.autocast.float32_consumers import float32_consumers
-from mpjax.interpret.autocast.products import add_bias, biases, product
-from mpjax.interpret.autocast.rules import UNCHANGED, CastPolicy
+from mpjax.interpret.autocast.products import Sides, add_bias, biases, product, sides
+from mpjax.interpret.autocast.rules import UNCHANGED, CastPolicy, CastRules
 from mpjax.interpret.autocast.weak import Weak, is_number
 from mpjax.interpret.core import custom_rules
-from mpjax.interpret.core.control_flow import REBUILT
+from mpjax.interpret.core.control_flow import REBUILT, Rebind
 from mpjax.interpret.core.location import OPAQUE, Location, location_of
-from mpjax.interpret.core.matmuls import held_products, is_product
-from mpjax.interpret.core.op_lists import APART, LOW, PLAIN, WHOLE, Lists, operation
+from mpjax.interpret.core.op_lists import (
+    APART,
+    LOW,
+    PLAIN,
+    WHOLE,
+    Lists,
+    held_products,
+    is_product,
+    operation,
+)
 from mpjax.interpret.core.retrace import Bounds, Result, cast, is_float, widest
-from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind
-from mpjax.typing import Array, DType
+from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
+from mpjax.typing import Array, DType, Key
 
-if TYPE_CHECKING:
-    from mpjax.interpret.autocast.interpreter import CastInterpreter
-
+_log = logging.getLogger("mpjax.interpret")
 _SHORT = 8  # equations
 _FULL = jnp.dtype(jnp.float32)
+_JIT = ("jit", "pjit")
+_PASSES_WEAK = CALLS | {"remat2", "checkpoint"}
+_WITH_RULES = CUSTOM_RULES | {"custom_vmap_call"}
+_HOLDING = REBUILT | _WITH_RULES
+
+
+class CastInterpreter:
+    """One autocast of one function call.
+
+    Args:
+      cast_rules: what happens where.
+      lists: which operations run low.
+      said: what was logged already; each line is logged once.
+      key: for recipes that draw random numbers.
+    """
+
+    def __init__(
+        self,
+        cast_rules: CastRules,
+        lists: Lists,
+        said: set[str] | None = None,
+        key: Key | None = None,
+    ) -> None:
+        self.cast_rules, self.lists = cast_rules, lists
+        self._said = set() if said is None else said
+        self._key, self._drawn = key, 0
+        self.paths: dict[str, None] = {}
+        self.rebind = Rebind()
+        self.gradients: dict[int, Sides] = {}
+        self._rules: list[ClosedJaxpr] = []  # held, so that the ids of their equations stay theirs
+
+    def say(self, line: str) -> None:
+        """Logs a line, once."""
+        if line not in self._said:
+            self._said.add(line)
+            _log.warning("%s", line)
+
+    def draw(self, cast_policy: CastPolicy) -> Key | None:
+        """A key of its own for each product whose recipe draws; None without one."""
+        if self._key is None or cast_policy.recipe is None or not cast_policy.recipe.uses_key:
+            return None
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn)
+
+    def learn(self, rule: ClosedJaxpr, residuals: int) -> None:
+        """Finds the gradients in a backward rule, whose cotangents stand behind its residuals."""
+        if self.cast_rules.quantises:
+            self._rules.append(rule)
+            self.gradients |= sides(rule, residuals)
+
+    def evaluate(
+        self,
+        closed: ClosedJaxpr,
+        args: Sequence[Array],
+        weak: Bounds,
+        outer: Location,
+        lists: Lists | None = None,
+    ) -> Result:
+        """Evaluates a jaxpr; `weak` has the bounds of its inputs that are weak constants."""
+        scope = CastScope(self, closed, args, weak, outer, lists or self.lists)
+        outs = walk(closed, args, scope.visit, outer, lines=False)
+        return Result(outs, {}, [scope.weak.bound(atom) for atom in closed.jaxpr.outvars])
 
 
 class CastScope:
@@ -47,11 +116,8 @@ class CastScope:
         self.weak = Weak(closed.jaxpr.invars, weak)
         self.low: dict[tuple[Var, DType], Array] = {}  # casts of one value are shared
         self.biases = biases(closed.jaxpr)
-        strong = [
-            var
-            for var, x, bound in zip(closed.jaxpr.invars, args, weak, strict=True)
-            if bound is None and x.dtype == _FULL
-        ]
+        inputs = zip(closed.jaxpr.invars, args, weak, strict=True)
+        strong = [var for var, x, bound in inputs if bound is None and x.dtype == _FULL]
         wanted = float32_consumers(closed.jaxpr, self._kind, strong) if lists.full else frozenset()
         self.float32_consumers = {id(closed.jaxpr.eqns[index]) for index in wanted}
 
@@ -79,15 +145,12 @@ class CastScope:
         return found
 
     def _all(self, eqn: JaxprEqn, args: Sequence[Array], dtype: DType) -> list[Array]:
-        return [
-            self._cast(atom, x, dtype) if _may_change(x) else x
-            for atom, x in zip(eqn.invars, args, strict=True)
-        ]
+        pairs = zip(eqn.invars, args, strict=True)
+        return [self._cast(atom, x, dtype) if _may_change(x) else x for atom, x in pairs]
 
     def _recorded(self, eqn: JaxprEqn, args: Sequence[Array]) -> list[Array]:
         """Arguments in the dtypes that they were traced in."""
-        pairs = zip(eqn.invars, args, strict=True)
-        return [self._cast(atom, x, _dtype(atom)) if is_float(x) else x for atom, x in pairs]
+        return [self._cast(a, x, _dtype(a)) for a, x in zip(eqn.invars, args, strict=True)]
 
     def visit(self, eqn: JaxprEqn, location: Location, args: list[Array]) -> list[Array]:
         """Runs an equation in the dtype that lists and rules give it."""
@@ -117,7 +180,7 @@ class CastScope:
             return self._widest(eqn, args, location)
         if eqn.primitive.name in APART:
             return bind(eqn, args)
-        if _holds(eqn):
+        if eqn.primitive.name in _HOLDING:
             return self._inside(eqn, args, location)
         return self._opaque(eqn, args, location)
 
@@ -148,12 +211,12 @@ class CastScope:
         cast_rules = self.interpreter.cast_rules
         if location.no_autocast or not (cast_rules.by_path or cast_rules.quantises):
             return bind(eqn, values)
-        if _holds(eqn):
+        if eqn.primitive.name in _HOLDING:
             outs = self._inside(eqn, values, location)
             return [cast(x, _dtype(var)) for x, var in zip(outs, eqn.outvars, strict=True)]
-        return (
-            bind(eqn, values) if cast_policy.recipe is None else self._opaque(eqn, args, location)
-        )
+        if cast_policy.recipe is None:
+            return bind(eqn, values)
+        return self._opaque(eqn, args, location)
 
     def _following(self, eqn: JaxprEqn, args: Sequence[Array]) -> list[Array]:
         """Arguments in the widest dtype of those that are not weak."""
@@ -162,31 +225,26 @@ class CastScope:
 
     def _followed(self, eqn: JaxprEqn, args: Sequence[Array]) -> DType | None:
         """The widest dtype of the arguments that are not weak; None without any."""
-        strong = [
-            x.dtype
-            for atom, x in zip(eqn.invars, args, strict=True)
-            if is_float(x) and self.weak.bound(atom) is None
-        ]
+        pairs = zip(eqn.invars, args, strict=True)
+        strong = [x.dtype for a, x in pairs if is_float(x) and self.weak.bound(a) is None]
         return widest(*strong) if strong else None
 
     def _widest(self, eqn: JaxprEqn, args: Sequence[Array], location: Location) -> list[Array]:
         self.weak.follow(eqn, args)
         if id(eqn) in self.biases:
             return add_bias(eqn, args, self.biases[id(eqn)])
-        values = self._following(eqn, args)
-        return self._whole(eqn, values, location) if _holds(eqn) else bind(eqn, values)
+        return self._whole(eqn, self._following(eqn, args), location)
 
     def _full(self, eqn: JaxprEqn, args: Sequence[Array], location: Location) -> list[Array]:
         values = self._all(eqn, args, _FULL)
-        if _holds(eqn):  # its results are not weak
-            return self._whole(eqn, values, location)
-        self.weak.follow(eqn, args)
-        return bind(eqn, values)
+        if eqn.primitive.name not in _HOLDING:  # the results of a call are not weak
+            self.weak.follow(eqn, args)
+        return self._whole(eqn, values, location)
 
     def _whole(self, eqn: JaxprEqn, values: list[Array], location: Location) -> list[Array]:
-        """A function of JAX as one operation: all of it in the dtype of its arguments."""
+        """An operation; of a function of JAX, all of it runs in the dtype of its arguments."""
         recorded = [_dtype(atom) for atom in eqn.invars]
-        if [x.dtype for x in values] == recorded:
+        if eqn.primitive.name not in _HOLDING or [x.dtype for x in values] == recorded:
             return bind(eqn, values)
         return self._inside(eqn, values, location, PLAIN)
 
@@ -199,8 +257,7 @@ class CastScope:
         values = self._all(eqn, args, cast_policy.low)
         if eqn.primitive.name in LOW:
             return [self._product(eqn, values, cast_policy, location)]
-        outs = self._whole(eqn, values, location) if _holds(eqn) else bind(eqn, values)
-        output = cast_policy.output
+        outs, output = self._whole(eqn, values, location), cast_policy.output
         return outs if output is None else [cast(x, output) for x in outs]
 
     def _product(
@@ -219,44 +276,37 @@ class CastScope:
             elif is_number(x) or getattr(atom.aval, "weak_type", False):
                 self.weak.mark(eqn.outvars[0], abs(float(x)) if is_number(x) else float("inf"))
             return bind(eqn, args)
-        wanted = eqn.params["new_dtype"]
         if self.weak.bound(atom) is not None:
             self.weak.follow(eqn, args)
-        return [self._cast(atom, x, wanted) if x.dtype != wanted else x]
+        return [self._cast(atom, x, eqn.params["new_dtype"])]
 
     def _inside(
         self, eqn: JaxprEqn, args: list[Array], location: Location, lists: Lists | None = None
     ) -> list[Array]:
         """Evaluates the jaxprs that an equation holds."""
-        interpreter, lists = self.interpreter, lists or self.lists
+        interpreter, name, lists = self.interpreter, eqn.primitive.name, lists or self.lists
         # A carry or an operand of a branch is strong: it may be another value later.
-        passed = eqn.primitive.name in _PASSES_WEAK
+        passed = name in _PASSES_WEAK
         weak = [self.weak.bound(atom) if passed else None for atom in eqn.invars]
 
         def run(closed: ClosedJaxpr, values: Sequence[Array], number: int) -> Result:
             bounds = weak if passed else [None] * len(values)
             return interpreter.evaluate(closed, values, bounds, location, lists)
 
-        if eqn.primitive.name in _WITH_RULES:
+        if name in _WITH_RULES:
             return custom_rules.rebuild(eqn, self._following(eqn, args), run, interpreter.learn)
-        is_jit = eqn.primitive.name in ("jit", "pjit")
         where: Hashable = location.path if interpreter.cast_rules.by_path else ""
         tag = (where, location.no_autocast, id(lists), tuple(weak))
-        if is_jit and _is_wrapper(eqn):
+        if name in _JIT and _is_wrapper(eqn):
             result = run(eqn.params["jaxpr"], args, 0)
         else:
             rebound = interpreter.rebind(eqn, args, run, tag)
-            assert rebound is not None  # `_holds` said so
+            assert rebound is not None  # all of `_HOLDING` are rebuilt
             result = rebound
-        if is_jit:
+        if name in _JIT:
             for var, bound in zip(eqn.outvars, result.bounds, strict=True):
                 self.weak.mark(var, bound)
         return result.outs
-
-
-_PASSES_WEAK = CALLS | {"remat2", "checkpoint"}
-_WITH_RULES = CUSTOM_RULES | {"custom_vmap_call"}
-_HOLDING = REBUILT | _WITH_RULES
 
 
 def _is_wrapper(eqn: JaxprEqn) -> bool:
@@ -272,10 +322,6 @@ def _dtype(atom: Atom) -> DType:
     """The dtype that a value was traced in."""
     dtype: Any = getattr(atom.aval, "dtype", None)
     return dtype
-
-
-def _holds(eqn: JaxprEqn) -> bool:
-    return eqn.primitive.name in _HOLDING
 
 
 def _may_change(x: Array) -> bool:

@@ -14,17 +14,20 @@ import dataclasses
 import difflib
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy
 import jax.scipy.special
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, primitives
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, primitives
 
 from mpjax.errors import ConfigError, brief
-from mpjax.interpret.core.walk import CUSTOM_RULES
+from mpjax.interpret.core.retrace import aval_of, is_float
+from mpjax.interpret.core.walk import CUSTOM_RULES, equations
 
 LOW = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+SCALED = frozenset({"scaled_matmul", "scaled_matmul_wrapper"})  # of blocks, which stay as they are
+PRODUCTS = LOW | SCALED
 # `reciprocal` is what autocast calls a division of a number and a power below zero.
 _TAILS = frozenset(
     {
@@ -206,3 +209,31 @@ def _is_operation(name: str) -> bool:
     locations = (jax.numpy, jax.nn, jax.lax, jax.numpy.linalg, jax.scipy.special)
     primitive = f"{name.replace('-', '_')}_p"
     return any(hasattr(location, name) for location in locations) or hasattr(primitives, primitive)
+
+
+def is_product(eqn: JaxprEqn) -> bool:
+    """Returns whether an equation is a matrix product or convolution of floating-point arrays."""
+    return eqn.primitive.name in PRODUCTS and all(is_float(atom.aval) for atom in eqn.invars[:2])
+
+
+def held_products(eqn: JaxprEqn) -> int:
+    """Returns how many float32 or float64 products stand in the jaxprs that an equation runs."""
+    params = eqn.params
+    if eqn.primitive.name == "custom_linear_solve":
+        params = {"solve": params["jaxprs"].solve}  # the others are for its derivatives
+    return sum(
+        is_product(eqn) and any(aval_of(atom).dtype.itemsize >= 4 for atom in eqn.invars[:2])
+        for held in _jaxprs(tuple(params.values()))
+        for eqn, _ in equations(held)
+    )
+
+
+def _jaxprs(value: object) -> Iterator[ClosedJaxpr]:
+    if isinstance(value, ClosedJaxpr):
+        yield value
+    elif isinstance(value, Jaxpr):
+        inputs = [*value.constvars, *value.invars]
+        yield ClosedJaxpr(value.replace(constvars=[], invars=inputs), ())
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _jaxprs(each)

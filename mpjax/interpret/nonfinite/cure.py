@@ -17,10 +17,9 @@ from mpjax.interpret.core.retrace import aval_of
 from mpjax.interpret.core.trace import Program
 from mpjax.interpret.nonfinite.fault import is_number
 from mpjax.interpret.nonfinite.first_fault import FirstFault
-from mpjax.interpret.nonfinite.instrument import InstrumentedProgram, Wide, any_low
+from mpjax.interpret.nonfinite.instrument import InstrumentedProgram, Wide, any_low, is_low
 from mpjax.interpret.nonfinite.propagation import Propagation
 from mpjax.interpret.nonfinite.sites import SEEN, Key, location_at
-from mpjax.interpret.nonfinite.widen import is_low
 from mpjax.typing import Array, DType
 
 # In words, and which operations it computes in float32.
@@ -94,10 +93,7 @@ def _dtypes(first_fault: FirstFault) -> list[DType]:
 
 
 def _of_this_value(
-    program: Program,
-    first_fault: FirstFault,
-    exact: float | None,
-    changes: Sequence[Change],
+    program: Program, first_fault: FirstFault, exact: float | None, changes: Sequence[Change]
 ) -> str:
     """The smallest change that keeps the value finite, in a program that then breaks elsewhere."""
     finite = exact is not None and math.isfinite(exact)

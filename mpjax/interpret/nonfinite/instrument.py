@@ -22,12 +22,14 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
 from mpjax.interpret.core.control_flow import Rebind
 from mpjax.interpret.core.location import Location
+from mpjax.interpret.core.op_lists import FOLLOW, FULL_CUDA, LOW
 from mpjax.interpret.core.platforms import branch_taken, check_platform
-from mpjax.interpret.core.retrace import RecordKey, Records, Result, cast, is_float
+from mpjax.interpret.core.retrace import RecordKey, Records, Result, aval_of, cast, is_float
 from mpjax.interpret.core.shard_map import agreed
 from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
 from mpjax.interpret.nonfinite.fault import (
@@ -55,8 +57,7 @@ from mpjax.interpret.nonfinite.sites import (
     packed,
 )
 from mpjax.interpret.nonfinite.summaries import among, digest, has_nan, range_of
-from mpjax.interpret.nonfinite.widen import is_low, widened
-from mpjax.typing import Array, DType
+from mpjax.typing import Array, DType, DTypeLike
 
 SiteCodes: TypeAlias = list[tuple[Key, Array]]  # sites of one trace, with their codes
 Digests: TypeAlias = list[tuple[int, bool]]  # of outputs: of their bits, and whether they hold NaN
@@ -279,6 +280,53 @@ _QUICK: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
+
+
+_FULL = jnp.dtype(jnp.float32)
+_KNOWN = FOLLOW | FULL_CUDA | LOW | {"convert_element_type"}
+
+
+def is_low(dtype: DTypeLike | None) -> bool:
+    """Returns whether a dtype is a float narrower than float32."""
+    return (
+        dtype is not None
+        and jnp.issubdtype(dtype, jnp.floating)
+        and jnp.dtype(dtype).itemsize < _FULL.itemsize
+    )
+
+
+def widened(eqn: JaxprEqn, args: Sequence[Array]) -> list[Array] | None:
+    """Runs an operation with everything low in float32; None for one that has to stay as it is.
+
+    Args:
+      eqn: the operation.
+      args: its arguments, in whatever dtypes they come.
+    """
+    name = eqn.primitive.name
+    if name not in _KNOWN:
+        return None
+    if name == "convert_element_type":
+        if not is_low(eqn.params["new_dtype"]):
+            return bind(eqn, args)
+        return [lax.convert_element_type(args[0], jnp.float32)]
+    floats = [x.dtype for x in args if is_float(x)]
+    if not any(map(is_low, floats)) and not _mixed(eqn, floats):
+        return None
+    values = [cast(x, _FULL) if is_float(x) and is_low(x.dtype) else x for x in args]
+    asked = is_low(eqn.params.get("preferred_element_type"))
+    return bind(eqn, values, **({"preferred_element_type": _FULL} if asked else {}))
+
+
+def runs_wide(eqn: JaxprEqn) -> bool:
+    """Returns whether an operation is float32 already, or `widened` can run it so."""
+    return eqn.primitive.name in _KNOWN or not any(
+        is_low(getattr(atom.aval, "dtype", None)) for atom in (*eqn.invars, *eqn.outvars)
+    )
+
+
+def _mixed(eqn: JaxprEqn, dtypes: Sequence[DType]) -> bool:
+    """Whether it was traced low and has float32 arguments already."""
+    return list(dtypes) != [aval_of(a).dtype for a in eqn.invars if is_float(a.aval)]
 
 
 def any_low(sites: dict[Key, Site]) -> bool:

@@ -18,10 +18,9 @@ from mpjax.interpret.nonfinite.cure import NONE, find_cure
 from mpjax.interpret.nonfinite.direction import direction
 from mpjax.interpret.nonfinite.fault import KINDS, is_number
 from mpjax.interpret.nonfinite.first_fault import FirstFault, find_first_fault
-from mpjax.interpret.nonfinite.instrument import InstrumentedProgram
-from mpjax.interpret.nonfinite.reason import Range, reason
+from mpjax.interpret.nonfinite.instrument import InstrumentedProgram, runs_wide
 from mpjax.interpret.nonfinite.sites import MASK, RANGES, location_at
-from mpjax.interpret.nonfinite.widen import runs_wide
+from mpjax.interpret.nonfinite.summaries import Range, reason
 from mpjax.typing import Array, PyTree
 
 _log = logging.getLogger("mpjax.interpret")
