@@ -117,8 +117,8 @@ def assert_low_precision(
     report = _audit(fn, program, flow, None)
     left = [leak for leak in report.leaks if not _is_allowed(leak, allowed, patterns)]
     if left:
-        lines = "\n".join(f"  {leak}" for leak in left)
-        raise AssertionError(f"{len(left)} leaks into {left[0].dtype} products:\n{lines}")
+        lines = "".join(f"\n  {leak}" for leak in left)
+        raise AssertionError(f"{len(left)} leaks into {left[0].dtype} products:{lines}")
     wide = [product for product in report.products if not allowed(product)]
     if wide and not report.low:
         raise AssertionError(
@@ -212,22 +212,18 @@ def _costs(flow: Flow) -> tuple[dict[str, Cost], dict[str, dict[str, Cost]]]:
     by_path: dict[str, dict[str, Cost]] = {}
 
     def add(step: Step, dtype: DType, cost: Cost) -> None:
-        if cost == Cost():
-            return
-        here = by_path.setdefault(step.location.path, {})
-        for where in (by_dtype, here):
-            where[str(dtype)] = where.get(str(dtype), Cost()) + cost
+        for costs in (by_dtype, by_path.setdefault(step.location.path, {})):
+            costs[str(dtype)] = costs.get(str(dtype), Cost()) + cost
 
     for step in flow.steps:
         loops, flops = step.location.loops, operations(step.eqn)
-        if is_product(step.eqn):
+        if flops and is_product(step.eqn):
             widest = max((x.aval.dtype for x in step.ins[:2]), key=lambda d: d.itemsize)
             add(step, widest, Cost(products=flops * loops))
         elif flops:
             add(step, step.outs[0].aval.dtype, Cost(others=flops * loops))
         for value in (*step.ins, *step.outs) if step.name not in MOVES else ():
-            size = size_in_bytes(value.aval)
-            if size:
+            if size := size_in_bytes(value.aval):
                 add(step, value.aval.dtype, Cost(bytes=size * loops))
     return by_dtype, by_path
 

@@ -61,11 +61,6 @@ def is_opaque(step: Step) -> bool:
     return not is_product(step.eqn) and held_products(step.eqn) > 0
 
 
-def low_product(step: Step) -> bool:
-    """Returns whether a step is a product of low operands."""
-    return is_product(step.eqn) and all(x.low for x in step.ins[:2])
-
-
 class Leaks:
     """The causes of all wide products of a program.
 
@@ -166,9 +161,9 @@ class Leaks:
             return any(met)
         # `h.astype(x.dtype)` is a consequence of x. Two casts of a product's operands are two
         # causes, but the cast of a weight is a consequence.
-        if not _is_cast(step) or not (is_argument(step.ins[0]) or not _feeds_product(step)):
-            return False
-        return bool(met) and all(met)
+        feeds_product = any(is_product(reader.eqn) for reader, _ in readers(step.outs[0]))
+        may_be = _is_cast(step) and (is_argument(step.ins[0]) or not feeds_product)
+        return may_be and bool(met) and all(met)
 
     def _cause(self, step: Step) -> Cause:
         if not _is_cast(step) and not is_product(step.eqn):
@@ -197,14 +192,10 @@ def _is_cast(step: Step) -> bool:
     return step.name == "convert_element_type"
 
 
-def _feeds_product(step: Step) -> bool:
-    return any(is_product(reader.eqn) for reader, _ in readers(step.outs[0]))
-
-
 def _asked(step: Step) -> bool:
     """Whether a wide result is explicit, and no promotion of mixed operands."""
     if is_product(step.eqn):
-        return low_product(step)
+        return all(x.low for x in step.ins[:2])
     if not _is_cast(step):
         return True
     names = called(step.eqn)
@@ -218,9 +209,8 @@ def _met(step: Step, partner: Value) -> Cause:
         cause = _of(kind, source or step, partner, text)
         return dataclasses.replace(cause, low=_of(kind, step, partner, text).low)
     line = source.location.line if source else ""
-    return _of(
-        kind, step, partner, f"{text} at {line}" if line not in ("", step.location.line) else text
-    )
+    apart = line not in ("", step.location.line)
+    return _of(kind, step, partner, f"{text} at {line}" if apart else text)
 
 
 def _cotangent(product: Step) -> Cause:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mpjax.interpret.core.dataflow import Flow, Step, Value
+from mpjax.interpret.core.dataflow import Flow, Step, Value, reach
 from mpjax.interpret.core.op_lists import SHAPE
 
 
@@ -63,7 +64,7 @@ def is_argument(value: Value) -> bool:
 
 
 class Makers:
-    """For every wide value of a program, the steps that made it wide from low ones.
+    """The steps behind each wide value of a program that made a wide value of low ones.
 
     Args:
       flow: the program.
@@ -86,27 +87,21 @@ class Makers:
 
     def _bits(self, value: Value) -> int:
         """The makers behind a value, reached through wide values only."""
-        bits, stack, visited = 0, [value], set[Value]()
-        while stack:
-            value = stack.pop()
-            if value not in visited and value.wide:
-                visited.add(value)
-                stack += value.same
-                bits |= self._found.get(value.step, 0) if value.step else 0
+        bits = 0
+        for source in reach([value], lambda x: x.same if x.wide else ()):
+            bits |= self._found.get(source.step, 0) if source.step and source.wide else 0
         return bits
 
-    def behind(self, value: Value) -> list[Step]:
-        """Returns them in program order."""
-        bits, found = self._bits(value), []
+    def behind(self, value: Value) -> Iterator[Step]:
+        """Yields them in program order."""
+        bits = self._bits(value)
         while bits:
-            found.append(self._steps[(bits & -bits).bit_length() - 1])
+            yield self._steps[(bits & -bits).bit_length() - 1]
             bits &= bits - 1
-        return found
 
     def before(self, step: Step, value: Value) -> bool:
         """Returns whether one of them stands before a step."""
-        bits = self._bits(value)
-        return bits > 0 and self._steps[(bits & -bits).bit_length() - 1].order < step.order
+        return any(maker.order < step.order for maker in itertools.islice(self.behind(value), 1))
 
 
 def readers(value: Value) -> Iterator[tuple[Step, set[Value]]]:

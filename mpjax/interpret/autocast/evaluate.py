@@ -16,19 +16,10 @@ from mpjax.interpret.autocast.float32_consumers import float32_consumers
 from mpjax.interpret.autocast.products import Sides, add_bias, biases, product, sides
 from mpjax.interpret.autocast.rules import UNCHANGED, CastPolicy, CastRules
 from mpjax.interpret.autocast.weak import Weak, is_number
-from mpjax.interpret.core import custom_rules
+from mpjax.interpret.core import custom_rules, op_lists
 from mpjax.interpret.core.control_flow import REBUILT, Rebind
 from mpjax.interpret.core.location import OPAQUE, Location, location_of
-from mpjax.interpret.core.op_lists import (
-    APART,
-    LOW,
-    PLAIN,
-    WHOLE,
-    Lists,
-    held_products,
-    is_product,
-    operation,
-)
+from mpjax.interpret.core.op_lists import PLAIN, Lists, is_product, operation
 from mpjax.interpret.core.retrace import Bounds, Result, cast, is_float, widest
 from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
 from mpjax.typing import Array, DType, Key
@@ -167,7 +158,7 @@ class CastScope:
         kind = self.lists.kind(name)
         if kind == "full" or id(eqn) in self.float32_consumers:
             return self._full(eqn, args, location)
-        if name in WHOLE and eqn.primitive.name != name:
+        if name in op_lists.WHOLE and eqn.primitive.name != name:
             return self._whole(eqn, self._following(eqn, args), location)
         if kind == "wide":
             outs, dtype = self._full(eqn, args, location), self._followed(eqn, args)
@@ -178,7 +169,7 @@ class CastScope:
             return self._convert(eqn, args)
         if kind == "widest":
             return self._widest(eqn, args, location)
-        if eqn.primitive.name in APART:
+        if eqn.primitive.name in op_lists.APART:
             return bind(eqn, args)
         if eqn.primitive.name in _HOLDING:
             return self._inside(eqn, args, location)
@@ -186,7 +177,7 @@ class CastScope:
 
     def _opaque(self, eqn: JaxprEqn, args: Sequence[Array], location: Location) -> list[Array]:
         """As it was traced; if it holds products, that is logged and marked for `audit`."""
-        values, count = self._recorded(eqn, args), held_products(eqn)
+        values, count = self._recorded(eqn, args), op_lists.held_products(eqn)
         if not count:
             return bind(eqn, values)
         line = location_of(eqn, self.outer).line
@@ -255,7 +246,7 @@ class CastScope:
         if not any(map(is_float, args)) or not all(map(_may_change, args[:2])):
             return bind(eqn, self._recorded(eqn, args))
         values = self._all(eqn, args, cast_policy.low)
-        if eqn.primitive.name in LOW:
+        if eqn.primitive.name in op_lists.LOW:
             return [self._product(eqn, values, cast_policy, location)]
         outs, output = self._whole(eqn, values, location), cast_policy.output
         return outs if output is None else [cast(x, output) for x in outs]

@@ -83,11 +83,8 @@ class _Plan:
         """Finds which values are in float32, and which are weak."""
         for index, eqn in enumerate(self.eqns):
             outs = [var for var in eqn.outvars if is_float(var.aval)]
-            strong = [
-                atom
-                for atom in eqn.invars
-                if isinstance(atom, Var) and is_float(atom.aval) and atom not in self.weak
-            ]
+            floats = [a for a in eqn.invars if isinstance(a, Var) and is_float(a.aval)]
+            strong = [atom for atom in floats if atom not in self.weak]
             if self.kinds[index] == "full" or index in self.found:
                 self.wide.update(outs)
             elif self.kinds[index] == "wide" or (

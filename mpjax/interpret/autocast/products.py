@@ -16,7 +16,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from mpjax.errors import ConfigError
 from mpjax.interpret.autocast.rules import CastPolicy
-from mpjax.interpret.core.dataflow import Flow, Value
+from mpjax.interpret.core.dataflow import Flow, Value, reach
 from mpjax.interpret.core.location import Location
 from mpjax.interpret.core.op_lists import is_product
 from mpjax.interpret.core.retrace import aval_of, cast
@@ -185,13 +185,11 @@ def sides(closed: ClosedJaxpr, residuals: int) -> dict[int, Sides]:
       residuals: how many of its arguments, the first, are no cotangents.
     """
     flow = Flow(Program(closed, [], [""] * len(closed.in_avals), list))
-    reached: set[Value] = set()
-    ahead = list(flow.args[residuals:])
-    while ahead:
-        value = ahead.pop()
-        if value not in reached:
-            reached.add(value)
-            ahead += [*value.joins, *(out for step in value.readers for out in step.outs)]
+
+    def ahead(value: Value) -> list[Value]:
+        return [*value.joins, *(out for step in value.readers for out in step.outs)]
+
+    reached = set(reach(flow.args[residuals:], ahead))
     found: dict[int, Sides] = {}
     for step in flow.steps:
         if is_product(step.eqn):

@@ -83,10 +83,10 @@ class CastRules:
                 )
 
 
-def _cast_policy(rule: Rule, where: str) -> CastPolicy:
-    policy = rule.policy
-    compute = policy.compute_dtype
-    if policy.param_dtype != jnp.float32 and not (policy.param_dtype == compute):
+def _cast_policy(rule: Rule) -> CastPolicy:
+    where = f"autocast: rule {str(rule)!r}"
+    policy, compute = rule.policy, rule.policy.compute_dtype
+    if policy.param_dtype not in (jnp.float32, compute):
         raise ConfigError(
             f"{where}: stores weights in {dtype_name(policy.param_dtype)}, and autocast stores"
             " nothing; leave p= out and cast the weights yourself"
@@ -167,8 +167,6 @@ def cast_rules(
     last = next((i for i, rule in enumerate(every) if rule.pattern == "**"), None)
     if last is None:
         raise ConfigError("autocast: no rule covers every path; add '**=POLICY' at the end")
-    found = [
-        (rule, _cast_policy(rule, f"autocast: rule {str(rule)!r}")) for rule in every[: last + 1]
-    ]
+    found = [(rule, _cast_policy(rule)) for rule in every[: last + 1]]
     rule, cast_policy = found[-1]
     return CastRules((*found[:-1], (dataclasses.replace(rule, user=False), cast_policy))), note

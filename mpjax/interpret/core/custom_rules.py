@@ -88,13 +88,13 @@ def _jvp(eqn: JaxprEqn, args: Sequence[Array], run: Run) -> list[Array]:
         tangents_left = iter(outs[len(missing) :])
         wanted = _boundary(p["call_jaxpr"], primals, run)
         outputs = [cast(x, dtype) for x, dtype in zip(outs, wanted, strict=False)]
-        tangents_out = [
-            _zero(jax.typeof(y).to_tangent_aval(), p["symbolic_zeros"])
-            if zero
-            else cast(next(tangents_left), y.dtype)
-            for zero, y in zip(missing, outputs, strict=True)
-        ]
-        return outputs, tangents_out
+
+        def tangent(y: Array, is_zero: bool) -> Any:
+            if is_zero:
+                return _zero(jax.typeof(y).to_tangent_aval(), p["symbolic_zeros"])
+            return cast(next(tangents_left), y.dtype)
+
+        return outputs, list(map(tangent, outputs, missing))
 
     function.defjvp(rule, symbolic_zeros=p["symbolic_zeros"])
     return list(function(*args))
@@ -174,11 +174,8 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Array], run: Run, learn: Learn) -> list[A
         avals = [atom.aval for atom, fixed in zip(atoms, known, strict=True) if not fixed]
         tangents = [v.aval.to_tangent_aval() for v in jaxpr.outvars[own:]]
         absent = [p["symbolic_zeros"] and isinstance(x, SymbolicZero) for x in cotangents]
-        present = [
-            _zero(aval_of(x), False) if isinstance(x, SymbolicZero) else x
-            for x, is_zero in zip(cotangents, absent, strict=True)
-            if not is_zero
-        ]
+        passed = [x for x, is_zero in zip(cotangents, absent, strict=True) if not is_zero]
+        present = [_zero(aval_of(x), False) if isinstance(x, SymbolicZero) else x for x in passed]
         missing: list[bool] = []
 
         def traced(values: Sequence[Array], arrays: Sequence[Array]) -> list[Array]:
@@ -227,16 +224,11 @@ def _vmap(eqn: JaxprEqn, args: Sequence[Array], run: Run) -> list[Array]:
             mapped[:] = jax.tree.leaves(marks)
             return jax.tree.leaves(outs)
 
-        avals = [
-            jax.ShapeDtypeStruct(x.shape, aval.dtype)
-            for x, aval in zip(values, call.in_avals, strict=True)
-        ]
+        pairs = list(zip(values, call.in_avals, strict=True))
+        avals = [jax.ShapeDtypeStruct(x.shape, aval.dtype) for x, aval in pairs]
         closed = jax.make_jaxpr(traced)(*avals)  # at the traced dtypes; then evaluated low
         outs = run(ClosedJaxpr(closed.jaxpr, _closed_over(closed.consts, eqn, values)), values, 1)
-        singles = [
-            jax.ShapeDtypeStruct(aval.shape, x.dtype)
-            for x, aval in zip(values, call.in_avals, strict=True)
-        ]
+        singles = [jax.ShapeDtypeStruct(aval.shape, x.dtype) for x, aval in pairs]
         wanted = _boundary(call, singles, run)
         return [cast(x, dtype) for x, dtype in zip(outs.outs, wanted, strict=True)], mapped
 

@@ -7,7 +7,7 @@ and results of branches are joins: values that are one of several others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from jax.core import Atom, ShapedArray
 from jax.extend.core import ClosedJaxpr, JaxprEqn
@@ -199,6 +199,17 @@ _RULES: dict[str, Callable[[Flow, JaxprEqn, Location, list[Value]], list[Value]]
 def _joins(eqn: JaxprEqn, *outs: Sequence[Value]) -> list[Value]:
     """The results of an equation: each is one of those that several jaxprs give in its place."""
     return [_join(aval_of(var), *values) for var, *values in zip(eqn.outvars, *outs, strict=True)]
+
+
+def reach(starts: Iterable[Value], ahead: Callable[[Value], Iterable[Value]]) -> Iterator[Value]:
+    """Yields values, and those that `ahead` gives of each of them, once each, depth first."""
+    visited, todo = set[Value](), list(starts)
+    while todo:
+        value = todo.pop()
+        if value not in visited:
+            visited.add(value)
+            yield value
+            todo += ahead(value)
 
 
 def _join(aval: ShapedArray, *values: Value) -> Value:

@@ -118,11 +118,9 @@ def _line(traceback: Any, outer: str) -> str:
     frames = [_FRAME.match(line) for line in reversed(text.splitlines())]  # innermost first
     known = [frame for frame in frames if frame and not frame["file"].startswith(_PARTS)]
     users = [f for f in known if not f["file"].startswith(_LIBRARY) or "/mpjax/" in f["file"]]
-    if not users and outer:
-        return outer
-    best: re.Match[str] | None = next(iter(users or known), None)
+    best = next(iter(users or ([] if outer else known)), None)
     if best is None:
-        return ""
+        return outer
     function = best["function"].split(".<locals>.")[-1]
     return f"{_shown(best['file'])}:{best['line']} ({function})"
 

@@ -27,12 +27,7 @@ _BASES = frozenset(
 
 
 class _Here(NamedTuple):
-    """The module whose call is running.
-
-    Args:
-      path: its path.
-      scopes: the scopes that were opened for it and for those around it.
-    """
+    """The module whose call is running, and the scopes opened for it and for those around it."""
 
     path: str = ""
     scopes: tuple[str, ...] = ()
@@ -83,8 +78,7 @@ def _methods(cls: type) -> list[str]:
         held = inspect.getattr_static(cls, name)
         plain = callable(held) and hasattr(held, "__get__")
         if plain and not isinstance(held, type | staticmethod | classmethod | property):
-            if name == "__call__" or not name.startswith("_"):
-                found.append(name)
+            found += [name] if name == "__call__" or not name.startswith("_") else []
     return found
 
 
@@ -104,7 +98,7 @@ def _is_module(node: Any) -> bool:
 
 @functools.cache  # one class for each, so that tree structures stay equal
 def _named_class(cls: Any, path: str) -> Any:
-    """A subclass whose methods run under `path`."""
+    """A subclass whose methods run in the scope of `path`."""
 
     def in_scope(name: str) -> Any:
         @functools.wraps(getattr(cls, name))

@@ -106,11 +106,8 @@ FOLLOW = (
 APART = frozenset({"sort", "top_k", "optimization_barrier", "device_put"})
 
 
-_LIBRARIES = tuple(
-    os.path.dirname(spec.origin) + os.sep
-    for spec in map(importlib.util.find_spec, ("jax", "optax"))
-    if spec is not None and spec.origin
-)
+_SPECS = map(importlib.util.find_spec, ("jax", "optax"))
+_LIBRARIES = tuple(os.path.dirname(s.origin) + os.sep for s in _SPECS if s and s.origin)
 
 
 def _is_listed(jaxpr: Jaxpr) -> bool:
@@ -127,11 +124,9 @@ def operation(eqn: JaxprEqn) -> str:
     if name in CUSTOM_RULES:
         jaxpr = eqn.params["call_jaxpr"].jaxpr
         return str(jaxpr.debug_info.func_name) if _is_listed(jaxpr) else name
-    if name == "integer_pow" and eqn.params["y"] < 0:
-        return "reciprocal"
-    if name == "div" and isinstance(eqn.invars[0], Literal):
-        return "reciprocal"
-    return name
+    inverse = name == "integer_pow" and eqn.params["y"] < 0
+    inverse |= name == "div" and isinstance(eqn.invars[0], Literal)
+    return "reciprocal" if inverse else name
 
 
 @dataclasses.dataclass(frozen=True)

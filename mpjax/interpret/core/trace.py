@@ -84,12 +84,12 @@ def trace(
     paths, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
     by_name = [(_spell(path), leaf) for path, leaf in paths if is_array(leaf)]
     for name, leaf in by_name:
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            if leaf.is_deleted():
-                raise ConfigError(
-                    f"{what}: {name} was donated to an earlier call and is gone; pass a copy, or"
-                    " call that step without donate_argnums"
-                )
+        is_concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        if is_concrete and leaf.is_deleted():
+            raise ConfigError(
+                f"{what}: {name} was donated to an earlier call and is gone; pass a copy, or"
+                " call that step without donate_argnums"
+            )
     out: dict[str, Any] = {}
 
     def flat(*arrays: Array) -> list[Array]:

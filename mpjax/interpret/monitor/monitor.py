@@ -16,15 +16,8 @@ from mpjax.interpret.core.location import Location, unmatched
 from mpjax.interpret.core.retrace import Records, Result
 from mpjax.interpret.core.trace import P, R, check_function, trace
 from mpjax.interpret.core.walk import bind, scan_sizes, walk
-from mpjax.interpret.monitor.measure import (
-    Candidate,
-    Pair,
-    as_stored,
-    candidates,
-    fold,
-    measure,
-    merge,
-)
+from mpjax.interpret.monitor import measure
+from mpjax.interpret.monitor.measure import Candidate, Pair, merge
 from mpjax.interpret.monitor.report import KINDS, Monitored
 from mpjax.interpret.monitor.statistics import Statistics
 from mpjax.interpret.monitor.tensors import Mark, Tensors, find_tensors
@@ -61,7 +54,7 @@ class _Monitor:
     ) -> None:
         self._tensors, self._where, self._what = tensors, where, what
         self._formats, self._sample = formats, sample
-        self._rebind = Rebind(fold=fold)
+        self._rebind = Rebind(fold=measure.fold)
 
     def run(self, closed: ClosedJaxpr, args: Sequence[Array]) -> Monitored:
         """Evaluates a program and returns what was measured."""
@@ -112,10 +105,11 @@ class _Monitor:
 
     def _measure(self, pending: list[Pending], records: Records) -> None:
         """Measures what waits for it: tensors for the formats, and numbers of other kinds."""
-        for tensors in (True, False):
-            chosen = [p for p in pending if (p.kind in KINDS) == tensors]
-            formats = self._formats if tensors else ()
-            pairs = measure([(p.x, p.layered) for p in chosen], formats, self._shares(chosen))
+        for stored in (True, False):
+            chosen = [p for p in pending if (p.kind in KINDS) == stored]
+            formats = self._formats if stored else ()
+            tensors = [(p.x, p.layered) for p in chosen]
+            pairs = measure.measure(tensors, formats, self._shares(chosen))
             for p, pair in zip(chosen, pairs, strict=True):
                 _put(records, p.kind, p.name, pair)
         pending.clear()
@@ -169,7 +163,7 @@ class _Monitor:
             return
         found = {"weights": args[leaf.argument]}
         if leaf.new is not None:
-            old, new = args[leaf.argument], as_stored(outs[leaf.new])
+            old, new = args[leaf.argument], measure.as_stored(outs[leaf.new])
             found["updates"] = new.astype(jnp.float32) - old.astype(jnp.float32)
         if leaf.gradient is not None:
             found["gradients"] = outs[leaf.gradient]
@@ -276,7 +270,7 @@ def monitor(
     if not isinstance(where, str | list | tuple):
         raise ConfigError(f"monitor: where={brief(where)}; write path patterns, such as ['**/mlp']")
     patterns = (where,) if isinstance(where, str) else tuple(where)
-    found = candidates(formats)
+    found = measure.candidates(formats)
 
     @functools.wraps(fn)
     def monitored(*args: P.args, **kwargs: P.kwargs) -> tuple[R, Monitored]:

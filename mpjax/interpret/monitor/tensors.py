@@ -14,14 +14,22 @@ A value is measured once: operands that are an earlier tensor cast or reshaped a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
-from mpjax.interpret.core.dataflow import Flow, Step, Value
+from mpjax.interpret.core.dataflow import Flow, Step, Value, reach
 from mpjax.interpret.core.op_lists import LOW
 from mpjax.interpret.core.retrace import is_float
 from mpjax.interpret.core.trace import Program
-from mpjax.interpret.monitor.weights import RENAMES, Leaf, behind, find_weights, sources_of
+from mpjax.interpret.monitor.weights import (
+    RENAMES,
+    Leaf,
+    behind,
+    find_weights,
+    same_size,
+    sources_of,
+)
 from mpjax.typing import Shape
 
 _SQUARES, _ROOTS = ("square", "integer_pow", "mul"), ("sqrt", "rsqrt")
@@ -125,29 +133,20 @@ def _renamed(value: Value) -> Value:
 
 def _is_weight(value: Value, weights: set[Value]) -> bool:
     """Whether a value is a weight: a part of it, cast, or rounded and scaled by few numbers."""
-    visited, todo = set(), [value]
-    while todo:
-        value = todo.pop()
-        if value in weights:
-            return True
-        if value in visited or (value.step is not None and value.step.name in LOW):
-            continue
-        visited.add(value)
+
+    def ahead(value: Value) -> list[Value]:
         if value.step is None or value.step.name in _PARTS:
-            todo += value.step.ins[:1] if value.step else value.same
-            continue
-        ins = [v for v in value.step.ins if getattr(v.aval, "size", 0) == value.aval.size]
-        ins = [v for v in ins if v.step is None or v.step.name != "broadcast_in_dim"]
-        todo += ins if len(set(ins)) == 1 else []
-    return False
+            return value.step.ins[:1] if value.step else value.same
+        if value.step.name in LOW:
+            return []
+        ins = [v for v in same_size(value) if not v.step or v.step.name != "broadcast_in_dim"]
+        return ins if len(set(ins)) == 1 else []
+
+    return any(v in weights for v in reach([value], ahead))
 
 
-def _is_cotangent(value: Value, visited: frozenset[Value] = frozenset()) -> bool:
-    if value in visited:
-        return False
-    if value.step is not None:
-        return value.step.transposed
-    return any(_is_cotangent(v, visited | {value}) for v in value.same)
+def _is_cotangent(value: Value) -> bool:
+    return any(v.step is not None and v.step.transposed for v in reach([value], lambda v: v.same))
 
 
 def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark: _Marker) -> None:
@@ -232,15 +231,5 @@ def _feeds_softmax(step: Step) -> bool:
     subtracted = passes(step.outs[0], "sub", moves)
     if not any(passes(s.outs[0], "exp", RENAMES) for s in subtracted):
         return False
-    visited: set[Value] = set()
-    todo = [step.ins[0]]
-    while todo:
-        value = todo.pop()
-        if value in visited or len(visited) > 64:
-            continue
-        visited.add(value)
-        if value.step is not None and value.step.name in LOW:
-            return True
-        size = value.aval.size
-        todo += [v for v in behind(value) if getattr(v.aval, "size", 0) == size]
-    return False
+    found = itertools.islice(reach([step.ins[0]], same_size), 65)
+    return any(value.step is not None and value.step.name in LOW for value in found)

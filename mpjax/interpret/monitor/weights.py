@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from mpjax.interpret.core.dataflow import Flow, Step, Value
+from mpjax.interpret.core.dataflow import Flow, Step, Value, reach
 from mpjax.interpret.core.op_lists import SHAPE
 from mpjax.interpret.core.retrace import is_float
 from mpjax.interpret.core.trace import Program
@@ -119,18 +119,20 @@ def behind(value: Value) -> Iterator[Value]:
     yield from value.same or (value.step.ins if value.step is not None else ())
 
 
+def same_size(value: Value) -> list[Value]:
+    """Those of the values behind one that have its size."""
+    return [v for v in behind(value) if getattr(v.aval, "size", 0) == value.aval.size]
+
+
 def _adds(new: Value, old: Value) -> bool:
     """Whether a value comes from another one through sums, choices and casts alone."""
-    visited, todo = set(), [new]
-    while todo:
-        value = todo.pop()
-        if value is old:
-            return True
-        if value in visited or (value.step is not None and value.step.name not in _ADDS):
-            continue
-        visited.add(value)
-        todo += [v for v in behind(value) if v.aval.shape == old.aval.shape]
-    return False
+
+    def ahead(value: Value) -> list[Value]:
+        if value.step is not None and value.step.name not in _ADDS:
+            return []
+        return [v for v in behind(value) if v.aval.shape == old.aval.shape]
+
+    return old in reach([new], ahead)
 
 
 def _leaves_backward(value: Value) -> bool:
@@ -144,21 +146,18 @@ def _leaves_backward(value: Value) -> bool:
 
 def sources_of(value: Value) -> tuple[list[Step], list[Step]]:
     """The backward steps that a value comes from, value by value, and the steps on the way."""
-    visited, todo = set(), [value]
     sources: list[Step] = []
     between: list[Step] = []
-    while todo:
-        value = todo.pop()
-        if value in visited:
-            continue
-        visited.add(value)
+
+    def ahead(value: Value) -> list[Value]:
         if value.step is not None and (value.step.transposed or value.step.name == "add_any"):
             sources.append(value.step)
-            continue
-        if value.step is not None:
-            between.append(value.step)
-        size = value.aval.size
-        todo += [v for v in behind(value) if value.same or getattr(v.aval, "size", 0) == size]
+            return []
+        between.extend([value.step] if value.step is not None else [])
+        return list(value.same) or same_size(value)
+
+    for _ in reach([value], ahead):
+        pass
     return sources, between
 
 

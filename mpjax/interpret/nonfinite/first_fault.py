@@ -67,17 +67,15 @@ def find_first_fault(closed: ClosedJaxpr, args: Sequence[Array], shards: bool) -
     broken = frozenset(f.key for f in nonfinite)
     while new := [f.key for f in nonfinite if _is_new(f, plain, checked)]:
         checked += new[: _AT_ONCE if checked else _FIRST]
-        looked = InstrumentedProgram(
-            closed, checked=tuple(checked), shards=shards, only=frozenset(checked)
-        )
+        only = frozenset(checked)
+        looked = InstrumentedProgram(closed, checked=tuple(checked), shards=shards, only=only)
         records, _ = looked(args)
         found = [f for f in looked.found(records) if f.key in checked and f.code < SEEN]
         for one in found:
             propagation = Propagation(closed, {one.key}, plain.sites, broken)
             if propagation.affects_output:
-                return FirstFault(
-                    one, broken - propagation.reached_sites, True, propagation.outs, plain, records
-                )
+                others = broken - propagation.reached_sites
+                return FirstFault(one, others, True, propagation.outs, plain, records)
         if found:  # finite numbers that they made wrong need a program that repairs them
             instrumented = InstrumentedProgram(closed, checked=tuple(checked), shards=shards)
             records, healthy = instrumented(args, checked)

@@ -32,30 +32,9 @@ from mpjax.interpret.core.platforms import branch_taken, check_platform
 from mpjax.interpret.core.retrace import RecordKey, Records, Result, aval_of, cast, is_float
 from mpjax.interpret.core.shard_map import agreed
 from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
-from mpjax.interpret.nonfinite.fault import (
-    FINE,
-    INFINITY,
-    all_finite,
-    can_make,
-    can_stop,
-    faults,
-    is_number,
-    repaired,
-)
-from mpjax.interpret.nonfinite.sites import (
-    FLAGS,
-    MASK,
-    RANGES,
-    SEEN,
-    Found,
-    Key,
-    Site,
-    first,
-    found_in,
-    level,
-    output_key,
-    packed,
-)
+from mpjax.interpret.nonfinite import fault, sites
+from mpjax.interpret.nonfinite.fault import FINE, all_finite, is_number
+from mpjax.interpret.nonfinite.sites import SEEN, Found, Key, Site, packed
 from mpjax.interpret.nonfinite.summaries import among, digest, has_nan, range_of
 from mpjax.typing import Array, DType, DTypeLike
 
@@ -90,7 +69,7 @@ class InstrumentedProgram:
         self._platform = check_platform("trace_nonfinite", None)
         self.sites: dict[Key, Site] = {}
         self._site_keys: dict[Key, tuple[Key, ...]] = {}
-        self._rebind = Rebind(first)
+        self._rebind = Rebind(sites.first)
         self._repairs: Any = None
         self._compiled: jax.stages.Compiled | None = None
         self._recorded: list[RecordKey] = []
@@ -124,7 +103,7 @@ class InstrumentedProgram:
 
     def found(self, records: Records) -> list[Found]:
         """Returns the sites that were not finite or at fault, in the order of execution."""
-        return sorted(found_in(self.sites, self._site_keys, records), key=lambda f: f.order)
+        return sorted(sites.found_in(self.sites, self._site_keys, records), key=lambda f: f.order)
 
     def _run(
         self, args: list[Array], repairs: Array
@@ -133,7 +112,7 @@ class InstrumentedProgram:
         outs, records, _ = self._evaluate(self.closed, args, Location(), (), (), None)
         if self.closed.jaxpr.eqns:
             records |= self._outputs(outs)
-        self._masked = [key for key in records if key[0] == MASK]
+        self._masked = [key for key in records if key[0] == sites.MASK]
         masks = [records.pop(key) for key in self._masked]
         self._recorded = list(records)
         digests = [(digest(x), has_nan(x)) for x in outs] if self.only is None else []
@@ -150,13 +129,13 @@ class InstrumentedProgram:
             if self.only is not None and is_number(x) and jnp.size(x):
                 codes.append(jnp.where(all_finite(x), jnp.int32(FINE), jnp.int32(SEEN)))
             if codes:
-                key = output_key(self.closed, number)
+                key = sites.output_key(self.closed, number)
                 self.sites[key] = Site(self.closed.jaxpr.eqns[-1], Location(), ())
                 self._site_keys[key] = (key,)
                 code = codes[0]
                 if len(codes) > 1:  # an output that does not fit is infinite for that
                     code = jnp.where(code > FINE, code, codes[1])
-                records[FLAGS, *key] = packed([code])
+                records[sites.FLAGS, *key] = packed([code])
         return records
 
     def _evaluate(
@@ -180,7 +159,7 @@ class InstrumentedProgram:
         if site_codes is None and codes:
             codes.sort(key=lambda pair: pair[1].dtype != jnp.bool_)  # as `packed` takes them
             self._site_keys[key] = tuple(each for each, _ in codes)
-            records[FLAGS, *key] = packed([code for _, code in codes])
+            records[sites.FLAGS, *key] = packed([code for _, code in codes])
         return Result(outs, records)
 
     def _visit(
@@ -198,7 +177,7 @@ class InstrumentedProgram:
             if name == "while" and number == 0:  # a test has no sites
                 return Result(jaxpr_as_fun(inner)(*values))
             step = None if name in ("scan", "while") else number
-            around = (*levels, *level(eqn))
+            around = (*levels, *sites.level(eqn))
             same = site_codes if name in _SAME else None
             return self._evaluate(inner, values, location, (*key, step), around, same)
 
@@ -217,9 +196,10 @@ class InstrumentedProgram:
                 dtypes = [getattr(atom.aval, "dtype", None) for atom in eqn.invars]
                 args, lost = self._narrowed(args, dtypes)
             outs = bind(eqn, args)
+        makes = fault.can_make(eqn) or fault.can_stop(eqn)
         asks = self.only is not None and name == "is_finite"
-        site = asks if self.only is not None else can_make(eqn) or can_stop(eqn) or lost is not None
-        if not site and not (self.only is not None and key in self.only):
+        wanted = asks or key in self.only if self.only is not None else makes or lost is not None
+        if not wanted:
             return Result(outs)
         self.sites[key] = Site(eqn, location, levels)
         if key in self.checked:
@@ -227,7 +207,7 @@ class InstrumentedProgram:
             site_codes.append((key, code if lost is None else jnp.maximum(code, lost)))
             return Result(outs, records)
         fine = [jnp.all(out) for out in outs] if asks else []
-        if can_make(eqn) or can_stop(eqn):
+        if makes:
             fine = [all_finite(out) for out in outs if is_number(out) and out.size]
         code = functools.reduce(operator.and_, fine) if fine else jnp.ones((), jnp.bool_)
         if lost is not None:
@@ -246,18 +226,19 @@ class InstrumentedProgram:
         least, most = jnp.float32(jnp.inf), jnp.float32(-jnp.inf)  # in float32, where it broke
         for out, exact in zip(outs, wide, strict=True):
             if is_number(out) and out.size:
-                found, nonfinite = faults(eqn, args, out)
+                found, nonfinite = fault.faults(eqn, args, out)
                 code = jnp.where(found > FINE, found, code)
                 least, most = among(exact, nonfinite, least, most)
-                out = repaired(out, agreed(nonfinite, out) & self._repairs[self.checked.index(key)])
+                chosen = self._repairs[self.checked.index(key)]
+                out = fault.repaired(out, agreed(nonfinite, out) & chosen)
                 if self.shards and set(levels) <= {"scan", "reverse"}:
-                    records.setdefault((MASK, *key), nonfinite)
+                    records.setdefault((sites.MASK, *key), nonfinite)
                 legal = (code == FINE) & ~all_finite(out)  # a mask of -inf, or what follows
                 code = jnp.where(legal, jnp.int32(SEEN), code)
             results.append(out)
         measured = [packed([code])[0].astype(jnp.float32), *map(range_of, args)]
         measured.append(jnp.stack([least, most]))
-        return results, code, records | {(RANGES, *key): jnp.concatenate(measured)}
+        return results, code, records | {(sites.RANGES, *key): jnp.concatenate(measured)}
 
     def _narrowed(
         self, values: Sequence[Array], dtypes: Sequence[DType | None]
@@ -269,7 +250,7 @@ class InstrumentedProgram:
             if dtype is not None and is_float(x) and x.dtype != dtype:
                 y = cast(x, dtype)
                 over = all_finite(x) & ~all_finite(y)
-                code = jnp.where(over, jnp.int32(INFINITY), jnp.int32(FINE))
+                code = jnp.where(over, jnp.int32(fault.INFINITY), jnp.int32(FINE))
                 lost, x = code if lost is None else jnp.maximum(lost, code), y
             results.append(x)
         return results, lost
@@ -329,10 +310,10 @@ def _mixed(eqn: JaxprEqn, dtypes: Sequence[DType]) -> bool:
     return list(dtypes) != [aval_of(a).dtype for a in eqn.invars if is_float(a.aval)]
 
 
-def any_low(sites: dict[Key, Site]) -> bool:
+def any_low(found: dict[Key, Site]) -> bool:
     """Returns whether an operation of a program has a float narrower than float32 in it."""
     return any(
         is_low(getattr(atom.aval, "dtype", None))
-        for site in sites.values()
+        for site in found.values()
         for atom in (*site.eqn.invars, *site.eqn.outvars)
     )

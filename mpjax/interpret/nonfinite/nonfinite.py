@@ -61,21 +61,23 @@ class Nonfinite:
     exact: float | None = None
 
     def __str__(self) -> str:
-        where = [self.path] if self.path else []
-        where += [] if self.layer is None else [f"iteration {self.layer}"]
-        rows = [("where", ", ".join(where))] if where else []
-        rows += [("line", self.line)] if self.line else []
-        rows += [("why", self.reason)]
-        rows += [("input" if i == 0 else "", str(r)) for i, r in enumerate(self.ranges)]
-        if self.shard is not None:
-            rows += [("shard", ", ".join(map(str, self.shard)))]
+        layer = "" if self.layer is None else f"iteration {self.layer}"
+        value = ""
         if self.exact is not None and math.isfinite(self.exact):
-            rows += [("value", f"{self.exact:.6g} in float32")]
+            value = f"{self.exact:.6g} in float32"
         elif self.exact is not None and self.cure != NONE:
-            rows += [("value", "not finite in float32 either, from these inputs")]
-        rows += [("cure", self.cure)] if self.cure else []
+            value = "not finite in float32 either, from these inputs"
+        rows = [
+            ("where", ", ".join(filter(None, (self.path, layer)))),
+            ("line", self.line),
+            ("why", self.reason),
+            *(("" if i else "input", str(r)) for i, r in enumerate(self.ranges)),
+            ("shard", ", ".join(map(str, self.shard or ()))),
+            ("value", value),
+            ("cure", self.cure),
+        ]
         head = f"first {self.kind}: {self.primitive}, {self.direction} pass"
-        return "\n".join([head, *(f"  {name:6} {text}" for name, text in rows)])
+        return "\n".join([head, *(f"  {name:6} {text}" for name, text in rows if text)])
 
 
 def trace_nonfinite(
@@ -133,7 +135,7 @@ def trace_nonfinite(
     report = _report(program, first_fault)
     if not cure:
         return report
-    where = ", ".join(part for part in (report.path, report.line) if part)
+    where = ", ".join(filter(None, (report.path, report.line)))
     _log.warning(
         "trace_nonfinite: first %s: %s%s (%s); now its cure is looked for (cure=False: it is not)",
         report.kind, report.primitive, f", {where}" if where else "", report.reason,
@@ -144,21 +146,16 @@ def trace_nonfinite(
 def _given(program: Program) -> Nonfinite | None:
     """A NaN among the arguments, or what the function closes over, that reaches an output."""
     closed = [(f"a closed-over array of {jnp.shape(x)}", x) for x in program.closed.consts]
-    nonfinite_arguments = [
-        (name, x)
-        for name, x in [*zip(program.names, program.args, strict=True), *closed]
-        if is_number(x) and bool(jnp.any(jnp.isnan(x)))
-    ]
-    if not nonfinite_arguments:
-        return None
-    _, outs = InstrumentedProgram(program.closed)(program.args)
-    if not any(code for _, code in outs):
-        return None
-    name, x = nonfinite_arguments[0]
-    return Nonfinite(
-        "argument", name, None, "forward", "", "nan", (Range.of(x),), None, NONE,
-        "the function was given it: it broke before this call",
-    )  # fmt: skip
+    for name, x in [*zip(program.names, program.args, strict=True), *closed]:
+        if is_number(x) and bool(jnp.any(jnp.isnan(x))):
+            _, outs = InstrumentedProgram(program.closed)(program.args)
+            if not any(is_nan for _, is_nan in outs):
+                return None
+            return Nonfinite(
+                "argument", name, None, "forward", "", "nan", (Range.of(x),), None, NONE,
+                "the function was given it: it broke before this call",
+            )  # fmt: skip
+    return None
 
 
 def _report(program: Program, first_fault: FirstFault) -> Nonfinite:

@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from mpjax.interpret.core.location import Location, location_of
 from mpjax.interpret.core.retrace import Records
-from mpjax.interpret.nonfinite.direction import held_jaxprs
+from mpjax.interpret.nonfinite.direction import holders
 from mpjax.interpret.nonfinite.fault import FINE, NAN
 from mpjax.typing import Array
 
@@ -94,11 +94,12 @@ def _at(site: Site, key: Key, record: np.ndarray, index: tuple[int, ...]) -> Fou
     whiles, axes = iter(value[1:HEAD]), iter(index)
     layers, shards, times = [], [], []
     for level in site.levels:
+        number = int(next(whiles, 1)) - 1 if level == "while" else int(next(axes))
         if level == "shard":
-            shards.append(int(next(axes)))
-            continue
-        layers.append(int(next(whiles, 1)) - 1 if level == "while" else int(next(axes)))
-        times.append(-layers[-1] if level == "reverse" else layers[-1])
+            shards.append(number)
+        else:
+            layers.append(number)
+            times.append(-number if level == "reverse" else number)
     left = iter(times)
     order = tuple(next(left) if part is None else part for part in key)
     return Found(key, order, tuple(layers), tuple(shards), index, int(value[0]))
@@ -136,16 +137,9 @@ def output_key(closed: ClosedJaxpr, number: int) -> Key:
 
 def location_at(closed: ClosedJaxpr, key: Key) -> Location:
     """Returns where a site stands, with its source line."""
-    location, jaxpr = Location(), closed.jaxpr
-    numbers = list(key)
-    while numbers:
-        index = numbers.pop(0)
-        assert index is not None
-        eqn = jaxpr.eqns[index]
-        location = location_of(eqn, location)
-        if numbers:
-            number, held = numbers.pop(0), held_jaxprs(eqn)
-            jaxpr = held[number if number is not None else len(held) - 1].jaxpr
+    location = Location()
+    for jaxpr, index in holders(closed, key):
+        location = location_of(jaxpr.eqns[index], location)
     return location
 
 
