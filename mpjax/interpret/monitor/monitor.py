@@ -20,8 +20,7 @@ from mpjax.interpret.monitor import measure
 from mpjax.interpret.monitor.measure import Candidate, Pair, merge
 from mpjax.interpret.monitor.report import KINDS, Monitored
 from mpjax.interpret.monitor.statistics import Statistics
-from mpjax.interpret.monitor.tensors import Mark, Tensors, find_tensors
-from mpjax.interpret.monitor.weights import Leaf
+from mpjax.interpret.monitor.tensors import Leaf, Mark, Tensors, find_tensors
 from mpjax.precision.rule import matches
 from mpjax.typing import Array
 
