@@ -31,7 +31,7 @@ class Cause:
     """Where and how a low value became wide.
 
     Args:
-      mechanism: `constant`, `number`, `argument` or `made`: what a low value met that was wide;
+      mechanism: `constant`, `number`, `argument` or `made`: the wide operand of a promotion;
         `cast`: it was cast up; `product`: a product of low operands gives a wide result;
         `operation`: another operation does; `cotangent`: only the gradient is wide, as the
         product's result is; `inputs`: all that the product is made of is wide; `opaque`: autocast

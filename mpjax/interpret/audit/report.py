@@ -120,11 +120,11 @@ class Audit:
       leaks: wide products in a low program, by cause, the largest first.
       minor: leaks too small to matter, listed apart.
       double_casts: casts of what was cast just before, or was cast so already.
-      dead_casts: casts that nobody reads, or that are only cast straight back.
+      dead_casts: casts without readers, or that are only cast straight back.
       low_reductions: sums whose operand and result are low.
       missing_donation: large inputs that a jitted function could donate.
       notes: what the figures leave out.
-      compiled: what XLA made of it here, where that was asked for.
+      compiled: what the optimised HLO of this backend holds, if that was asked for.
     """
 
     low: str

@@ -67,7 +67,7 @@ def autocast(
     Nothing of the function is edited: it is traced, and its jaxpr is evaluated with casts put in.
     Products run in the low dtype, operations that lose digits or overflow (exp, log, sums, pow,
     softmax, cross-entropy ...) in float32, all others in the widest dtype of their inputs. Python
-    numbers never widen. float64, integers and every cast that stands in the jaxpr stay. What runs
+    numbers never widen. float64, integers and every cast in the jaxpr stay. What runs
     value by value and feeds float32 operations only runs in float32 too, so that a softmax or a
     norm that is no call in the jaxpr is exact.
 

@@ -1,4 +1,4 @@
-"""Who makes each value of a program and who reads it, across all that holds jaxprs.
+"""For each value of a program the operation that makes it and those that read it, through calls.
 
 Found by `walk` on values that hold their history alone, so nothing is computed. Carries of loops
 and results of branches are joins: values that are one of several others.
@@ -155,7 +155,7 @@ class Flow:
         n, m = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
         carry = [_join(x.aval, x) for x in ins[m:]]
         for value in self._run(p["cond_jaxpr"], [*ins[:n], *carry], location):
-            value.returned = True  # it decides
+            value.returned = True  # the predicate
         outs = self._run(p["body_jaxpr"], [*ins[n:m], *carry], location)
         _feed(carry, outs)
         return _joins(eqn, carry, outs)
@@ -166,7 +166,7 @@ class Flow:
             self.notes[f"a call that depends on the platform counts as on {self._platform}"] = None
             return self._run(eqn.params["branches"][number], ins[1:], location)
         self.notes["every branch of a conditional counts as if it ran"] = None
-        ins[0].returned = True  # it decides
+        ins[0].returned = True  # the index of the branch
         branches = [self._run(branch, ins[1:], location) for branch in eqn.params["branches"]]
         return _joins(eqn, *branches)
 
@@ -197,12 +197,12 @@ _RULES: dict[str, Callable[[Flow, JaxprEqn, Location, list[Value]], list[Value]]
 
 
 def _joins(eqn: JaxprEqn, *outs: Sequence[Value]) -> list[Value]:
-    """The results of an equation: each is one of those that several jaxprs give in its place."""
+    """The results of an equation, each a join of what its jaxprs return for it."""
     return [_join(aval_of(var), *values) for var, *values in zip(eqn.outvars, *outs, strict=True)]
 
 
 def reach(starts: Iterable[Value], ahead: Callable[[Value], Iterable[Value]]) -> Iterator[Value]:
-    """Yields values, and those that `ahead` gives of each of them, once each, depth first."""
+    """Yields values and what `ahead` returns for each of them, every value once, depth first."""
     visited, todo = set[Value](), list(starts)
     while todo:
         value = todo.pop()

@@ -44,7 +44,7 @@ class Location(NamedTuple):
       backward: it came from a transposition.
       tangent: it came from a differentiation; neither makes it part of the plain forward pass.
       recomputed: `jax.checkpoint` runs it a second time.
-      no_autocast: it stands in a region of `no_autocast`.
+      no_autocast: it is in a function of `no_autocast`.
       carried: it belongs to a model that takes its policies by path already.
       opaque: the primitive that holds it, which autocast left as it was traced; empty elsewhere.
       line: the user's source line, `file.py:12 (function)`, in a notebook `Cell In[3]:12

@@ -38,7 +38,7 @@ V = TypeVar("V")  # what `walk` has for an array
 
 @functools.lru_cache(maxsize=4096)
 def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
-    """Index of an equation -> the variables that nobody reads after it."""
+    """Index of an equation -> the variables that are not read after it."""
     last: dict[Var, int] = {}
     for index, eqn in enumerate(jaxpr.eqns):
         for atom in (*eqn.invars, *eqn.outvars):
@@ -103,7 +103,7 @@ def run(primitive: Primitive, args: Sequence[Array], params: dict[str, object]) 
 
 
 def as_typed(x: Any) -> Any:
-    """Returns a constant of a jaxpr with a dtype, which JAX gives numbers but not True or False."""
+    """Returns a constant of a jaxpr with a dtype; those of JAX have one but for True and False."""
     return np.bool_(x) if isinstance(x, bool) else x
 
 

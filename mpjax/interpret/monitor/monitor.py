@@ -224,7 +224,7 @@ def monitor(
     Called every N steps on the arguments of a step, before the step that donates them, such a
     compiled function costs nothing between and changes no bit of the training.
 
-    Statistics of what stands in a scan over layers (one that takes weights slice by slice) have a
+    Statistics of tensors in a scan over layers (one that takes weights slice by slice) have a
     leading axis; those of other loops, of microbatches and shards, and of several calls at one
     line of a module, are joined.
 

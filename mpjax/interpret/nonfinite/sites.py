@@ -52,7 +52,7 @@ class Found(NamedTuple):
       order: the key with its iterations; smaller is earlier.
       layers: the iterations alone, from outside in.
       shards: indices of the shards of `shard_map` around it in which it was not finite.
-      stands: where its record stands in the recorded array.
+      stands: the index of its record in the recorded array.
       code: see `fault`; `SEEN` where it is no fault, or was not checked for one.
     """
 
