@@ -101,19 +101,6 @@ def _cast_policy(rule: Rule) -> CastPolicy:
     return CastPolicy(jnp.dtype(compute), jnp.dtype(policy.output_dtype), rule.recipe)
 
 
-def _optimizers(precision: Precision) -> list[str]:
-    """The fields of a Precision that say something else than its rules."""
-    plain = Precision("plain", ())
-    names = ("loss_scale", "update", "moments", "gradient_dtype")
-    return [name for name in names if getattr(precision, name) != getattr(plain, name)]
-
-
-def _of_dtype(dtype: DTypeLike) -> Precision:
-    name = dtype_name(dtype)
-    rule = parse_rule(f"**=p=f32,c={name},o={name}")
-    return Precision(name, (dataclasses.replace(rule, user=False),))
-
-
 def _alone(rule: str | Rule, parsed: Rule) -> Rule:
     """A rule of a function in float32: with a recipe alone, all but the products stays float32."""
     value = rule.partition("=")[2] if isinstance(rule, str) else ""
@@ -154,11 +141,14 @@ def cast_rules(
                     f"autocast: it does not compute in {dtype_name(dtype)}; take bf16, fp16 or"
                     " fp32, or a recipe such as r=fp8"
                 )
-            precision = _of_dtype(dtype)
+            name = dtype_name(dtype)
+            rule = parse_rule(f"**=p=f32,c={name},o={name}")
+            precision = Precision(name, (dataclasses.replace(rule, user=False),))
             if dtype == jnp.float32:
                 own = tuple(_alone(*pair) for pair in zip(rules, own, strict=True))
-    note = ""
-    if left := _optimizers(precision):
+    note, plain = "", Precision("plain", ())
+    names = ("loss_scale", "update", "moments", "gradient_dtype")
+    if left := [n for n in names if getattr(precision, n) != getattr(plain, n)]:
         note = (
             f"autocast: Precision {precision.name!r} sets {' '.join(left)}, which the optimizer"
             " takes: mpjax.optim.wrap(optimizer, precision); autocast reads its rules alone"

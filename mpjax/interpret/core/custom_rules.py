@@ -144,8 +144,9 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Array], run: Run, learn: Learn) -> list[A
     def forward(*values_in: Any) -> tuple[list[Array], tuple[Any, ...]]:
         values = [g.value for g in values_in] if symbolic else list(values_in)
         if symbolic and any(g.perturbed for g in values_in[:skip]):
+            name = p["call_jaxpr"].jaxpr.debug_info.func_name
             raise ConfigError(
-                f"autocast: the custom_vjp function {_name(eqn)} is differentiated with respect to"
+                f"autocast: the custom_vjp function {name} is differentiated with respect to"
                 " an array that it closes over, for which its rule has no cotangent; pass the"
                 " array as an argument"
             )
@@ -200,10 +201,6 @@ def _vjp(eqn: JaxprEqn, args: Sequence[Array], run: Run, learn: Learn) -> list[A
 
     function.defvjp(forward, backward, symbolic_zeros=symbolic)
     return list(function(*args))
-
-
-def _name(eqn: JaxprEqn) -> str:
-    return str(eqn.params["call_jaxpr"].jaxpr.debug_info.func_name)
 
 
 def _vmap(eqn: JaxprEqn, args: Sequence[Array], run: Run) -> list[Array]:

@@ -110,8 +110,9 @@ def trace(
         raise error from None  # without the second traceback that JAX appends
     except _NOT_TRACEABLE as error:
         first = str(error).strip().splitlines()[0]
+        called = getattr(fn, "__qualname__", None) or type(fn).__name__
         raise ConfigError(
-            f"{what}: {_called(fn)} cannot be traced, because it asks for the value of an array:"
+            f"{what}: {called} cannot be traced, because it asks for the value of an array:"
             f" {first} Use jax.lax.cond, jnp.where or a Python number there."
         ) from error
 
@@ -153,7 +154,3 @@ def _spell(path: tuple[Any, ...]) -> str:
     if path[0].idx == 0:
         return "args" + jax.tree_util.keystr(path[1:])
     return f"{path[1].key}{jax.tree_util.keystr(path[2:])}"
-
-
-def _called(fn: object) -> str:
-    return getattr(fn, "__qualname__", None) or type(fn).__name__

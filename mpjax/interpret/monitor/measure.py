@@ -244,7 +244,8 @@ def _measure(rows: Sequence[Array], chunk: int, formats: tuple[Candidate, ...]) 
             over, error = values, values - round_to(values, format)
         reals.append(jnp.sqrt(mean(jnp.square(error * spread(inverse)))) * size)
         # To nearest, ties to even: half the smallest number is the largest that becomes zero.
-        below = _bits(over) <= jnp.uint32(_pattern(format.min_subnormal / 2))
+        half = np.float32(format.min_subnormal / 2).view(np.uint32)
+        below = _bits(over) <= jnp.uint32(int(half))
         counts.append(sums(_count(below & (finite_bits != 0))))
         if candidate.scaled:
             counts.append(histogram[:, -1] - nans)  # the largest finite number fits
@@ -257,10 +258,6 @@ def _measure(rows: Sequence[Array], chunk: int, formats: tuple[Candidate, ...]) 
         jnp.concatenate([histogram, jnp.stack(counts, axis=1)], axis=1),
         jnp.stack(reals, axis=1),
     )
-
-
-def _pattern(number: float) -> int:
-    return int(np.float32(number).view(np.uint32))
 
 
 def _numbers(counts: Array) -> Array:

@@ -194,7 +194,8 @@ def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark:
             if _renamed(out) in gradients or out in gradients or not new(out):
                 continue
             role = "operand" if step.transposed else "product"
-            if step.transposed and not any(holds) and not _is_batched(step):
+            dims = step.eqn.params.get("dimension_numbers") if step.name == "dot_general" else None
+            if step.transposed and not any(holds) and not (dims and dims[1][0]):
                 if not gradients:  # the program returns nothing to follow them back from
                     mark(step, Mark("gradients", -1, "weight" + site))
             elif not (step.location.recomputed and step.location.backward):
@@ -205,10 +206,6 @@ def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark:
             for i, out in enumerate(step.outs):
                 if _leaves(out, step) and out.aval.ndim and out.aval.size > 1 and new(out):
                     mark(step, Mark("activations", -1 - i, "output"))
-
-
-def _is_batched(step: Step) -> bool:
-    return step.name == "dot_general" and bool(step.eqn.params["dimension_numbers"][1][0])
 
 
 def _leaves(value: Value, step: Step) -> bool:

@@ -65,7 +65,9 @@ def find_first_fault(closed: ClosedJaxpr, args: Sequence[Array], shards: bool) -
     healthy: Digests = []
     nonfinite = plain.found(records)
     broken = frozenset(f.key for f in nonfinite)
-    while new := [f.key for f in nonfinite if _is_new(f, plain, checked)]:
+    while new := [
+        f.key for f in nonfinite if f.key not in checked and can_make(plain.sites[f.key].eqn)
+    ]:
         checked += new[: _AT_ONCE if checked else _FIRST]
         only = frozenset(checked)
         looked = InstrumentedProgram(closed, checked=tuple(checked), shards=shards, only=only)
@@ -97,10 +99,6 @@ def find_first_fault(closed: ClosedJaxpr, args: Sequence[Array], shards: bool) -
         return None
     # no fault alone affects an output, together they do
     return _alone(plain, instrumented, args, found[0].key, records)
-
-
-def _is_new(found: Found, plain: InstrumentedProgram, checked: Sequence[Key]) -> bool:
-    return found.key not in checked and can_make(plain.sites[found.key].eqn)
 
 
 def _alone(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,9 @@ def trace_nonfinite(
                 " of jit, with arrays"
             )
     _log.info("trace_nonfinite: the program is compiled with every operation under watch")
-    first_fault = find_first_fault(program.closed, program.args, _is_spread(program.args))
+    arrays = [x for x in program.args if isinstance(x, jax.Array)]
+    is_spread = any(len(x.sharding.device_set) > 1 for x in arrays)
+    first_fault = find_first_fault(program.closed, program.args, is_spread)
     if first_fault is None:
         return _given(program)
     report = _report(program, first_fault)
@@ -199,22 +201,12 @@ def _measured(
     return ranges, None if mask is None else _bad_shards(mask, found.stands), exact
 
 
-def _is_spread(args: Sequence[Array]) -> bool:
-    return any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in args)
-
-
 def _bad_shards(mask: Array, index: tuple[int, ...]) -> tuple[int, ...] | None:
     """Numbers of the devices whose part of a mask has something set; None if all have all of it."""
     if mask.sharding.is_fully_replicated:
         return None
-    devices = [
-        shard.device.id
-        for shard in mask.addressable_shards
-        if np.asarray(shard.data)[index if _whole(mask, len(index)) else ()].any()
-    ]
-    return tuple(sorted(devices))
-
-
-def _whole(mask: Array, loops: int) -> bool:
-    """Whether no shard is cut along the axes that stand for iterations."""
-    return mask.sharding.shard_shape(mask.shape)[:loops] == mask.shape[:loops]
+    loops = len(index)  # the first axes are those of iterations
+    if mask.sharding.shard_shape(mask.shape)[:loops] != mask.shape[:loops]:
+        index = ()
+    shards = (s for s in mask.addressable_shards if np.asarray(s.data)[index].any())
+    return tuple(sorted(shard.device.id for shard in shards))
