@@ -1,4 +1,4 @@
-"""Casts without need, casts down that are cast up again, and sums in a low dtype."""
+"""Redundant casts, casts down that are cast up again, and sums in a low dtype."""
 
 from __future__ import annotations
 

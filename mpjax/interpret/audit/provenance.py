@@ -64,7 +64,7 @@ def is_argument(value: Value) -> bool:
 
 
 class Makers:
-    """The steps behind each wide value of a program that made a wide value of low ones.
+    """The steps that make a wide value of low ones, and which of them each value depends on.
 
     Args:
       flow: the program.
@@ -105,7 +105,7 @@ class Makers:
 
 
 def readers(value: Value) -> Iterator[tuple[Step, set[Value]]]:
-    """Yields the first steps that do more than move a value, with the values that are it."""
+    """Yields the first steps that compute with a value, with its copies that they may read."""
     stack, inside = [value], {value}
     found: dict[Step, None] = {}
     while stack:

@@ -103,7 +103,7 @@ def run(primitive: Primitive, args: Sequence[Array], params: dict[str, object]) 
 
 
 def as_typed(x: Any) -> Any:
-    """Returns a constant of a jaxpr with a dtype; those of JAX have one but for True and False."""
+    """Returns a constant of a jaxpr with a dtype, which JAX does not give to True and False."""
     return np.bool_(x) if isinstance(x, bool) else x
 
 

@@ -31,7 +31,7 @@ RENAMES = SHAPE | {
     *("copy", "copy_p", "convert_element_type", "optimization_barrier", "pvary"),
     *("settled", "with_derivative"),
 }
-# By which a new weight is made of its old one: sums, choices, casts and operations on bits.
+# Operations that make a new weight of its old one: sums, choices, casts and those on bits.
 _ADDS = RENAMES | {
     *("add", "sub", "select_n", "bitcast_convert_type", "reduce_precision", "clamp", "max", "min"),
     *("and", "or", "xor", "not", "shift_left", "shift_right_logical", "shift_right_arithmetic"),

@@ -22,7 +22,7 @@ from mpjax.interpret.nonfinite.propagation import Propagation
 from mpjax.interpret.nonfinite.sites import SEEN, Key, location_at
 from mpjax.typing import Array, DType
 
-# In words, and which operations it computes in float32.
+# A change of precision: in words, and which operations it computes in float32.
 Change: TypeAlias = tuple[str, Wide]
 
 NONE = "none: the value is not finite in float32 either"
@@ -134,13 +134,7 @@ def _trying(words: str) -> None:
 
 
 class _Outcome:
-    """What a fault still does in a changed program.
-
-    Args:
-      instrumented: the program, with all its sites.
-      args: its arguments.
-      first_fault: the fault.
-    """
+    """What a fault still does in a changed program, which records at all of its sites."""
 
     def __init__(
         self, instrumented: InstrumentedProgram, args: Sequence[Array], first_fault: FirstFault

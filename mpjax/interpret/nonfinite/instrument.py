@@ -133,7 +133,7 @@ class InstrumentedProgram:
                 self.sites[key] = Site(self.closed.jaxpr.eqns[-1], Location(), ())
                 self._site_keys[key] = (key,)
                 code = codes[0]
-                if len(codes) > 1:  # an output that does not fit is infinite for that
+                if len(codes) > 1:  # an output that does not fit is infinite for that reason
                     code = jnp.where(code > FINE, code, codes[1])
                 records[sites.FLAGS, *key] = packed([code])
         return records
