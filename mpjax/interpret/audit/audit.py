@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 from jax.extend.core import jaxpr_as_fun
@@ -18,18 +17,19 @@ from mpjax.interpret.audit.leaks import Cause, Leaks, remedy
 from mpjax.interpret.audit.report import Audit, Cost, Leak, Product
 from mpjax.interpret.core.dataflow import Flow, Step
 from mpjax.interpret.core.location import unmatched
-from mpjax.interpret.core.matmuls import PRODUCTS, is_product
+from mpjax.interpret.core.op_lists import PRODUCTS, is_product
 from mpjax.interpret.core.platforms import check_platform
 from mpjax.interpret.core.trace import Program, trace
 from mpjax.precision.rule import matches
+from mpjax.typing import DType, PyTree
 
 
 def audit(
-    fn: Callable[..., Any],
-    *args: Any,
+    fn: Callable[..., PyTree],
+    *args: PyTree,
     compiled: bool = False,
     platform: str | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> Audit:
     """Returns what a function runs: FLOPs and bytes by dtype and module path, leaks, waste.
 
@@ -70,11 +70,11 @@ def audit(
 
 
 def assert_low_precision(
-    fn: Callable[..., Any],
-    *args: Any,
+    fn: Callable[..., PyTree],
+    *args: PyTree,
     allow: Iterable[str] = (),
     platform: str | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> None:
     """Raises if a function has float32 products that no pattern allows; for tests.
 
@@ -117,8 +117,8 @@ def assert_low_precision(
     report = _audit(fn, program, flow, None)
     left = [leak for leak in report.leaks if not _is_allowed(leak, allowed, patterns)]
     if left:
-        lines = "\n".join(f"  {leak}" for leak in left)
-        raise AssertionError(f"{len(left)} leaks into {left[0].dtype} products:\n{lines}")
+        lines = "".join(f"\n  {leak}" for leak in left)
+        raise AssertionError(f"{len(left)} leaks into {left[0].dtype} products:{lines}")
     wide = [product for product in report.products if not allowed(product)]
     if wide and not report.low:
         raise AssertionError(
@@ -129,13 +129,13 @@ def assert_low_precision(
 
 
 def _is_allowed(leak: Leak, allowed: Callable[[Product], bool], patterns: Sequence[str]) -> bool:
-    """Whether all that a leak reaches is allowed; its own path, if its products are not known."""
+    """Whether all products of a leak are allowed; its own path, if its products are not known."""
     if leak.products:
         return all(map(allowed, leak.products))
     return any(leak.path and matches(pattern, leak.path) for pattern in patterns)
 
 
-def _audit(fn: Any, program: Program, flow: Flow, optimised: hlo.Optimised | None) -> Audit:
+def _audit(fn: object, program: Program, flow: Flow, optimised: hlo.Optimised | None) -> Audit:
     products = {step: _product(step) for step in flow.steps if is_product(step.eqn)}
     whole = sum(s.location.loops for s in flow.steps if s.name in PRODUCTS and s not in products)
     if whole:
@@ -146,20 +146,20 @@ def _audit(fn: Any, program: Program, flow: Flow, optimised: hlo.Optimised | Non
         lows.update({str(x.aval.dtype): product.flops for x in step.ins[:2] if x.low})
     low = lows.most_common(1)[0][0] if lows else ""
     found = Leaks(flow)
-    leaks: list[Leak] = []
-    minor: list[Leak] = []
+    leaks: dict[bool, list[Leak]] = {False: [], True: []}  # whether they are minor
     for cause, steps in found.by_cause().items():
         low = low or cause.low  # a promotion may have left no product a low operand
         leak = _leak(cause, [products[step] for step in steps], total, low)
-        (minor if found.is_minor(steps, total) else leaks).append(leak)
+        leaks[found.is_minor(steps, total)].append(leak)
+    major, minor = (tuple(sorted(each, key=lambda leak: -leak.flops)) for each in leaks.values())
     by_dtype, by_path = _costs(flow)
     return Audit(
         low=low,
         by_dtype=by_dtype,
         by_path=by_path,
         products=tuple(products.values()),
-        leaks=tuple(sorted(leaks, key=lambda leak: -leak.flops)),
-        minor=tuple(sorted(minor, key=lambda leak: -leak.flops)),
+        leaks=major,
+        minor=minor,
         double_casts=double_casts(flow),
         dead_casts=dead_casts(flow),
         low_reductions=low_reductions(flow),
@@ -211,23 +211,19 @@ def _costs(flow: Flow) -> tuple[dict[str, Cost], dict[str, dict[str, Cost]]]:
     by_dtype: dict[str, Cost] = {}
     by_path: dict[str, dict[str, Cost]] = {}
 
-    def add(step: Step, dtype: Any, cost: Cost) -> None:
-        if cost == Cost():
-            return
-        here = by_path.setdefault(step.location.path, {})
-        for where in (by_dtype, here):
-            where[str(dtype)] = where.get(str(dtype), Cost()) + cost
+    def add(step: Step, dtype: DType, cost: Cost) -> None:
+        for costs in (by_dtype, by_path.setdefault(step.location.path, {})):
+            costs[str(dtype)] = costs.get(str(dtype), Cost()) + cost
 
     for step in flow.steps:
         loops, flops = step.location.loops, operations(step.eqn)
-        if is_product(step.eqn):
+        if flops and is_product(step.eqn):
             widest = max((x.aval.dtype for x in step.ins[:2]), key=lambda d: d.itemsize)
             add(step, widest, Cost(products=flops * loops))
         elif flops:
             add(step, step.outs[0].aval.dtype, Cost(others=flops * loops))
         for value in (*step.ins, *step.outs) if step.name not in MOVES else ():
-            size = size_in_bytes(value.aval)
-            if size:
+            if size := size_in_bytes(value.aval):
                 add(step, value.aval.dtype, Cost(bytes=size * loops))
     return by_dtype, by_path
 

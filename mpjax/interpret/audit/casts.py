@@ -1,10 +1,12 @@
-"""Casts that change nothing or lose what is asked back, and sums kept in a low dtype."""
+"""Redundant casts, casts down that are cast up again, and sums in a low dtype."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from mpjax.interpret.core.dataflow import Flow, Step, Value
 from mpjax.interpret.core.op_lists import SHAPE
@@ -38,43 +40,35 @@ class Finding:
     times: int
 
 
-def low_reductions(flow: Flow) -> tuple[Finding, ...]:
+Find: TypeAlias = Callable[[Flow], tuple[Finding, ...]]
+
+
+def _counted(find: Callable[[Flow], Iterator[tuple[str, Step]]]) -> Find:
+    """Findings of what a function yields with the steps at which it happens."""
+
+    @functools.wraps(find)
+    def findings(flow: Flow) -> tuple[Finding, ...]:
+        times: Counter[tuple[str, str, str, str]] = Counter()
+        for what, step in find(flow):
+            location = step.location
+            times[what, location.line, location.path, location.direction] += location.loops
+        return tuple(Finding(*key, count) for key, count in times.items())
+
+    return findings
+
+
+@_counted
+def low_reductions(flow: Flow) -> Iterator[tuple[str, Step]]:
     """Returns sums and products over an axis whose operand and result are low."""
-    return _counted(
-        (f"{step.name} in {step.outs[0].aval.dtype}", step)
-        for step in flow.steps
-        if step.name in _SUMS and step.outs and step.ins[0].low and step.outs[0].low
-    )
+    for step in flow.steps:
+        if step.name in _SUMS and step.outs and step.ins[0].low and step.outs[0].low:
+            yield f"{step.name} in {step.outs[0].aval.dtype}", step
 
 
-def double_casts(flow: Flow) -> tuple[Finding, ...]:
+@_counted
+def double_casts(flow: Flow) -> Iterator[tuple[str, Step]]:
     """Returns casts of a value that was cast just before, and casts that were made already."""
-    return _counted(_doubles(flow))
-
-
-def dead_casts(flow: Flow) -> tuple[Finding, ...]:
-    """Returns casts that nobody reads, and casts up that are only cast straight back."""
-    return _counted(_dead(flow))
-
-
-def _is_cast(step: Step | None) -> bool:
-    return step is not None and step.name == "convert_element_type" and _changes(step)
-
-
-def _changes(step: Step) -> bool:
-    old, new = step.ins[0].aval, step.outs[0].aval
-    return is_float(old) and is_float(new) and old.dtype != new.dtype
-
-
-def _source(value: Value) -> Value:
-    """What a value is, but for its shape."""
-    while value.step is not None and value.step.name in SHAPE and len(value.step.ins) == 1:
-        value = value.step.ins[0]
-    return value
-
-
-def _doubles(flow: Flow) -> Iterator[tuple[str, Step]]:
-    # A gradient that casts again what the forward pass cast keeps less: no waste.
+    # The backward pass may repeat a cast of the forward pass: that saves memory.
     made: dict[tuple[Value, str, bool], Step] = {}
     for step in flow.steps:
         if not _is_cast(step):
@@ -89,7 +83,9 @@ def _doubles(flow: Flow) -> Iterator[tuple[str, Step]]:
             yield " -> ".join(map(str, chain)), step
 
 
-def _dead(flow: Flow) -> Iterator[tuple[str, Step]]:
+@_counted
+def dead_casts(flow: Flow) -> Iterator[tuple[str, Step]]:
+    """Returns casts without readers, and casts up that are only cast straight back."""
     for step in flow.steps:
         if not _is_cast(step):
             continue
@@ -104,9 +100,15 @@ def _dead(flow: Flow) -> Iterator[tuple[str, Step]]:
                 yield f"{what}, cast straight back", step
 
 
-def _counted(found: Iterable[tuple[str, Step]]) -> tuple[Finding, ...]:
-    times: Counter[tuple[str, str, str, str]] = Counter()
-    for what, step in found:
-        location = step.location
-        times[what, location.line, location.path, location.direction] += location.loops
-    return tuple(Finding(*key, count) for key, count in times.items())
+def _is_cast(step: Step | None) -> bool:
+    if step is None or step.name != "convert_element_type":
+        return False
+    old, new = step.ins[0].aval, step.outs[0].aval
+    return is_float(old) and is_float(new) and old.dtype != new.dtype
+
+
+def _source(value: Value) -> Value:
+    """The value that this one is in another shape."""
+    while value.step is not None and value.step.name in SHAPE and len(value.step.ins) == 1:
+        value = value.step.ins[0]
+    return value

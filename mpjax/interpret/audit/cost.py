@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from jax.core import AbstractValue, Atom
 from jax.extend.core import JaxprEqn
 
-from mpjax.interpret.core.matmuls import PRODUCTS, SCALED
-from mpjax.interpret.core.op_lists import SHAPE
-from mpjax.interpret.core.retrace import is_float
+from mpjax.interpret.core.op_lists import PRODUCTS, SCALED, SHAPE
+from mpjax.interpret.core.retrace import aval_of, is_float
+from mpjax.typing import Shape
 
 # They move or make values and compute none.
 _FREE = SHAPE | frozenset(
     {
         *("convert_element_type", "copy", "copy_p", "iota", "name", "optimization_barrier"),
         *("stop_gradient", "device_put", "pvary", "squeeze", "select_n", "sort", "argsort"),
-        *("settled", "with_derivative"),  # of our products: the identity of what they hold
+        *("settled", "with_derivative"),  # of our products: identities
     }
 )
 # Views of memory: they neither read nor write.
@@ -51,7 +51,7 @@ def contracted(eqn: JaxprEqn) -> int:
 
 
 def _groups(eqn: JaxprEqn) -> int:
-    """Among how many results a ragged axis that is summed over is divided; 1 without one."""
+    """How many results share a ragged axis that is summed over; 1 without one."""
     numbers = eqn.params.get("ragged_dot_dimension_numbers")
     if numbers is None or not set(numbers.lhs_ragged_dimensions) <= set(
         numbers.dot_dimension_numbers[0][0]
@@ -78,12 +78,11 @@ def operations(eqn: JaxprEqn) -> int:
     return size
 
 
-def _shape(atom: Any) -> tuple[int, ...]:
-    shape: tuple[int, ...] = atom.aval.shape
-    return shape
+def _shape(atom: Atom) -> Shape:
+    return aval_of(atom).shape
 
 
-def size_in_bytes(aval: Any) -> int:
+def size_in_bytes(aval: AbstractValue) -> int:
     """Returns what an array takes; 0 for what is none (a token, a key)."""
     dtype = getattr(aval, "dtype", None)
-    return math.prod(aval.shape) * dtype.itemsize if dtype is not None else 0
+    return math.prod(getattr(aval, "shape", ())) * dtype.itemsize if dtype is not None else 0

@@ -1,13 +1,16 @@
-"""Donation: large inputs of a jitted function that an output could take the memory of."""
+"""Donation: large inputs of a jitted function whose memory an output could take."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
+
+from jax.core import Atom
 
 from mpjax.interpret.audit.cost import size_in_bytes
+from mpjax.interpret.core.retrace import aval_of
 from mpjax.interpret.core.trace import Program
+from mpjax.typing import Shape
 
 LARGE = 2**20  # bytes
 
@@ -27,7 +30,7 @@ class Undonated:
     size: int
 
 
-def undonated(fn: Any, program: Program) -> tuple[Undonated, ...]:
+def undonated(fn: object, program: Program) -> tuple[Undonated, ...]:
     """Returns the large inputs that a `jax.jit` could donate and does not.
 
     Args:
@@ -41,18 +44,18 @@ def undonated(fn: Any, program: Program) -> tuple[Undonated, ...]:
     if "donated_invars" not in eqn.params:
         return ()
     inputs = list(zip(eqn.invars, eqn.params["donated_invars"], strict=True))
-    free = Counter(_kind(var.aval) for var in eqn.outvars)
-    free.subtract(_kind(atom.aval) for atom, donated in inputs if donated)
+    free = Counter(map(_kind, eqn.outvars))
+    free.subtract(_kind(atom) for atom, donated in inputs if donated)
     names = dict(zip(jaxpr.invars, program.names, strict=True))
     found = []
     for atom, donated in inputs:
-        kind, size = _kind(atom.aval), size_in_bytes(atom.aval)
+        kind, size = _kind(atom), size_in_bytes(atom.aval)
         if not donated and size >= LARGE and free[kind] > 0 and atom in names:
             free[kind] -= 1
-            shape = ",".join(map(str, atom.aval.shape))
-            found.append(Undonated(names[atom], f"{atom.aval.dtype}[{shape}]", size))
+            shape, dtype = kind
+            found.append(Undonated(names[atom], f"{dtype}[{','.join(map(str, shape))}]", size))
     return tuple(found)
 
 
-def _kind(aval: Any) -> tuple[Any, ...]:
-    return tuple(aval.shape), str(aval.dtype)
+def _kind(atom: Atom) -> tuple[Shape, str]:
+    return tuple(aval_of(atom).shape), str(aval_of(atom).dtype)

@@ -17,7 +17,7 @@ _FLOATS = re.compile(r"^(?:bf|f)\d")
 
 @dataclasses.dataclass(frozen=True)
 class Optimised:
-    """How often each kind stands in an optimised program; one in a loop counts once.
+    """How many instructions of each kind an optimised program has; one in a loop counts once.
 
     Args:
       backend: that it was compiled for.

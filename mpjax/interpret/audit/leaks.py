@@ -1,9 +1,9 @@
 """Leaks: products that run in float32 in a low-precision program, and what made them so.
 
-From each product with a wide operand the values are followed back, through operations, loops,
-branches and calls, to where a low value became wide. A promotion whose other side is wide because
-of an earlier cause is its consequence and no cause of its own. A gradient's product has the causes
-of the forward product that it comes from.
+The operands of each wide product are followed back, through operations, loops, branches and calls,
+to where a low value became wide. A promotion whose other operand is wide because of an earlier
+cause is a consequence of that and no cause. A gradient's product has the causes of the forward
+product that it comes from.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Hashable
-from typing import Any
 
 from mpjax.interpret.audit.cost import contracted, operations
 from mpjax.interpret.audit.provenance import Makers, is_argument, origin, readers
 from mpjax.interpret.core.dataflow import Flow, Step, Value
 from mpjax.interpret.core.location import called, written
-from mpjax.interpret.core.matmuls import held_products, is_product
+from mpjax.interpret.core.op_lists import held_products, is_product
 
 # A cause that reaches less than this share of a program's product FLOPs is minor.
 MINOR = 0.001
@@ -32,7 +31,7 @@ class Cause:
     """Where and how a low value became wide.
 
     Args:
-      mechanism: `constant`, `number`, `argument` or `made`: what a low value met that was wide;
+      mechanism: `constant`, `number`, `argument` or `made`: the wide operand of a promotion;
         `cast`: it was cast up; `product`: a product of low operands gives a wide result;
         `operation`: another operation does; `cotangent`: only the gradient is wide, as the
         product's result is; `inputs`: all that the product is made of is wide; `opaque`: autocast
@@ -58,13 +57,8 @@ def wide_product(step: Step) -> bool:
 
 
 def is_opaque(step: Step) -> bool:
-    """Returns whether a step holds float32 products that nobody looks into."""
+    """Returns whether a step holds float32 products in an operation that is not walked."""
     return not is_product(step.eqn) and held_products(step.eqn) > 0
-
-
-def low_product(step: Step) -> bool:
-    """Returns whether a step is a product of low operands."""
-    return is_product(step.eqn) and all(x.low for x in step.ins[:2])
 
 
 class Leaks:
@@ -105,15 +99,15 @@ class Leaks:
                 low |= implicit
         if not low:
             return {}
-        # Who casts a product's result down has cast its cotangent too.
+        # A cast down of a product's result casts its cotangent too, so one remedy serves both.
         for cause in [c for c in reached if c.mechanism == "product"]:
-            gradient = (c for c in reached if _is_gradient_of(c, cause))
-            for other in list(gradient):
+            same = [c for c in reached if (c.line, c.path) == (cause.line, cause.path)]
+            for other in [c for c in same if c.mechanism == "cotangent"]:
                 reached[cause] += reached.pop(other)
         return reached
 
     def is_minor(self, products: list[Step], total: int) -> bool:
-        """Returns whether what a cause reaches is too small to matter; no, if it is not known."""
+        """Returns whether the products of a cause are too small to matter; False if not known."""
         if not products:
             return False
         share = sum(operations(s.eqn) * s.location.loops for s in products) / max(total, 1)
@@ -122,7 +116,7 @@ class Leaks:
 
     @functools.cache  # noqa: B019 - one entry a step, and the object lives for one audit
     def _causes(self, product: Step) -> dict[Cause, bool]:
-        """Causes of a wide product; whether a low value took part without being asked."""
+        """Causes of a wide product, each with whether it promoted a low value implicitly."""
         twins = self._forward.get(written(product.eqn), []) if product.transposed else []
         if twins:
             wide = [twin for twin in twins if wide_product(twin)]
@@ -148,7 +142,7 @@ class Leaks:
         return _is_cast(step) and step.transposed and written(step.eqn) in self._narrowed
 
     def _partners(self, step: Step) -> list[list[Value]]:
-        """The wide values that a low one met where it was promoted, for each who reads it."""
+        """For each reader of a promoted value, its other operands that are wide."""
         if is_product(step.eqn):
             return [[x for x in step.ins[:2] if x.wide]]
         return [
@@ -159,24 +153,24 @@ class Leaks:
 
     @functools.cache  # noqa: B019 - as `_causes`
     def _is_consequence(self, step: Step) -> bool:
-        """Whether a step only follows what was wide already."""
+        """Whether a step is a consequence of an earlier cause."""
         met = [
             any(self._makers.before(step, x) for x in partners) for partners in self._partners(step)
         ]
         if not _asked(step):
             return any(met)
-        # `h.astype(x.dtype)` follows x. Two casts that meet in a product are two causes, but a
-        # weight's cast follows.
-        if not _is_cast(step) or not (is_argument(step.ins[0]) or not _feeds_product(step)):
-            return False
-        return bool(met) and all(met)
+        # `h.astype(x.dtype)` is a consequence of x. Two casts of a product's operands are two
+        # causes, but the cast of a weight is a consequence.
+        feeds_product = any(is_product(reader.eqn) for reader, _ in readers(step.outs[0]))
+        may_be = _is_cast(step) and (is_argument(step.ins[0]) or not feeds_product)
+        return may_be and bool(met) and all(met)
 
     def _cause(self, step: Step) -> Cause:
         if not _is_cast(step) and not is_product(step.eqn):
             wide = next(x for x in step.outs if x.wide)
             return _of("operation", step, wide, step.name)
         partners = self._partners(step)
-        # Not what is wide through this step alone; nor a number, if others read the step too.
+        # Without values that are wide through this step alone, and numbers if it has other readers.
         met = [x for each in partners for x in each if x.number or origin(x).kind != "cast"]
         best = [x for x in met if not x.number] or (met if len(partners) == 1 else [])
         if _asked(step) or not best:
@@ -194,23 +188,14 @@ def _makes(step: Step) -> bool:
     return low and (is_product(step.eqn) or not wide)
 
 
-def _is_gradient_of(cause: Cause, forward: Cause) -> bool:
-    same = (cause.line, cause.path) == (forward.line, forward.path)
-    return same and cause.mechanism == "cotangent"
-
-
 def _is_cast(step: Step) -> bool:
     return step.name == "convert_element_type"
 
 
-def _feeds_product(step: Step) -> bool:
-    return any(is_product(reader.eqn) for reader, _ in readers(step.outs[0]))
-
-
 def _asked(step: Step) -> bool:
-    """Whether a wide result was asked for, and is not a promotion of mixed operands."""
+    """Whether a wide result is explicit, and no promotion of mixed operands."""
     if is_product(step.eqn):
-        return low_product(step)
+        return all(x.low for x in step.ins[:2])
     if not _is_cast(step):
         return True
     names = called(step.eqn)
@@ -218,15 +203,14 @@ def _asked(step: Step) -> bool:
 
 
 def _met(step: Step, partner: Value) -> Cause:
-    """A low value met a wide one: promoted where it stands, or in a product with both."""
+    """The cause of a low and a wide operand, in a promotion or in a product of both."""
     kind, text, source = origin(partner)
-    if is_product(step.eqn):  # nothing is promoted: the place is that of the wide operand
+    if is_product(step.eqn):  # nothing is promoted: the line is that of the wide operand
         cause = _of(kind, source or step, partner, text)
         return dataclasses.replace(cause, low=_of(kind, step, partner, text).low)
     line = source.location.line if source else ""
-    return _of(
-        kind, step, partner, f"{text} at {line}" if line not in ("", step.location.line) else text
-    )
+    apart = line not in ("", step.location.line)
+    return _of(kind, step, partner, f"{text} at {line}" if apart else text)
 
 
 def _cotangent(product: Step) -> Cause:
@@ -265,6 +249,6 @@ _REMEDIES: dict[str, str] = {
 }
 
 
-def remedy(cause: Cause, low: Any) -> str:
+def remedy(cause: Cause, low: str) -> str:
     """Returns what to do about a cause, in a program whose low dtype is `low`."""
     return _REMEDIES[cause.mechanism].format(low=low)

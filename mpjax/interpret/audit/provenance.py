@@ -1,16 +1,17 @@
-"""Where a wide value of a program comes from, and who uses it."""
+"""Where a wide value of a program comes from, and which steps use it."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from mpjax.interpret.core.dataflow import Flow, Step, Value
+from mpjax.interpret.core.dataflow import Flow, Step, Value, reach
 from mpjax.interpret.core.op_lists import SHAPE
 
 
 class Origin(NamedTuple):
-    """What a wide value is made of: the first argument, constant or new array behind it.
+    """The first argument, constant or new array that a wide value is made of.
 
     Args:
       kind: `argument`, `constant`, `number` or `made`; `cast` if there is none, so that all of it
@@ -63,7 +64,7 @@ def is_argument(value: Value) -> bool:
 
 
 class Makers:
-    """The steps that made wide values of low ones, behind every wide value of a program.
+    """The steps that make a wide value of low ones, and which of them each value depends on.
 
     Args:
       flow: the program.
@@ -85,34 +86,26 @@ class Makers:
                 self._found[step] = bits
 
     def _bits(self, value: Value) -> int:
-        """Of the makers behind a value, through wide values only."""
-        if value.step is not None or not value.wide:
-            return self._found.get(value.step, 0) if value.step and value.wide else 0
-        bits, stack, visited = 0, list(value.same), {value}
-        while stack:
-            value = stack.pop()
-            if value not in visited and value.wide:
-                visited.add(value)
-                stack += value.same
-                bits |= self._found.get(value.step, 0) if value.step else 0
+        """The makers behind a value, reached through wide values only."""
+        bits = 0
+        for source in reach([value], lambda x: x.same if x.wide else ()):
+            bits |= self._found.get(source.step, 0) if source.step and source.wide else 0
         return bits
 
-    def behind(self, value: Value) -> list[Step]:
-        """Returns them in program order."""
-        bits, found = self._bits(value), []
+    def behind(self, value: Value) -> Iterator[Step]:
+        """Yields them in program order."""
+        bits = self._bits(value)
         while bits:
-            found.append(self._steps[(bits & -bits).bit_length() - 1])
+            yield self._steps[(bits & -bits).bit_length() - 1]
             bits &= bits - 1
-        return found
 
     def before(self, step: Step, value: Value) -> bool:
         """Returns whether one of them stands before a step."""
-        bits = self._bits(value)
-        return bits > 0 and self._steps[(bits & -bits).bit_length() - 1].order < step.order
+        return any(maker.order < step.order for maker in itertools.islice(self.behind(value), 1))
 
 
 def readers(value: Value) -> Iterator[tuple[Step, set[Value]]]:
-    """Yields the steps that first do more than move a value, with the values that are it."""
+    """Yields the first steps that compute with a value, with its copies that they may read."""
     stack, inside = [value], {value}
     found: dict[Step, None] = {}
     while stack:

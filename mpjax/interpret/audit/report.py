@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from mpjax.interpret.audit.casts import Finding
 from mpjax.interpret.audit.donation import Undonated
 from mpjax.interpret.audit.hlo import Optimised
-from mpjax.interpret.audit.sections import Section, as_markdown, as_text
+from mpjax.typing import Json
 
 SHOWN = 20  # rows of a long table
+WIDTH = 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Leak:
 
     def __str__(self) -> str:
         where = self.path or "(no path)"
-        if not self.products:  # inside an operation that is not looked into
+        if not self.products:  # inside an operation that is not walked
             start = f"{self.line}: {where}: {self.mechanism}: {self.dtype}"
             return f"{start} in {self.origin}; {self.remedy}"
         reached = dict.fromkeys(f"{p.path or '(no path)'} {short(p.line)}" for p in self.products)
@@ -97,14 +104,13 @@ class Cost:
     bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.products + other.products, self.others + other.others, self.bytes + other.bytes
-        )
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Cost(*(a + b for a, b in pairs))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Audit:
-    """What a program really runs; `str` gives a table.
+    """What a program runs; `str` gives a table.
 
     Args:
       low: the low dtype of most product FLOPs; empty in a program that has none.
@@ -114,11 +120,11 @@ class Audit:
       leaks: wide products in a low program, by cause, the largest first.
       minor: leaks too small to matter, listed apart.
       double_casts: casts of what was cast just before, or was cast so already.
-      dead_casts: casts that nobody reads, or that are only cast straight back.
+      dead_casts: casts without readers, or that are only cast straight back.
       low_reductions: sums whose operand and result are low.
       missing_donation: large inputs that a jitted function could donate.
       notes: what the figures leave out.
-      compiled: what XLA made of it here, where that was asked for.
+      compiled: what the optimised HLO of this backend holds, if that was asked for.
     """
 
     low: str
@@ -143,9 +149,9 @@ class Audit:
         """Returns the share of the product FLOPs whose wider operand has a dtype; 0 if none."""
         return self.by_dtype.get(dtype, Cost()).products / max(self.flops, 1)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Returns all of it as JSON-able values."""
-        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        found: dict[str, Json] = json.loads(json.dumps(dataclasses.asdict(self)))
         return found
 
     def to_markdown(self) -> str:
@@ -158,84 +164,54 @@ class Audit:
     __repr__ = __str__  # of use at a prompt, where thousands of products are not
 
     def _summary(self) -> list[str]:
-        shares = ", ".join(
-            f"{self.share(dtype):.1%} {dtype}"
-            for dtype, cost in sorted(self.by_dtype.items(), key=lambda item: -item[1].products)
-            if cost.products
-        )
+        costs = self._by_products()
+        shares = ", ".join(f"{self.share(d):.1%} {d}" for d, c in costs if c.products)
         said = f"product FLOPs {shares}" if shares else "no product of floating-point arrays"
         said = said if self.low or not shares else f"no low product: {said}"
-        counts = [
-            f"{len(found)} {name}"
-            for name, found in (
-                ("leaks", self.leaks),
-                ("minor leaks", self.minor),
-                ("double casts", self.double_casts),
-                ("dead casts", self.dead_casts),
-                ("low reductions", self.low_reductions),
-                ("undonated inputs", self.missing_donation),
-            )
-        ]
-        lines = [f"Audit: {said}; {', '.join(counts)}", *self.notes]
+        counts = (
+            f"{len(self.leaks)} leaks, {len(self.minor)} minor leaks,"
+            f" {len(self.double_casts)} double casts, {len(self.dead_casts)} dead casts,"
+            f" {len(self.low_reductions)} low reductions,"
+            f" {len(self.missing_donation)} undonated inputs"
+        )
+        lines = [f"Audit: {said}; {counts}", *self.notes]
         if self.compiled is not None and self.compiled.backend == "cpu":
             lines.append(
                 "optimised HLO of CPU is no oracle of dtype: bfloat16 runs as float32 there"
             )
         return lines
 
+    def _by_products(self) -> list[tuple[str, Cost]]:
+        return sorted(self.by_dtype.items(), key=lambda item: -item[1].products)
+
     def _sections(self) -> list[Section]:
-        found: list[Section] = []
-        for title, leaks in (("Leaks", self.leaks), ("Minor leaks", self.minor)):
-            columns = ("cause at", "path", "mechanism", "from", "products", "share", "remedy")
-            rows = [
-                (short(x.line), x.path, x.mechanism, short(x.origin),
-                 f"{len(x.products)} {x.direction}", f"{x.share:.1%}", x.remedy)
-                for x in leaks
-            ]  # fmt: skip
-            found.append(Section(title, columns, rows))
-        found += [
-            Section(
-                "By dtype",
-                ("dtype", "product FLOPs", "share", "other FLOPs", "bytes"),
-                [
-                    (d, count(c.products), f"{self.share(d):.1%}", count(c.others), count(c.bytes))
-                    for d, c in sorted(self.by_dtype.items(), key=lambda item: -item[1].products)
-                ],
-            ),
+        donation = [(x.name, x.array, count(x.size)) for x in self.missing_donation]
+        sections = [
+            _leaks("Leaks", self.leaks),
+            _leaks("Minor leaks", self.minor),
+            self._dtypes(),
             self._paths(),
             self._products(),
+            _findings("Double casts", self.double_casts),
+            _findings("Dead casts", self.dead_casts),
+            _findings("Reductions in low precision", self.low_reductions),
+            Section("Missing donation", ("argument", "array", "bytes"), donation),
+            *([_optimised(self.compiled)] if self.compiled is not None else []),
         ]
-        for title, things in (
-            ("Double casts", self.double_casts),
-            ("Dead casts", self.dead_casts),
-            ("Reductions in low precision", self.low_reductions),
-        ):
-            cells = [
-                (short(t.what), t.path, t.direction, short(t.line), str(t.times)) for t in things
-            ]
-            found.append(Section(title, ("what", "path", "direction", "line", "times"), cells))
-        found.append(
-            Section(
-                "Missing donation",
-                ("argument", "array", "bytes"),
-                [(x.name, x.array, count(x.size)) for x in self.missing_donation],
-            )
-        )
-        if self.compiled is not None:
-            found.append(self._optimised(self.compiled))
-        return [section for section in found if section.rows]
+        return [section for section in sections if section.rows]
+
+    def _dtypes(self) -> Section:
+        columns = ("dtype", "product FLOPs", "share", "other FLOPs", "bytes")
+        rows = [_row(d, c, f"{self.share(d):.1%}") for d, c in self._by_products()]
+        return Section("By dtype", columns, rows)
 
     def _paths(self) -> Section:
         rows = []
         for path, dtypes in self.by_path.items():
             total = sum(dtypes.values(), Cost())
-            shares = " ".join(
-                f"{dtype} {cost.products / total.products:.0%}"
-                for dtype, cost in dtypes.items()
-                if cost.products
-            )
-            rows.append((total, (path or "(none)", count(total.products), shares,
-                                 count(total.others), count(total.bytes))))  # fmt: skip
+            costs = {dtype: cost.products for dtype, cost in dtypes.items() if cost.products}
+            shares = " ".join(f"{dtype} {n / total.products:.0%}" for dtype, n in costs.items())
+            rows.append((total, _row(path or "(none)", total, shares)))
         rows.sort(key=lambda row: (-row[0].products, -row[0].bytes))
         columns = ("path", "product FLOPs", "in", "other FLOPs", "bytes")
         return Section("By module path", columns, [row for _, row in rows], SHOWN)
@@ -246,29 +222,98 @@ class Audit:
             key = (p.path or "(none)", p.direction, short(p.line), " x ".join(p.operands),
                    p.accumulation, p.output)  # fmt: skip
             grouped.setdefault(key, []).append(p)
-        rows = [
-            (*key, str(sum(p.times for p in same)), count(sum(p.flops for p in same)))
-            for key, same in sorted(
-                grouped.items(), key=lambda item: -sum(p.flops for p in item[1])
-            )
+        summed = [
+            (sum(p.flops for p in same), (*key, str(sum(p.times for p in same))))
+            for key, same in grouped.items()
         ]
+        summed.sort(key=lambda row: -row[0])
         columns = ("path", "direction", "line", "operands", "sums in", "goes on in", "times",
                    "FLOPs")  # fmt: skip
-        return Section("Products", columns, rows, SHOWN)
+        return Section("Products", columns, [(*row, count(n)) for n, row in summed], SHOWN)
 
-    @staticmethod
-    def _optimised(found: Optimised) -> Section:
-        rows = [
-            (kind, what, str(number))
-            for kind, counted in (
-                ("product", found.products),
-                ("convert", found.converts),
-                ("instructions", found.dtypes),
-            )
-            for what, number in sorted(counted.items(), key=lambda item: -item[1])
-        ]
-        title = f"Optimised HLO on {found.backend}"
-        return Section(title, ("kind", "what", "count"), rows, SHOWN)
+
+def _row(name: str, cost: Cost, shares: str) -> tuple[str, ...]:
+    return name, count(cost.products), shares, count(cost.others), count(cost.bytes)
+
+
+def _leaks(title: str, leaks: Sequence[Leak]) -> Section:
+    columns = ("cause at", "path", "mechanism", "from", "products", "share", "remedy")
+    rows = [
+        (short(x.line), x.path, x.mechanism, short(x.origin),
+         f"{len(x.products)} {x.direction}", f"{x.share:.1%}", x.remedy)
+        for x in leaks
+    ]  # fmt: skip
+    return Section(title, columns, rows)
+
+
+def _findings(title: str, found: Sequence[Finding]) -> Section:
+    rows = [(short(f.what), f.path, f.direction, short(f.line), str(f.times)) for f in found]
+    return Section(title, ("what", "path", "direction", "line", "times"), rows)
+
+
+def _optimised(found: Optimised) -> Section:
+    kinds = {"product": found.products, "convert": found.converts, "instructions": found.dtypes}
+    rows = [
+        (kind, what, str(number))
+        for kind, counted in kinds.items()
+        for what, number in sorted(counted.items(), key=lambda item: -item[1])
+    ]
+    return Section(f"Optimised HLO on {found.backend}", ("kind", "what", "count"), rows, SHOWN)
+
+
+class Section(NamedTuple):
+    """A table with a title.
+
+    Args:
+      title: what it lists.
+      columns: their names.
+      rows: their cells.
+      shown: how many rows are printed; 0 for all.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    shown: int = 0
+
+    @property
+    def visible(self) -> Sequence[tuple[str, ...]]:
+        """The rows that are printed."""
+        return self.rows[: self.shown] if self.shown else self.rows
+
+    @property
+    def caption(self) -> str:
+        """The title, with how many rows are not printed."""
+        hidden = len(self.rows) - len(self.visible)
+        return f"{self.title} (the first {self.shown}, {hidden} more)" if hidden else self.title
+
+
+def as_text(sections: Sequence[Section], head: Sequence[str]) -> str:
+    """Returns the sections for a terminal, without colour codes."""
+    # Plain text wherever it is printed: no HTML in a notebook, no colour codes in a file.
+    console = Console(
+        file=io.StringIO(), width=WIDTH, force_jupyter=False, force_terminal=False, markup=False,
+        highlight=False,
+    )  # fmt: skip
+    for section in sections:
+        table = Table(box=box.SIMPLE, title=section.caption, title_justify="left")
+        for column in section.columns:
+            table.add_column(column, overflow="fold")
+        for row in section.visible:
+            table.add_row(*row)
+        console.print(table)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return "\n".join([*head, *(line.rstrip() for line in lines if line.strip())])
+
+
+def as_markdown(sections: Sequence[Section], head: Sequence[str]) -> str:
+    """Returns the sections in Markdown."""
+    parts = list(head)
+    for section in sections:
+        cells = [section.columns, ("---",) * len(section.columns), *section.visible]
+        lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
+        parts.append(f"## {section.caption}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def count(number: float) -> str:

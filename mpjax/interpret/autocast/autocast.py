@@ -5,22 +5,24 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 
 from mpjax.formats.checks import check_key
-from mpjax.interpret.autocast.interpreter import CastInterpreter
+from mpjax.interpret.autocast.evaluate import CastInterpreter
 from mpjax.interpret.autocast.rules import cast_rules
 from mpjax.interpret.core.location import NO_AUTOCAST, Location
 from mpjax.interpret.core.op_lists import make_lists
 from mpjax.interpret.core.retrace import cast
-from mpjax.interpret.core.trace import check_function, trace
+from mpjax.interpret.core.trace import P, R, check_function, trace
+from mpjax.precision import Precision
+from mpjax.precision.rule import Rule
+from mpjax.typing import DTypeLike, Key, Settings
 
 _log = logging.getLogger("mpjax.interpret")
 
 
-def no_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+def no_autocast(fn: Callable[P, R]) -> Callable[P, R]:
     """Returns a function that an `autocast` around it leaves as it was traced.
 
     Args:
@@ -41,7 +43,7 @@ def no_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
     check_function("no_autocast", fn)
 
     @functools.wraps(fn)
-    def apart(*args: Any, **kwargs: Any) -> Any:
+    def apart(*args: P.args, **kwargs: P.kwargs) -> R:
         with jax.named_scope(NO_AUTOCAST):
             return fn(*args, **kwargs)
 
@@ -49,33 +51,32 @@ def no_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def autocast(
-    fn: Callable[..., Any],
-    precision: Any,
+    fn: Callable[P, R],
+    precision: DTypeLike | Settings | Precision,
     *,
     lists: str = "cuda",
     low: Iterable[str] = (),
     full: Iterable[str] = (),
     widest: Iterable[str] = (),
-    rules: Sequence[Any] = (),
+    rules: Sequence[str | Rule] = (),
     restore_dtypes: bool = True,
-    key: Any = None,
-) -> Callable[..., Any]:
+    key: Key | None = None,
+) -> Callable[P, R]:
     """Returns a function that computes its products low and its delicate operations in float32.
 
     Nothing of the function is edited: it is traced, and its jaxpr is evaluated with casts put in.
     Products run in the low dtype, operations that lose digits or overflow (exp, log, sums, pow,
     softmax, cross-entropy ...) in float32, all others in the widest dtype of their inputs. Python
-    numbers never widen. float64, integers and every cast that stands in the jaxpr stay. What runs
+    numbers never widen. float64, integers and every cast in the jaxpr stay. What runs
     value by value and feeds float32 operations only runs in float32 too, so that a softmax or a
-    norm that JAX leaves no name of is exact.
+    norm that is no call in the jaxpr is exact.
 
     A cast to the dtype that a value had while it was traced leaves nothing in a jaxpr: in a
     float32 model `x.astype(float32)` cannot be seen, and only lists and rules can keep such a
     place in float32.
 
-    What JAX or a library hands over as one operation with rules of its own (a linear solve, a
-    kernel) stays as it was traced; if it holds products, that is logged once, with the source
-    line, and `audit` lists it as a leak.
+    What is one operation with rules of its own (a linear solve, a kernel) stays as it was traced;
+    if it holds products, that is logged once, with the source line, and `audit` lists it as a leak.
 
     Args:
       fn: any function of JAX arrays.
@@ -122,7 +123,7 @@ def autocast(
         _log.warning("%s", note)
 
     @functools.wraps(fn)
-    def cast_fn(*args: Any, **kwargs: Any) -> Any:
+    def cast_fn(*args: P.args, **kwargs: P.kwargs) -> R:
         program = trace("autocast", fn, args, kwargs, runs=True)
         interpreter = CastInterpreter(where, names, said, key)
         no_bounds = [None] * len(program.args)

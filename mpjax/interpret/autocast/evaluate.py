@@ -1,32 +1,94 @@
-"""How autocast runs each equation of a jaxpr: which dtype, which casts, what stays weak."""
+"""How autocast runs each equation of a jaxpr: in which dtype, with which casts."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Atom
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from mpjax.errors import ConfigError
 from mpjax.interpret.autocast.float32_consumers import float32_consumers
-from mpjax.interpret.autocast.products import add_bias, biases, product
-from mpjax.interpret.autocast.rules import UNCHANGED, CastPolicy
+from mpjax.interpret.autocast.products import Sides, add_bias, biases, product, sides
+from mpjax.interpret.autocast.rules import UNCHANGED, CastPolicy, CastRules
 from mpjax.interpret.autocast.weak import Weak, is_number
-from mpjax.interpret.core import custom_rules
-from mpjax.interpret.core.control_flow import REBUILT
+from mpjax.interpret.core import custom_rules, op_lists
+from mpjax.interpret.core.control_flow import REBUILT, Rebind
 from mpjax.interpret.core.location import OPAQUE, Location, location_of
-from mpjax.interpret.core.matmuls import held_products, is_product
-from mpjax.interpret.core.op_lists import APART, LOW, PLAIN, WHOLE, Lists, operation
-from mpjax.interpret.core.retrace import Result, cast, is_float, widest
-from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind
+from mpjax.interpret.core.op_lists import PLAIN, Lists, is_product, operation
+from mpjax.interpret.core.retrace import Bounds, Result, cast, is_float, widest
+from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
+from mpjax.typing import Array, DType, Key
 
-if TYPE_CHECKING:
-    from mpjax.interpret.autocast.interpreter import CastInterpreter
-
+_log = logging.getLogger("mpjax.interpret")
 _SHORT = 8  # equations
-_NARROW = 4  # bytes: what is at least as wide is not cast to float32
+_FULL = jnp.dtype(jnp.float32)
+_JIT = ("jit", "pjit")
+_PASSES_WEAK = CALLS | {"remat2", "checkpoint"}
+_WITH_RULES = CUSTOM_RULES | {"custom_vmap_call"}
+_HOLDING = REBUILT | _WITH_RULES
+
+
+class CastInterpreter:
+    """One autocast of one function call.
+
+    Args:
+      cast_rules: what happens where.
+      lists: which operations run low.
+      said: what was logged already; each line is logged once.
+      key: for recipes that draw random numbers.
+    """
+
+    def __init__(
+        self,
+        cast_rules: CastRules,
+        lists: Lists,
+        said: set[str] | None = None,
+        key: Key | None = None,
+    ) -> None:
+        self.cast_rules, self.lists = cast_rules, lists
+        self._said = set() if said is None else said
+        self._key, self._drawn = key, 0
+        self.paths: dict[str, None] = {}
+        self.rebind = Rebind()
+        self.gradients: dict[int, Sides] = {}
+        self._rules: list[ClosedJaxpr] = []  # held, so that the ids of their equations stay theirs
+
+    def say(self, line: str) -> None:
+        """Logs a line, once."""
+        if line not in self._said:
+            self._said.add(line)
+            _log.warning("%s", line)
+
+    def draw(self, cast_policy: CastPolicy) -> Key | None:
+        """A key of its own for each product whose recipe draws; None without one."""
+        if self._key is None or cast_policy.recipe is None or not cast_policy.recipe.uses_key:
+            return None
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn)
+
+    def learn(self, rule: ClosedJaxpr, residuals: int) -> None:
+        """Finds the gradients in a backward rule, whose cotangents stand behind its residuals."""
+        if self.cast_rules.quantises:
+            self._rules.append(rule)
+            self.gradients |= sides(rule, residuals)
+
+    def evaluate(
+        self,
+        closed: ClosedJaxpr,
+        args: Sequence[Array],
+        weak: Bounds,
+        outer: Location,
+        lists: Lists | None = None,
+    ) -> Result:
+        """Evaluates a jaxpr; `weak` has the bounds of its inputs that are weak constants."""
+        scope = CastScope(self, closed, args, weak, outer, lists or self.lists)
+        outs = walk(closed, args, scope.visit, outer, lines=False)
+        return Result(outs, {}, [scope.weak.bound(atom) for atom in closed.jaxpr.outvars])
 
 
 class CastScope:
@@ -36,20 +98,17 @@ class CastScope:
         self,
         interpreter: CastInterpreter,
         closed: ClosedJaxpr,
-        args: Sequence[Any],
-        weak: Sequence[float | None],
+        args: Sequence[Array],
+        weak: Bounds,
         outer: Location,
         lists: Lists,
     ) -> None:
         self.interpreter, self.lists, self.outer = interpreter, lists, outer
         self.weak = Weak(closed.jaxpr.invars, weak)
-        self.low: dict[tuple[Var, Any], Any] = {}  # casts of one value are shared
+        self.low: dict[tuple[Var, DType], Array] = {}  # casts of one value are shared
         self.biases = biases(closed.jaxpr)
-        strong = [
-            var
-            for var, x, bound in zip(closed.jaxpr.invars, args, weak, strict=True)
-            if bound is None and x.dtype == jnp.float32
-        ]
+        inputs = zip(closed.jaxpr.invars, args, weak, strict=True)
+        strong = [var for var, x, bound in inputs if bound is None and x.dtype == _FULL]
         wanted = float32_consumers(closed.jaxpr, self._kind, strong) if lists.full else frozenset()
         self.float32_consumers = {id(closed.jaxpr.eqns[index]) for index in wanted}
 
@@ -64,32 +123,28 @@ class CastScope:
     def _cast_policy(self, location: Location) -> CastPolicy:
         return UNCHANGED if location.no_autocast else self.interpreter.cast_rules.at(location.path)
 
-    def _cast(self, atom: Any, x: Any, dtype: Any) -> Any:
+    def _cast(self, atom: Atom, x: Array, dtype: DType) -> Array:
         """The value of an atom in a dtype, cast once."""
-        if x.dtype == dtype or not is_float(x):
+        if not is_float(x) or x.dtype == dtype:
             return x
-        if isinstance(atom, Literal):
-            return self.weak.narrow(atom, x, dtype)
-        if (atom, dtype) not in self.low:
-            weak = self.weak.narrow(atom, x, dtype)
-            self.low[atom, dtype] = cast(x, dtype) if weak is None else weak
-        return self.low[atom, dtype]
+        found = None if isinstance(atom, Literal) else self.low.get((atom, dtype))
+        if found is None:
+            found = self.weak.narrow(atom, x, dtype)
+            found = cast(x, dtype) if found is None else found
+            if not isinstance(atom, Literal):
+                self.low[atom, dtype] = found
+        return found
 
-    def _all(self, eqn: JaxprEqn, args: Sequence[Any], dtype: Any) -> list[Any]:
-        return [
-            self._cast(atom, x, dtype) if _may_change(x) else x
-            for atom, x in zip(eqn.invars, args, strict=True)
-        ]
+    def _all(self, eqn: JaxprEqn, args: Sequence[Array], dtype: DType) -> list[Array]:
+        pairs = zip(eqn.invars, args, strict=True)
+        return [self._cast(atom, x, dtype) if _may_change(x) else x for atom, x in pairs]
 
-    def _recorded(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    def _recorded(self, eqn: JaxprEqn, args: Sequence[Array]) -> list[Array]:
         """Arguments in the dtypes that they were traced in."""
-        return [
-            self._cast(atom, x, _dtype(atom)) if hasattr(x, "dtype") else x
-            for atom, x in zip(eqn.invars, args, strict=True)
-        ]
+        return [self._cast(a, x, _dtype(a)) for a, x in zip(eqn.invars, args, strict=True)]
 
-    def visit(self, eqn: JaxprEqn, location: Location, args: list[Any]) -> list[Any]:
-        """Runs an equation in the dtype that is its own."""
+    def visit(self, eqn: JaxprEqn, location: Location, args: list[Array]) -> list[Array]:
+        """Runs an equation in the dtype that lists and rules give it."""
         self.interpreter.paths[location.path] = None
         if location.carried and not location.no_autocast:
             raise ConfigError(
@@ -103,26 +158,26 @@ class CastScope:
         kind = self.lists.kind(name)
         if kind == "full" or id(eqn) in self.float32_consumers:
             return self._full(eqn, args, location)
-        if name in WHOLE and eqn.primitive.name != name:
+        if name in op_lists.WHOLE and eqn.primitive.name != name:
             return self._whole(eqn, self._following(eqn, args), location)
         if kind == "wide":
             outs, dtype = self._full(eqn, args, location), self._followed(eqn, args)
-            return [x if dtype is None else cast(x, dtype) for x in outs]
+            return outs if dtype is None else [cast(x, dtype) for x in outs]
         if kind == "low":
             return self._low(eqn, args, cast_policy, location)
         if name == "convert_element_type":
             return self._convert(eqn, args)
         if kind == "widest":
             return self._widest(eqn, args, location)
-        if eqn.primitive.name in APART:
+        if eqn.primitive.name in op_lists.APART:
             return bind(eqn, args)
-        if _holds(eqn):
+        if eqn.primitive.name in _HOLDING:
             return self._inside(eqn, args, location)
         return self._opaque(eqn, args, location)
 
-    def _opaque(self, eqn: JaxprEqn, args: Sequence[Any], location: Location) -> list[Any]:
-        """As it was traced; if it holds products, that is logged, and `audit` finds the mark."""
-        values, count = self._recorded(eqn, args), held_products(eqn)
+    def _opaque(self, eqn: JaxprEqn, args: Sequence[Array], location: Location) -> list[Array]:
+        """As it was traced; if it holds products, that is logged and marked for `audit`."""
+        values, count = self._recorded(eqn, args), op_lists.held_products(eqn)
         if not count:
             return bind(eqn, values)
         line = location_of(eqn, self.outer).line
@@ -137,9 +192,9 @@ class CastScope:
             return bind(eqn, values)
 
     def _unchanged(
-        self, eqn: JaxprEqn, args: list[Any], cast_policy: CastPolicy, location: Location
-    ) -> list[Any]:
-        """As it was traced; what stands inside may have a rule of its own."""
+        self, eqn: JaxprEqn, args: list[Array], cast_policy: CastPolicy, location: Location
+    ) -> list[Array]:
+        """As it was traced; what it holds may have a rule of its own."""
         values = self._recorded(eqn, args)
         if cast_policy.recipe is not None and is_product(eqn) and all(map(_may_change, values[:2])):
             y = self._product(eqn, values, cast_policy, location)
@@ -147,83 +202,62 @@ class CastScope:
         cast_rules = self.interpreter.cast_rules
         if location.no_autocast or not (cast_rules.by_path or cast_rules.quantises):
             return bind(eqn, values)
-        if not _holds(eqn):
-            return (
-                bind(eqn, values)
-                if cast_policy.recipe is None
-                else self._opaque(eqn, args, location)
-            )
-        outs = self._inside(eqn, values, location)
-        return [cast(x, _dtype(var)) for x, var in zip(outs, eqn.outvars, strict=True)]
+        if eqn.primitive.name in _HOLDING:
+            outs = self._inside(eqn, values, location)
+            return [cast(x, _dtype(var)) for x, var in zip(outs, eqn.outvars, strict=True)]
+        if cast_policy.recipe is None:
+            return bind(eqn, values)
+        return self._opaque(eqn, args, location)
 
-    def _following(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    def _following(self, eqn: JaxprEqn, args: Sequence[Array]) -> list[Array]:
         """Arguments in the widest dtype of those that are not weak."""
         dtype = self._followed(eqn, args)
         return list(args) if dtype is None else self._all(eqn, args, dtype)
 
-    def _followed(self, eqn: JaxprEqn, args: Sequence[Any]) -> Any:
+    def _followed(self, eqn: JaxprEqn, args: Sequence[Array]) -> DType | None:
         """The widest dtype of the arguments that are not weak; None without any."""
-        strong = [
-            x.dtype
-            for atom, x in zip(eqn.invars, args, strict=True)
-            if hasattr(x, "dtype") and is_float(x) and self.weak.bound(atom) is None
-        ]
+        pairs = zip(eqn.invars, args, strict=True)
+        strong = [x.dtype for a, x in pairs if is_float(x) and self.weak.bound(a) is None]
         return widest(*strong) if strong else None
 
-    def _widest(self, eqn: JaxprEqn, args: Sequence[Any], location: Location) -> list[Any]:
+    def _widest(self, eqn: JaxprEqn, args: Sequence[Array], location: Location) -> list[Array]:
         self.weak.follow(eqn, args)
         if id(eqn) in self.biases:
             return add_bias(eqn, args, self.biases[id(eqn)])
-        values = self._following(eqn, args)
-        return self._whole(eqn, values, location) if _holds(eqn) else bind(eqn, values)
+        return self._whole(eqn, self._following(eqn, args), location)
 
-    def _at_least_full(self, eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-        return [
-            self._cast(atom, x, jnp.dtype(jnp.float32))
-            if hasattr(x, "dtype") and is_float(x) and x.dtype.itemsize < _NARROW
-            else x
-            for atom, x in zip(eqn.invars, args, strict=True)
-        ]
+    def _full(self, eqn: JaxprEqn, args: Sequence[Array], location: Location) -> list[Array]:
+        values = self._all(eqn, args, _FULL)
+        if eqn.primitive.name not in _HOLDING:  # the results of a call are not weak
+            self.weak.follow(eqn, args)
+        return self._whole(eqn, values, location)
 
-    def _full(self, eqn: JaxprEqn, args: Sequence[Any], location: Location) -> list[Any]:
-        values = self._at_least_full(eqn, args)
-        if _holds(eqn):  # what it makes of weak numbers is a value like others
-            return self._whole(eqn, values, location)
-        self.weak.follow(eqn, args)
-        return bind(eqn, values)
-
-    def _whole(self, eqn: JaxprEqn, values: list[Any], location: Location) -> list[Any]:
-        """A function of JAX as one operation: all of it in the dtype of its arguments."""
+    def _whole(self, eqn: JaxprEqn, values: list[Array], location: Location) -> list[Array]:
+        """An operation; of a function of JAX, all of it runs in the dtype of its arguments."""
         recorded = [_dtype(atom) for atom in eqn.invars]
-        if [x.dtype for x in values] == recorded:
+        if eqn.primitive.name not in _HOLDING or [x.dtype for x in values] == recorded:
             return bind(eqn, values)
         return self._inside(eqn, values, location, PLAIN)
 
     def _low(
-        self, eqn: JaxprEqn, args: list[Any], cast_policy: CastPolicy, location: Location
-    ) -> list[Any]:
-        if not any(is_float(x) for x in args) or not all(_may_change(x) for x in args[:2]):
+        self, eqn: JaxprEqn, args: list[Array], cast_policy: CastPolicy, location: Location
+    ) -> list[Array]:
+        assert cast_policy.low is not None  # `visit` leaves all else as it was traced
+        if not any(map(is_float, args)) or not all(map(_may_change, args[:2])):
             return bind(eqn, self._recorded(eqn, args))
         values = self._all(eqn, args, cast_policy.low)
-        if eqn.primitive.name in LOW:
+        if eqn.primitive.name in op_lists.LOW:
             return [self._product(eqn, values, cast_policy, location)]
-        outs = self._whole(eqn, values, location) if _holds(eqn) else bind(eqn, values)
-        return [cast(x, cast_policy.output) for x in outs]
+        outs, output = self._whole(eqn, values, location), cast_policy.output
+        return outs if output is None else [cast(x, output) for x in outs]
 
     def _product(
-        self, eqn: JaxprEqn, values: list[Any], cast_policy: CastPolicy, location: Location
-    ) -> Any:
-        interpreter = self.interpreter
-        return product(
-            eqn,
-            values,
-            cast_policy,
-            location,
-            interpreter.draw(cast_policy),
-            interpreter.gradients.get(id(eqn)),
-        )
+        self, eqn: JaxprEqn, values: list[Array], cast_policy: CastPolicy, location: Location
+    ) -> Array:
+        key, gradients = self.interpreter.draw(cast_policy), self.interpreter.gradients
+        return product(eqn, values, cast_policy, location, key, gradients.get(id(eqn)))
 
-    def _convert(self, eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+    def _convert(self, eqn: JaxprEqn, args: list[Array]) -> list[Array]:
         x, atom = args[0], eqn.invars[0]
         if not is_float(eqn.outvars[0].aval):
             return bind(eqn, args)
@@ -233,47 +267,37 @@ class CastScope:
             elif is_number(x) or getattr(atom.aval, "weak_type", False):
                 self.weak.mark(eqn.outvars[0], abs(float(x)) if is_number(x) else float("inf"))
             return bind(eqn, args)
-        wanted = eqn.params["new_dtype"]
         if self.weak.bound(atom) is not None:
             self.weak.follow(eqn, args)
-        return [self._cast(atom, x, wanted) if x.dtype != wanted else x]
+        return [self._cast(atom, x, eqn.params["new_dtype"])]
 
     def _inside(
-        self, eqn: JaxprEqn, args: list[Any], location: Location, lists: Lists | None = None
-    ) -> list[Any]:
-        interpreter = self.interpreter
-        lists = self.lists if lists is None else lists
-        # A carry or an operand of a branch is what it was made, whatever it is later.
-        passed = eqn.primitive.name in _PASSES_WEAK
+        self, eqn: JaxprEqn, args: list[Array], location: Location, lists: Lists | None = None
+    ) -> list[Array]:
+        """Evaluates the jaxprs that an equation holds."""
+        interpreter, name, lists = self.interpreter, eqn.primitive.name, lists or self.lists
+        # A carry or an operand of a branch is strong: it may be another value later.
+        passed = name in _PASSES_WEAK
         weak = [self.weak.bound(atom) if passed else None for atom in eqn.invars]
 
-        def run(closed: ClosedJaxpr, values: Sequence[Any], number: int) -> Result:
+        def run(closed: ClosedJaxpr, values: Sequence[Array], number: int) -> Result:
             bounds = weak if passed else [None] * len(values)
             return interpreter.evaluate(closed, values, bounds, location, lists)
 
-        if eqn.primitive.name in _WITH_RULES:
+        if name in _WITH_RULES:
             return custom_rules.rebuild(eqn, self._following(eqn, args), run, interpreter.learn)
-        if eqn.primitive.name in ("jit", "pjit") and _is_wrapper(eqn):
-            result = interpreter.evaluate(eqn.params["jaxpr"], args, weak, location, lists)
-            self._note(eqn, result)
-            return result.outs
         where: Hashable = location.path if interpreter.cast_rules.by_path else ""
         tag = (where, location.no_autocast, id(lists), tuple(weak))
-        found = interpreter.rebind(eqn, args, run, tag)
-        assert found is not None  # `_holds` said so
-        if eqn.primitive.name in ("jit", "pjit"):
-            self._note(eqn, found)
-        return found.outs
-
-    def _note(self, eqn: JaxprEqn, result: Result) -> None:
-        """Keeps which results of a call are weak."""
-        for var, bound in zip(eqn.outvars, result.note, strict=True):
-            self.weak.mark(var, bound)
-
-
-_PASSES_WEAK = CALLS | {"remat2", "checkpoint"}
-_WITH_RULES = CUSTOM_RULES | {"custom_vmap_call"}
-_HOLDING = REBUILT | _WITH_RULES
+        if name in _JIT and _is_wrapper(eqn):
+            result = run(eqn.params["jaxpr"], args, 0)
+        else:
+            rebound = interpreter.rebind(eqn, args, run, tag)
+            assert rebound is not None  # all of `_HOLDING` are rebuilt
+            result = rebound
+        if name in _JIT:
+            for var, bound in zip(eqn.outvars, result.bounds, strict=True):
+                self.weak.mark(var, bound)
+        return result.outs
 
 
 def _is_wrapper(eqn: JaxprEqn) -> bool:
@@ -285,15 +309,12 @@ def _is_wrapper(eqn: JaxprEqn) -> bool:
     return len(p["jaxpr"].jaxpr.eqns) <= _SHORT
 
 
-def _dtype(atom: Any) -> Any:
+def _dtype(atom: Atom) -> DType:
     """The dtype that a value was traced in."""
-    return getattr(atom.aval, "dtype", None)
+    dtype: Any = getattr(atom.aval, "dtype", None)
+    return dtype
 
 
-def _holds(eqn: JaxprEqn) -> bool:
-    return eqn.primitive.name in _HOLDING
-
-
-def _may_change(x: Any) -> bool:
+def _may_change(x: Array) -> bool:
     """Whether autocast may cast a value: floating-point, and not float64."""
-    return hasattr(x, "dtype") and is_float(x) and x.dtype.itemsize <= _NARROW
+    return is_float(x) and x.dtype.itemsize <= _FULL.itemsize

@@ -1,24 +1,23 @@
-"""Backward demand: what feeds only float32 operations is computed in float32 too.
+"""Operations that feed float32 operations only, and run in float32 for that.
 
-`exp(x - max(x))` reaches an operation list as `sub` and `exp`. With `exp` alone in float32 the
-difference is already rounded to 8 bits, and the softmax is off by percents. An operation that
-works value by value, or only moves values, therefore runs in float32
+A jaxpr has `exp(x - max(x))` as `sub` and `exp`. With `exp` alone in float32 the difference is
+already rounded to 8 bits, and the softmax is off by percents. An operation that works value by
+value, or only moves values, therefore runs in float32
 
-- when every reader of its results does by itself (a listed one, or one that this rule found);
-- when its arguments are there in float32 anyway, cast for another reader, and every reader of its
-  results gets float32 from another side: its result would be rounded, and its cotangent too, to
-  save nothing.
+- if every reader of its results runs in float32 (because of the lists, or of this rule);
+- if its arguments are in float32 already, cast for another reader, and every reader of its results
+  has another float32 argument: rounding its result and its cotangent would save nothing.
 
-A maximum is exact in any dtype; it follows where its argument is in float32 anyway, which saves a
+A maximum is exact in any dtype; it runs in float32 if its argument is cast anyway, which saves a
 cast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
 
 import jax.numpy as jnp
+from jax.core import Atom
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from mpjax.interpret.core.op_lists import ELEMENTWISE, SHAPE, WHOLE, WIDE, operation
@@ -31,7 +30,7 @@ _SHORT = 8  # equations
 
 
 class _Plan:
-    """The equations of a jaxpr, who reads them, and what is known to be in float32."""
+    """The equations of a jaxpr, their readers, and which values are known to be in float32."""
 
     def __init__(
         self, jaxpr: Jaxpr, kind: Callable[[JaxprEqn], str | None], wide: Collection[Var]
@@ -41,17 +40,15 @@ class _Plan:
         self.full = [kind in ("full", "wide") for kind in self.kinds]
         self.follows = [_may_follow(eqn) for eqn in jaxpr.eqns]
         self.found: set[int] = set()
-        self.readers: dict[Any, list[int]] = {}
+        self.readers: dict[Atom, list[int]] = {}
         for index, eqn in enumerate(jaxpr.eqns):
             for atom in eqn.invars:
                 if isinstance(atom, Var):
                     self.readers.setdefault(atom, []).append(index)
         self.leaves = {atom for atom in jaxpr.outvars if isinstance(atom, Var)}
-        self.wide: set[Any] = set(wide)
-        for var in jaxpr.constvars:
-            if getattr(var.aval, "dtype", None) == jnp.float32:
-                self.wide.add(var)
-        self.weak: set[Any] = set()
+        constants = (v for v in jaxpr.constvars if getattr(v.aval, "dtype", None) == jnp.float32)
+        self.wide: set[Atom] = {*wide, *constants}
+        self.weak: set[Atom] = set()
 
     def sweep(self, wanted: Callable[[int, list[int]], bool]) -> None:
         """Adds, from the last equation to the first, those that are wanted, by their readers."""
@@ -83,14 +80,11 @@ class _Plan:
         )
 
     def look_forward(self) -> None:
-        """Learns which values are in float32, and which take the dtype of what they meet."""
+        """Finds which values are in float32, and which are weak."""
         for index, eqn in enumerate(self.eqns):
             outs = [var for var in eqn.outvars if is_float(var.aval)]
-            strong = [
-                atom
-                for atom in eqn.invars
-                if isinstance(atom, Var) and is_float(atom.aval) and atom not in self.weak
-            ]
+            floats = [a for a in eqn.invars if isinstance(a, Var) and is_float(a.aval)]
+            strong = [atom for atom in floats if atom not in self.weak]
             if self.kinds[index] == "full" or index in self.found:
                 self.wide.update(outs)
             elif self.kinds[index] == "wide" or (
@@ -98,13 +92,13 @@ class _Plan:
             ):
                 if not strong:
                     self.weak.update(outs)
-                elif any(atom in self.wide for atom in strong):
+                elif not self.wide.isdisjoint(strong):
                     self.wide.update(outs)
 
     def _is_wide(self, index: int) -> bool:
-        return self.follows[index] and any(var in self.wide for var in self.eqns[index].outvars)
+        return self.follows[index] and not self.wide.isdisjoint(self.eqns[index].outvars)
 
-    def _is_cast(self, atom: Any, index: int) -> bool:
+    def _is_cast(self, atom: Atom, index: int) -> bool:
         """Whether another equation reads a value in float32."""
         return any(self.full[r] for r in self.readers.get(atom, ()) if r != index)
 

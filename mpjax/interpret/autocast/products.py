@@ -1,31 +1,44 @@
-"""Products under a CastPolicy: low operands, or quantised by a recipe."""
+"""Products under a CastPolicy: low operands, or quantised by a recipe.
+
+A custom backward rule holds products of its own. A recipe quantises their operands that come from
+the cotangents as gradients, and all others as residuals.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.core import Atom
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from mpjax.errors import ConfigError
-from mpjax.interpret.autocast.cotangents import Sides, of_sides
 from mpjax.interpret.autocast.rules import CastPolicy
+from mpjax.interpret.core.dataflow import Flow, Value, reach
 from mpjax.interpret.core.location import Location
-from mpjax.interpret.core.retrace import cast
+from mpjax.interpret.core.op_lists import is_product
+from mpjax.interpret.core.retrace import aval_of, cast
+from mpjax.interpret.core.trace import Program
 from mpjax.interpret.core.walk import bind
 from mpjax.ops import conv_general_dilated, dot_general
 from mpjax.ops.dot import dot
+from mpjax.precision import Recipe
+from mpjax.typing import Array, DTypeLike, Key
+
+# Whether the left and the right operand of a product are gradients.
+Sides: TypeAlias = tuple[bool, bool]
 
 
 def product(
     eqn: JaxprEqn,
-    values: list[Any],
+    values: list[Array],
     cast_policy: CastPolicy,
     location: Location,
-    key: Any = None,
+    key: Key | None = None,
     gradients: Sides | None = None,
-) -> Any:
+) -> Array:
     """Returns a product whose floating-point operands are already in the low dtype of its policy.
 
     It leaves in the policy's output dtype, unless the function asked for a dtype of its own: a
@@ -43,10 +56,10 @@ def product(
       ConfigError: a recipe that needs a state, or a key and has none, or for a product of a
         backward pass that is traced already, whose operands a recipe cannot tell apart.
     """
-    asked = _asked(eqn)
-    recorded: Any = eqn.outvars[0].aval
-    follows = recorded.dtype if cast_policy.output is None else cast_policy.output
-    wanted = follows if asked is None else asked
+    wanted = _asked(eqn)
+    if wanted is None:
+        output = cast_policy.output
+        wanted = aval_of(eqn.outvars[0]).dtype if output is None else output
     if cast_policy.recipe is not None and eqn.primitive.name in (
         "dot_general",
         "conv_general_dilated",
@@ -63,19 +76,18 @@ def product(
 def biases(jaxpr: Jaxpr) -> dict[int, int]:
     """Returns the additions of a bias to a product, by `id`, with the number of the product.
 
-    A bias is a vector, or an array of the right operand's free axes, with axes of length one put
-    before it. A model's `x @ w + b` so stays in the dtype of its product; otherwise a bias of
-    float32 would widen it.
+    A bias is a vector, or an array of the right operand's free axes, behind axes of length one. A
+    model's `x @ w + b` so stays in the dtype of its product; a float32 bias would widen it.
     """
-    made: dict[Any, int] = {}  # a product, perhaps transposed -> free axes of its right operand
-    producers: dict[Any, JaxprEqn] = {}
+    made: dict[Atom, int] = {}  # a product, perhaps transposed -> free axes of its right operand
+    producers: dict[Atom, JaxprEqn] = {}
     found: dict[int, int] = {}
     for eqn in jaxpr.eqns:
         name, first = eqn.primitive.name, eqn.invars[0] if eqn.invars else None
         if name == "dot_general":
             contracted, batch = eqn.params["dimension_numbers"]
-            right: Any = eqn.invars[1].aval
-            made[eqn.outvars[0]] = right.ndim - len(contracted[1]) - len(batch[1])
+            rank = len(aval_of(eqn.invars[1]).shape)
+            made[eqn.outvars[0]] = rank - len(contracted[1]) - len(batch[1])
         elif name == "conv_general_dilated":
             made[eqn.outvars[0]] = 1
         elif name == "transpose" and not isinstance(first, Literal) and first in made:
@@ -83,18 +95,14 @@ def biases(jaxpr: Jaxpr) -> dict[int, int]:
         elif name in ("reshape", "broadcast_in_dim"):
             producers[eqn.outvars[0]] = eqn
         elif name == "add" and not any(isinstance(atom, Literal) for atom in eqn.invars):
-            for side in (0, 1):
-                product, bias = (eqn.invars[i] for i in (side, 1 - side))
-                if (
-                    product in made
-                    and bias in producers
-                    and _is_bias(producers[bias], made[product])
-                ):
-                    found[id(eqn)] = side
+            for side, (product, bias) in enumerate((eqn.invars, eqn.invars[::-1])):
+                if product in made and bias in producers:
+                    if _is_bias(producers[bias], made[product]):
+                        found[id(eqn)] = side
     return found
 
 
-def add_bias(eqn: JaxprEqn, args: Sequence[Any], side: int) -> list[Any]:
+def add_bias(eqn: JaxprEqn, args: Sequence[Array], side: int) -> list[Array]:
     """Adds a bias in the dtype of its product.
 
     Args:
@@ -110,21 +118,20 @@ def add_bias(eqn: JaxprEqn, args: Sequence[Any], side: int) -> list[Any]:
 
 
 def _is_bias(eqn: JaxprEqn, free: int) -> bool:
-    source: Any = eqn.invars[0].aval
-    result: Any = eqn.outvars[0].aval
-    shape, rank = result.shape, source.ndim
+    source, shape = aval_of(eqn.invars[0]).shape, aval_of(eqn.outvars[0]).shape
+    rank = len(source)
     if not 0 < rank < len(shape) or rank not in (1, free):
         return False
     if eqn.primitive.name == "reshape":  # which only put axes of length one in
-        if [n for n in shape if n > 1] != [n for n in source.shape if n > 1]:
+        if [n for n in shape if n > 1] != [n for n in source if n > 1]:
             return False
-        return rank == 1 or shape[-rank:] == source.shape
+        return rank == 1 or shape[-rank:] == source
     last = tuple(range(len(shape) - rank, len(shape)))
     return rank == 1 or eqn.params["broadcast_dimensions"] == last
 
 
-def _asked(eqn: JaxprEqn) -> Any:
-    """The dtype that the function asked a product for; None where it only followed."""
+def _asked(eqn: JaxprEqn) -> DTypeLike | None:
+    """A product's `preferred_element_type`; None if that is the dtype of its operands."""
     preferred = eqn.params.get("preferred_element_type")
     operands = {getattr(v.aval, "dtype", None) for v in eqn.invars[:2]}
     return None if preferred is None or {jnp.dtype(preferred)} == operands else preferred
@@ -132,12 +139,12 @@ def _asked(eqn: JaxprEqn) -> Any:
 
 def _quantised(
     eqn: JaxprEqn,
-    values: list[Any],
+    values: list[Array],
     cast_policy: CastPolicy,
     location: Location,
-    key: Any,
+    key: Key | None,
     gradients: Sides | None,
-) -> Any:
+) -> Array:
     recipe, where = cast_policy.recipe, f"autocast: {location.path or 'the function'}"
     assert recipe is not None
     if gradients is not None:
@@ -155,32 +162,56 @@ def _quantised(
             " function alone has no state; take fp8"
         )
     p = eqn.params
+    common: dict[str, Any] = {"key": key, "preferred_element_type": jnp.float32, "where": where}
     if eqn.primitive.name == "dot_general":
-        return dot_general(
-            values[0],
-            values[1],
-            p["dimension_numbers"],
-            recipe,
-            key=key,
-            preferred_element_type=jnp.float32,
-            where=where,
-        )
+        return dot_general(values[0], values[1], p["dimension_numbers"], recipe, **common)
     if p["batch_group_count"] != 1:
         raise ConfigError(
             f"{where}: recipe {recipe.name!r} does not take a convolution with batch groups; leave"
             " this path to bf16"
         )
+    names = ("lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count")
+    common |= {name: p[name] for name in names}
     return conv_general_dilated(
-        values[0],
-        values[1],
-        p["window_strides"],
-        p["padding"],
-        recipe,
-        key=key,
-        lhs_dilation=p["lhs_dilation"],
-        rhs_dilation=p["rhs_dilation"],
-        dimension_numbers=p["dimension_numbers"],
-        feature_group_count=p["feature_group_count"],
-        preferred_element_type=jnp.float32,
-        where=where,
+        values[0], values[1], p["window_strides"], p["padding"], recipe, **common
     )
+
+
+def sides(closed: ClosedJaxpr, residuals: int) -> dict[int, Sides]:
+    """Returns for each product of a backward rule, by its equation's `id`, which are gradients.
+
+    Args:
+      closed: the rule.
+      residuals: how many of its arguments, the first, are no cotangents.
+    """
+    flow = Flow(Program(closed, [], [""] * len(closed.in_avals), list))
+
+    def ahead(value: Value) -> list[Value]:
+        return [*value.joins, *(out for step in value.readers for out in step.outs)]
+
+    reached = set(reach(flow.args[residuals:], ahead))
+    found: dict[int, Sides] = {}
+    for step in flow.steps:
+        if is_product(step.eqn):
+            left, right = found.get(id(step.eqn), (False, False))
+            found[id(step.eqn)] = left or step.ins[0] in reached, right or step.ins[1] in reached
+    return found
+
+
+def of_sides(recipe: Recipe, gradients: Sides) -> Recipe:
+    """Returns a recipe whose forward product takes the operands of a product in a backward rule.
+
+    Args:
+      recipe: of the product's path.
+      gradients: which operands are gradients.
+
+    Example:
+      >>> from mpjax.precision import get_recipe
+      >>> of_sides(get_recipe("fp8"), (False, True)).fprop[1].format
+      'e5m2'
+    """
+    if not any(gradients):
+        return recipe
+    gradient, other = recipe.dgrad
+    left, right = (gradient if side else other for side in gradients)
+    return dataclasses.replace(recipe, fprop=(left, right))

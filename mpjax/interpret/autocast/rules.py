@@ -1,8 +1,7 @@
 """What autocast does where: rules by path, read from dtypes, texts and Precisions.
 
-A Precision says more than a function alone can honour: how a loss is scaled, weights are updated,
-moments are stored and gradients are reduced. That is the optimizer's, `mpjax.optim.wrap` with the
-same Precision; here only its rules are read.
+Of a Precision only the rules are read: loss scale, update rule, moments and the gradients' dtype
+are for the optimizer, `mpjax.optim.wrap` with the same Precision.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from mpjax.precision import Precision, Recipe, get_precision
 from mpjax.precision.dtypes import dtype_name, parse_dtype
 from mpjax.precision.reading import parse_rule, parse_rules
 from mpjax.precision.rule import Rule, matches
+from mpjax.typing import DType, DTypeLike, Settings
 
 _COMPUTE = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -34,8 +34,8 @@ class CastPolicy:
       recipe: how products are quantised, or None.
     """
 
-    low: Any = None
-    output: Any = None
+    low: DType | None = None
+    output: DType | None = None
     recipe: Recipe | None = None
 
 
@@ -83,10 +83,10 @@ class CastRules:
                 )
 
 
-def _cast_policy(rule: Rule, where: str) -> CastPolicy:
-    policy = rule.policy
-    compute = policy.compute_dtype
-    if policy.param_dtype != jnp.float32 and not (policy.param_dtype == compute):
+def _cast_policy(rule: Rule) -> CastPolicy:
+    where = f"autocast: rule {str(rule)!r}"
+    policy, compute = rule.policy, rule.policy.compute_dtype
+    if policy.param_dtype not in (jnp.float32, compute):
         raise ConfigError(
             f"{where}: stores weights in {dtype_name(policy.param_dtype)}, and autocast stores"
             " nothing; leave p= out and cast the weights yourself"
@@ -101,19 +101,6 @@ def _cast_policy(rule: Rule, where: str) -> CastPolicy:
     return CastPolicy(jnp.dtype(compute), jnp.dtype(policy.output_dtype), rule.recipe)
 
 
-def _optimizers(precision: Precision) -> list[str]:
-    """The fields of a Precision that say something else than its rules."""
-    plain = Precision("plain", ())
-    names = ("loss_scale", "update", "moments", "gradient_dtype")
-    return [name for name in names if getattr(precision, name) != getattr(plain, name)]
-
-
-def _of_dtype(dtype: Any) -> Precision:
-    name = dtype_name(dtype)
-    rule = parse_rule(f"**=p=f32,c={name},o={name}")
-    return Precision(name, (dataclasses.replace(rule, user=False),))
-
-
 def _alone(rule: str | Rule, parsed: Rule) -> Rule:
     """A rule of a function in float32: with a recipe alone, all but the products stays float32."""
     value = rule.partition("=")[2] if isinstance(rule, str) else ""
@@ -122,15 +109,17 @@ def _alone(rule: str | Rule, parsed: Rule) -> Rule:
     return dataclasses.replace(parsed, policy=parse_rule(f"{parsed.pattern}=fp32").policy)
 
 
-def cast_rules(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[CastRules, str]:
-    """Returns the regions that a dtype, a preset or a Precision and further rules mean.
+def cast_rules(
+    value: DTypeLike | Settings | Precision, rules: Sequence[str | Rule] = ()
+) -> tuple[CastRules, str]:
+    """Returns the rules that a dtype, a preset or a Precision and further rules mean.
 
     Args:
       value: a dtype or its name (`bf16`, `float16`, `fp32`), a policy or recipe, or a Precision.
       rules: `PATTERN=VALUE`, before those of `value`.
 
     Returns:
-      The regions; and a line about fields of the Precision that are the optimizer's, or nothing.
+      The rules; and a line about fields of the Precision that are the optimizer's, or nothing.
 
     Raises:
       ConfigError: a dtype that autocast does not compute in, or a rule that it cannot follow.
@@ -144,18 +133,22 @@ def cast_rules(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[CastRules,
         except (ConfigError, TypeError):
             dtype = None
         if dtype is None:  # not in the handler: a mistake in it is no consequence of the other
-            precision = get_precision(value)
+            other: Any = value  # of any type, for `get_precision` to refuse
+            precision = get_precision(other)
         else:
             if dtype not in _COMPUTE:
                 raise ConfigError(
                     f"autocast: it does not compute in {dtype_name(dtype)}; take bf16, fp16 or"
                     " fp32, or a recipe such as r=fp8"
                 )
-            precision = _of_dtype(dtype)
+            name = dtype_name(dtype)
+            rule = parse_rule(f"**=p=f32,c={name},o={name}")
+            precision = Precision(name, (dataclasses.replace(rule, user=False),))
             if dtype == jnp.float32:
                 own = tuple(_alone(*pair) for pair in zip(rules, own, strict=True))
-    note = ""
-    if left := _optimizers(precision):
+    note, plain = "", Precision("plain", ())
+    names = ("loss_scale", "update", "moments", "gradient_dtype")
+    if left := [n for n in names if getattr(precision, n) != getattr(plain, n)]:
         note = (
             f"autocast: Precision {precision.name!r} sets {' '.join(left)}, which the optimizer"
             " takes: mpjax.optim.wrap(optimizer, precision); autocast reads its rules alone"
@@ -164,8 +157,6 @@ def cast_rules(value: Any, rules: Sequence[str | Rule] = ()) -> tuple[CastRules,
     last = next((i for i, rule in enumerate(every) if rule.pattern == "**"), None)
     if last is None:
         raise ConfigError("autocast: no rule covers every path; add '**=POLICY' at the end")
-    found = [
-        (rule, _cast_policy(rule, f"autocast: rule {str(rule)!r}")) for rule in every[: last + 1]
-    ]
+    found = [(rule, _cast_policy(rule)) for rule in every[: last + 1]]
     rule, cast_policy = found[-1]
     return CastRules((*found[:-1], (dataclasses.replace(rule, user=False), cast_policy))), note

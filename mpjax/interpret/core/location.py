@@ -18,14 +18,14 @@ from mpjax.precision.rule import nearest
 
 # A scope that `einsum` opens is named by its specification: no module.
 _EINSUM = re.compile(r"^[\w.]*(,[\w.]*)*->[\w.]*$|^[\w.]*(,[\w.]*)+$")
-# Equinox names a module of its own by its class: what it is, not where.
+# Equinox names its modules by their classes, which are no paths.
 _CLASS = re.compile(r"^eqx\.nn\.\w+$")
 _FRAME = re.compile(r"^(?P<file>.*?):(?P<line>\d+)(?::\d+)? \((?P<function>.*)\)$")
 _LIBRARY = tuple(
     {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
 )
 _OWN = str(Path(__file__).parents[1])  # mpjax/interpret
-# Frames of these say how a product is made, not which one of the program it is.
+# Frames of these are within a product; the user's line is outside of them.
 _PARTS = (_OWN, *(str(Path(__file__).parents[2] / part) for part in ("ops", "formats")))
 _MANY_FRAMES = 60  # deep enough to leave any library
 
@@ -33,6 +33,7 @@ _MANY_FRAMES = 60  # deep enough to leave any library
 RECOMPUTED = "rematted_computation"
 NO_AUTOCAST = "mpjax.no_autocast"
 OPAQUE = "mpjax.opaque."  # and the name of a primitive
+_MARKS = frozenset({RECOMPUTED, NO_AUTOCAST, CARRIED})
 
 
 class Location(NamedTuple):
@@ -43,7 +44,7 @@ class Location(NamedTuple):
       backward: it came from a transposition.
       tangent: it came from a differentiation; neither makes it part of the plain forward pass.
       recomputed: `jax.checkpoint` runs it a second time.
-      no_autocast: it stands in a region of `no_autocast`.
+      no_autocast: it is in a function of `no_autocast`.
       carried: it belongs to a model that takes its policies by path already.
       opaque: the primitive that holds it, which autocast left as it was traced; empty elsewhere.
       line: the user's source line, `file.py:12 (function)`, in a notebook `Cell In[3]:12
@@ -71,24 +72,19 @@ NOWHERE = Location()
 
 
 @functools.lru_cache(maxsize=65536)
-def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Module names of a name stack's elements, and the flags of a Place in their order."""
+def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], Location]:
+    """Module names of a name stack's elements, and a Location of what else they say."""
     names: list[str] = []
-    before, again = "", 0
-    backward = tangent = recomputed = no_autocast = carried = False
-    opaque = ""
+    before, again, opaque = "", 0, ""
+    transforms: set[str] = set()
+    marks: set[str] = set()
     for element in stack:
-        kind, name = type(element).__name__, element.name
-        if kind == "Transform":
-            if name == "transpose":
-                backward, again = True, len(names)
-            tangent |= name == "jvp"
-        elif name == RECOMPUTED:
-            recomputed = True
-        elif name == NO_AUTOCAST:
-            no_autocast = True
-        elif name == CARRIED:
-            carried = True
+        name = element.name
+        if type(element).__name__ == "Transform":
+            transforms.add(name)
+            again = len(names) if name == "transpose" else again
+        elif name in _MARKS:
+            marks.add(name)
         elif name.startswith(OPAQUE):
             opaque = opaque or name.removeprefix(OPAQUE)
         elif not _EINSUM.match(name) and not (before and name.startswith(f"{before}.")):
@@ -97,7 +93,14 @@ def _read(stack: tuple[Any, ...]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     if names[again : 2 * again] == names[:again]:
         names = names[again:]  # a rule within the gradient of a rule names its scopes from the root
     names = [name for name in names if not _CLASS.match(name)] or names
-    return tuple(names), (backward, tangent, recomputed, no_autocast, carried, opaque)
+    return tuple(names), Location(
+        backward="transpose" in transforms,
+        tangent="jvp" in transforms,
+        recomputed=RECOMPUTED in marks,
+        no_autocast=NO_AUTOCAST in marks,
+        carried=CARRIED in marks,
+        opaque=opaque,
+    )
 
 
 def _root(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,17 +118,15 @@ def _line(traceback: Any, outer: str) -> str:
     frames = [_FRAME.match(line) for line in reversed(text.splitlines())]  # innermost first
     known = [frame for frame in frames if frame and not frame["file"].startswith(_PARTS)]
     users = [f for f in known if not f["file"].startswith(_LIBRARY) or "/mpjax/" in f["file"]]
-    if not users and outer:
-        return outer
-    best: re.Match[str] | None = next(iter(users or known), None)
+    best = next(iter(users or ([] if outer else known)), None)
     if best is None:
-        return ""
+        return outer
     function = best["function"].split(".<locals>.")[-1]
     return f"{_shown(best['file'])}:{best['line']} ({function})"
 
 
 def _shown(file: str) -> str:
-    """A file's path; a notebook's cell by the number beside it, not by its temporary file."""
+    """A file's path; for a temporary file of a notebook, its cell's number."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     cell = shell.compile.format_code_name(file) if shell else None
     return " ".join(cell) if cell else file
@@ -139,7 +140,7 @@ def location_of(eqn: JaxprEqn, outer: Location, *, line: bool = True) -> Locatio
       outer: where the equation that holds this jaxpr stands.
       line: whether to look the source line up, which costs more than the rest.
     """
-    names, flags = _read(eqn.source_info.name_stack.stack)
+    names, own = _read(eqn.source_info.name_stack.stack)
     if not outer.path:
         names = _root(names)
     elif names and _CLASS.match(names[0]):
@@ -147,15 +148,14 @@ def location_of(eqn: JaxprEqn, outer: Location, *, line: bool = True) -> Locatio
     path = "/".join(names)
     if outer.path and path:
         path = f"{outer.path}/{path}"
-    backward, tangent, recomputed, no_autocast, carried, opaque = flags
     return Location(
         path or outer.path,
-        backward or outer.backward,
-        tangent or outer.tangent,
-        recomputed or outer.recomputed,
-        no_autocast or outer.no_autocast,
-        carried or outer.carried,
-        opaque or outer.opaque,
+        own.backward or outer.backward,
+        own.tangent or outer.tangent,
+        own.recomputed or outer.recomputed,
+        own.no_autocast or outer.no_autocast,
+        own.carried or outer.carried,
+        own.opaque or outer.opaque,
         _line(eqn.source_info.traceback, outer.line) if line else outer.line,
         outer.loops,
     )
@@ -185,8 +185,8 @@ def unmatched(pattern: str, paths: Iterable[str], weights: Sequence[str] = ()) -
 def called(eqn: JaxprEqn) -> tuple[str, ...]:
     """Returns the names of the library functions that made an equation, innermost first.
 
-    They say what the user's line asked for: `astype` is a cast that stands in the source,
-    `_operator_mul` a product that promoted its operands.
+    `astype` among them is a cast that stands in the source, `_operator_mul` a product that promoted
+    its operands.
     """
     return _frames(eqn.source_info.traceback)[0]
 

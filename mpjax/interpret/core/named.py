@@ -7,15 +7,15 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import source_info_util
 
 from mpjax.errors import ConfigError
+from mpjax.typing import Tree
 
-Model = TypeVar("Model")
-# Where these come from, modules have paths by themselves.
+# Libraries whose modules have paths by themselves.
 _WITH_PATHS = {"flax.linen": "Flax Linen", "haiku": "Haiku"}
 # Bases of modules; their methods compute nothing.
 _BASES = frozenset(
@@ -27,12 +27,7 @@ _BASES = frozenset(
 
 
 class _Here(NamedTuple):
-    """The module whose call is running.
-
-    Args:
-      path: its path.
-      scopes: the scopes that were opened for it and for those around it.
-    """
+    """The module whose call is running, and the scopes opened for it and for those around it."""
 
     path: str = ""
     scopes: tuple[str, ...] = ()
@@ -83,8 +78,7 @@ def _methods(cls: type) -> list[str]:
         held = inspect.getattr_static(cls, name)
         plain = callable(held) and hasattr(held, "__get__")
         if plain and not isinstance(held, type | staticmethod | classmethod | property):
-            if name == "__call__" or not name.startswith("_"):
-                found.append(name)
+            found += [name] if name == "__call__" or not name.startswith("_") else []
     return found
 
 
@@ -104,7 +98,7 @@ def _is_module(node: Any) -> bool:
 
 @functools.cache  # one class for each, so that tree structures stay equal
 def _named_class(cls: Any, path: str) -> Any:
-    """A subclass whose methods run under `path`."""
+    """A subclass whose methods run in the scope of `path`."""
 
     def in_scope(name: str) -> Any:
         @functools.wraps(getattr(cls, name))
@@ -207,7 +201,7 @@ class _Naming:
         return made
 
 
-def named(model: Model) -> Model:
+def named(model: Tree) -> Tree:
     """Returns a copy of a model whose modules' calls stand in scopes, by their attribute path.
 
     Flax Linen and Haiku leave the path of each module in what they compute, Equinox only class

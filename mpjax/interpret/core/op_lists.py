@@ -1,8 +1,8 @@
 """Which operations autocast runs low, which in float32: lists after PyTorch's, for JAX's names.
 
 An operation is known by the name of its primitive, or of the function that JAX keeps as one call
-(`jit[name=log_softmax]`, a custom rule). What JAX leaves no name of (softmax, logsumexp, norms) is
-covered by the primitives in it and by `float32_consumers`.
+(`jit[name=log_softmax]`, a custom rule). Functions that are no call in a jaxpr (softmax, logsumexp,
+norms) are covered by their primitives and by `float32_consumers`.
 
 References:
   PyTorch documentation, Automatic Mixed Precision package, Autocast Op Reference.
@@ -14,25 +14,20 @@ import dataclasses
 import difflib
 import importlib.util
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy
 import jax.scipy.special
-from jax.extend.core import JaxprEqn, Literal, primitives
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, primitives
 
 from mpjax.errors import ConfigError, brief
-from mpjax.interpret.core.walk import CUSTOM_RULES
+from mpjax.interpret.core.retrace import aval_of, is_float
+from mpjax.interpret.core.walk import CUSTOM_RULES, equations
 
-LOW = frozenset(
-    {
-        "dot_general",
-        "conv_general_dilated",
-        "ragged_dot",
-        "ragged_dot_general",
-    }
-)
+LOW = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+SCALED = frozenset({"scaled_matmul", "scaled_matmul_wrapper"})  # of blocks, which stay as they are
+PRODUCTS = LOW | SCALED
 # `reciprocal` is what autocast calls a division of a number and a power below zero.
 _TAILS = frozenset(
     {
@@ -56,14 +51,14 @@ FULL_CPU = frozenset(
         "weighted_logsoftmax",
     }
 )
-# Computed in float32 inside, given in the dtype of the input: what a kernel would do.
+# Computed in float32; the result has the dtype of the input, as a kernel's would.
 WIDE = frozenset(
     {
         *("logaddexp", "logaddexp2", "xlogy", "xlog1py", "_xlogx", "logit"),
         *("i0", "_i0", "log_ndtr", "diagonal"),
     }
 )
-# One operation to a reader: its parts follow the input, whatever the lists say of them.
+# One operation to a reader: its parts run in the dtype of the input, whatever list they are on.
 WHOLE = frozenset(
     {
         *("elu", "celu", "selu", "silu", "swish", "log_sigmoid", "leaky_relu", "glu"),
@@ -111,32 +106,27 @@ FOLLOW = (
 APART = frozenset({"sort", "top_k", "optimization_barrier", "device_put"})
 
 
-_LIBRARIES = tuple(
-    os.path.dirname(spec.origin) + os.sep
-    for spec in map(importlib.util.find_spec, ("jax", "optax"))
-    if spec is not None and spec.origin
-)
+_SPECS = map(importlib.util.find_spec, ("jax", "optax"))
+_LIBRARIES = tuple(os.path.dirname(s.origin) + os.sep for s in _SPECS if s and s.origin)
 
 
-def _is_listed(jaxpr: Any) -> bool:
-    """Whether a function is a library's, whose name the lists mean: not a user's of that name."""
+def _is_listed(jaxpr: Jaxpr) -> bool:
+    """Whether a function is one of JAX or Optax, which the lists name, and no user's."""
     written = jaxpr.debug_info.func_src_info or ""  # `log_softmax at FILE:LINE`
     return written.partition(" at ")[2].startswith(_LIBRARIES)
 
 
 def operation(eqn: JaxprEqn) -> str:
-    """The operation that an equation is to a reader: a kept function's name, or its primitive."""
+    """The name that the lists have for an equation: that of its function, or its primitive's."""
     name = eqn.primitive.name
     if name in ("jit", "pjit"):
         return str(eqn.params["name"]) if _is_listed(eqn.params["jaxpr"].jaxpr) else name
     if name in CUSTOM_RULES:
         jaxpr = eqn.params["call_jaxpr"].jaxpr
         return str(jaxpr.debug_info.func_name) if _is_listed(jaxpr) else name
-    if name == "integer_pow" and eqn.params["y"] < 0:
-        return "reciprocal"
-    if name == "div" and isinstance(eqn.invars[0], Literal):
-        return "reciprocal"
-    return name
+    inverse = name == "integer_pow" and eqn.params["y"] < 0
+    inverse |= name == "div" and isinstance(eqn.invars[0], Literal)
+    return "reciprocal" if inverse else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +147,8 @@ class Lists:
 
     def kind(self, name: str) -> str | None:
         """`low`, `full`, `wide` or `widest`; None for a name on no list."""
-        for kind in ("low", "full", "wide", "widest"):
-            if name in getattr(self, kind):
-                return kind
-        return None
+        kinds = ("low", "full", "wide", "widest")
+        return next((kind for kind in kinds if name in getattr(self, kind)), None)
 
 
 LISTS = {
@@ -204,13 +192,11 @@ def make_lists(base: str, low: Iterable[str], full: Iterable[str], widest: Itera
                 near = difflib.get_close_matches(name, sorted(_KNOWN), n=3, cutoff=0.5)
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
                 raise ConfigError(f"autocast: {kind} names no operation {name!r}{hint}")
-    start = dataclasses.asdict(LISTS[base])
-    return Lists(
-        **{
-            kind: (old - frozenset(named)) | {n for n, k in named.items() if k == kind}
-            for kind, old in start.items()
-        }
-    )
+    moved = {
+        kind: (old - frozenset(named)) | {n for n, k in named.items() if k == kind}
+        for kind, old in dataclasses.asdict(LISTS[base]).items()
+    }
+    return Lists(**moved)
 
 
 def _is_operation(name: str) -> bool:
@@ -218,3 +204,31 @@ def _is_operation(name: str) -> bool:
     locations = (jax.numpy, jax.nn, jax.lax, jax.numpy.linalg, jax.scipy.special)
     primitive = f"{name.replace('-', '_')}_p"
     return any(hasattr(location, name) for location in locations) or hasattr(primitives, primitive)
+
+
+def is_product(eqn: JaxprEqn) -> bool:
+    """Returns whether an equation is a matrix product or convolution of floating-point arrays."""
+    return eqn.primitive.name in PRODUCTS and all(is_float(atom.aval) for atom in eqn.invars[:2])
+
+
+def held_products(eqn: JaxprEqn) -> int:
+    """Returns how many float32 or float64 products stand in the jaxprs that an equation runs."""
+    params = eqn.params
+    if eqn.primitive.name == "custom_linear_solve":
+        params = {"solve": params["jaxprs"].solve}  # the others are for its derivatives
+    return sum(
+        is_product(eqn) and any(aval_of(atom).dtype.itemsize >= 4 for atom in eqn.invars[:2])
+        for held in _jaxprs(tuple(params.values()))
+        for eqn, _ in equations(held)
+    )
+
+
+def _jaxprs(value: object) -> Iterator[ClosedJaxpr]:
+    if isinstance(value, ClosedJaxpr):
+        yield value
+    elif isinstance(value, Jaxpr):
+        inputs = [*value.constvars, *value.invars]
+        yield ClosedJaxpr(value.replace(constvars=[], invars=inputs), ())
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _jaxprs(each)

@@ -38,12 +38,10 @@ def _default_platform() -> str:
     name = jax.default_backend() if device is None else getattr(device, "platform", device)
     if name in PLATFORMS:
         return str(name)
+    numbers = {name: lambda i=i: i for i, name in enumerate(PLATFORMS)}
     with jax.ensure_compile_time_eval():
-        number = lax.platform_dependent(
-            default=lambda: -1,
-            **{name: lambda i=i: i for i, name in enumerate(PLATFORMS)},
-        )
-    return PLATFORMS[int(number)] if int(number) >= 0 else str(name)
+        number = int(lax.platform_dependent(default=lambda: -1, **numbers))
+    return PLATFORMS[number] if number >= 0 else str(name)
 
 
 def branch_taken(eqn: JaxprEqn, platform: str) -> int | None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr
+from jax.core import AbstractValue, Atom, ShapedArray
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters.partial_eval import DynamicJaxprTracer
 
-Records = dict[Any, Any]
+from mpjax.typing import Array, DType, DTypeLike
+
+RecordKey: TypeAlias = tuple[str | int | None, ...]  # each transform has its own
+Records: TypeAlias = dict[RecordKey, Array]
+Bounds: TypeAlias = Sequence[float | None]
 
 
 class Result(NamedTuple):
@@ -21,30 +27,47 @@ class Result(NamedTuple):
     Args:
       outs: its outputs.
       records: what was recorded in it, by key.
-      note: what the transform wants to know about the outputs at trace time.
+      bounds: where autocast evaluates, the bound of each output that is a weak constant, or None.
     """
 
-    outs: list[Any]
+    outs: list[Array]
     records: Records = {}
-    note: Any = None
+    bounds: Bounds = ()
 
 
 # Evaluates one of an equation's jaxprs: of a `while` the test is 0 and the body 1, of a `cond` its
 # number is the branch's.
-Run = Callable[[ClosedJaxpr, Sequence[Any], int], Result]
+Run: TypeAlias = Callable[[ClosedJaxpr, Sequence[Array], int], Result]
 
 
-def is_float(x: Any) -> bool:
+def as_closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
+    """Returns a jaxpr without constants, as some equations hold it, as a closed one."""
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+def aval_of(atom: Atom | SymbolicZero) -> ShapedArray:
+    """Returns the shape and dtype of a variable; of a token or a reference these are missing."""
+    aval: Any = atom.aval
+    return aval
+
+
+def avals_of(values: Sequence[Array]) -> list[ShapedArray]:
+    """Returns the avals of values, with sharding and varying axes."""
+    return [jax.typeof(x) for x in values]
+
+
+def is_float(x: object) -> bool:
     """Returns whether a value or aval is a real floating-point array."""
-    return _floating(x.dtype)
+    return _floating(getattr(x, "dtype", None))
 
 
 @functools.cache
-def _floating(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating)  # slow, and asked of every argument
+def _floating(dtype: DType | None) -> bool:
+    # cached: slow, and asked of every argument
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
 
 
-def cast(x: Any, dtype: Any) -> Any:
+def cast(x: Array, dtype: DTypeLike) -> Array:
     """Returns a floating-point value in another dtype; everything else as it is."""
     if x.dtype == dtype or not is_float(x):
         return x
@@ -55,18 +78,18 @@ def cast(x: Any, dtype: Any) -> Any:
     return _convert(jnp.dtype(dtype))(x)
 
 
-def is_staged(x: Any) -> bool:
+def is_staged(x: object) -> bool:
     """Returns whether a value is written into a jaxpr, as under jit: nothing is worked out."""
     return isinstance(x, DynamicJaxprTracer)
 
 
 @functools.cache
-def _convert(dtype: Any) -> Callable[[Any], Any]:
+def _convert(dtype: DType) -> Callable[[Array], Array]:
     """A cast whose derivative JAX keeps."""
     return jax.jit(lambda x: lax.convert_element_type(x, dtype), inline=True)
 
 
-def widest(*dtypes: Any) -> Any:
+def widest(*dtypes: DTypeLike) -> DType:
     """Returns the dtype that holds all of them; bfloat16 and float16 meet in float32.
 
     Example:
@@ -86,28 +109,33 @@ class Traced(NamedTuple):
     Args:
       closed: it, with the recorded values behind its own outputs.
       consts: values that became its first inputs.
-      keys: names of the recorded values.
-      note: what the transform noted.
+      keys: of the recorded values.
+      bounds: as in `Result`.
     """
 
     closed: ClosedJaxpr
-    consts: tuple[Any, ...]
-    keys: tuple[Any, ...]
-    note: Any
+    consts: tuple[Array, ...]
+    keys: tuple[RecordKey, ...]
+    bounds: Bounds
 
     @property
-    def own(self) -> int:
-        """How many of the outputs are its own."""
-        return len(self.closed.out_avals) - len(self.keys)
+    def avals(self) -> list[ShapedArray]:
+        """The types of its own outputs."""
+        return self.closed.out_avals[: len(self.closed.out_avals) - len(self.keys)]
 
-    def split(self, outs: Sequence[Any]) -> Result:
-        """Returns the outputs with what was recorded by name."""
-        records = dict(zip(self.keys, outs[self.own :], strict=True))
-        return Result(list(outs[: self.own]), records, self.note)
+    @property
+    def recorded(self) -> dict[RecordKey, ShapedArray]:
+        """The types of the recorded values, by key."""
+        return dict(zip(self.keys, self.closed.out_avals[len(self.avals) :], strict=True))
+
+    def split(self, outs: Sequence[Array]) -> Result:
+        """Returns the outputs with what was recorded by key."""
+        own = len(self.avals)
+        return Result(list(outs[:own]), dict(zip(self.keys, outs[own:], strict=True)), self.bounds)
 
 
 def retrace(
-    fn: Callable[..., Result], avals: Sequence[Any], held: ClosedJaxpr | None = None
+    fn: Callable[..., Result], avals: Sequence[AbstractValue], held: ClosedJaxpr | None = None
 ) -> Traced:
     """Traces a function of values at their avals, which keep sharding and varying axes.
 
@@ -116,11 +144,11 @@ def retrace(
       avals: of its inputs.
       held: that jaxpr, whose name and source the new one takes; by default it has its own.
     """
-    recorded: list[tuple[tuple[Any, ...], Any]] = []
+    recorded: list[tuple[tuple[RecordKey, ...], Bounds]] = []
 
-    def flat(*args: Any) -> list[Any]:
-        outs, records, note = fn(*args)
-        recorded.append((tuple(records), note))
+    def flat(*args: Array) -> list[Array]:
+        outs, records, bounds = fn(*args)
+        recorded.append((tuple(records), bounds))
         return [*outs, *records.values()]
 
     closed = jax.make_jaxpr(flat)(*avals)
@@ -136,20 +164,3 @@ def retrace(
         )
         closed = ClosedJaxpr(jaxpr, ())
     return Traced(closed, consts, *recorded[0])
-
-
-def at_least(outs: Sequence[Any], carry: Sequence[Any]) -> list[Any]:
-    """Returns a loop's outputs, those carried at least as wide as the carry came in."""
-    results = [
-        cast(x, widest(x.dtype, c.dtype)) if is_float(x) else x
-        for x, c in zip(outs, carry, strict=False)
-    ]
-    return [*results, *outs[len(results) :]]
-
-
-def widen(carry: list[Any], body: Traced) -> bool:
-    """Casts a loop's carry to what its body gives; returns whether that changed anything."""
-    wanted = [aval.dtype for aval in body.closed.out_avals[: len(carry)]]
-    changed = wanted != [c.dtype for c in carry]
-    carry[:] = [cast(c, dtype) for c, dtype in zip(carry, wanted, strict=True)]
-    return changed

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from mpjax.errors import ConfigError, brief
+from mpjax.typing import Array, PyTree
 
-# What a tracer cannot give: its value, while the function is looked at.
+P = ParamSpec("P")  # the arguments of a function that a transform is given
+R = TypeVar("R")  # what it returns
+
+# Raised where a function asks for the value of a tracer.
 _NOT_TRACEABLE = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -21,7 +24,7 @@ _NOT_TRACEABLE = (
 )
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: object) -> bool:
     """Returns whether a leaf is traced; what is not (a flag, a function, a name) stays as it is."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
@@ -31,18 +34,18 @@ class Program(NamedTuple):
 
     Args:
       closed: its jaxpr.
-      args: the arrays among its arguments, flat.
+      args: the arrays among its arguments, flat; `jax.ShapeDtypeStruct` stays what it is.
       names: of these arrays, such as `args[0]['w']`.
       rebuild: puts flat outputs back into the structure that the function returned.
     """
 
     closed: ClosedJaxpr
-    args: list[Any]
+    args: list[Array]
     names: list[str]
-    rebuild: Callable[[Sequence[Any]], Any]
+    rebuild: Callable[[Sequence[object]], PyTree]
 
 
-def check_function(what: str, fn: Any) -> None:
+def check_function(what: str, fn: object) -> None:
     """Checks that a transform is given a function.
 
     Raises:
@@ -56,7 +59,12 @@ def check_function(what: str, fn: Any) -> None:
 
 
 def trace(
-    what: str, fn: Callable[..., Any], args: Any, kwargs: Any, *, runs: bool = False
+    what: str,
+    fn: Callable[..., PyTree],
+    args: Sequence[PyTree],
+    kwargs: Mapping[str, PyTree],
+    *,
+    runs: bool = False,
 ) -> Program:
     """Returns a function's jaxpr at given arguments.
 
@@ -74,18 +82,17 @@ def trace(
     """
     check_function(what, fn)
     paths, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    arrays_by_path = [(path, leaf) for path, leaf in paths if is_array(leaf)]
-    names = [_spell(path) for path, _ in arrays_by_path]
-    for name, (_, leaf) in zip(names, arrays_by_path, strict=True):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
-            if leaf.is_deleted():
-                raise ConfigError(
-                    f"{what}: {name} was donated to an earlier call and is gone; pass a copy, or"
-                    " call that step without donate_argnums"
-                )
+    by_name = [(_spell(path), leaf) for path, leaf in paths if is_array(leaf)]
+    for name, leaf in by_name:
+        is_concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        if is_concrete and leaf.is_deleted():
+            raise ConfigError(
+                f"{what}: {name} was donated to an earlier call and is gone; pass a copy, or"
+                " call that step without donate_argnums"
+            )
     out: dict[str, Any] = {}
 
-    def flat(*arrays: Any) -> list[Any]:
+    def flat(*arrays: Array) -> list[Array]:
         left = iter(arrays)
         leaves = [next(left) if is_array(leaf) else leaf for _, leaf in paths]
         inner_args, inner_kwargs = jax.tree.unflatten(tree, leaves)
@@ -96,27 +103,28 @@ def trace(
         out["leaves"] = [None if is_array(leaf) else leaf for leaf in leaves]
         return [leaf for leaf in leaves if is_array(leaf)]
 
-    arrays = [leaf for _, leaf in arrays_by_path]
+    arrays = [leaf for _, leaf in by_name]
     try:
         closed = jax.make_jaxpr(flat)(*arrays)
     except ConfigError as error:
-        raise error from None  # JAX hangs where it was traced first on it, a second traceback
+        raise error from None  # without the second traceback that JAX appends
     except _NOT_TRACEABLE as error:
         first = str(error).strip().splitlines()[0]
+        called = getattr(fn, "__qualname__", None) or type(fn).__name__
         raise ConfigError(
-            f"{what}: {_called(fn)} cannot be traced, because it asks for the value of an array:"
+            f"{what}: {called} cannot be traced, because it asks for the value of an array:"
             f" {first} Use jax.lax.cond, jnp.where or a Python number there."
         ) from error
 
-    def rebuild(outs: Sequence[Any]) -> Any:
+    def rebuild(outs: Sequence[object]) -> PyTree:
         left = iter(outs)
         leaves = [next(left) if leaf is None else leaf for leaf in out["leaves"]]
         return jax.tree.unflatten(out["tree"], leaves)
 
-    return Program(closed, arrays, names, rebuild)
+    return Program(closed, arrays, [name for name, _ in by_name], rebuild)
 
 
-def _unchanged(what: str, passed: Any, before: Sequence[Any], found: Any) -> None:
+def _unchanged(what: str, passed: PyTree, before: Sequence[object], found: PyTree) -> None:
     """Refuses a call that changed an object among its arguments, and does not return the change.
 
     Such as a module of Flax NNX, whose dropout counts and whose batch norm averages.
@@ -135,19 +143,14 @@ def _unchanged(what: str, passed: Any, before: Sequence[Any], found: Any) -> Non
             )
 
 
-def _in_object(passed: Any, path: Sequence[Any]) -> bool:
+def _in_object(passed: PyTree, path: tuple[Any, ...]) -> bool:
     """Whether a leaf lies in an argument that is no plain container."""
     value = passed[path[0].idx][path[1].key if path[0].idx else path[1].idx]
     return not isinstance(value, dict | list | tuple) and len(path) > 2
 
 
-def _spell(path: Sequence[Any]) -> str:
+def _spell(path: tuple[Any, ...]) -> str:
     """`args[0]['w']` of a path into `(args, kwargs)`."""
-    first, rest = path[0].idx, list(itertools.islice(path, 1, None))
-    if first == 0:
-        return "args" + jax.tree_util.keystr(tuple(rest))
-    return f"{rest[0].key}{jax.tree_util.keystr(tuple(rest[1:]))}"
-
-
-def _called(fn: Any) -> str:
-    return getattr(fn, "__qualname__", None) or type(fn).__name__
+    if path[0].idx == 0:
+        return "args" + jax.tree_util.keystr(path[1:])
+    return f"{path[1].key}{jax.tree_util.keystr(path[2:])}"

@@ -1,19 +1,19 @@
 """The one walk over a jaxpr: equation by equation, with module path and source line at hand.
 
-`walk` evaluates and `equations` only looks; what happens at an equation is the caller's `visit`.
-Equations that hold jaxprs of their own are rebuilt by `control.rebind`.
+`walk` evaluates a jaxpr, each equation by the caller's `visit`; `equations` lists its equations.
+Equations that hold jaxprs of their own are rebuilt by `control_flow.Rebind`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax import lax
-from jax.core import Tracer
+from jax.core import Atom, ShapedArray, Tracer
 from jax.extend import source_info_util
 from jax.extend.core import (
     ClosedJaxpr,
@@ -26,18 +26,19 @@ from jax.extend.core import (
 )
 
 from mpjax.interpret.core.location import NOWHERE, Location, location_of
-from mpjax.interpret.core.retrace import is_staged
+from mpjax.interpret.core.retrace import as_closed, aval_of, is_staged
 from mpjax.ops.linear_map import applied, linear_map_p
+from mpjax.typing import Array, DType
 
 # What evaluates a jaxpr as if its equations stood in its place, and what has a rule beside it.
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
-Visit = Callable[[JaxprEqn, Location, list[Any]], Sequence[Any]]
+V = TypeVar("V")  # what `walk` has for an array
 
 
 @functools.lru_cache(maxsize=4096)
 def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
-    """Index of an equation -> the variables that nobody reads after it."""
+    """Index of an equation -> the variables that are not read after it."""
     last: dict[Var, int] = {}
     for index, eqn in enumerate(jaxpr.eqns):
         for atom in (*eqn.invars, *eqn.outvars):
@@ -53,15 +54,15 @@ def _last_uses(jaxpr: Jaxpr) -> dict[int, list[Var]]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _operation(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+def _operation(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., Array]:
     """A primitive as a function whose derivative JAX keeps, as it does for those of jax.numpy."""
     return jax.jit(lambda *args: primitive.bind(*args, **dict(params)), inline=True)
 
 
-def bind(eqn: JaxprEqn, args: Sequence[Any], **changed: Any) -> list[Any]:
+def bind(eqn: JaxprEqn, args: Sequence[Array], **changed: object) -> list[Array]:
     """Runs an equation's primitive on new arguments, with some of its parameters changed.
 
-    A scatter holds how it combines two numbers: that follows the dtype of its arguments.
+    The function by which a scatter combines two numbers follows the dtype of its arguments.
     """
     primitive, bound = eqn.primitive, eqn.params | changed
     combiner = bound.get("update_jaxpr")
@@ -74,25 +75,24 @@ def bind(eqn: JaxprEqn, args: Sequence[Any], **changed: Any) -> list[Any]:
     return [run(primitive, args, bound)]
 
 
-def _combiner(old: Jaxpr, consts: tuple[Any, ...], dtype: Any) -> Jaxpr:
-    """How two numbers are combined, in another dtype; a function of `.at[].apply` as it was."""
-    first: Any = old.invars[0].aval
-    number, was = jax.ShapeDtypeStruct((), dtype), first.dtype
+def _combiner(old: Jaxpr, consts: tuple[Array, ...], dtype: DType) -> Jaxpr:
+    """A function of two numbers in another dtype; that of `.at[].apply` computes as traced."""
+    number, was = jax.ShapeDtypeStruct((), dtype), aval_of(old.invars[0]).dtype
     both = len(old.eqns) == 1 and list(old.eqns[0].invars) == list(old.invars)
     if not old.eqns and old.outvars == [old.invars[1]]:
         return jax.make_jaxpr(lambda a, b: b)(number, number).jaxpr
     if both and old.eqns[0].primitive.name in ("add", "mul", "min", "max"):
         return jax.make_jaxpr(old.eqns[0].primitive.bind)(number, number).jaxpr
 
-    def inside(a: Any, b: Any) -> Any:
+    def inside(a: Array, b: Array) -> Array:
         wide = [lax.convert_element_type(x, was) for x in (a, b)]
         return lax.convert_element_type(jaxpr_as_fun(ClosedJaxpr(old, consts))(*wide)[0], dtype)
 
     return jax.make_jaxpr(inside)(number, number).jaxpr
 
 
-def run(primitive: Primitive, args: Sequence[Any], params: dict[str, Any]) -> Any:
-    """Runs a primitive of one result; under differentiation its rule is worked out only once."""
+def run(primitive: Primitive, args: Sequence[Array], params: dict[str, object]) -> Array:
+    """Runs a primitive of one result; its rule of differentiation is traced only once."""
     if any(isinstance(x, Tracer) and not is_staged(x) for x in args):
         try:
             operation = _operation(primitive, tuple(params.items()))
@@ -103,35 +103,35 @@ def run(primitive: Primitive, args: Sequence[Any], params: dict[str, Any]) -> An
 
 
 def as_typed(x: Any) -> Any:
-    """Returns a constant of a jaxpr with a dtype, which JAX gives numbers but not True or False."""
+    """Returns a constant of a jaxpr with a dtype, which JAX does not give to True and False."""
     return np.bool_(x) if isinstance(x, bool) else x
 
 
 def walk(
     closed: ClosedJaxpr,
-    args: Sequence[Any],
-    visit: Visit,
+    args: Sequence[V],
+    visit: Callable[[JaxprEqn, Location, list[V]], Sequence[V]],
     outer: Location = NOWHERE,
     *,
     lines: bool = True,
-) -> list[Any]:
+) -> list[V]:
     """Evaluates a jaxpr, each equation by `visit`.
 
     Args:
-      closed: the jaxpr with its constants.
+      closed: the jaxpr with its constants, which come as arrays.
       args: one value for each of its inputs.
-      visit: gets the equation, its place and its arguments, returns its results.
-      outer: the place of the equation that holds this jaxpr.
-      lines: whether places carry the source line.
+      visit: gets the equation, its location and its arguments, returns its results.
+      outer: the location of the equation that holds this jaxpr.
+      lines: whether locations carry the source line.
 
     Returns:
       One value for each output.
     """
     jaxpr = closed.jaxpr
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, map(as_typed, closed.consts), strict=True))
+    env: dict[Var, Any] = dict(zip(jaxpr.constvars, map(as_typed, closed.consts), strict=True))
     env |= dict(zip(jaxpr.invars, args, strict=True))
 
-    def read(atom: Any) -> Any:
+    def read(atom: Atom) -> V:
         return as_typed(atom.val) if isinstance(atom, Literal) else env[atom]
 
     last, before = _last_uses(jaxpr), source_info_util.current_name_stack()
@@ -149,34 +149,22 @@ def walk(
 
 
 class LocatedEquation(NamedTuple):
-    """An equation, its place and the jaxpr that holds it.
+    """An equation and where it stands.
 
     Args:
       eqn: the equation.
-      location: where it stands; `location.loops` counts how often it runs.
-      holder: the jaxpr that it is an equation of.
-      depth: how many equations hold it.
+      location: without its line.
     """
 
     eqn: JaxprEqn
     location: Location
-    holder: Jaxpr
-    depth: int
 
 
-# Jaxprs in these say how to combine two numbers; they are no part of the program's own equations.
+# Jaxprs in these combine two numbers; they are no part of the program's own equations.
 SCALAR = frozenset(
     {
-        "scatter",
-        "scatter-add",
-        "scatter-mul",
-        "scatter-min",
-        "scatter-max",
-        "reduce",
-        "reduce_window",
-        "select_and_scatter",
-        "argmin",
-        "argmax",
+        *("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max", "reduce"),
+        *("reduce_window", "select_and_scatter", "argmin", "argmax"),
     }
 )
 
@@ -190,7 +178,7 @@ def scan_sizes(eqn: JaxprEqn) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _applied(avals: tuple[Any, ...], params: tuple[tuple[str, Any], ...]) -> ClosedJaxpr:
+def _applied(avals: tuple[ShapedArray, ...], params: tuple[tuple[str, Any], ...]) -> ClosedJaxpr:
     return jax.make_jaxpr(lambda *args: applied(*args, **dict(params)))(*avals)
 
 
@@ -199,7 +187,7 @@ def inner_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
     if eqn.primitive.name in SCALAR:
         return []
     if eqn.primitive is linear_map_p:  # what it runs is made when it is compiled
-        return [_applied(tuple(atom.aval for atom in eqn.invars), tuple(eqn.params.items()))]
+        return [_applied(tuple(map(aval_of, eqn.invars)), tuple(eqn.params.items()))]
     if "call_jaxpr" in eqn.params:  # beside it stand the rule's thunks
         held = [eqn.params["call_jaxpr"]]
     else:
@@ -207,25 +195,18 @@ def inner_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
         values = (v if isinstance(v, tuple | list) else (v,) for v in eqn.params.values())
         held = [j for each in values for j in each if isinstance(j, Jaxpr | ClosedJaxpr)]
     # One whose constants are elsewhere, as lineax keeps that of an operator, is not what is run.
-    held = [j for j in held if isinstance(j, ClosedJaxpr) or not j.constvars]
-    return [j if isinstance(j, ClosedJaxpr) else ClosedJaxpr(j, ()) for j in held]
+    return [as_closed(j) for j in held if isinstance(j, ClosedJaxpr) or not j.constvars]
 
 
-def equations(
-    closed: ClosedJaxpr, outer: Location = NOWHERE, *, lines: bool = True, depth: int = 0
-) -> Iterator[LocatedEquation]:
+def equations(closed: ClosedJaxpr, outer: Location = NOWHERE) -> Iterator[LocatedEquation]:
     """Yields every equation of a program, those inside control flow after the one that holds them.
 
     Args:
       closed: the program.
       outer: where it stands.
-      lines: whether places carry the source line.
-      depth: how many equations hold it already.
     """
     for eqn in closed.jaxpr.eqns:
-        location = location_of(eqn, outer, line=lines)
-        yield LocatedEquation(eqn, location, closed.jaxpr, depth)
-        within = location._replace(loops=location.loops * int(eqn.params.get("length", 1) or 1))
-        within = within if eqn.primitive.name == "scan" else location
+        location = location_of(eqn, outer, line=False)
+        yield LocatedEquation(eqn, location)
         for inner in inner_jaxprs(eqn):
-            yield from equations(inner, within, lines=lines, depth=depth + 1)
+            yield from equations(inner, location)

@@ -7,8 +7,8 @@ the statistics of two parts of a tensor give those of the whole.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats import Format, round_to
 from mpjax.formats.scaling import to_scale
 from mpjax.interpret.core.shard_map import gathered
+from mpjax.typing import Array
 
 EXPONENTS = 256  # float32's exponent field: 0 is zero and subnormals, 255 is inf and NaN
 # where counts and reals are
@@ -28,7 +29,7 @@ _INF = 0x7F800000
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp32": "float32"}
 _SHORT |= {"f32": "float32"}
 
-Pair = tuple[Any, Any]  # counts (..., C) uint32, reals (..., R) float32
+Pair: TypeAlias = tuple[Array, Array]  # counts (..., C) uint32, reals (..., R) float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,25 +79,25 @@ def candidates(formats: Sequence[str]) -> tuple[Candidate, ...]:
 _CHUNKS = (4096, 64)  # numbers a chunk; tensors that are smaller than the first take the second
 
 
-def _bits(x: Any) -> Any:
+def _bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
 
 
-def _float(bits: Any) -> Any:
+def _float(bits: Array) -> Array:
     return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _in_chunk(reduce: Any, x: Any) -> Any:
+def _in_chunk(reduce: Callable[..., Array], x: Array) -> Array:
     """Reduces each chunk; its last axis at the end, so that the work before is done in vectors."""
     return reduce(reduce(x, axis=1), axis=1)
 
 
-def _count(mask: Any) -> Any:
+def _count(mask: Array) -> Array:
     return _in_chunk(jnp.sum, mask.astype(jnp.float32)).astype(jnp.uint32)
 
 
-def as_stored(x: Any) -> Any:
-    """The value with its bits fixed: XLA leaves out a rounding that is widened again at once."""
+def as_stored(x: Array) -> Array:
+    """The value with its bits fixed: XLA drops a cast down that is cast up again at once."""
     if x.dtype.itemsize >= 4:
         return x
     whole = {1: jnp.uint8, 2: jnp.uint16}[x.dtype.itemsize]
@@ -104,12 +105,12 @@ def as_stored(x: Any) -> Any:
     return lax.bitcast_convert_type(bits, x.dtype)
 
 
-def _sampled(rows: Any, sample: int) -> Any:
-    """So many numbers of each row, one drawn from each of as many equal parts, and its extremes.
+def _sampled(rows: Array, sample: int) -> Array:
+    """`sample` numbers of each row, one drawn from each of as many equal parts, and its extremes.
 
-    Drawn, for an even stride follows patterns such as a causal mask; always the same places, so
-    that measurements pair. The extremes are found on bits, in whose order a NaN lies beyond
-    infinity: one that is anywhere is an extreme, and seen.
+    They are drawn because an even stride follows patterns such as a causal mask, and always at the
+    same indices, so that two measurements compare. The extremes are found on bits, in whose order a
+    NaN lies beyond infinity, so that any NaN is an extreme.
     """
     size = rows.shape[1]
     if not sample or size <= sample:
@@ -122,19 +123,20 @@ def _sampled(rows: Any, sample: int) -> Any:
     return jnp.concatenate([rows[:, locations], *ends], axis=1)
 
 
-def _in_order(bits: Any) -> Any:
+def _in_order(bits: Array) -> Array:
     """Patterns of float32 as integers in the order of the numbers, and back."""
     return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
 
 
 def measure(
-    tensors: Sequence[tuple[Any, bool]], formats: tuple[Candidate, ...],
+    tensors: Sequence[tuple[Array, bool]],
+    formats: tuple[Candidate, ...],
     samples: Sequence[int] = (),
-) -> list[Pair]:  # fmt: skip
+) -> list[Pair]:
     """Returns counts and reals of tensors, all of them measured by the same few operations.
 
-    They are laid side by side in chunks of equal size: a program with hundreds of tensors compiles
-    like one with two, and the operations are long.
+    The tensors are concatenated in chunks of equal size: a program with hundreds of them compiles
+    as fast as one with two, and each operation is long.
 
     Args:
       tensors: floating-point, any shape, each with whether its first axis is that of layers;
@@ -147,7 +149,7 @@ def measure(
     for (x, layered), sample in zip(tensors, samples or [0] * len(tensors), strict=True):
         x = gathered(as_stored(x)).astype(jnp.float32)  # every narrower format is exact in it
         rows.append(_sampled(x.reshape(x.shape[0] if layered else 1, -1), sample))
-    found: list[Any] = [None] * len(rows)
+    found: dict[int, Pair] = {}
     for big in (True, False):
         chosen = [i for i, row in enumerate(rows) if (row.shape[1] >= _CHUNKS[0]) == big]
         if not chosen:
@@ -159,18 +161,19 @@ def measure(
             part = slice(first, last) if tensors[i][1] else first
             found[i] = counts[part], reals[part]
             first = last
-    return found
+    return [found[i] for i in range(len(rows))]
 
 
-def _measure(rows: Sequence[Any], chunk: int, formats: tuple[Candidate, ...]) -> Pair:
+def _measure(rows: Sequence[Array], chunk: int, formats: tuple[Candidate, ...]) -> Pair:
     """Counts and reals of each row of matrices.
 
-    Means are over the finite numbers. Zeros, subnormals and non-finite numbers are told apart on
-    bits, for compiled float32 arithmetic flushes subnormals; squares are of numbers divided by a
-    power of two about as large as the largest, so that those of small gradients do not vanish.
+    Means are over the finite numbers. Zeros, subnormals and non-finite numbers are told apart by
+    their bits, because compiled float32 arithmetic flushes subnormals. Numbers are divided by a
+    power of two about as large as the largest before they are squared, because squares of small
+    gradients underflow.
     """
     width = min(chunk, 128)
-    filled: list[Any] = []
+    filled: list[Array] = []
     owner: list[int] = []
     padding: list[int] = []
     for row in rows:
@@ -185,17 +188,17 @@ def _measure(rows: Sequence[Any], chunk: int, formats: tuple[Candidate, ...]) ->
         padding += [pad] * row.shape[0]
     of = np.array(owner, np.int32)
     count, chunks = len(padding), len(owner)
-    # Apart: each of the operations below would otherwise gather the tensors anew.
+    # Behind a barrier: each of the operations below would gather the tensors again.
     x = lax.optimization_barrier(jnp.concatenate(filled))
     x = x.reshape(chunks, chunk // width, width)
 
-    def sums(values: Any) -> Any:
+    def sums(values: Array) -> Array:
         return jax.ops.segment_sum(values, of, count, indices_are_sorted=True)
 
-    def largest(values: Any) -> Any:
+    def largest(values: Array) -> Array:
         return jax.ops.segment_max(_in_chunk(jnp.max, values), of, count, indices_are_sorted=True)
 
-    def spread(values: Any) -> Any:
+    def spread(values: Array) -> Array:
         return values[of][:, None, None]
 
     m = _bits(x)
@@ -214,13 +217,13 @@ def _measure(rows: Sequence[Any], chunk: int, formats: tuple[Candidate, ...]) ->
     size = _float(unit.astype(jnp.uint32) << jnp.uint32(23))
     inverse = _float((254 - unit).astype(jnp.uint32) << jnp.uint32(23))
     numbers = jnp.maximum(_numbers(histogram), jnp.float32(1))
-    # A subnormal is its pattern times 2^-149; 2^-149 times the inverse, made of bits, as a product
-    # with it would be reassociated to one with a number that is flushed.
+    # A subnormal is its pattern times 2^-149. 2^-149 times the inverse is made of bits: XLA would
+    # reassociate a product of the two to one with a number that is flushed.
     step = spread(_float(jnp.maximum(105 - unit, 0).astype(jnp.uint32) << jnp.uint32(23)))
     tiny = finite_bits.astype(jnp.float32) * step
     whole = jnp.where(field == 0, jnp.where(x < 0, -tiny, tiny), values * spread(inverse))
 
-    def mean(y: Any) -> Any:
+    def mean(y: Array) -> Array:
         return sums(_in_chunk(jnp.sum, y)) / numbers
 
     nans = sums(_count(m > jnp.uint32(_INF))) - pads
@@ -241,7 +244,8 @@ def _measure(rows: Sequence[Any], chunk: int, formats: tuple[Candidate, ...]) ->
             over, error = values, values - round_to(values, format)
         reals.append(jnp.sqrt(mean(jnp.square(error * spread(inverse)))) * size)
         # To nearest, ties to even: half the smallest number is the largest that becomes zero.
-        below = _bits(over) <= jnp.uint32(_pattern(format.min_subnormal / 2))
+        half = np.float32(format.min_subnormal / 2).view(np.uint32)
+        below = _bits(over) <= jnp.uint32(int(half))
         counts.append(sums(_count(below & (finite_bits != 0))))
         if candidate.scaled:
             counts.append(histogram[:, -1] - nans)  # the largest finite number fits
@@ -256,11 +260,7 @@ def _measure(rows: Sequence[Any], chunk: int, formats: tuple[Candidate, ...]) ->
     )
 
 
-def _pattern(number: float) -> int:
-    return int(np.float32(number).view(np.uint32))
-
-
-def _numbers(counts: Any) -> Any:
+def _numbers(counts: Array) -> Array:
     """How many finite numbers were measured, float32."""
     return jnp.sum(counts[..., : EXPONENTS - 1], axis=-1, dtype=jnp.uint32).astype(jnp.float32)
 
@@ -270,7 +270,7 @@ def merge(pair: Pair) -> Pair:
     counts, reals = pair
     numbers = _numbers(counts)
     share = (numbers / jnp.maximum(jnp.sum(numbers, axis=0), jnp.float32(1))[None])[..., None]
-    # What was not measured, in a branch that did not run, is all zeros: its maximum is no number.
+    # A branch that did not run recorded zeros, which are no maximum.
     peaks = jnp.where(numbers[..., None] > 0, reals[..., :MEAN], jnp.float32(-jnp.inf))
     peak = jnp.max(peaks, axis=0)
     peak = peak.at[..., AMAX].max(jnp.float32(0))
@@ -281,8 +281,8 @@ def merge(pair: Pair) -> Pair:
     return jnp.sum(counts, axis=0, dtype=jnp.uint32), jnp.concatenate([peak, mean, root], axis=-1)
 
 
-def fold(old: Any, new: Any, number: Any) -> Any:
-    """Adds what one iteration of a loop measured to what the iterations before it did.
+def fold(old: Array, new: Array, number: Array) -> Array:
+    """Returns the statistics of a loop's iterations so far, with those of one more.
 
     Args:
       old: counts or reals of `number` iterations.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,22 +14,15 @@ from mpjax.errors import ConfigError, brief
 from mpjax.interpret.core.control_flow import Rebind
 from mpjax.interpret.core.location import Location, unmatched
 from mpjax.interpret.core.retrace import Records, Result
-from mpjax.interpret.core.trace import check_function, trace
+from mpjax.interpret.core.trace import P, R, check_function, trace
 from mpjax.interpret.core.walk import bind, scan_sizes, walk
-from mpjax.interpret.monitor.measure import (
-    Candidate,
-    Pair,
-    as_stored,
-    candidates,
-    fold,
-    measure,
-    merge,
-)
+from mpjax.interpret.monitor import measure
+from mpjax.interpret.monitor.measure import Candidate, Pair, merge
 from mpjax.interpret.monitor.report import KINDS, Monitored
 from mpjax.interpret.monitor.statistics import Statistics
-from mpjax.interpret.monitor.tensors import Mark, Tensors, find_tensors
-from mpjax.interpret.monitor.weights import Leaf
+from mpjax.interpret.monitor.tensors import Leaf, Mark, Tensors, find_tensors
 from mpjax.precision.rule import matches
+from mpjax.typing import Array
 
 _AT_ONCE = 2**26  # numbers that may wait for each other: 256 MiB
 FORMATS = ("e4m3", "e5m2", "bf16", "fp16")
@@ -40,7 +33,7 @@ class Pending(NamedTuple):
 
     kind: str
     name: str
-    x: Any
+    x: Array
     layered: bool = False
 
 
@@ -51,14 +44,18 @@ class _Monitor:
     """
 
     def __init__(
-        self, tensors: Tensors, where: Sequence[str], what: Sequence[str],
-        formats: tuple[Candidate, ...], sample: int,
-    ) -> None:  # fmt: skip
+        self,
+        tensors: Tensors,
+        where: Sequence[str],
+        what: Sequence[str],
+        formats: tuple[Candidate, ...],
+        sample: int,
+    ) -> None:
         self._tensors, self._where, self._what = tensors, where, what
         self._formats, self._sample = formats, sample
-        self._rebind = Rebind(fold=fold)
+        self._rebind = Rebind(fold=measure.fold)
 
-    def run(self, closed: ClosedJaxpr, args: Sequence[Any]) -> Monitored:
+    def run(self, closed: ClosedJaxpr, args: Sequence[Array]) -> Monitored:
         """Evaluates a program and returns what was measured."""
         outs, records, _ = self._evaluate(closed, args, Location(), whole=True)
         found: dict[str, dict[str, Any]] = {kind: {} for kind in Monitored._fields}
@@ -77,24 +74,20 @@ class _Monitor:
         return any(pattern == "**" or matches(pattern, path) for pattern in self._where)
 
     def _evaluate(
-        self, closed: ClosedJaxpr, args: Sequence[Any], outer: Location, whole: bool = False
+        self, closed: ClosedJaxpr, args: Sequence[Array], outer: Location, whole: bool = False
     ) -> Result:
         records: Records = {}
         pending: list[Pending] = []
-        squares: dict[str, Any] = {}  # of this jaxpr only: a value inside a loop cannot leave it
+        squares: dict[str, Array] = {}  # of this jaxpr only: a value inside a loop cannot leave it
 
-        def visit(eqn: JaxprEqn, location: Location, values: list[Any]) -> Sequence[Any]:
-            def run(inner: ClosedJaxpr, xs: Sequence[Any], number: int) -> Result:
+        def visit(eqn: JaxprEqn, location: Location, values: list[Array]) -> list[Array]:
+            def run(inner: ClosedJaxpr, xs: Sequence[Array], number: int) -> Result:
                 return self._evaluate(inner, xs, location)
 
             result = self._rebind(eqn, values, run)
             outs = bind(eqn, values) if result is None else result.outs
-            if result is not None:
-                inner = result.records if self._keeps_axis(eqn) else _joined(result.records)
-                for kind, name, call, part in list(inner):
-                    if part == "counts":
-                        pair = inner[kind, name, call, part], inner[kind, name, call, "reals"]
-                        _put(records, kind, name, pair)
+            for kind, name, pair in _pairs(result.records) if result is not None else ():
+                _put(records, kind, name, pair if self._keeps_axis(eqn) else merge(pair))
             for mark in self._tensors.marks.get(id(eqn), ()):
                 x = values[mark.at] if mark.at >= 0 else outs[-1 - mark.at]
                 self._record(mark, location.path, x, pending, squares)
@@ -111,10 +104,11 @@ class _Monitor:
 
     def _measure(self, pending: list[Pending], records: Records) -> None:
         """Measures what waits for it: tensors for the formats, and numbers of other kinds."""
-        for tensors in (True, False):
-            chosen = [p for p in pending if (p.kind in KINDS) == tensors]
-            formats = self._formats if tensors else ()
-            pairs = measure([(p.x, p.layered) for p in chosen], formats, self._shares(chosen))
+        for stored in (True, False):
+            chosen = [p for p in pending if (p.kind in KINDS) == stored]
+            formats = self._formats if stored else ()
+            tensors = [(p.x, p.layered) for p in chosen]
+            pairs = measure.measure(tensors, formats, self._shares(chosen))
             for p, pair in zip(chosen, pairs, strict=True):
                 _put(records, p.kind, p.name, pair)
         pending.clear()
@@ -145,7 +139,7 @@ class _Monitor:
         return any(len(shape) > 1 and shape in self._tensors.shapes for shape in shapes)
 
     def _record(
-        self, mark: Mark, path: str, x: Any, pending: list[Pending], squares: dict[str, Any]
+        self, mark: Mark, path: str, x: Array, pending: list[Pending], squares: dict[str, Array]
     ) -> None:
         if not self._wants(mark.name or path):
             return
@@ -161,14 +155,14 @@ class _Monitor:
             pending.append(Pending(mark.kind, name, x, mark.layered))
 
     def _leaf(
-        self, leaf: Leaf, args: Sequence[Any], outs: Sequence[Any], pending: list[Pending]
+        self, leaf: Leaf, args: Sequence[Array], outs: Sequence[Array], pending: list[Pending]
     ) -> None:
         """Measures a weight and what the program returns for it."""
         if not self._wants(leaf.name):
             return
         found = {"weights": args[leaf.argument]}
         if leaf.new is not None:
-            old, new = args[leaf.argument], as_stored(outs[leaf.new])
+            old, new = args[leaf.argument], measure.as_stored(outs[leaf.new])
             found["updates"] = new.astype(jnp.float32) - old.astype(jnp.float32)
         if leaf.gradient is not None:
             found["gradients"] = outs[leaf.gradient]
@@ -177,12 +171,12 @@ class _Monitor:
                 pending.append(Pending(kind, leaf.name, x, leaf.layered))
 
 
-def _ratio(g: Any, v: Any) -> Any:
-    """g / sqrt(v); zero where v is, for nothing has been seen there yet."""
+def _ratio(g: Array, v: Array) -> Array:
+    """g / sqrt(v); zero where v is zero, as before the first step."""
     return jnp.where(v > 0, g * lax.rsqrt(jnp.where(v > 0, v, jnp.float32(1))), jnp.float32(0))
 
 
-def _same_bits(a: Any, b: Any) -> Any:
+def _same_bits(a: Array, b: Array) -> Array:
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}[a.dtype.itemsize]
     return lax.bitcast_convert_type(a, bits) == lax.bitcast_convert_type(b, bits)
 
@@ -194,23 +188,18 @@ def _put(records: Records, kind: str, name: str, pair: Pair) -> None:
     records[kind, name, call, "counts"], records[kind, name, call, "reals"] = pair
 
 
-def _joined(records: Records) -> Records:
-    """Records with a leading axis of parts as those of the whole."""
-    found: Records = {}
-    for kind, name, call, part in records:
+def _pairs(records: Records) -> Iterator[tuple[str, str, Pair]]:
+    """What was recorded, with kind and name."""
+    for (kind, name, call, part), counts in records.items():
         if part == "counts":
-            pair = records[kind, name, call, part], records[kind, name, call, "reals"]
-            found[kind, name, call, part], found[kind, name, call, "reals"] = merge(pair)
-    return found
+            yield str(kind), str(name), (counts, records[kind, name, call, "reals"])
 
 
 def _of_calls(records: Records) -> dict[tuple[str, str], Pair]:
-    """Joins what several calls at one place measured; apart stay those in and outside of scans."""
+    """Joins the records of several calls of one name; those of other leading axes stay apart."""
     calls: dict[tuple[str, str, tuple[int, ...]], list[Pair]] = {}
-    for (kind, name, call, part), counts in records.items():
-        if part == "counts":
-            pair = counts, records[kind, name, call, "reals"]
-            calls.setdefault((kind, name, counts.shape), []).append(pair)
+    for kind, name, pair in _pairs(records):
+        calls.setdefault((kind, name, pair[0].shape), []).append(pair)
     found: dict[tuple[str, str], Pair] = {}
     for (kind, name, _), pairs in calls.items():
         while (kind, name) in found:
@@ -221,12 +210,12 @@ def _of_calls(records: Records) -> dict[tuple[str, str], Pair]:
 
 
 def monitor(
-    fn: Callable[..., Any],
+    fn: Callable[P, R],
     where: str | Sequence[str] = "**",
     what: Sequence[str] = KINDS,
     formats: Sequence[str] = FORMATS,
     sample: int = 0,
-) -> Callable[..., tuple[Any, Monitored]]:
+) -> Callable[P, tuple[R, Monitored]]:
     """Returns a function that also returns statistics of the tensors in it.
 
     Nothing of the function changes: its outputs, and their gradients, are those of `fn` itself.
@@ -235,7 +224,7 @@ def monitor(
     Called every N steps on the arguments of a step, before the step that donates them, such a
     compiled function costs nothing between and changes no bit of the training.
 
-    Statistics of what stands in a scan over layers (one that takes weights slice by slice) have a
+    Statistics of tensors in a scan over layers (one that takes weights slice by slice) have a
     leading axis; those of other loops, of microbatches and shards, and of several calls at one
     line of a module, are joined.
 
@@ -280,15 +269,15 @@ def monitor(
     if not isinstance(where, str | list | tuple):
         raise ConfigError(f"monitor: where={brief(where)}; write path patterns, such as ['**/mlp']")
     patterns = (where,) if isinstance(where, str) else tuple(where)
-    found = candidates(formats)
+    found = measure.candidates(formats)
 
     @functools.wraps(fn)
-    def monitored(*args: Any, **kwargs: Any) -> tuple[Any, Monitored]:
+    def monitored(*args: P.args, **kwargs: P.kwargs) -> tuple[R, Monitored]:
         program = trace("monitor", fn, args, kwargs, runs=True)
         tensors = find_tensors(program)
         _check(patterns, tensors.paths, [leaf.name for leaf in tensors.weights])
         still = [lax.stop_gradient(jnp.asarray(x)) for x in program.args]
-        # Apart from the function's own operations, so that XLA fuses these as without a monitor.
+        # Behind a barrier, so that XLA fuses the function's own operations as without a monitor.
         still = lax.optimization_barrier(still)
         stats = _Monitor(tensors, patterns, tuple(what), found, sample).run(program.closed, still)
         return fn(*args, **kwargs), stats

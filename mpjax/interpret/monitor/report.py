@@ -1,20 +1,22 @@
-"""What a monitor saw."""
+"""What a monitor measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
 from mpjax.interpret.monitor.statistics import Statistics
+from mpjax.typing import Array
 
 KINDS = ("weights", "activations", "gradients", "activation_gradients", "updates")
+Row: TypeAlias = dict[str, str | int | float | None]
 
 
 class Monitored(NamedTuple):
-    """What `monitor` saw: name -> statistics, by kind; a pytree.
+    """What `monitor` measured: name -> statistics, by kind; a pytree.
 
     Names are module paths; behind a colon stands which tensor of the module it is (`lhs`, `rhs`
     and `product` of a product, numbered where there are several; `operand`, the gradient of an
@@ -36,11 +38,11 @@ class Monitored(NamedTuple):
     gradients: dict[str, Statistics]
     activation_gradients: dict[str, Statistics]
     updates: dict[str, Statistics]
-    unchanged: dict[str, Any]
-    logit_max: dict[str, Any]
-    gradient_ratio: dict[str, Any]
+    unchanged: dict[str, Array]
+    logit_max: dict[str, Array]
+    gradient_ratio: dict[str, Array]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[Row]:
         """Yields a flat record for each tensor and layer, with Python numbers.
 
         Keys: `kind`, `name`, `layer` (None where there is but one), `size`, `amax`, `max`, `mean`,
@@ -60,7 +62,7 @@ class Monitored(NamedTuple):
                     yield {"kind": kind, "name": name, "layer": layer} | values
 
 
-def _columns(found: Statistics) -> dict[str, Any]:
+def _columns(found: Statistics) -> dict[str, Array | np.ndarray]:
     names = ("size", "amax", "max", "mean", "rms", "zeros", "subnormal", "infinite", "nan")
     with np.errstate(invalid="ignore"):  # shares of no numbers, which `rows` leaves out
         columns = {name: getattr(found, name) for name in names}
@@ -72,7 +74,9 @@ def _columns(found: Statistics) -> dict[str, Any]:
     return columns
 
 
-def _layers(shape: Sequence[int], columns: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _layers(
+    shape: Sequence[int], columns: Mapping[str, Array | np.ndarray]
+) -> Iterator[tuple[int | None, Row]]:
     for index in np.ndindex(*shape):
         layer = None if not index else int(np.ravel_multi_index(index, tuple(shape)))
         yield layer, {key: np.asarray(value)[index].item() for key, value in columns.items()}

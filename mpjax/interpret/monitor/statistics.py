@@ -1,31 +1,19 @@
-"""Statistics of a tensor, as people ask for them."""
+"""Statistics of a tensor: shares, means and losses by format, from what was measured."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax.errors import ConfigError
-from mpjax.interpret.monitor.measure import (
-    AMAX,
-    EXPONENTS,
-    FIRST,
-    MAX,
-    MEAN,
-    NANS,
-    NOISE,
-    RMS,
-    ZEROS,
-    Candidate,
-    candidates,
-    measure,
-)
+from mpjax.interpret.monitor import measure
+from mpjax.interpret.monitor.measure import EXPONENTS, Candidate
+from mpjax.typing import Array, ArrayLike
 
 
 @functools.partial(
@@ -48,8 +36,8 @@ class Statistics:
       (600.0, 0.25, 0.25, 0.25)
     """
 
-    counts: Any
-    reals: Any
+    counts: Array
+    reals: Array
     formats: tuple[Candidate, ...]
 
     @property
@@ -58,54 +46,54 @@ class Statistics:
         return tuple(self.counts.shape[:-1])
 
     @property
-    def size(self) -> Any:
+    def size(self) -> Array:
         """How many numbers were measured."""
         return self.counts[..., :EXPONENTS].sum(-1)
 
     @property
-    def histogram(self) -> Any:
+    def histogram(self) -> Array:
         r"""Counts of $2^e \le |x| < 2^{e+1}$ for e = -126 .. 127, (..., 254)."""
         return self.counts[..., 1 : EXPONENTS - 1]
 
     @property
-    def zeros(self) -> Any:
+    def zeros(self) -> Array:
         """Share of zeros."""
-        return self.counts[..., ZEROS] / self.size
+        return self.counts[..., measure.ZEROS] / self.size
 
     @property
-    def subnormal(self) -> Any:
+    def subnormal(self) -> Array:
         r"""Share of $0 < |x| < 2^{-126}$."""
-        return (self.counts[..., 0] - self.counts[..., ZEROS]) / self.size
+        return (self.counts[..., 0] - self.counts[..., measure.ZEROS]) / self.size
 
     @property
-    def nan(self) -> Any:
+    def nan(self) -> Array:
         """Share of NaNs."""
-        return self.counts[..., NANS] / self.size
+        return self.counts[..., measure.NANS] / self.size
 
     @property
-    def infinite(self) -> Any:
+    def infinite(self) -> Array:
         """Share of infinities."""
-        return (self.counts[..., EXPONENTS - 1] - self.counts[..., NANS]) / self.size
+        return (self.counts[..., EXPONENTS - 1] - self.counts[..., measure.NANS]) / self.size
 
     @property
-    def max(self) -> Any:
+    def max(self) -> Array:
         """Largest finite number."""
-        return self.reals[..., MAX]
+        return self.reals[..., measure.MAX]
 
     @property
-    def amax(self) -> Any:
+    def amax(self) -> Array:
         """Largest finite magnitude."""
-        return self.reals[..., AMAX]
+        return self.reals[..., measure.AMAX]
 
     @property
-    def mean(self) -> Any:
+    def mean(self) -> Array:
         """Mean of the finite numbers."""
-        return self.reals[..., MEAN]
+        return self.reals[..., measure.MEAN]
 
     @property
-    def rms(self) -> Any:
+    def rms(self) -> Array:
         """Root mean square of the finite numbers."""
-        return self.reals[..., RMS]
+        return self.reals[..., measure.RMS]
 
     def _place(self, format: str, scaled: bool) -> int:
         wanted = Candidate(format, scaled)
@@ -117,34 +105,34 @@ class Statistics:
             )
         return self.formats.index(wanted)
 
-    def underflow(self, format: str, scaled: bool = False) -> Any:
+    def underflow(self, format: str, scaled: bool = False) -> Array:
         """Returns the share of numbers that are not zero and become zero in a format.
 
         Args:
           format: one of those that were measured.
           scaled: with one scale for the tensor.
         """
-        return self.counts[..., FIRST + 2 * self._place(format, scaled)] / self.size
+        return self.counts[..., measure.FIRST + 2 * self._place(format, scaled)] / self.size
 
-    def overflow(self, format: str, scaled: bool = False) -> Any:
+    def overflow(self, format: str, scaled: bool = False) -> Array:
         """Returns the share of numbers beyond the format's largest, infinities among them."""
-        return self.counts[..., FIRST + 1 + 2 * self._place(format, scaled)] / self.size
+        return self.counts[..., measure.FIRST + 1 + 2 * self._place(format, scaled)] / self.size
 
-    def sqnr(self, format: str, scaled: bool = False) -> Any:
+    def sqnr(self, format: str, scaled: bool = False) -> np.ndarray:
         """Returns the ratio of signal to rounding noise in dB, inf where nothing was lost."""
-        noise = np.asarray(self.reals[..., NOISE + self._place(format, scaled)], np.float64)
+        noise = np.asarray(self.reals[..., measure.NOISE + self._place(format, scaled)], np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = 20 * np.log10(np.asarray(self.rms, np.float64) / noise)
         return np.where(noise == 0, np.inf, ratio)
 
 
-def statistics(x: Any, formats: Sequence[str] = ()) -> Statistics:
+def statistics(x: ArrayLike, formats: Sequence[str] = ()) -> Statistics:
     """Returns the statistics of one array.
 
     Args:
       x: floating-point, any shape.
       formats: names of the formats that it might be stored in.
     """
-    found = candidates(formats)
-    (pair,) = measure([(jnp.asarray(x), False)], found)
+    found = measure.candidates(formats)
+    (pair,) = measure.measure([(jnp.asarray(x), False)], found)
     return Statistics(*pair, found)

@@ -1,4 +1,4 @@
-"""Which tensors of a program are worth a look: found in its flow, without running it.
+"""Which tensors of a program are measured: found in its flow, without running it.
 
 * weights: the floating-point leaves of the argument named `params`, else of the first argument;
 * activations: operands (`lhs`, `rhs`) and result (`product`) of each forward product, what a module
@@ -9,20 +9,34 @@
   program returns for each weight, a new weight or a gradient;
 * updates: new weights minus old ones, where the program returns new ones.
 
-A value is looked at once: operands that are an earlier tensor cast or reshaped are left out.
+A value is measured once: operands that are an earlier tensor cast or reshaped are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
-from mpjax.interpret.core.dataflow import Flow, Step, Value
-from mpjax.interpret.core.op_lists import LOW
+import jax
+
+from mpjax.interpret.core.dataflow import Flow, Step, Value, reach
+from mpjax.interpret.core.op_lists import LOW, SHAPE
 from mpjax.interpret.core.retrace import is_float
 from mpjax.interpret.core.trace import Program
-from mpjax.interpret.monitor.weights import RENAMES, Leaf, behind, find_weights, sources_of
+from mpjax.typing import Shape
 
+RENAMES = SHAPE | {
+    *("copy", "copy_p", "convert_element_type", "optimization_barrier", "pvary"),
+    *("settled", "with_derivative"),
+}
+# Operations that make a new weight of its old one: sums, choices, casts and those on bits.
+_ADDS = RENAMES | {
+    *("add", "sub", "select_n", "bitcast_convert_type", "reduce_precision", "clamp", "max", "min"),
+    *("and", "or", "xor", "not", "shift_left", "shift_right_logical", "shift_right_arithmetic"),
+}
+_KEY = re.compile(r"\['([^']*)'\]|\[(\d+)\]|\.([^.\[\]]+)")
 _SQUARES, _ROOTS = ("square", "integer_pow", "mul"), ("sqrt", "rsqrt")
 _PARTS = ("split", "slice", "dynamic_slice", "squeeze")
 
@@ -45,6 +59,24 @@ class Mark(NamedTuple):
     layered: bool = False
 
 
+class Leaf(NamedTuple):
+    """A weight among the arguments of a program.
+
+    Args:
+      name: its path, such as `decoder/mlp/up/kernel`.
+      argument: its index.
+      layered: whether its first axis is that of layers.
+      new: index of the output that is the new weight, or None.
+      gradient: index of the output that is its gradient, or None.
+    """
+
+    name: str
+    argument: int
+    layered: bool
+    new: int | None
+    gradient: int | None
+
+
 class Tensors(NamedTuple):
     """The tensors of a program.
 
@@ -53,14 +85,17 @@ class Tensors(NamedTuple):
       weights: among the arguments.
       paths: of all modules.
       shapes: of the weights.
-      held: keeps the equations, so that their ids stay their own.
+      flow: keeps the equations, so that their ids stay their own.
     """
 
     marks: dict[int, list[Mark]]
     weights: list[Leaf]
     paths: list[str]
-    shapes: frozenset[tuple[int, ...]]
-    held: Any
+    shapes: frozenset[Shape]
+    flow: Flow
+
+
+_Marker: TypeAlias = Callable[[Step, Mark], None]
 
 
 def find_tensors(program: Program) -> Tensors:
@@ -80,7 +115,7 @@ def find_tensors(program: Program) -> Tensors:
     return Tensors(marks, weights, list(flow.paths), shapes, flow)
 
 
-def _mark_gradients(flow: Flow, weights: Sequence[Leaf], mark: Any) -> set[Value]:
+def _mark_gradients(flow: Flow, weights: Sequence[Leaf], mark: _Marker) -> set[Value]:
     """Marks where gradients of weights leave the backward pass; returns these values."""
     found: set[Value] = set()
     for leaf in weights:
@@ -110,53 +145,36 @@ def _is_square(step: Step) -> bool:
 
 
 def _renamed(value: Value) -> Value:
-    """What a value is but for its shape and dtype."""
+    """The value that this one is, cast or laid out anew."""
     while True:
-        if len(value.same) == 1 and value.same[0].aval.size == value.aval.size:
-            value = value.same[0]
-        elif (
-            value.step is not None
-            and value.step.name in RENAMES
-            and value.step.ins[0].aval.size == value.aval.size
-        ):
-            value = value.step.ins[0]
-        else:
+        renames = value.step is not None and value.step.name in RENAMES
+        source = next(behind(value), None) if renames or len(value.same) == 1 else None
+        if source is None or source.aval.size != value.aval.size:
             return value
+        value = source
 
 
 def _is_weight(value: Value, weights: set[Value]) -> bool:
     """Whether a value is a weight: a part of it, cast, or rounded and scaled by few numbers."""
-    visited, todo = set(), [value]
-    while todo:
-        value = todo.pop()
-        if value in weights:
-            return True
-        if value in visited or (value.step is not None and value.step.name in LOW):
-            continue
-        visited.add(value)
+
+    def ahead(value: Value) -> list[Value]:
         if value.step is None or value.step.name in _PARTS:
-            todo += [v for v in behind(value)][:1] if value.step else value.same
-            continue
-        ins = [v for v in value.step.ins if getattr(v.aval, "size", 0) == value.aval.size]
-        ins = [v for v in ins if v.step is None or v.step.name != "broadcast_in_dim"]
-        todo += ins if len(set(ins)) == 1 else []
-    return False
+            return value.step.ins[:1] if value.step else value.same
+        if value.step.name in LOW:
+            return []
+        ins = [v for v in same_size(value) if not v.step or v.step.name != "broadcast_in_dim"]
+        return ins if len(set(ins)) == 1 else []
+
+    return any(v in weights for v in reach([value], ahead))
 
 
-def _is_cotangent(value: Value, visited: frozenset[Value] = frozenset()) -> bool:
-    if value in visited:
-        return False
-    if value.step is not None:
-        return value.step.transposed
-    return any(_is_cotangent(v, visited | {value}) for v in value.same)
+def _is_cotangent(value: Value) -> bool:
+    return any(v.step is not None and v.step.transposed for v in reach([value], lambda v: v.same))
 
 
-def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark: Any) -> None:
+def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark: _Marker) -> None:
     visited: set[Value] = set()
     sites = _sites([step for step in flow.steps if step.name in LOW])
-
-    def is_weight(value: Value) -> bool:
-        return _is_weight(value, weights)
 
     def new(value: Value) -> bool:
         root = _renamed(value)
@@ -167,17 +185,17 @@ def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark:
 
     for step in flow.steps:
         if step.name in LOW:
-            site, holds = sites[id(step)], [is_weight(v) for v in step.ins[:2]]
+            site, holds = sites[id(step)], [_is_weight(v, weights) for v in step.ins[:2]]
             kind = "activation_gradients" if step.transposed else "activations"
             for i, (value, role) in enumerate(zip(step.ins[:2], ("lhs", "rhs"), strict=True)):
-                if holds[i] or _is_cotangent(value) != step.transposed or not new(value):
-                    continue
-                mark(step, Mark(kind, i, ("product" if step.transposed else role) + site))
+                if not holds[i] and _is_cotangent(value) == step.transposed and new(value):
+                    mark(step, Mark(kind, i, ("product" if step.transposed else role) + site))
             out = step.outs[0]
             if _renamed(out) in gradients or out in gradients or not new(out):
                 continue
             role = "operand" if step.transposed else "product"
-            if step.transposed and not any(holds) and not _is_batched(step):
+            dims = step.eqn.params.get("dimension_numbers") if step.name == "dot_general" else None
+            if step.transposed and not any(holds) and not (dims and dims[1][0]):
                 if not gradients:  # the program returns nothing to follow them back from
                     mark(step, Mark("gradients", -1, "weight" + site))
             elif not (step.location.recomputed and step.location.backward):
@@ -190,12 +208,8 @@ def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark:
                     mark(step, Mark("activations", -1 - i, "output"))
 
 
-def _is_batched(step: Step) -> bool:
-    return step.name == "dot_general" and bool(step.eqn.params["dimension_numbers"][1][0])
-
-
 def _leaves(value: Value, step: Step) -> bool:
-    """Whether a module gives this value: something forward outside of it reads it."""
+    """Whether this is an output of a module: a forward operation outside of it reads it."""
     inside = f"{step.location.path}/"
     ways = (value, *value.joins)
     readers = [r for v in ways for r in v.readers if not r.location.backward]
@@ -206,8 +220,8 @@ def _leaves(value: Value, step: Step) -> bool:
 
 
 def _sites(steps: Sequence[Step]) -> dict[int, str]:
-    """What tells the products of one module apart: the number of their line, from the second on."""
-    lines: dict[Any, dict[str, None]] = {}
+    """For each product the number of its line among those of its module; empty for a single one."""
+    lines: dict[tuple[str, bool], dict[str, None]] = {}
     for step in steps:
         lines.setdefault((step.location.path, step.transposed), {})[step.location.line] = None
     found = {}
@@ -223,7 +237,7 @@ def _sites(steps: Sequence[Step]) -> dict[int, str]:
 def _feeds_softmax(step: Step) -> bool:
     """Whether a maximum is the one that a softmax subtracts, of numbers that a product gave."""
 
-    def passes(start: Value, wanted: str, through: frozenset[str] | set[str]) -> list[Step]:
+    def passes(start: Value, wanted: str, through: frozenset[str]) -> list[Step]:
         found, todo = [], [start]
         for value in todo:
             for reader in [r for v in (value, *value.joins) for r in v.readers]:
@@ -237,15 +251,141 @@ def _feeds_softmax(step: Step) -> bool:
     subtracted = passes(step.outs[0], "sub", moves)
     if not any(passes(s.outs[0], "exp", RENAMES) for s in subtracted):
         return False
-    visited: set[Value] = set()
-    todo = [step.ins[0]]
-    while todo:
-        value = todo.pop()
-        if value in visited or len(visited) > 64:
-            continue
-        visited.add(value)
-        if value.step is not None and value.step.name in LOW:
+    found = itertools.islice(reach([step.ins[0]], same_size), 65)
+    return any(value.step is not None and value.step.name in LOW for value in found)
+
+
+def _keys(name: str) -> tuple[str, ...]:
+    """The parts of `args[0].params['mlp']['up']`."""
+    return tuple(next(filter(None, groups), "") for groups in _KEY.findall(name))
+
+
+def _outputs(program: Program) -> list[tuple[str, ...]]:
+    """The path of each output array."""
+    tree = program.rebuild([_Number(i) for i in range(len(program.closed.jaxpr.outvars))])
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {n: _keys(jax.tree_util.keystr(p)) for p, n in leaves if isinstance(n, _Number)}
+    return [found[i] for i in sorted(found)]
+
+
+class _Number(int):
+    """The number of an output, which stands for it in the tree that the function returned."""
+
+
+def find_weights(program: Program, flow: Flow) -> list[Leaf]:
+    """Returns the weights: the leaves below `params`, else those of the first argument."""
+    avals = [value.aval for value in flow.args]
+    paths = [_keys(name) for name in program.names]
+    named = [i for i, path in enumerate(paths) if "params" in path]
+    first = [i for i, path in enumerate(paths) if path[:1] == ("0",)]
+    found = {}
+    for i in named or first:
+        path = paths[i]
+        cut = path.index("params") + 1 if "params" in path else 1
+        while cut < len(path) and path[cut] == "params":  # Linen's own collection
+            cut += 1
+        if is_float(avals[i]):
+            found[i] = path[cut:]
+    new, gradient = _returned(flow, found, _outputs(program))
+    leaves = []
+    for i, rest in found.items():
+        name, layered = "/".join(rest) or program.names[i], _is_layered(flow.args[i])
+        leaves.append(Leaf(name, i, layered, new.get(i), gradient.get(i)))
+    return leaves
+
+
+def _returned(
+    flow: Flow, weights: dict[int, tuple[str, ...]], outs: list[tuple[str, ...]]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """Which output is the new value of a weight, and which its gradient."""
+    at = {path: i for i, path in enumerate(outs)}
+    prefixes: dict[tuple[str, ...], None] = {}
+    for rest in weights.values():
+        for path in outs:
+            if rest == path[len(path) - len(rest) :]:
+                prefixes[path[: len(path) - len(rest)]] = None
+    complete = []
+    for prefix in prefixes:
+        mirror = {i: at.get((*prefix, *rest)) for i, rest in weights.items()}
+        shaped = {
+            i: j
+            for i, j in mirror.items()
+            if j is not None and flow.outs[j].aval.shape == flow.args[i].aval.shape
+        }
+        if len(shaped) == len(weights):
+            complete.append((prefix, shaped))
+    for prefix, shaped in complete:
+        added = any(_adds(flow.outs[j], flow.args[i]) for i, j in shaped.items())
+        # Linen's gradients lie below `params` too.
+        bare = any(_leaves_backward(flow.outs[j]) for j in shaped.values())
+        if added or (prefix[-1:] == ("params",) and not bare):
+            return shaped, {}
+    for _, shaped in complete:
+        if any(sources_of(flow.outs[j])[0] for j in shaped.values()):
+            return {}, shaped
+    return {}, {}
+
+
+def behind(value: Value) -> Iterator[Value]:
+    """The values that a join is one of, or the operands of the operation that makes a value."""
+    yield from value.same or (value.step.ins if value.step is not None else ())
+
+
+def same_size(value: Value) -> list[Value]:
+    """Those of the values behind one that have its size."""
+    return [v for v in behind(value) if getattr(v.aval, "size", 0) == value.aval.size]
+
+
+def _adds(new: Value, old: Value) -> bool:
+    """Whether a value comes from another one through sums, choices and casts alone."""
+
+    def ahead(value: Value) -> list[Value]:
+        if value.step is not None and value.step.name not in _ADDS:
+            return []
+        return [v for v in behind(value) if v.aval.shape == old.aval.shape]
+
+    return old in reach([new], ahead)
+
+
+def _leaves_backward(value: Value) -> bool:
+    """Whether a value is a result of the backward pass, at most cast or laid out anew."""
+    while value.step is not None and not value.step.transposed:
+        if value.step.name not in RENAMES or not value.step.ins:
+            return False
+        value = value.step.ins[0]
+    return value.step is not None
+
+
+def sources_of(value: Value) -> tuple[list[Step], list[Step]]:
+    """The backward steps that a value comes from, value by value, and the steps on the way."""
+    sources: list[Step] = []
+    between: list[Step] = []
+
+    def ahead(value: Value) -> list[Value]:
+        if value.step is not None and (value.step.transposed or value.step.name == "add_any"):
+            sources.append(value.step)
+            return []
+        between.extend([value.step] if value.step is not None else [])
+        return list(value.same) or same_size(value)
+
+    for _ in reach([value], ahead):
+        pass
+    return sources, between
+
+
+def _is_layered(value: Value) -> bool:
+    """Whether a program takes a weight apart along its first axis."""
+    shape = value.aval.shape
+    if len(shape) < 2:
+        return False
+    for _ in range(4):  # through a view or a cast
+        parts = [v.aval.shape for v in value.joins]
+        parts += [v.aval.shape[1:] for s in value.readers if s.name == "split" for v in s.outs]
+        parts += [s.outs[0].aval.shape[1:] for s in value.readers if s.name == "slice"]
+        if shape[1:] in parts:
             return True
-        size = value.aval.size
-        todo += [v for v in behind(value) if getattr(v.aval, "size", 0) == size]
+        ahead = [s.outs[0] for s in value.readers if s.outs and s.outs[0].aval.shape == shape]
+        if len(ahead) != 1:
+            return False
+        value = ahead[0]
     return False

@@ -1,21 +1,22 @@
 """Which pass an equation belongs to: forward, backward or optimizer.
 
-JAX marks what it transposed. It does not mark the derivatives that it computes on the way forward
-and keeps for the backward pass, such as 1 / (2 sqrt(x)): an equation is backward as well if nothing
-but backward equations reads what it gives. What comes after the last transposed equation, outside
-every differentiation, is the optimizer's, unless it only follows from the forward pass (a metric).
+JAX marks transposed equations. It does not mark the derivatives that it computes in the forward
+pass as residuals, such as 1 / (2 sqrt(x)): an equation whose results only backward equations read
+is backward as well. An equation behind the last transposed one, outside every differentiation, is
+the optimizer's, unless it depends on the forward pass alone (a metric).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from jax.core import Atom
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 from mpjax.interpret.core.location import Location, location_of
 from mpjax.interpret.core.walk import inner_jaxprs
 
-_WHOLE = ("scan", "while", "cond", "shard_map")  # what their outputs follow from is not told apart
+_WHOLE = ("scan", "while", "cond", "shard_map")  # each output depends on all inputs
 
 
 def held_jaxprs(eqn: JaxprEqn) -> list[ClosedJaxpr]:
@@ -30,45 +31,44 @@ def direction(closed: ClosedJaxpr, key: Sequence[int | None]) -> str:
 
     Args:
       closed: the program.
-      key: numbers of the equations that hold it, from outside in, each with that of the jaxpr it
-        holds (None for the body of a loop), and its own.
+      key: as `holders` takes it.
     """
-    wanted = [True] * len(closed.jaxpr.outvars)
-    jaxpr, outer = closed.jaxpr, Location()
-    numbers = list(key)
-    while True:
-        index = numbers.pop(0)
-        assert index is not None
+    outer, holder, wanted = Location(), "", [True] * len(closed.jaxpr.outvars)
+    for jaxpr, index in holders(closed, key):
         eqn, location = jaxpr.eqns[index], location_of(jaxpr.eqns[index], outer, line=False)
         if location.backward:
             return "backward"
-        forward, read = _forward(jaxpr, wanted, outer)
+        forward, read = _forward(jaxpr, _inner_wanted(holder, jaxpr, wanted), outer)
         if not forward[index]:
             return "backward"
         if _is_optimizer(jaxpr, index, outer):
             return "optimizer"
-        if not numbers:
-            return "forward"
-        number = numbers.pop(0)
-        held = held_jaxprs(eqn)
-        inner = held[number if number is not None else len(held) - 1].jaxpr
-        wanted = _inner_wanted(eqn, inner, [_is_read(var, read) for var in eqn.outvars])
-        jaxpr, outer = inner, location
+        outer, holder = location, eqn.primitive.name
+        wanted = [read.get(var, True) for var in eqn.outvars]
+    return "forward"
 
 
-def _is_read(var: Var, read: dict[Var, bool]) -> bool:
-    """Whether something forward reads a value; one that nobody reads counts as read."""
-    return read.get(var, True)
+def holders(closed: ClosedJaxpr, key: Sequence[int | None]) -> Iterator[tuple[Jaxpr, int]]:
+    """Yields the jaxprs that hold an equation, from outside in, and which equation it is in.
+
+    Args:
+      closed: the program.
+      key: numbers of the equations that hold it, from outside in, each with that of the jaxpr it
+        holds (None for the body of a loop), and its own.
+    """
+    jaxpr = closed.jaxpr
+    for position in range(0, len(key), 2):
+        index = key[position]
+        assert index is not None
+        yield jaxpr, index
+        for number in key[position + 1 : position + 2]:
+            jaxpr = held_jaxprs(jaxpr.eqns[index])[-1 if number is None else number].jaxpr
 
 
-def _inner_wanted(eqn: JaxprEqn, inner: Jaxpr, wanted: Sequence[bool]) -> list[bool]:
-    """Which outputs of a held jaxpr something forward reads, given those of its equation."""
+def _inner_wanted(holder: str, inner: Jaxpr, wanted: Sequence[bool]) -> list[bool]:
+    """Which outputs of a jaxpr something forward reads, from the results of its equation."""
     count = len(inner.outvars)
-    if eqn.primitive.name not in ("scan", "while"):
-        return list(wanted) if len(wanted) == count else [True] * count
-    if eqn.primitive.name == "while":
-        return [True] * count
-    return list(wanted)
+    return [True] * count if holder == "while" or len(wanted) != count else list(wanted)
 
 
 def _forward(
@@ -76,10 +76,7 @@ def _forward(
 ) -> tuple[list[bool], dict[Var, bool]]:
     """Which equations are forward; and of each value that is read, whether something forward does.
 
-    Args:
-      jaxpr: whose equations are looked at, from the last to the first.
-      wanted: which of its outputs something forward reads.
-      outer: where it stands.
+    `wanted` says which outputs something forward reads. A value without readers counts as read.
     """
     read: dict[Var, bool] = {}
 
@@ -93,14 +90,15 @@ def _forward(
     for index in range(len(jaxpr.eqns) - 1, -1, -1):
         eqn = jaxpr.eqns[index]
         location = location_of(eqn, outer, line=False)
-        outs = [_is_read(var, read) for var in eqn.outvars]
+        outs = [read.get(var, True) for var in eqn.outvars]
         used = any(var in read for var in eqn.outvars)
         found[index] = not location.backward and (not used or any(outs))
         ins = [found[index]] * len(eqn.invars)
         held = held_jaxprs(eqn)
         if found[index] and len(held) == 1 and len(held[0].jaxpr.invars) == len(eqn.invars):
             inner = held[0].jaxpr
-            _, within = _forward(inner, _inner_wanted(eqn, inner, outs), location)
+            wanted = _inner_wanted(eqn.primitive.name, inner, outs)
+            _, within = _forward(inner, wanted, location)
             ins = [within.get(var, False) for var in inner.invars]
         note(eqn.invars, ins)
     return found, read
@@ -108,11 +106,8 @@ def _forward(
 
 def _holds_backward(eqn: JaxprEqn, outer: Location) -> bool:
     location = location_of(eqn, outer, line=False)
-    if location.backward:
-        return True
-    return any(
-        _holds_backward(inner, location) for held in held_jaxprs(eqn) for inner in held.jaxpr.eqns
-    )
+    inner = (each for held in held_jaxprs(eqn) for each in held.jaxpr.eqns)
+    return location.backward or any(_holds_backward(each, location) for each in inner)
 
 
 def _is_optimizer(jaxpr: Jaxpr, index: int, outer: Location) -> bool:
@@ -124,16 +119,24 @@ def _is_optimizer(jaxpr: Jaxpr, index: int, outer: Location) -> bool:
         return False
     if location_of(jaxpr.eqns[index], outer, line=False).tangent:
         return False
-    follows: dict[Var, set[str]] = {}
-    for eqn in jaxpr.eqns[: index + 1]:
-        parts = _follows(eqn, [_of(atom, follows) for atom in eqn.invars], outer)
-        follows |= dict(zip(eqn.outvars, parts, strict=True))
-    passes = set().union(*(_of(atom, follows) for atom in jaxpr.eqns[index].invars))
+    passes = set().union(*_passes(jaxpr.eqns[:index], {}, jaxpr.eqns[index].invars, outer))
     return "backward" in passes or "forward" not in passes
 
 
-def _of(atom: object, follows: dict[Var, set[str]]) -> set[str]:
-    return follows.get(atom, set()) if isinstance(atom, Var) else set()
+def _passes(
+    eqns: Sequence[JaxprEqn],
+    known: dict[Var, set[str]],
+    wanted: Sequence[Atom],
+    outer: Location,
+) -> list[set[str]]:
+    """Of each wanted value, after some equations, which passes it follows from."""
+
+    def of(atoms: Sequence[Atom]) -> list[set[str]]:
+        return [known.get(atom, set()) if isinstance(atom, Var) else set() for atom in atoms]
+
+    for eqn in eqns:
+        known |= zip(eqn.outvars, _follows(eqn, of(eqn.invars), outer), strict=True)
+    return of(wanted)
 
 
 def _follows(eqn: JaxprEqn, ins: Sequence[set[str]], outer: Location) -> list[set[str]]:
@@ -144,13 +147,8 @@ def _follows(eqn: JaxprEqn, ins: Sequence[set[str]], outer: Location) -> list[se
     held = held_jaxprs(eqn)
     if len(held) == 1 and eqn.primitive.name not in _WHOLE and len(ins) == len(held[0].in_avals):
         inner = held[0].jaxpr
-        follows = dict(zip(inner.invars, ins, strict=True))
-        for each in inner.eqns:
-            parts = _follows(each, [_of(atom, follows) for atom in each.invars], location)
-            follows |= dict(zip(each.outvars, parts, strict=True))
-        return [_of(atom, follows) for atom in inner.outvars]
-    if location.tangent:
-        everything = everything | {"forward"}
-    if _holds_backward(eqn, outer):
-        everything = everything | {"backward"}
+        known = dict(zip(inner.invars, ins, strict=True))
+        return _passes(inner.eqns, known, inner.outvars, location)
+    everything |= {"forward"} if location.tangent else set()
+    everything |= {"backward"} if _holds_backward(eqn, outer) else set()
     return [everything] * len(eqn.outvars)

@@ -15,15 +15,15 @@ Operations that work value by value are looked at value by value, so an overflow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
 from mpjax.interpret.core.op_lists import COMPARE, ELEMENTWISE, FULL_CUDA, SHAPE
+from mpjax.typing import Array
 
-# Larger is told first where one operation made several.
+# Of several that one operation makes the largest is reported.
 FINE, FROM_INFINITY, INFINITY, NAN = 0, 1, 2, 3
 KINDS = {FROM_INFINITY: "nan", INFINITY: "inf", NAN: "nan"}
 
@@ -46,10 +46,10 @@ _BY_VALUE = (ELEMENTWISE | FULL_CUDA | {"convert_element_type"}) - {
 }
 
 
-def is_number(x: Any) -> bool:
-    """Returns whether a value or aval holds floating-point or complex numbers."""
+def is_number(x: object) -> bool:
+    """Returns whether a value or aval is an array of floating-point or complex numbers."""
     if "Ref" in type(x).__name__ or "Ref" in type(getattr(x, "aval", None)).__name__:
-        return False  # a place, which holds numbers
+        return False  # a reference to an array
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
@@ -65,14 +65,14 @@ def can_stop(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name in _STOPS and any(is_number(var.aval) for var in eqn.outvars)
 
 
-def _exact(x: Any) -> Any:
-    """The same numbers in a dtype that knows what is finite."""
+def _exact(x: Array) -> Array:
+    """The same numbers in a dtype for which `is_finite` is defined."""
     if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 16:
         return lax.convert_element_type(x, jnp.float32)  # every float8 number is one
     return x
 
 
-def all_finite(x: Any) -> Any:
+def all_finite(x: Array) -> Array:
     """Returns whether every number is finite, as a bool scalar, in few operations."""
     x = _exact(jnp.asarray(x))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -80,7 +80,7 @@ def all_finite(x: Any) -> Any:
     return lax.reduce_and(lax.is_finite(x), range(x.ndim))
 
 
-def faults(eqn: JaxprEqn, args: Sequence[Any], out: Any) -> tuple[Any, Any]:
+def faults(eqn: JaxprEqn, args: Sequence[Array], out: Array) -> tuple[Array, Array]:
     """Returns how bad an output is, and where.
 
     Args:
@@ -90,7 +90,7 @@ def faults(eqn: JaxprEqn, args: Sequence[Any], out: Any) -> tuple[Any, Any]:
 
     Returns:
       `FINE`, `FROM_INFINITY`, `INFINITY` or `NAN` as an int32 scalar; and a mask in the output's
-      shape of the values to blame.
+      shape of the values that are at fault.
     """
     out = _exact(out)
     numbers = [_exact(x) for x in args if is_number(x)]
@@ -116,7 +116,7 @@ def faults(eqn: JaxprEqn, args: Sequence[Any], out: Any) -> tuple[Any, Any]:
     return jnp.max(code), new_nan | new_inf
 
 
-def repaired(x: Any, nonfinite: Any) -> Any:
+def repaired(x: Array, nonfinite: Array) -> Array:
     """Returns an array with finite numbers where `nonfinite`: 0 for NaN, the largest for infinity.
 
     Args:

@@ -2,25 +2,27 @@
 
 An infinity that does not reach an output or a finiteness check is ignored, as in
 `where(x > 0, log(x), 0)` at 0 or `minimum(1, 1 / norm)` at norm 0 (see `propagation`). If none
-reaches one, a fault may still have left wrong finite numbers behind, as in 1 / (1 + inf). That is
-tried: in a program in which every fault is repaired (replaced by the nearest finite number), one
-fault at a time is left as it is. If an output changes, that fault matters.
+reaches one, a fault may still have made wrong finite numbers, as in 1 / (1 + inf). To find out,
+every fault of a program but one is repaired (replaced by the nearest finite number), for each fault
+in turn. If an output differs from that of the program with all faults repaired, the fault matters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from mpjax.interpret.core.retrace import Records
 from mpjax.interpret.nonfinite.fault import can_make, is_number
-from mpjax.interpret.nonfinite.instrument import InstrumentedProgram
+from mpjax.interpret.nonfinite.instrument import Digests, InstrumentedProgram
 from mpjax.interpret.nonfinite.propagation import Propagation
-from mpjax.interpret.nonfinite.sites import SEEN, Found, Key
+from mpjax.interpret.nonfinite.sites import SEEN, Found, Key, Site
+from mpjax.typing import Array
 
-_FIRST, _AT_ONCE = 8, 32  # sites that are looked at closely in one more program: at first, later
+_FIRST, _AT_ONCE = 8, 32  # sites that one more program checks: the first one, later ones
 
 
 class FirstFault(NamedTuple):
@@ -29,10 +31,10 @@ class FirstFault(NamedTuple):
     Args:
       found: the site and when it broke.
       others: sites that are not finite for other reasons.
-      reached: whether it came through to an output, not only finite numbers that it left behind.
-      outs: the numbers of the outputs that it came through to.
+      reached: whether an output is not finite because of it, and not only wrong.
+      outs: the numbers of the outputs that are not finite because of it.
       instrumented: the plain run.
-      records: of the run in which it was looked at.
+      records: of the run in which it was checked.
     """
 
     found: Found
@@ -40,10 +42,15 @@ class FirstFault(NamedTuple):
     reached: bool
     outs: frozenset[int]
     instrumented: InstrumentedProgram
-    records: dict[Any, Any]
+    records: Records
+
+    @property
+    def site(self) -> Site:
+        """The operation."""
+        return self.instrumented.sites[self.found.key]
 
 
-def find_first_fault(closed: ClosedJaxpr, args: Sequence[Any], shards: bool) -> FirstFault | None:
+def find_first_fault(closed: ClosedJaxpr, args: Sequence[Array], shards: bool) -> FirstFault | None:
     """Returns the first fault that affects an output, or None.
 
     Args:
@@ -55,23 +62,23 @@ def find_first_fault(closed: ClosedJaxpr, args: Sequence[Any], shards: bool) -> 
     records, _ = plain(args)
     checked: list[Key] = []
     instrumented: InstrumentedProgram | None = None
-    healthy: Any = None
+    healthy: Digests = []
     nonfinite = plain.found(records)
     broken = frozenset(f.key for f in nonfinite)
-    while new := [f.key for f in nonfinite if _is_new(f, plain, checked)]:
+    while new := [
+        f.key for f in nonfinite if f.key not in checked and can_make(plain.sites[f.key].eqn)
+    ]:
         checked += new[: _AT_ONCE if checked else _FIRST]
-        looked = InstrumentedProgram(
-            closed, checked=tuple(checked), shards=shards, only=frozenset(checked)
-        )
+        only = frozenset(checked)
+        looked = InstrumentedProgram(closed, checked=tuple(checked), shards=shards, only=only)
         records, _ = looked(args)
         found = [f for f in looked.found(records) if f.key in checked and f.code < SEEN]
         for one in found:
             propagation = Propagation(closed, {one.key}, plain.sites, broken)
             if propagation.affects_output:
-                return FirstFault(
-                    one, broken - propagation.reached_sites, True, propagation.outs, plain, records
-                )
-        if found:  # what they left behind is looked for in a program that repairs them
+                others = broken - propagation.reached_sites
+                return FirstFault(one, others, True, propagation.outs, plain, records)
+        if found:  # finite numbers that they made wrong need a program that repairs them
             instrumented = InstrumentedProgram(closed, checked=tuple(checked), shards=shards)
             records, healthy = instrumented(args, checked)
             nonfinite = instrumented.found(records)
@@ -94,16 +101,12 @@ def find_first_fault(closed: ClosedJaxpr, args: Sequence[Any], shards: bool) -> 
     return _alone(plain, instrumented, args, found[0].key, records)
 
 
-def _is_new(found: Found, plain: InstrumentedProgram, checked: Sequence[Key]) -> bool:
-    return found.key not in checked and can_make(plain.sites[found.key].eqn)
-
-
 def _alone(
     plain: InstrumentedProgram,
     instrumented: InstrumentedProgram,
-    args: Sequence[Any],
+    args: Sequence[Array],
     key: Key,
-    records: dict[Any, Any],
+    records: Records,
 ) -> FirstFault:
     (found,) = [f for f in instrumented.found(records) if f.key == key]
     without, _ = instrumented(args, [key])

@@ -1,12 +1,13 @@
-"""A program run under watch: which operations made infinities or NaN, and in which iteration.
+"""A program that records which operations make infinities or NaN, and in which iteration.
 
-One jitted pass. Each site, an operation that could make one, records whether its output is finite,
-and for loops of unknown length in which iteration it was not (`_first`). What more there is to
-know costs ten times as much to compile, so it is asked of chosen sites only: whether the operation
-is at fault, what went in, what it gives in float32, and its output can be repaired.
+It is one jitted program. Each site, an operation that could make one, records whether its output is
+finite, and in a `while` loop in which iteration it was not (`first`). Chosen sites are checked
+closely, which costs ten times as much to compile: whether the operation is at fault, the range of
+its inputs, what it gives in float32; and their outputs can be repaired.
 
-To compile a program with every site in it takes four times as long as without, and compiling is
-all that takes time here. So questions about few sites are asked of a program with these alone.
+A program that records at every site takes four times as long to compile as one that records at
+none, and compiling takes nearly all of the time. So a few sites are checked in a program with these
+alone.
 """
 
 from __future__ import annotations
@@ -16,47 +17,30 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
 from mpjax.interpret.core.control_flow import Rebind
 from mpjax.interpret.core.location import Location
+from mpjax.interpret.core.op_lists import FOLLOW, FULL_CUDA, LOW
 from mpjax.interpret.core.platforms import branch_taken, check_platform
-from mpjax.interpret.core.retrace import Result, cast, is_float
+from mpjax.interpret.core.retrace import RecordKey, Records, Result, aval_of, cast, is_float
 from mpjax.interpret.core.shard_map import agreed
 from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
-from mpjax.interpret.nonfinite.fault import (
-    FINE,
-    INFINITY,
-    all_finite,
-    can_make,
-    can_stop,
-    faults,
-    is_number,
-    repaired,
-)
-from mpjax.interpret.nonfinite.sites import (
-    FLAGS,
-    MASK,
-    RANGES,
-    SEEN,
-    Found,
-    Key,
-    Site,
-    first,
-    found_in,
-    level,
-    output_key,
-    packed,
-)  # fmt: skip
+from mpjax.interpret.nonfinite import fault, sites
+from mpjax.interpret.nonfinite.fault import FINE, all_finite, is_number
+from mpjax.interpret.nonfinite.sites import SEEN, Found, Key, Site, packed
 from mpjax.interpret.nonfinite.summaries import among, digest, has_nan, range_of
-from mpjax.interpret.nonfinite.widen import is_low, widened
+from mpjax.typing import Array, DType, DTypeLike
 
-SiteCodes = list[tuple[Key, Any]]  # sites of one trace, with their codes
+SiteCodes: TypeAlias = list[tuple[Key, Array]]  # sites of one trace, with their codes
+Digests: TypeAlias = list[tuple[int, bool]]  # of outputs: of their bits, and whether they hold NaN
+Wide: TypeAlias = Callable[[Key, Location], bool]  # whether an operation is computed in float32
 
 # Evaluated within the trace of what holds them.
 _SAME = CALLS | CUSTOM_RULES
@@ -64,36 +48,36 @@ _SAME = CALLS | CUSTOM_RULES
 
 @dataclasses.dataclass
 class InstrumentedProgram:
-    """What to do while a program runs.
+    """A program and what it records.
 
     Args:
       closed: the program.
-      checked: sites of which more is asked; which of them are repaired is an input.
-      shards: whether they also give the mask of their bad values, to see its shards.
-      wide: which operations are computed in float32, by key and place; None leaves all as traced.
-      only: the sites that record anything; with them do what asks `is_finite`, and the outputs
+      checked: sites that are checked closely; which of them are repaired is an input.
+      shards: whether they also record the mask of their values at fault, for its shards.
+      wide: which operations are computed in float32, by key and location; None: none of them.
+      only: the sites that record anything, beside finiteness checks (`is_finite`) and the outputs
         (see `output_key`). None: all sites do.
     """
 
     closed: ClosedJaxpr
     checked: tuple[Key, ...] = ()
     shards: bool = False
-    wide: Callable[[Key, Location], bool] | None = None
+    wide: Wide | None = None
     only: Collection[Key] | None = None
 
     def __post_init__(self) -> None:
         self._platform = check_platform("trace_nonfinite", None)
         self.sites: dict[Key, Site] = {}
         self._site_keys: dict[Key, tuple[Key, ...]] = {}
-        self._rebind = Rebind(first)
+        self._rebind = Rebind(sites.first)
         self._repairs: Any = None
-        self._compiled: Any = None
-        self._recorded: list[Any] = []
-        self._masked: list[Any] = []
+        self._compiled: jax.stages.Compiled | None = None
+        self._recorded: list[RecordKey] = []
+        self._masked: list[RecordKey] = []
 
     def __call__(
-        self, args: Sequence[Any], repairs: Sequence[Key] = ()
-    ) -> tuple[dict[Any, Any], list[tuple[int, bool]]]:
+        self, args: Sequence[Array], repairs: Sequence[Key] = ()
+    ) -> tuple[Records, Digests]:
         """Runs the program.
 
         Args:
@@ -114,28 +98,29 @@ class InstrumentedProgram:
         chosen = np.array([key in repairs for key in self.checked], np.bool_)
         values, masks, digests = self._compiled(list(args), chosen)
         records = dict(zip(self._recorded, jax.device_get(values), strict=True))
-        # not fetched: their shards are looked at
-        records |= dict(zip(self._masked, masks, strict=True))
+        records |= dict(zip(self._masked, masks, strict=True))  # on their devices, for their shards
         return records, [(int(bits), bool(nan)) for bits, nan in jax.device_get(digests)]
 
-    def found(self, records: dict[Any, Any]) -> list[Found]:
+    def found(self, records: Records) -> list[Found]:
         """Returns the sites that were not finite or at fault, in the order of execution."""
-        return sorted(found_in(self.sites, self._site_keys, records), key=lambda f: f.order)
+        return sorted(sites.found_in(self.sites, self._site_keys, records), key=lambda f: f.order)
 
-    def _run(self, args: list[Any], repairs: Any) -> tuple[list[Any], Any, Any]:
+    def _run(
+        self, args: list[Array], repairs: Array
+    ) -> tuple[list[Array], list[Array], list[tuple[Array, Array]]]:
         self.sites, self._site_keys, self._repairs = {}, {}, repairs
         outs, records, _ = self._evaluate(self.closed, args, Location(), (), (), None)
         if self.closed.jaxpr.eqns:
             records |= self._outputs(outs)
-        self._masked = [key for key in records if key[0] == MASK]
+        self._masked = [key for key in records if key[0] == sites.MASK]
         masks = [records.pop(key) for key in self._masked]
         self._recorded = list(records)
         digests = [(digest(x), has_nan(x)) for x in outs] if self.only is None else []
         return list(records.values()), masks, digests
 
-    def _outputs(self, outs: Sequence[Any]) -> dict[Any, Any]:
-        """What the outputs record: one that does not fit its dtype, or is not finite."""
-        records: dict[Any, Any] = {}
+    def _outputs(self, outs: Sequence[Array]) -> Records:
+        """Records of the outputs that do not fit their dtype, or are not finite."""
+        records: Records = {}
         for number, (x, aval) in enumerate(zip(outs, self.closed.out_avals, strict=True)):
             codes = []
             if self.wide is not None:
@@ -144,66 +129,66 @@ class InstrumentedProgram:
             if self.only is not None and is_number(x) and jnp.size(x):
                 codes.append(jnp.where(all_finite(x), jnp.int32(FINE), jnp.int32(SEEN)))
             if codes:
-                key = output_key(self.closed, number)
+                key = sites.output_key(self.closed, number)
                 self.sites[key] = Site(self.closed.jaxpr.eqns[-1], Location(), ())
                 self._site_keys[key] = (key,)
                 code = codes[0]
-                if len(codes) > 1:  # that it does not fit says more than that it is infinite
+                if len(codes) > 1:  # an output that does not fit is infinite for that reason
                     code = jnp.where(code > FINE, code, codes[1])
-                records[FLAGS, *key] = packed([code])
+                records[sites.FLAGS, *key] = packed([code])
         return records
 
     def _evaluate(
         self,
         closed: ClosedJaxpr,
-        args: Sequence[Any],
+        args: Sequence[Array],
         outer: Location,
         key: Key,
         levels: tuple[str, ...],
         site_codes: SiteCodes | None,
     ) -> Result:
-        records: dict[Any, Any] = {}
+        records: Records = {}
         count, codes = itertools.count(), [] if site_codes is None else site_codes
 
-        def visit(eqn: JaxprEqn, location: Location, values: list[Any]) -> list[Any]:
+        def visit(eqn: JaxprEqn, location: Location, values: list[Array]) -> list[Array]:
             outs, found, _ = self._visit(eqn, location, values, (*key, next(count)), levels, codes)
             records.update(found)
             return outs
 
         outs = walk(closed, args, visit, outer, lines=False)
         if site_codes is None and codes:
-            codes.sort(key=lambda pair: pair[1].dtype != jnp.bool_)  # so that few are converted
+            codes.sort(key=lambda pair: pair[1].dtype != jnp.bool_)  # as `packed` takes them
             self._site_keys[key] = tuple(each for each, _ in codes)
-            records[FLAGS, *key] = packed([code for _, code in codes])
+            records[sites.FLAGS, *key] = packed([code for _, code in codes])
         return Result(outs, records)
 
     def _visit(
         self,
         eqn: JaxprEqn,
         location: Location,
-        args: list[Any],
+        args: list[Array],
         key: Key,
         levels: tuple[str, ...],
         site_codes: SiteCodes,
     ) -> Result:
         name = eqn.primitive.name
 
-        def run(inner: ClosedJaxpr, values: Sequence[Any], number: int) -> Result:
-            if name == "while" and number == 0:  # its test only decides
+        def run(inner: ClosedJaxpr, values: Sequence[Array], number: int) -> Result:
+            if name == "while" and number == 0:  # a test has no sites
                 return Result(jaxpr_as_fun(inner)(*values))
             step = None if name in ("scan", "while") else number
-            around = (*levels, *level(eqn))
+            around = (*levels, *sites.level(eqn))
             same = site_codes if name in _SAME else None
             return self._evaluate(inner, values, location, (*key, step), around, same)
 
         branch = branch_taken(eqn, self._platform)
-        if branch is not None:  # the others are not compiled
+        if branch is not None:  # the others are for other platforms
             inner = eqn.params["branches"][branch]
             return self._evaluate(inner, args[1:], location, (*key, branch), levels, site_codes)
         held = self._rebind(eqn, args, run)
         if held is not None:
             return held
-        lost: Any = None
+        lost: Array | None = None
         if self.wide is not None and self.wide(key, location) and (wide := widened(eqn, args)):
             outs = wide
         else:
@@ -211,9 +196,10 @@ class InstrumentedProgram:
                 dtypes = [getattr(atom.aval, "dtype", None) for atom in eqn.invars]
                 args, lost = self._narrowed(args, dtypes)
             outs = bind(eqn, args)
+        makes = fault.can_make(eqn) or fault.can_stop(eqn)
         asks = self.only is not None and name == "is_finite"
-        site = asks if self.only is not None else can_make(eqn) or can_stop(eqn) or lost is not None
-        if not site and not (self.only is not None and key in self.only):
+        wanted = asks or key in self.only if self.only is not None else makes or lost is not None
+        if not wanted:
             return Result(outs)
         self.sites[key] = Site(eqn, location, levels)
         if key in self.checked:
@@ -221,7 +207,7 @@ class InstrumentedProgram:
             site_codes.append((key, code if lost is None else jnp.maximum(code, lost)))
             return Result(outs, records)
         fine = [jnp.all(out) for out in outs] if asks else []
-        if can_make(eqn) or can_stop(eqn):
+        if makes:
             fine = [all_finite(out) for out in outs if is_number(out) and out.size]
         code = functools.reduce(operator.and_, fine) if fine else jnp.ones((), jnp.bool_)
         if lost is not None:
@@ -231,52 +217,103 @@ class InstrumentedProgram:
         return Result(outs)
 
     def _check(
-        self, eqn: JaxprEqn, args: list[Any], outs: list[Any], key: Key, levels: tuple[str, ...]
-    ) -> tuple[list[Any], Any, dict[Any, Any]]:
-        """Outputs, repaired if that is chosen; how bad they were; and what was measured."""
+        self, eqn: JaxprEqn, args: list[Array], outs: list[Array], key: Key, levels: tuple[str, ...]
+    ) -> tuple[list[Array], Array, Records]:
+        """Outputs, repaired if that is chosen; their code, see `faults`; and what was measured."""
         code, results = jnp.int32(FINE), []
-        records: dict[Any, Any] = {}
+        records: Records = {}
         wide = widened(eqn, args) or outs
         least, most = jnp.float32(jnp.inf), jnp.float32(-jnp.inf)  # in float32, where it broke
         for out, exact in zip(outs, wide, strict=True):
             if is_number(out) and out.size:
-                found, nonfinite = faults(eqn, args, out)
+                found, nonfinite = fault.faults(eqn, args, out)
                 code = jnp.where(found > FINE, found, code)
                 least, most = among(exact, nonfinite, least, most)
-                out = repaired(out, agreed(nonfinite, out) & self._repairs[self.checked.index(key)])
+                chosen = self._repairs[self.checked.index(key)]
+                out = fault.repaired(out, agreed(nonfinite, out) & chosen)
                 if self.shards and set(levels) <= {"scan", "reverse"}:
-                    records.setdefault((MASK, *key), nonfinite)
+                    records.setdefault((sites.MASK, *key), nonfinite)
                 legal = (code == FINE) & ~all_finite(out)  # a mask of -inf, or what follows
                 code = jnp.where(legal, jnp.int32(SEEN), code)
             results.append(out)
         measured = [packed([code])[0].astype(jnp.float32), *map(range_of, args)]
         measured.append(jnp.stack([least, most]))
-        return results, code, records | {(RANGES, *key): jnp.concatenate(measured)}
+        return results, code, records | {(sites.RANGES, *key): jnp.concatenate(measured)}
 
-    def _narrowed(self, values: Sequence[Any], dtypes: Sequence[Any]) -> tuple[list[Any], Any]:
-        """Values in the dtypes that they were traced in; and how bad it is if one did not fit."""
-        lost, results = None, []
+    def _narrowed(
+        self, values: Sequence[Array], dtypes: Sequence[DType | None]
+    ) -> tuple[list[Array], Array | None]:
+        """Values in the dtypes that they were traced in; `INFINITY` if one did not fit."""
+        lost: Array | None = None
+        results = []
         for x, dtype in zip(values, dtypes, strict=True):
-            if dtype is not None and hasattr(x, "dtype") and is_float(x) and x.dtype != dtype:
+            if dtype is not None and is_float(x) and x.dtype != dtype:
                 y = cast(x, dtype)
                 over = all_finite(x) & ~all_finite(y)
-                code = jnp.where(over, jnp.int32(INFINITY), jnp.int32(FINE))
+                code = jnp.where(over, jnp.int32(fault.INFINITY), jnp.int32(FINE))
                 lost, x = code if lost is None else jnp.maximum(lost, code), y
             results.append(x)
         return results, lost
 
 
-# One run: what the compiler would save in it, it does not earn.
+# The program runs once, so that optimizing it takes longer than it saves.
 _QUICK: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
 
 
-def any_low(sites: dict[Key, Site]) -> bool:
+_FULL = jnp.dtype(jnp.float32)
+_KNOWN = FOLLOW | FULL_CUDA | LOW | {"convert_element_type"}
+
+
+def is_low(dtype: DTypeLike | None) -> bool:
+    """Returns whether a dtype is a float narrower than float32."""
+    return (
+        dtype is not None
+        and jnp.issubdtype(dtype, jnp.floating)
+        and jnp.dtype(dtype).itemsize < _FULL.itemsize
+    )
+
+
+def widened(eqn: JaxprEqn, args: Sequence[Array]) -> list[Array] | None:
+    """Runs an operation with everything low in float32; None for one that has to stay as it is.
+
+    Args:
+      eqn: the operation.
+      args: its arguments, in whatever dtypes they come.
+    """
+    name = eqn.primitive.name
+    if name not in _KNOWN:
+        return None
+    if name == "convert_element_type":
+        if not is_low(eqn.params["new_dtype"]):
+            return bind(eqn, args)
+        return [lax.convert_element_type(args[0], jnp.float32)]
+    floats = [x.dtype for x in args if is_float(x)]
+    if not any(map(is_low, floats)) and not _mixed(eqn, floats):
+        return None
+    values = [cast(x, _FULL) if is_float(x) and is_low(x.dtype) else x for x in args]
+    asked = is_low(eqn.params.get("preferred_element_type"))
+    return bind(eqn, values, **({"preferred_element_type": _FULL} if asked else {}))
+
+
+def runs_wide(eqn: JaxprEqn) -> bool:
+    """Returns whether an operation is float32 already, or `widened` can run it so."""
+    return eqn.primitive.name in _KNOWN or not any(
+        is_low(getattr(atom.aval, "dtype", None)) for atom in (*eqn.invars, *eqn.outvars)
+    )
+
+
+def _mixed(eqn: JaxprEqn, dtypes: Sequence[DType]) -> bool:
+    """Whether it was traced low and has float32 arguments already."""
+    return list(dtypes) != [aval_of(a).dtype for a in eqn.invars if is_float(a.aval)]
+
+
+def any_low(found: dict[Key, Site]) -> bool:
     """Returns whether an operation of a program has a float narrower than float32 in it."""
     return any(
         is_low(getattr(atom.aval, "dtype", None))
-        for site in sites.values()
+        for site in found.values()
         for atom in (*site.eqn.invars, *site.eqn.outvars)
     )

@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax.errors import ConfigError
+from mpjax.interpret.core.retrace import aval_of
 from mpjax.interpret.core.trace import Program, trace
 from mpjax.interpret.nonfinite.cure import NONE, find_cure
 from mpjax.interpret.nonfinite.direction import direction
 from mpjax.interpret.nonfinite.fault import KINDS, is_number
 from mpjax.interpret.nonfinite.first_fault import FirstFault, find_first_fault
-from mpjax.interpret.nonfinite.instrument import InstrumentedProgram
-from mpjax.interpret.nonfinite.reason import Range, reason
+from mpjax.interpret.nonfinite.instrument import InstrumentedProgram, runs_wide
 from mpjax.interpret.nonfinite.sites import MASK, RANGES, location_at
-from mpjax.interpret.nonfinite.widen import runs_wide
+from mpjax.interpret.nonfinite.summaries import Range, reason
+from mpjax.typing import Array, PyTree
 
 _log = logging.getLogger("mpjax.interpret")
 
@@ -61,36 +61,38 @@ class Nonfinite:
     exact: float | None = None
 
     def __str__(self) -> str:
-        where = [self.path] if self.path else []
-        where += [] if self.layer is None else [f"iteration {self.layer}"]
-        rows = [("where", ", ".join(where))] if where else []
-        rows += [("line", self.line)] if self.line else []
-        rows += [("why", self.reason)]
-        rows += [("input" if i == 0 else "", str(r)) for i, r in enumerate(self.ranges)]
-        if self.shard is not None:
-            rows += [("shard", ", ".join(map(str, self.shard)))]
+        layer = "" if self.layer is None else f"iteration {self.layer}"
+        value = ""
         if self.exact is not None and math.isfinite(self.exact):
-            rows += [("value", f"{self.exact:.6g} in float32")]
+            value = f"{self.exact:.6g} in float32"
         elif self.exact is not None and self.cure != NONE:
-            rows += [("value", "not finite in float32 either, from these inputs")]
-        rows += [("cure", self.cure)] if self.cure else []
+            value = "not finite in float32 either, from these inputs"
+        rows = [
+            ("where", ", ".join(filter(None, (self.path, layer)))),
+            ("line", self.line),
+            ("why", self.reason),
+            *(("" if i else "input", str(r)) for i, r in enumerate(self.ranges)),
+            ("shard", ", ".join(map(str, self.shard or ()))),
+            ("value", value),
+            ("cure", self.cure),
+        ]
         head = f"first {self.kind}: {self.primitive}, {self.direction} pass"
-        return "\n".join([head, *(f"  {name:6} {text}" for name, text in rows)])
+        return "\n".join([head, *(f"  {name:6} {text}" for name, text in rows if text)])
 
 
 def trace_nonfinite(
-    fn: Callable[..., Any], *args: Any, cure: bool = True, **kwargs: Any
+    fn: Callable[..., PyTree], *args: PyTree, cure: bool = True, **kwargs: PyTree
 ) -> Nonfinite | None:
     """Returns the first operation that made an infinity or a NaN, and what would cure it.
 
-    The function runs once with every operation under watch, compiled as one program; nothing of it
-    is edited and no argument is donated. A NaN is a fault where no input is NaN, an infinity where
-    all inputs are finite; so masks of -inf and what follows from them are none, but a row that is
-    masked as a whole is, at -inf - -inf. What affects no output is none either, such as log(0) in
-    the branch that `where` drops. If something broke, it is compiled and run again: to measure
-    what went in, and for each cure that is tried. That takes a few times as long as to find it, so
-    one line is logged as soon as it is found (a warning of the logger `mpjax.interpret`; each cure
-    that is tried is an info).
+    The function runs once, compiled as one program in which every operation is checked; nothing of
+    it is edited and no argument is donated. A NaN is a fault where no input is NaN, an infinity
+    where all inputs are finite; so masks of -inf and what follows from them are none, but a row
+    that is masked as a whole is, at -inf - -inf. What affects no output is none either, such as
+    log(0) in the branch that `where` drops. If there is a fault, the program is compiled and run
+    again: to measure the operation's inputs, and for each cure that is tried. That takes a few
+    times as long as to find the fault, so one line is logged as soon as it is found (a warning of
+    the logger `mpjax.interpret`; each cure that is tried is an info).
 
     XLA may compute more exactly than the dtypes say (float16 sums in float32); here every
     operation rounds to its own dtype.
@@ -127,13 +129,15 @@ def trace_nonfinite(
                 " of jit, with arrays"
             )
     _log.info("trace_nonfinite: the program is compiled with every operation under watch")
-    first_fault = find_first_fault(program.closed, program.args, _is_spread(program.args))
+    arrays = [x for x in program.args if isinstance(x, jax.Array)]
+    is_spread = any(len(x.sharding.device_set) > 1 for x in arrays)
+    first_fault = find_first_fault(program.closed, program.args, is_spread)
     if first_fault is None:
         return _given(program)
     report = _report(program, first_fault)
     if not cure:
         return report
-    where = ", ".join(part for part in (report.path, report.line) if part)
+    where = ", ".join(filter(None, (report.path, report.line)))
     _log.warning(
         "trace_nonfinite: first %s: %s%s (%s); now its cure is looked for (cure=False: it is not)",
         report.kind, report.primitive, f", {where}" if where else "", report.reason,
@@ -144,30 +148,23 @@ def trace_nonfinite(
 def _given(program: Program) -> Nonfinite | None:
     """A NaN among the arguments, or what the function closes over, that reaches an output."""
     closed = [(f"a closed-over array of {jnp.shape(x)}", x) for x in program.closed.consts]
-    nonfinite_arguments = [
-        (name, x)
-        for name, x in [*zip(program.names, program.args, strict=True), *closed]
-        if is_number(x) and bool(jnp.any(jnp.isnan(x)))
-    ]
-    if not nonfinite_arguments:
-        return None
-    _, outs = InstrumentedProgram(program.closed)(program.args)
-    if not any(code for _, code in outs):
-        return None
-    name, x = nonfinite_arguments[0]
-    return Nonfinite(
-        "argument", name, None, "forward", "", "nan", (Range.of(x),), None, NONE,
-        "the function was given it: it broke before this call",
-    )  # fmt: skip
+    for name, x in [*zip(program.names, program.args, strict=True), *closed]:
+        if is_number(x) and bool(jnp.any(jnp.isnan(x))):
+            _, outs = InstrumentedProgram(program.closed)(program.args)
+            if not any(is_nan for _, is_nan in outs):
+                return None
+            return Nonfinite(
+                "argument", name, None, "forward", "", "nan", (Range.of(x),), None, NONE,
+                "the function was given it: it broke before this call",
+            )  # fmt: skip
+    return None
 
 
 def _report(program: Program, first_fault: FirstFault) -> Nonfinite:
-    found = first_fault.found
-    eqn = first_fault.instrumented.sites[found.key].eqn
+    found, eqn = first_fault.found, first_fault.site.eqn
     ranges, shard, exact = _measured(first_fault)
     location = location_at(program.closed, found.key)
-    kind = KINDS[found.code]
-    layers = found.layers
+    kind, layers = KINDS[found.code], found.layers
     return Nonfinite(
         primitive=eqn.primitive.name,
         path=location.path,
@@ -187,41 +184,29 @@ def _measured(
     first_fault: FirstFault,
 ) -> tuple[tuple[Range, ...], tuple[int, ...] | None, float | None]:
     """The ranges of the first fault's inputs, the broken shards, and what it gives in float32."""
-    found, records = first_fault.found, first_fault.records
-    eqn = first_fault.instrumented.sites[found.key].eqn
+    found, records, eqn = first_fault.found, first_fault.records, first_fault.site.eqn
     row = np.asarray(records[RANGES, *found.key])[found.stands]
     values = row[-3 * len(eqn.invars) - 2 : -2]
-    avals: list[Any] = [atom.aval for atom in eqn.invars]
     ranges = tuple(
         Range(aval.dtype.name, tuple(aval.shape), *map(float, three))
-        for aval, three in zip(avals, values.reshape(-1, 3), strict=True)
+        for aval, three in zip(map(aval_of, eqn.invars), values.reshape(-1, 3), strict=True)
         if is_number(aval)
     )
-    exact = (
-        max(map(float, row[-2:]), key=lambda x: (math.isnan(x), abs(x))) if runs_wide(eqn) else None
-    )
+    exact = None
+    if runs_wide(eqn):
+        exact = max(map(float, row[-2:]), key=lambda x: (math.isnan(x), abs(x)))
     if found.shards:
         return ranges, found.shards, exact
     mask = records.get((MASK, *found.key))
     return ranges, None if mask is None else _bad_shards(mask, found.stands), exact
 
 
-def _is_spread(args: Sequence[Any]) -> bool:
-    return any(isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 for x in args)
-
-
-def _bad_shards(mask: jax.Array, index: tuple[int, ...]) -> tuple[int, ...] | None:
+def _bad_shards(mask: Array, index: tuple[int, ...]) -> tuple[int, ...] | None:
     """Numbers of the devices whose part of a mask has something set; None if all have all of it."""
     if mask.sharding.is_fully_replicated:
         return None
-    devices = [
-        shard.device.id
-        for shard in mask.addressable_shards
-        if np.asarray(shard.data)[index if _whole(mask, len(index)) else ()].any()
-    ]
-    return tuple(sorted(devices))
-
-
-def _whole(mask: jax.Array, loops: int) -> bool:
-    """Whether no shard is cut along the axes that stand for iterations."""
-    return mask.sharding.shard_shape(mask.shape)[:loops] == mask.shape[:loops]
+    loops = len(index)  # the first axes are those of iterations
+    if mask.sharding.shard_shape(mask.shape)[:loops] != mask.shape[:loops]:
+        index = ()
+    shards = (s for s in mask.addressable_shards if np.asarray(s.data)[index].any())
+    return tuple(sorted(shard.device.id for shard in shards))

@@ -1,7 +1,8 @@
-"""How far infinities and NaN came: what they made non-finite, and whether an output saw it.
+"""Propagation of infinities and NaN: which sites they reach, and whether they affect an output.
 
-Followed on the host, along values that were not finite when the program ran. A gated step keeps its
-old state when it breaks, so that no weight shows it; what its gate asked `is_finite` of does.
+They are followed on the host, along values that were not finite when the program ran. A gated step
+returns its old state when it breaks, so that all outputs are finite; there the fault reaches an
+`is_finite`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mpjax.interpret.nonfinite.sites import Key
 
 
 class Propagation:
-    """Where what some sites made went.
+    """How far the infinities and NaN of some sites came.
 
     Args:
       closed: the program.
@@ -35,11 +36,11 @@ class Propagation:
     ) -> None:
         self._starts, self._sites, self._nonfinite = starts, sites, nonfinite
         self._holders = {key[:size] for key in starts for size in range(1, len(key) + 1)}
-        self._gate_saw = False
+        self._reached_check = False
         self.reached_sites: set[Key] = set(starts)
         outs = self._through(closed.jaxpr, (), [False] * len(closed.jaxpr.invars))
         self.outs = frozenset(number for number, is_nonfinite in enumerate(outs) if is_nonfinite)
-        self.affects_output = self._gate_saw or bool(self.outs)
+        self.affects_output = self._reached_check or bool(self.outs)
 
     def _through(self, jaxpr: Jaxpr, key: Key, ins: Sequence[bool]) -> list[bool]:
         broken = {var for var, is_nonfinite in zip(jaxpr.invars, ins, strict=True) if is_nonfinite}
@@ -56,7 +57,7 @@ class Propagation:
         return [isinstance(atom, Var) and atom in broken for atom in jaxpr.outvars]
 
     def _equation(self, eqn: JaxprEqn, key: Key, ins: list[bool]) -> list[bool]:
-        """Which outputs are not finite for it."""
+        """Which results of an equation are not finite, from which operands are."""
         name, count = eqn.primitive.name, len(eqn.outvars)
         if key in self._starts:
             return [True] * count
@@ -65,7 +66,7 @@ class Propagation:
                 self.reached_sites.add(key)
             return [key in self._nonfinite] * count
         if name == "is_finite":
-            self._gate_saw = True
+            self._reached_check = True
             return [False]
         held = held_jaxprs(eqn)
         if name == "scan":
@@ -84,7 +85,7 @@ class Propagation:
     def _loop(
         self, body: Jaxpr, key: Key, ins: Sequence[bool], consts: int, carry: int
     ) -> list[bool]:
-        """A body, until nothing more of what it carries is broken."""
+        """Which results of a loop are not finite: its body, until the carry stays the same."""
         now = list(ins)
         while True:
             outs = self._through(body, (*key, None), now)

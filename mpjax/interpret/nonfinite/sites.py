@@ -1,30 +1,32 @@
 """Sites, the operations that could make an infinity or a NaN, and reading what they recorded.
 
-A record is a row of int32: how bad, and the iterations (from 1) of the `while` loops around, from
-outside in. Scans and shards of a `shard_map` stack records.
+A record is a row of int32: a code, see `fault`, and the iterations (from 1) of the `while` loops
+around the site, from outside in. Scans and shards of a `shard_map` stack records.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from mpjax.interpret.core.location import Location, location_of
-from mpjax.interpret.nonfinite.direction import held_jaxprs
+from mpjax.interpret.core.retrace import Records
+from mpjax.interpret.nonfinite.direction import holders
 from mpjax.interpret.nonfinite.fault import FINE, NAN
+from mpjax.typing import Array
 
 WHILES = 3  # nested `while` loops whose iterations are told apart
 HEAD = 1 + WHILES
 FLAGS, RANGES, MASK = "flags", "ranges", "mask"  # before the key of what they are of
-SEEN = NAN + 1  # the code of an output that is not finite, without fault or not asked for one
+SEEN = NAN + 1  # the code of an output that is not finite, without fault or not checked for one
 
 # A site is known by the numbers of the equations that hold it, from outside in, and its own; None
 # stands for an iteration.
-Key = tuple[int | None, ...]
+Key: TypeAlias = tuple[int | None, ...]
 
 
 class Site(NamedTuple):
@@ -43,15 +45,15 @@ class Site(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A site that was not finite, when it was so first.
+    """A site that was not finite, and when it was so first.
 
     Args:
       key: the site.
       order: the key with its iterations; smaller is earlier.
       layers: the iterations alone, from outside in.
-      shards: indices of the shards of `shard_map` around it in which it did.
-      stands: where its record stands in the recorded array.
-      code: how bad, see `fault`; `SEEN` where it is no fault, or where that was not asked.
+      shards: indices of the shards of `shard_map` around it in which it was not finite.
+      stands: the index of its record in the recorded array.
+      code: see `fault`; `SEEN` where it is no fault, or was not checked for one.
     """
 
     key: Key
@@ -62,8 +64,8 @@ class Found(NamedTuple):
     code: int
 
 
-def first(old: Any, new: Any, iteration: Any) -> Any:
-    """The fold of `while`: the first record stays, with its iteration; faults go first."""
+def first(old: Array, new: Array, iteration: Array) -> Array:
+    """The fold of `while`: the first fault stays, with its iteration; else the first record."""
     number = jnp.broadcast_to(iteration + 1, (*new.shape[:-1], 1)).astype(new.dtype)
     parts = [new[..., :1], number, new[..., 1 : HEAD - 1], new[..., HEAD:]]
     before, now = old[..., :1], new[..., :1]
@@ -92,28 +94,29 @@ def _at(site: Site, key: Key, record: np.ndarray, index: tuple[int, ...]) -> Fou
     whiles, axes = iter(value[1:HEAD]), iter(index)
     layers, shards, times = [], [], []
     for level in site.levels:
+        number = int(next(whiles, 1)) - 1 if level == "while" else int(next(axes))
         if level == "shard":
-            shards.append(int(next(axes)))
-            continue
-        layers.append(int(next(whiles, 1)) - 1 if level == "while" else int(next(axes)))
-        times.append(-layers[-1] if level == "reverse" else layers[-1])
+            shards.append(number)
+        else:
+            layers.append(number)
+            times.append(-number if level == "reverse" else number)
     left = iter(times)
     order = tuple(next(left) if part is None else part for part in key)
     return Found(key, order, tuple(layers), tuple(shards), index, int(value[0]))
 
 
 def found_in(
-    sites: Mapping[Key, Site], site_keys: Mapping[Key, Sequence[Key]], records: Mapping[Any, Any]
+    sites: Mapping[Key, Site], site_keys: Mapping[Key, Sequence[Key]], records: Records
 ) -> Iterator[Found]:
     """Yields the sites that were not finite or at fault.
 
     Args:
       sites: all sites.
-      frames: of each frame, the sites whose records are stacked in it, in order.
-      records: what was recorded, by name.
+      site_keys: for each jaxpr, the sites whose records are stacked in its own, in order.
+      records: what was recorded, by key.
     """
     for site_codes, keys in site_keys.items():
-        flags = records[FLAGS, *site_codes]
+        flags = np.asarray(records[FLAGS, *site_codes])
         for number, key in enumerate(keys):
             record = flags[..., number, :]
             if record[..., 0].any():
@@ -128,33 +131,26 @@ def level(eqn: JaxprEqn) -> tuple[str, ...]:
 
 
 def output_key(closed: ClosedJaxpr, number: int) -> Key:
-    """Returns what stands for an output of a program where sites have keys; no site has it."""
+    """Returns the key under which an output of a program is recorded; no site has it."""
     return len(closed.jaxpr.eqns), number
 
 
 def location_at(closed: ClosedJaxpr, key: Key) -> Location:
     """Returns where a site stands, with its source line."""
-    location, jaxpr = Location(), closed.jaxpr
-    numbers = list(key)
-    while numbers:
-        index = numbers.pop(0)
-        assert index is not None
-        eqn = jaxpr.eqns[index]
-        location = location_of(eqn, location)
-        if numbers:
-            number, held = numbers.pop(0), held_jaxprs(eqn)
-            jaxpr = held[number if number is not None else len(held) - 1].jaxpr
+    location = Location()
+    for jaxpr, index in holders(closed, key):
+        location = location_of(jaxpr.eqns[index], location)
     return location
 
 
-def packed(codes: Sequence[Any]) -> Any:
+def packed(codes: Sequence[Array]) -> Array:
     """Returns codes as records: each with room for the iterations of the loops around it.
 
     Args:
       codes: each a bool, whether all is finite, or an int32 code; the bools first.
     """
     fine = [code for code in codes if code.dtype == jnp.bool_]
-    told = [code for code in codes if code.dtype != jnp.bool_]
     parts = [jnp.where(jnp.stack(fine), jnp.int32(FINE), jnp.int32(SEEN))] if fine else []
-    column = jnp.concatenate([*parts, *([jnp.stack(told)] if told else [])])[:, None]
+    parts += [jnp.stack(codes[len(fine) :])] if len(fine) < len(codes) else []
+    column = jnp.concatenate(parts)[:, None]
     return jnp.concatenate([column, *[jnp.zeros_like(column)] * WHILES], axis=1)

@@ -52,7 +52,7 @@ def _same(got: Any, wanted: Any) -> None:
 
 def _dots(fn: Callable[..., Any], *args: Any) -> Counter[str]:
     """How many products of each operand dtype a function has."""
-    sites = equations(trace("test", fn, args, {}).closed, lines=False)
+    sites = equations(trace("test", fn, args, {}).closed)
     return Counter(
         str(s.eqn.invars[0].aval.dtype) for s in sites if s.eqn.primitive.name == "dot_general"
     )
@@ -60,7 +60,7 @@ def _dots(fn: Callable[..., Any], *args: Any) -> Counter[str]:
 
 def _casts(fn: Callable[..., Any], *args: Any) -> Counter[str]:
     """How many casts to each dtype a function has."""
-    sites = equations(trace("test", fn, args, {}).closed, lines=False)
+    sites = equations(trace("test", fn, args, {}).closed)
     return Counter(
         str(s.eqn.params["new_dtype"])
         for s in sites

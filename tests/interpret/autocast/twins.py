@@ -107,7 +107,7 @@ def by_hand(size: Size) -> Callable[[Any, Any], Any]:
 def counts(fn: Callable[..., Any], *args: Any) -> Counter[str]:
     """Products by operand dtype, and casts between floating-point dtypes, of a program."""
     found: Counter[str] = Counter()
-    for site in equations(jax.make_jaxpr(fn)(*args), lines=False):
+    for site in equations(jax.make_jaxpr(fn)(*args)):
         name, operand = site.eqn.primitive.name, site.eqn.invars[0].aval if site.eqn.invars else 0
         if name == "dot_general":
             found[f"product of {operand.dtype.name}"] += 1
