@@ -7,7 +7,7 @@ along a leading layer axis. Shapes: B batch, T tokens, D width, V vocabulary, C 
 from __future__ import annotations
 
 import dataclasses
-import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -15,15 +15,16 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
-from mpjax.models.core.checks import as_ids, below, keep_of
-from mpjax.models.core.module import At, part_key
-from mpjax.models.core.network import Network
+from mpjax.models.core.checks import Ids, as_ids, below, keep_of
+from mpjax.models.core.module import At, part_key, run_module
+from mpjax.models.core.sizes import FieldValue
 from mpjax.models.transformer.block import AttentionContext
 from mpjax.models.transformer.encoder_config import EncoderConfig, encoder_config
 from mpjax.models.transformer.heads import ClassHead, MaskedHead, MeanPooler, Pooler
-from mpjax.models.transformer.transformer import Parts, Segments, Transformer, equal_segments
+from mpjax.models.transformer.transformer import Parts, Transformer, TransformerNetwork
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
+from mpjax.typing import Array, ArrayLike, Key, ModelState, Params
 
 _INPUTS = ("ids", "keep", "types")
 
@@ -54,7 +55,7 @@ def _head_parts(c: EncoderConfig, at: At) -> Parts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder(Network):
+class Encoder(TransformerNetwork):
     """An encoder and its Precision: `apply(params, inputs) -> outputs, state`.
 
     Args:
@@ -65,26 +66,15 @@ class Encoder(Network):
 
     root: ClassVar[str] = "encoder"
 
-    def _described(self, at: At) -> Transformer:
+    config: EncoderConfig
+
+    def transformer(self, at: At, name: str = "encoder") -> Transformer:
+        """See `TransformerNetwork`."""
         c = self.config
-        return Transformer(c, at, "encoder", causal=False, types=c.types, heads=_head_parts(c, at))
+        return Transformer(self, c, at, name, False, types=c.types, heads=_head_parts(c, at))
 
-    def init_with_axes(self, at: At, key: Any) -> Any:
-        """See `Network`; blocks are stacked."""
-        return {"encoder": self._described(at).init_with_axes(key)}
-
-    @property
-    def layer_counts(self) -> dict[str, int]:
-        """See `Network`."""
-        return {"encoder": self.config.layers}
-
-    @functools.cached_property
-    def segments(self) -> Segments:
-        """Ranges of consecutive layers whose policies are equal: (start, stop)."""
-        return equal_segments(self.precision, self.paths, "encoder", self.config.layers)
-
-    def _inputs(self, inputs: Any) -> dict[str, Any]:
-        fields = dict(inputs) if isinstance(inputs, dict) else {"ids": inputs}
+    def _inputs(self, inputs: Ids | Mapping[str, ArrayLike]) -> dict[str, Any]:
+        fields: dict[str, Any] = dict(inputs) if isinstance(inputs, dict) else {"ids": inputs}
         if "attention_mask" in fields:
             fields["keep"] = keep_of(fields, "encoder")
             del fields["attention_mask"]
@@ -105,8 +95,9 @@ class Encoder(Network):
 
     @jax.named_scope(CARRIED)
     def apply(
-        self, params: Any, inputs: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[dict[str, Any], Any]:
+        self, params: Params, inputs: Ids | Mapping[str, ArrayLike], *, state: ModelState = None,
+        key: Key | None = None, train: bool = False,
+    ) -> tuple[dict[str, Array], ModelState]:  # fmt: skip
         """Returns outputs by name and the new state.
 
         Args:
@@ -127,7 +118,7 @@ class Encoder(Network):
         histories = (state or {}).get("amax", {})
         keep = jnp.asarray(fields["keep"]).astype(bool) if "keep" in fields else None
         ids = as_ids(fields["ids"], "encoder")
-        transformer = self._described(self.at).running(self, self.segments)
+        transformer = self.transformer(self.at)
         x, _, amax = transformer(
             p, ids, AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep),
             kinds_BT=fields.get("types"), amax=histories.get("layers"), key=key, train=train,
@@ -135,18 +126,12 @@ class Encoder(Network):
         new = dict(histories) | ({"layers": amax} if amax else {})
         parts, out = transformer.heads, {"features": x}
 
-        def run(name: str, *args: Any) -> Any:
-            own = None if key is None else part_key(key, name)
-            rngs = {"dropout": own} if train and own is not None else {}
-            if self.rounds and own is not None:
-                rngs["rounding"] = part_key(own, "rounding")
-            variables = {"params": p.get(name, {})}
-            if name not in histories:
-                return parts[name][0].apply(variables, *args, rngs=rngs)
-            y, updated = parts[name][0].apply(
-                variables | {"amax": histories[name]}, *args, rngs=rngs, mutable=["amax"]
-            )
-            new[name] = updated["amax"]
+        def run(name: str, *args: object) -> Array:
+            rngs = self.rngs(None if key is None else part_key(key, name), train)
+            module, own = parts[name][0], p.get(name, {})
+            y, history = run_module(module, own, *args, history=histories.get(name), rngs=rngs)
+            if history:
+                new[name] = history
             return y
 
         if "pooler" in parts:
@@ -163,7 +148,7 @@ class Encoder(Network):
 
 
 def encoder(
-    size: str | EncoderConfig, precision: str | Precision = "fp32", **changes: Any
+    size: str | EncoderConfig, precision: str | Precision = "fp32", **changes: FieldValue
 ) -> Encoder:
     """Returns a bidirectional encoder that carries its Precision.
 
