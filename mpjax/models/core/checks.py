@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ Ids: TypeAlias = ArrayLike | Sequence[Sequence[int]]
 Counts: TypeAlias = ArrayLike | Sequence[int]
 
 
+@runtime_checkable
 class Initializable(Protocol):
     """What `check_params` asks of a model."""
 
@@ -73,23 +74,25 @@ def field(batch: Batch, name: str, where: str) -> PyTree:
     return batch[name]
 
 
-def each_batch(
-    batches: Iterable[Batch], where: str, example: str = "[batch]"
-) -> Iterator[Mapping[str, ArrayLike]]:
+def check_listed(batches: object, where: str, example: str = "[batch]") -> None:
+    """Raises a ConfigError if batches are a single one, or not iterable."""
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"{where}: batches are {brief(batches)}; give a list of dicts, as {example}"
+        )
+
+
+def each_batch(batches: Iterable[Batch], where: str) -> Iterator[Mapping[str, ArrayLike]]:
     """Yields batches.
 
     Args:
       batches: dicts.
       where: what takes them.
-      example: of batches, for the message.
 
     Raises:
-      ConfigError: one of them is no dict, or they are a single batch or nothing that holds any.
+      ConfigError: one of them is no dict, or they are a single batch or not iterable.
     """
-    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-        raise ConfigError(
-            f"{where}: batches are {brief(batches)}; give a list of dicts, as {example}"
-        )
+    check_listed(batches, where)
     for number, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
             raise ConfigError(f"{where}: batch {number} is {brief(batch)}; give a dict of arrays")
@@ -211,12 +214,7 @@ def _shapes(model: Initializable) -> dict[str, Shape]:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Array | Quantized]:
-    """Returns path -> leaf of a tree; a Quantized is a leaf.
-
-    Example:
-      >>> list(named_leaves({"up": {"kernel": np.zeros(2)}}))
-      ['up/kernel']
-    """
+    """Returns path, such as `up/kernel`, -> leaf of a tree; a Quantized is a leaf."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in found}
 

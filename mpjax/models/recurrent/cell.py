@@ -50,7 +50,7 @@ class Hidden(Layer):
             out = ops.linear(
                 h, kernel, policy, gradient_dtype=gradient_dtype, recipe=recipe, where=where,
                 key=None if key is None else jax.random.fold_in(key, t),
-                amax=amax and amax._replace(observed_amax=observed),
+                amax=AmaxHistory(*amax[:2], observed) if amax and observed is not None else None,
             )  # fmt: skip
             return (out[0], out[1].observed_amax) if isinstance(out, tuple) else (out, None)
 

@@ -181,8 +181,9 @@ class Block(Layer):
         policy = self.policy("residual")
 
         def norm(name: str, x: Array, here: bool) -> Array:
-            own = Norm(self.context, c.norm, c.bias, c.epsilon, name=f"norm_{name}")
-            return own(x) if here else x
+            if not here:
+                return x
+            return Norm(self.context, c.norm, c.bias, c.epsilon, name=f"norm_{name}")(x)
 
         def join(name: str, x: Array, branch: Array | None) -> Array:
             assert branch is not None  # it is for a source alone

@@ -7,6 +7,7 @@ along a leading layer axis. Shapes: B batch, T tokens, D width, V vocabulary, C 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -38,19 +39,17 @@ def _head_parts(c: EncoderConfig, at: At) -> Parts:
         return ClassHead(at(own), count, rate, name=name(own))
 
     parts: Parts = {}
-    if c.pools and c.pool == "first":
-        parts["pooler"] = (Pooler(at("pooler"), c.width, name=name("pooler")), (x_BTD,))
-    elif c.pools:
-        parts["pooler"] = (MeanPooler(at("pooler"), name=name("pooler")), (x_BTD,))
+    if c.pools:
+        pooler = functools.partial(Pooler, width=c.width) if c.pool == "first" else MeanPooler
+        parts["pooler"] = (pooler(at("pooler"), name=name("pooler")), (x_BTD,))
     if c.head in ("masked", "pretrain"):
         table = jnp.zeros((c.vocabulary, c.width))
         parts["masked"] = (MaskedHead(at("masked"), c, name=name("masked")), (x_BTD, table))
     if c.head == "pretrain":
         parts["next"] = (classes("next", 2, 0.0), (x_BD,))
-    if c.head == "class":
-        parts["class"] = (classes("class", c.classes, c.dropout), (x_BD,))
-    if c.head == "token":
-        parts["token"] = (classes("token", c.classes, c.dropout), (x_BTD,))
+    if c.head in ("class", "token"):
+        x = x_BD if c.head == "class" else x_BTD
+        parts[c.head] = (classes(c.head, c.classes, c.dropout), (x,))
     return parts
 
 
@@ -134,16 +133,13 @@ class Encoder(TransformerNetwork):
                 new[name] = history
             return y
 
-        if "pooler" in parts:
+        if c.pools:
             out["pooled"] = run("pooler", x, *([keep] if c.pool == "mean" else []))
-        if "masked" in parts:
-            out["masked"] = run("masked", x, p["embed"]["table"])
-        if "next" in parts:
-            out["next"] = run("next", out["pooled"])
-        if "class" in parts:
-            out["class"] = run("class", out["pooled"], train)
-        if "token" in parts:
-            out["token"] = run("token", x, train)
+        pooled = out.get("pooled")
+        takes: dict[str, tuple[object, ...]]
+        takes = {"next": (pooled,), "class": (pooled, train), "token": (x, train)}
+        takes["masked"] = (x, p["embed"]["table"])
+        out |= {name: run(name, *takes[name]) for name in parts if name != "pooler"}
         return out, ((state or {}) | {"amax": new} if new else state)
 
 
