@@ -24,9 +24,7 @@ Counts: TypeAlias = ArrayLike | Sequence[int]
 class Initializable(Protocol):
     """What `check_params` asks of a model."""
 
-    def init(self, key: Key, /) -> Params:
-        """Returns new parameters."""
-
+    def init(self, key: Key, /) -> Params: ...
     def __hash__(self) -> int: ...
 
 

@@ -20,17 +20,7 @@ from mpjax.models.core.metadata import NONE, Metadata
 from mpjax.models.core.module import At, Context, part_key, stored, unsharded
 from mpjax.models.core.sizes import ModelConfig
 from mpjax.precision import Precision, Recipe, dtype_name, get_precision
-from mpjax.typing import (
-    Array,
-    ArrayLike,
-    Axes,
-    Batch,
-    Key,
-    ModelState,
-    Params,
-    PyTree,
-    Shard,
-)
+from mpjax.typing import Array, ArrayLike, Axes, Batch, Key, ModelState, Params, PyTree, Shard
 
 
 class _Outline(NamedTuple):

@@ -48,14 +48,6 @@ def _checked(
     return _Checked(prompt_BT, sampling.need(key), state, start, sampling, lengths_B)
 
 
-def _next(
-    model: Continuable, params: Params, token_B: Array, key: Key, state: ModelState,
-    sampling: Sampling,
-) -> tuple[Array, ModelState]:  # fmt: skip
-    logits, state = model.apply(params, token_B[:, None], state=state)
-    return sampling.pick(logits[:, -1], key), state
-
-
 @functools.partial(jax.jit, static_argnames=("model", "start", "sampling"))
 def _generate(
     model: Continuable, params: Params, prompt_BT: Array, key: Key, state: ModelState,
@@ -72,7 +64,8 @@ def _generate(
 
     def body(carry: Carry) -> Carry:
         n, token_B, done_B, state, out_BN = carry
-        picked_B, state = _next(model, params, token_B, keys[n], state, sampling)
+        logits, state = model.apply(params, token_B[:, None], state=state)
+        picked_B = sampling.pick(logits[:, -1], keys[n])
         token_B = jnp.where(done_B, token_B, picked_B) if ends else picked_B
         done_B = done_B | is_end(token_B, ends)
         return n + 1, token_B, done_B, state, out_BN.at[:, n].set(token_B)
@@ -136,9 +129,15 @@ def _first(
     return sampling.pick(last_BV, key), state
 
 
-_jit_next = jax.jit(
-    _next, static_argnames=("model", "sampling"), donate_argnames=("token_B", "state")
+@functools.partial(
+    jax.jit, static_argnames=("model", "sampling"), donate_argnames=("token_B", "state")
 )
+def _next(
+    model: Continuable, params: Params, token_B: Array, key: Key, state: ModelState,
+    sampling: Sampling,
+) -> tuple[Array, ModelState]:  # fmt: skip
+    logits, state = model.apply(params, token_B[:, None], state=state)
+    return sampling.pick(logits[:, -1], key), state
 
 
 def stream(
@@ -175,7 +174,7 @@ def stream(
     # The next token is computed while the caller shows this one.
     for n in range(1, len(keys)):
         shown = jnp.copy(token_B)  # the buffer of token_B is donated
-        token_B, state = _jit_next(model, params, token_B, keys[n], state, checked.sampling)
+        token_B, state = _next(model, params, token_B, keys[n], state, checked.sampling)
         yield shown
     yield token_B
 

@@ -22,6 +22,7 @@ from mpjax.models.inference.settings import (
     Count,
     Ends,
     Lengths,
+    Prompt,
     Prompts,
     as_cache,
     as_count,
@@ -88,26 +89,23 @@ class Vocabulary(Protocol):
     """What generation asks of a model's configuration."""
 
     @property
-    def vocabulary(self) -> int:
-        """Number of token ids."""
+    def vocabulary(self) -> int: ...
 
 
 @runtime_checkable
 class Continuable(Protocol):
-    """What generation asks of a model; it may have `init` and `init_state` too."""
+    """What generation asks of a model; it may have `init` and `init_state` too.
+
+    `init_cache` takes the batch and the length, and perhaps `storage` and `pads` as keywords.
+    """
 
     @property
-    def config(self) -> Vocabulary:
-        """Its shape."""
-
+    def config(self) -> Vocabulary: ...
     @property
-    def init_cache(self) -> Callable[..., ModelState]:
-        """(batch, length) -> an empty cache; keyword arguments may be `storage` and `pads`."""
-
+    def init_cache(self) -> Callable[..., ModelState]: ...
     def apply(
         self, params: Params, ids_BT: Array, /, *, state: ModelState
-    ) -> tuple[Array, ModelState]:
-        """Returns logits and the next state."""
+    ) -> tuple[Array, ModelState]: ...
 
 
 class Start(NamedTuple):
@@ -138,7 +136,7 @@ def prefill(
 
 
 def check_prompt(
-    model: Continuable, params: Params, prompt: Array | np.ndarray, lengths: Lengths, new: Count,
+    model: Continuable, params: Params, prompt: Prompt, lengths: Lengths, new: Count,
     cache: CacheStorage, end: Ends = None, state: object = None,
 ) -> tuple[Start, Array, Array | None, ModelState]:  # fmt: skip
     """Checks what `generate`, `stream` and `beam_search` have in common.
@@ -170,10 +168,8 @@ def check_prompt(
             " the tokenizer that it was trained with"
         )
     takes = inspect.signature(model.init_cache).parameters
-    for what, asked, name in (
-        ("cache", storage, "storage"),
-        ("lengths", lengths is not None, "pads"),
-    ):
+    options = (("cache", storage, "storage"), ("lengths", lengths is not None, "pads"))
+    for what, asked, name in options:
         if asked and name not in takes:
             raise ConfigError(
                 f"{what}: {type(model).__name__} keeps no keys and values; leave {what} out"

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     Ends: TypeAlias = int | np.integer | Array | Collection[Count] | None
     KeyLike: TypeAlias = Key | None
     Lengths: TypeAlias = Array | np.ndarray | Sequence[int] | None
+    Prompt: TypeAlias = Array | np.ndarray
     Prompts: TypeAlias = Iterable[Array | np.ndarray | Sequence[int]]
 else:  # At run time any value reaches the check that refuses it with a ConfigError.
-    CacheStorage = Ends = KeyLike = Lengths = Prompts = object
+    CacheStorage = Ends = KeyLike = Lengths = Prompt = Prompts = object
 
 
 def as_count(value: Count, name: str) -> int:

@@ -102,7 +102,7 @@ class Transformer:
         """The modules around the blocks, the heads included."""
         c = self.config
         ids, x = (jnp.zeros((1, 1), jnp.int32),), (jnp.zeros((1, 1, c.width)),)
-        # Named as their paths: what a traced program calls them.
+        # Named by their paths, which are then the names in a traced program.
         name = f"{self.name}/{{}}".format
 
         def norm(own: str) -> Norm:
@@ -132,12 +132,10 @@ class Transformer:
           key: of the draws.
           without: parts that have no weights of their own.
         """
-        made = {
-            name: part.init(part_key(key, name), *examples)
-            for name, (part, examples) in self.parts.items()
-            if name not in without
-        }
-        tree = {name: variables["params"] for name, variables in made.items() if variables}
+        tree: dict[str, PyTree] = {}
+        for name, (part, examples) in self.parts.items():
+            if name not in without and (drawn := part.init(part_key(key, name), *examples)):
+                tree[name] = drawn["params"]
         x = jnp.zeros((1, 1, self.config.width))
         context = AttentionContext(jnp.zeros(1, jnp.int32), source_BSD=x if self.cross else None)
         block = self._block(0)
