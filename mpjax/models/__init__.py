@@ -20,18 +20,10 @@ from mpjax.models.resnet.resnet import ResNet, resnet
 from mpjax.models.transformer.decoder import Decoder, decoder
 from mpjax.models.transformer.decoder_config import DecoderConfig, decoder_config, decoder_sizes
 from mpjax.models.transformer.encoder import Encoder, encoder
-from mpjax.models.transformer.encoder_config import (
-    EncoderConfig,
-    encoder_config,
-    encoder_sizes,
-)
+from mpjax.models.transformer.encoder_config import EncoderConfig, encoder_config, encoder_sizes
 from mpjax.models.transformer.kv_cache import cache_storage
 from mpjax.models.transformer.seq2seq import Seq2Seq, seq2seq
-from mpjax.models.transformer.seq2seq_config import (
-    Seq2SeqConfig,
-    seq2seq_config,
-    seq2seq_sizes,
-)
+from mpjax.models.transformer.seq2seq_config import Seq2SeqConfig, seq2seq_config, seq2seq_sizes
 
 _RENAMED = {
     "Model": "Decoder", "encoder_size_names": "encoder_sizes",

@@ -1,22 +1,34 @@
-"""What a caller gives to a model: its parameters and token ids."""
+"""Checks of what a caller passes to a model: parameters, batches and token ids."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax.errors import ConfigError, brief, listed
-from mpjax.formats import is_quantized, weight_view
+from mpjax.formats import Quantized, is_quantized, weight_view
 from mpjax.formats.checks import as_array
 from mpjax.ops.cross_entropy import check_targets
+from mpjax.typing import Array, ArrayLike, Batch, Key, Params, PyTree, Shape
+
+Ids: TypeAlias = ArrayLike | Sequence[Sequence[int]]
+Counts: TypeAlias = ArrayLike | Sequence[int]
 
 
-def below(params: Any, root: str) -> Any:
+@runtime_checkable
+class Initializable(Protocol):
+    """What `check_params` asks of a model."""
+
+    def init(self, key: Key, /) -> Params: ...
+    def __hash__(self) -> int: ...
+
+
+def below(params: Params, root: str) -> Params:
     """Returns the parameters below a model's root.
 
     Raises:
@@ -35,7 +47,7 @@ def below(params: Any, root: str) -> Any:
     )
 
 
-def field(batch: Any, name: str, where: str) -> Any:
+def field(batch: Batch, name: str, where: str) -> PyTree:
     """Returns a field of a batch.
 
     Args:
@@ -60,7 +72,15 @@ def field(batch: Any, name: str, where: str) -> Any:
     return batch[name]
 
 
-def each_batch(batches: Any, where: str) -> Iterator[Mapping[str, Any]]:
+def check_listed(batches: object, where: str, example: str = "[batch]") -> None:
+    """Raises a ConfigError if batches are a single one, or not iterable."""
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"{where}: batches are {brief(batches)}; give a list of dicts, as {example}"
+        )
+
+
+def each_batch(batches: Iterable[Batch], where: str) -> Iterator[Mapping[str, ArrayLike]]:
     """Yields batches.
 
     Args:
@@ -68,12 +88,9 @@ def each_batch(batches: Any, where: str) -> Iterator[Mapping[str, Any]]:
       where: what takes them.
 
     Raises:
-      ConfigError: one of them is no dict, or they are a single batch or nothing that holds any.
+      ConfigError: one of them is no dict, or they are a single batch or not iterable.
     """
-    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-        raise ConfigError(
-            f"{where}: batches are {brief(batches)}; give a list of dicts, as [batch]"
-        )
+    check_listed(batches, where)
     for number, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
             raise ConfigError(f"{where}: batch {number} is {brief(batch)}; give a dict of arrays")
@@ -81,15 +98,15 @@ def each_batch(batches: Any, where: str) -> Iterator[Mapping[str, Any]]:
 
 
 def keep_of(
-    batch: Mapping[str, Any], where: str, *, keep: str = "keep", mask: str = "attention_mask"
-) -> Any:
-    """Returns what of a batch is no padding: its `keep`, or `attention_mask` as elsewhere.
+    batch: Mapping[str, ArrayLike], where: str, *, keep: str = "keep", mask: str = "attention_mask"
+) -> ArrayLike | None:
+    """Returns which tokens of a batch are no padding: its `keep` or its `attention_mask`.
 
     Args:
       batch: name -> array.
       where: what takes it.
       keep: name of the field.
-      mask: the name that transformers has for it.
+      mask: its name in transformers.
 
     Returns:
       bool or 0 and 1, or None where the batch has neither.
@@ -114,8 +131,8 @@ def keep_of(
     return found
 
 
-def language_inputs(batch: Any, where: str) -> tuple[jax.Array, Any]:
-    """Returns the token ids (B, T) of a language model's batch and what of them is no padding.
+def language_inputs(batch: Batch, where: str) -> tuple[Array, ArrayLike | None]:
+    """Returns the token ids (B, T) of a language model's batch and which are no padding.
 
     Args:
       batch: with `inputs`, and `keep` or `attention_mask` if there is padding.
@@ -134,7 +151,7 @@ def language_inputs(batch: Any, where: str) -> tuple[jax.Array, Any]:
     return ids, keep
 
 
-def targets_of(batch: Mapping[str, Any], shape: tuple[int, ...], where: str) -> jax.Array:
+def targets_of(batch: Batch, shape: Shape, where: str) -> Array:
     """Returns the `targets` of a batch, integers of a shape.
 
     Raises:
@@ -145,7 +162,7 @@ def targets_of(batch: Mapping[str, Any], shape: tuple[int, ...], where: str) -> 
     return found
 
 
-def as_ids(ids: Any, where: str) -> jax.Array:
+def as_ids(ids: object, where: str) -> Array:
     """Returns token ids as an array.
 
     Args:
@@ -168,7 +185,7 @@ def as_ids(ids: Any, where: str) -> jax.Array:
     return found
 
 
-def as_counts(counts: Any, where: str) -> Any:
+def as_counts(counts: object, where: str) -> Array | np.ndarray:
     """Returns numbers of tokens, (B,) int32.
 
     Raises:
@@ -188,19 +205,20 @@ def as_counts(counts: Any, where: str) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(model: Initializable) -> dict[str, Shape]:
     """Path -> shape of a model's weights."""
     tree = jax.eval_shape(lambda: weight_view(model.init(jax.random.key(0))))
-    return {name: leaf.shape for name, leaf in _named(tree).items()}
+    return {name: leaf.shape for name, leaf in named_leaves(tree).items()}
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: PyTree) -> dict[str, Array | Quantized]:
+    """Returns path, such as `up/kernel`, -> leaf of a tree; a Quantized is a leaf."""
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
     return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in found}
 
 
-def check_params(model: Any, params: Any, where: str) -> None:
-    """Checks that parameters are a model's; says all that is wrong in one line.
+def check_params(model: Initializable, params: Params, where: str) -> None:
+    """Checks that parameters are a model's; the error names all that are not.
 
     Args:
       model: the model.
@@ -214,7 +232,7 @@ def check_params(model: Any, params: Any, where: str) -> None:
         wanted = _shapes(model)
     except TypeError:  # a model with an unhashable shard
         wanted = _shapes.__wrapped__(model)
-    weights = _named(params)
+    weights = named_leaves(params)
     misshaped = [
         f"{name} is {np.shape(x)}, not {wanted[name]}"
         for name, x in weights.items()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from flax import linen as nn
 
 from mpjax import ops
-from mpjax.models.core.module import Context, Layer, part_key
+from mpjax.errors import ConfigError
+from mpjax.models.core.module import Context, Layer, part_key, run_module
+from mpjax.typing import Array, Key, Params
 
 
 class Linear(Layer):
@@ -27,7 +27,7 @@ class Linear(Layer):
     gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Array:
         inputs = x.shape[-1]
         init = nn.initializers.normal(self.gain * inputs**-0.5)
         kernel = self.weight("kernel", init, (inputs, self.features), self.axes)
@@ -52,21 +52,16 @@ class Norm(Layer):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Array) -> Array:
         width = (x.shape[-1],)
         scale = self.weight("scale", nn.initializers.ones, width, (None,))
         centre, bias = self.kind == "layer", None
         if self.bias and centre:
             bias = self.weight("bias", nn.initializers.zeros, width, (None,))
         return ops.norm(
-            x,
-            scale,
-            bias,
-            self.policy(),
-            centre=centre,
-            epsilon=self.epsilon,
+            x, scale, bias, self.policy(), centre=centre, epsilon=self.epsilon,
             gradient_dtype=self.gradient_dtype,
-        )
+        )  # fmt: skip
 
 
 class Embed(Layer):
@@ -85,7 +80,7 @@ class Embed(Layer):
     deviation: float = 0.02
 
     @nn.compact
-    def __call__(self, ids: Any) -> Any:
+    def __call__(self, ids: Array) -> Array:
         init = nn.initializers.normal(self.deviation)
         table = self.weight("table", init, (self.rows, self.width), self.axes)
         # Gathered over fsdp before it is read: rows cut by width would be repartitioned by batch.
@@ -93,7 +88,21 @@ class Embed(Layer):
         return ops.look_up(table, ids, self.policy().output_dtype, self.gradient_dtype)
 
 
-def head_logits(head: nn.Module | None, context: Context, p: Any, x: Any, key: Any = None) -> Any:
+def dropout(x: Array, rate: float, key: Key | None, name: str) -> Array:
+    """Returns x with dropout, of a key for this name.
+
+    Raises:
+      ConfigError: no key.
+    """
+    if key is None:
+        raise ConfigError("model: dropout needs a key; pass key= or train=False")
+    module, rngs = nn.Dropout(rate, deterministic=False), {"dropout": part_key(key, name)}
+    return run_module(module, {}, x, rngs=rngs)[0]
+
+
+def head_logits(
+    head: nn.Module | None, context: Context, p: Params, x: Array, key: Key | None = None
+) -> Array:
     """Returns features as logits in the output dtype of the head.
 
     Args:
@@ -103,13 +112,12 @@ def head_logits(head: nn.Module | None, context: Context, p: Any, x: Any, key: A
       x: features (..., D).
       key: of recipes that draw, or None.
     """
-    # One key for all chunks of a loss in chunks: each number is still rounded without bias.
+    # All chunks of a loss share one key: the rounding of each number is still unbiased.
     key = None if key is None else part_key(key, "head")
     if head is not None:
-        return head.apply({"params": p["head"]}, x, rngs={} if key is None else {"rounding": key})
-    path = "/".join(context.prefix)
-    with jax.named_scope(path):
+        return run_module(head, p["head"], x, rngs={} if key is None else {"rounding": key})[0]
+    with jax.named_scope(context.full()):
         return ops.linear(
-            x, p["embed"]["table"], context.policy(()), transposed=True, where=path,
-            gradient_dtype=context.precision.gradient_dtype, recipe=context.recipe(()), key=key,
+            x, p["embed"]["table"], context.policy(), transposed=True, where=context.full(),
+            gradient_dtype=context.precision.gradient_dtype, recipe=context.recipe(), key=key,
         )  # fmt: skip

@@ -1,12 +1,12 @@
-"""What a checkpoint says beside its shape and weights, kept so that an export says it again."""
+"""What a checkpoint holds beside its shape and weights, for an export to write again."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from mpjax.json_text import parse_json
+from mpjax.typing import Json
 
 GENERATION = "generation_config.json"
 
@@ -26,7 +26,7 @@ class Metadata:
       (2, 5)
     """
 
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     files: Mapping[str, bytes | str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -35,7 +35,7 @@ class Metadata:
 
         As in transformers, generation_config.json comes before config.json.
         """
-        settings: Mapping[str, Any] = self.config
+        settings = self.config
         if GENERATION in self.files:
             settings = parse_json(self.files[GENERATION], GENERATION)
         found = settings.get("eos_token_id")

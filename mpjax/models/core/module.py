@@ -1,10 +1,10 @@
-"""What a module is told about where it stands: its Precision, path and sharding."""
+"""The base of all modules, and its context: Precision, path and sharding."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,17 @@ import jmp
 from flax import linen as nn
 
 from mpjax import ops
-from mpjax.formats import quantize
+from mpjax.formats import Quantized, quantize
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.precision import Precision, Recipe, dtype_name, is_fp8
+from mpjax.typing import Array, Axes, DTypeLike, Key, Params, PyTree, Shape, Shard
+
+# The arguments of `ops.linear` -> y, or (y, histories) with delayed scaling.
+Product: TypeAlias = Callable[..., Array | tuple[Array, AmaxHistory]]
 
 
-def unsharded(x: Any, axes: tuple[str | None, ...]) -> Any:
-    """Returns x; stands in for a sharding constraint on one device."""
+def unsharded(x: Array, axes: Axes) -> Array:
+    """Returns x: the sharding constraint of a single device."""
     del axes
     return x
 
@@ -31,25 +35,29 @@ class Context:
       precision: the model's Precision.
       prefix: path of the part inside the model, such as ("decoder", "layers", "3").
       shard: constrains an activation to logical axes.
-      sites: collects every path that is asked for and what it is, `module`, `weight` or
-        `product`; None does not.
+      sites: path -> `module`, `weight` or `product`, of each path that is asked for; None
+        records nothing.
     """
 
     precision: Precision
     prefix: tuple[str, ...]
-    shard: Callable[[Any, tuple[str | None, ...]], Any] = unsharded
+    shard: Shard = unsharded
     sites: dict[str, str] | None = dataclasses.field(default=None, compare=False)
 
-    def policy(self, path: tuple[str, ...], weight: bool = False) -> jmp.Policy:
+    def full(self, path: tuple[str, ...] = ()) -> str:
+        """Returns the path of something below this part, from the root of the model."""
+        return "/".join((*self.prefix, *path))
+
+    def policy(self, path: tuple[str, ...] = (), weight: bool = False) -> jmp.Policy:
         """Returns the policy of a module, operation or weight below this part."""
-        full = "/".join((*self.prefix, *path))
+        full = self.full(path)
         if self.sites is not None:
             self.sites.setdefault(full, "weight" if weight else "module")
         return self.precision.policy(full)
 
-    def recipe(self, path: tuple[str, ...]) -> Recipe | None:
+    def recipe(self, path: tuple[str, ...] = ()) -> Recipe | None:
         """Returns the recipe of a matrix product below this part."""
-        full = "/".join((*self.prefix, *path))
+        full = self.full(path)
         if self.sites is not None:
             self.sites[full] = "product"
         return self.precision.recipe(full)
@@ -58,12 +66,12 @@ class Context:
 At = Callable[..., Context]  # path prefix below the root -> context
 
 
-def part_key(key: Any, name: str) -> Any:
+def part_key(key: Key, name: str) -> Key:
     """Returns a key for a named part; it does not depend on which other parts exist."""
     return jax.random.fold_in(key, int.from_bytes(name.encode()[:4], "little") % 2**31)
 
 
-def init_layers(init: Callable[[Any], Any], key: Any, layers: int) -> Any:
+def init_layers(init: Callable[[Key], Params], key: Key, layers: int) -> Params:
     """Returns the parameters of equal layers along a leading axis.
 
     Args:
@@ -76,10 +84,10 @@ def init_layers(init: Callable[[Any], Any], key: Any, layers: int) -> Any:
     return jax.vmap(init)(keys)
 
 
-def stored(params: Any, precision: Precision) -> Any:
+def stored(params: Params, precision: Precision) -> Params:
     """Returns drawn weights as stored: those of an fp8 rule as Quantized, a scale for each row."""
 
-    def leaf(path: Any, w: Any) -> Any:
+    def leaf(path: jax.tree_util.KeyPath, w: Array) -> Array | Quantized:
         parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         if parts[1] == "layers":
             parts.insert(2, "0")  # all layers are stored alike
@@ -87,6 +95,16 @@ def stored(params: Any, precision: Precision) -> Any:
         return quantize(w, dtype_name(dtype), "row", scale_rounding="up") if is_fp8(dtype) else w
 
     return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def run_module(
+    module: nn.Module, p: Params, *args: object, history: PyTree = None,
+    rngs: dict[str, Key] | None = None,
+) -> tuple[PyTree, PyTree]:  # fmt: skip
+    """Returns a module's output and its new amax histories; {} if it has none."""
+    variables = {"params": p} | ({"amax": history} if history else {})
+    out, updated = module.apply(variables, *args, rngs=rngs, mutable=["amax"])
+    return out, updated.get("amax", {})
 
 
 class Layer(nn.Module):
@@ -98,40 +116,50 @@ class Layer(nn.Module):
         """Returns the policy of this module, or of an operation inside it."""
         return self.context.policy((*self.path, *operation))
 
-    def weight(self, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]):
-        """Declares a weight: drawn in float32, so that Precisions pair, then stored by its rule.
+    def weight(
+        self, name: str, init: jax.nn.initializers.Initializer, shape: Shape, axes: Axes
+    ) -> Array:
+        """Declares a weight: drawn in float32, alike under all Precisions, then cast by its rule.
 
-        One stored in fp8 stays float32 here, where it is the view of what `Model.init` stores.
+        A weight of an fp8 rule stays float32 here; `stored` quantises it.
         """
         dtype = self.context.policy((*self.path, name), weight=True).param_dtype
 
-        def draw(key: Any) -> Any:
+        def draw(key: Key) -> Array:
             return init(key, shape, jnp.float32).astype(jnp.float32 if is_fp8(dtype) else dtype)
 
-        return self.param(name, nn.with_partitioning(draw, axes))
+        return cast(Array, self.param(name, nn.with_partitioning(draw, axes)))  # it is unboxed
 
-    def multiply(self, x: Any, kernel: Any, product: Any = ops.linear) -> Any:
+    def multiply(self, x: Array, kernel: Array, product: Product = ops.linear) -> Array:
         """Returns x W under this module's policy and recipe; delayed scaling threads its state.
 
         Args:
           product: `ops.linear`, or what takes its arguments, such as `ops.convolution`.
         """
-        recipe = self.context.recipe(self.path)
-        if recipe is None or self.is_initializing():
-            return product(x, kernel, self.policy(), gradient_dtype=self.gradient_dtype)
-        key = self.make_rng("rounding") if self.has_rng("rounding") else None
-        amax = None
-        if recipe.history and self.has_variable("amax", "kernel"):
-            amax = AmaxHistory(*self.get_variable("amax", "kernel"))
-        where = "/".join((*self.context.prefix, *self.path))
-        out = product(x, kernel, self.policy(), recipe=recipe, key=key, amax=amax, where=where)
-        if amax is None:
-            return out
-        y, amax = out
-        self.put_variable("amax", "kernel", amax)
-        return y
+        recipe, key, amax = quantization(self)
+        out = product(
+            x, kernel, self.policy(), gradient_dtype=self.gradient_dtype, recipe=recipe, key=key,
+            amax=amax, where=self.context.full(self.path),
+        )  # fmt: skip
+        if isinstance(out, tuple):
+            out, amax = out
+            self.put_variable("amax", "kernel", amax)
+        return out
 
     @property
-    def gradient_dtype(self) -> Any:
+    def gradient_dtype(self) -> DTypeLike:
         """In which dtype weight gradients are summed."""
         return self.context.precision.gradient_dtype
+
+
+# A function: a method of a Linen module would add its name to the names of operations.
+def quantization(layer: Layer) -> tuple[Recipe | None, Key | None, AmaxHistory | None]:
+    """Returns the recipe, the random key and the amax histories of a layer's product."""
+    recipe = layer.context.recipe(layer.path)
+    if recipe is None or layer.is_initializing():
+        return None, None, None
+    key = layer.make_rng("rounding") if layer.has_rng("rounding") else None
+    amax = None
+    if recipe.history and layer.has_variable("amax", "kernel"):
+        amax = AmaxHistory(*layer.get_variable("amax", "kernel"))
+    return recipe, key, amax

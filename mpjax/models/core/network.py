@@ -1,29 +1,36 @@
-"""What a model of parts is: a Precision, the paths that take it, one parameter tree, its state."""
+"""The base of all models: a Precision, the paths that take it, one parameter tree, a state."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
+from mpjax import ops
 from mpjax.errors import ConfigError
+from mpjax.formats import weight_view
 from mpjax.formats.delayed import AmaxHistory
+from mpjax.models.core.checks import Ids, language_inputs, targets_of
+from mpjax.models.core.layers import Linear, head_logits
 from mpjax.models.core.metadata import NONE, Metadata
-from mpjax.models.core.module import At, Context, stored, unsharded
+from mpjax.models.core.module import At, Context, part_key, stored, unsharded
+from mpjax.models.core.sizes import ModelConfig
 from mpjax.precision import Precision, Recipe, dtype_name, get_precision
+from mpjax.typing import Array, ArrayLike, Axes, Batch, Key, ModelState, Params, PyTree, Shard
 
 
 class _Outline(NamedTuple):
     """What takes a policy (path -> kind), and the logical axes of each parameter."""
 
     sites: dict[str, str]
-    axes: Any
+    axes: PyTree
 
 
-_OUTLINES: dict[tuple[type, Any], _Outline] = {}
+_OUTLINES: dict[tuple[type, ModelConfig], _Outline] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,48 +41,39 @@ class Network:
       config: shape.
       precision: the Precision that it carries.
       shard: constrains activations to logical axes; `sharded` sets it.
-      metadata: what the checkpoint that it was loaded from says beside shape and weights.
+      metadata: of the checkpoint that it was loaded from.
     """
 
-    config: Any
+    config: ModelConfig
     precision: Precision
-    shard: Any = unsharded
-    # Of no effect on any program, so models that differ in it alone share one.
+    shard: Shard = unsharded
+    # It affects no program, so models that differ in it alone share their programs.
     metadata: Metadata = dataclasses.field(default=NONE, compare=False, repr=False)
 
-    root: ClassVar[str]  # first part of every path; empty where parts have several
+    root: ClassVar[str]  # first part of every path; empty if paths begin differently
     stateless_product: ClassVar[str] = ""  # path of a product that cannot thread an amax history
 
-    def init_with_axes(self, at: At, key: Any) -> Any:
+    def init_with_axes(self, at: At, key: Key) -> Params:
         """Returns drawn parameters boxed with their logical axes; equal layers are stacked."""
         raise NotImplementedError
 
     @property
     def layer_counts(self) -> dict[str, int]:
         """Root -> how many layers are stacked below `ROOT/layers`."""
-        return {self.root: 0}
+        return {self.root: getattr(self.config, "layers", 0)}
 
     @property
     def extra_sites(self) -> dict[str, str]:
-        """Path -> kind of what takes a policy and is not seen while parameters are drawn."""
-        return {f"{self.root}/loss": "module"}
+        """Path -> kind of what takes a policy and draws no parameters, such as a tied head."""
+        head = {self.stateless_product: "product"} if self.stateless_product else {}
+        return head | {f"{self.root}/loss": "module"}
 
     def __post_init__(self) -> None:
         self.precision.check(self.paths, self._of("weight"), self._of("product"))
-        self._check_storage()
-        recipe = self.recipes.get(self.stateless_product)
-        if recipe is not None and recipe.history:
-            raise ConfigError(
-                f"{self.stateless_product}: recipe {recipe.name!r} keeps an amax history, which a"
-                " loss taken in chunks cannot thread; take a recipe without history for it, such as"
-                " fp8"
-            )
-
-    def _check_storage(self) -> None:
         for path in self._of("weight"):
-            parts = path.split("/")
-            if parts[1] == "layers":
-                first = "/".join([*parts[:2], "0", *parts[3:]])
+            root, *rest = path.split("/")
+            if rest[0] == "layers":
+                first = "/".join([root, "layers", "0", *rest[2:]])
                 own, other = (self.precision.policy(p).param_dtype for p in (path, first))
                 if own != other:
                     raise ConfigError(
@@ -83,6 +81,13 @@ class Network:
                         " layers are stacked in one array, so give all the same p=, and vary only"
                         " c= and o="
                     )
+        recipe = self.recipes.get(self.stateless_product)
+        if recipe is not None and recipe.history:
+            raise ConfigError(
+                f"{self.stateless_product}: recipe {recipe.name!r} keeps an amax history, which a"
+                " loss taken in chunks cannot thread; take a recipe without history for it, such as"
+                " fp8"
+            )
 
     def at(self, *prefix: str) -> Context:
         """Returns the context of a part."""
@@ -92,19 +97,19 @@ class Network:
     def _prefix(self) -> tuple[str, ...]:
         return (self.root,) if self.root else ()
 
-    def sharded(self, shard: Any) -> Any:
+    def sharded(self, shard: Shard) -> Self:
         """Returns the model with its activations constrained by `shard(x, logical_axes)`."""
         return dataclasses.replace(self, shard=shard)
 
     @property
     def _outline(self) -> _Outline:
-        """Traced once for each configuration: every model of one has it, whatever its Precision."""
+        """The same for every Precision, so it is traced once for each configuration."""
         own = (type(self), self.config)
         if own not in _OUTLINES:
-            _OUTLINES[own] = self._drawn()
+            _OUTLINES[own] = self._traced()
         return _OUTLINES[own]
 
-    def _drawn(self) -> _Outline:
+    def _traced(self) -> _Outline:
         sites: dict[str, str] = {}
         covers_all = get_precision("fp32")
 
@@ -114,24 +119,18 @@ class Network:
         boxed = jax.eval_shape(lambda: self.init_with_axes(at, jax.random.key(0)))
         sites |= self.extra_sites
 
-        def names(path: Any, box: Any) -> tuple[str | None, ...]:
-            stacked = path[1].key == "layers"
-            return ("layers", *box.names) if stacked else tuple(box.names)
+        def names(path: tuple[jax.tree_util.DictKey, ...], box: nn.Partitioned) -> Axes:
+            return ("layers",) * (path[1].key == "layers") + tuple(box.names)
 
         is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
         axes = jax.tree_util.tree_map_with_path(names, boxed, is_leaf=is_box)
-
-        def layers(path: str) -> list[str]:
+        every: dict[str, str] = {}
+        for path, kind in sites.items():
             root, *rest = path.split("/")
-            if rest[:2] != ["layers", "0"]:
-                return [path]
-            return [
-                "/".join([root, "layers", str(i), *rest[2:]])
-                for i in range(self.layer_counts[root])
-            ]
-
-        each_layer = {each: kind for path, kind in sites.items() for each in layers(path)}
-        return _Outline(each_layer, axes)
+            stacked = rest[:2] == ["layers", "0"]
+            for i in range(self.layer_counts[root] if stacked else 1):
+                every["/".join([root, "layers", str(i), *rest[2:]]) if stacked else path] = kind
+        return _Outline(every, axes)
 
     def _of(self, kind: str) -> list[str]:
         return [path for path, found in self._outline.sites.items() if found == kind]
@@ -144,29 +143,36 @@ class Network:
     @functools.cached_property
     def recipes(self) -> dict[str, Recipe]:
         """Path of a product -> its recipe."""
-        found = {path: self.precision.recipe(path) for path in self._of("product")}
-        return {path: recipe for path, recipe in found.items() if recipe is not None}
+        found = ((path, self.precision.recipe(path)) for path in self._of("product"))
+        return {path: recipe for path, recipe in found if recipe is not None}
 
     @property
     def rounds(self) -> bool:
         """Whether a recipe draws random numbers."""
         return any(recipe.uses_key for recipe in self.recipes.values())
 
+    def rngs(self, key: Key | None, dropping: bool) -> dict[str, Key]:
+        """Returns the keys that a part draws from, of its dropout and its recipes."""
+        if key is None:
+            return {}
+        rounding = {"rounding": part_key(key, "rounding")} if self.rounds else {}
+        return ({"dropout": key} if dropping else {}) | rounding
+
     @property
-    def axes(self) -> Any:
+    def axes(self) -> PyTree:
         """Logical axes of each parameter, a tree of tuples."""
         return self._outline.axes
 
-    def init(self, key: Any) -> Any:
+    def init(self, key: Key) -> Params:
         """Returns new parameters; equal keys give equal float32 draws under every Precision."""
         return _draw(dataclasses.replace(self, shard=unsharded), key)
 
-    def init_state(self) -> Any:
+    def init_state(self) -> ModelState:
         """Returns what training threads through the model: amax histories of delayed scaling.
 
         None where no recipe keeps a history.
         """
-        tree: dict[str, Any] = {}
+        tree: PyTree = {}
         for path, recipe in self.recipes.items():
             if recipe.history:
                 bare = [part for part in path.split("/") if not part.isdigit()]
@@ -178,8 +184,99 @@ class Network:
         return {"amax": tree} if tree else None
 
 
-# One program where it is called by itself, part of the caller's jaxpr where it is traced. The model
-# is what a program is kept for, so it comes without `shard`, which nothing is drawn by.
+@dataclasses.dataclass(frozen=True)
+class NextToken(Network):
+    """A model of the next token: its head, `stateless_product`, and the loss of its logits."""
+
+    config: Any  # what a DecoderConfig and a RecurrentConfig have in common
+
+    def heads(self, at: At) -> dict[str, tuple[nn.Module, tuple[Array, ...]]]:
+        """Returns the head and an example of its input; {} if it is the transposed embedding."""
+        c, axes, name = self.config, ("embed", "vocab"), self.stateless_product
+        if c.tied:
+            return {}
+        head = Linear(at("head"), c.vocabulary, axes, c.head_bias, name=name)
+        return {"head": (head, (jnp.zeros((1, 1, c.width)),))}
+
+    def _context(self, name: str) -> Context:
+        return Context(self.precision, (self.stateless_product.split("/")[0], name), self.shard)
+
+    def _unembed(self, p: Params, x: Array, key: Key | None) -> Array:
+        """Features (..., D) as logits in the output dtype of the head; p holds its weights."""
+        name = "embed" if self.config.tied else "head"
+        head, _ = self.heads(self._context).get("head", (None, ()))
+        return head_logits(head, self._context("head"), weight_view({name: p[name]}), x, key)
+
+    def _logits(self, p: Params, x: Array, key: Key | None) -> Array:
+        """`_unembed`, with the soft cap."""
+        cap, logits = self.config.logit_cap, self._unembed(p, x, key)
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
+    def _loss(self, p: Params, x: Array, batch: Batch, key: Key | None, train: bool) -> Array:
+        """The mean cross-entropy of `targets`, by `weights` if the batch has them."""
+        c, context = self.config, self._context("loss")
+        B, T, _ = x.shape
+        targets = targets_of(batch, (B, T), context.prefix[0])
+        return ops.cross_entropy(
+            x, targets, lambda x: self._unembed(p, x, key), context.policy(),
+            chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
+            z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of the evaluation
+            logit_cap=c.logit_cap, weights_BT=batch.get("weights"),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(NextToken):
+    """A model that continues a text: a decoder or a recurrent network."""
+
+    def _head_params(self, params: Params) -> Params:
+        return params[self.root]
+
+    def features(
+        self, params: Params, ids_BT: Ids, *, keep: ArrayLike | None = None,
+        state: ModelState = None, key: Key | None = None, train: bool = False,
+    ) -> tuple[Array, ModelState]:  # fmt: skip
+        """Returns the inputs of the head (B, T, D) and the new state, as `apply`."""
+        raise NotImplementedError
+
+    def apply(
+        self, params: Params, ids_BT: Ids, *, keep: ArrayLike | None = None,
+        state: ModelState = None, key: Key | None = None, train: bool = False,
+    ) -> tuple[Array, ModelState]:  # fmt: skip
+        """Returns the logits (B, T, V) and the new state.
+
+        Args:
+          params: from `init`.
+          ids_BT: token ids.
+          keep: (B, T) bool, False where there is padding, on either side; None is all True.
+            Logits at padding mean nothing.
+          state: a cache from `init_cache` or an earlier call, amax histories from `init_state`, or
+            None.
+          key: of dropout and of recipes that draw, needed only for training.
+          train: whether dropout is on.
+        """
+        x, state = self.features(params, ids_BT, keep=keep, state=state, key=key, train=train)
+        return self._logits(self._head_params(params), x, key), state
+
+    def loss(
+        self, params: Params, batch: Batch, *, state: ModelState = None, key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Array, ModelState]:  # fmt: skip
+        """Returns the mean next-token cross-entropy and the state.
+
+        Args:
+          batch: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there
+            is padding, which may be called `attention_mask`, and `weights` (B, T) of the tokens in
+            the mean, if they are not all alike.
+        """
+        ids, keep = language_inputs(batch, self.root)
+        targets_of(batch, ids.shape, self.root)  # before the forward pass
+        x, state = self.features(params, ids, keep=keep, state=state, key=key, train=train)
+        return self._loss(self._head_params(params), x, batch, key, train), state
+
+
+# One program when called outside of a trace, inlined in one. `shard` has no effect on the draws, so
+# `init` leaves it out of the static argument.
 @functools.partial(jax.jit, static_argnums=0, inline=True)
-def _draw(model: Network, key: Any) -> Any:
+def _draw(model: Network, key: Key) -> Params:
     return stored(nn.unbox(model.init_with_axes(model.at, key)), model.precision)

@@ -1,38 +1,70 @@
-"""Configurations by the name of a size, with some fields changed."""
+"""Configurations of models: ranges of fields, and named sizes with some fields changed."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import ClassVar, TypeAlias, TypeVar
 
 from mpjax.errors import ConfigError
+from mpjax.typing import Settings
 
-C = TypeVar("C")
+C = TypeVar("C", bound="ModelConfig")
+FieldValue: TypeAlias = float | str | Sequence[str] | Sequence[int]
+
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "COUNTS": (lambda n: not n < 1, "be at least 1; raise it"),
+    "OPTIONAL": (lambda x: 0 <= x < math.inf, "not be negative; give a finite number, 0 is off"),
+    "POSITIVE": (lambda x: 0 < x < math.inf, "be positive; give a finite number"),
+    "RATES": (lambda x: 0 <= x < 1, "be in [0, 1); lower it"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a model; each kind names its fields by the range that they must be in.
+
+    Raises:
+      ConfigError: a value outside its range or choices.
+    """
+
+    COUNTS: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
+    POSITIVE: ClassVar[tuple[str, ...]] = ()
+    RATES: ClassVar[tuple[str, ...]] = ()
+    CHOICES: ClassVar[Mapping[str, Collection[str]]] = {}
+
+    def __post_init__(self) -> None:
+        for group, (holds, wanted) in _RANGES.items():
+            for name in getattr(self, group):
+                if not holds(value := getattr(self, name)):
+                    raise ConfigError(f"model: {name}={value} must {wanted}")
+        for name, choices in self.CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"model: {name}={value!r} is unknown; known: {' '.join(choices)}")
+
+
+def _unknown(what: str, name: object, known: Collection[str]) -> ConfigError:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return ConfigError(f"model: unknown {what} {name!r}; {hint}known: {' '.join(known)}")
 
 
 def named_config(
-    kind: type[C], sizes: Mapping[str, Mapping[str, Any]], size: str | C, changes: dict[str, Any]
+    kind: type[C], sizes: Mapping[str, Settings], size: str | C, changes: Mapping[str, FieldValue]
 ) -> C:
     """Returns the configuration of a named size, or a given one, with some fields changed.
 
     Raises:
       ConfigError: unknown size or field.
     """
-    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if isinstance(size, kind):
-        base: Mapping[str, Any] = {name: getattr(size, name) for name in fields}
-    elif isinstance(size, str) and size in sizes:
-        base = sizes[size]
-    else:
-        near = difflib.get_close_matches(str(size), sizes, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"model: unknown size {size!r}; {hint}known: {' '.join(sizes)}")
-    if unknown := sorted(set(changes) - fields):
-        near = difflib.get_close_matches(unknown[0], fields, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"model: unknown field {unknown[0]!r}; {hint}known: {' '.join(sorted(fields))}"
-        )
-    return kind(**{**base, **changes})
+    fields = sorted(field.name for field in dataclasses.fields(kind))
+    if isinstance(size, str) and size in sizes:
+        size = kind(**sizes[size])
+    if not isinstance(size, kind):
+        raise _unknown("size", size, sizes)
+    if unknown := sorted(set(changes) - set(fields)):
+        raise _unknown("field", unknown[0], fields)
+    return kind(**{name: getattr(size, name) for name in fields} | dict(changes))

@@ -1,18 +1,18 @@
-"""How an array is stored for inference: a dtype, or a Format and who shares its scales."""
+"""The storage of an array for inference: a dtype, or a Format and the groups of its scales."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
 
 from mpjax.errors import ConfigError, brief
-from mpjax.formats import Format, Scaling, check_offset, check_scaling, quantize
+from mpjax.formats import Format, Quantized, Scaling, check_offset, check_scaling, quantize
+from mpjax.typing import Array, DTypeLike, PyTree
 
-_DTYPES = {"f32": "float32", "fp32": "float32", "bf16": "bfloat16", "f16": "float16"}
-_DTYPES |= {"fp16": "float16"} | {name: name for name in ("float32", "bfloat16", "float16")}
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_DTYPES = {"fp32": "float32", "fp16": "float16"} | dict(zip(_SHORT.values(), _SHORT, strict=True))
 _HELP = (
     "write a dtype (f32 bf16 f16) or FORMAT@SCALING with FORMAT int8, int4, e4m3 or another and"
     " SCALING row (one scale a channel), a number such as 32 (one for each 32 numbers), tensor,"
@@ -27,7 +27,7 @@ class Storage:
 
     Args:
       format: of the values.
-      scaling: who shares a scale; None stores the values as they are, in the format's dtype.
+      scaling: which values share a scale; None stores the values themselves in the format's dtype.
       offset: whether they share an offset too.
 
     Example:
@@ -40,7 +40,7 @@ class Storage:
     offset: bool = False
 
     @classmethod
-    def parse(cls, value: Any, where: str = "storage") -> Storage:
+    def parse(cls, value: str | DTypeLike | Storage, where: str = "storage") -> Storage:
         """Reads a dtype, `FORMAT@SCALING` or `FORMAT@SCALING+offset`; a FORMAT alone has rows.
 
         Args:
@@ -54,13 +54,16 @@ class Storage:
         if isinstance(value, Storage):
             return value
         if not isinstance(value, str):
-            value = _dtype_name(value, where)
+            try:  # numpy takes None and more for a dtype
+                value = np.dtype(value if isinstance(value, np.dtype | type) else "").name
+            except TypeError:
+                raise ConfigError(f"{where}: {brief(value)}; {_HELP}") from None
         offset = value.endswith(_OFFSET)
         name, at, scaling = value.removesuffix(_OFFSET).partition("@")
-        if name in _DTYPES:
+        if (dtype := _DTYPES.get(name, name)) in _SHORT:
             if at or offset:
                 raise ConfigError(f"{where}: {value!r} scales a dtype; write {name}")
-            return cls(Format(_DTYPES[name]), None)
+            return cls(Format(dtype), None)
         if not name or (at and not scaling):
             raise ConfigError(f"{where}: {value!r} is incomplete; {_HELP}")
         try:
@@ -77,12 +80,12 @@ class Storage:
 
     def __str__(self) -> str:
         if self.scaling is None:
-            return {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[self.format.name]
+            return _SHORT[self.format.name]
         s = self.scaling
         plain = s.kind == "block" and s.rows == 1
         return f"{self.format.name}@{s.columns if plain else s}{_OFFSET if self.offset else ''}"
 
-    def store(self, x: Any, axis: int | tuple[int, ...] = -1) -> Any:
+    def store(self, x: Array, axis: int | tuple[int, ...] = -1) -> Array | Quantized:
         """Returns an array as it is stored: an array of the dtype, or a Quantized.
 
         Args:
@@ -93,22 +96,12 @@ class Storage:
             return x.astype(self.format.dtype)  # what was asked for
         return quantize(x, self.format, self.scaling, axis=axis, offset=self.offset)
 
-    def shaped(self, x: Any, axis: int | tuple[int, ...] = -1) -> Any:
+    def shaped(self, x: Array | jax.ShapeDtypeStruct, axis: int | tuple[int, ...] = -1) -> PyTree:
         """Returns shapes and dtypes of `store(x)`."""
         return jax.eval_shape(lambda x: self.store(x, axis), x)
 
 
-def _dtype_name(value: Any, where: str) -> str:
-    """The name of a dtype, such as jnp.bfloat16, which is a class, or an instance."""
-    if isinstance(value, np.dtype | type):
-        try:
-            return np.dtype(value).name
-        except TypeError:
-            pass
-    raise ConfigError(f"{where}: {brief(value)}; {_HELP}")
-
-
-def stored_bytes(tree: Any) -> int:
+def stored_bytes(tree: PyTree) -> int:
     """Returns the bytes of a tree as a program holds it: int4 two to a byte, scales included.
 
     Example:
@@ -117,8 +110,8 @@ def stored_bytes(tree: Any) -> int:
       (512, 80)
     """
 
-    def leaf(a: Any) -> int:
-        # a JAX array tells four bits as one byte, and a compiled program holds two in one
+    def leaf(a: Array) -> int:
+        # `nbytes` counts a byte for each int4; a compiled program holds two in a byte.
         small = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "float4_e2m1fn": 4}
         bits = small.get(np.dtype(a.dtype).name, 8 * np.dtype(a.dtype).itemsize)
         return -(-a.size * bits // 8)

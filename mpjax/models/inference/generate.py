@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,55 +15,71 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from mpjax.models.inference.beam import Beams, check_beams, is_end, search
-from mpjax.models.inference.prompt import Start, check_prompt, check_state, prefill
+from mpjax.models.inference.prompt import Continuable, Start, check_prompt, prefill
 from mpjax.models.inference.sampling import Sampling
-from mpjax.models.inference.settings import CacheStorage, Count, Ends, Number, as_ends
+from mpjax.models.inference.settings import CacheStorage, Count, Ends, KeyLike, Lengths, Number
+from mpjax.typing import Key, ModelState, Params
 
-Ids = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+Ids: TypeAlias = Int[Array, "B T"] | Int[np.ndarray, "B T"]
+# Tokens so far, the last ones, which rows have ended, the model's state, all tokens.
+Carry: TypeAlias = tuple[Array, Array, Array, ModelState, Array]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "start", "sampling", "end"))
+class _Checked(NamedTuple):
+    """The arguments of `generate` and `stream`, checked: arrays, and static settings."""
+
+    prompt_BT: Array
+    key: Key
+    state: ModelState
+    start: Start
+    sampling: Sampling
+    lengths_B: Array | None
+
+
+def _checked(
+    model: Continuable, params: Params, prompt: Ids, new: Count, key: KeyLike,
+    temperature: Number, top_k: Count | None, top_p: Number | None, lengths: Lengths,
+    cache: CacheStorage, end: Ends = None, state: ModelState = None,
+) -> _Checked:  # fmt: skip
+    sampling = Sampling(temperature, top_k, top_p)
+    sampling.check(model.config.vocabulary)
+    checked = check_prompt(model, params, prompt, lengths, new, cache, end, state)
+    start, prompt_BT, lengths_B, state = checked
+    return _Checked(prompt_BT, sampling.need(key), state, start, sampling, lengths_B)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "start", "sampling"))
 def _generate(
-    model: Any, params: Any, prompt_BT: Any, key: Any, state: Any, start: Start,
-    sampling: Sampling, end: tuple[int, ...], lengths_B: Any,
-) -> Any:  # fmt: skip
+    model: Continuable, params: Params, prompt_BT: Array, key: Key, state: ModelState,
+    start: Start, sampling: Sampling, lengths_B: Array | None,
+) -> Array:  # fmt: skip
     last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
-    keys = jax.random.split(key, start.new)
+    keys, ends = jax.random.split(key, start.new), start.ends
     token_B = sampling.pick(last_BV, keys[0])
     out_BN = jnp.zeros((prompt_BT.shape[0], start.new), jnp.int32).at[:, 0].set(token_B)
 
-    def goes_on(carry: Any) -> Any:
+    def goes_on(carry: Carry) -> Array:
         n, _, done_B, _, _ = carry
         return (n < start.new) & ~jnp.all(done_B)
 
-    def body(carry: Any) -> Any:
+    def body(carry: Carry) -> Carry:
         n, token_B, done_B, state, out_BN = carry
         logits, state = model.apply(params, token_B[:, None], state=state)
         picked_B = sampling.pick(logits[:, -1], keys[n])
-        token_B = jnp.where(done_B, token_B, picked_B) if end else picked_B
-        done_B = done_B | is_end(token_B, end)
+        token_B = jnp.where(done_B, token_B, picked_B) if ends else picked_B
+        done_B = done_B | is_end(token_B, ends)
         return n + 1, token_B, done_B, state, out_BN.at[:, n].set(token_B)
 
-    carry = (jnp.int32(1), token_B, is_end(token_B, end), state, out_BN)
+    carry = (jnp.int32(1), token_B, is_end(token_B, ends), state, out_BN)
     n, token_B, _, _, out_BN = jax.lax.while_loop(goes_on, body, carry)
     return jnp.where(jnp.arange(start.new)[None] < n, out_BN, token_B[:, None])
 
 
 def generate(
-    model: Any,
-    params: Any,
-    prompt: Ids,
-    *,
-    new: Count,
-    key: Any = None,
-    temperature: Number = 1.0,
-    top_k: Count | None = 0,
-    top_p: Number | None = 1.0,
-    end: Ends = None,
-    lengths: Any = None,
-    cache: CacheStorage = "",
-    state: Any = None,
-) -> Int[Array, "B N"]:
+    model: Continuable, params: Params, prompt: Ids, *, new: Count, key: KeyLike = None,
+    temperature: Number = 1.0, top_k: Count | None = 0, top_p: Number | None = 1.0,
+    end: Ends = None, lengths: Lengths = None, cache: CacheStorage = "", state: ModelState = None,
+) -> Int[Array, "B N"]:  # fmt: skip
     """Continues prompts.
 
     Args:
@@ -98,19 +114,17 @@ def generate(
       >>> generate(model, params, jnp.zeros((1, 2), jnp.int32), new=3, temperature=0.0).shape
       (1, 3)
     """
-    sampling = Sampling(temperature, top_k, top_p)
-    sampling.check(model.config.vocabulary)
-    start, lengths = check_prompt(model, params, prompt, lengths, new, cache)
-    ends = as_ends(end, model.config.vocabulary)
-    key, state = sampling.need(key), check_state(model, state)
-    return _generate(model, params, jnp.asarray(prompt), key, state, start, sampling, ends, lengths)
+    checked = _checked(
+        model, params, prompt, new, key, temperature, top_k, top_p, lengths, cache, end, state
+    )
+    return _generate(model, params, *checked)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "start", "sampling"))
 def _first(
-    model: Any, params: Any, prompt_BT: Any, key: Any, state: Any, start: Start,
-    sampling: Sampling, lengths_B: Any,
-) -> Any:  # fmt: skip
+    model: Continuable, params: Params, prompt_BT: Array, key: Key, state: ModelState,
+    start: Start, sampling: Sampling, lengths_B: Array | None,
+) -> tuple[Array, ModelState]:  # fmt: skip
     last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
     return sampling.pick(last_BV, key), state
 
@@ -119,25 +133,18 @@ def _first(
     jax.jit, static_argnames=("model", "sampling"), donate_argnames=("token_B", "state")
 )
 def _next(
-    model: Any, params: Any, token_B: Any, key: Any, state: Any, sampling: Sampling
-) -> Any:  # fmt: skip
+    model: Continuable, params: Params, token_B: Array, key: Key, state: ModelState,
+    sampling: Sampling,
+) -> tuple[Array, ModelState]:  # fmt: skip
     logits, state = model.apply(params, token_B[:, None], state=state)
     return sampling.pick(logits[:, -1], key), state
 
 
 def stream(
-    model: Any,
-    params: Any,
-    prompt: Ids,
-    *,
-    new: Count,
-    key: Any = None,
-    temperature: Number = 1.0,
-    top_k: Count | None = 0,
-    top_p: Number | None = 1.0,
-    lengths: Any = None,
-    cache: CacheStorage = "",
-) -> Iterator[Int[Array, " B"]]:
+    model: Continuable, params: Params, prompt: Ids, *, new: Count, key: KeyLike = None,
+    temperature: Number = 1.0, top_k: Count | None = 0, top_p: Number | None = 1.0,
+    lengths: Lengths = None, cache: CacheStorage = "",
+) -> Iterator[Int[Array, " B"]]:  # fmt: skip
     """Yields the tokens that `generate` returns, one for each row at a time.
 
     Args:
@@ -161,50 +168,36 @@ def stream(
       ...     model, params, prompt, new=3, temperature=0.0)[0].tolist()
       True
     """
-    sampling = Sampling(temperature, top_k, top_p)
-    sampling.check(model.config.vocabulary)
-    start, lengths = check_prompt(model, params, prompt, lengths, new, cache)
-    new = start.new
-    keys = jax.random.split(sampling.need(key), new)
-    state = model.init_state()
-    token_B, state = _first(
-        model, params, jnp.asarray(prompt), keys[0], state, start, sampling, lengths
-    )
-    # the next token is under way while the caller shows this one
-    for n in range(1, new):
-        shown = jnp.copy(token_B)  # the original's buffer is donated
-        token_B, state = _next(model, params, token_B, keys[n], state, sampling)
+    checked = _checked(model, params, prompt, new, key, temperature, top_k, top_p, lengths, cache)
+    keys = jax.random.split(checked.key, checked.start.new)
+    token_B, state = _first(model, params, *checked._replace(key=keys[0]))
+    # The next token is computed while the caller shows this one.
+    for n in range(1, len(keys)):
+        shown = jnp.copy(token_B)  # the buffer of token_B is donated
+        token_B, state = _next(model, params, token_B, keys[n], state, checked.sampling)
         yield shown
     yield token_B
 
 
-@functools.partial(jax.jit, static_argnames=("model", "start", "beams", "end", "penalty"))
+@functools.partial(jax.jit, static_argnames=("model", "start", "beams", "penalty"))
 def _beam_search(
-    model: Any, params: Any, prompt_BT: Any, start: Start, beams: int, end: tuple[int, ...],
-    penalty: float, lengths_B: Any, state: Any,
+    model: Continuable, params: Params, prompt_BT: Array, start: Start, beams: int,
+    penalty: float, lengths_B: Array | None, state: ModelState,
 ) -> Beams:  # fmt: skip
     last_BV, state = prefill(model, params, prompt_BT, lengths_B, start, state)
 
-    def step(token_R1: Any, state: Any) -> Any:
+    def step(token_R1: Array, state: ModelState) -> tuple[Array, ModelState]:
         logits, state = model.apply(params, token_R1, state=state)
         return logits[:, -1], state
 
-    return search(step, last_BV, state, beams=beams, new=start.new, end=end, penalty=penalty)
+    return search(step, last_BV, state, beams=beams, new=start.new, end=start.ends, penalty=penalty)
 
 
 def beam_search(
-    model: Any,
-    params: Any,
-    prompt: Ids,
-    *,
-    new: Count,
-    beams: Count = 4,
-    length_penalty: Number = 1.0,
-    end: Ends = None,
-    lengths: Any = None,
-    cache: CacheStorage = "",
-    state: Any = None,
-) -> Beams:
+    model: Continuable, params: Params, prompt: Ids, *, new: Count, beams: Count = 4,
+    length_penalty: Number = 1.0, end: Ends = None, lengths: Lengths = None,
+    cache: CacheStorage = "", state: ModelState = None,
+) -> Beams:  # fmt: skip
     r"""Returns the best continuations that beam search finds, best first.
 
     A continuation $y$ of n tokens, its end among them, has score $\log p(y) / n^\alpha$.
@@ -241,9 +234,7 @@ def beam_search(
     References:
       Wu et al. 2016, Google's Neural Machine Translation System, section 7 (length normalisation).
     """
-    beams, penalty = check_beams(beams, length_penalty)
-    start, lengths = check_prompt(model, params, prompt, lengths, new, cache)
-    ends, state = as_ends(end, model.config.vocabulary), check_state(model, state)
-    return _beam_search(
-        model, params, jnp.asarray(prompt), start, beams, ends, penalty, lengths, state
-    )
+    width, penalty = check_beams(beams, length_penalty)
+    checked = check_prompt(model, params, prompt, lengths, new, cache, end, state)
+    start, prompt_BT, lengths_B, state = checked
+    return _beam_search(model, params, prompt_BT, start, width, penalty, lengths_B, state)

@@ -1,7 +1,7 @@
-"""Rounding that looks at what a weight multiplies: GPTQ, with the inputs of a calibration text.
+"""GPTQ: rounding of weights that minimises the error of their products on a calibration text.
 
-Rounding to nearest makes the error of each weight least. What counts is the error of the product
-$x W$: where inputs go together, later rows of W can make good what an earlier one lost.
+Rounding to nearest minimises the error of each weight. GPTQ minimises that of the product $x W$:
+where inputs are correlated, later rows of W compensate for the error of an earlier one.
 
 Shapes: B batch, T tokens, L layers, D inputs, F outputs, N rows of a block.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,22 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError
 from mpjax.formats import Quantized, round_to
 from mpjax.formats.tiles import per_tile, sum_of
+from mpjax.models.core.checks import check_listed
 from mpjax.models.core.storage import Storage
+from mpjax.models.transformer.decoder import Decoder
+from mpjax.models.transformer.encoder import Encoder
+from mpjax.typing import Array, Batch, Params
 
-DAMPING = 0.01  # share of the mean square that is added to each: few tokens leave gaps
-_ROWS = 64  # so many are rounded before the rows behind them hear of it
-_SHARES = tuple(1 - 0.04 * i for i in range(12))  # of the largest number, where scales may end
+DAMPING = 0.01  # of the mean of the diagonal, added to it: a moment of few tokens is singular
+Moments: TypeAlias = dict[str, Array]  # path of a kernel -> moments of its inputs
+_ROWS = 64  # rounded before the rows after them are updated
+_SHARES = tuple(1 - 0.04 * i for i in range(12))  # scales / (largest number / largest value)
 
 
-def _ids(batch: Any, vocabulary: int) -> np.ndarray:
+def _ids(batch: Batch, vocabulary: int) -> np.ndarray:
     """The token ids (B, T) of a batch."""
     if not isinstance(batch, Mapping) or "inputs" not in batch:
         raise ConfigError(
@@ -59,17 +64,8 @@ def _ids(batch: Any, vocabulary: int) -> np.ndarray:
     return ids_BT.astype(np.int32)
 
 
-def _listed(batches: Any) -> Iterable[Any]:
-    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
-        raise ConfigError(
-            f"input_moments: batches are {brief(batches)}; give a list of dicts, as"
-            " [{'inputs': ids}]"
-        )
-    return batches
-
-
-def input_moments(model: Any, params: Any, batches: Iterable[Any]) -> dict[str, Any]:
-    r"""Returns the second moments of what each kernel is multiplied by, $E[x x^\top]$.
+def input_moments(model: Decoder | Encoder, params: Params, batches: Iterable[Batch]) -> Moments:
+    r"""Returns the second moments of the inputs of each kernel, $E[x x^\top]$.
 
     Args:
       model: a decoder or an encoder.
@@ -98,19 +94,22 @@ def input_moments(model: Any, params: Any, batches: Iterable[Any]) -> dict[str, 
             f"input_moments: {type(model).__name__} is no decoder and no encoder; quantise it"
             " without moments"
         )
-    # nothing can be carried out of the trace of a scan or of a checkpoint
-    config = dataclasses.replace(model.config, loop="unroll", remat="none")
+    # Intermediate values cannot leave the trace of a scan or of a checkpoint.
+    config: Any = dataclasses.replace(model.config, loop="unroll", remat="none")
     unrolled = dataclasses.replace(model, config=config)
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def add(params: Any, ids_BT: Any, total: Any) -> Any:
-        found: dict[str, list[Any]] = {}
+    def add(params: Params, ids_BT: Array, total: Moments | None) -> Moments:
+        found: dict[str, list[Array]] = {}
 
-        def listen(run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        def listen(
+            run: Callable[..., object], args: tuple[Array, ...], kwargs: dict[str, Array],
+            context: nn.module.InterceptorContext,
+        ) -> object:  # fmt: skip
             if context.method_name == "multiply":
                 x_D = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)  # sums of tokens
                 second_DD = jnp.matmul(x_D.T, x_D, precision=lax.Precision.HIGHEST)
-                path = (*context.module.context.prefix, *context.module.path, "kernel")
+                path = context.module.context.full((*context.module.path, "kernel")).split("/")
                 name = "/".join(part for part in path if not part.isdigit())
                 found.setdefault(name, []).append(second_DD)
             return run(*args, **kwargs)
@@ -123,10 +122,11 @@ def input_moments(model: Any, params: Any, batches: Iterable[Any]) -> dict[str, 
         }
         return one if total is None else jax.tree.map(jnp.add, total, one)
 
-    total: Any = None
+    total: Moments | None = None
     tokens = 0
-    for batch in _listed(batches):
-        ids_BT = _ids(batch, model.config.vocabulary)
+    check_listed(batches, "input_moments", "[{'inputs': ids}]")
+    for batch in batches:
+        ids_BT = _ids(batch, config.vocabulary)
         total = add(params, ids_BT, total)
         tokens += ids_BT.size
     if total is None:
@@ -140,36 +140,36 @@ def input_moments(model: Any, params: Any, batches: Iterable[Any]) -> dict[str, 
     return jax.tree.map(lambda moment: moment / tokens, total)
 
 
-def _spread(q: Quantized) -> tuple[Any, Any]:
+def _spread(q: Quantized) -> tuple[Array, Array]:
     """Scale and offset of each number."""
     zero = jnp.zeros(q.shape)
     offsets = zero if q.offsets is None else per_tile(zero, q.offsets, q.tile, jnp.add)
     return per_tile(zero, q.full_scales, q.tile, jnp.add), offsets
 
 
-def _clipped(w_DF: Any, q: Quantized, weight_D: Any) -> Quantized:
-    """The Quantized whose scales lose least, though they may clip the largest numbers."""
+def _clipped(w_DF: Array, q: Quantized, weight_D: Array) -> Quantized:
+    """The Quantized whose scales have the least weighted error; they may clip large numbers."""
     if q.scale_bits != 32:
-        return q  # scales that are rounded themselves
+        return q  # the scales are rounded, too
     shares = jnp.asarray(_SHARES, jnp.float32)
     centre = (q.format.max + q.format.min) / 2 if q.offsets is not None else 0.0
 
-    def narrowed(share: Any) -> tuple[Any, Any]:
+    def narrowed(share: Array) -> tuple[Array, Array | None]:
         offsets = None if q.offsets is None else q.offsets + (1 - share) * centre * q.scales
         return q.scales * share, offsets
 
-    def lost(share: Any) -> Any:
+    def lost(share: Array) -> Array:
         scales, offsets = narrowed(share)
         scale_DF, start_DF = _spread(dataclasses.replace(q, scales=scales, offsets=offsets))
         back_DF = round_to((w_DF - start_DF) / scale_DF, q.format) * scale_DF + start_DF
         return sum_of(jnp.square(w_DF - back_DF) * weight_D[:, None], q.tile)
 
-    best = jnp.argmin(lax.map(lost, shares), axis=0)  # one after the other: each is a whole array
+    best = jnp.argmin(lax.map(lost, shares), axis=0)  # a loop: each needs a whole array
     scales, offsets = narrowed(shares[best])
     return dataclasses.replace(q, scales=scales, offsets=offsets)
 
 
-def _inverse_factor(moment_DD: Any) -> Any:
+def _inverse_factor(moment_DD: Array) -> Array:
     r"""U, upper triangular, with $U^\top U = H^{-1}$ for a damped moment H."""
     one_DD = jnp.eye(len(moment_DD))
     mean = jnp.trace(moment_DD) / len(moment_DD)
@@ -179,18 +179,18 @@ def _inverse_factor(moment_DD: Any) -> Any:
     return jnp.linalg.cholesky((inverse_DD + inverse_DD.T) / 2).T
 
 
-def store_weighed(w: Any, moment_DD: Any, storage: Storage) -> Quantized:
+def store_weighed(w: Array, moment_DD: Array, storage: Storage) -> Quantized:
     r"""Returns a matrix as it is stored, rounded so that its products change least.
 
     $$w_j \leftarrow w_j - (w_i - q_i)\,U_{ij} / U_{ii},\quad j > i,\qquad
       U^\top U = (E[x x^\top] + \lambda)^{-1}$$
 
-    Rows are rounded in the order of the size of their inputs, and what row i loses is taken from
-    the rows j behind it. The scales, fixed before, lose least of $\sum_i E[x_i^2] (w_i - q_i)^2$
-    among those that end at the largest number of a group or, clipping it, down to 0.56 of it; those
-    of mx and nv, which are rounded themselves, stay as they are. $\lambda$ is 0.01 of the mean of
-    $E[x_i^2]$. Zeros stay zeros, unless there are offsets. With one scale for a row, the largest
-    number keeps the largest value, so that quantising once more changes nothing.
+    Rows are rounded in decreasing order of $E[x_i^2]$; rows j after i compensate for its error. The
+    scales are chosen before, to minimise $\sum_i E[x_i^2] (w_i - q_i)^2$ among those whose largest
+    value is 0.56 to 1 of the largest number of a group; the rounded scales of mx and nv stay.
+    $\lambda$ is 0.01 of the mean of $E[x_i^2]$. Zeros stay zeros, unless there are offsets. With
+    one scale for a row, the largest number keeps the largest value, so that quantising again
+    changes nothing.
 
     Args:
       w: (D, F), float32, bfloat16 or float16.
@@ -200,19 +200,21 @@ def store_weighed(w: Any, moment_DD: Any, storage: Storage) -> Quantized:
     References:
       Frantar et al. 2023, GPTQ, algorithm 1; `act_order` and `static_groups` of their code.
     """
-    w_DF = w.astype(jnp.float32)  # what is lost adds up
-    q = _clipped(w_DF, storage.store(w_DF, 0), jnp.diag(moment_DD))
+    w_DF = w.astype(jnp.float32)  # errors are added to it
+    q = storage.store(w_DF, 0)
+    assert isinstance(q, Quantized)
+    q = _clipped(w_DF, q, jnp.diag(moment_DD))
     D, fixed_DF = len(w_DF), _fixed(w_DF, storage)
     order_D, rows = jnp.argsort(-jnp.diag(moment_DD)), jnp.arange(D + -D % _ROWS)
     U = _inverse_factor(moment_DD[order_D][:, order_D])
-    # rows of the last block that are none: they lose nothing and hear nothing
+    # Padding of the last block: its rows have no error and are not updated.
     U = jnp.pad(U, ((0, -D % _ROWS),) * 2) + jnp.diag((rows >= D).astype(jnp.float32))
     w_DF, scale_DF, start_DF, fixed_DF = (
         jnp.pad(a[order_D], ((0, -D % _ROWS), (0, 0)), constant_values=pad)
         for a, pad in zip((w_DF, *_spread(q), fixed_DF), (0, 1, 0, jnp.nan), strict=True)
     )
 
-    def block(w_DF: Any, first: Any) -> tuple[Any, Any]:
+    def block(w_DF: Array, first: Array) -> tuple[Array, Array]:
         part = lambda a: lax.dynamic_slice_in_dim(a, first, _ROWS)  # noqa: E731
         U_ND = part(U)
         U_NN = lax.dynamic_slice_in_dim(U_ND, first, _ROWS, axis=1)
@@ -222,19 +224,19 @@ def store_weighed(w: Any, moment_DD: Any, storage: Storage) -> Quantized:
         return w_DF - jnp.matmul(U_ND.T, lost_NF, precision=lax.Precision.HIGHEST), v_NF
 
     _, v = lax.scan(block, w_DF, jnp.arange(0, len(rows), _ROWS))
-    # a moment that has no such factor must not pass for zeros
+    # Where a moment has no such factor, the result is NaN.
     q = dataclasses.replace(q, scales=jnp.where(jnp.isfinite(U).all(), q.scales, jnp.nan))
     v_DF = jnp.zeros(w.shape).at[order_D].set(v.reshape(-1, w.shape[1])[:D])
     return dataclasses.replace(q, values=v_DF.astype(q.values.dtype), dtype=w.dtype)
 
 
 def _has_ends(storage: Storage) -> bool:
-    """Whether one scale for each output puts its largest number at an end of the format."""
+    """Whether each output has one scale, which makes its largest number the largest value."""
     return storage.scaling is not None and storage.scaling.kind == "row" and not storage.offset
 
 
-def _fixed(w_DF: Any, storage: Storage) -> Any:
-    """What numbers must be stored as whatever their products; NaN where that is free."""
+def _fixed(w_DF: Array, storage: Storage) -> Array:
+    """Values that do not depend on the products; NaN elsewhere."""
     fixed_DF = jnp.full(w_DF.shape, jnp.nan)
     if not storage.offset:
         fixed_DF = jnp.where(w_DF == 0, 0, fixed_DF)
@@ -245,13 +247,13 @@ def _fixed(w_DF: Any, storage: Storage) -> Any:
 
 
 def _round_rows(
-    w_NF: Any, grid: tuple[Any, Any, Any], U_NN: Any, storage: Storage
-) -> tuple[Any, Any]:
-    """Rounds rows one after the other; their values, and what each lost over U's diagonal."""
+    w_NF: Array, grid: tuple[Array, Array, Array], U_NN: Array, storage: Storage
+) -> tuple[Array, Array]:
+    """Rounds row after row; returns the values, and the errors over the diagonal of U."""
     scale_NF, start_NF, fixed_NF = grid
     low = -storage.format.max if _has_ends(storage) else storage.format.min
 
-    def row(i: Any, carry: Any) -> Any:
+    def row(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         w_NF, v_NF, lost_NF = carry
         v_F = round_to((w_NF[i] - start_NF[i]) / scale_NF[i], storage.format)
         v_F = jnp.where(jnp.isnan(fixed_NF[i]), jnp.maximum(v_F, low), fixed_NF[i])

@@ -1,4 +1,4 @@
-"""What low-precision inference costs in quality: perplexity and accuracy, before and after.
+"""The quality of low-precision inference: perplexity and accuracy against the original.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
 from mpjax.models.core.checks import each_batch, language_inputs, targets_of
-from mpjax.models.core.storage import stored_bytes
+from mpjax.models.core.storage import Storage, stored_bytes
 from mpjax.models.inference.quantize_weights import has_scales, quantize_weights
 from mpjax.models.inference.settings import CacheStorage, as_cache
+from mpjax.models.transformer.decoder import Decoder
 from mpjax.precision import get_precision
+from mpjax.typing import Array, Batch, Params, PyTree
 
 
 class Judged(NamedTuple):
@@ -29,7 +31,7 @@ class Judged(NamedTuple):
 
     Args:
       loss: mean cross-entropy of the next token, nats.
-      accuracy: share of next tokens that it holds for the likeliest.
+      accuracy: share of next tokens that have the largest logit.
       tokens: how many it predicted, those that have a weight.
     """
 
@@ -45,24 +47,19 @@ class Judged(NamedTuple):
 
 def exp(x: float) -> float:
     """Returns e^x as floating-point arithmetic has it: inf beyond its range, NaN for NaN."""
-    return math.inf if x > _LARGEST else math.exp(x)
-
-
-_LARGEST = math.log(sys.float_info.max)
+    return math.inf if x > math.log(sys.float_info.max) else math.exp(x)
 
 
 _FIELDS = ("inputs", "targets", "keep", "attention_mask", "weights")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache"))
-def _sums(model: Any, params: Any, batch: Any, cache: Any) -> Any:
+def _sums(model: Decoder, params: Params, batch: Batch, cache: str | Storage) -> tuple[Array, ...]:
     ids_BT, keep = language_inputs(batch, "judge")
     targets_BT, weights_BT = targets_of(batch, ids_BT.shape, "judge"), batch.get("weights")
     B, T = targets_BT.shape
-    state = model.init_state() or {}
-    if cache:
-        state = state | model.init_cache(B, T, cache)
-    hidden = {} if keep is None else {"keep": keep}
+    state = (model.init_state() or {}) | (model.init_cache(B, T, cache) if cache else {})
+    hidden: dict[str, PyTree] = {} if keep is None else {"keep": keep}
     logits_BTV, _ = model.apply(params, ids_BT, state=state or None, **hidden)
     if weights_BT is None:
         weights_BT = jnp.ones((B, T), jnp.float32)
@@ -74,12 +71,14 @@ def _sums(model: Any, params: Any, batch: Any, cache: Any) -> Any:
     nll = -jnp.take_along_axis(logp_BTV, index_BT1, axis=-1)[..., 0]
     right = (jnp.argmax(logits_BTV, axis=-1) == targets_BT).astype(jnp.float32)
     nll, right = (jnp.where(known_BT, x, jnp.nan) for x in (nll, right))
-    # Where, not times: what has no weight may be infinite.
+    # where, not times: a term without weight may be infinite.
     nll, right = (jnp.sum(jnp.where(weights_BT != 0, weights_BT * x, 0)) for x in (nll, right))
     return nll, right, jnp.sum(weights_BT), jnp.count_nonzero(weights_BT)
 
 
-def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: CacheStorage = "") -> Judged:
+def judge(
+    model: Decoder, params: Params, batches: Iterable[Batch], *, cache: CacheStorage = ""
+) -> Judged:
     """Returns how well a model predicts a text.
 
     Args:
@@ -103,11 +102,11 @@ def judge(model: Any, params: Any, batches: Iterable[Any], *, cache: CacheStorag
       7
     """
     loss = right = weight = 0.0
-    tokens, cache = 0, as_cache(cache)
+    tokens, storage = 0, as_cache(cache)
     for batch in each_batch(batches, "judge"):
         held = {name: batch[name] for name in _FIELDS if name in batch}
         batch_rows(held, "judge")
-        nll, hits, weights, targets = _sums(model, params, held, cache)
+        nll, hits, weights, targets = _sums(model, params, held, storage)
         loss, right, weight = loss + float(nll), right + float(hits), weight + float(weights)
         tokens += int(targets)
     if not tokens:
@@ -124,7 +123,7 @@ class Variant:
       rules: of the weights.
       precision: that it computes in; empty is the model's own.
       cache: storage of keys and values.
-      calibrated: whether its weights are rounded by the moments that `compare` is given.
+      calibrated: whether its weights are rounded with the `moments` of `compare`.
 
     Example:
       >>> print(Variant("int4@32", cache="int8"))
@@ -148,7 +147,7 @@ class Variant:
 
 
 class Compared(NamedTuple):
-    """What a variant gives.
+    """The quality and the size of a variant.
 
     Args:
       variant: what ran.
@@ -166,8 +165,8 @@ class Compared(NamedTuple):
 
 
 def compare(
-    model: Any, params: Any, batches: Iterable[Any], variants: Sequence[Variant], *,
-    moments: Mapping[str, Any] | None = None,
+    model: Decoder, params: Params, batches: Iterable[Batch], variants: Sequence[Variant], *,
+    moments: Mapping[str, Array] | None = None,
 ) -> list[Compared]:  # fmt: skip
     """Returns perplexity, accuracy and bytes of ways to run a trained model.
 
@@ -191,7 +190,7 @@ def compare(
       >>> [str(row.variant) for row in rows], rows[0].change
       (['f32 weights', 'int8 weights'], 0.0)
     """
-    for variant in (v for v in variants if v.calibrated):  # before minutes go into the others
+    for variant in (v for v in variants if v.calibrated):  # before the others run
         if not moments:
             raise ConfigError(
                 f"compare: {variant} needs moments; pass moments=input_moments(model, params, ...)"

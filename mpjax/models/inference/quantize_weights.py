@@ -1,4 +1,4 @@
-"""Weights quantised after training: which leaf in which storage, and what it cost.
+"""Weights quantised after training: the storage of each leaf, and its error.
 
 A quantised leaf is a Quantized whose tiles are those of one layer; the layers of a stack are
 quantised one by one, so a scan or a slice over the stack yields each layer's Quantized.
@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized, is_quantized, sqnr
+from mpjax.models.core.checks import named_leaves
 from mpjax.models.core.storage import Storage, stored_bytes
 from mpjax.models.inference.gptq import store_weighed
 from mpjax.precision import matches
 from mpjax.precision.rule import nearest
+from mpjax.typing import Array, Params
 
 KEEP = "keep"
-# Few numbers, or ones that every token passes through: kept unless a rule of the user says more.
+# Left as they are unless a rule of the user matches: small, or part of every token's path.
 KEPT = ("**/embed", "**/position", "**/token_type", "**/head", "**/norm*", "**/bias")
-
-
-def _is_stacked(path: str) -> bool:
-    return "layers" in path.split("/")
 
 
 def _parse(text: str) -> tuple[str, Storage | None]:
@@ -36,30 +35,26 @@ def _parse(text: str) -> tuple[str, Storage | None]:
             f"weights: rule {text!r} is malformed; write PATTERN=STORAGE, such as **/down=int8 or"
             f" **/embed=int8, or PATTERN={KEEP}"
         )
-    where = f"weights: rule {text!r}"
-    return pattern, None if value == KEEP else Storage.parse(value, where)
-
-
-def _summed(path: str, ndim: int) -> int | tuple[int, ...]:
-    """The axes over which the product with a weight sums: rows of a table, all but the last."""
-    return -1 if path.endswith("/table") else tuple(range(ndim - 1))
+    return pattern, None if value == KEEP else Storage.parse(value, f"weights: rule {text!r}")
 
 
 @functools.partial(jax.jit, static_argnames=("storage", "axis", "stacked"))
-def _store(leaf: Any, storage: Storage, axis: int | tuple[int, ...], stacked: bool) -> Any:
+def _store(
+    leaf: Array, storage: Storage, axis: int | tuple[int, ...], stacked: bool
+) -> Array | Quantized:
     store = functools.partial(storage.store, axis=axis)
     return (jax.vmap(store) if stacked else store)(leaf)
 
 
 @functools.partial(jax.jit, static_argnames=("storage", "stacked"))
-def _store_weighed(leaf: Any, moments: Any, storage: Storage, stacked: bool) -> Any:
+def _store_weighed(leaf: Array, moments: Array, storage: Storage, stacked: bool) -> Quantized:
     if not stacked:
         return store_weighed(leaf, moments, storage)
-    # one after the other: each holds the inverse of its moment
+    # A loop, not vmap: each layer needs the inverse of its moment in memory.
     return jax.lax.map(lambda one: store_weighed(one[0], one[1], storage), (leaf, moments))
 
 
-def _check_moment(path: str, leaf: Any, moment: Any, stacked: bool) -> None:
+def _check_moment(path: str, leaf: Array, moment: Array, stacked: bool) -> None:
     if leaf.ndim - stacked != 2:
         raise ConfigError(
             f"weights: {path} has moments and its shape {leaf.shape} is no matrix's; leave them out"
@@ -103,9 +98,9 @@ def has_scales(storage: str | Storage, rules: Sequence[str] = ()) -> bool:
 
 
 def quantize_weights(
-    params: Any, storage: str | Storage = "int8", *, rules: Sequence[str] = (),
-    moments: Any = None,
-) -> Any:  # fmt: skip
+    params: Params, storage: str | Storage = "int8", *, rules: Sequence[str] = (),
+    moments: Mapping[str, Array] | None = None,
+) -> Params:  # fmt: skip
     r"""Returns weights stored in fewer bits, for inference: $w \approx s\,v$, v in the Format.
 
     Kernels are quantised along the axis that their product sums over: `int8` has one scale for
@@ -142,42 +137,37 @@ def quantize_weights(
     """
     storage = Storage.parse(storage, "weights")
     found = [_parse(rule) for rule in rules]
-    named, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
+    named, tree = named_leaves(params), jax.tree.structure(params, is_leaf=is_quantized)
     moments = {} if moments is None else moments
     if not isinstance(moments, Mapping):
         raise ConfigError(
             f"weights: moments are a dict of path -> moment from input_moments, not"
             f" {type(moments).__name__}"
         )
-    used, weighed, leaves = set(), set(), []
-    for path, (_, leaf) in zip(paths, named, strict=True):
-        if is_quantized(leaf):
+    used, weighed, leaves = set[int](), False, list[Array | Quantized]()
+    for path, leaf in named.items():
+        if isinstance(leaf, Quantized):
             raise ConfigError(
                 f"weights: {path} is stored in {leaf.format.name} already; quantise the weights as"
                 " they were trained"
             )
-        stacked = _is_stacked(path)
+        stacked = "layers" in path.split("/")
         ndim = leaf.ndim - stacked
-        number = next((i for i, (p, _) in enumerate(found) if matches(p, path)), None)
-        if number is not None:
-            chosen = found[number][1]
-        else:
-            excluded = storage.scaling is not None and any(matches(p, path) for p in KEPT)
-            chosen = None if excluded else storage
-        if chosen is not None and chosen.scaling is not None and ndim < 2:
-            leaves.append(leaf)  # a vector has no rows to scale
-            continue
-        used.add(number)
-        if chosen is None or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        number = next((i for i, (p, _) in enumerate(found) if matches(p, path)), -1)
+        excluded = storage.scaling is not None and any(matches(p, path) for p in KEPT)
+        chosen = found[number][1] if number >= 0 else None if excluded else storage
+        vector = chosen is not None and chosen.scaling is not None and ndim < 2
+        if not vector:  # a vector has no rows to scale
+            used.add(number)
+        if chosen is None or vector or not jnp.issubdtype(leaf.dtype, jnp.floating):
             leaves.append(leaf)
         elif chosen.scaling is not None and path in moments:
-            moment = jnp.asarray(moments[path])
+            moment, weighed = jnp.asarray(moments[path]), True
             _check_moment(path, leaf, moment, stacked)
-            weighed.add(path)
             leaves.append(_store_weighed(leaf, moment, chosen, stacked))
-        else:
-            leaves.append(_store(leaf, chosen, _summed(path, ndim), stacked))
+        else:  # the axes that the product sums over: of a table's rows, or all but the last
+            axis = -1 if path.endswith("/table") else tuple(range(ndim - 1))
+            leaves.append(_store(leaf, chosen, axis, stacked))
     if moments and not weighed and any(is_quantized(leaf) for leaf in leaves):
         raise ConfigError(
             f"weights: no weight is called as the moments are, such as {next(iter(moments))}; make"
@@ -185,12 +175,12 @@ def quantize_weights(
         )
     for number, rule in enumerate(rules):
         if number not in used:
-            raise _unused(rule, paths)
+            raise _unused(rule, list(named))
     return jax.tree.unflatten(tree, leaves)
 
 
 class Stored(NamedTuple):
-    """How one weight is stored.
+    """The storage of one weight.
 
     Args:
       path: of the weight.
@@ -205,8 +195,8 @@ class Stored(NamedTuple):
     sqnr: float
 
 
-def weight_report(before: Any, after: Any) -> list[Stored]:
-    """Returns what quantisation did to each weight.
+def weight_report(before: Params, after: Params) -> list[Stored]:
+    """Returns the storage and the error of each weight.
 
     Args:
       before: the weights.
@@ -218,17 +208,11 @@ def weight_report(before: Any, after: Any) -> list[Stored]:
       Stored(path='up/kernel', storage='bfloat16', bytes=512, sqnr=inf)
     """
 
-    def stored(path: Any, new: Any, old: Any) -> Stored:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        lost = float(jax.jit(sqnr)(old, new))
-        text = _text(new) if is_quantized(new) else new.dtype.name
-        return Stored(name, text, stored_bytes(new), lost)
-
-    rows = jax.tree_util.tree_map_with_path(stored, after, before, is_leaf=is_quantized)
-    return jax.tree.leaves(rows, is_leaf=lambda x: isinstance(x, Stored))
-
-
-def _text(q: Quantized) -> str:
-    """A Quantized's format and the size of its tiles."""
-    offset = "" if q.offsets is None else "+offset"
-    return f"{q.format.name}@{'x'.join(map(str, q.tile))}{offset}"
+    rows, old = [], named_leaves(before)
+    for name, new in named_leaves(after).items():
+        text = np.dtype(new.dtype).name
+        if isinstance(new, Quantized):
+            offset = "" if new.offsets is None else "+offset"
+            text = f"{new.format.name}@{'x'.join(map(str, new.tile))}{offset}"
+        rows.append(Stored(name, text, stored_bytes(new), float(jax.jit(sqnr)(old[name], new))))
+    return rows

@@ -1,4 +1,4 @@
-"""Which token comes next: the likeliest, or a draw from what the filters leave.
+"""The choice of the next token: the likeliest, or a draw after the filters.
 
 Shapes: B batch, V vocabulary.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import check_key
-from mpjax.models.inference.settings import Count, Number, as_count, as_number
+from mpjax.models.inference.settings import Count, KeyLike, Number, as_count, as_number
+from mpjax.typing import Key
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn: temperature first, then the k likeliest, then the nucleus.
+    """The distribution that tokens are drawn from: temperature, then the k likeliest, then top_p.
 
     Args:
       temperature: divides the logits; 0 takes the likeliest token.
@@ -44,12 +44,12 @@ class Sampling:
     top_p: Number = 1.0
 
     def __post_init__(self) -> None:
-        # Plain numbers, for a program is kept for each of them.
-        object.__setattr__(self, "temperature", as_number(self.temperature, "temperature"))
-        top_k = 0 if self.top_k is None else as_count(self.top_k, "top_k")
-        object.__setattr__(self, "top_k", top_k)
-        top_p = 1.0 if self.top_p is None else as_number(self.top_p, "top_p")
-        object.__setattr__(self, "top_p", top_p)
+        for name, read, off in (
+            ("temperature", as_number, None), ("top_k", as_count, 0), ("top_p", as_number, 1.0)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            plain = off if value is None and off is not None else read(value, name)
+            object.__setattr__(self, name, plain)
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(
                 f"temperature: {self.temperature} must be 0 or above; 0 takes the likeliest token"
@@ -80,8 +80,8 @@ class Sampling:
                 f"top_k: {self.top_k} is more than the {vocabulary} tokens of the model; lower it"
             )
 
-    def need(self, key: Any) -> Any:
-        """Returns the key, or where none is needed any key.
+    def need(self, key: KeyLike) -> Key:
+        """Returns the key; if there is none and it does not draw, some key.
 
         Raises:
           ConfigError: it draws and has no key.
@@ -93,16 +93,16 @@ class Sampling:
         return jax.random.key(0) if key is None else key
 
     def filtered(self, logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        """Returns float32 logits over the temperature, -inf where a filter takes a token out.
+        """Returns float32 logits over the temperature, -inf for tokens that a filter excludes.
 
-        Tokens that tie with the last one taken stay in.
+        Tokens that tie with the last included one are included.
 
         Example:
           >>> z = Sampling(top_p=0.6).filtered(jnp.log(jnp.array([[0.2, 0.5, 0.3]])))
           >>> jnp.isfinite(z).tolist()
           [[False, True, True]]
         """
-        # a draw in bfloat16 would merge near-equal tokens
+        # In bfloat16, tokens of nearly equal logits would become equal.
         z_BV = logits_BV.astype(jnp.float32) / self.temperature
         if self.top_k:
             least_B1 = jax.lax.top_k(z_BV, self.top_k)[0][:, -1:]
@@ -110,12 +110,12 @@ class Sampling:
         if self.top_p < 1:
             sorted_BV = -jnp.sort(-z_BV, axis=-1)
             p_BV = jax.nn.softmax(sorted_BV, axis=-1)
-            before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # the first is always taken
+            before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV  # 0 for the first: it is always included
             taken_BV = jnp.where(before_BV < self.top_p, sorted_BV, jnp.inf)
             z_BV = jnp.where(z_BV < jnp.min(taken_BV, axis=-1, keepdims=True), -jnp.inf, z_BV)
         return z_BV
 
-    def pick(self, logits_BV: Float[Array, "B V"], key: Any) -> Int[Array, " B"]:
+    def pick(self, logits_BV: Float[Array, "B V"], key: Key) -> Int[Array, " B"]:
         """Returns a token for each row.
 
         Args:

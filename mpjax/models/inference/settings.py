@@ -1,10 +1,10 @@
-"""Settings of generation, from Python, NumPy or JAX, as plain values that a program is kept for."""
+"""Settings of generation: from Python, NumPy or JAX to plain values, static arguments of `jit`."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Set
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence, Set
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
@@ -12,15 +12,23 @@ import numpy as np
 from mpjax.errors import ConfigError, brief
 from mpjax.models.core.storage import Storage
 from mpjax.models.transformer.kv_cache import cache_storage
+from mpjax.typing import Array, DTypeLike, Key
 
-# What a caller may give; the functions below say what it must be.
-Count = Any  # a whole number of Python, NumPy or JAX
-Number = Any  # a real one
-Ends = Any  # a token, several or None
-CacheStorage = Any  # text such as `int8`, a dtype, a Storage or None
+# Numbers of Python, NumPy or JAX. `as_count` and `as_number` check them.
+Count: TypeAlias = Any
+Number: TypeAlias = Any
+if TYPE_CHECKING:
+    CacheStorage: TypeAlias = str | DTypeLike | Storage | None
+    Ends: TypeAlias = int | np.integer | Array | Collection[Count] | None
+    KeyLike: TypeAlias = Key | None
+    Lengths: TypeAlias = Array | np.ndarray | Sequence[int] | None
+    Prompt: TypeAlias = Array | np.ndarray
+    Prompts: TypeAlias = Iterable[Array | np.ndarray | Sequence[int]]
+else:  # At run time any value reaches the check that refuses it with a ConfigError.
+    CacheStorage = Ends = KeyLike = Lengths = Prompt = Prompts = object
 
 
-def as_count(value: Any, name: str) -> int:
+def as_count(value: Count, name: str) -> int:
     """Returns a whole number.
 
     Args:
@@ -34,16 +42,16 @@ def as_count(value: Any, name: str) -> int:
       >>> as_count(np.int64(3), "new")
       3
     """
-    plain = _untraced(value, name)
-    if not isinstance(plain, bool) and str(getattr(plain, "dtype", "")) != "bool":
-        try:
-            return operator.index(plain)
-        except TypeError:
-            pass
+    _check_untraced(value, name)
+    try:
+        if not isinstance(value, bool) and str(getattr(value, "dtype", "")) != "bool":
+            return operator.index(value)
+    except TypeError:
+        pass
     raise ConfigError(f"{name}: {brief(value)}; give a whole number")
 
 
-def as_number(value: Any, name: str) -> float:
+def as_number(value: object, name: str) -> float:
     """Returns a real number.
 
     Args:
@@ -57,17 +65,17 @@ def as_number(value: Any, name: str) -> float:
       >>> as_number(np.float32(0.5), "temperature")
       0.5
     """
-    plain = _untraced(value, name)
-    if isinstance(plain, int | float) and not isinstance(plain, bool):
-        return float(plain)
-    if np.shape(plain) == () and getattr(plain, "dtype", None) is not None:
-        kinds = (np.integer, np.floating)  # bfloat16 is one too, as JAX sees it
-        if any(jax.dtypes.issubdtype(plain.dtype, kind) for kind in kinds):
-            return float(plain)
+    _check_untraced(value, name)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and value.shape == ():
+        # JAX's issubdtype: NumPy's does not count bfloat16 among the floating ones.
+        if any(jax.dtypes.issubdtype(value.dtype, kind) for kind in (np.integer, np.floating)):
+            return float(value)
     raise ConfigError(f"{name}: {brief(value)}; give a number")
 
 
-def as_ends(value: Any, vocabulary: int) -> tuple[int, ...]:
+def as_ends(value: Ends, vocabulary: int) -> tuple[int, ...]:
     """Returns the tokens that end a text; empty where none does.
 
     Args:
@@ -83,10 +91,11 @@ def as_ends(value: Any, vocabulary: int) -> tuple[int, ...]:
     """
     if value is None:
         return ()
-    shape = getattr(value, "shape", None)
-    several = isinstance(value, list | tuple | Set | range) if shape is None else len(shape) == 1
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim == 1:
+        value = list(value)
+    several = value if isinstance(value, list | tuple | Set | range) else (value,)
     try:
-        ends = tuple(as_count(one, "end") for one in (value if several else (value,)))
+        ends = tuple(as_count(one, "end") for one in several)
     except ConfigError:
         raise ConfigError(
             f"end: {brief(value)}; give the id of a token or a list of them, such as end=[2, 5]"
@@ -99,8 +108,8 @@ def as_ends(value: Any, vocabulary: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ends))
 
 
-def as_cache(value: Any) -> str | Storage:
-    """Returns the storage of a cache; empty where it is the products' compute dtype.
+def as_cache(value: CacheStorage) -> str | Storage:
+    """Returns the storage of a cache; empty for the products' compute dtype.
 
     Args:
       value: None, text such as `int8`, a dtype, or a Storage.
@@ -112,14 +121,14 @@ def as_cache(value: Any) -> str | Storage:
       >>> str(as_cache("int8")), str(as_cache(np.dtype("float32"))), as_cache(None)
       ('int8@row', 'f32', '')
     """
-    empty = value is None or (isinstance(value, str) and not value)
-    return "" if empty else cache_storage(value)
+    if value is None or (isinstance(value, str) and not value):
+        return ""
+    return cache_storage(value)
 
 
-def _untraced(value: Any, name: str) -> Any:
+def _check_untraced(value: object, name: str) -> None:
     if isinstance(value, jax.core.Tracer):
         raise ConfigError(
             f"{name}: a traced {value.aval.str_short()}; it must be known when the program is"
             " compiled, so give it from outside of jit"
         )
-    return value

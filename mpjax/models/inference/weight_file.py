@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,10 @@ import numpy as np
 
 from mpjax.errors import ConfigError, brief, need, printable
 from mpjax.files import write_file
-from mpjax.formats import Format, Quantized, is_quantized
+from mpjax.formats import Format, Quantized
 from mpjax.json_text import parse_json
+from mpjax.models.core.checks import named_leaves
+from mpjax.typing import Array, DTypeLike, Json, Params, PyTree, Shape
 
 _KEY = "mpjax"
 _VERSION = 1
@@ -49,7 +51,7 @@ def pack(array: np.ndarray) -> np.ndarray:
     return np.bitwise_or.reduce(shifted, axis=1)
 
 
-def unpack(packed: np.ndarray, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+def unpack(packed: np.ndarray, dtype: DTypeLike, shape: Shape) -> np.ndarray:
     """Returns the array that `pack` took; the inverse of `pack`."""
     dtype = jnp.dtype(dtype)
     if packed.dtype == dtype:
@@ -59,13 +61,13 @@ def unpack(packed: np.ndarray, dtype: Any, shape: tuple[int, ...]) -> np.ndarray
         shifts = bits * np.arange(8 // bits, dtype=np.uint8)
         packed = (packed[:, None] >> shifts[None, :]).reshape(-1)[: int(np.prod(shape))]
         packed = packed & np.uint8(2**bits - 1)
-        if np.dtype(dtype).name.startswith("int"):  # the sign is the top bit of a few
+        if dtype.name.startswith("int"):  # sign extension
             signed = packed.astype(np.int8) << (8 - bits) >> (8 - bits)
             return signed.astype(dtype).reshape(shape)
     return packed.view(dtype).reshape(shape)
 
 
-def save_weights(params: Any, path: str | Path) -> int:
+def save_weights(params: Params, path: str | Path) -> int:
     """Writes weights, quantised or not, to one file, whole or not at all.
 
     Args:
@@ -83,12 +85,11 @@ def save_weights(params: Any, path: str | Path) -> int:
     """
     numpy = need("safetensors.numpy", *_EXTRA)
     tensors: dict[str, np.ndarray] = {}
-    about: dict[str, dict[str, Any]] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+    about: dict[str, dict[str, Json]] = {}
+    for name, leaf in named_leaves(params).items():
         parts = {"": leaf}
         about[name] = {}
-        if is_quantized(leaf):
+        if isinstance(leaf, Quantized):
             parts = {f"#{p}": a for p in _PARTS if (a := getattr(leaf, p)) is not None}
             about[name] = {
                 "format": leaf.format.name, "tile": leaf.tile, "dtype": np.dtype(leaf.dtype).name,
@@ -110,7 +111,7 @@ def save_weights(params: Any, path: str | Path) -> int:
     return path.stat().st_size
 
 
-def load_weights(path: str | Path) -> Any:
+def load_weights(path: str | Path) -> Params:
     """Returns the weights that `save_weights` wrote, bit for bit.
 
     Args:
@@ -154,12 +155,12 @@ def load_weights(path: str | Path) -> Any:
         raise ConfigError(f"{path}: damaged ({reason}); write it again") from None
 
 
-def _leaf(name: str, about: Any, read: Any) -> Any:
-    """One weight from what the page says of it, each word of which may be wrong."""
+def _leaf(name: str, about: Json, read: Callable[[str], np.ndarray]) -> Array | Quantized:
+    """One weight from its description, which is not trusted."""
     if not isinstance(about, dict):
         raise ValueError(f"{name} is described by {brief(about)}")
 
-    def array(part: str) -> Any:
+    def array(part: str) -> Array:
         described = about.get(f"array{part}")
         if not isinstance(described, list) or len(described) != 2:
             raise ValueError(f"{name}{part} is described by {brief(described)}")
@@ -170,7 +171,9 @@ def _leaf(name: str, about: Any, read: Any) -> Any:
         return array("")
     if lacking := {"tile", "dtype", "scale_bits", "array#values", "array#scales"} - set(about):
         raise ValueError(f"{name} has no {min(lacking)}")
-    parts: dict[str, Any] = {p: array(f"#{p}") if f"array#{p}" in about else None for p in _PARTS}
+    parts: dict[str, PyTree] = {
+        p: array(f"#{p}") if f"array#{p}" in about else None for p in _PARTS
+    }
     tile, bits = about["tile"], about["scale_bits"]
     shape = parts["values"].shape
     # A stack of layers, as `vmap` makes it, has the tiles of one layer.
@@ -193,8 +196,8 @@ def _leaf(name: str, about: Any, read: Any) -> Any:
     )  # fmt: skip
 
 
-def _unpacked(packed: np.ndarray, dtype: Any, shape: Any, name: str) -> np.ndarray:
-    """As `unpack`, once what is stored is what would have been packed of this dtype and shape."""
+def _unpacked(packed: np.ndarray, dtype: Json, shape: Json, name: str) -> np.ndarray:
+    """`unpack`, after a check that an array of this dtype and shape is packed like this."""
     wanted = _dtype(dtype, name)
     if not _are_counts(shape, least=0):
         raise ValueError(f"{name} has shape {brief(shape)}")
@@ -211,14 +214,14 @@ def _unpacked(packed: np.ndarray, dtype: Any, shape: Any, name: str) -> np.ndarr
     return unpack(packed, wanted, tuple(shape))
 
 
-def _are_counts(found: Any, least: int) -> bool:
+def _are_counts(found: Json, least: int) -> bool:
     return isinstance(found, list) and len(found) <= _MOST_AXES and all(
         type(n) is int and least <= n < 2**63 for n in found
     )  # fmt: skip
 
 
-def _dtype(found: Any, name: str) -> np.dtype:
-    """The dtype of a name: of numbers or bool, for a view as any other would not be numbers."""
+def _dtype(found: Json, name: str) -> np.dtype:
+    """The dtype of a name, of numbers or bool."""
     try:
         dtype = jnp.dtype(found if isinstance(found, str) else "")
     except TypeError:
@@ -228,8 +231,8 @@ def _dtype(found: Any, name: str) -> np.dtype:
     return dtype
 
 
-def _tree(leaves: dict[str, Any]) -> Any:
-    tree: dict[str, Any] = {}
+def _tree(leaves: dict[str, Array | Quantized]) -> PyTree:
+    tree: dict[str, PyTree] = {}
     for name, leaf in leaves.items():
         at, keys = tree, name.split("/")
         if len(keys) > _MOST_PARTS:

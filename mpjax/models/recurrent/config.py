@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import ClassVar
 
 from mpjax.errors import ConfigError
-from mpjax.models.core.sizes import named_config
+from mpjax.models.core.sizes import FieldValue, ModelConfig, named_config
+from mpjax.typing import Settings
 
 CELLS = {"lstm": 4, "gru": 3}  # gates of each
 
 
 @dataclasses.dataclass(frozen=True)
-class RecurrentConfig:
+class RecurrentConfig(ModelConfig):
     """Shape of a recurrent language model.
 
     Args:
@@ -21,12 +23,19 @@ class RecurrentConfig:
       width: D, width of the embedding and of every cell.
       cell: `lstm` or `gru`.
       tied: whether the head is the transposed embedding.
-      dropout: rate on embeddings and on what each cell hands upwards, never from step to step.
+      dropout: rate on embeddings and on each cell's outputs, not between time steps.
       loss_chunk: tokens of the sequence whose logits are held at a time; 0 is automatic.
 
     Raises:
       ConfigError: a value outside its range or choices.
     """
+
+    COUNTS: ClassVar[tuple[str, ...]] = ("vocabulary", "layers", "width")
+    head_bias: ClassVar[bool] = False  # this and the next are settings of a decoder
+    logit_cap: ClassVar[float] = 0.0
+    z_loss: ClassVar[float] = 0.0
+    RATES: ClassVar[tuple[str, ...]] = ("dropout",)
+    CHOICES: ClassVar[Mapping[str, Collection[str]]] = {"cell": CELLS}
 
     vocabulary: int = 256
     layers: int = 1
@@ -37,34 +46,21 @@ class RecurrentConfig:
     loss_chunk: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "layers", "width"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"model: {name}={getattr(self, name)} must be at least 1; raise it"
-                )
-        if self.cell not in CELLS:
-            raise ConfigError(f"model: cell={self.cell!r} is unknown; known: {' '.join(CELLS)}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model: dropout={self.dropout} must be in [0, 1); lower it")
+        super().__post_init__()
         if self.loss_chunk < 0:
             raise ConfigError(
                 f"model: loss_chunk={self.loss_chunk} must not be negative; 0 is automatic"
             )
 
 
-_SIZES: dict[str, dict[str, Any]] = {
+_SIZES: dict[str, Settings] = {
     "tiny": {},
     "small": dict(vocabulary=4096, layers=2, width=512),
     "zaremba-medium": dict(vocabulary=10000, layers=2, width=650, tied=False, dropout=0.5),
 }
 
 
-def recurrent_sizes() -> tuple[str, ...]:
-    """Returns the names of all sizes."""
-    return tuple(_SIZES)
-
-
-def recurrent_config(size: str | RecurrentConfig, **changes: Any) -> RecurrentConfig:
+def recurrent_config(size: str | RecurrentConfig, **changes: FieldValue) -> RecurrentConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:

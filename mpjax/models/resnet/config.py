@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
+from typing import ClassVar
 
 from mpjax.errors import ConfigError
-from mpjax.models.core.sizes import named_config
+from mpjax.models.core.sizes import FieldValue, ModelConfig, named_config
+from mpjax.typing import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class ResNetConfig:
+class ResNetConfig(ModelConfig):
     """Shape of a residual network for images.
 
     Args:
       inputs: channels of an image.
-      classes: what the head tells apart.
+      classes: number of classes.
       widths: channels of each stage; every stage but the first halves height and width.
       blocks: residual blocks a stage.
       groups: of channels that GroupNorm normalises together; 1 is LayerNorm over a whole image.
@@ -27,6 +27,9 @@ class ResNetConfig:
       ConfigError: a value outside its range.
     """
 
+    COUNTS: ClassVar[tuple[str, ...]] = ("inputs", "blocks", "groups", "stride")
+    POSITIVE: ClassVar[tuple[str, ...]] = ("epsilon",)
+
     inputs: int = 1
     classes: int = 10
     widths: tuple[int, ...] = (16, 32)
@@ -36,11 +39,7 @@ class ResNetConfig:
     epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("inputs", "blocks", "groups", "stride"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"model: {name}={getattr(self, name)} must be at least 1; raise it"
-                )
+        super().__post_init__()
         if self.classes < 2:
             raise ConfigError(f"model: classes={self.classes} must be at least 2; raise it")
         if not self.widths:
@@ -51,10 +50,6 @@ class ResNetConfig:
                     f"model: width {width} is no positive multiple of groups={self.groups};"
                     " change one"
                 )
-        if not 0 < self.epsilon < math.inf:
-            raise ConfigError(
-                f"model: epsilon={self.epsilon} must be positive; give a finite number"
-            )
 
     @property
     def depth(self) -> int:
@@ -62,19 +57,14 @@ class ResNetConfig:
         return self.blocks * len(self.widths)
 
 
-_SIZES: dict[str, dict[str, Any]] = {
+_SIZES: dict[str, Settings] = {
     "tiny": {},
     "small": dict(widths=(16, 32, 64), groups=8, stride=2),
     "cifar20": dict(inputs=3, widths=(16, 32, 64), blocks=3, groups=8),
 }
 
 
-def resnet_sizes() -> tuple[str, ...]:
-    """Returns the names of all sizes."""
-    return tuple(_SIZES)
-
-
-def resnet_config(size: str | ResNetConfig, **changes: Any) -> ResNetConfig:
+def resnet_config(size: str | ResNetConfig, **changes: FieldValue) -> ResNetConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:

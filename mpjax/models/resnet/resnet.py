@@ -1,7 +1,7 @@
 """A residual network for images; every convolution, norm and addition has its path.
 
-Norms are GroupNorms: BatchNorm's running averages would be state that every loop has to thread, and
-its statistics would tie an image to the batch, the microbatch and the shard that it lies in.
+Norms are GroupNorms: every loop would have to thread the running averages of BatchNorm, whose
+statistics depend on the batch, the microbatch and the shard of an image.
 Shapes: N images, H height, W width, C channels, K classes.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,13 @@ from mpjax.formats import weight_view
 from mpjax.formats.checks import as_array
 from mpjax.models.core.checks import below, field, targets_of
 from mpjax.models.core.layers import Linear
-from mpjax.models.core.module import At, Layer
+from mpjax.models.core.module import At, Layer, run_module
 from mpjax.models.core.network import Network
+from mpjax.models.core.sizes import FieldValue
 from mpjax.models.resnet.config import ResNetConfig, resnet_config
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
+from mpjax.typing import Array, Batch, Key, ModelState, Params
 
 _IMAGE = ("batch", None, None, None)
 
@@ -46,12 +48,12 @@ class Conv(Layer):
     gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x_NHWC: Any) -> Any:
+    def __call__(self, x_NHWC: Array) -> Array:
         inputs, size = x_NHWC.shape[-1], self.size
         init = nn.initializers.normal(self.gain * (2 / (size * size * inputs)) ** 0.5)
         axes = (None, None, "embed", "mlp")
         kernel = self.weight("kernel", init, (size, size, inputs, self.features), axes)
-        # Gathered over fsdp before it is used: a sum over cut channels would be one of images.
+        # Gathered over fsdp: a sum over sharded input channels would reduce over whole images.
         kernel = self.context.shard(kernel, (None, None, None, "mlp"))
         strides = (self.stride, self.stride)
         return self.multiply(x_NHWC, kernel, functools.partial(ops.convolution, strides=strides))
@@ -69,7 +71,7 @@ class GroupNorm(Layer):
     epsilon: float
 
     @nn.compact
-    def __call__(self, x_NHWC: Any) -> Any:
+    def __call__(self, x_NHWC: Array) -> Array:
         width = (x_NHWC.shape[-1],)
         scale = self.weight("scale", nn.initializers.ones, width, (None,))
         bias = self.weight("bias", nn.initializers.zeros, width, (None,))
@@ -77,6 +79,13 @@ class GroupNorm(Layer):
             x_NHWC, scale, bias, self.policy(), groups=self.groups, epsilon=self.epsilon,
             gradient_dtype=self.gradient_dtype,
         )  # fmt: skip
+
+
+def active(layer: Layer, config: ResNetConfig, name: str, x_NHWC: Array) -> Array:
+    """Returns max(norm(x), 0) under the policies of a layer's norm and of its `activation`."""
+    y = GroupNorm(layer.context, config.groups, config.epsilon, name=name)(x_NHWC)
+    policy = layer.policy("activation")
+    return jax.nn.relu(y.astype(policy.compute_dtype)).astype(policy.output_dtype)
 
 
 class ResidualBlock(Layer):
@@ -93,29 +102,19 @@ class ResidualBlock(Layer):
     stride: int
 
     @nn.compact
-    def __call__(self, x_NHWC: Any) -> Any:
+    def __call__(self, x_NHWC: Array) -> Array:
         c, policy = self.config, self.policy("residual")
 
-        def active(x: Any, name: str) -> Any:
-            y = GroupNorm(self.context, c.groups, c.epsilon, name=name)(x)
-            return rectify(self, y)
-
-        y = active(x_NHWC, "norm1")
+        y = active(self, c, "norm1", x_NHWC)
         if self.stride != 1 or x_NHWC.shape[-1] != self.features:
             fit = Conv(self.context, self.features, 1, self.stride, 0.5**0.5, name="conv_shortcut")
             x_NHWC = fit(y)
         y = Conv(self.context, self.features, stride=self.stride, name="conv1")(y)
-        # the residual stream keeps its variance over the depth
+        # The gain keeps the variance of the residual stream over the depth.
         last = Conv(self.context, self.features, gain=c.depth**-0.5, name="conv2")
-        y = last(active(y, "norm2"))
+        y = last(active(self, c, "norm2", y))
         total = x_NHWC.astype(policy.compute_dtype) + y.astype(policy.compute_dtype)
         return self.context.shard(total.astype(policy.output_dtype), _IMAGE)
-
-
-def rectify(layer: Layer, x: Any) -> Any:
-    """Returns max(x, 0) under the policy of the layer's `activation`."""
-    policy = layer.policy("activation")
-    return jax.nn.relu(x.astype(policy.compute_dtype)).astype(policy.output_dtype)
 
 
 class Stage(Layer):
@@ -125,13 +124,12 @@ class Stage(Layer):
     number: int
 
     @nn.compact
-    def __call__(self, x_NHWC: Any) -> Any:
+    def __call__(self, x_NHWC: Array) -> Array:
         width = self.config.widths[self.number]
         for block in range(self.config.blocks):
             stride = 2 if self.number and not block else 1
-            x_NHWC = ResidualBlock(self.context, self.config, width, stride, name=f"block{block}")(
-                x_NHWC
-            )
+            name = f"block{block}"
+            x_NHWC = ResidualBlock(self.context, self.config, width, stride, name=name)(x_NHWC)
         return x_NHWC
 
 
@@ -141,14 +139,13 @@ class Body(Layer):
     config: ResNetConfig
 
     @nn.compact
-    def __call__(self, x_NHWC: Any) -> Any:
+    def __call__(self, x_NHWC: Array) -> Array:
         c = self.config
-        x = Conv(self.context, c.widths[0], stride=c.stride, gain=0.5**0.5, name="conv_stem")(
-            self.context.shard(x_NHWC, _IMAGE)
-        )
+        stem = Conv(self.context, c.widths[0], stride=c.stride, gain=0.5**0.5, name="conv_stem")
+        x = stem(self.context.shard(x_NHWC, _IMAGE))
         for number in range(len(c.widths)):
             x = Stage(self.context, c, number, name=f"stage{number}")(x)
-        x = rectify(self, GroupNorm(self.context, c.groups, c.epsilon, name="norm")(x))
+        x = active(self, c, "norm", x)
         pool = self.policy("pool")
         x_NC = jnp.mean(x.astype(pool.compute_dtype), axis=(1, 2)).astype(pool.output_dtype)
         return Linear(self.context, c.classes, ("embed", None), bias=True, name="head")(x_NC)
@@ -172,15 +169,16 @@ class ResNet(Network):
     def _body(self, at: At) -> Body:
         return Body(at(), self.config, name=self.root)
 
-    def init_with_axes(self, at: At, key: Any) -> Any:
+    def init_with_axes(self, at: At, key: Key) -> Params:
         """See `Network`."""
         image = jnp.zeros((1, 1, 1, self.config.inputs))
         return {self.root: self._body(at).init(key, image)["params"]}
 
     @jax.named_scope(CARRIED)
     def apply(
-        self, params: Any, images: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
+        self, params: Params, images: Array, *, state: ModelState = None, key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the logits (N, K) and the new state.
 
         Args:
@@ -203,14 +201,15 @@ class ResNet(Network):
             raise ConfigError(
                 f"images: {images.dtype.name} is not floating-point; divide by 255 in float32"
             )
-        variables = {"params": below(weight_view(params), self.root), **(state or {})}
+        p, history = below(weight_view(params), self.root), (state or {}).get("amax")
         rngs = {"rounding": key} if key is not None and self.rounds else {}
-        logits, state = self._body(self.at).apply(variables, images, rngs=rngs, mutable=["amax"])
-        return logits, state or None
+        logits, amax = run_module(self._body(self.at), p, images, history=history, rngs=rngs)
+        return logits, {"amax": amax} if amax else None
 
     def loss(
-        self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
+        self, params: Params, batch: Batch, *, state: ModelState = None, key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the mean cross-entropy over images and the state.
 
         Args:
@@ -228,7 +227,9 @@ class ResNet(Network):
         return loss, state
 
 
-def resnet(size: str | ResNetConfig, precision: str | Precision = "fp32", **changes: Any) -> ResNet:
+def resnet(
+    size: str | ResNetConfig, precision: str | Precision = "fp32", **changes: FieldValue
+) -> ResNet:
     """Returns a residual network that carries its Precision.
 
     A rule on `**/conv*` decides all convolutions. With the preset fp32 and the rule

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,16 @@ from mpjax import ops
 from mpjax.models.core.layers import Linear, Norm
 from mpjax.models.core.module import Layer
 from mpjax.models.transformer.block_config import BlockConfig
-from mpjax.models.transformer.kv_cache import read, write
+from mpjax.models.transformer.kv_cache import Cache, read, write
+from mpjax.typing import Array
 
-_LINEAR = 16.0  # from here on the tanh of GELU is 1 in float16, and GELU the identity
+_LINEAR = 16.0  # from here on GELU is the identity in float16
 
 
-def _gelu(x: Any) -> Any:
-    """GELU in its tanh form, with a finite gradient at all numbers of float16.
+def _gelu(x: Array) -> Array:
+    """GELU in its tanh form, with a finite gradient at all float16 numbers.
 
-    There jax.nn.gelu's gradient is NaN from 148 on: inf, of the derivative of the cube, times the
-    zero of tanh's.
+    That of jax.nn.gelu is NaN from 148 on: the derivative of the cube, inf, times that of tanh, 0.
     """
     if x.dtype != jnp.float16:
         return jax.nn.gelu(x, approximate=True)
@@ -35,7 +35,7 @@ def _gelu(x: Any) -> Any:
     return jnp.where(x >= _LINEAR, x, near)
 
 
-_ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": _gelu,
     "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
@@ -43,27 +43,27 @@ _ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def activate(name: str, x: Any) -> Any:
+def activate(name: str, x: Array) -> Array:
     """Returns the nonlinearity of an activation by its name; that of a gated one is its gate's."""
     return _ACTIVATIONS[name](x)
 
 
 class AttentionContext(NamedTuple):
-    """Where the tokens of a call stand and what they see; the same in all blocks.
+    """Positions of the tokens of a call and what they attend to; the same in all blocks.
 
     Args:
-      positions: of the tokens, (T,) or (B, T), for rotary positions.
+      positions: of the tokens, (T,) or (B, T), for rotary positions; None where none are used.
       first: slot of the first token in the cache; 0 without one.
       keep_BS: which tokens, or slots of the cache, are no padding; None is all.
-      source_BSD: what to attend across to; None is nothing, or what the cache knows already.
+      source_BSD: input of cross-attention; None if there is none or the cache holds its keys.
       keep_source_BS: which of it is no padding; None is all.
     """
 
-    positions: Any
-    first: Any = 0
-    keep_BS: Any = None
-    source_BSD: Any = None
-    keep_source_BS: Any = None
+    positions: Array | None
+    first: Array | int = 0
+    keep_BS: Array | None = None
+    source_BSD: Array | None = None
+    keep_source_BS: Array | None = None
 
 
 class Attention(Layer):
@@ -71,7 +71,7 @@ class Attention(Layer):
 
     Args:
       config: shape.
-      causal: whether tokens see none behind them.
+      causal: whether tokens attend to no later ones.
       across: whether keys and values are those of the source.
     """
 
@@ -81,20 +81,20 @@ class Attention(Layer):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Any, attention_context: AttentionContext, cache: Any = None
-    ) -> tuple[Any, Any]:
-        """Returns what the tokens take in, and the cache.
+        self, x_BTD: Array | None, context: AttentionContext, cache: Cache = ()
+    ) -> tuple[Array | None, Cache]:
+        """Returns the output (B, T, D) and the cache.
 
         Args:
           x_BTD: the tokens; None makes only the keys and values of the source.
-          attention_context: where the tokens stand and what they attend to.
-          cache: keys and values of earlier tokens, which those of these tokens join; across,
-            those of the source, if they are known.
+          context: positions of the tokens and what they attend to.
+          cache: keys and values, to which those of the tokens are added; of cross-attention those
+            of the source, if they are known.
         """
         c = self.config
-        source = attention_context.source_BSD if self.across else x_BTD
+        source = context.source_BSD if self.across else x_BTD
 
-        def project(x: Any, name: str, heads: int, axis: str) -> Any:
+        def project(x: Array, name: str, heads: int, axis: str) -> Array:
             bias = c.bias or c.qkv_bias
             y = Linear(self.context, heads * c.per_head, ("embed", axis), bias, name=name)(x)
             return y.reshape(*x.shape[:2], heads, c.per_head)
@@ -113,31 +113,26 @@ class Attention(Layer):
             return None, (k, v)
         if c.position == "rotary" and not self.across:  # two texts have no distance
             policy = self.policy("rotary")
-            q, k = (
-                ops.rotary(
-                    x, attention_context.positions, policy, theta=c.rope_theta, scaling=c.rope
-                )
-                for x in (q, k)
+            assert context.positions is not None
+            turn = functools.partial(
+                ops.rotary, positions=context.positions, theta=c.rope_theta, scaling=c.rope
             )
-        if cache is not None and not self.across:
-            cache = (
-                write(cache[0], k, attention_context.first),
-                write(cache[1], v, attention_context.first),
-            )
+            q, k = turn(q, policy=policy), turn(k, policy=policy)
+        if cache and not self.across:
+            cache = write(cache[0], k, context.first), write(cache[1], v, context.first)
             k, v = read(cache[0]), read(cache[1])
         out = ops.attention(
             q, k, v, self.policy(), self.policy("softmax"),
-            first=0 if self.across else attention_context.first,
+            first=0 if self.across else context.first,
             causal=self.causal and not self.across,
             window=0 if self.across else c.window,
-            keep_BS=attention_context.keep_source_BS if self.across else attention_context.keep_BS,
+            keep_BS=context.keep_source_BS if self.across else context.keep_BS,
             kernel=c.kernel,
         )  # fmt: skip
-        gain = (2 * c.layers) ** -0.5  # the residual stream keeps its variance over the depth
+        gain = (2 * c.layers) ** -0.5  # keeps the variance of the residual stream over the depth
         out = out.reshape(*out.shape[:2], c.heads * c.per_head)
-        return Linear(self.context, c.width, ("heads", "embed"), c.bias, gain, name="out")(
-            out
-        ), cache
+        project_out = Linear(self.context, c.width, ("heads", "embed"), c.bias, gain, name="out")
+        return project_out(out), cache
 
 
 class MLP(Layer):
@@ -146,18 +141,18 @@ class MLP(Layer):
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, x_BTD: Any) -> Any:
+    def __call__(self, x_BTD: Array) -> Array:
         c = self.config
         policy = self.policy("activation")
 
-        def widen(name: str) -> Any:
+        def widen(name: str) -> Array:
             y = Linear(self.context, c.hidden, ("embed", "mlp"), c.bias, name=name)(x_BTD)
             return y.astype(policy.compute_dtype)
 
-        if c.activation == "swiglu":
-            hidden = activate(c.activation, widen("gate")) * widen("up")
-        else:
-            hidden = activate(c.activation, widen("up"))
+        gated = c.activation == "swiglu"
+        hidden = activate(c.activation, widen("gate" if gated else "up"))
+        if gated:
+            hidden = hidden * widen("up")
         hidden = hidden.astype(policy.output_dtype)
         gain = (2 * c.layers) ** -0.5
         return Linear(self.context, c.width, ("mlp", "embed"), c.bias, gain, name="down")(hidden)
@@ -168,8 +163,8 @@ class Block(Layer):
 
     Args:
       config: shape.
-      causal: whether tokens see none behind them.
-      cross: whether they attend to a source in between.
+      causal: whether tokens attend to no later ones.
+      cross: whether there is cross-attention between the two.
     """
 
     config: BlockConfig
@@ -178,38 +173,36 @@ class Block(Layer):
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Any,
-        attention_context: AttentionContext,
-        cache: Any = None,
+        self, x_BTD: Array, context: AttentionContext, cache: Cache = (),
         train: bool = False,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Array, Cache]:  # fmt: skip
         """Returns the features and the cache: keys and values, and across if there is a source."""
         c = self.config
         policy = self.policy("residual")
 
-        def norm(name: str, x: Any) -> Any:
-            return Norm(self.context, c.norm, c.bias, c.epsilon, name=name)(x)
+        def norm(name: str, x: Array, here: bool) -> Array:
+            if not here:
+                return x
+            return Norm(self.context, c.norm, c.bias, c.epsilon, name=f"norm_{name}")(x)
 
-        def before(name: str, x: Any) -> Any:
-            return norm(f"norm_{name}", x) if c.norm_first else x
-
-        def join(name: str, x: Any, branch: Any) -> Any:
+        def join(name: str, x: Array, branch: Array | None) -> Array:
+            assert branch is not None  # it is for a source alone
             if c.dropout:
                 branch = nn.Dropout(c.dropout, deterministic=not train)(branch)
             x = x.astype(policy.compute_dtype) + branch.astype(policy.compute_dtype)
             x = self.context.shard(x.astype(policy.output_dtype), ("batch", "length", "embed"))
-            return x if c.norm_first else norm(f"norm_{name}", x)
+            return norm(name, x, not c.norm_first)
 
-        own: Any = None if cache is None else cache[:2]
-        known = None if cache is None else cache[2:]
-        attention = Attention(self.context, c, self.causal, name="attention")
-        branch, own = attention(before("attention", x_BTD), attention_context, own)
-        x_BTD = join("attention", x_BTD, branch)
+        own, known = cache[:2], cache[2:]
+        name = "attention"
+        attention = Attention(self.context, c, self.causal, name=name)
+        branch, own = attention(norm(name, x_BTD, c.norm_first), context, own)
+        x_BTD = join(name, x_BTD, branch)
         if self.cross:
             name = "cross_attention"
             across = Attention(self.context, c, across=True, name=name)
-            branch, _ = across(before(name, x_BTD), attention_context, known)
+            branch, _ = across(norm(name, x_BTD, c.norm_first), context, known)
             x_BTD = join(name, x_BTD, branch)
-        x_BTD = join("mlp", x_BTD, MLP(self.context, c, name="mlp")(before("mlp", x_BTD)))
-        return x_BTD, None if cache is None else own + cache[2:]
+        mlp = MLP(self.context, c, name="mlp")
+        x_BTD = join("mlp", x_BTD, mlp(norm("mlp", x_BTD, c.norm_first)))
+        return x_BTD, own + known

@@ -1,19 +1,19 @@
-"""Shape and choices of Transformer blocks, whatever model they stand in."""
+"""Shape and choices of the Transformer blocks of every model."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar
 
 from mpjax.errors import ConfigError
+from mpjax.models.core.sizes import ModelConfig
 from mpjax.ops import KERNELS
 from mpjax.ops.rotary import ROPE_SCALINGS, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """Shape of a stack of Transformer blocks, and what surrounds every kind of stack.
+class BlockConfig(ModelConfig):
+    """Shape of a stack of Transformer blocks and of its embeddings.
 
     Args:
       vocabulary: V, number of token ids.
@@ -25,8 +25,7 @@ class BlockConfig:
       mlp_width: hidden width of the MLP; 0 means 8/3 D rounded up to 32 for swiglu, else 4 D.
       context: longest sequence; only learned positions have a table of it.
       norm: `layer` or `rms`.
-      norm_first: whether each branch reads the normalised stream (pre-norm); else the stream is
-        normalised behind each sum (post-norm) and there is no norm behind the last block.
+      norm_first: pre-norm, with a norm after the last block; else post-norm, without one.
       position: `learned`, `sinusoidal` or `rotary`.
       activation: `gelu` (tanh form), `gelu_exact` (erf form), `relu` or `swiglu`.
       tied: whether the head is the transposed embedding.
@@ -70,6 +69,7 @@ class BlockConfig:
         "vocabulary", "layers", "width", "heads", "context", "rope_context",
     )  # fmt: skip
     OPTIONAL: ClassVar[tuple[str, ...]] = ("kv_heads", "head_width", "mlp_width", "window")
+    RATES: ClassVar[tuple[str, ...]] = ("dropout",)
 
     vocabulary: int = 256
     layers: int = 2
@@ -103,27 +103,7 @@ class BlockConfig:
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in self.COUNTS:
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"model: {name}={getattr(self, name)} must be at least 1; raise it"
-                )
-        for name in self.OPTIONAL:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"model: {name}={getattr(self, name)} must not be negative; give a finite"
-                    " number, 0 is off"
-                )
-        for name in self.POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"model: {name}={getattr(self, name)} must be positive; give a finite number"
-                )
-        for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"model: {name}={getattr(self, name)!r} is unknown; known: {' '.join(choices)}"
-                )
+        super().__post_init__()
         if not self.head_width and self.width % self.heads:
             raise ConfigError(
                 f"model: width={self.width} is not a multiple of heads={self.heads}; change one, or"
@@ -154,8 +134,6 @@ class BlockConfig:
                 f"model: rope_low={self.rope_low} must be below rope_high={self.rope_high};"
                 " change one"
             )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"model: dropout={self.dropout} must be in [0, 1); lower it")
 
     @property
     def groups(self) -> int:

@@ -7,32 +7,31 @@ along a leading layer axis. Shapes: B batch, T tokens, D width, L layers, V voca
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from mpjax.formats import slice_view
-from mpjax.models.core.checks import as_counts, as_ids, below, language_inputs, targets_of
+from mpjax.models.core.checks import Counts, Ids, as_counts, as_ids, below
 from mpjax.models.core.module import At
-from mpjax.models.core.network import Network
+from mpjax.models.core.network import LanguageModel
+from mpjax.models.core.sizes import FieldValue
 from mpjax.models.core.storage import Storage
 from mpjax.models.transformer.decoder_config import DecoderConfig, decoder_config
-from mpjax.models.transformer.heads import next_token_head, next_token_logits, next_token_loss
 from mpjax.models.transformer.transformer import (
-    Segments,
     Transformer,
+    TransformerNetwork,
     attention_context_of,
     empty_cache,
-    equal_segments,
 )
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
+from mpjax.typing import Array, ArrayLike, Key, ModelState, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder(Network):
+class Decoder(TransformerNetwork, LanguageModel):
     """A decoder and its Precision: `init(key) -> params`, `apply(params, ids) -> logits, state`.
 
     Args:
@@ -44,42 +43,26 @@ class Decoder(Network):
     root: ClassVar[str] = "decoder"
     stateless_product: ClassVar[str] = "decoder/head"
 
-    def _described(self, at: At) -> Transformer:
-        return Transformer(self.config, at, "decoder", heads=next_token_head(self.config, at))
+    config: DecoderConfig
 
-    def _transformer(self) -> Transformer:
-        return self._described(self.at).running(self, self.segments)
+    def transformer(self, at: At, name: str = "decoder") -> Transformer:
+        """See `TransformerNetwork`."""
+        return Transformer(self, self.config, at, name, heads=self.heads(at))
 
-    def init_with_axes(self, at: At, key: Any) -> Any:
-        """See `Network`; blocks are stacked."""
-        return {"decoder": self._described(at).init_with_axes(key)}
-
-    @property
-    def layer_counts(self) -> dict[str, int]:
-        """See `Network`."""
-        return {"decoder": self.config.layers}
-
-    @property
-    def extra_sites(self) -> dict[str, str]:
-        """The tied head's product and the loss."""
-        return {"decoder/head": "product", "decoder/loss": "module"}
-
-    @functools.cached_property
-    def segments(self) -> Segments:
-        """Ranges of consecutive layers whose policies are equal: (start, stop)."""
-        return equal_segments(self.precision, self.paths, "decoder", self.config.layers)
+    def _head_params(self, params: Params) -> Params:
+        return slice_view(params)["decoder"]
 
     @jax.named_scope(CARRIED)
     def features(
-        self, params: Any, ids_BT: Any, *, keep: Any = None, state: Any = None, key: Any = None,
-        train: bool = False,
-    ) -> tuple[Any, Any]:  # fmt: skip
-        """Returns the features behind the last norm (B, T, D) and the new state, as `apply`."""
-        state, ids_BT = state or {}, as_ids(ids_BT, "decoder")
-        T = ids_BT.shape[1]
-        x, cache, amax = self._transformer()(
-            below(slice_view(params), "decoder"), ids_BT, attention_context_of(T, keep, state),
-            cache=state.get("layers"), amax=state.get("amax", {}).get("layers"), key=key,
+        self, params: Params, ids_BT: Ids, *, keep: ArrayLike | None = None,
+        state: ModelState = None, key: Key | None = None, train: bool = False,
+    ) -> tuple[Array, ModelState]:  # fmt: skip
+        """Returns the features after the last norm (B, T, D) and the new state, as `apply`."""
+        state, ids = state or {}, as_ids(ids_BT, "decoder")
+        T = ids.shape[1]
+        x, cache, amax = self.transformer(self.at)(
+            below(slice_view(params), "decoder"), ids, attention_context_of(T, keep, state),
+            cache=state.get("layers", ()), amax=state.get("amax", {}).get("layers"), key=key,
             train=train,
         )  # fmt: skip
         new = dict(state)
@@ -89,45 +72,9 @@ class Decoder(Network):
             new["amax"] = state["amax"] | {"layers": amax}
         return x, new or None
 
-    def apply(
-        self, params: Any, ids_BT: Any, *, keep: Any = None, state: Any = None, key: Any = None,
-        train: bool = False,
-    ) -> tuple[Any, Any]:  # fmt: skip
-        """Returns the logits (B, T, V) and the new state.
-
-        Args:
-          params: from `init`.
-          ids_BT: token ids.
-          keep: (B, T) bool, False where there is padding, on either side; None is all True.
-            Logits at padding mean nothing.
-          state: a key/value cache from `init_cache`, amax histories from `init_state`, or None.
-          key: of dropout and of recipes that draw, needed only for training.
-          train: whether dropout is on.
-        """
-        x, state = self.features(params, ids_BT, keep=keep, state=state, key=key, train=train)
-        p, cap = slice_view(params)["decoder"], self.config.logit_cap
-        return next_token_logits(self._transformer(), p, x, key, cap), state
-
-    def loss(
-        self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
-        """Returns the mean next-token cross-entropy and the state.
-
-        Args:
-          batch: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there
-            is padding, which may be called `attention_mask`, and `weights` (B, T) of the tokens in
-            the mean, if they are not all alike.
-        """
-        ids, keep = language_inputs(batch, "decoder")
-        targets_of(batch, ids.shape, "decoder")
-        x, state = self.features(params, ids, keep=keep, state=state, key=key, train=train)
-        p = slice_view(params)["decoder"]
-        loss = next_token_loss(self._transformer(), self.config, p, x, batch, key, train)
-        return loss, state
-
     def init_cache(
-        self, batch: int, length: int, storage: str | Storage = "", *, pads: Any = None
-    ) -> Any:
+        self, batch: int, length: int, storage: str | Storage = "", *, pads: Counts | None = None
+    ) -> ModelState:
         """Returns an empty key/value cache.
 
         Args:
@@ -142,7 +89,7 @@ class Decoder(Network):
 
 
 def decoder(
-    size: str | DecoderConfig, precision: str | Precision = "fp32", **changes: Any
+    size: str | DecoderConfig, precision: str | Precision = "fp32", **changes: FieldValue
 ) -> Decoder:
     """Returns a decoder-only Transformer that carries its Precision.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mpjax.errors import ConfigError
-from mpjax.models.core.sizes import named_config
+from mpjax.models.core.sizes import FieldValue, named_config
 from mpjax.models.transformer.block_config import BlockConfig
+from mpjax.typing import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,43 +43,20 @@ class DecoderConfig(BlockConfig):
             )
 
 
-_GPT2: dict[str, Any] = dict(
-    vocabulary=50257,
-    norm="layer",
-    position="learned",
-    activation="gelu",
-    bias=True,
-)
-_LLAMA: dict[str, Any] = dict(tied=False, context=4096)
-_SIZES: dict[str, dict[str, Any]] = {
+_GPT: Settings = dict(norm="layer", position="learned", activation="gelu")
+_GPT2: Settings = _GPT | dict(vocabulary=50257, bias=True)
+_LLAMA: Settings = dict(tied=False, context=4096)
+_LLAMA3: Settings = _LLAMA | dict(vocabulary=128256, kv_heads=8, rope_theta=500000.0, context=8192)
+_SIZES: dict[str, Settings] = {
     "tiny": {},
-    "small": dict(
-        vocabulary=4096,
-        layers=6,
-        width=384,
-        heads=6,
-        norm="layer",
-        position="learned",
-        activation="gelu",
-        context=256,
-    ),
+    "small": _GPT | dict(vocabulary=4096, layers=6, width=384, heads=6, context=256),
     "gpt2": _GPT2 | dict(layers=12, width=768, heads=12),
     "gpt2-medium": _GPT2 | dict(layers=24, width=1024, heads=16),
     "gpt2-large": _GPT2 | dict(layers=36, width=1280, heads=20),
     "gpt2-xl": _GPT2 | dict(layers=48, width=1600, heads=25),
     "llama-7b": _LLAMA | dict(vocabulary=32000, layers=32, width=4096, heads=32, mlp_width=11008),
     "llama-13b": _LLAMA | dict(vocabulary=32000, layers=40, width=5120, heads=40, mlp_width=13824),
-    "llama3-8b": _LLAMA
-    | dict(
-        vocabulary=128256,
-        layers=32,
-        width=4096,
-        heads=32,
-        kv_heads=8,
-        mlp_width=14336,
-        rope_theta=500000.0,
-        context=8192,
-    ),
+    "llama3-8b": _LLAMA3 | dict(layers=32, width=4096, heads=32, mlp_width=14336),
 }
 
 
@@ -87,7 +65,7 @@ def decoder_sizes() -> tuple[str, ...]:
     return tuple(_SIZES)
 
 
-def decoder_config(size: str | DecoderConfig, **changes: Any) -> DecoderConfig:
+def decoder_config(size: str | DecoderConfig, **changes: FieldValue) -> DecoderConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -15,15 +16,16 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
-from mpjax.models.core.checks import as_ids, below, keep_of
-from mpjax.models.core.module import At, part_key
-from mpjax.models.core.network import Network
+from mpjax.models.core.checks import Ids, as_ids, below, keep_of
+from mpjax.models.core.module import At, part_key, run_module
+from mpjax.models.core.sizes import FieldValue
 from mpjax.models.transformer.block import AttentionContext
 from mpjax.models.transformer.encoder_config import EncoderConfig, encoder_config
 from mpjax.models.transformer.heads import ClassHead, MaskedHead, MeanPooler, Pooler
-from mpjax.models.transformer.transformer import Parts, Segments, Transformer, equal_segments
+from mpjax.models.transformer.transformer import Parts, Transformer, TransformerNetwork
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
+from mpjax.typing import Array, ArrayLike, Key, ModelState, Params
 
 _INPUTS = ("ids", "keep", "types")
 
@@ -37,24 +39,22 @@ def _head_parts(c: EncoderConfig, at: At) -> Parts:
         return ClassHead(at(own), count, rate, name=name(own))
 
     parts: Parts = {}
-    if c.pools and c.pool == "first":
-        parts["pooler"] = (Pooler(at("pooler"), c.width, name=name("pooler")), (x_BTD,))
-    elif c.pools:
-        parts["pooler"] = (MeanPooler(at("pooler"), name=name("pooler")), (x_BTD,))
+    if c.pools:
+        pooler = functools.partial(Pooler, width=c.width) if c.pool == "first" else MeanPooler
+        parts["pooler"] = (pooler(at("pooler"), name=name("pooler")), (x_BTD,))
     if c.head in ("masked", "pretrain"):
         table = jnp.zeros((c.vocabulary, c.width))
         parts["masked"] = (MaskedHead(at("masked"), c, name=name("masked")), (x_BTD, table))
     if c.head == "pretrain":
         parts["next"] = (classes("next", 2, 0.0), (x_BD,))
-    if c.head == "class":
-        parts["class"] = (classes("class", c.classes, c.dropout), (x_BD,))
-    if c.head == "token":
-        parts["token"] = (classes("token", c.classes, c.dropout), (x_BTD,))
+    if c.head in ("class", "token"):
+        x = x_BD if c.head == "class" else x_BTD
+        parts[c.head] = (classes(c.head, c.classes, c.dropout), (x,))
     return parts
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder(Network):
+class Encoder(TransformerNetwork):
     """An encoder and its Precision: `apply(params, inputs) -> outputs, state`.
 
     Args:
@@ -65,26 +65,15 @@ class Encoder(Network):
 
     root: ClassVar[str] = "encoder"
 
-    def _described(self, at: At) -> Transformer:
+    config: EncoderConfig
+
+    def transformer(self, at: At, name: str = "encoder") -> Transformer:
+        """See `TransformerNetwork`."""
         c = self.config
-        return Transformer(c, at, "encoder", causal=False, types=c.types, heads=_head_parts(c, at))
+        return Transformer(self, c, at, name, False, types=c.types, heads=_head_parts(c, at))
 
-    def init_with_axes(self, at: At, key: Any) -> Any:
-        """See `Network`; blocks are stacked."""
-        return {"encoder": self._described(at).init_with_axes(key)}
-
-    @property
-    def layer_counts(self) -> dict[str, int]:
-        """See `Network`."""
-        return {"encoder": self.config.layers}
-
-    @functools.cached_property
-    def segments(self) -> Segments:
-        """Ranges of consecutive layers whose policies are equal: (start, stop)."""
-        return equal_segments(self.precision, self.paths, "encoder", self.config.layers)
-
-    def _inputs(self, inputs: Any) -> dict[str, Any]:
-        fields = dict(inputs) if isinstance(inputs, dict) else {"ids": inputs}
+    def _inputs(self, inputs: Ids | Mapping[str, ArrayLike]) -> dict[str, Any]:
+        fields: dict[str, Any] = dict(inputs) if isinstance(inputs, dict) else {"ids": inputs}
         if "attention_mask" in fields:
             fields["keep"] = keep_of(fields, "encoder")
             del fields["attention_mask"]
@@ -105,8 +94,9 @@ class Encoder(Network):
 
     @jax.named_scope(CARRIED)
     def apply(
-        self, params: Any, inputs: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[dict[str, Any], Any]:
+        self, params: Params, inputs: Ids | Mapping[str, ArrayLike], *, state: ModelState = None,
+        key: Key | None = None, train: bool = False,
+    ) -> tuple[dict[str, Array], ModelState]:  # fmt: skip
         """Returns outputs by name and the new state.
 
         Args:
@@ -127,7 +117,7 @@ class Encoder(Network):
         histories = (state or {}).get("amax", {})
         keep = jnp.asarray(fields["keep"]).astype(bool) if "keep" in fields else None
         ids = as_ids(fields["ids"], "encoder")
-        transformer = self._described(self.at).running(self, self.segments)
+        transformer = self.transformer(self.at)
         x, _, amax = transformer(
             p, ids, AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep),
             kinds_BT=fields.get("types"), amax=histories.get("layers"), key=key, train=train,
@@ -135,35 +125,26 @@ class Encoder(Network):
         new = dict(histories) | ({"layers": amax} if amax else {})
         parts, out = transformer.heads, {"features": x}
 
-        def run(name: str, *args: Any) -> Any:
-            own = None if key is None else part_key(key, name)
-            rngs = {"dropout": own} if train and own is not None else {}
-            if self.rounds and own is not None:
-                rngs["rounding"] = part_key(own, "rounding")
-            variables = {"params": p.get(name, {})}
-            if name not in histories:
-                return parts[name][0].apply(variables, *args, rngs=rngs)
-            y, updated = parts[name][0].apply(
-                variables | {"amax": histories[name]}, *args, rngs=rngs, mutable=["amax"]
-            )
-            new[name] = updated["amax"]
+        def run(name: str, *args: object) -> Array:
+            rngs = self.rngs(None if key is None else part_key(key, name), train)
+            module, own = parts[name][0], p.get(name, {})
+            y, history = run_module(module, own, *args, history=histories.get(name), rngs=rngs)
+            if history:
+                new[name] = history
             return y
 
-        if "pooler" in parts:
+        if c.pools:
             out["pooled"] = run("pooler", x, *([keep] if c.pool == "mean" else []))
-        if "masked" in parts:
-            out["masked"] = run("masked", x, p["embed"]["table"])
-        if "next" in parts:
-            out["next"] = run("next", out["pooled"])
-        if "class" in parts:
-            out["class"] = run("class", out["pooled"], train)
-        if "token" in parts:
-            out["token"] = run("token", x, train)
+        pooled = out.get("pooled")
+        takes: dict[str, tuple[object, ...]]
+        takes = {"next": (pooled,), "class": (pooled, train), "token": (x, train)}
+        takes["masked"] = (x, p["embed"]["table"])
+        out |= {name: run(name, *takes[name]) for name in parts if name != "pooler"}
         return out, ((state or {}) | {"amax": new} if new else state)
 
 
 def encoder(
-    size: str | EncoderConfig, precision: str | Precision = "fp32", **changes: Any
+    size: str | EncoderConfig, precision: str | Precision = "fp32", **changes: FieldValue
 ) -> Encoder:
     """Returns a bidirectional encoder that carries its Precision.
 

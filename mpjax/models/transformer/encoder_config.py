@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mpjax.errors import ConfigError
-from mpjax.models.core.sizes import named_config
+from mpjax.models.core.sizes import FieldValue, named_config
 from mpjax.models.transformer.block_config import BlockConfig
-
-POOLS = ("first", "mean")
-HEADS = ("none", "masked", "pretrain", "class", "token")
+from mpjax.typing import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +32,8 @@ class EncoderConfig(BlockConfig):
     """
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = BlockConfig.CHOICES | {
-        "head": HEADS,
-        "pool": POOLS,
+        "head": ("none", "masked", "pretrain", "class", "token"),
+        "pool": ("first", "mean"),
     }
     OPTIONAL: ClassVar[tuple[str, ...]] = (*BlockConfig.OPTIONAL, "types")
     COUNTS: ClassVar[tuple[str, ...]] = (*BlockConfig.COUNTS, "classes")
@@ -80,11 +78,11 @@ class EncoderConfig(BlockConfig):
 
     @property
     def pools(self) -> bool:
-        """Whether its head takes a text as a whole."""
+        """Whether the outputs hold `pooled`."""
         return self.head in ("none", "pretrain", "class")
 
 
-_SIZES: dict[str, dict[str, Any]] = {
+_SIZES: dict[str, Settings] = {
     "bert-tiny": dict(layers=2, width=128, heads=2),
     "bert-mini": dict(layers=4, width=256, heads=4),
     "bert-base": dict(layers=12, width=768, heads=12),
@@ -98,7 +96,7 @@ def encoder_sizes() -> tuple[str, ...]:
     return tuple(_SIZES)
 
 
-def encoder_config(size: str | EncoderConfig, **changes: Any) -> EncoderConfig:
+def encoder_config(size: str | EncoderConfig, **changes: FieldValue) -> EncoderConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:
@@ -115,8 +113,9 @@ def encoder_config(size: str | EncoderConfig, **changes: Any) -> EncoderConfig:
     References:
       Devlin et al. 2019 (BERT); Turc et al. 2019 (tiny, mini); Wang et al. 2020 (MiniLM).
     """
-    if changes.get("labels") and "classes" not in changes:
-        changes = changes | {"classes": len(changes["labels"])}
+    labels = changes.get("labels")
+    if isinstance(labels, Sequence) and labels and "classes" not in changes:
+        changes = changes | {"classes": len(labels)}
     if isinstance(size, EncoderConfig) and "labels" not in changes:
         same = (changes.get("head", size.head), changes.get("classes", size.classes))
         if same != (size.head, size.classes):  # names of another head's classes

@@ -1,22 +1,26 @@
-"""Keys and values kept between calls: in which storage, and which rows.
+"""The key/value cache: its storage, writing, reading and choosing rows.
 
-Shapes: L layers, B batch, S slots, T new tokens, G key/value heads, K head width. A token has one
-scale for each head, so that writing it touches no other.
+Shapes: L layers, B batch, S slots, T new tokens, G key/value heads, K head width. Each head of a
+token has its own scale, so that a write changes no other token.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.formats import Scaling, is_quantized, quantize
+from mpjax.formats import Quantized, Scaling, quantize
 from mpjax.models.core.storage import Storage
+from mpjax.typing import Array, DTypeLike, ModelState, PyTree, Shape
+
+Stored: TypeAlias = Array | Quantized
+Cache: TypeAlias = tuple[Stored, ...]  # keys, values; of cross-attention too if there is any
 
 
-def cache_storage(value: Any) -> Storage:
+def cache_storage(value: str | DTypeLike | Storage) -> Storage:
     """Reads the storage of a cache.
 
     Raises:
@@ -36,7 +40,7 @@ def cache_storage(value: Any) -> Storage:
     return storage
 
 
-def empty(shape: tuple[int, ...], storage: Storage, dtype: Any) -> Any:
+def empty(shape: Shape, storage: Storage, dtype: DTypeLike) -> Stored:
     """Returns an empty cache as stored.
 
     Args:
@@ -48,13 +52,13 @@ def empty(shape: tuple[int, ...], storage: Storage, dtype: Any) -> Any:
     return jax.tree.map(lambda a: jnp.zeros((*shape[:-1], a.shape[-1]), a.dtype), one)
 
 
-def write(stored: Any, new_BTGK: Any, first: Any) -> Any:
+def write(stored: Stored, new_BTGK: Array, first: Array | int) -> Stored:
     """Returns the keys or values of one layer with new ones at slots first .. first + T - 1.
 
     Args:
       stored: (B, S, G, K), an array or a Quantized.
       new_BTGK: what to write.
-      first: number of the first slot; where the last slot is beyond S, what is written is NaN.
+      first: number of the first slot; if the last one is beyond S, NaN is written.
 
     Raises:
       ConfigError: more rows or tokens than it holds.
@@ -65,24 +69,25 @@ def write(stored: Any, new_BTGK: Any, first: Any) -> Any:
             f"cache: {B} rows of {T} tokens do not fit into one of {rows} rows of {slots}; pass"
             f" init_cache({B}, length) with room for all tokens"
         )
-    new_BTGK = jnp.where(first + T <= slots, new_BTGK, jnp.nan)  # it would land elsewhere
-    new = new_BTGK.astype(stored.dtype)  # the storage that was asked for
-    if is_quantized(stored):
+    # dynamic_update_slice would clamp `first` and overwrite earlier slots.
+    new_BTGK = jnp.where(first + T <= slots, new_BTGK, jnp.nan)
+    new: Stored = new_BTGK.astype(stored.dtype)  # the storage that was asked for
+    if isinstance(stored, Quantized):
         kind = "mx" if stored.scale_bits == 8 else "block"
         scaling, offset = Scaling(kind, 1, stored.tile[-1]), stored.offsets is not None
-        new = quantize(new, stored.format, scaling, offset=offset)
+        new = quantize(new_BTGK.astype(stored.dtype), stored.format, scaling, offset=offset)
     return jax.tree.map(
         lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, first, 0, 0)), stored, new
     )
 
 
-def read(stored: Any) -> Any:
+def read(stored: Stored) -> Array:
     """Returns keys or values as attention takes them."""
-    return stored.dequantize() if is_quantized(stored) else stored
+    return stored.dequantize() if isinstance(stored, Quantized) else stored
 
 
-def take_rows(state: Any, rows_B: Any) -> Any:
-    """Returns a state whose rows are others' copies, as beams need when they change places.
+def take_rows(state: ModelState, rows_B: Array) -> ModelState:
+    """Returns a state with rows copied from others, as beam search reorders them.
 
     Args:
       state: of a model that decodes: the leaves of `layers` have their rows on axis 1, the other
@@ -90,7 +95,7 @@ def take_rows(state: Any, rows_B: Any) -> Any:
       rows_B: for each new row, the row to copy.
     """
 
-    def take(name: str, part: Any) -> Any:
+    def take(name: str, part: PyTree) -> PyTree:
         axis = int(name == "layers")
         return jax.tree.map(lambda a: jnp.take(a, rows_B, axis=axis) if a.ndim else a, part)
 

@@ -1,4 +1,4 @@
-"""The encoder-decoder: a source is read both ways, and a target is continued with a view of it.
+"""The encoder-decoder: a bidirectional encoder of the source, a causal decoder of the target.
 
 Shapes: B batch, S source tokens, T target tokens, D width, V vocabulary.
 """
@@ -7,35 +7,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
-from mpjax.models.core.checks import as_ids, below, field, keep_of
+from mpjax.models.core.checks import Ids, as_ids, below, field, keep_of
 from mpjax.models.core.module import At, part_key
-from mpjax.models.core.network import Network
+from mpjax.models.core.network import NextToken
+from mpjax.models.core.sizes import FieldValue
 from mpjax.models.core.storage import Storage
 from mpjax.models.transformer.block import AttentionContext
-from mpjax.models.transformer.heads import next_token_head, next_token_logits, next_token_loss
+from mpjax.models.transformer.kv_cache import Cache
 from mpjax.models.transformer.seq2seq_config import Seq2SeqConfig, seq2seq_config
 from mpjax.models.transformer.transformer import (
-    Segments,
     Transformer,
+    TransformerNetwork,
     attention_context_of,
     empty_cache,
-    equal_segments,
 )
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
+from mpjax.typing import Array, ArrayLike, Batch, Key, ModelState, Params
 
 HALVES = ("encoder", "decoder")
 
 
 @dataclasses.dataclass(frozen=True)
-class Seq2Seq(Network):
+class Seq2Seq(TransformerNetwork, NextToken):
     """An encoder-decoder and its Precision; paths begin with `encoder` or `decoder`.
 
     Args:
@@ -47,20 +49,20 @@ class Seq2Seq(Network):
     root: ClassVar[str] = ""
     stateless_product: ClassVar[str] = "decoder/head"
 
-    def _described(self, at: At, half: str) -> Transformer:
-        c, own = self.config, functools.partial(at, half)
-        if half == "encoder":
-            return Transformer(c.encoder, own, half, causal=False)
-        return Transformer(c, own, half, cross=True, heads=next_token_head(c, own))
+    config: Seq2SeqConfig
 
-    def _transformer(self, half: str) -> Transformer:
-        return self._described(self.at, half).running(self, self.segments[half])
+    def transformer(self, at: At, name: str) -> Transformer:
+        """See `TransformerNetwork`."""
+        c, own = self.config, functools.partial(at, name)
+        if name == "encoder":
+            return Transformer(self, c.encoder, own, name, causal=False)
+        return Transformer(self, c, own, name, cross=True, heads=self.heads(own))
 
-    def init_with_axes(self, at: At, key: Any) -> Any:
+    def init_with_axes(self, at: At, key: Key) -> Params:
         """See `Network`; blocks are stacked."""
         shared = () if self.config.source_vocabulary else ("embed",)  # it is the decoder's
         return {
-            half: self._described(at, half).init_with_axes(
+            half: self.transformer(at, half).init_with_axes(
                 part_key(key, half), without=shared if half == "encoder" else ()
             )
             for half in HALVES
@@ -77,54 +79,49 @@ class Seq2Seq(Network):
         paths = {"decoder/head": "product", "decoder/loss": "module"}
         return paths if self.config.source_vocabulary else paths | {"encoder/embed": "module"}
 
-    @functools.cached_property
-    def segments(self) -> dict[str, Segments]:
-        """Half -> ranges of consecutive layers whose policies are equal: (start, stop)."""
-        return {
-            half: equal_segments(self.precision, self.paths, half, layers)
-            for half, layers in self.layer_counts.items()
-        }
-
     def _run(
-        self, half: str, p: Any, ids: Any, attention_context: AttentionContext, state: Any,
-        **options: Any,
-    ) -> Any:  # fmt: skip
+        self, half: str, p: Params, ids: Array, context: AttentionContext, state: ModelState,
+        key: Key | None, train: bool, cache: Cache = (),
+    ) -> tuple[Array, Cache, ModelState]:  # fmt: skip
         """Features, cache and the state with this half's new amax histories."""
         histories = state.get("amax", {})
-        x, cache, amax = self._transformer(half)(
-            p, ids, attention_context, amax=histories.get(half, {}).get("layers"), **options
-        )
+        x, cache, amax = self.transformer(self.at, half)(
+            p, ids, context, cache=cache, amax=histories.get(half, {}).get("layers"), key=key,
+            train=train,
+        )  # fmt: skip
         if amax:
             state = state | {"amax": histories | {half: {"layers": amax}}}
         return x, cache, state
 
-    def _read(self, p: Any, source: Any, keep: Any, state: Any, key: Any, train: bool) -> Any:
+    def _read(
+        self, p: Params, source: Ids, keep: ArrayLike | None, state: ModelState, key: Key | None,
+        train: bool,
+    ) -> tuple[Array, Array | None, ModelState]:  # fmt: skip
+        """The encoder's features, which of them are no padding, and the new state."""
         own = below(p, "encoder")
         if not self.config.source_vocabulary:
             own = own | {"embed": below(p, "decoder")["embed"]}
         ids = as_ids(source, "seq2seq: source")
-        keep = None if keep is None else jnp.asarray(keep).astype(bool)
-        if keep is not None and keep.shape != ids.shape:
+        keep_BS = None if keep is None else jnp.asarray(keep).astype(bool)
+        if keep_BS is not None and keep_BS.shape != ids.shape:
             raise ConfigError(
-                f"seq2seq: source_keep has shape {keep.shape}, source {ids.shape}; give one for"
+                f"seq2seq: source_keep has shape {keep_BS.shape}, source {ids.shape}; give one for"
                 " each token"
             )
         key = None if key is None else part_key(key, "source")
-        attention_context = AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep)
-        x, _, state = self._run("encoder", own, ids, attention_context, state, key=key, train=train)
-        return x, keep, state
+        context = AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep_BS)
+        x, _, state = self._run("encoder", own, ids, context, state, key, train)
+        return x, keep_BS, state
 
     @jax.named_scope(CARRIED)
     def features(
-        self, params: Any, inputs: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
+        self, params: Params, inputs: Ids | Mapping[str, Ids], *, state: ModelState = None,
+        key: Key | None = None, train: bool = False,
+    ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the decoder's features (B, T, D) and the new state, as `apply`."""
         state, p = state or {}, weight_view(params)
         if "position" in state:
-            ids, keep = as_ids(inputs, "seq2seq"), state.get("source_keep")
-            attention_context = attention_context_of(ids.shape[1], None, state)._replace(
-                keep_source_BS=keep
-            )
+            ids, keep, own, source = as_ids(inputs, "seq2seq"), state.get("source_keep"), None, None
         else:
             if not isinstance(inputs, dict) or not {"source", "inputs"} <= set(inputs):
                 raise ConfigError(
@@ -135,20 +132,18 @@ class Seq2Seq(Network):
             source_keep = keep_of(inputs, "seq2seq", keep="source_keep")
             source, keep, state = self._read(p, inputs["source"], source_keep, state, key, train)
             own = keep_of(inputs, "seq2seq", mask="decoder_attention_mask")
-            attention_context = attention_context_of(ids.shape[1], own, state)._replace(
-                source_BSD=source, keep_source_BS=keep
-            )
-        x, cache, new = self._run(
-            "decoder", p["decoder"], ids, attention_context, state, cache=state.get("layers"),
-            key=key, train=train,
-        )  # fmt: skip
+        context = attention_context_of(ids.shape[1], own, state)
+        context = context._replace(source_BSD=source, keep_source_BS=keep)
+        cached = state.get("layers", ())
+        x, cache, new = self._run("decoder", p["decoder"], ids, context, state, key, train, cached)
         if "layers" in state:
             new = new | {"layers": cache, "position": state["position"] + ids.shape[1]}
         return x, new or None
 
     def apply(
-        self, params: Any, inputs: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
+        self, params: Params, inputs: Ids | Mapping[str, Ids], *, state: ModelState = None,
+        key: Key | None = None, train: bool = False,
+    ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the logits of the target (B, T, V) and the new state.
 
         Args:
@@ -162,12 +157,12 @@ class Seq2Seq(Network):
           train: whether dropout is on.
         """
         x, state = self.features(params, inputs, state=state, key=key, train=train)
-        p, cap = weight_view(params)["decoder"], self.config.logit_cap
-        return next_token_logits(self._transformer("decoder"), p, x, key, cap), state
+        return self._logits(weight_view(params)["decoder"], x, key), state
 
     def loss(
-        self, params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
+        self, params: Params, batch: Batch, *, state: ModelState = None, key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the mean cross-entropy of the target's next tokens and the state.
 
         Args:
@@ -177,14 +172,12 @@ class Seq2Seq(Network):
         for name in ("source", "inputs", "targets"):
             field(batch, name, "seq2seq")
         x, state = self.features(params, batch, state=state, key=key, train=train)
-        p = weight_view(params)["decoder"]
-        decoder = self._transformer("decoder")
-        return next_token_loss(decoder, self.config, p, x, batch, key, train), state
+        return self._loss(weight_view(params)["decoder"], x, batch, key, train), state
 
     def start(
-        self, params: Any, source: Any, *, length: int, source_keep: Any = None,
-        storage: str | Storage = "", state: Any = None,
-    ) -> Any:  # fmt: skip
+        self, params: Params, source: Ids, *, length: int, source_keep: ArrayLike | None = None,
+        storage: str | Storage = "", state: ModelState = None,
+    ) -> ModelState:  # fmt: skip
         """Reads a source once; returns the state from which `apply` continues a target.
 
         It holds the keys and values of the source in every block.
@@ -200,13 +193,13 @@ class Seq2Seq(Network):
         p = weight_view(params)
         x, keep, new = self._read(p, source, source_keep, state or {}, None, False)
         cache = empty_cache(self.config, self.precision, x.shape[0], length, storage)
-        across = self._transformer("decoder").source_cache(p["decoder"]["layers"], x)
+        across = self.transformer(self.at, "decoder").source_cache(p["decoder"]["layers"], x)
         new = new | cache | {"layers": cache["layers"] + across}
         return new if keep is None else new | {"source_keep": keep}
 
 
 def seq2seq(
-    size: str | Seq2SeqConfig, precision: str | Precision = "fp32", **changes: Any
+    size: str | Seq2SeqConfig, precision: str | Precision = "fp32", **changes: FieldValue
 ) -> Seq2Seq:
     """Returns an encoder-decoder that carries its Precision.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mpjax.models.core.sizes import named_config
+from mpjax.models.core.sizes import FieldValue, named_config
 from mpjax.models.transformer.decoder_config import DecoderConfig
+from mpjax.typing import Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class Seq2SeqConfig(DecoderConfig):
         )
 
 
-_SIZES: dict[str, dict[str, Any]] = {
+_SIZES: dict[str, Settings] = {
     "seq2seq-tiny": dict(layers=2, width=128, heads=4),
     "transformer-base": dict(layers=6, width=512, heads=8, dropout=0.1, vocabulary=37000),
     "transformer-big": dict(layers=6, width=1024, heads=16, dropout=0.3, vocabulary=37000),
@@ -56,7 +57,7 @@ def seq2seq_sizes() -> tuple[str, ...]:
     return tuple(_SIZES)
 
 
-def seq2seq_config(size: str | Seq2SeqConfig, **changes: Any) -> Seq2SeqConfig:
+def seq2seq_config(size: str | Seq2SeqConfig, **changes: FieldValue) -> Seq2SeqConfig:
     """Returns the configuration of a named size with some fields changed.
 
     Args:

@@ -1,4 +1,4 @@
-"""A Transformer: embeddings, blocks and the last norm, described once, drawn and run from that.
+"""A Transformer: embeddings, blocks and the last norm, with what draws and runs them.
 
 Shapes: B batch, T tokens, S source tokens, D width, G groups of heads, K head width, L layers.
 """
@@ -8,26 +8,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import jmp
 from flax import linen as nn
 
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
-from mpjax.models.core.layers import Embed, Norm
-from mpjax.models.core.module import At, init_layers, part_key, unsharded
+from mpjax.models.core.layers import Embed, Norm, dropout
+from mpjax.models.core.module import At, init_layers, part_key, run_module
 from mpjax.models.core.network import Network
 from mpjax.models.core.storage import Storage
 from mpjax.models.transformer.block import Attention, AttentionContext, Block
 from mpjax.models.transformer.block_config import BlockConfig
-from mpjax.models.transformer.kv_cache import cache_storage, empty
+from mpjax.models.transformer.kv_cache import Cache, cache_storage, empty
 from mpjax.ops.rotary import sinusoid
-from mpjax.precision import Precision, dtype_name, wider
+from mpjax.precision import Precision, Recipe, dtype_name, wider
+from mpjax.typing import Array, ArrayLike, Key, ModelState, Params, PyTree, Tree
 
-Parts = dict[str, tuple[nn.Module, tuple[Any, ...]]]  # name -> module, examples of its inputs
-Segments = tuple[tuple[int, int], ...]  # ranges of consecutive layers: (start, stop)
+# Name -> module, examples of its inputs.
+Parts: TypeAlias = dict[str, tuple[nn.Module, tuple[Array, ...]]]
+Step: TypeAlias = Callable[[Array, PyTree], tuple[Array, PyTree]]  # one block, as scan calls it
+Segments: TypeAlias = tuple[tuple[int, int], ...]  # ranges of consecutive layers: (start, stop)
 
 _REMAT = {
     "full": None,
@@ -36,16 +40,37 @@ _REMAT = {
 }
 
 
-def equal_segments(precision: Precision, paths: Sequence[str], root: str, layers: int) -> Segments:
-    """Returns ranges of consecutive layers whose policies and recipes are equal: (start, stop)."""
+@dataclasses.dataclass(frozen=True)
+class TransformerNetwork(Network):
+    """A model of one or two Transformers, whose names begin its paths."""
 
-    def policies(layer: int) -> list[Any]:
-        found = [path for path in paths if path.startswith(f"{root}/layers/{layer}/")]
-        return [(precision.policy(path), precision.recipe(path)) for path in found]
+    config: BlockConfig
 
-    every = [policies(layer) for layer in range(layers)]
-    starts = [0] + [i for i in range(1, layers) if every[i] != every[i - 1]]
-    return tuple(zip(starts, [*starts[1:], layers], strict=True))
+    def transformer(self, at: At, name: str) -> Transformer:
+        """Returns one of the Transformers."""
+        raise NotImplementedError
+
+    def init_with_axes(self, at: At, key: Key) -> Params:
+        """See `Network`; blocks are stacked."""
+        return {self.root: self.transformer(at, self.root).init_with_axes(key)}
+
+    @property
+    def segments(self) -> Segments | dict[str, Segments]:
+        """Ranges of consecutive layers of equal precision: (start, stop); of two, by name."""
+        return self.named_segments[self.root] if self.root else self.named_segments
+
+    @functools.cached_property
+    def named_segments(self) -> dict[str, Segments]:
+        """Name of a Transformer -> its segments."""
+        return {name: self._segments(name, count) for name, count in self.layer_counts.items()}
+
+    def _segments(self, name: str, layers: int) -> Segments:
+        every: list[list[tuple[jmp.Policy, Recipe | None]]] = []
+        for layer in range(layers):
+            paths = [path for path in self.paths if path.startswith(f"{name}/layers/{layer}/")]
+            every.append([(self.precision.policy(p), self.precision.recipe(p)) for p in paths])
+        starts = [0] + [i for i in range(1, layers) if every[i] != every[i - 1]]
+        return tuple(zip(starts, [*starts[1:], layers], strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +78,7 @@ class Transformer:
     """Embeddings, blocks and the last norm of a model, or of one half of it.
 
     Args:
+      model: that it belongs to.
       config: shape.
       at: path prefix of a part -> its context.
       name: first part of the paths.
@@ -60,11 +86,9 @@ class Transformer:
       cross: whether blocks attend to a source.
       types: number of token types.
       heads: parts that are drawn with the others and run by the model.
-      segments: ranges of layers of equal precision; needed to run it, not to draw it.
-      rounding: whether a recipe draws random numbers.
-      shard: constrains activations to logical axes.
     """
 
+    model: TransformerNetwork
     config: BlockConfig
     at: At
     name: str
@@ -72,16 +96,13 @@ class Transformer:
     cross: bool = False
     types: int = 0
     heads: Parts = dataclasses.field(default_factory=dict)
-    segments: Segments = ()
-    rounding: bool = False
-    shard: Any = unsharded
 
     @functools.cached_property
     def parts(self) -> Parts:
         """The modules around the blocks, the heads included."""
         c = self.config
         ids, x = (jnp.zeros((1, 1), jnp.int32),), (jnp.zeros((1, 1, c.width)),)
-        # Named as their paths: what a traced program calls them.
+        # Named by their paths, which are then the names in a traced program.
         name = f"{self.name}/{{}}".format
 
         def norm(own: str) -> Norm:
@@ -101,28 +122,20 @@ class Transformer:
             parts["norm"] = (norm("norm"), x)
         return parts | self.heads
 
-    def running(self, model: Network, segments: Segments) -> Transformer:
-        """Returns it with what only a model with its Precision knows."""
-        return dataclasses.replace(
-            self, segments=segments, rounding=model.rounds, shard=model.shard
-        )
-
     def _block(self, layer: int, name: str | None = None) -> Block:
         return Block(self.at("layers", str(layer)), self.config, self.causal, self.cross, name=name)
 
-    def init_with_axes(self, key: Any, without: Sequence[str] = ()) -> Any:
+    def init_with_axes(self, key: Key, without: Sequence[str] = ()) -> Params:
         """Returns drawn parameters boxed with their logical axes; blocks are stacked.
 
         Args:
           key: of the draws.
-          without: parts whose weights are another's.
+          without: parts that have no weights of their own.
         """
-        made = {
-            name: part.init(part_key(key, name), *examples)
-            for name, (part, examples) in self.parts.items()
-            if name not in without
-        }
-        tree = {name: variables["params"] for name, variables in made.items() if variables}
+        tree: dict[str, PyTree] = {}
+        for name, (part, examples) in self.parts.items():
+            if name not in without and (drawn := part.init(part_key(key, name), *examples)):
+                tree[name] = drawn["params"]
         x = jnp.zeros((1, 1, self.config.width))
         context = AttentionContext(jnp.zeros(1, jnp.int32), source_BSD=x if self.cross else None)
         block = self._block(0)
@@ -130,9 +143,10 @@ class Transformer:
         return tree | {"layers": init_layers(draw, key, self.config.layers)}
 
     def __call__(
-        self, p: Any, ids_BT: Any, attention_context: AttentionContext, *, kinds_BT: Any = None,
-        cache: Any = None, amax: Any = None, key: Any = None, train: bool = False,
-    ) -> tuple[Any, Any, Any]:  # fmt: skip
+        self, p: Params, ids_BT: Array, attention_context: AttentionContext, *,
+        kinds_BT: Array | None = None, cache: Cache = (), amax: PyTree = None,
+        key: Key | None = None, train: bool = False,
+    ) -> tuple[Array, Cache, PyTree]:  # fmt: skip
         """Returns the features (B, T, D), the new cache and the new amax histories.
 
         Args:
@@ -140,36 +154,34 @@ class Transformer:
           ids_BT: token ids.
           attention_context: where they stand and what they attend to.
           kinds_BT: token types; None is all 0.
-          cache: keys and values along a leading layer axis, or None.
+          cache: keys and values along a leading layer axis.
           amax: histories of delayed scaling of the blocks, likewise, or None.
           key: of dropout and of recipes that draw, or None.
           train: whether dropout is on.
         """
         c = self.config
-        x = self._embedded(p, ids_BT, kinds_BT, attention_context, checked=cache is None)
-        x = self.shard(x, ("batch", "length", "embed"))
+        x = self._embedded(p, ids_BT, kinds_BT, attention_context, checked=not cache)
+        x = self.model.shard(x, ("batch", "length", "embed"))
         dropping = train and c.dropout > 0
         if dropping:
-            if key is None:
-                raise ConfigError("model: dropout needs a key; pass key= or train=False")
-            x = nn.Dropout(c.dropout, deterministic=False).apply(
-                {}, x, rngs={"dropout": part_key(key, "embed")}
-            )
+            x = dropout(x, c.dropout, key, "embed")
         outputs, weights = [], (p["layers"], cache, amax or {}, jnp.arange(c.layers))
-        for segment in self.segments:
+        for segment in self.model.named_segments[self.name]:
             x, out = self._run_segment(segment, x, weights, attention_context, key, dropping)
             outputs.append(out)
         cache, amax = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
         return (self._run("norm", p, x) if c.norm_first else x), cache, amax
 
-    def _run(self, name: str, p: Any, x: Any) -> Any:
-        return self.parts[name][0].apply({"params": p[name]}, x)
+    def _run(self, name: str, p: Params, x: Array) -> Array:
+        return run_module(self.parts[name][0], p[name], x)[0]
 
     def _embedded(
-        self, p: Any, ids_BT: Any, kinds_BT: Any, context: AttentionContext, checked: bool
-    ) -> Any:
+        self, p: Params, ids_BT: Array, kinds_BT: Array | None, context: AttentionContext,
+        checked: bool,
+    ) -> Array:  # fmt: skip
         """The embeddings of tokens, of their positions and of their types."""
-        c = self.config
+        c, positions = self.config, context.positions
+        assert positions is not None
         x = self._run("embed", p, ids_BT)
         if c.scale_embed:
             x = x * jnp.asarray(c.width**0.5, x.dtype)
@@ -180,9 +192,9 @@ class Transformer:
                     f" context={c.context}; set context={ids_BT.shape[1]} or shorten it"
                 )
             if c.position == "learned":
-                at = self._run("position", p, context.positions)
+                at = self._run("position", p, positions)
             else:
-                at = sinusoid(context.positions, c.width)
+                at = sinusoid(positions, c.width)
             x = x + (at[None] if at.ndim == 2 else at).astype(x.dtype)
         if self.types:
             kinds_BT = jnp.zeros_like(ids_BT) if kinds_BT is None else kinds_BT
@@ -190,15 +202,15 @@ class Transformer:
         return self._run("norm_embed", p, x) if c.norm_embed else x
 
     def _run_segment(
-        self, segment: tuple[int, int], x: Any, stacked: Any, context: AttentionContext, key: Any,
-        dropping: bool,
-    ) -> tuple[Any, Any]:  # fmt: skip
-        """The features behind a segment's last block; its cache and amax histories."""
+        self, segment: tuple[int, int], x: Array, stacked: PyTree, context: AttentionContext,
+        key: Key | None, dropping: bool,
+    ) -> tuple[Array, PyTree]:  # fmt: skip
+        """The features after a segment's last block; its cache and amax histories."""
         c, (start, stop) = self.config, segment
         unroll = c.loop == "unroll" or (c.loop == "auto" and jax.default_backend() == "cpu")
         step = self._step(start, context, key, dropping)
 
-        def named(name: str) -> Callable[..., Any]:
+        def named(name: str) -> Step:
             one = functools.partial(step, name=name)
             if c.remat == "none":
                 return one
@@ -214,68 +226,60 @@ class Transformer:
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
     def _step(
-        self, start: int, attention_context: AttentionContext, key: Any, dropping: bool
-    ) -> Callable[..., Any]:
+        self, start: int, attention_context: AttentionContext, key: Key | None, dropping: bool
+    ) -> Callable[..., tuple[Array, PyTree]]:
         """Returns what runs one block of the segment that begins at a layer."""
 
-        def run(x: Any, one: Any, name: str) -> tuple[Any, Any]:
+        def run(x: Array, one: PyTree, name: str) -> tuple[Array, PyTree]:
             params, cached, history, layer = one
-            rngs = {}
-            if key is not None:
-                own = jax.random.fold_in(key, layer)
-                rngs = {"dropout": own} if dropping else {}
-                if self.rounding:
-                    rngs["rounding"] = part_key(own, "rounding")
-            variables = {"params": weight_view(params)}
-            run_block = functools.partial(self._block(start, name).apply, rngs=rngs)
-            if not history:
-                out = run_block(variables, x, attention_context, cached, dropping)
-                return out[0], (out[1], history)
-            out, updated = run_block(
-                variables | {"amax": history}, x, attention_context, cached, dropping,
-                mutable=["amax"],
+            own = None if key is None else jax.random.fold_in(key, layer)
+            (x, cached), history = run_module(
+                self._block(start, name), weight_view(params), x, attention_context, cached,
+                dropping, history=history, rngs=self.model.rngs(own, dropping),
             )  # fmt: skip
-            return out[0], (out[1], updated["amax"])
+            return x, (cached, history)
 
         return run
 
-    def source_cache(self, stacked: Any, source_BSD: Any) -> tuple[Any, Any]:
+    def source_cache(self, stacked: Params, source_BSD: Array) -> Cache:
         """Returns keys and values of the source in all blocks, (L, B, S, G, K).
 
         Delayed scaling takes the current tensors here, as it does wherever it has no history.
         """
         context = AttentionContext(None, source_BSD=source_BSD)
 
-        def keys_values(start: int, p: Any) -> Any:
+        def keys_values(start: int, p: Params) -> Cache:
             own = Attention(
                 self.at("layers", str(start), "cross_attention"), self.config, across=True
             )
-            return own.apply({"params": weight_view(p)}, None, context)[1]
+            return run_module(own, weight_view(p), None, context)[0][1]
 
         outputs = [
             jax.lax.map(
                 functools.partial(keys_values, segment[0]),
                 _layers(stacked["cross_attention"], segment, self.config.layers),
             )
-            for segment in self.segments
+            for segment in self.model.named_segments[self.name]
         ]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
 
 
-def _layers(tree: Any, segment: tuple[int, int], layers: int) -> Any:
+def _layers(tree: Tree, segment: tuple[int, int], layers: int) -> Tree:
     """The layers of a segment, of arrays with a leading layer axis."""
     return tree if segment == (0, layers) else jax.tree.map(lambda a: a[slice(*segment)], tree)
 
 
-def _unstack(tree: Any, count: int) -> list[Any]:
+def _unstack(tree: Tree, count: int) -> list[Tree]:
     """Layers of a stacked tree; the gradient of a split is one concatenation, not L additions."""
     leaves, structure = jax.tree.flatten(tree)
     parts = [[p[0] for p in jax.lax.split(leaf, [1] * count, axis=0)] for leaf in leaves]
     return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]
 
 
-def attention_context_of(tokens: int, keep_BT: Any, state: Any) -> AttentionContext:
-    """Returns where the tokens of a decoder's call stand.
+def attention_context_of(
+    tokens: int, keep_BT: ArrayLike | None, state: ModelState
+) -> AttentionContext:
+    """Returns the positions of a decoder's tokens and their mask.
 
     Args:
       tokens: T.
@@ -289,7 +293,7 @@ def attention_context_of(tokens: int, keep_BT: Any, state: Any) -> AttentionCont
         if keep_BT is None:
             return AttentionContext(jnp.arange(tokens))
         keep_BT = jnp.asarray(keep_BT).astype(bool)  # tokenizers give 0 and 1
-        # Tokens are counted, padding is not: on either side it changes no token's position.
+        # Only tokens are counted, so padding changes no position.
         return AttentionContext(jnp.maximum(jnp.cumsum(keep_BT, axis=1) - 1, 0), keep_BS=keep_BT)
     if keep_BT is not None:
         raise ConfigError(
@@ -306,7 +310,7 @@ def attention_context_of(tokens: int, keep_BT: Any, state: Any) -> AttentionCont
 
 def empty_cache(
     config: BlockConfig, precision: Precision, batch: int, length: int, storage: str | Storage
-) -> dict[str, Any]:
+) -> ModelState:
     """Returns the empty keys and values of a decoder's blocks, and the position 0."""
     c = config
     if c.position == "learned" and length > c.context:
