@@ -26,6 +26,7 @@ import numpy as np
 import optax
 from rich.table import Table
 
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
 from mpjax.errors import ConfigError
 from mpjax.interpret import audit, autocast, named
@@ -302,7 +303,7 @@ def main(config: Config) -> None:
         if name not in MODELS:
             raise ConfigError(f"model: unknown {name!r}; known: {' '.join(MODELS)}")
     start = time.perf_counter()
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, sources=DOCUMENTS)
     table = Table("model", "precision", "validation loss", "gap", "under autocast",
                   "product FLOPs low", "steps/s", "skipped", title="Autocast on any model",
                   title_justify="left")  # fmt: skip

@@ -24,10 +24,10 @@ import jax  # isort: skip
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common.bare_step import make_step
 from rich.console import Console
 from rich.table import Table
 
+from common.bare_step import make_step
 from mpjax.models import decoder
 from mpjax.train import build
 from mpjax.train.stablehlo import products_and_casts

@@ -24,8 +24,9 @@ from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 
+from common.datasets.assets import fetch
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import Tokenizer, read_documents, validation_batches
-from mpjax.data.assets import fetch
 from mpjax.data.chat import Chat, Message
 from mpjax.errors import ConfigError
 from mpjax.json_text import parse_json
@@ -140,7 +141,7 @@ def sample(source: str) -> str:
       ConfigError: no text can be read there.
     """
     try:
-        documents = read_documents(source)
+        documents = read_documents(source, sources=DOCUMENTS)
     except ConfigError as error:
         raise ConfigError(f"calibration: {error}") from None
     step = max(1, sum(len(document.text) for document in documents) // ENOUGH)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import sweep
+
 from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip

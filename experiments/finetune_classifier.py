@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
 from common import (
     finetune,  # sets XLA flags before JAX starts
     finetune_report,
     launch,
 )
-
+from common.datasets.sources import LABELLED
 from mpjax.data import LabelledTexts, load_labelled
 from mpjax.errors import need
 from mpjax.report import length_slices
@@ -75,7 +76,7 @@ def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     finetune.check(config)
     begun = time.perf_counter()
-    train, test = load_labelled(config.data)
+    train, test = load_labelled(config.data, sources=LABELLED)
     need("sklearn.metrics", "tasks", "metrics")
     task = TextClassification(train.classes)
     start = finetune.Start(

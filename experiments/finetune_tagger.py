@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+
 from common import (
     finetune,  # sets XLA flags before JAX starts
     finetune_report,
     launch,
 )
-
+from common.datasets.sources import TAGGED
 from mpjax.data import load_tagged, most_frequent_tags
 from mpjax.errors import ConfigError, need
 from mpjax.report import length_slices
@@ -67,7 +68,7 @@ def main(config: Config) -> None:
     finetune.check(config)
     begun = time.perf_counter()
     source, entities = config.data or SOURCES[config.task], config.task == "ner"
-    train, test = load_tagged(source)
+    train, test = load_tagged(source, sources=TAGGED)
     need("sklearn.metrics", "tasks", "metrics")
     if entities:
         need("seqeval.metrics", "tasks", "metrics")

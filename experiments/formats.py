@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
+
 from common import launch  # sets XLA flags before JAX starts
 from common.product_error import (
     PRODUCTS,
@@ -38,8 +40,6 @@ from common.product_error import (
     hadamard_error,
     with_outliers,
 )
-from rich.table import Table
-
 from mpjax.errors import ConfigError
 from mpjax.files import write_text
 from mpjax.formats import Format

@@ -30,6 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from common.datasets.sources import IMAGES
 from mpjax.data import Images, image_batches, load_images
 from mpjax.files import write_text
 from mpjax.models import ResNet, resnet
@@ -234,7 +235,7 @@ def rows(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
 def compare(config: Config) -> list[Arm]:
     """Trains all arms and writes the report."""
     start = time.perf_counter()
-    images = load_images(config.data, held_out=config.held_out)
+    images = load_images(config.data, held_out=config.held_out, sources=IMAGES)
     image_batches(images.train, batch=config.batch, seed=0)
     raw = optimizer(config)
     for text in config.precision:  # the last arm's mistake, before the first has run

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+
 from common import (
     finetune,  # sets XLA flags before JAX starts
     finetune_report,
     launch,
 )
-
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import (
     Batch,
     Document,
@@ -141,7 +142,8 @@ def main(config: Config) -> None:
     if config.export and folder.exists():
         raise ConfigError(f"export: {folder} exists; name a new folder")
     begun = time.perf_counter()
-    sides = [pieces_of(side, config) for side in split_documents(read_documents(config.data))]
+    documents = read_documents(config.data, sources=DOCUMENTS)
+    sides = [pieces_of(side, config) for side in split_documents(documents)]
     start = finetune.Start(config, "pretrain", 2, [" ".join(lines) for lines in sides[0]])
     pieces = start.pieces()
     mask = masking(pieces, config.mask_rate)

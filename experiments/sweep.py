@@ -25,6 +25,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
 from mpjax.errors import TrainingStopped
 from mpjax.ops import Objective, weight_sum
@@ -286,7 +287,7 @@ def run_arms(
     **options: Any,
 ) -> list[Outcome]:
     """Trains all arms, each under the same seeds; a run that has ended in `out` is taken."""
-    corpus = load_corpus(work.data, work.tokenizer)
+    corpus = load_corpus(work.data, work.tokenizer, sources=DOCUMENTS)
     batches(corpus.train, batch=work.batch, seq=work.seq, seed=0)
     models = [make(work, corpus, arm.precision) for arm in arms]
     for arm, model in zip(arms, models, strict=True):  # the last arm's mistake, before the first

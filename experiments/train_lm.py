@@ -23,9 +23,9 @@ from typing import Any
 from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
+from common.datasets.sources import DOCUMENTS
 from common.lm import CHECKPOINTS, Judge, agreed, eval_precision, lm_model, prompt_ids, sample
 from common.lm_config import MAY_CHANGE, PRECISION, Config, settings
-
 from mpjax.data import Corpus, Tokenizer, batches, load_corpus
 from mpjax.errors import ConfigError
 from mpjax.optim import make_optimizer
@@ -194,7 +194,7 @@ def prepare(config: Config) -> Run:
         else:
             log.info("resume: the checkpoint does not say its environment; it is not compared")
         tokenizer = Tokenizer.from_text(meta["tokenizer"])
-    corpus = load_corpus(config.data, tokenizer, held_out=config.held_out)
+    corpus = load_corpus(config.data, tokenizer, held_out=config.held_out, sources=DOCUMENTS)
     if meta:
         compare_settings({"data": meta["corpus"]}, {"data": corpus.info}, may_change=())
     model = lm_model(config.model, config.shape, precision, corpus.tokenizer.vocab_size, config.seq)

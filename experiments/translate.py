@@ -31,8 +31,9 @@ from common import (
 import jax  # isort: skip
 import numpy as np
 
+from common.datasets.sources import PAIRS
+from common.lexicon import learn_lexicon, nearest_targets
 from mpjax.data import Characters, load_pairs, make_tokenizer
-from mpjax.data.lexicon import learn_lexicon, nearest_targets
 from mpjax.errors import need
 from mpjax.models import seq2seq
 from mpjax.report import interval, length_slices
@@ -137,7 +138,7 @@ def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     check(config)
     begun = time.perf_counter()
-    train, test = load_pairs(config.data)
+    train, test = load_pairs(config.data, sources=PAIRS)
     for module in ("sklearn.neighbors", "sacrebleu"):
         need(module, "tasks", "baselines and metrics")
     texts = [text for pair in train for text in pair]

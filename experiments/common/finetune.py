@@ -17,9 +17,9 @@ import jax  # isort: skip
 import numpy as np
 from rich.console import Console
 
+from common.datasets.assets import asset_names, fetch
 from common.finetune_report import Arm
 from mpjax.data import Batch, WordPiece, bucket_batches, parse_wordpiece, train_wordpiece
-from mpjax.data.assets import asset_names, fetch
 from mpjax.errors import ConfigError
 from mpjax.models import EncoderConfig, encoder
 from mpjax.models.hf import load_checkpoint, open_checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from mpjax.data.cache import Cache
 from mpjax.data.split import split_documents
 from mpjax.data.text import Document, read_documents
 from mpjax.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
+from mpjax.typing import Sources
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def load_corpus(
     held_out: float = 0.05,
     column: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    sources: Sources[Iterable[tuple[str, str]]] | None = None,
 ) -> Corpus:
     """Reads a source, holds documents out, and encodes both sides.
 
@@ -56,6 +58,7 @@ def load_corpus(
         held_out: share of documents for validation, as `split_documents` takes it.
         column: the text column of tables.
         cache_dir: the cache folder; default ``$MPJAX_CACHE``, else ``mpjax`` in the XDG cache home.
+        sources: further names of sources, as `read_documents` takes them.
 
     Returns:
         The corpus.
@@ -73,7 +76,7 @@ def load_corpus(
         ('one\\n\\x00', 'two\\n\\x00')
     """
     cache = Cache(cache_dir)
-    documents = read_documents(source, column=column)
+    documents = read_documents(source, column=column, sources=sources)
     train, validation = split_documents(documents, held_out)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, [document.text for document in train], cache=cache)

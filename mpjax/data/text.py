@@ -6,15 +6,15 @@ import hashlib
 import logging
 import os
 import sysconfig
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpjax.data.novels import read_novels
 from mpjax.data.tables import readers
 from mpjax.errors import ConfigError
+from mpjax.typing import Sources
 
 logger = logging.getLogger("mpjax.data")
 
@@ -47,7 +47,12 @@ class Document:
         return hashlib.sha256(self.text.encode()).digest()
 
 
-def read_documents(source: str, *, column: str | None = None) -> list[Document]:
+def read_documents(
+    source: str,
+    *,
+    column: str | None = None,
+    sources: Sources[Iterable[tuple[str, str]]] | None = None,
+) -> list[Document]:
     """Reads every document of a source, in a fixed order.
 
     Empty documents are dropped, and counted in one logged line (logger ``mpjax.data``), as are
@@ -57,7 +62,7 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
         source: one of
 
             * ``stdlib``: the source of Python's own standard library, without tests;
-            * ``janeausten``: six novels, a chapter a document (needs the ``novels`` extra);
+            * one of `sources`;
             * a text file (UTF-8), one document;
             * a ``.jsonl`` or ``.parquet`` file, one document a row; ``FILE:column`` names the
               column;
@@ -66,6 +71,7 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
             * ``hf:NAME[:config][:column]``: the ``train`` split of a Hugging Face data set
               (needs the ``hub`` extra).
         column: the text column of tables; ``text`` unless named here or in the source.
+        sources: name -> a function that returns (name, text) of each document.
 
     Returns:
         The documents, at least one.
@@ -80,13 +86,13 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
     """
     if source == "stdlib":
         documents, tables = _read_stdlib(), False
-    elif source == "janeausten":
-        documents, tables = [Document(name, text) for name, text in read_novels()], False
+    elif sources and source in sources:
+        documents, tables = [Document(name, text) for name, text in sources[source]()], False
     elif source.startswith("hf:"):
         rows, tables = readers.read_hub(source, column), True
         documents = [_row_document(source, name, value) for name, value in rows]
     else:
-        path, column = _locate(source, column)
+        path, column = _locate(source, column, sources or ())
         if path.is_dir():
             documents, tables = _read_directory(path, column)
         elif path.is_file():
@@ -109,7 +115,7 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
     return full
 
 
-def _locate(source: str, column: str | None) -> tuple[Path, str | None]:
+def _locate(source: str, column: str | None, known: Iterable[str]) -> tuple[Path, str | None]:
     """Splits ``FILE:column``; a path that exists as written is taken whole."""
     path = Path(source).expanduser()
     head, colon, tail = source.rpartition(":")
@@ -126,8 +132,8 @@ def _locate(source: str, column: str | None) -> tuple[Path, str | None]:
     except OSError as error:  # a name that is too long, a folder that may not be entered
         _unreadable(path, error)
     raise ConfigError(
-        f"data {source!r}: no such file or directory; expected stdlib, janeausten, a file, a "
-        "directory, FILE:column or hf:NAME"
+        f"data {source!r}: no such file or directory; expected {', '.join(['stdlib', *known])}, a "
+        "file, a directory, FILE:column or hf:NAME"
     )
 
 

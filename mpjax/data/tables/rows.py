@@ -174,5 +174,10 @@ def say_counts(source: str, unit: str, used: Mapping[str, int], dropped: Mapping
         logger.info("%s", text)
 
 
+def one_of_sources(sources: Iterable[str], else_a: str) -> str:
+    """Returns what data was expected to be: one of these names, or something else."""
+    return f"expected {' or '.join(filter(None, [' '.join(sources), else_a]))}"
+
+
 def _listed(counts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{n} {what}" for what, n in counts)

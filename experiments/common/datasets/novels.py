@@ -7,7 +7,7 @@ import re
 import zlib
 from typing import Any
 
-from mpjax.data.assets import fetch
+from common.datasets.assets import fetch
 from mpjax.errors import need
 
 _CHAPTER = re.compile(r"chapter [0-9ivxlc]+\.?", re.IGNORECASE)
