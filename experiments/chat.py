@@ -16,9 +16,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from common import launch  # sets XLA flags before JAX starts
 
@@ -31,6 +30,7 @@ from mpjax.data.chat import Chat, Message
 from mpjax.errors import ConfigError
 from mpjax.json_text import parse_json
 from mpjax.models import (
+    Decoder,
     Sampling,
     cache_storage,
     has_scales,
@@ -42,6 +42,7 @@ from mpjax.models import (
 )
 from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint
 from mpjax.precision import get_precision
+from mpjax.typing import Array, Params, PyTree
 
 BLOCK = 64  # prompts are padded to a multiple of it: so many lengths share a compiled program
 WINDOW, WINDOWS = 256, 64  # tokens, and how many of them, of a calibration text
@@ -149,8 +150,8 @@ def sample(source: str) -> str:
 
 
 def moments_of(
-    source: str, text: str, checkpoint: Checkpoint, model: Any, params: Any
-) -> Mapping[str, Any]:
+    source: str, text: str, checkpoint: Checkpoint, model: Decoder, params: Params
+) -> Mapping[str, PyTree]:
     """Returns the moments of what the weights are multiplied by when the model reads a text."""
     ids = Tokenizer.from_text(checkpoint.tokenizer_json() or "").encode(text)
     seq = min(WINDOW, model.config.context)
@@ -162,7 +163,7 @@ def moments_of(
     return input_moments(model, params, validation_batches(ids, batch=1, seq=seq, limit=WINDOWS))
 
 
-def say(chat: Chat, tokens: Any, write: Callable[[str], None]) -> tuple[str, str]:
+def say(chat: Chat, tokens: Iterable[Array], write: Callable[[str], None]) -> tuple[str, str]:
     """Writes an answer as its tokens come.
 
     Returns:
@@ -208,6 +209,8 @@ def main(config: Config) -> None:
     chat = find_chat(checkpoint)
     # one block is compiled, not thirty
     model, params = load_checkpoint(source, precision, loop="scan")
+    if not isinstance(model, Decoder):
+        raise ConfigError(f"checkpoint: {source} is no decoder; take a language model")
     if chat.vocab_size > model.config.vocabulary:
         raise ConfigError(
             f"checkpoint: {source}: the tokenizer has {chat.vocab_size} tokens, the model"

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from mpjax.data import LabelledTexts, load_labelled
 from mpjax.errors import need
 from mpjax.report import length_slices
 from mpjax.tasks import TextClassification, class_scores
+from mpjax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def main(config: Config) -> None:
     best = max(counted, key=lambda name: counted[name]["accuracy"])
     predict = task.predictor(model, batch=config.batch, lengths=config.lengths)
 
-    def judge(params: Any) -> tuple[dict[str, float], np.ndarray]:
+    def judge(params: Params) -> tuple[dict[str, float], np.ndarray]:
         logits = predict(params, held_out)
         return task.evaluate(logits, held_out), task.correct(logits, held_out)
 

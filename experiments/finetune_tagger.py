@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from mpjax.data import load_tagged, most_frequent_tags
 from mpjax.errors import ConfigError, need
 from mpjax.report import length_slices
 from mpjax.tasks import TokenClassification, softmax
+from mpjax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def main(config: Config) -> None:
     predict = task.predictor(model, batch=config.batch, lengths=config.lengths)
     right = np.concatenate(test.tags)
 
-    def judge(params: Any) -> tuple[dict[str, float], np.ndarray]:
+    def judge(params: Params) -> tuple[dict[str, float], np.ndarray]:
         logits = predict(params, held_out)
         tags = task.tags(logits, held_out)
         words = np.concatenate(

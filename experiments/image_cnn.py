@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from common import (
     finished,
@@ -27,6 +27,7 @@ from common import (
 
 import jax  # isort: skip
 import numpy as np
+import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -39,6 +40,7 @@ from mpjax.precision import get_precision
 from mpjax.report import Outcome, gap, interval, plot_loss, save_plot
 from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
 from mpjax.train.stablehlo import convolutions
+from mpjax.typing import Array, Batch, ModelState, Params, Settings
 
 BARS = {"digits": 0.98, "fashion-mnist": 0.90}
 ARMS = {
@@ -116,7 +118,7 @@ def make(config: Config, images: Images, text: str) -> ResNet:
     return resnet(config.model, precision, inputs=channels, classes=images.classes)
 
 
-def optimizer(config: Config) -> Any:
+def optimizer(config: Config) -> optax.GradientTransformation:
     """Returns the raw optimizer."""
     return make_optimizer(
         config.optimizer, config.lr, schedule=config.schedule, steps=config.steps,
@@ -124,11 +126,13 @@ def optimizer(config: Config) -> Any:
     )  # fmt: skip
 
 
-def evaluate(model: ResNet, images: Images, size: int = 500) -> Any:
+def evaluate(
+    model: ResNet, images: Images, size: int = 500
+) -> Callable[[Params, ModelState], tuple[float, float]]:
     """Returns a function from weights and state to loss and accuracy on the held-out images."""
 
     @jax.jit
-    def sums(params: Any, state: Any, part: Any) -> Any:
+    def sums(params: Params, state: ModelState, part: Batch) -> tuple[Array, Array]:
         logits, _ = model.apply(params, part["inputs"], state=state)
         loss, _ = model.loss(params, part, state=state)
         return loss * len(part["targets"]), (logits.argmax(-1) == part["targets"]).sum()
@@ -140,7 +144,7 @@ def evaluate(model: ResNet, images: Images, size: int = 500) -> Any:
         for first in range(0, count, size)
     ]
 
-    def judge(params: Any, state: Any) -> tuple[float, float]:
+    def judge(params: Params, state: ModelState) -> tuple[float, float]:
         found = [jax.device_get(sums(params, state, part)) for part in parts]
         loss, right = np.sum([[float(a), float(b)] for a, b in found], axis=0)
         return loss / count, right / count
@@ -151,7 +155,7 @@ def evaluate(model: ResNet, images: Images, size: int = 500) -> Any:
 CHOOSING = ("seeds", "precision")  # settings that change no run
 
 
-def page_of(config: Config, model: ResNet, text: str, seed: int) -> tuple[Path, dict[str, Any]]:
+def page_of(config: Config, model: ResNet, text: str, seed: int) -> tuple[Path, Settings]:
     """Returns the folder of a run and its manifest."""
     folder = config.out / text.replace(" ", "_").replace("/", "-") / f"seed{seed}"
     how = {recipe.name: {"convolution": "emulated"} for recipe in model.recipes.values()}
@@ -170,7 +174,7 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
     losses, accuracy, skipped, scales, speeds, records = [], [], [], [], [], []
     for seed in range(config.seeds):
         folder, page = page_of(config, model, text, seed)
-        history: list[dict[str, Any]]
+        history: list[Settings]
         if ended := finished.begin(folder, page, CHOOSING, stderr):
             outcome, history = ended
         else:
@@ -181,7 +185,7 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
             label = f"{text}, seed {seed}"
             with ProgressBar(config.steps, console=stderr, label=label, lines=1) as bar:
 
-                def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
+                def report(record: Settings, bar: ProgressBar = bar) -> None:
                     record["images_per_s"] = record["tokens_per_s"] / pixels
                     history.append(record)  # noqa: B023
                     writer.write(record)  # noqa: B023

@@ -20,7 +20,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -47,6 +47,7 @@ from mpjax.files import write_text
 from mpjax.models.hf import save_checkpoint
 from mpjax.report import gaps, interval, length_slices
 from mpjax.tasks import MaskedLanguage
+from mpjax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,9 @@ def pieces_of(documents: Sequence[Document], config: Config) -> list[list[str]]:
     return [cut[i] for i in order[: config.documents]]
 
 
-def pairs(side: str, documents: Any, pieces: WordPiece, config: Config) -> list[Example]:
+def pairs(
+    side: str, documents: Sequence[Sequence[str]], pieces: WordPiece, config: Config
+) -> list[Example]:
     """Pairs of segments of one side of the split."""
     try:
         return segment_pairs(documents, pieces, longest=max(config.lengths), seed=0)
@@ -165,14 +168,14 @@ def main(config: Config) -> None:
     counts[[pieces.pad, pieces.first, pieces.separator]] = 0  # never masked
     measure, shares = task.judge(judged), task.gradient_shares(judged)
 
-    def judge(params: Any) -> tuple[dict[str, float], np.ndarray]:
+    def judge(params: Params) -> tuple[dict[str, float], np.ndarray]:
         found, right = measure(params, batches)
         pull = shares(params, batches[0])
         scores = found | {"accuracy": found["masked accuracy"], "loss": found["masked"]}
         scores |= {f"gradient, {name}": pull[name] for name in task.weights}
         return scores | {"cosine": pull["cosine"]}, right["masked"]
 
-    def keep(label: str, seed: int, model: Any, params: Any) -> None:
+    def keep(label: str, seed: int, model: finetune.Network, params: Params) -> None:
         if config.export and seed == 0:
             own = folder / label.replace(":", "_").replace("/", "_")
             save_checkpoint(own, model, params)

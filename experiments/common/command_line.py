@@ -8,14 +8,16 @@ import itertools
 import os
 import re
 import sys
-from typing import Any
+from typing import TypeVar
 
 import tyro
 
 from mpjax.errors import ConfigError
 
+T = TypeVar("T")
 
-def parse(config: type[Any]) -> Any:
+
+def parse(config: type[T]) -> T:
     """Returns the settings of the command line; a mistake in it is one line, status 2.
 
     Raises:

@@ -12,7 +12,6 @@ import logging
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -22,13 +21,14 @@ from mpjax.files import is_temporary, write_text
 from mpjax.train import read_manifest, read_metrics, write_manifest
 from mpjax.train.checkpoint import differences
 from mpjax.train.report import MANIFEST, METRICS, to_line
+from mpjax.typing import Json, Settings
 
 _OUTCOME = "outcome.json"
 log = logging.getLogger("mpjax.experiments")
 _CODE = ("precision_text", "precision_schedule", "versions", "commit", "environment")
 
 
-def check(folder: Path, page: Mapping[str, Any], choosing: Collection[str]) -> bool:
+def check(folder: Path, page: Mapping[str, Json], choosing: Collection[str]) -> bool:
     """Returns whether a folder holds the run of a manifest, ended or not.
 
     Args:
@@ -61,8 +61,8 @@ def check(folder: Path, page: Mapping[str, Any], choosing: Collection[str]) -> b
 
 
 def begin(
-    folder: Path, page: Mapping[str, Any], choosing: Collection[str], console: Console
-) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    folder: Path, page: Mapping[str, Json], choosing: Collection[str], console: Console
+) -> tuple[Settings, list[Settings]] | None:
     """Returns what the run in a folder came to, or prepares the folder for it.
 
     Args:
@@ -88,7 +88,7 @@ def begin(
     return None
 
 
-def _ended(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+def _ended(folder: Path) -> tuple[Settings, list[Settings]] | None:
     """What a run came to, if it has and its files are whole."""
     if not (folder / _OUTCOME).is_file():
         return None
@@ -111,6 +111,6 @@ def _set_aside(folder: Path) -> None:
     log.warning("%s: its manifest is damaged; moved to %s, trained again", folder, aside.name)
 
 
-def end(folder: Path, outcome: Mapping[str, Any]) -> None:
+def end(folder: Path, outcome: Mapping[str, Json]) -> None:
     """Writes what a run came to, whole or not at all."""
     write_text(folder / _OUTCOME, to_line(outcome) + "\n")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax.errors import ConfigError, brief
+from mpjax.typing import DType
 
 Example = Mapping[str, Any]  # name -> one number, or an array with an entry a token
 Batch = dict[str, np.ndarray]
@@ -25,7 +26,7 @@ class Field(NamedTuple):
         ndim: 0 of numbers, 1 of arrays.
     """
 
-    dtype: np.dtype[Any]
+    dtype: DType
     ndim: int
 
 
@@ -41,7 +42,7 @@ def fields_of(examples: Sequence[Example]) -> dict[str, Field]:
         'float64'
     """
     axes: dict[str, int] = {}
-    dtypes: dict[str, set[np.dtype[Any]]] = {}
+    dtypes: dict[str, set[DType]] = {}
     for number, example in enumerate(examples):
         where = f"examples[{number}]"
         if not isinstance(example, Mapping) or not example:
@@ -74,7 +75,7 @@ def fields_of(examples: Sequence[Example]) -> dict[str, Field]:
         ) from None
 
 
-def _numbers(value: Any, where: str) -> np.ndarray:
+def _numbers(value: object, where: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except (TypeError, ValueError):  # a key of JAX, lists of several lengths

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from mpjax.data.cache import Cache
 from mpjax.data.split import split_documents
 from mpjax.data.text import Document, read_documents
 from mpjax.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
-from mpjax.typing import Sources
+from mpjax.typing import Settings, Sources
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Corpus:
     train: np.ndarray
     validation: np.ndarray
     tokenizer: Tokenizer
-    info: dict[str, Any]
+    info: Settings
 
 
 def load_corpus(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mpjax.data.tables import readers
 from mpjax.errors import ConfigError
@@ -188,7 +188,7 @@ def _read_file(path: Path, name: str, column: str | None) -> list[Document]:
     return [Document(name, text)]
 
 
-def _row_document(source: str, name: str, value: Any) -> Document:
+def _row_document(source: str, name: str, value: object) -> Document:
     """Checks one cell of a table; null counts as empty."""
     if value is None:
         return Document(name, "")

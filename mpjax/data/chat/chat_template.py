@@ -10,11 +10,11 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mpjax.errors import ConfigError, brief, need
+from mpjax.typing import Json, Settings
 
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."}; roles system, user, assistant
+Message = Mapping[str, Json]  # {"role": "user", "content": "..."}; roles system, user, assistant
 
 # Names that checkpoints use for what a model thought; templates read the last two.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -55,10 +55,10 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Json]] | None = None,
+        documents: Sequence[Mapping[str, Json]] | None = None,
         add_generation_prompt: bool = False,
-        **variables: Any,
+        **variables: Json,
     ) -> str:
         """Returns the text of a conversation.
 
@@ -89,7 +89,7 @@ class ChatTemplate:
         return _render({"template": self._template, "variables": variables})
 
 
-def _render(request: dict[str, Any]) -> str:
+def _render(request: Settings) -> str:
     """What the child makes of a request, or an error of one line."""
     try:
         body = json.dumps(request, default=_plain).encode("ascii")
@@ -119,7 +119,7 @@ def _render(request: dict[str, Any]) -> str:
     raise ConfigError(f"chat: the template {said[why].format(reason)}")
 
 
-def _plain(x: Any) -> Any:
+def _plain(x: object) -> dict[str, Json] | list[Json]:
     """Mappings and sequences of other types as JSON has them."""
     if isinstance(x, Mapping):
         return dict(x)
@@ -134,7 +134,7 @@ class _Child:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._end: Any = None
+        self._end: weakref.finalize | None = None
         self._parent = 0
 
     def ask(self, lines: bytes, most: int) -> dict[str, str]:

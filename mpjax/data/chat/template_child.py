@@ -11,7 +11,13 @@ from __future__ import annotations
 import datetime
 import json
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import nodes, parser, sandbox
+
+    from mpjax.typing import Settings
 
 _SAID = 4000  # characters of an error
 
@@ -31,7 +37,7 @@ def limit(seconds: float, memory: int) -> None:
         resource.setrlimit(kind, (inside, hard))
 
 
-def environment(refuse: Any) -> Any:
+def environment(refuse: Callable[[str], None]) -> sandbox.SandboxedEnvironment:
     """Returns Jinja as transformers sets it up for templates; `refuse` takes a message."""
     import jinja2.ext
     import jinja2.sandbox
@@ -41,13 +47,13 @@ def environment(refuse: Any) -> Any:
 
         tags = {"generation"}
 
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        def parse(self, source: parser.Parser) -> nodes.Node:
+            line = next(source.stream).lineno
+            body = source.parse_statements(("name:endgeneration",), drop_needle=True)
             call = self.call_method("_body")
             return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
-        def _body(self, caller: Any) -> str:
+        def _body(self, caller: Callable[[], str]) -> str:
             return caller()
 
     found = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -60,7 +66,7 @@ def environment(refuse: Any) -> Any:
 
 
 def to_json(
-    x: Any,
+    x: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
@@ -83,14 +89,14 @@ class Renderer:
     def __init__(self) -> None:
         import jinja2
 
-        self._refusal: Any = type("Refusal", (jinja2.TemplateError,), {})
+        self._refusal: type[Exception] = type("Refusal", (jinja2.TemplateError,), {})
         self._environment = environment(self._refuse)
         self._last, self._template = "", self._environment.from_string("")
 
     def _refuse(self, message: str) -> None:
         raise self._refusal(message)
 
-    def answer(self, request: dict[str, Any], longest: int) -> dict[str, str]:
+    def answer(self, request: Settings, longest: int) -> dict[str, str]:
         """Returns `text`, or why there is none: `malformed refused failed large stopped`.
 
         Args:

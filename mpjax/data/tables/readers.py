@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 from mpjax.errors import ConfigError, listed, need, printable
 from mpjax.json_text import parse_json
+from mpjax.typing import Settings
 
 SUFFIXES = (".jsonl", ".parquet")  # of files whose rows are documents
 TYPED = (*SUFFIXES, ".ndjson", ".json")  # of files whose values have types
 # Of a parquet file, where a byte can stand for any number of equal rows or letters.
 _LEAST_ROWS, _ROW_BYTES, _LEAST_BYTES, _MOST_GROWN, _BATCH = 100_000, 4, 2**24, 16, 1024
-Row = tuple[str, Any]  # name of the row, what its text column holds
+Row = tuple[str, object]  # name of the row, what its text column holds
 
 
 class Record(NamedTuple):
@@ -27,7 +28,7 @@ class Record(NamedTuple):
 
     number: int
     where: str
-    fields: dict[str, Any]
+    fields: Settings
 
 
 def read_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mpjax.data.tables.cells import check_first, header_of, layout, read_cells
 from mpjax.data.tables.readers import TYPED, read_records
@@ -104,7 +104,7 @@ def _typed_rows(
         yield row
 
 
-def _value(value: Any, where: str, is_class: bool) -> tuple[str, str]:
+def _value(value: object, where: str, is_class: bool) -> tuple[str, str]:
     """The kind of a value, and its text."""
     if isinstance(value, str):
         if "\0" in value or re.search("[\ud800-\udfff]", value):

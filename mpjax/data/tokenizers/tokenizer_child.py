@@ -11,7 +11,6 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 _LINES = (
     "The quick brown fox jumps over the lazy dog, doesn't it? We've seen 1,234,567 of them.\n",
@@ -50,7 +49,7 @@ def tried(text: str) -> dict[str, str]:
 
 def main() -> None:
     """Reads the limits and the text, and answers."""
-    start: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
+    start = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = start["path"]
     import tokenizers  # noqa: F401  (before the limits, which are for what it is given)
 

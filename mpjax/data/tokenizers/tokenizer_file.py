@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
@@ -19,6 +18,7 @@ from mpjax.data.cache import Cache
 from mpjax.data.tokenizers.tokenizer_bounds import check_ids, unbounded
 from mpjax.errors import ConfigError, printable
 from mpjax.json_text import parse_json
+from mpjax.typing import Json
 
 # Of a core, and of a clock for a machine that has no such limit.
 _SECONDS, _WALL = 3.0, 60.0
@@ -54,7 +54,7 @@ def open_tokenizer(
 
 
 def build_tokenizer(
-    fields: Any, text: str | bytes, where: str, remedy: str = "fetch it again"
+    fields: Json, text: str | bytes, where: str, remedy: str = "fetch it again"
 ) -> tokenizers.Tokenizer:
     """What `open_tokenizer` returns of a text, `fields`, that has been parsed already."""
     if not isinstance(fields, dict) or "model" not in fields:

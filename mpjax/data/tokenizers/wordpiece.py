@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class WordPiece:
             )
         self._backend, self._where = backend, where
 
-    def tokens(self, ids: Any) -> list[str]:
+    def tokens(self, ids: Iterable[int]) -> list[str]:
         """The token of each id.
 
         Raises:
@@ -104,7 +104,8 @@ class WordPiece:
             raise ConfigError(
                 f"pairs: {len(texts)} first and {len(seconds)} second texts; give one for each"
             )
-        rows: Any = list(zip(texts, seconds, strict=True)) if seconds else list(texts)
+        rows: list[str] | list[tuple[str, str]]
+        rows = list(zip(texts, seconds, strict=True)) if seconds else list(texts)
         with tokenizer_errors(self._where):
             encoded = self._backend.encode_batch(rows)
         if too_long := sum(len(one.ids) > longest for one in encoded):

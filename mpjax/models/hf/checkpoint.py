@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 from mpjax.errors import ConfigError, need, printable
 from mpjax.json_text import LARGEST, read_json
@@ -18,6 +17,7 @@ from mpjax.models.hf.gguf_reader import GgufFile
 from mpjax.models.hf.gguf_tokenizer import gguf_settings, gguf_tokenizer
 from mpjax.models.hf.tensor_files import Tensors, read_safetensors, read_sharded
 from mpjax.models.hf.torch_file import read_torch
+from mpjax.typing import Settings
 
 logger = logging.getLogger("mpjax.models")
 
@@ -34,7 +34,7 @@ _BESIDE = (
     "config_sentence_transformers.json", "[0-9]_*/*",
 )  # fmt: skip
 # Special tokens that transformers assumes where a config.json leaves them out.
-_SPECIAL: dict[str, dict[str, Any]] = {
+_SPECIAL: dict[str, dict[str, int]] = {
     "bert": {"pad_token_id": 0},
     "gpt2": {"bos_token_id": 50256, "eos_token_id": 50256},
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
@@ -72,7 +72,7 @@ class Checkpoint:
     """
 
     where: Path
-    config: dict[str, Any]
+    config: Settings
     tensors: Tensors
     gguf: GgufFile | None = None
 

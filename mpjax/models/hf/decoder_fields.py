@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mpjax.errors import ConfigError
 from mpjax.models.hf.fields import Fields
 from mpjax.models.transformer.decoder_config import DecoderConfig
+from mpjax.typing import Settings
 
 # What transformers calls an activation -> its name here, and back.
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
@@ -29,7 +28,7 @@ _WINDOW, _FIRST_WINDOW = 4096, 28  # sliding_window, and Qwen's max_window_layer
 _QWEN3_HEAD = 128
 
 
-def read_gpt2(fields: Fields) -> dict[str, Any]:
+def read_gpt2(fields: Fields) -> Settings:
     """Returns the fields of a DecoderConfig for GPT-2."""
     f = fields
     f.only("scale_attn_weights", True)
@@ -53,7 +52,7 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
     )
 
 
-def write_gpt2(c: DecoderConfig) -> dict[str, Any]:
+def write_gpt2(c: DecoderConfig) -> Settings:
     """Returns the fields of a config.json."""
     return dict(
         vocab_size=c.vocabulary,
@@ -73,7 +72,7 @@ def write_gpt2(c: DecoderConfig) -> dict[str, Any]:
     )
 
 
-def read_llama(fields: Fields) -> dict[str, Any]:
+def read_llama(fields: Fields) -> Settings:
     """Returns the fields of a DecoderConfig for Llama."""
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
@@ -81,26 +80,26 @@ def read_llama(fields: Fields) -> dict[str, Any]:
     return _kin(fields, _LLAMA)
 
 
-def read_mistral(fields: Fields) -> dict[str, Any]:
+def read_mistral(fields: Fields) -> Settings:
     """Returns the fields of a DecoderConfig for Mistral, with its sliding window."""
     found = _kin(fields, _MISTRAL)
     return found | dict(window=fields.take("sliding_window", int, 0, absent=_WINDOW))
 
 
-def read_qwen2(fields: Fields) -> dict[str, Any]:
+def read_qwen2(fields: Fields) -> Settings:
     """Returns the fields of a DecoderConfig for Qwen2: biases of queries, keys and values."""
     found = _kin(fields, _QWEN)
     return found | dict(qkv_bias=True, window=_window(fields, found["layers"]))
 
 
-def read_qwen3(fields: Fields) -> dict[str, Any]:
+def read_qwen3(fields: Fields) -> Settings:
     """Returns the fields of a DecoderConfig for Qwen3: queries and keys are normalised."""
     fields.only("attention_bias", False)
     found = _kin(fields, _QWEN, _QWEN3_HEAD)
     return found | dict(qk_norm=True, window=_window(fields, found["layers"]))
 
 
-def _kin(f: Fields, absent: dict[str, int], head_width: int = 0) -> dict[str, Any]:
+def _kin(f: Fields, absent: dict[str, int], head_width: int = 0) -> Settings:
     """Llama's fields.
 
     Args:
@@ -136,7 +135,7 @@ def _kin(f: Fields, absent: dict[str, int], head_width: int = 0) -> dict[str, An
     )
 
 
-def _read_rope(f: Fields) -> dict[str, Any]:
+def _read_rope(f: Fields) -> Settings:
     """Transformers 5 keeps all of it in rope_parameters, 4 in rope_theta and rope_scaling."""
     old, new = f.inner("rope_scaling"), f.inner("rope_parameters")
     theta = f.take("rope_theta", float, 10000.0)
@@ -146,13 +145,13 @@ def _read_rope(f: Fields) -> dict[str, Any]:
     return found[0] if found else dict(rope_theta=theta)
 
 
-def _scaled(scaling: Fields, theta: float) -> dict[str, Any]:
+def _scaled(scaling: Fields, theta: float) -> Settings:
     theta = scaling.take("rope_theta", float, theta)
     known = {"default": "none", "linear": "linear", "llama3": "llama3"}
     older = scaling.one_of("type", known, "default")
     kind = scaling.one_of("rope_type", known, "default")
     kind = older if kind == "none" else kind
-    found: dict[str, Any] = dict(rope_theta=theta, rope_scaling=kind)
+    found: Settings = dict(rope_theta=theta, rope_scaling=kind)
     if kind != "none":
         found["rope_factor"] = scaling.take("factor", float)
     if kind == "llama3":
@@ -182,9 +181,9 @@ def _window(f: Fields, layers: int) -> int:
     return size
 
 
-def write_llama(c: DecoderConfig) -> dict[str, Any]:
+def write_llama(c: DecoderConfig) -> Settings:
     """Returns the fields of a config.json of Llama; Mistral, Qwen2 and Qwen3 add theirs."""
-    rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
+    rope: Settings = {"rope_theta": c.rope_theta, "rope_type": "default"}
     if c.rope_scaling != "none":
         rope |= {"rope_type": c.rope_scaling, "factor": c.rope_factor}
     if c.rope_scaling == "llama3":
@@ -213,17 +212,17 @@ def write_llama(c: DecoderConfig) -> dict[str, Any]:
     )
 
 
-def write_mistral(c: DecoderConfig) -> dict[str, Any]:
+def write_mistral(c: DecoderConfig) -> Settings:
     """Returns the fields of a config.json."""
     return write_llama(c) | dict(sliding_window=c.window or None)
 
 
-def write_qwen2(c: DecoderConfig) -> dict[str, Any]:
+def write_qwen2(c: DecoderConfig) -> Settings:
     """Returns the fields of a config.json, which has no head_dim where heads share the width."""
     return {k: v for k, v in write_qwen3(c).items() if k != "head_dim" or c.head_width}
 
 
-def write_qwen3(c: DecoderConfig) -> dict[str, Any]:
+def write_qwen3(c: DecoderConfig) -> Settings:
     """Returns the fields of a config.json."""
     kind = "sliding_attention" if c.window else "full_attention"
     return write_llama(c) | dict(
@@ -234,7 +233,7 @@ def write_qwen3(c: DecoderConfig) -> dict[str, Any]:
     )
 
 
-def read_seq2seq(fields: Fields) -> dict[str, Any]:
+def read_seq2seq(fields: Fields) -> Settings:
     """Returns the choices of bentrevett's pytorch-seq2seq, whose files have no settings at all."""
     del fields  # its sizes are the user's to give: heads cannot be told from the tensors
     return dict(

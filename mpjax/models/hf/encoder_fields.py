@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from mpjax.errors import brief
 from mpjax.json_text import parse_json
 from mpjax.models.hf.decoder_fields import GELU, GELU_BACK
 from mpjax.models.hf.fields import Fields
 from mpjax.models.transformer.encoder_config import EncoderConfig
+from mpjax.typing import Settings
 
 # Class of transformers -> the head that it has here.
 _HEADS = {
@@ -22,7 +22,7 @@ _HEADS = {
 }
 
 
-def read_bert(fields: Fields) -> dict[str, Any]:
+def read_bert(fields: Fields) -> Settings:
     """Returns the fields of an EncoderConfig for BERT; no class named means no head."""
     f = fields
     f.only("position_embedding_type", "absolute")
@@ -62,7 +62,7 @@ def read_bert(fields: Fields) -> dict[str, Any]:
     )
 
 
-def _labels(f: Fields, names: dict[str, Any]) -> tuple[str, ...]:
+def _labels(f: Fields, names: Settings) -> tuple[str, ...]:
     """Names of the classes in the order of the logits, whatever their order in the file."""
     places = [str(i) for i in range(len(names))]
     if sorted(names) != sorted(places) or not all(isinstance(x, str) for x in names.values()):
@@ -70,7 +70,7 @@ def _labels(f: Fields, names: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names[place] for place in places)
 
 
-def write_bert(c: EncoderConfig) -> dict[str, Any]:
+def write_bert(c: EncoderConfig) -> Settings:
     """Returns the fields of a config.json."""
     names = c.labels or tuple(f"LABEL_{i}" for i in range(c.classes))
     labels = {str(i): name for i, name in enumerate(names)}
@@ -133,7 +133,7 @@ def pools_mean(files: Mapping[str, bytes | str]) -> bool:
     return modes == {_MEAN} or settings.get("pooling_mode") == "mean"
 
 
-def pooling_files(config: Any, files: Mapping[str, bytes]) -> dict[str, bytes]:
+def pooling_files(config: object, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Returns what an export of an encoder needs beside its files so that the mean is pooled."""
     if not isinstance(config, EncoderConfig) or config.head != "none" or config.pool != "mean":
         return {}

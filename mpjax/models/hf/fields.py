@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, NoReturn
+from collections.abc import Collection, Mapping
+from typing import NoReturn
 
 from mpjax.errors import ConfigError, brief, listed
+from mpjax.typing import Json, Settings
 
 # What says how a model is trained, stored, called or sampled from, not what it computes. Dropout
 # inside the softmax is here too: our models have none there.
@@ -37,14 +38,14 @@ class Fields:
       ignore: names of unknown fields that the user says have no effect.
     """
 
-    def __init__(self, values: dict[str, Any], where: str, ignore: Collection[str] = ()) -> None:
+    def __init__(self, values: Settings, where: str, ignore: Collection[str] = ()) -> None:
         self._values, self._where = values, where
         self._asked = set(FREE) | set(ignore)
 
     def take(
-        self, name: str, kind: type[Any], default: Any = _NO_DEFAULT, absent: Any = _NO_DEFAULT,
+        self, name: str, kind: type[Json], default: Json = _NO_DEFAULT, absent: Json = _NO_DEFAULT,
         least: int | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Json:  # fmt: skip
         """Returns a field; null and an absent one are the default.
 
         Args:
@@ -78,10 +79,10 @@ class Fields:
             self._unexpected(name, value, "a finite number that float32 has")
         return float(value) if kind is float else value
 
-    def _unexpected(self, name: str, value: Any, wanted: str) -> NoReturn:
+    def _unexpected(self, name: str, value: object, wanted: str) -> NoReturn:
         raise ConfigError(f"{self._where}: {name}={brief(value)}; expected {wanted}; mend it")
 
-    def only(self, name: str, *allowed: Any) -> Any:
+    def only(self, name: str, *allowed: Json) -> Json:
         """Returns a field that our models have no choice in; absent, it is the first.
 
         Raises:
@@ -98,7 +99,7 @@ class Fields:
             )
         return value
 
-    def one_of(self, name: str, known: dict[str, Any], default: str) -> Any:
+    def one_of(self, name: str, known: Mapping[str, str], default: str) -> str:
         """Returns what a field's value stands for.
 
         Raises:

@@ -6,7 +6,6 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from mpjax.models.hf.fields import Fields
 from mpjax.models.hf.gguf_reader import GgufFile, GgufTensor, read_layout
 from mpjax.models.hf.gguf_tokenizer import gguf_special
 from mpjax.models.hf.tensor_files import Tensor, Tensors
+from mpjax.typing import Settings
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 call themselves llama
 _OUTER = {
@@ -66,7 +66,7 @@ def open_gguf(path: Path) -> GgufFile:
         ) from error
 
 
-def read_gguf(path: Path, file: GgufFile) -> tuple[dict[str, Any], Tensors]:
+def read_gguf(path: Path, file: GgufFile) -> tuple[Settings, Tensors]:
     """Returns the fields of a config.json and the tensors of a GGUF file, dequantised when read.
 
     llama.cpp stores the rows of a Llama's queries and keys in the order of interleaved rotary
@@ -93,7 +93,7 @@ def read_gguf(path: Path, file: GgufFile) -> tuple[dict[str, Any], Tensors]:
             f"{path}: unknown setting {listed(f'{kind}.{n}' for n in unknown)}, which may change"
             " the result; take the safetensors of this model"
         )
-    config: dict[str, Any] = {"model_type": kind, "bos_token_id": None, "eos_token_id": None}
+    config: Settings = {"model_type": kind, "bos_token_id": None, "eos_token_id": None}
     config |= gguf_special(path, file.fields)
     config |= {field: own[name] for name, field in _FIELDS.items() if name in own}
     rope = {field: own[name] for name, field in _SCALING.items() if name in own}

@@ -9,10 +9,17 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from mpjax.typing import Json, Shape
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
 
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
@@ -38,9 +45,9 @@ _ALIGNMENT = 32  # of tensors, where a file does not say
 class GgufField:
     """A setting: a number, a text, or a list of them; `contents` returns it."""
 
-    value: Any
+    value: Json | np.ndarray
 
-    def contents(self) -> Any:
+    def contents(self) -> Json:
         """Returns the value as Python has it."""
         return self.value.tolist() if isinstance(self.value, np.ndarray) else self.value
 
@@ -55,8 +62,8 @@ class GgufTensor:
       data: its bytes, (..., bytes of a row) uint8, memory-mapped.
     """
 
-    shape: tuple[int, ...]
-    kind: Any
+    shape: Shape
+    kind: GGMLQuantizationType
     data: np.ndarray
 
 
@@ -68,7 +75,7 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
 
 
-def read_layout(path: Path, package: Any) -> GgufFile:
+def read_layout(path: Path, package: ModuleType) -> GgufFile:
     """Returns what a GGUF file says it holds.
 
     Args:
@@ -90,7 +97,7 @@ def read_layout(path: Path, package: Any) -> GgufFile:
         if name in fields:
             raise ValueError(f"the setting {name} twice")
         fields[name] = GgufField(cursor.value(cursor.number("I")))
-    infos: dict[str, tuple[tuple[int, ...], Any, int]] = {}
+    infos: dict[str, tuple[Shape, GGMLQuantizationType, int]] = {}
     for _ in range(tensor_count):
         name, axes = cursor.text(), cursor.number("I")
         if name in infos or not 0 < axes <= _MOST_AXES:
@@ -105,7 +112,10 @@ def read_layout(path: Path, package: Any) -> GgufFile:
 
 
 def _tensors(
-    data: Any, begin: int, infos: dict[str, tuple[tuple[int, ...], Any, int]], sizes: Any
+    data: mmap.mmap,
+    begin: int,
+    infos: dict[str, tuple[Shape, GGMLQuantizationType, int]],
+    sizes: Mapping[GGMLQuantizationType, tuple[int, int]],
 ) -> dict[str, GgufTensor]:
     """Tensors lie behind each other: what they hold together is not more than the file."""
     tensors, end, last = {}, begin, ""
@@ -131,17 +141,17 @@ def _tensors(
 class _Cursor:
     """Reads from a place on; nothing is longer than what is left."""
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
 
-    def take(self, count: int) -> Any:
+    def take(self, count: int) -> bytes:
         """Returns the next bytes."""
         if count > len(self.data) - self.at:
             raise ValueError(f"{count} bytes at {self.at}, of {len(self.data)} in the file")
         self.at += count
         return self.data[self.at - count : self.at]
 
-    def number(self, kind: str) -> Any:
+    def number(self, kind: str) -> Json:
         """Returns a number of struct's kind."""
         return struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
 
@@ -149,7 +159,7 @@ class _Cursor:
         """Returns a text behind its length."""
         return str(self.take(self.number("Q")), "utf-8")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> Json | np.ndarray:
         """Returns a value of a type's number."""
         if kind == _STRING:
             return self.text()

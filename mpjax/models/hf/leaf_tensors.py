@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from mpjax.errors import ConfigError
 from mpjax.models.hf.tensor_files import Tensors
 from mpjax.models.hf.tensor_names import Weight
+from mpjax.typing import Array, DType, DTypeLike, Shape
 
 _ALIGNED = 64  # bytes; JAX on CPU takes an array so aligned as it is, without a copy
 
 
-def tensor_shape(shape: tuple[int, ...], weight: Weight) -> tuple[int, ...]:
+def tensor_shape(shape: Shape, weight: Weight) -> Shape:
     """Returns the shape of the tensor, of one layer if stacked, that a leaf's shape asks for."""
     if weight.stacked:
         shape = shape[1:]
@@ -24,8 +26,13 @@ def tensor_shape(shape: tuple[int, ...], weight: Weight) -> tuple[int, ...]:
 
 
 def filled(
-    name: str, shape: tuple[int, ...], dtype: Any, weight: Weight, tensors: Tensors, sharding: Any
-) -> Any:
+    name: str,
+    shape: Shape,
+    dtype: DTypeLike,
+    weight: Weight,
+    tensors: Tensors,
+    sharding: Sharding | None,
+) -> Array:
     """Returns a leaf on its devices.
 
     Of the checkpoint one tensor is held at a time, of the leaf one shard.
@@ -43,7 +50,8 @@ def filled(
     """
     names = weight.names(shape[0])
 
-    def shard(index: Any) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or (slice(None),) * len(shape)
         spans = [range(n)[cut] for n, cut in zip(shape, index, strict=True)]
         out = _empty(tuple(len(span) for span in spans), np.dtype(dtype))
         if not weight.stacked:
@@ -54,12 +62,17 @@ def filled(
         return out
 
     if sharding is None:
-        return jax.device_put(shard(tuple(slice(None) for _ in shape)))
+        return jax.device_put(shard(None))
     return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def _copy(
-    leaf: str, name: str, weight: Weight, tensors: Tensors, index: Any, out: np.ndarray
+    leaf: str,
+    name: str,
+    weight: Weight,
+    tensors: Tensors,
+    index: tuple[slice, ...],
+    out: np.ndarray,
 ) -> None:
     """Reads a tensor, which is gone when this returns, and copies what a shard holds of it."""
     x = tensors[name].read()
@@ -80,14 +93,16 @@ def _copy(
         )
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _empty(shape: Shape, dtype: DType) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNED, np.uint8)
     start = -raw.ctypes.data % _ALIGNED
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def joined(leaves: list[Any], weights: list[Weight], layer: int, dtype: Any) -> np.ndarray:
+def joined(
+    leaves: Sequence[Array], weights: Sequence[Weight], layer: int, dtype: DTypeLike
+) -> np.ndarray:
     """Returns the tensor of one layer that leaves are the parts of; inverse of `filled`."""
     parts = []
     for leaf, weight in zip(leaves, weights, strict=True):

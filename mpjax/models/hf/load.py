@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from mpjax.errors import ConfigError, listed
 from mpjax.formats import Quantized
 from mpjax.models.core.module import stored
-from mpjax.models.hf.architecture import Architecture, architecture_of
+from mpjax.models.hf.architecture import Architecture, Transformer, architecture_of
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.encoder_fields import pools_mean
 from mpjax.models.hf.fields import FREE, Fields
 from mpjax.models.hf.leaf_tensors import filled, tensor_shape
 from mpjax.models.hf.tensor_files import Tensors
 from mpjax.precision import Precision
+from mpjax.typing import Array, Axes, Json, Key, Params, PyTree, Settings, Shape
 
 _FEW = 100  # layers
-Placement = Callable[[tuple[str | None, ...], tuple[int, ...]], Any]
+Placement = Callable[[Axes, Shape], Sharding]
 
 
 def load_checkpoint(
@@ -32,13 +33,13 @@ def load_checkpoint(
     *,
     architecture: str | None = None,
     new: Sequence[str] = (),
-    key: Any = None,
+    key: Key | None = None,
     unused: Sequence[str] = (),
     ignore: Collection[str] = (),
     place: Placement | None = None,
     revision: str | None = None,
-    **changes: Any,
-) -> tuple[Any, Any]:
+    **changes: Json,
+) -> tuple[Transformer, Params]:
     """Returns the model that a checkpoint holds and its parameters.
 
     Tensors are read one at a time, straight into the dtype that the Precision stores and onto the
@@ -101,13 +102,13 @@ def load_checkpoint(
         if not any("pooler" in name for name in checkpoint.tensors):
             settings["pool"] = "mean"
     _check_depth(checkpoint, kind, settings | changes, new)
-    model = kind.make(precision, settings, changes)
+    model = kind.make(kind.config(**settings), precision, **changes)
     params = load_params(model, checkpoint, kind, new, key, unused, place)
     return dataclasses.replace(model, metadata=metadata), params
 
 
 def _check_depth(
-    checkpoint: Checkpoint, kind: Architecture, sizes: dict[str, Any], new: Sequence[str]
+    checkpoint: Checkpoint, kind: Architecture, sizes: Settings, new: Sequence[str]
 ) -> None:
     """Refuses far more layers than there are tensors of, for a model is built layer by layer.
 
@@ -134,21 +135,21 @@ def _is_new(name: str, new: Sequence[str]) -> bool:
 
 
 def load_params(
-    model: Any,
+    model: Transformer,
     checkpoint: Checkpoint,
     kind: Architecture,
     new: Sequence[str] = (),
-    key: Any = None,
+    key: Key | None = None,
     unused: Sequence[str] = (),
     place: Placement | None = None,
-) -> Any:
+) -> Params:
     """Returns a model's parameters from a checkpoint; arguments as of `load_checkpoint`."""
     draw = jax.random.key(0) if key is None else key
     tree = jax.eval_shape(model.init, draw)
     is_leaf = lambda x: isinstance(x, Quantized)  # noqa: E731
     paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in paths}
-    placed: dict[str, Any] = {}
+    placed: dict[str, Sharding] = {}
     if place is not None:
         axes = jax.tree.leaves(model.axes, is_leaf=lambda x: isinstance(x, tuple))
         placed = {n: place(a, x.shape) for (n, x), a in zip(leaves.items(), axes, strict=True)}
@@ -174,11 +175,16 @@ def load_params(
 
 
 def _quantised(
-    name: str, leaf: Any, kind: Architecture, tensors: Tensors, precision: Any, sharding: Any
-) -> Any:
+    name: str,
+    leaf: Quantized,
+    kind: Architecture,
+    tensors: Tensors,
+    precision: Precision,
+    sharding: Sharding | None,
+) -> Quantized:
     """A weight stored in fp8: drawn together in float32, then quantised as `init` does."""
     whole = filled(name, leaf.shape, np.dtype(np.float32), kind.table[name], tensors, sharding)
-    nested: Any = whole
+    nested: PyTree = whole
     for part in reversed(name.split("/")):
         nested = {part: nested}
     return jax.tree.leaves(stored(nested, precision), is_leaf=lambda x: isinstance(x, Quantized))[0]
@@ -217,7 +223,10 @@ def _kept(
 
 
 def _check(
-    checkpoint: Checkpoint, kind: Architecture, leaves: dict[str, Any], tensors: Tensors
+    checkpoint: Checkpoint,
+    kind: Architecture,
+    leaves: Mapping[str, jax.ShapeDtypeStruct | Quantized],
+    tensors: Tensors,
 ) -> None:
     """Refuses tensors that are missing, unexpected or misshaped, all in one line."""
     missing: list[str] = []
@@ -257,7 +266,9 @@ def _check(
         )
 
 
-def _only(tree: Any, names: frozenset[str], is_leaf: Any) -> dict[str, Any]:
+def _only(
+    tree: PyTree, names: frozenset[str], is_leaf: Callable[[object], bool]
+) -> dict[str, Array | Quantized]:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     named = ((jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in leaves)
     return {name: x for name, x in named if name in names}

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -17,20 +17,22 @@ from mpjax.errors import ConfigError, need
 from mpjax.formats import weight_view
 from mpjax.models.core.checks import check_params
 from mpjax.models.core.metadata import Metadata
-from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
+from mpjax.models.core.network import Network
+from mpjax.models.hf.architecture import ARCHITECTURES, Architecture, architecture_name
 from mpjax.models.hf.checkpoint import CONFIG
 from mpjax.models.hf.encoder_fields import pooling_files
 from mpjax.models.hf.leaf_tensors import joined
 from mpjax.models.hf.tensor_names import Weight
 from mpjax.precision import parse_dtype
+from mpjax.typing import Array, DType, Params
 
 _INDEX = "model.safetensors.index.json"
 
 
 def save_checkpoint(
     folder: str | Path,
-    model: Any,
-    params: Any,
+    model: Network,
+    params: Params,
     *,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
@@ -116,11 +118,11 @@ def _checked(target: Path, files: Mapping[str, bytes | str]) -> dict[str, bytes]
 
 
 def _write_tensors(
-    folder: Path, model: Any, leaves: dict[str, Any], kind: Any, package: Any, wanted: Any,
-    shard_bytes: int,
+    folder: Path, model: Network, leaves: dict[str, Array], kind: Architecture,
+    package: ModuleType, wanted: DType | None, shard_bytes: int,
 ) -> set[str]:  # fmt: skip
     """Writes a shard as soon as it is full; returns the names of the dtypes."""
-    tensors: dict[str, list[tuple[Any, Weight]]] = {}
+    tensors: dict[str, list[tuple[Array, Weight]]] = {}
     for name, weight in kind.table.items():  # the table's order: embedding first
         if name in leaves:
             tensors.setdefault(weight.name, []).append((leaves[name], weight))

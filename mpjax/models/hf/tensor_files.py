@@ -6,13 +6,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from mpjax.errors import ConfigError, brief, listed, need, printable
 from mpjax.json_text import read_json
+from mpjax.typing import DType, DTypeLike, Shape
 
 # What a safetensors header calls a dtype -> the dtype. A scaled format (F8_E4M3 and the like) is
 # not here: its numbers mean nothing without scales, which each maker names differently.
@@ -40,15 +40,15 @@ class Tensor:
       read: returns the numbers.
     """
 
-    shape: tuple[int, ...]
-    dtype: Any
+    shape: Shape
+    dtype: DType
     read: Callable[[], np.ndarray]
 
 
 Tensors = dict[str, Tensor]
 
 
-def check_size(shape: tuple[int, ...], dtype: Any) -> None:
+def check_size(shape: Shape, dtype: DTypeLike) -> None:
     """Checks that an array may have a shape: even an empty one must be counted in int64.
 
     Raises:

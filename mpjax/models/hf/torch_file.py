@@ -15,7 +15,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +23,7 @@ import numpy as np
 from mpjax.errors import ConfigError, printable
 from mpjax.models.hf.tensor_files import Tensor, Tensors, check_size
 from mpjax.plain_pickle import Maker, read_pickle
+from mpjax.typing import DType, Json
 
 _STORAGES = {
     "DoubleStorage": np.float64,
@@ -49,7 +50,7 @@ class _Storage:
 
     __slots__ = ("count", "dtype", "key")
 
-    def __init__(self, dtype: np.dtype, key: str, count: int) -> None:
+    def __init__(self, dtype: DType, key: str, count: int) -> None:
         self.dtype, self.key, self.count = dtype, key, count
 
     @property
@@ -62,7 +63,9 @@ class _View:
 
     __slots__ = ("offset", "shape", "storage", "strides")
 
-    def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> None:
+    def __init__(
+        self, storage: object, offset: Json, shape: Json, strides: Json, *rest: object
+    ) -> None:
         del rest  # requires_grad, hooks and metadata, which are not about numbers
         if not (type(shape) is type(strides) is tuple and len(shape) == len(strides) <= _MOST_AXES):
             raise pickle.UnpicklingError("a tensor whose shape and strides do not match")
@@ -84,20 +87,22 @@ class _View:
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
 
-def _ordered(items: Any = ()) -> dict[str, Any]:
+def _ordered(items: Json = ()) -> dict[str, object]:
     """An OrderedDict: empty, for its items follow, or of Python 2, with a list of them."""
     if not all(type(item) is list and len(item) == 2 and type(item[0]) is str for item in items):
         raise pickle.UnpicklingError("a dict whose keys are no text")
     return dict(items)
 
 
-_NAMES: dict[str, Any] = {f"torch.{name}": np.dtype(kind) for name, kind in _STORAGES.items()} | {
+_NAMES: dict[str, DType | Maker] = {
+    f"torch.{name}": np.dtype(kind) for name, kind in _STORAGES.items()
+} | {
     "collections.OrderedDict": Maker(_ordered),
     "torch._utils._rebuild_tensor_v2": Maker(_View),
 }
 
 
-def _no_more(value: Any, state: Any) -> None:
+def _no_more(value: object, state: object) -> None:
     """Leaves out a state dict's `_metadata`: versions of modules, which are not about numbers."""
     if not isinstance(value, dict) or not isinstance(state, dict) or set(state) != {"_metadata"}:
         raise pickle.UnpicklingError("an attempt to set the state of what has none")
@@ -109,7 +114,7 @@ class _Storages:
     def __init__(self) -> None:
         self.found: dict[str, _Storage] = {}
 
-    def __call__(self, pid: Any) -> _Storage:
+    def __call__(self, pid: object) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
             raise pickle.UnpicklingError("a persistent id that is no storage")
         _, dtype, key, _, count = pid[:5]
@@ -185,7 +190,7 @@ def _mapped(
     return read
 
 
-def _zipped(path: Path, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _zipped(path: Path, size: int) -> tuple[object, dict[str, tuple[int, int]]]:
     """The state dict, and where in the file each storage begins and how many bytes it has."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entries = {info.filename: info for info in archive.infolist()}
@@ -217,7 +222,7 @@ def _place(file: IO[bytes], info: zipfile.ZipInfo, size: int) -> tuple[int, int]
     return start, info.file_size
 
 
-def _older(file: IO[bytes]) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _older(file: IO[bytes]) -> tuple[object, dict[str, tuple[int, int]]]:
     """The same of torch's format before zip archives."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         storages = _Storages()
