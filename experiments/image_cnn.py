@@ -171,7 +171,7 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
     dtypes = convolutions(step.compiled.lower(state, first).as_text())
     judge, pixels = evaluate(model, images), first["inputs"][0].size
     exact = evaluate(dataclasses.replace(model, precision=get_precision("fp32")), images)
-    losses, accuracy, skipped, scales, speeds, records = [], [], [], [], [], []
+    losses, accuracy, records = [], [], []
     for seed in range(config.seeds):
         folder, page = page_of(config, model, text, seed)
         history: list[Settings]
@@ -203,14 +203,10 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
             finished.end(folder, outcome)
         losses.append(outcome["validation_loss"])
         accuracy.append(outcome["accuracy"])
-        skipped.append(history[-1]["skipped"])
-        scales.append(history[-1]["loss_scale"])
-        speeds += [record["images_per_s"] for record in history[2:] or history]
         records.append(history)
-    arm = Outcome(
-        text, config.precision[0], tuple(losses), float(np.median(speeds)),
-        outcome["bytes_per_parameter"], tuple(skipped), tuple(scales), tuple(records),
-    )  # fmt: skip
+    arm = finished.outcome_of(
+        text, config.precision[0], losses, records, outcome["bytes_per_parameter"], "images_per_s"
+    )
     return Arm(arm, tuple(accuracy), "; ".join(dtypes))
 
 

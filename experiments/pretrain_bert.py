@@ -184,20 +184,11 @@ def main(config: Config) -> None:
     first = judge(start.params(judged, 0))[0]
     arms = [
         finetune.run_arm(
-            label,
-            config,
-            task,
-            start,
-            train,
-            pieces.vocab_size,
-            judge,
-            config.out,
-            keep,
-            mask,
+            label, config, task, start, train, pieces.vocab_size, judge, config.out, keep, mask,
             again=lambda label, seed: bool(config.export) and seed == 0,
-        )  # fmt: skip
+        )
         for label in config.precision
-    ]
+    ]  # fmt: skip
     counted = {"counting": counting(train, held_out, targets, counts)}
     extra = ("next accuracy", *(f"gradient, {name}" for name in task.weights))
     title = f"{config.data}: masked tokens and next sentences by precision"

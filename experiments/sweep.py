@@ -262,8 +262,7 @@ def run_arm(
     model = make(work, corpus, arm.precision)
     tx, objective = stressed(arm.stress, work, optimizer(arm, work))
     _, step = build(model, tx, objective=objective)
-    losses, skipped, scales, speeds, records = [], [], [], [], []
-    per_parameter = 0.0
+    losses, records, per_parameter = [], [], 0.0
     for seed in range(first, first + seeds):
         folder, page = page_of(arm, work, model, seed, out, again)
         if ended := finished.begin(folder, page, work.CHOOSING, console):
@@ -278,16 +277,10 @@ def run_arm(
         history += [history[-1] | {"loss": np.inf}] * (work.steps - len(history))
         losses.append(outcome["validation_loss"])
         per_parameter = outcome["bytes_per_parameter"]
-        skipped.append(history[-1]["skipped"])
-        scales.append(history[-1]["loss_scale"])
-        speeds += [record["tokens_per_s"] for record in history[2:] or history]
         records.append(history)
         if enough(arm.label, losses):
             break
-    return Outcome(
-        arm.label, arm.reference, tuple(losses), float(np.median(speeds)), per_parameter,
-        tuple(skipped), tuple(scales), tuple(records),
-    )  # fmt: skip
+    return finished.outcome_of(arm.label, arm.reference, losses, records, per_parameter)
 
 
 def run_arms(

@@ -172,19 +172,10 @@ def main(config: Config) -> None:
 
     arms, shown = [], []
     for label in config.precision:
-        arms.append(
-            finetune.run_arm(
-                label,
-                config,
-                task,
-                start,
-                examples,
-                task.vocabulary,
-                judge,
-                config.out,
-                again=lambda label, seed: seed == config.seeds - 1,  # its translations are shown
-            )  # fmt: skip
-        )
+        arms.append(finetune.run_arm(
+            label, config, task, start, examples, task.vocabulary, judge, config.out,
+            again=lambda label, seed: seed == config.seeds - 1,  # its translations are shown
+        ))  # fmt: skip
         shown.append((label, samples["last"]))
     known = {word for source, _ in train for word in source.split()}
     slices = {

@@ -32,7 +32,7 @@ def parse(config: type[T]) -> T:
         with contextlib.redirect_stderr(shown):
             return tyro.cli(config, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as ended:
-        # tyro draws a box with rules in it: title, what is wrong, flags that look like it, help.
+        # tyro prints a box: a title, the error, similar flags, and help, between horizontal lines.
         lines = [line.strip(" │╭╮╰╯─") for line in shown.getvalue().splitlines()]
         blocks: list[list[str]] = [[]]
         for line in lines[1:]:

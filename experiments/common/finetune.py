@@ -29,7 +29,6 @@ from mpjax.ops import Objective
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision, PrecisionSchedule, fixed, get_precision, get_schedule
 from mpjax.precision.schedule import KINDS
-from mpjax.report import Outcome
 from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
 from mpjax.typing import Params, Settings
 
@@ -248,7 +247,7 @@ def run_arm(
         model, raw_optimizer(config), clip=config.clip, objective=task.objective, schedule=schedule
     )
     assert step.init is not None
-    scores, correct, records, skipped, scales, bytes_each = [], [], [], [], [], 0.0
+    scores, correct, records, bytes_each = [], [], [], 0.0
     for seed in range(config.seeds):
         folder, page = page_of(label, config, schedule, model, seed, out, again)
         if ended := finished.begin(folder, page, CHOOSING, console):
@@ -283,13 +282,8 @@ def run_arm(
         scores.append(found)
         correct.append(right)
         records.append(history)
-        skipped.append(history[-1]["skipped"])
-        scales.append(history[-1]["loss_scale"])
-    speeds = [record["tokens_per_s"] for history in records for record in history[2:] or history]
-    outcome = Outcome(
-        label, config.precision[0], tuple(s["loss"] for s in scores), float(np.median(speeds)),
-        bytes_each, tuple(skipped), tuple(scales), tuple(records),
-    )  # fmt: skip
+    losses = [found["loss"] for found in scores]
+    outcome = finished.outcome_of(label, config.precision[0], losses, records, bytes_each)
     return Arm(label, tuple(scores), np.stack(correct), outcome)
 
 

@@ -81,16 +81,11 @@ def tables(
         for name in measured:
             gap = "–" if arm is arms[0] else above(gap_points(arm, arms[0], name))
             compared += [points(arm.score(name)), gap]
-        rows.append(
-            (
-                arm.label,
-                *compared,
-                *(points(arm.score(name)) for name in extra),
-                f"{np.mean(arm.score('loss')):.4f}",
-                f"{arm.outcome.tokens_per_s:,.0f}",
-                " ".join(map(str, arm.outcome.skipped)),
-            )  # fmt: skip
-        )
+        rows.append((
+            arm.label, *compared, *(points(arm.score(name)) for name in extra),
+            f"{np.mean(arm.score('loss')):.4f}", f"{arm.outcome.tokens_per_s:,.0f}",
+            " ".join(map(str, arm.outcome.skipped)),
+        ))  # fmt: skip
     found = [(title, head, rows)]
     for kind, names in slices.items():
         for arm in arms[1:]:

@@ -1,4 +1,4 @@
-"""Runs of a comparison that came to their end: an interrupted comparison goes on where it stopped.
+"""Finished runs of a comparison, so that an interrupted comparison goes on where it stopped.
 
 A run leaves `outcome.json` in its folder as the last thing. The same command again takes the runs
 that have one and trains the others. A run of other settings, code or environment is neither mixed
@@ -10,14 +10,16 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from common import launch  # sets XLA flags before JAX starts  # noqa: F401
 from mpjax.errors import ConfigError
 from mpjax.files import is_temporary, write_text
+from mpjax.report import Outcome
 from mpjax.train import read_manifest, read_metrics, write_manifest
 from mpjax.train.checkpoint import differences
 from mpjax.train.report import MANIFEST, METRICS, to_line
@@ -95,7 +97,7 @@ def _ended(folder: Path) -> tuple[Settings, list[Settings]] | None:
     outcomes = read_metrics(folder / _OUTCOME)
     records = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
     *history, last = records or [{}]
-    # A record a step from the first on, and the validation behind them.
+    # One record for each step from 1 on, then that of the validation.
     whole = [record.get("step") for record in history] == list(range(1, len(history) + 1))
     if len(outcomes) != 1 or not history or not whole or "validation_loss" not in last:
         log.warning("%s: %s or %s is damaged; it is trained again", folder, _OUTCOME, METRICS)
@@ -109,6 +111,33 @@ def _set_aside(folder: Path) -> None:
     aside = next(name for name in names if not name.exists())
     folder.rename(aside)
     log.warning("%s: its manifest is damaged; moved to %s, trained again", folder, aside.name)
+
+
+def outcome_of(
+    label: str,
+    reference: str,
+    losses: Sequence[float],
+    histories: Sequence[list[Settings]],
+    bytes_per_parameter: float,
+    speed: str = "tokens_per_s",
+) -> Outcome:
+    """Returns what the runs of an arm came to.
+
+    Args:
+      label: of the arm.
+      reference: label of the arm that it is compared with.
+      losses: of validation, a number a seed.
+      histories: a record a step, of each seed.
+      bytes_per_parameter: of its state.
+      speed: the record's field that counts what is trained on; the first two steps do not count.
+    """
+    speeds = [record[speed] for history in histories for record in history[2:] or history]
+    last = [history[-1] for history in histories]
+    return Outcome(
+        label, reference, tuple(losses), float(np.median(speeds)), bytes_per_parameter,
+        tuple(record["skipped"] for record in last), tuple(record["loss_scale"] for record in last),
+        tuple(histories),
+    )  # fmt: skip
 
 
 def end(folder: Path, outcome: Mapping[str, Json]) -> None:

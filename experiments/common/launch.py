@@ -60,7 +60,7 @@ def set_flags() -> None:
 def set_log() -> None:
     """Shows warnings on stderr; early, because some imports would set the log up otherwise."""
     console = Console(stderr=True)
-    handler: logging.Handler = logging.StreamHandler()  # a pipe wants lines that are not wrapped
+    handler: logging.Handler = logging.StreamHandler()  # does not wrap lines, for pipes
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
@@ -93,7 +93,7 @@ def guard_compiled() -> None:
       ConfigError: somebody else may have filled it.
     """
     folder, ours = Path(os.environ[COMPILED]), os.environ[COMPILED] == our_compiled()
-    with contextlib.suppress(OSError):  # JAX says so itself, and goes on without
+    with contextlib.suppress(OSError):  # JAX warns and goes on without a cache
         for one in [folder.parent] * ours + [folder]:
             private_folder(one)
         if ours:
@@ -136,7 +136,7 @@ def warmup(config: Warming) -> int:
     return min(config.WARMUP, config.steps // 2) if config.warmup is None else config.warmup
 
 
-@functools.cache  # a comparison asks once a run, and reads its data once
+@functools.cache  # a comparison asks once for each run
 def data_checksum(data: str) -> str:
     """Returns the checksum of the file that `FILE` or `FILE:COLUMN` names; empty if it is none."""
     for place in (data, data.rpartition(":")[0]):
@@ -153,7 +153,7 @@ def settings(config: Warming, **more: Json) -> Settings:
     return json.loads(json.dumps(values, default=str))
 
 
-LARGEST = 2**31 - 1  # what the int32 of seeds, counters and indices holds
+LARGEST = 2**31 - 1  # of int32, the dtype of seeds, counters and indices
 
 
 def _check(config: object, names: Sequence[str], what: str, fits: Callable[[float], bool]) -> None:
@@ -244,7 +244,7 @@ def make_decoder(work: Any, corpus: Corpus, precision: Precision) -> Decoder:
 
 
 def _quiet_asyncio() -> None:
-    """Keeps what Orbax leaves behind on a full disk off the screen.
+    """Hides the tracebacks that Orbax leaves on a full disk.
 
     It closes its event loop at the first array that cannot be written; the writes of the others
     then have nobody to report to, and each would print a traceback. The failure itself is raised
@@ -263,7 +263,7 @@ def command(main: Callable[[T], None], config: type[T]) -> None:
     """Runs an experiment from the command line; what the user can mend is one line, status 2."""
     logging.getLogger("mpjax").setLevel(logging.INFO)
     _quiet_asyncio()
-    # What trains has its results in --out, and lives on without a terminal.
+    # A script with --out keeps running when its terminal closes.
     terminal = steady_terminal() if hasattr(config, "out") else contextlib.nullcontext()
     with terminal:
         _command(main, config)

@@ -177,7 +177,7 @@ def settings(config: Config) -> Settings:
     }  # fmt: skip
     if not config.precision_schedule:
         values["precision"] = config.named()
-    # A setting that says nothing is left out, so that runs of before it can be resumed.
+    # An unused setting is left out, so that runs from before it existed can be resumed.
     values = {k: v for k, v in values.items() if (k, v) != ("precision_schedule", "")}
     values["shape"] = shape_changes(config.shape)
     return json.loads(json.dumps(values))

@@ -21,7 +21,7 @@ from mpjax.train.processes import code_hash, end, initialize, of_first, require_
 from mpjax.train.report import versions
 from mpjax.typing import Json, Settings
 
-# What an experiment's command line makes one line of.
+# Exceptions that an experiment's command line reports in one line.
 EXPLAINED = (ConfigError, TrainingStopped, OSError, KeyboardInterrupt, SystemExit)
 _LOST = "start all processes again with --resume latest"
 

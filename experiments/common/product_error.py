@@ -31,7 +31,7 @@ def plain(name: str, format: str, scaling: str) -> Recipe:
     return Recipe(name, pair, pair, pair)
 
 
-# Beside the registered ones: who shares a scale, and nothing else, differs within each pair.
+# Beside the registered recipes; the two of a pair differ only in the scaling.
 OWN = {
     r.name: r
     for r in (

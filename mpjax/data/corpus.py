@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +85,7 @@ def load_corpus(
         settings += f" {tokenizer.prefix} {tokenizer.suffix}"
     key = hashlib.sha256(content.digest() + settings.encode())
     ids = [
-        _cached(f"{key.hexdigest()[:32]}.{side}.npy", _encoder(part, tokenizer), cache)
+        _cached(f"{key.hexdigest()[:32]}.{side}.npy", part, tokenizer, cache)
         for side, part in (("train", train), ("validation", validation))
     ]
     info = {
@@ -101,22 +101,16 @@ def load_corpus(
     return Corpus(ids[0], ids[1], tokenizer, info)
 
 
-def _encoder(documents: list[Document], tokenizer: Tokenizer) -> Callable[[], np.ndarray]:
-    def encode() -> np.ndarray:
-        # The split reads the first half of the digest; the order uses the other, independent one.
-        ordered = sorted(documents, key=lambda document: document.digest[16:])
-        ended = tokenizer.suffix[-1:] == (tokenizer.separator,)  # once is enough
-        separator = np.array([] if ended else [tokenizer.separator], tokenizer.dtype)
-        pieces = tokenizer.encode_batch([document.text for document in ordered])
-        return np.concatenate([part for piece in pieces for part in (piece, separator)])
-
-    return encode
-
-
-def _cached(name: str, make: Callable[[], np.ndarray], cache: Cache) -> np.ndarray:
+def _cached(name: str, documents: list[Document], tokenizer: Tokenizer, cache: Cache) -> np.ndarray:
+    """The ids of documents, from the cache if it has them."""
     if path := cache.find(name):
-        return np.asarray(np.load(path, mmap_mode="r"))  # plain view: indexes faster than memmap
-    ids = make()
+        return np.asarray(np.load(path, mmap_mode="r"))  # a plain view indexes faster than a memmap
+    # The split uses the first half of the digest, the order the second.
+    ordered = sorted(documents, key=lambda document: document.digest[16:])
+    ended = tokenizer.suffix[-1:] == (tokenizer.separator,)  # the suffix ends with the separator
+    separator = np.array([] if ended else [tokenizer.separator], tokenizer.dtype)
+    pieces = tokenizer.encode_batch([document.text for document in ordered])
+    ids = np.concatenate([part for piece in pieces for part in (piece, separator)])
     cache.store(name, lambda file: np.save(file, ids))
-    ids.flags.writeable = False  # as a mapped one
+    ids.flags.writeable = False  # like a mapped array
     return ids

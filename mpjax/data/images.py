@@ -133,7 +133,7 @@ def _arrays(source: str, known: Iterable[str]) -> Labelled:
     if not source.endswith(".npz"):
         raise ConfigError(f"data: {source!r} is unknown; {remedy}")
     try:
-        # np.load would leave a file open that it cannot read
+        # np.load leaves a file open if it cannot read it
         with open(source, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
     except KeyError as error:

@@ -18,16 +18,16 @@ from mpjax.typing import Sources
 
 logger = logging.getLogger("mpjax.data")
 
-# Not the standard library proper: installed packages and test suites (whole files of odd bytes).
+# Installed packages and test suites, below the folder of the standard library.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
-# Written when Python was built, so different on every machine.
+# Written when Python is built, so they differ between machines.
 _BUILD_RECORDS = ("config-", "_sysconfigdata")
-_HEAD_BYTES = 8192  # enough to tell a binary file without reading gigabytes of it
+_HEAD_BYTES = 8192  # searched for NUL before a whole file is read
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text that belongs together: a file, or a row of a table.
+    """One text: a file, or a row of a table.
 
     Args:
         name: where it came from, relative to the source.
@@ -129,7 +129,7 @@ def _locate(source: str, column: str | None, known: Iterable[str]) -> tuple[Path
                     "drop one of the two"
                 )
             return Path(head).expanduser(), tail
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # a name too long, or a folder without permission
         _unreadable(path, error)
     raise ConfigError(
         f"data {source!r}: no such file or directory; expected {', '.join(['stdlib', *known])}, a "
@@ -139,39 +139,38 @@ def _locate(source: str, column: str | None, known: Iterable[str]) -> tuple[Path
 
 def _read_stdlib() -> list[Document]:
     root = Path(sysconfig.get_path("stdlib"))
-    documents, skipped = [], 0
-    for name in _walk(root, _NOT_STDLIB):
-        if not name.endswith(".py") or name.startswith(_BUILD_RECORDS):
-            continue
-        text = _read_text(root / name)
-        if text is None:
-            skipped += 1
-        else:
-            documents.append(Document(name, text))
-    _report_skipped("stdlib", skipped)
+    names = (name for name in _walk(root, _NOT_STDLIB)
+             if name.endswith(".py") and not name.startswith(_BUILD_RECORDS))  # fmt: skip
+    documents, _ = _read_files(root, names, "stdlib", None)
     return [document for document in documents if document.text]  # empty __init__.py: expected
 
 
 def _read_directory(root: Path, column: str | None) -> tuple[list[Document], bool]:
+    def regular(name: str) -> bool:  # no pipe, socket or dangling link
+        try:
+            return (root / name).is_file()
+        except OSError as error:
+            _unreadable(root / name, error)
+
+    return _read_files(root, filter(regular, _walk(root)), str(root), column)
+
+
+def _read_files(
+    root: Path, names: Iterable[str], source: str, column: str | None
+) -> tuple[list[Document], bool]:
+    """The documents of some files of a folder, and whether there was a table among them."""
     documents: list[Document] = []
     skipped, tables = 0, False
-    for name in _walk(root):
-        path = root / name
-        try:
-            if not path.is_file():  # a pipe, a socket, a dangling link
-                continue
-        except OSError as error:
-            _unreadable(path, error)
-        if path.suffix.lower() in readers.SUFFIXES:
+    for name in names:
+        if (root / name).suffix.lower() in readers.SUFFIXES:
             tables = True
-            documents += _read_file(path, name, column)
+            documents += _read_file(root / name, name, column)
+        elif (text := _read_text(root / name)) is None:
+            skipped += 1
         else:
-            text = _read_text(path)
-            if text is None:
-                skipped += 1
-            else:
-                documents.append(Document(name, text))
-    _report_skipped(str(root), skipped)
+            documents.append(Document(name, text))
+    if skipped:
+        logger.warning("%s: %d binary file(s) skipped (NUL bytes or not UTF-8)", source, skipped)
     return documents, tables
 
 
@@ -225,7 +224,7 @@ def _read_text(path: Path) -> str | None:
     if b"\0" in data:
         return None
     try:
-        return data.decode("utf-8-sig")  # a mark at the front is no text
+        return data.decode("utf-8-sig")  # drops a byte order mark
     except UnicodeDecodeError:
         return None
 
@@ -238,11 +237,6 @@ def _walk(root: Path, leave_out: Set[str] = frozenset()) -> Iterator[str]:
         here = Path(folder).relative_to(root)
         names += [(here / name).as_posix() for name in files if not name.startswith(".")]
     return iter(sorted(names))
-
-
-def _report_skipped(source: str, count: int) -> None:
-    if count:
-        logger.warning("%s: %d binary file(s) skipped (NUL bytes or not UTF-8)", source, count)
 
 
 def _unreadable(path: Path, error: OSError) -> NoReturn:

@@ -16,8 +16,8 @@ from mpjax.errors import ConfigError, printable
 from mpjax.plain_pickle import Maker, read_pickle
 from mpjax.typing import Json
 
-_MOST_GROWN, _LEAST = 6, 2**20  # texts grow by 3 or 4 when unpacked; a bomb by thousands
-_MEMORY = 2**27  # bytes that unpacking may take by itself; the largest preset of xz takes 65 MB
+_MOST_GROWN, _LEAST = 6, 2**20  # text unpacks to 3 or 4 times its size
+_MEMORY = 2**27  # of the decompressor; the largest preset of xz takes 65 MB
 _DTYPE = re.compile("[iuf][1248]|b1|O8")
 
 
@@ -81,7 +81,7 @@ def _set_state(target: object, state: Json) -> None:
         raise pickle.UnpicklingError("an attempt to set the state of what has none")
 
 
-# All that a frame of numbers and texts needs; whatever else a pickle names is refused.
+# The names that a frame of numbers and texts needs; others are refused.
 _KNOWN: dict[str, str | Maker] = {
     "builtins.slice": Maker(slice),
     "numpy.dtype": Maker(_dtype),
@@ -129,7 +129,7 @@ def read_frame(path: str | Path) -> dict[str, np.ndarray]:
         return {str(name): columns[str(name)] for name in frame.names}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); fetch it again") from None
-    except Exception as error:  # bytes of anybody: whatever they do to the readers
+    except Exception as error:  # a damaged file may raise anything
         raise ConfigError(
             f"{path}: no pickled table of numbers and texts ({printable(str(error), 200)}); nothing"
             " of it was run"

@@ -16,13 +16,13 @@ from mpjax.typing import Json, Settings
 
 Message = Mapping[str, Json]  # {"role": "user", "content": "..."}; roles system, user, assistant
 
-# Names that checkpoints use for what a model thought; templates read the last two.
+# Names of a message's reasoning in published templates.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Of a core; published templates take milliseconds. The clock on the wall is for a machine that has
-# no such limit, and for what waits: a busy machine takes long for a second of a core.
+# Seconds of CPU time; published templates take milliseconds. The limit of wall time is for systems
+# without a CPU limit and for templates that wait; on a busy machine it is reached late.
 _SECONDS, _WALL = 3.0, 60.0
-_MEMORY, _LONGEST = 160 << 20, 4_000_000  # bytes, characters: for a conversation of a few
-_MEMORY_EACH, _LONGEST_EACH = 30, 8  # and more for each byte of a long one
+_MEMORY, _LONGEST = 160 << 20, 4_000_000  # bytes and characters, for a short conversation
+_MEMORY_EACH, _LONGEST_EACH = 30, 8  # and for each byte of the conversation
 
 
 class ChatTemplate:
@@ -90,7 +90,7 @@ class ChatTemplate:
 
 
 def _render(request: Settings) -> str:
-    """What the child makes of a request, or an error of one line."""
+    """Returns the text that the child renders; raises its error."""
     try:
         body = json.dumps(request, default=_plain).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
@@ -99,7 +99,7 @@ def _render(request: Settings) -> str:
         ) from None
     memory, longest = _MEMORY + _MEMORY_EACH * len(body), _LONGEST + _LONGEST_EACH * len(body)
     limits = json.dumps({"seconds": _SECONDS, "memory": memory, "longest": longest}).encode()
-    # 12 bytes are the longest that a character is escaped to
+    # JSON escapes a character to 12 bytes at most
     found = _CHILD.ask(limits + b"\n" + body + b"\n", 12 * longest + 100)
     if "text" in found:
         return str(found["text"])
@@ -129,7 +129,7 @@ def _plain(x: object) -> dict[str, Json] | list[Json]:
 
 
 class _Child:
-    """The process that renders, for all templates; it starts with the first and ends with us."""
+    """The child process that renders all templates, from the first request to our exit."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -161,12 +161,12 @@ class _Child:
                 self._stop()
                 raise
             found = dict(json.loads(answer)) if answer.endswith(b"\n") else {"stopped": ""}
-            if "stopped" in found:  # what is left of it may lack memory for the next
+            if "stopped" in found:  # its memory limit may fail the next request
                 self._stop()
             return found
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._parent != os.getpid():  # a fork has the pipes of the process that it comes from
+        if self._parent != os.getpid():  # after a fork the pipes are the parent's
             self._process, self._parent = None, os.getpid()
         if self._process is None or self._process.poll() is not None:
             self._stop()

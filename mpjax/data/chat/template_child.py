@@ -1,9 +1,8 @@
 """The program that renders a chat template, in a process of its own (see `ChatTemplate`).
 
-A template is a program of somebody else: Jinja's sandbox keeps it from files and from the network,
-not from loops without end or from texts of gigabytes. So it runs here, under limits that the
-kernel keeps. Requests and answers are lines of JSON; this file imports nothing of mpjax, whose
-start takes longer than most templates.
+A template is untrusted code. Jinja's sandbox denies it files and the network, but bounds neither
+time nor memory, so it runs in this process under limits of the kernel. Requests and answers are
+lines of JSON. This file imports nothing of mpjax, whose import is slower than most templates.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def limit(seconds: float, memory: int) -> None:
     """Sets what this process may take: seconds of a core from now on, and bytes."""
     try:
         import resource
-    except ImportError:  # not on Windows, where the parent's clock is what is left
+    except ImportError:  # on Windows only the parent's timer limits it
         return
     usage = resource.getrusage(resource.RUSAGE_SELF)
     end = int(usage.ru_utime + usage.ru_stime + seconds) + 1
@@ -109,7 +108,7 @@ class Renderer:
                 self._last = request["template"]
         except MemoryError:
             return {"stopped": ""}
-        except Exception as error:  # too deep a template too
+        except Exception as error:  # also a template nested too deep
             return {"malformed": _said(error)}
         if "variables" not in request:
             return {"text": ""}
@@ -124,7 +123,7 @@ class Renderer:
             return {"stopped": ""}
         except self._refusal as error:
             return {"refused": str(error)[:_SAID]}
-        except Exception as error:  # a template is a program: what it calls may raise anything
+        except Exception as error:  # a template may call what raises any exception
             return {"failed": f"{type(error).__name__}: {error}"[:_SAID]}
         return {"text": "".join(parts)}
 
@@ -137,7 +136,7 @@ def main() -> None:
     """Answers pairs of lines: what a request may take, and the request."""
     start = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = start["path"]
-    renderer = Renderer()  # before the limits, which are for templates
+    renderer = Renderer()  # before limits are set
     for line in sys.stdin.buffer:
         limits = json.loads(line)
         limit(limits["seconds"], limits["memory"])

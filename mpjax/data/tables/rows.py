@@ -19,7 +19,7 @@ from mpjax.errors import ConfigError, brief
 
 logger = logging.getLogger("mpjax.data")
 
-_WHOLE = re.compile(r"(-?)(0|[1-9][0-9]*)(\.0*)?")  # 007 is a name, and no number
+_WHOLE = re.compile(r"(-?)(0|[1-9][0-9]*)(\.0*)?")  # 007 is a name
 
 
 class Rows(NamedTuple):
@@ -78,7 +78,7 @@ def _typed_rows(
     wanted: list[str] = []
     for record in read_records(path, (*fields, *optional)):
         where = f"data {str(path)!r}, {record.where}"
-        held = {n: x for n, x in record.fields.items() if x is not None}  # null is not there
+        held = {n: x for n, x in record.fields.items() if x is not None}  # null counts as absent
         if lacking := [name for name in fields if name not in held]:
             raise ConfigError(
                 f"{where}: no {lacking[0]!r}; expected the keys {' '.join(fields)}, drop the row"

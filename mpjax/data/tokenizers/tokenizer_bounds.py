@@ -1,4 +1,4 @@
-"""What the text of a tokenizer.json can cost, as far as reading it can tell."""
+"""Bounds on what a tokenizer.json costs, from its text alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator
 from mpjax.errors import ConfigError, brief, printable
 from mpjax.typing import Json, Settings
 
-_SPARSE, _SPARE = 4, 1000  # the largest id: so many times the number of tokens, and more
-_MOST_AROUND = 64  # parts of what a post-processor puts around a text, and ids of one of them
-_MOST_PARTS = 16  # normalizers, pre-tokenizers or decoders behind each other
-_MOST_GROWN = 4.0  # times a text's length
+_SPARSE, _SPARE = 4, 1000  # the largest id is at most 4 * tokens + 1000
+_MOST_AROUND = 64  # parts of a post-processor's templates
+_MOST_PARTS = 16  # of a sequence of normalizers, pre-tokenizers or decoders
+_MOST_GROWN = 4.0  # factor by which a text may grow
 _LONGEST_TOKEN, _LONGEST_AFFIX, _LONGEST_WORD = 1024, 16, 1000  # characters
-_MARKED = re.compile(r"<[^ ]*>|\[[A-Za-z0-9_]*\]")  # tokens that no ordinary text has
+_MARKED = re.compile(r"<[^ ]*>|\[[A-Za-z0-9_]*\]")  # tokens that ordinary text lacks
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -90,7 +90,7 @@ def _around(processor: Json) -> Iterator[Json]:
         yield from token["ids"] if isinstance(token.get("ids"), list) else ()
 
 
-# What is a sequence of parts, and where one keeps them.
+# Field of a tokenizer.json -> field of a Sequence that lists its parts.
 _FIELDS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 
 
@@ -168,7 +168,7 @@ def _plain_model(model: Settings) -> bool:
 
 
 def _plain_token(token: Settings) -> bool:
-    spaces = token["lstrip"] or token["rstrip"]  # looked for around each place where it stands
+    spaces = token["lstrip"] or token["rstrip"]  # searched around each occurrence
     content = token["content"]
     return 0 < len(content) <= _LONGEST_TOKEN and (not spaces or bool(_MARKED.fullmatch(content)))
 
@@ -192,7 +192,7 @@ def _plain_post_processor(processor: Json) -> bool:
     return kind in ("ByteLevel", "BertProcessing", "RobertaProcessing")
 
 
-# What each kind of part needs nothing said of, by the field of the tokenizer.json.
+# Parts whose cost is bounded whatever their settings, by field of the tokenizer.json.
 _PLAIN = {
     "normalizer": {
         "BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip",
@@ -213,7 +213,7 @@ def _plain_part(field: str, kind: str, part: Settings) -> bool:
         return len(part["prepend"]) <= _LONGEST_AFFIX
     if kind == "BPEDecoder":
         return len(part["suffix"]) <= _LONGEST_AFFIX
-    if kind == "Strip":  # of a decoder, where the numbers are places
+    if kind == "Strip":  # of a decoder
         return 0 <= part["start"] <= _LONGEST_AFFIX and 0 <= part["stop"] <= _LONGEST_AFFIX
     if kind in ("Replace", "Split"):
         return _plain_pattern(**part["pattern"])

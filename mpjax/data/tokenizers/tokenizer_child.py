@@ -42,7 +42,7 @@ def tried(text: str) -> dict[str, str]:
         for i in range(32):
             backend.decode([i], skip_special_tokens=False)
         backend.decode(list(range(min(10_000, backend.get_vocab_size()))))
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a Rust panic is no Exception
         return {done: str(error)[:1000] or type(error).__name__}
     return {"fine": ""}
 

@@ -1,4 +1,4 @@
-"""The architectures that are known: names, settings and the model of ours that each one is."""
+"""The supported architectures: tensor names, settings, and the model that each maps to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Transformer = Decoder | Encoder | Seq2Seq
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a `model_type` of transformers is here.
+    """How a `model_type` of transformers maps to a model of ours.
 
     Args:
       prefix: of the names of its base model, which a checkpoint of that alone leaves out.
@@ -127,7 +127,7 @@ def architecture_name(config: object, loaded: str = "") -> str:
     Raises:
       ConfigError: none has.
     """
-    if type(config) is DecoderConfig:  # no encoder-decoder, which is one too
+    if type(config) is DecoderConfig:  # excludes Seq2SeqConfig, a subclass
         found = fields.decoder_architecture(config)
         return loaded if _has_shape(config, loaded, found) else found
     if isinstance(config, EncoderConfig):

@@ -16,7 +16,7 @@ from mpjax.models.hf.gguf_tokenizer import gguf_special
 from mpjax.models.hf.tensor_files import Tensor, Tensors
 from mpjax.typing import Settings
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 call themselves llama
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # also of Mistral and SmolLM2
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -35,7 +35,7 @@ _INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# a key below the architecture's name -> the field of config.json
+# Key below the architecture's name -> field of config.json.
 _FIELDS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -134,7 +134,7 @@ def read_gguf(path: Path, file: GgufFile) -> tuple[Settings, Tensors]:
 
 
 def _check_kind(path: Path, name: str, tensor: GgufTensor) -> None:
-    """Refuses a type that the package cannot decode, by decoding a row of it."""
+    """Decodes one row, to refuse a type that the package cannot decode."""
     from gguf.quants import dequantize
 
     try:

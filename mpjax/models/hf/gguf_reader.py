@@ -1,12 +1,13 @@
-"""The layout of a GGUF file, each count and length compared with the bytes that are left.
+"""Reads the layout of a GGUF file; checks each count and length against the bytes that remain.
 
-The package `gguf` has a reader too; it loops as often as a file says. From it comes only what the
-types of tensors are and how their numbers are decoded.
+The reader of the package `gguf` trusts the counts of a file. Only the tensor types and their
+decoders come from that package.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -23,22 +24,10 @@ if TYPE_CHECKING:
 
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-# Type of a value -> how struct reads it, little-endian.
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+# Type of a value -> format character of struct.
+_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _MOST_AXES = 4  # of a tensor of ggml
-_ALIGNMENT = 32  # of tensors, where a file does not say
+_ALIGNMENT = 32  # of tensors, by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +81,9 @@ def read_layout(path: Path, package: ModuleType) -> GgufFile:
         raise ValueError("no GGUF of version 2 or 3, little-endian")
     tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
     fields: dict[str, GgufField] = {}
-    for _ in range(field_count):  # a field takes bytes, so a false count ends at the file's end
+    for _ in range(
+        field_count
+    ):  # each field takes bytes, so a false count fails at the end of the file
         name = cursor.text()
         if name in fields:
             raise ValueError(f"the setting {name} twice")
@@ -117,7 +108,7 @@ def _tensors(
     infos: dict[str, tuple[Shape, GGMLQuantizationType, int]],
     sizes: Mapping[GGMLQuantizationType, tuple[int, int]],
 ) -> dict[str, GgufTensor]:
-    """Tensors lie behind each other: what they hold together is not more than the file."""
+    """Views of the tensors, which neither overlap nor pass the end of the file."""
     tensors, end, last = {}, begin, ""
     for name, (shape, kind, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
         block, nbytes = sizes[kind]
@@ -125,9 +116,7 @@ def _tensors(
             raise ValueError(
                 f"{name} has rows of {shape[-1]}, no multiple of its blocks of {block}"
             )
-        row, rows, start = shape[-1] // block * nbytes, 1, begin + offset
-        for n in shape[:-1]:
-            rows *= n
+        row, rows, start = shape[-1] // block * nbytes, math.prod(shape[:-1]), begin + offset
         if start < end:
             raise ValueError(f"{name} lies over {last}")
         end, last = start + rows * row, name
@@ -139,7 +128,7 @@ def _tensors(
 
 
 class _Cursor:
-    """Reads from a place on; nothing is longer than what is left."""
+    """A position in the file; refuses to read beyond its end."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -172,7 +161,7 @@ class _Cursor:
             if 8 * count > len(self.data) - self.at:
                 raise ValueError(f"{count} texts, more than the file has bytes for")
             return [self.text() for _ in range(count)]
-        if inner not in _SCALARS:  # lists of lists are in the format's text and in no file
+        if inner not in _SCALARS:  # the format allows nested lists; no published file has one
             raise ValueError(f"a list of type {inner}")
         dtype = np.dtype(f"<{_SCALARS[inner]}")
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)

@@ -12,9 +12,9 @@ from mpjax.errors import ConfigError, brief, printable
 from mpjax.models.hf.gguf_reader import GgufField
 from mpjax.typing import Json, Settings
 
-_CONTROL, _USER = 3, 4  # kinds of tokens that are no result of merges
+_CONTROL, _USER = 3, 4  # kinds of tokens that merges do not produce
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
-# How texts are cut before merging, by llama.cpp's name for it.
+# llama.cpp's name of a pre-tokenizer -> the pre-tokenizer.
 _PIECES = {
     "gpt-2": _BYTES,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
@@ -56,10 +56,8 @@ def gguf_settings(path: Path, fields: Mapping[str, GgufField]) -> Settings:
 
 
 def _tokens(path: Path, fields: Mapping[str, GgufField]) -> list[str]:
-    found = (
-        fields["tokenizer.ggml.tokens"].contents() if "tokenizer.ggml.tokens" in fields else None
-    )
-    if not isinstance(found, list) or not _are_texts(found):
+    field = fields.get("tokenizer.ggml.tokens")
+    if not _are_texts(found := field and field.contents()):
         raise ConfigError(f"{path}: a tokenizer without tokens; fetch it again")
     return found
 
@@ -87,8 +85,8 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, GgufField]) -> str:
     """
 
     def value(name: str) -> Json:
-        name = f"tokenizer.ggml.{name}"
-        return fields[name].contents() if name in fields else None
+        field = fields.get(f"tokenizer.ggml.{name}")
+        return field and field.contents()
 
     kind, pieces = value("model"), value("pre")
     if kind != "gpt2" or not isinstance(pieces, str) or pieces not in _PIECES:
@@ -115,7 +113,7 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, GgufField]) -> str:
         for token, one in zip(tokens, kinds if isinstance(kinds, list) else [], strict=False)
         if one in (_CONTROL, _USER)
     ]
-    tokenizer.add_tokens(added)  # at once: each call reads all that there are
+    tokenizer.add_tokens(added)  # in one call, because each call scans all tokens
     special = gguf_special(path, fields)
     begin, end = (
         [_token(path, tokens, special[f"{name}_token_id"])]

@@ -1,4 +1,4 @@
-"""One leaf of the tree from the tensors that hold it, and back."""
+"""Converts between a leaf of the parameter tree and the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ import numpy as np
 from jax.sharding import Sharding
 
 from mpjax.errors import ConfigError
+from mpjax.formats import is_quantized
 from mpjax.models.hf.tensor_files import Tensors
 from mpjax.models.hf.tensor_names import Weight
-from mpjax.typing import Array, DType, DTypeLike, Shape
+from mpjax.typing import Array, DType, DTypeLike, PyTree, Shape
 
-_ALIGNED = 64  # bytes; JAX on CPU takes an array so aligned as it is, without a copy
+_ALIGNED = 64  # bytes; JAX on CPU uses an array of this alignment without a copy
+
+
+def named_leaves(tree: PyTree) -> dict[str, PyTree]:
+    """Returns path -> array, or its shape, or Quantized."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in found}
 
 
 def tensor_shape(shape: Shape, weight: Weight) -> Shape:
@@ -41,7 +48,7 @@ def filled(
       name: our path, for errors.
       shape: of the leaf, with the layer axis.
       dtype: of the leaf.
-      weight: where it lies.
+      weight: its tensors.
       tensors: the checkpoint's.
       sharding: of the leaf; None is the default device.
 
@@ -74,17 +81,17 @@ def _copy(
     index: tuple[slice, ...],
     out: np.ndarray,
 ) -> None:
-    """Reads a tensor, which is gone when this returns, and copies what a shard holds of it."""
+    """Reads a tensor and copies a shard's part of it; the tensor is then freed."""
     x = tensors[name].read()
     if weight.transposed:
         x = x.T
-    # A whole tensor of NaN begins with one, so good ones are not searched.
+    # The first number decides whether the rest is searched.
     if x.size and np.isnan(x.flat[0]) and np.isnan(x).all():
         raise ConfigError(f"{leaf}: {name} is NaN throughout; fetch the checkpoint again")
     i, n = weight.part
     width = x.shape[-1] // n
     x = x[..., i * width : (i + 1) * width][index]
-    with np.errstate(over="ignore"):  # said below, with a name
+    with np.errstate(over="ignore"):  # raised below, with the tensor's name
         np.copyto(out, x, casting="unsafe")  # to the dtype that the rule stores
     if np.isinf(out).any() and not np.isinf(x).any():
         raise ConfigError(
@@ -109,7 +116,7 @@ def joined(
         x = np.asarray(leaf[layer] if weight.stacked else leaf)
         parts.append(x.T if weight.transposed else x)
     whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-    with np.errstate(over="ignore"):  # said below, with a name
+    with np.errstate(over="ignore"):  # raised below, with the tensor's name
         # to the dtype that the export asks for; row-major, as the file is
         out = np.ascontiguousarray(whole, dtype=dtype)
     if np.isinf(out).any() and not np.isinf(whole).any():

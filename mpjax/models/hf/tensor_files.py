@@ -14,8 +14,8 @@ from mpjax.errors import ConfigError, brief, listed, need, printable
 from mpjax.json_text import read_json
 from mpjax.typing import DType, DTypeLike, Shape
 
-# What a safetensors header calls a dtype -> the dtype. A scaled format (F8_E4M3 and the like) is
-# not here: its numbers mean nothing without scales, which each maker names differently.
+# dtype in a safetensors header -> NumPy dtype. Scaled formats (such as F8_E4M3) are absent: they
+# need scales, whose names differ between checkpoints.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -49,7 +49,7 @@ Tensors = dict[str, Tensor]
 
 
 def check_size(shape: Shape, dtype: DTypeLike) -> None:
-    """Checks that an array may have a shape: even an empty one must be counted in int64.
+    """Checks that the bytes of a shape fit int64, with empty axes counted as 1.
 
     Raises:
       ValueError: it may not.
@@ -105,7 +105,7 @@ def read_sharded(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
         raise ConfigError(f"{index}: no weight_map of tensor and file names; fetch it again")
     files = {}
     for file in sorted(set(names.values())):
-        # An index must not name a file elsewhere; what cannot be printed may be no name at all.
+        # An index must not name a file outside its folder.
         if Path(file).name != file or not file.isprintable():
             raise ConfigError(
                 f"{index}: names the file {brief(file)}, which is not in its folder; fetch it again"

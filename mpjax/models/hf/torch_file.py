@@ -40,13 +40,13 @@ _STORAGES = {
 _MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the older format
 _PROTOCOL = 1001  # its second
 _MOST_AXES = 64  # of an array of NumPy
-# A tensor may stand in a state dict under several names; a file of many views of one storage would
-# fill the memory when they are copied.
+# A state dict may hold a tensor under several names; more views of one storage would fill the
+# memory when they are copied.
 _MOST_SHARED = 4
 
 
 class _Storage:
-    """A storage that a pickle names: dtype, key and count; where it lies is known later."""
+    """A storage that a pickle names: dtype, key and count; its offset is found later."""
 
     __slots__ = ("count", "dtype", "key")
 
@@ -59,14 +59,14 @@ class _Storage:
 
 
 class _View:
-    """A tensor that a pickle rebuilds: a strided view of a storage, no larger than that."""
+    """A tensor of a pickle: a strided view inside a storage, and no larger than it."""
 
     __slots__ = ("offset", "shape", "storage", "strides")
 
     def __init__(
         self, storage: object, offset: Json, shape: Json, strides: Json, *rest: object
     ) -> None:
-        del rest  # requires_grad, hooks and metadata, which are not about numbers
+        del rest  # requires_grad, hooks and metadata
         if not (type(shape) is type(strides) is tuple and len(shape) == len(strides) <= _MOST_AXES):
             raise pickle.UnpicklingError("a tensor whose shape and strides do not match")
         whole = [offset, *shape, *strides]
@@ -79,7 +79,7 @@ class _View:
             raise pickle.UnpicklingError("a tensor that repeats its storage, as expand() gives")
         check_size(shape, storage.dtype)
         self.storage, self.offset, self.shape = storage, offset, shape
-        # Of an axis of one number the stride means nothing, and may be more than an int64 holds.
+        # The stride of an axis of size 1 is unused and may exceed int64.
         self.strides = tuple(s if n > 1 else 0 for n, s in zip(shape, strides, strict=True))
 
     @property
@@ -102,8 +102,8 @@ _NAMES: dict[str, DType | Maker] = {
 }
 
 
-def _no_more(value: object, state: object) -> None:
-    """Leaves out a state dict's `_metadata`: versions of modules, which are not about numbers."""
+def _no_state(value: object, state: object) -> None:
+    """Accepts and drops a state dict's `_metadata`, the versions of modules."""
     if not isinstance(value, dict) or not isinstance(state, dict) or set(state) != {"_metadata"}:
         raise pickle.UnpicklingError("an attempt to set the state of what has none")
 
@@ -146,7 +146,7 @@ def read_torch(path: Path) -> Tensors:
             state, places = _zipped(path, size) if zipped else _older(file)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name a pytorch_model.bin") from None
-    # A hostile or broken file makes zipfile and pickletools raise anything.
+    # zipfile and pickletools raise errors of many types on a damaged or hostile file.
     except Exception as error:
         reason = printable(str(error), 200) or type(error).__name__
         raise ConfigError(
@@ -205,7 +205,7 @@ def _zipped(path: Path, size: int) -> tuple[object, dict[str, tuple[int, int]]]:
             raise pickle.UnpicklingError("a big-endian machine's numbers")
         data = archive.read(entries[pickles[0]])
     storages = _Storages()
-    state = read_pickle(io.BytesIO(data), _NAMES, build=_no_more, persistent=storages)
+    state = read_pickle(io.BytesIO(data), _NAMES, build=_no_state, persistent=storages)
     inner = f"{root}data/"
     return state, {n.removeprefix(inner): p for n, p in places.items() if n.startswith(inner)}
 
@@ -226,9 +226,9 @@ def _older(file: IO[bytes]) -> tuple[object, dict[str, tuple[int, int]]]:
     """The same of torch's format before zip archives."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         storages = _Storages()
-        # What stands for a file: a read beyond its end is short and allocates nothing.
+        # A read of the map beyond its end is short and allocates nothing.
         file = cast(IO[bytes], data)
-        load = functools.partial(read_pickle, file, _NAMES, build=_no_more, persistent=storages)
+        load = functools.partial(read_pickle, file, _NAMES, build=_no_state, persistent=storages)
         if load() != _MAGIC or load() != _PROTOCOL:
             raise pickle.UnpicklingError("a pickle that torch.save did not write")
         system = load()
