@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from common import launch  # sets XLA flags before JAX starts
 from common.product_error import (
@@ -39,6 +38,7 @@ from common.product_error import (
     hadamard_error,
     with_outliers,
 )
+from common.tables import markdown, terminal
 from mpjax.errors import ConfigError
 from mpjax.files import write_text
 from mpjax.formats import Format
@@ -168,18 +168,8 @@ class Section:
 
     def markdown(self) -> str:
         """Returns it in Markdown."""
-        lines = [self.head, ("---",) * len(self.head), *self.rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        table = markdown(self.head, self.rows)
         return "\n\n".join(filter(None, [f"## {self.title}", self.text, table]))
-
-    def rich(self) -> Table:
-        """Returns it for the terminal."""
-        table = Table(title=self.title, title_justify="left")
-        for number, column in enumerate(self.head):
-            table.add_column(column, justify="right" if number else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
 
 
 def sections(lengths: Records, counts: Records, outliers: Records, config: Config) -> list[Section]:
@@ -289,7 +279,7 @@ def main(config: Config) -> None:
     tables = sections(*found, config)
     console = launch.wide()
     for section in tables:
-        console.print(section.rich())
+        console.print(terminal(section.title, section.head, section.rows))
     names = draw(*found, config.out)
     lengths, counts, outliers = found
     results = {"lengths": lengths, "distinct": counts, "outliers": outliers}

@@ -29,16 +29,16 @@ import jax  # isort: skip
 import numpy as np
 import optax
 from rich.console import Console
-from rich.table import Table
 
 from common.datasets.sources import IMAGES
+from common.tables import markdown, terminal
 from mpjax.data import Images, image_batches, load_images
 from mpjax.files import write_text
 from mpjax.models import ResNet, resnet
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import get_precision
 from mpjax.report import Outcome, gap, interval, plot_loss, save_plot
-from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
+from mpjax.train import build, bytes_per_parameter, fit, manifest
 from mpjax.train.stablehlo import convolutions
 from mpjax.typing import Array, Batch, ModelState, Params, Settings
 
@@ -174,23 +174,13 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
     losses, accuracy, records = [], [], []
     for seed in range(config.seeds):
         folder, page = page_of(config, model, text, seed)
-        history: list[Settings]
         if ended := finished.begin(folder, page, CHOOSING, stderr):
             outcome, history = ended
         else:
-            writer = MetricsWriter(
-                folder, page["config"] | {"precision": model.precision.to_text()}
-            )
-            history = []
-            label = f"{text}, seed {seed}"
-            with ProgressBar(config.steps, console=stderr, label=label, lines=1) as bar:
-
-                def report(record: Settings, bar: ProgressBar = bar) -> None:
-                    record["images_per_s"] = record["tokens_per_s"] / pixels
-                    history.append(record)  # noqa: B023
-                    writer.write(record)  # noqa: B023
-                    bar.update(record)
-
+            with finished.recording(
+                folder, page, model.precision.to_text(), f"{text}, seed {seed}", config.steps,
+                stderr, lambda record: record | {"images_per_s": record["tokens_per_s"] / pixels},
+            ) as (writer, report, history):  # fmt: skip
                 data = image_batches(images.train, batch=config.batch, seed=seed)
                 state = fit(step.init(seed), step, data, steps=config.steps, report=report)
             outcome = {
@@ -247,12 +237,7 @@ def compare(config: Config) -> list[Arm]:
     launch.writable(config.out)
     arms = [run_arm(config, images, text) for text in config.precision]
     title = f"One ResNet on {Path(config.data).name}, several precisions"
-    table = Table(title=title, title_justify="left")
-    for column in HEAD:
-        table.add_column(column)
-    for row in rows(arms):
-        table.add_row(*row)
-    launch.wide().print(table)
+    launch.wide().print(terminal(title, HEAD, rows(arms), "left"))
     shape = images.train["inputs"].shape
     notes = [
         "Accuracy in the precision of the arm, loss in float32, both on"
@@ -269,8 +254,7 @@ def compare(config: Config) -> list[Arm]:
         notes.insert(0, f"{bar} missed by {', '.join(low)}." if low else f"{bar} met by all arms.")
     launch.wide().print("\n".join(notes))
     save_plot(plot_loss([arm.outcome for arm in arms], unit="nats/image"), config.out / "loss.png")
-    lines = [" | ".join(line) for line in (HEAD, ("---",) * len(HEAD), *rows(arms))]
-    text = "\n\n".join([f"# {title}", "\n".join(f"| {x} |" for x in lines), *notes])
+    text = "\n\n".join([f"# {title}", markdown(HEAD, rows(arms)), *notes])
     write_text(config.out / "report.md", text + "\n\n![loss](loss.png)\n")
     launch.wide().print(f"report: {config.out / 'report.md'}")
     return arms

@@ -41,15 +41,7 @@ from mpjax.report import (
     save_plot,
     write_report,
 )
-from mpjax.train import (
-    MetricsWriter,
-    ProgressBar,
-    TrainStep,
-    build,
-    bytes_per_parameter,
-    fit,
-    manifest,
-)
+from mpjax.train import TrainStep, build, bytes_per_parameter, fit, manifest
 from mpjax.typing import Array, Batch, Json, ModelState, Params, PyTree, Settings
 
 console = Console(stderr=True)
@@ -206,18 +198,11 @@ def train(
     page: Settings, evaluate: Callable[[Params], float],
 ) -> tuple[Settings, list[Settings], Params]:  # fmt: skip
     """Trains one run; returns its outcome, a record a step, and its weights, None if it stopped."""
-    writer = MetricsWriter(folder, page["config"] | {"precision": arm.precision.to_text()})
-    history: list[Settings] = []
-    label = f"{arm.label}, seed {seed}"
-    params: Params = None
-    with ProgressBar(work.steps, console=console, label=label, lines=1) as bar:
-
-        def report(record: Settings) -> None:
-            record = record | {"loss": record["loss"] * 2.0**arm.stress}
-            history.append(record)
-            writer.write(record)
-            bar.update(record)
-
+    label, params = f"{arm.label}, seed {seed}", None
+    with finished.recording(
+        folder, page, arm.precision.to_text(), label, work.steps, console,
+        lambda record: record | {"loss": record["loss"] * 2.0**arm.stress},
+    ) as (writer, report, history):  # fmt: skip
         assert step.init is not None
         state = step.init(seed)
         outcome = {"validation_loss": np.inf, "bytes_per_parameter": bytes_per_parameter(state)}

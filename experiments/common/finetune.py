@@ -29,7 +29,7 @@ from mpjax.ops import Objective
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision, PrecisionSchedule, fixed, get_precision, get_schedule
 from mpjax.precision.schedule import KINDS
-from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
+from mpjax.train import build, bytes_per_parameter, fit, manifest
 from mpjax.typing import Params, Settings
 
 console = Console(stderr=True)
@@ -254,20 +254,12 @@ def run_arm(
             found, history = ended
             right = np.array(found.pop("correct"))
         else:
-            writer = MetricsWriter(folder, {**page["config"], "precision": label})
             params = start.params(model, seed)
             state = step.init(seed)
             state = state._replace(params=params, opt_state=step.optimizer.init(params, seed))
-            history = []
-            with ProgressBar(
-                config.steps, console=console, label=f"{label}, seed {seed}", lines=1
-            ) as bar:
-
-                def report(record: Settings, bar: ProgressBar = bar) -> None:
-                    history.append(record)  # noqa: B023
-                    writer.write(record)  # noqa: B023
-                    bar.update(record)
-
+            with finished.recording(
+                folder, page, label, f"{label}, seed {seed}", config.steps, console
+            ) as (writer, report, history):
                 data = bucket_batches(
                     examples, batch=config.batch, seed=seed, lengths=config.lengths, change=change
                 )

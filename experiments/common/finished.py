@@ -7,10 +7,11 @@ in nor overwritten.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from common import launch  # sets XLA flags before JAX starts  # noqa: F401
 from mpjax.errors import ConfigError
 from mpjax.files import is_temporary, write_text
 from mpjax.report import Outcome
-from mpjax.train import read_manifest, read_metrics, write_manifest
+from mpjax.train import MetricsWriter, ProgressBar, read_manifest, read_metrics, write_manifest
 from mpjax.train.checkpoint import differences
 from mpjax.train.report import MANIFEST, METRICS, to_line
 from mpjax.typing import Json, Settings
@@ -111,6 +112,44 @@ def _set_aside(folder: Path) -> None:
     aside = next(name for name in names if not name.exists())
     folder.rename(aside)
     log.warning("%s: its manifest is damaged; moved to %s, trained again", folder, aside.name)
+
+
+@contextlib.contextmanager
+def recording(
+    folder: Path,
+    page: Settings,
+    precision: str,
+    label: str,
+    steps: int,
+    console: Console,
+    change: Callable[[Settings], Settings] = lambda record: record,
+) -> Iterator[tuple[MetricsWriter, Callable[[Settings], None], list[Settings]]]:
+    """Shows a progress bar while a run is trained.
+
+    Args:
+      folder: of the run.
+      page: its manifest.
+      precision: that the metrics name.
+      label: of the bar.
+      steps: of the run.
+      console: of the bar.
+      change: of each record before it is written.
+
+    Yields:
+      The writer of the metrics, which the caller closes; what takes a record a step; and the list
+      in which the records are kept.
+    """
+    writer = MetricsWriter(folder, page["config"] | {"precision": precision})
+    history: list[Settings] = []
+    with ProgressBar(steps, console=console, label=label, lines=1) as bar:
+
+        def report(record: Settings) -> None:
+            record = change(record)
+            history.append(record)
+            writer.write(record)
+            bar.update(record)
+
+        yield writer, report, history
 
 
 def outcome_of(

@@ -11,7 +11,6 @@ import numpy as np
 
 from mpjax.data.class_names import places_in, sorted_names
 from mpjax.data.split import held_out
-from mpjax.data.tables.rows import Rows as FileRows
 from mpjax.data.tables.rows import one_of_sources, read_rows, say_counts
 from mpjax.errors import ConfigError
 from mpjax.typing import Sources
@@ -103,7 +102,8 @@ def load_labelled(
         if not Path(source).is_file():
             what = one_of_sources(sources, "a file of label<TAB>text lines")
             raise ConfigError(f"data {source!r}: no such source or file; {what}")
-        (read, blank), tests = _read(Path(source)), []
+        read, blank = read_rows(Path(source), ("label", "text"), ("second",), classes="label")
+        tests = []
     train, test = _distinct(read), _distinct(tests)
     dropped = {"blank": blank} | _repeats([read, tests], [train, test])
     if (other := dropped[_OTHER]) > len(read + tests) / 2:
@@ -134,10 +134,6 @@ def load_labelled(
         logger.warning("data %r: the classes %r and %r differ in case only", source, *twins[0])
     say_counts(source, "rows", {"for training": len(train), "held out": len(test)}, dropped)
     return _texts(train, classes), _texts(test, classes)
-
-
-def _read(path: Path) -> FileRows:
-    return read_rows(path, ("label", "text"), ("second",), classes="label")
 
 
 def _distinct(rows: Rows) -> Rows:

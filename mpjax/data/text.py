@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
@@ -196,19 +197,11 @@ def _row_document(source: str, name: str, value: object) -> Document:
             f"{source}: row {name} holds {type(value).__name__} where text was expected; "
             "name a text column (FILE:column)"
         )
-    if "\0" in value or not _is_unicode(value):
+    if re.search("[\0\ud800-\udfff]", value):
         raise ConfigError(
             f"{source}: row {name} holds a NUL character or half a surrogate pair; clean the row"
         )
     return Document(name, value)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_text(path: Path) -> str | None:

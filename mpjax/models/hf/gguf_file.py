@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +129,8 @@ def read_gguf(path: Path, file: GgufFile) -> tuple[Settings, Tensors]:
         if tensor.kind not in decoded:
             _check_kind(path, name, tensor)
             decoded.add(tensor.kind)
-        tensors[full] = Tensor(tensor.shape, np.dtype(np.float32), _dequantised(tensor, turned))
+        read = functools.partial(_dequantised, tensor, turned)
+        tensors[full] = Tensor(tensor.shape, np.dtype(np.float32), read)
     return config, tensors
 
 
@@ -157,16 +158,12 @@ def _renamed(path: Path, name: str) -> str:
     return f"model.layers.{found[1]}.{_INNER[found[2]]}.{found[3]}"
 
 
-def _dequantised(tensor: GgufTensor, heads: int) -> Callable[[], np.ndarray]:
-    """Reads a tensor in float32; rows of `heads` heads go from pairs back to halves."""
+def _dequantised(tensor: GgufTensor, heads: int) -> np.ndarray:
+    """Returns a tensor in float32; rows of `heads` heads go from pairs back to halves."""
+    from gguf.quants import dequantize
 
-    def read() -> np.ndarray:
-        from gguf.quants import dequantize
-
-        shape = tensor.shape
-        x = dequantize(tensor.data, tensor.kind).reshape(shape)
-        if heads:
-            x = x.reshape(heads, shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(shape)
-        return x
-
-    return read
+    shape = tensor.shape
+    x = dequantize(tensor.data, tensor.kind).reshape(shape)
+    if heads:
+        x = x.reshape(heads, shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(shape)
+    return x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -85,8 +86,7 @@ def read_safetensors(path: Path) -> Tensors:
             check_size(shape, dtype)
         except ValueError as error:
             raise ConfigError(f"{path}: {name} is {error}; fetch it again") from None
-        read = lambda file=file, name=name: file.get_tensor(name)  # noqa: E731
-        tensors[name] = Tensor(shape, dtype, read)
+        tensors[name] = Tensor(shape, dtype, functools.partial(file.get_tensor, name))
     return tensors
 
 

@@ -13,7 +13,6 @@ import math
 import mmap
 import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, cast
 
@@ -170,24 +169,20 @@ def read_torch(path: Path) -> Tensors:
             " storages; save a copy of each, or a safetensors file"
         )
     return {
-        name: Tensor(view.shape, view.storage.dtype, _mapped(path, view, places))
+        name: Tensor(view.shape, view.storage.dtype, functools.partial(_mapped, path, view, places))
         for name, view in state.items()
     }
 
 
-def _mapped(
-    path: Path, view: _View, places: dict[str, tuple[int, int]]
-) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        storage = view.storage
-        if 0 in view.shape:
-            return np.zeros(view.shape, storage.dtype)
-        start, _ = places[storage.key]
-        flat = np.memmap(path, storage.dtype, "r", start, (storage.count,))[view.offset :]
-        steps = tuple(s * storage.dtype.itemsize for s in view.strides)
-        return np.lib.stride_tricks.as_strided(flat, view.shape, steps, writeable=False)
-
-    return read
+def _mapped(path: Path, view: _View, places: dict[str, tuple[int, int]]) -> np.ndarray:
+    """The numbers of a tensor, memory-mapped."""
+    storage = view.storage
+    if 0 in view.shape:
+        return np.zeros(view.shape, storage.dtype)
+    start, _ = places[storage.key]
+    flat = np.memmap(path, storage.dtype, "r", start, (storage.count,))[view.offset :]
+    steps = tuple(s * storage.dtype.itemsize for s in view.strides)
+    return np.lib.stride_tricks.as_strided(flat, view.shape, steps, writeable=False)
 
 
 def _zipped(path: Path, size: int) -> tuple[object, dict[str, tuple[int, int]]]:
