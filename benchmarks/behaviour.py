@@ -38,8 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import mpjax
+from common.datasets.assets import fetch
 from mpjax.data import Tokenizer
-from mpjax.data.assets import fetch
 from mpjax.files import write_text
 from mpjax.models import (
     decoder,

@@ -57,7 +57,6 @@ TITLES = {
     "mpjax.models.hf": "Checkpoints of others",
     "mpjax.tasks": "Objectives and metrics",
     "mpjax.data": "Data",
-    "mpjax.data.assets": "Assets",
     "mpjax.data.chat": "Conversations",
     "mpjax.train": "Training",
     "mpjax.train.checkpoint": "Checkpoints",

@@ -26,11 +26,13 @@ import numpy as np
 import optax
 from rich.table import Table
 
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
 from mpjax.errors import ConfigError
 from mpjax.interpret import audit, autocast, named
 from mpjax.optim import (
     DynamicLossScale,
+    LossScale,
     NoOpLossScale,
     apply_updates,
     make_optimizer,
@@ -39,9 +41,10 @@ from mpjax.optim import (
 )
 from mpjax.precision import dtype_name, parse_dtype
 from mpjax.report import gaps, interval
+from mpjax.typing import Array, Batch, Key, Params, PyTree
 
-Apply = Callable[[Any, Any], Any]  # weights, ids of shape (batch, seq) -> logits
-Make = Callable[[int], tuple[Any, Apply]]  # seed -> weights and function
+Apply = Callable[[Params, Array], Array]  # weights, ids of shape (batch, seq) -> logits
+Make = Callable[[int], tuple[Params, Apply]]  # seed -> weights and function
 EXACT = "fp32"
 
 
@@ -95,7 +98,7 @@ def equinox_model(work: Work, words: int) -> Make:
         norm2: Any
         mlp: Any
 
-        def __init__(self, key: Any):
+        def __init__(self, key: Key):
             attention, mlp = jax.random.split(key)
             self.norm1 = eqx.nn.RMSNorm(work.width)
             self.attention = eqx.nn.MultiheadAttention(work.heads, work.width, key=attention)
@@ -103,11 +106,11 @@ def equinox_model(work: Work, words: int) -> Make:
             self.norm2 = eqx.nn.RMSNorm(work.width)
             self.mlp = eqx.nn.MLP(work.width, work.width, 4 * work.width, 1, jax.nn.gelu, key=mlp)
 
-        def rotate(self, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+        def rotate(self, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
             turn = jax.vmap(self.rotary, in_axes=1, out_axes=1)
             return turn(q), turn(k), v
 
-        def __call__(self, x: Any, mask: Any) -> Any:
+        def __call__(self, x: Array, mask: Array) -> Array:
             y = jax.vmap(self.norm1)(x)
             x = x + self.attention(y, y, y, mask, process_heads=self.rotate)
             return x + jax.vmap(self.mlp)(jax.vmap(self.norm2)(x))
@@ -117,21 +120,21 @@ def equinox_model(work: Work, words: int) -> Make:
         blocks: list[Any]
         norm: Any
 
-        def __init__(self, key: Any):
+        def __init__(self, key: Key):
             embed, *keys = jax.random.split(key, work.layers + 1)
             table = jax.random.normal(embed, (words, work.width)) * 0.02
             self.embed = eqx.nn.Embedding(weight=table)
             self.blocks = [Block(k) for k in keys]
             self.norm = eqx.nn.RMSNorm(work.width)
 
-        def __call__(self, ids: Any) -> Any:
+        def __call__(self, ids: Array) -> Array:
             x = jax.vmap(self.embed)(ids)
             mask = jnp.tril(jnp.ones((len(ids), len(ids)), bool))
             for block in self.blocks:
                 x = block(x, mask)
             return jax.vmap(self.norm)(x) @ self.embed.weight.T
 
-    def make(seed: int) -> tuple[Any, Apply]:
+    def make(seed: int) -> tuple[Params, Apply]:
         model = named(LanguageModel(jax.random.key(seed)))
         weights, rest = eqx.partition(model, eqx.is_array)
         return weights, lambda weights, ids: jax.vmap(eqx.combine(weights, rest))(ids)
@@ -153,7 +156,7 @@ def nnx_model(work: Work, words: int) -> Make:
             self.up = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
             self.down = nnx.Linear(hidden, width, use_bias=False, rngs=rngs)
 
-        def __call__(self, x: Any, mask: Any) -> Any:
+        def __call__(self, x: Array, mask: Array) -> Array:
             x = x + self.attention(self.norm1(x), mask=mask)
             y = self.norm2(x)
             return x + self.down(nnx.silu(self.gate(y)) * self.up(y))
@@ -166,13 +169,13 @@ def nnx_model(work: Work, words: int) -> Make:
             self.norm = nnx.LayerNorm(work.width, rngs=rngs)
             self.head = nnx.Linear(work.width, words, rngs=rngs)
 
-        def __call__(self, ids: Any) -> Any:
+        def __call__(self, ids: Array) -> Array:
             x = self.embed(ids) + self.position(jnp.arange(ids.shape[1])[None])
             for block in self.blocks:
                 x = block(x, nnx.make_causal_mask(ids))
             return self.head(self.norm(x))
 
-    def make(seed: int) -> tuple[Any, Apply]:
+    def make(seed: int) -> tuple[Params, Apply]:
         graph, weights = nnx.split(named(LanguageModel(nnx.Rngs(seed))))
         return weights, lambda weights, ids: nnx.merge(graph, weights)(ids)
 
@@ -201,10 +204,10 @@ class Run:
     skipped: tuple[int, ...]
 
 
-def loss_of(apply: Apply) -> Callable[..., Any]:
+def loss_of(apply: Apply) -> Callable[[Params, Batch], Array]:
     """The mean cross-entropy in nats a token."""
 
-    def loss(weights: Any, batch: Any) -> Any:
+    def loss(weights: Params, batch: Batch) -> Array:
         logits = apply(weights, batch["inputs"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
 
@@ -212,7 +215,7 @@ def loss_of(apply: Apply) -> Callable[..., Any]:
 
 
 def train(
-    starts: Sequence[Any], apply: Apply, precision: str, rules: Sequence[str], work: Work,
+    starts: Sequence[Params], apply: Apply, precision: str, rules: Sequence[str], work: Work,
     corpus: Corpus,
 ) -> Run:  # fmt: skip
     """Trains a model under autocast, or as it is in `fp32`; weights and optimizer stay float32.
@@ -232,7 +235,7 @@ def train(
     tx = make_optimizer("adamw", work.lr, schedule="linear", steps=work.steps, warmup=warmup)
 
     @jax.jit
-    def step(scale: Any, weights: Any, state: Any, batch: Any) -> Any:
+    def step(scale: LossScale, weights: Params, state: optax.OptState, batch: Batch) -> PyTree:
         _, grads, finite = value_and_grad(scale, weights, batch)
         with jax.numpy_dtype_promotion("standard"):  # Adam's bias correction needs it
             updates, new = tx.update(grads, state, weights)
@@ -248,7 +251,7 @@ def train(
     losses: list[list[float]] = []
     skipped: list[int] = []
     for seed, weights in enumerate(starts):
-        scale: Any = DynamicLossScale() if half else NoOpLossScale()
+        scale: LossScale = DynamicLossScale() if half else NoOpLossScale()
         state, bad = tx.init(weights), 0
         data = batches(corpus.train, batch=work.batch, seq=work.seq, seed=seed)
         for _, batch in zip(range(work.steps), data, strict=False):
@@ -302,7 +305,7 @@ def main(config: Config) -> None:
         if name not in MODELS:
             raise ConfigError(f"model: unknown {name!r}; known: {' '.join(MODELS)}")
     start = time.perf_counter()
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, sources=DOCUMENTS)
     table = Table("model", "precision", "validation loss", "gap", "under autocast",
                   "product FLOPs low", "steps/s", "skipped", title="Autocast on any model",
                   title_justify="left")  # fmt: skip

@@ -16,7 +16,7 @@ import dataclasses
 import os
 import time
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
 
 from common import launch  # sets XLA flags before JAX starts
 
@@ -24,15 +24,17 @@ import jax  # isort: skip
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common.bare_step import make_step
 from rich.console import Console
 from rich.table import Table
 
-from mpjax.models import decoder
+from common.bare_step import make_step
+from mpjax.models import Decoder, decoder
 from mpjax.train import build
 from mpjax.train.stablehlo import products_and_casts
+from mpjax.typing import Array, Batch, DType, DTypeLike, Params, PyTree
 
 LR = 3e-4
+Pair = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,49 +56,49 @@ class Config:
 # --- careful: hand-written, one block after the other, products in 2-D ------------------------
 
 
-def make_careful(model: Any, low: Any) -> Any:
+def make_careful(model: Decoder, low: DType) -> Callable[[Params, Batch], Array]:
     """The same model as one would write it by hand; low is the compute dtype."""
     c = model.config
     H, K = c.heads, c.per_head
     precision = jax.lax.Precision.HIGHEST if low == jnp.float32 else None
 
-    def dot(a: Any, b: Any, i: int, j: int, out: Any) -> Any:
+    def dot(a: Array, b: Array, i: int, j: int, out: DTypeLike) -> Array:
         dims = (((i,), (j,)), ((), ()))
         return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=out)
 
     @jax.custom_vjp
-    def matmul(x: Any, w: Any) -> Any:
+    def matmul(x: Array, w: Array) -> Array:
         return dot(x, w.astype(low), 1, 0, low)
 
-    def matmul_bwd(kept: Any, dy: Any) -> Any:
-        x, w = kept
+    def matmul_bwd(saved: Pair, dy: Array) -> Pair:
+        x, w = saved
         return dot(dy, w.astype(low), 1, 1, low), dot(x, dy, 0, 0, jnp.float32)
 
     matmul.defvjp(lambda x, w: (matmul(x, w), (x, w)), matmul_bwd)
 
     @jax.custom_vjp
-    def unembed(x: Any, table: Any) -> Any:
+    def unembed(x: Array, table: Array) -> Array:
         return dot(x, table.astype(low), 1, 1, jnp.float32)
 
-    def unembed_bwd(kept: Any, dy: Any) -> Any:
-        x, table = kept
+    def unembed_bwd(saved: Pair, dy: Array) -> Pair:
+        x, table = saved
         dy = dy.astype(low)
         return dot(dy, table.astype(low), 1, 0, low), dot(dy, x, 0, 0, jnp.float32)
 
     unembed.defvjp(lambda x, t: (unembed(x, t), (x, t)), unembed_bwd)
 
     @jax.custom_vjp
-    def layer_norm(x: Any, scale: Any) -> Any:
+    def layer_norm(x: Array, scale: Array) -> Array:
         return normalised(x)[0] * scale[None, None]
 
-    def normalised(x: Any) -> Any:
+    def normalised(x: Array) -> Pair:
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, -1, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + c.epsilon)
         return x * inverse, inverse
 
-    def layer_norm_bwd(kept: Any, dy: Any) -> Any:
-        x, scale = kept
+    def layer_norm_bwd(saved: Pair, dy: Array) -> Pair:
+        x, scale = saved
         y, inverse = normalised(x)
         dn = dy * scale[None, None]
         dx = dn - y * jnp.mean(dn * y, -1, keepdims=True) - jnp.mean(dn, -1, keepdims=True)
@@ -105,20 +107,20 @@ def make_careful(model: Any, low: Any) -> Any:
     layer_norm.defvjp(lambda x, s: (layer_norm(x, s), (x, s)), layer_norm_bwd)
 
     @jax.custom_vjp
-    def scores(q: Any, k: Any) -> Any:
+    def scores(q: Array, k: Array) -> Array:
         return jnp.einsum(
             "bhtk,bhsk->bhts", q, k, precision=precision, preferred_element_type=jnp.float32
         )
 
-    def scores_bwd(kept: Any, d: Any) -> Any:
-        q, k = kept
+    def scores_bwd(saved: Pair, d: Array) -> Pair:
+        q, k = saved
         d = d.astype(low)
         dq = jnp.einsum("bhts,bhsk->bhtk", d, k, precision=precision)
         return dq, jnp.einsum("bhts,bhtk->bhsk", d, q, precision=precision)
 
     scores.defvjp(lambda q, k: (scores(q, k), (q, k)), scores_bwd)
 
-    def attention(q: Any, k: Any, v: Any) -> Any:
+    def attention(q: Array, k: Array, v: Array) -> Array:
         q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * K**-0.5, k, v))
         T, outs = q.shape[2], []
         block = T // 4 if T % 4 == 0 and T >= 128 else T
@@ -138,7 +140,7 @@ def make_careful(model: Any, low: Any) -> Any:
             )  # fmt: skip
         return jnp.concatenate(outs, 2).transpose(0, 2, 1, 3)
 
-    def loss(params: Any, batch: Any) -> Any:
+    def loss(params: Params, batch: Batch) -> Array:
         ids, targets = batch["inputs"], batch["targets"]
         B, T = ids.shape
         D = c.width
@@ -164,15 +166,15 @@ def make_careful(model: Any, low: Any) -> Any:
 # --- naive: the textbook step -----------------------------------------------------------------
 
 
-def make_naive(model: Any) -> Any:
+def make_naive(model: Decoder) -> Callable[[Params, Batch], Array]:
     """Scanned blocks, 3-D einsums, automatic differentiation, float32."""
     c = model.config
 
-    def layer_norm(x: Any, scale: Any) -> Any:
+    def layer_norm(x: Array, scale: Array) -> Array:
         mean, variance = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
         return (x - mean) * jax.lax.rsqrt(variance + c.epsilon) * scale
 
-    def block(x: Any, p: Any) -> Any:
+    def block(x: Array, p: Params) -> tuple[Array, None]:
         B, T, D = x.shape
         y = layer_norm(x, p["norm_attention"])
         q, k, v = (
@@ -186,7 +188,7 @@ def make_naive(model: Any) -> Any:
         y = jax.nn.gelu(jnp.einsum("btd,dn->btn", layer_norm(x, p["norm_mlp"]), p["up"]))
         return x + jnp.einsum("btn,nd->btd", y, p["down"]), None
 
-    def loss(params: Any, batch: Any) -> Any:
+    def loss(params: Params, batch: Batch) -> Array:
         ids = batch["inputs"]
         x = params["embed"][ids] + params["position"][: ids.shape[1]]
         x, _ = jax.lax.scan(block, x, params["layers"])
@@ -199,7 +201,7 @@ def make_naive(model: Any) -> Any:
 # --- measuring --------------------------------------------------------------------------------
 
 
-def flat(params: Any) -> dict[str, Any]:
+def flat(params: Params) -> dict[str, Params]:
     """Our tree as the hand-written steps name it, blocks still stacked."""
     p = params["decoder"]
     layers = {"norm_attention": p["layers"]["norm_attention"]["scale"]}
@@ -214,7 +216,9 @@ def flat(params: Any) -> dict[str, Any]:
     }
 
 
-def programs(config: Config, precision: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
+def programs(
+    config: Config, precision: str
+) -> tuple[dict[str, jax.stages.Wrapped], dict[str, PyTree], Batch]:
     """Compiled steps by name, and their first states."""
     model = decoder(
         config.size, precision, layers=config.layers, context=config.seq, loop="unroll",
@@ -239,7 +243,7 @@ def programs(config: Config, precision: str) -> tuple[dict[str, Any], dict[str, 
 
 
 def interleaved(
-    steps: dict[str, Any], states: dict[str, Any], batch: Any, rounds: int
+    steps: dict[str, jax.stages.Compiled], states: dict[str, PyTree], batch: Batch, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of each program's steps, taken in turn, and each one's first loss."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -285,8 +289,8 @@ def main(config: Config) -> None:
         for name, odd in (("ours", ours - careful), ("careful", careful - ours)):
             for key, count in Counter(odd).items():
                 console.print(f"  only in {name}: {count} x {key}")
-        steps = {name: low.compile() for name, low in lowered.items()}
-        seconds, first = interleaved(steps, states, batch, config.rounds)
+        compiled = {name: low.compile() for name, low in lowered.items()}
+        seconds, first = interleaved(compiled, states, batch, config.rounds)
         table = Table("step", "median s", "tokens/s", "first loss")
         for name, times in seconds.items():
             median = float(np.median(times))

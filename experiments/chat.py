@@ -16,20 +16,21 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 
+from common.datasets.assets import fetch
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import Tokenizer, read_documents, validation_batches
-from mpjax.data.assets import fetch
 from mpjax.data.chat import Chat, Message
 from mpjax.errors import ConfigError
 from mpjax.json_text import parse_json
 from mpjax.models import (
+    Decoder,
     Sampling,
     cache_storage,
     has_scales,
@@ -41,6 +42,7 @@ from mpjax.models import (
 )
 from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint
 from mpjax.precision import get_precision
+from mpjax.typing import Array, Params, PyTree
 
 BLOCK = 64  # prompts are padded to a multiple of it: so many lengths share a compiled program
 WINDOW, WINDOWS = 256, 64  # tokens, and how many of them, of a calibration text
@@ -140,7 +142,7 @@ def sample(source: str) -> str:
       ConfigError: no text can be read there.
     """
     try:
-        documents = read_documents(source)
+        documents = read_documents(source, sources=DOCUMENTS)
     except ConfigError as error:
         raise ConfigError(f"calibration: {error}") from None
     step = max(1, sum(len(document.text) for document in documents) // ENOUGH)
@@ -148,8 +150,8 @@ def sample(source: str) -> str:
 
 
 def moments_of(
-    source: str, text: str, checkpoint: Checkpoint, model: Any, params: Any
-) -> Mapping[str, Any]:
+    source: str, text: str, checkpoint: Checkpoint, model: Decoder, params: Params
+) -> Mapping[str, PyTree]:
     """Returns the moments of what the weights are multiplied by when the model reads a text."""
     ids = Tokenizer.from_text(checkpoint.tokenizer_json() or "").encode(text)
     seq = min(WINDOW, model.config.context)
@@ -161,7 +163,7 @@ def moments_of(
     return input_moments(model, params, validation_batches(ids, batch=1, seq=seq, limit=WINDOWS))
 
 
-def say(chat: Chat, tokens: Any, write: Callable[[str], None]) -> tuple[str, str]:
+def say(chat: Chat, tokens: Iterable[Array], write: Callable[[str], None]) -> tuple[str, str]:
     """Writes an answer as its tokens come.
 
     Returns:
@@ -207,6 +209,8 @@ def main(config: Config) -> None:
     chat = find_chat(checkpoint)
     # one block is compiled, not thirty
     model, params = load_checkpoint(source, precision, loop="scan")
+    if not isinstance(model, Decoder):
+        raise ConfigError(f"checkpoint: {source} is no decoder; take a language model")
     if chat.vocab_size > model.config.vocabulary:
         raise ConfigError(
             f"checkpoint: {source}: the tokenizer has {chat.vocab_size} tokens, the model"

@@ -15,9 +15,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 import sweep
+
 from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
@@ -34,6 +34,7 @@ from mpjax.report import (
     save_plot,
     write_report,
 )
+from mpjax.typing import Array, Batch, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +74,10 @@ def arms(config: Config) -> list[sweep.Arm]:
     ]
 
 
-def gradients(model: Decoder, params: Any, batch: Any, stress: int) -> np.ndarray:
+def gradients(model: Decoder, params: Params, batch: Batch, stress: int) -> np.ndarray:
     """All weight gradients of the loss times 2^-stress, in one vector."""
 
-    def loss(params: Any) -> Any:
+    def loss(params: Params) -> Array:
         return model.loss(params, batch)[0] * 2.0**-stress
 
     leaves = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
@@ -91,9 +92,9 @@ def main(config: Config) -> None:
     if not 0 <= config.stress <= 100:
         raise ConfigError(f"stress: 2^-{config.stress} leaves no float32 gradients; give 0 .. 100")
     start = time.perf_counter()
-    kept: dict[str, Any] = {}
+    kept: dict[str, PyTree] = {}
 
-    def keep(label: str, seed: int, params: Any, batch: Any) -> None:
+    def keep(label: str, seed: int, params: Params, batch: Batch) -> None:
         if label == "fp32" and seed == 0:
             kept["params"], kept["batch"] = params, batch
 

@@ -17,19 +17,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
 from common import (
     finetune,  # sets XLA flags before JAX starts
     finetune_report,
     launch,
 )
-
+from common.datasets.sources import LABELLED
 from mpjax.data import LabelledTexts, load_labelled
 from mpjax.errors import need
 from mpjax.report import length_slices
 from mpjax.tasks import TextClassification, class_scores
+from mpjax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     finetune.check(config)
     begun = time.perf_counter()
-    train, test = load_labelled(config.data)
+    train, test = load_labelled(config.data, sources=LABELLED)
     need("sklearn.metrics", "tasks", "metrics")
     task = TextClassification(train.classes)
     start = finetune.Start(
@@ -89,7 +91,7 @@ def main(config: Config) -> None:
     best = max(counted, key=lambda name: counted[name]["accuracy"])
     predict = task.predictor(model, batch=config.batch, lengths=config.lengths)
 
-    def judge(params: Any) -> tuple[dict[str, float], np.ndarray]:
+    def judge(params: Params) -> tuple[dict[str, float], np.ndarray]:
         logits = predict(params, held_out)
         return task.evaluate(logits, held_out), task.correct(logits, held_out)
 

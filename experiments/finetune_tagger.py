@@ -17,19 +17,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
+
 from common import (
     finetune,  # sets XLA flags before JAX starts
     finetune_report,
     launch,
 )
-
+from common.datasets.sources import TAGGED
 from mpjax.data import load_tagged, most_frequent_tags
 from mpjax.errors import ConfigError, need
 from mpjax.report import length_slices
 from mpjax.tasks import TokenClassification, softmax
+from mpjax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ def main(config: Config) -> None:
     finetune.check(config)
     begun = time.perf_counter()
     source, entities = config.data or SOURCES[config.task], config.task == "ner"
-    train, test = load_tagged(source)
+    train, test = load_tagged(source, sources=TAGGED)
     need("sklearn.metrics", "tasks", "metrics")
     if entities:
         need("seqeval.metrics", "tasks", "metrics")
@@ -88,7 +90,7 @@ def main(config: Config) -> None:
     predict = task.predictor(model, batch=config.batch, lengths=config.lengths)
     right = np.concatenate(test.tags)
 
-    def judge(params: Any) -> tuple[dict[str, float], np.ndarray]:
+    def judge(params: Params) -> tuple[dict[str, float], np.ndarray]:
         logits = predict(params, held_out)
         tags = task.tags(logits, held_out)
         words = np.concatenate(

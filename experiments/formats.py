@@ -25,9 +25,9 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
 from common import launch  # sets XLA flags before JAX starts
 from common.product_error import (
     PRODUCTS,
@@ -38,14 +38,15 @@ from common.product_error import (
     hadamard_error,
     with_outliers,
 )
-from rich.table import Table
-
+from common.tables import markdown, terminal
 from mpjax.errors import ConfigError
 from mpjax.files import write_text
 from mpjax.formats import Format
 from mpjax.precision import parse_dtype, recipe_names
 from mpjax.report import interval, plot_distinct, plot_sqnr, save_plot
+from mpjax.typing import Settings
 
+Records = Sequence[Settings]  # what `common.product_error` measures
 PLACEMENTS = ("random", "even", "together")
 
 
@@ -84,7 +85,7 @@ class Config:
     """Folder of the report."""
 
 
-def gain(records: Sequence[dict[str, Any]], pair: str, place: str, size: float) -> tuple[Any, Any]:
+def gain(records: Records, pair: str, place: str, size: float) -> tuple[float, float]:
     """Mean and half-width of what `PAIR-block` gains on `PAIR-tensor`, in dB, seeds paired."""
     by_seed = {(r["recipe"], r["seed"]): r["sqnr"] for r in records
                if r["place"] == place and r["size"] == size}  # fmt: skip
@@ -114,7 +115,7 @@ class Bar:
         return self.what, self.wanted, self.measured, verdict
 
 
-def bars(lengths: Any, counts: Any, outliers: Any) -> list[Bar]:
+def bars(lengths: Records, counts: Records, outliers: Records) -> list[Bar]:
     """The bars, from what was measured."""
     found = []
     for product in PRODUCTS:
@@ -167,21 +168,11 @@ class Section:
 
     def markdown(self) -> str:
         """Returns it in Markdown."""
-        lines = [self.head, ("---",) * len(self.head), *self.rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        table = markdown(self.head, self.rows)
         return "\n\n".join(filter(None, [f"## {self.title}", self.text, table]))
 
-    def rich(self) -> Table:
-        """Returns it for the terminal."""
-        table = Table(title=self.title, title_justify="left")
-        for number, column in enumerate(self.head):
-            table.add_column(column, justify="right" if number else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
 
-
-def sections(lengths: Any, counts: Any, outliers: Any, config: Config) -> list[Section]:
+def sections(lengths: Records, counts: Records, outliers: Records, config: Config) -> list[Section]:
     """All tables of the report."""
     names = list(dict.fromkeys(r["recipe"] for r in lengths))
     ends = (2**config.shortest, 2**config.longest)
@@ -192,7 +183,7 @@ def sections(lengths: Any, counts: Any, outliers: Any, config: Config) -> list[S
         for name in names
     ]  # fmt: skip
     places = list(dict.fromkeys(r["place"] for r in outliers))
-    mean: dict[tuple[Any, ...], list[float]] = {}
+    mean: dict[tuple[str, float, str], list[float]] = {}
     for r in outliers:
         mean.setdefault((r["recipe"], r["size"], r["place"]), []).append(r["sqnr"])
     spread = [
@@ -247,7 +238,7 @@ def check(config: Config) -> None:
     parse_dtype(config.compute, "compute")
 
 
-def measure(config: Config) -> tuple[Any, Any, Any]:
+def measure(config: Config) -> tuple[Records, Records, Records]:
     """Returns the records against length, the distinct values and the records with outliers."""
     compute = parse_dtype(config.compute)
     lengths = [2**power for power in range(config.shortest, config.longest + 1)]
@@ -260,7 +251,7 @@ def measure(config: Config) -> tuple[Any, Any, Any]:
     )
 
 
-def draw(lengths: Any, counts: Any, outliers: Any, out: Path) -> list[str]:
+def draw(lengths: Records, counts: Records, outliers: Records, out: Path) -> list[str]:
     """Writes the pictures and returns their names."""
     by_length = {product: [(r["recipe"], r["length"], r["sqnr"]) for r in lengths
                            if r["product"] == product] for product in PRODUCTS}  # fmt: skip
@@ -288,7 +279,7 @@ def main(config: Config) -> None:
     tables = sections(*found, config)
     console = launch.wide()
     for section in tables:
-        console.print(section.rich())
+        console.print(terminal(section.title, section.head, section.rows))
     names = draw(*found, config.out)
     lengths, counts, outliers = found
     results = {"lengths": lengths, "distinct": counts, "outliers": outliers}

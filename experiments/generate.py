@@ -13,8 +13,8 @@ from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import tyro
-from common.lm import CHECKPOINTS, Shape, continuation, lm_model, prompt_ids, room, sample
 
+from common.lm import CHECKPOINTS, Shape, continuation, lm_model, prompt_ids, room, sample
 from mpjax.data import Tokenizer
 from mpjax.errors import ConfigError
 from mpjax.models import Sampling, Storage, beam_search, cache_storage, quantize_weights

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from common import (
     finished,
@@ -27,17 +27,20 @@ from common import (
 
 import jax  # isort: skip
 import numpy as np
+import optax
 from rich.console import Console
-from rich.table import Table
 
+from common.datasets.sources import IMAGES
+from common.tables import markdown, terminal
 from mpjax.data import Images, image_batches, load_images
 from mpjax.files import write_text
 from mpjax.models import ResNet, resnet
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import get_precision
 from mpjax.report import Outcome, gap, interval, plot_loss, save_plot
-from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
+from mpjax.train import build, bytes_per_parameter, fit, manifest
 from mpjax.train.stablehlo import convolutions
+from mpjax.typing import Array, Batch, ModelState, Params, Settings
 
 BARS = {"digits": 0.98, "fashion-mnist": 0.90}
 ARMS = {
@@ -115,7 +118,7 @@ def make(config: Config, images: Images, text: str) -> ResNet:
     return resnet(config.model, precision, inputs=channels, classes=images.classes)
 
 
-def optimizer(config: Config) -> Any:
+def optimizer(config: Config) -> optax.GradientTransformation:
     """Returns the raw optimizer."""
     return make_optimizer(
         config.optimizer, config.lr, schedule=config.schedule, steps=config.steps,
@@ -123,11 +126,13 @@ def optimizer(config: Config) -> Any:
     )  # fmt: skip
 
 
-def evaluate(model: ResNet, images: Images, size: int = 500) -> Any:
+def evaluate(
+    model: ResNet, images: Images, size: int = 500
+) -> Callable[[Params, ModelState], tuple[float, float]]:
     """Returns a function from weights and state to loss and accuracy on the held-out images."""
 
     @jax.jit
-    def sums(params: Any, state: Any, part: Any) -> Any:
+    def sums(params: Params, state: ModelState, part: Batch) -> tuple[Array, Array]:
         logits, _ = model.apply(params, part["inputs"], state=state)
         loss, _ = model.loss(params, part, state=state)
         return loss * len(part["targets"]), (logits.argmax(-1) == part["targets"]).sum()
@@ -139,7 +144,7 @@ def evaluate(model: ResNet, images: Images, size: int = 500) -> Any:
         for first in range(0, count, size)
     ]
 
-    def judge(params: Any, state: Any) -> tuple[float, float]:
+    def judge(params: Params, state: ModelState) -> tuple[float, float]:
         found = [jax.device_get(sums(params, state, part)) for part in parts]
         loss, right = np.sum([[float(a), float(b)] for a, b in found], axis=0)
         return loss / count, right / count
@@ -150,7 +155,7 @@ def evaluate(model: ResNet, images: Images, size: int = 500) -> Any:
 CHOOSING = ("seeds", "precision")  # settings that change no run
 
 
-def page_of(config: Config, model: ResNet, text: str, seed: int) -> tuple[Path, dict[str, Any]]:
+def page_of(config: Config, model: ResNet, text: str, seed: int) -> tuple[Path, Settings]:
     """Returns the folder of a run and its manifest."""
     folder = config.out / text.replace(" ", "_").replace("/", "-") / f"seed{seed}"
     how = {recipe.name: {"convolution": "emulated"} for recipe in model.recipes.values()}
@@ -166,26 +171,16 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
     dtypes = convolutions(step.compiled.lower(state, first).as_text())
     judge, pixels = evaluate(model, images), first["inputs"][0].size
     exact = evaluate(dataclasses.replace(model, precision=get_precision("fp32")), images)
-    losses, accuracy, skipped, scales, speeds, records = [], [], [], [], [], []
+    losses, accuracy, records = [], [], []
     for seed in range(config.seeds):
         folder, page = page_of(config, model, text, seed)
-        history: list[dict[str, Any]]
         if ended := finished.begin(folder, page, CHOOSING, stderr):
             outcome, history = ended
         else:
-            writer = MetricsWriter(
-                folder, page["config"] | {"precision": model.precision.to_text()}
-            )
-            history = []
-            label = f"{text}, seed {seed}"
-            with ProgressBar(config.steps, console=stderr, label=label, lines=1) as bar:
-
-                def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
-                    record["images_per_s"] = record["tokens_per_s"] / pixels
-                    history.append(record)  # noqa: B023
-                    writer.write(record)  # noqa: B023
-                    bar.update(record)
-
+            with finished.recording(
+                folder, page, model.precision.to_text(), f"{text}, seed {seed}", config.steps,
+                stderr, lambda record: record | {"images_per_s": record["tokens_per_s"] / pixels},
+            ) as (writer, report, history):  # fmt: skip
                 data = image_batches(images.train, batch=config.batch, seed=seed)
                 state = fit(step.init(seed), step, data, steps=config.steps, report=report)
             outcome = {
@@ -198,14 +193,10 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
             finished.end(folder, outcome)
         losses.append(outcome["validation_loss"])
         accuracy.append(outcome["accuracy"])
-        skipped.append(history[-1]["skipped"])
-        scales.append(history[-1]["loss_scale"])
-        speeds += [record["images_per_s"] for record in history[2:] or history]
         records.append(history)
-    arm = Outcome(
-        text, config.precision[0], tuple(losses), float(np.median(speeds)),
-        outcome["bytes_per_parameter"], tuple(skipped), tuple(scales), tuple(records),
-    )  # fmt: skip
+    arm = finished.outcome_of(
+        text, config.precision[0], losses, records, outcome["bytes_per_parameter"], "images_per_s"
+    )
     return Arm(arm, tuple(accuracy), "; ".join(dtypes))
 
 
@@ -234,7 +225,7 @@ def rows(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
 def compare(config: Config) -> list[Arm]:
     """Trains all arms and writes the report."""
     start = time.perf_counter()
-    images = load_images(config.data, held_out=config.held_out)
+    images = load_images(config.data, held_out=config.held_out, sources=IMAGES)
     image_batches(images.train, batch=config.batch, seed=0)
     raw = optimizer(config)
     for text in config.precision:  # the last arm's mistake, before the first has run
@@ -246,12 +237,7 @@ def compare(config: Config) -> list[Arm]:
     launch.writable(config.out)
     arms = [run_arm(config, images, text) for text in config.precision]
     title = f"One ResNet on {Path(config.data).name}, several precisions"
-    table = Table(title=title, title_justify="left")
-    for column in HEAD:
-        table.add_column(column)
-    for row in rows(arms):
-        table.add_row(*row)
-    launch.wide().print(table)
+    launch.wide().print(terminal(title, HEAD, rows(arms), "left"))
     shape = images.train["inputs"].shape
     notes = [
         "Accuracy in the precision of the arm, loss in float32, both on"
@@ -268,8 +254,7 @@ def compare(config: Config) -> list[Arm]:
         notes.insert(0, f"{bar} missed by {', '.join(low)}." if low else f"{bar} met by all arms.")
     launch.wide().print("\n".join(notes))
     save_plot(plot_loss([arm.outcome for arm in arms], unit="nats/image"), config.out / "loss.png")
-    lines = [" | ".join(line) for line in (HEAD, ("---",) * len(HEAD), *rows(arms))]
-    text = "\n\n".join([f"# {title}", "\n".join(f"| {x} |" for x in lines), *notes])
+    text = "\n\n".join([f"# {title}", markdown(HEAD, rows(arms)), *notes])
     write_text(config.out / "report.md", text + "\n\n![loss](loss.png)\n")
     launch.wide().print(f"report: {config.out / 'report.md'}")
     return arms

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sweep
+
 from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import load_corpus
 from mpjax.errors import ConfigError
 from mpjax.models import Decoder
@@ -119,7 +121,7 @@ def compare(config: Config) -> tuple[list[Outcome], list[str]]:
     )
     title = "Recipes of quantised products"
     launch.wide().print(rich_table(outcomes, title))
-    corpus = load_corpus(config.data, config.tokenizer)
+    corpus = load_corpus(config.data, config.tokenizer, sources=DOCUMENTS)
     notes, found = [], {}
     for name, outcome in zip(names, outcomes[2:], strict=True):
         found[name] = gaps(outcome.validation_loss, outcomes[0].validation_loss)

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 import sweep
-from common import launch  # sets XLA flags before JAX starts
 
+from common import launch  # sets XLA flags before JAX starts
 from mpjax.precision import get_precision
 from mpjax.report import Outcome, interval, plot_loss, rich_table, save_plot, write_report
 

@@ -20,15 +20,16 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
+
 from common import (
     finetune,  # sets XLA flags before JAX starts
     finetune_report,
     launch,
 )
-
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import (
     Batch,
     Document,
@@ -46,6 +47,7 @@ from mpjax.files import write_text
 from mpjax.models.hf import save_checkpoint
 from mpjax.report import gaps, interval, length_slices
 from mpjax.tasks import MaskedLanguage
+from mpjax.typing import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,9 @@ def pieces_of(documents: Sequence[Document], config: Config) -> list[list[str]]:
     return [cut[i] for i in order[: config.documents]]
 
 
-def pairs(side: str, documents: Any, pieces: WordPiece, config: Config) -> list[Example]:
+def pairs(
+    side: str, documents: Sequence[Sequence[str]], pieces: WordPiece, config: Config
+) -> list[Example]:
     """Pairs of segments of one side of the split."""
     try:
         return segment_pairs(documents, pieces, longest=max(config.lengths), seed=0)
@@ -141,7 +145,8 @@ def main(config: Config) -> None:
     if config.export and folder.exists():
         raise ConfigError(f"export: {folder} exists; name a new folder")
     begun = time.perf_counter()
-    sides = [pieces_of(side, config) for side in split_documents(read_documents(config.data))]
+    documents = read_documents(config.data, sources=DOCUMENTS)
+    sides = [pieces_of(side, config) for side in split_documents(documents)]
     start = finetune.Start(config, "pretrain", 2, [" ".join(lines) for lines in sides[0]])
     pieces = start.pieces()
     mask = masking(pieces, config.mask_rate)
@@ -163,14 +168,14 @@ def main(config: Config) -> None:
     counts[[pieces.pad, pieces.first, pieces.separator]] = 0  # never masked
     measure, shares = task.judge(judged), task.gradient_shares(judged)
 
-    def judge(params: Any) -> tuple[dict[str, float], np.ndarray]:
+    def judge(params: Params) -> tuple[dict[str, float], np.ndarray]:
         found, right = measure(params, batches)
         pull = shares(params, batches[0])
         scores = found | {"accuracy": found["masked accuracy"], "loss": found["masked"]}
         scores |= {f"gradient, {name}": pull[name] for name in task.weights}
         return scores | {"cosine": pull["cosine"]}, right["masked"]
 
-    def keep(label: str, seed: int, model: Any, params: Any) -> None:
+    def keep(label: str, seed: int, model: finetune.Network, params: Params) -> None:
         if config.export and seed == 0:
             own = folder / label.replace(":", "_").replace("/", "_")
             save_checkpoint(own, model, params)
@@ -179,20 +184,11 @@ def main(config: Config) -> None:
     first = judge(start.params(judged, 0))[0]
     arms = [
         finetune.run_arm(
-            label,
-            config,
-            task,
-            start,
-            train,
-            pieces.vocab_size,
-            judge,
-            config.out,
-            keep,
-            mask,
+            label, config, task, start, train, pieces.vocab_size, judge, config.out, keep, mask,
             again=lambda label, seed: bool(config.export) and seed == 0,
-        )  # fmt: skip
+        )
         for label in config.precision
-    ]
+    ]  # fmt: skip
     counted = {"counting": counting(train, held_out, targets, counts)}
     extra = ("next accuracy", *(f"gradient, {name}" for name in task.weights))
     title = f"{config.data}: masked tokens and next sentences by precision"

@@ -15,11 +15,13 @@ import time
 from pathlib import Path
 
 import sweep
+
 from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import numpy as np
 
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import Corpus, load_corpus
 from mpjax.models import Recurrent, recurrent
 from mpjax.precision import Precision, get_precision
@@ -72,7 +74,7 @@ def carried_loss(config: Config, params: object) -> tuple[float, float]:
     Returns:
       Both losses, nats a token.
     """
-    corpus = load_corpus(config.data, config.tokenizer)
+    corpus = load_corpus(config.data, config.tokenizer, sources=DOCUMENTS)
     model = make(config, corpus, get_precision("fp32"))
     windows = min(config.eval_batches, (len(corpus.validation) - 1) // config.seq)
     ids = np.asarray(corpus.validation[: windows * config.seq + 1], np.int32)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,8 +25,10 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
 from mpjax.errors import TrainingStopped
+from mpjax.models import Decoder, Recurrent
 from mpjax.ops import Objective, weight_sum
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import Precision, get_precision
@@ -39,7 +41,8 @@ from mpjax.report import (
     save_plot,
     write_report,
 )
-from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
+from mpjax.train import TrainStep, build, bytes_per_parameter, fit, manifest
+from mpjax.typing import Array, Batch, Json, ModelState, Params, PyTree, Settings
 
 console = Console(stderr=True)
 
@@ -101,7 +104,8 @@ class Workload(Training):
     """Attention heads."""
 
 
-Make = Callable[[Any, Corpus, Precision], Any]  # workload, corpus, precision -> model
+LanguageModel = Decoder | Recurrent
+Make = Callable[[Any, Corpus, Precision], LanguageModel]  # workload, corpus, precision -> model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +142,7 @@ class Config(Workload):
     """Folder of the report and of all runs."""
 
 
-def judge(model: Any, corpus: Corpus, work: Training) -> Callable[[Any], float]:
+def judge(model: LanguageModel, corpus: Corpus, work: Training) -> Callable[[Params], float]:
     """Returns a function from weights to the validation loss, computed in float32."""
     exact = dataclasses.replace(model, precision=get_precision("fp32"))
     loss = jax.jit(lambda params, batch: exact.loss(params, batch)[0])
@@ -158,13 +162,15 @@ def optimizer(arm: Arm, work: Training) -> optax.GradientTransformation:
     )  # fmt: skip
 
 
-def stressed(stress: int, work: Training, raw: Any) -> tuple[Any, Callable[[Any], Any]]:
+def stressed(
+    stress: int, work: Training, raw: optax.GradientTransformation
+) -> tuple[optax.GradientTransformation, Callable[[LanguageModel], Objective]]:
     """Returns the optimizer and objective with the loss multiplied by 2^-k."""
     # Gradients come back to their natural scale before anything looks at their size.
     tx = optax.chain(optax.scale(2.0**stress), optax.clip_by_global_norm(work.clip), raw)
 
-    def objective(model: Any) -> Any:
-        def loss_fn(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def objective(model: LanguageModel) -> Objective:
+        def loss_fn(*args: PyTree, **kwargs: PyTree) -> tuple[Array, ModelState]:
             loss, state = model.loss(*args, **kwargs)
             return loss * 2.0**-stress, state
 
@@ -177,8 +183,8 @@ Again = Callable[[str, int], bool]  # label, seed -> whether a run that has ende
 
 
 def page_of(
-    arm: Arm, work: Training, model: Any, seed: int, out: Path, again: Again
-) -> tuple[Path, dict[str, Any]]:
+    arm: Arm, work: Training, model: LanguageModel, seed: int, out: Path, again: Again
+) -> tuple[Path, Settings]:
     """Returns the folder of a run and its manifest."""
     folder = out / arm.label.replace(" ", "_") / f"seed{seed}"
     settings = launch.settings(work, lr=arm.lr, stress=arm.stress, seed=seed, out=str(folder))
@@ -188,22 +194,16 @@ def page_of(
 
 
 def train(
-    arm: Arm, work: Training, step: Any, data: Any, seed: int, folder: Path, page: dict[str, Any],
-    evaluate: Callable[[Any], float],
-) -> tuple[dict[str, Any], list[dict[str, Any]], Any]:  # fmt: skip
+    arm: Arm, work: Training, step: TrainStep, data: Iterator[Batch], seed: int, folder: Path,
+    page: Settings, evaluate: Callable[[Params], float],
+) -> tuple[Settings, list[Settings], Params]:  # fmt: skip
     """Trains one run; returns its outcome, a record a step, and its weights, None if it stopped."""
-    writer = MetricsWriter(folder, page["config"] | {"precision": arm.precision.to_text()})
-    history: list[dict[str, Any]] = []
-    label = f"{arm.label}, seed {seed}"
-    params: Any = None
-    with ProgressBar(work.steps, console=console, label=label, lines=1) as bar:
-
-        def report(record: dict[str, Any]) -> None:
-            record = record | {"loss": record["loss"] * 2.0**arm.stress}
-            history.append(record)
-            writer.write(record)
-            bar.update(record)
-
+    label, params = f"{arm.label}, seed {seed}", None
+    with finished.recording(
+        folder, page, arm.precision.to_text(), label, work.steps, console,
+        lambda record: record | {"loss": record["loss"] * 2.0**arm.stress},
+    ) as (writer, report, history):  # fmt: skip
+        assert step.init is not None
         state = step.init(seed)
         outcome = {"validation_loss": np.inf, "bytes_per_parameter": bytes_per_parameter(state)}
         try:
@@ -222,8 +222,8 @@ def run_arm(
     corpus: Corpus,
     seeds: int,
     out: Path,
-    evaluate: Callable[[Any], float],
-    keep: Callable[[str, int, Any, Any], None] = lambda *_: None,
+    evaluate: Callable[[Params], float],
+    keep: Callable[[str, int, Params, Batch], None] = lambda *_: None,
     enough: Callable[[str, Sequence[float]], bool] = lambda *_: False,
     first: int = 0,
     make: Make = launch.make_decoder,
@@ -247,8 +247,7 @@ def run_arm(
     model = make(work, corpus, arm.precision)
     tx, objective = stressed(arm.stress, work, optimizer(arm, work))
     _, step = build(model, tx, objective=objective)
-    losses, skipped, scales, speeds, records = [], [], [], [], []
-    per_parameter = 0.0
+    losses, records, per_parameter = [], [], 0.0
     for seed in range(first, first + seeds):
         folder, page = page_of(arm, work, model, seed, out, again)
         if ended := finished.begin(folder, page, work.CHOOSING, console):
@@ -263,16 +262,10 @@ def run_arm(
         history += [history[-1] | {"loss": np.inf}] * (work.steps - len(history))
         losses.append(outcome["validation_loss"])
         per_parameter = outcome["bytes_per_parameter"]
-        skipped.append(history[-1]["skipped"])
-        scales.append(history[-1]["loss_scale"])
-        speeds += [record["tokens_per_s"] for record in history[2:] or history]
         records.append(history)
         if enough(arm.label, losses):
             break
-    return Outcome(
-        arm.label, arm.reference, tuple(losses), float(np.median(speeds)), per_parameter,
-        tuple(skipped), tuple(scales), tuple(records),
-    )  # fmt: skip
+    return finished.outcome_of(arm.label, arm.reference, losses, records, per_parameter)
 
 
 def run_arms(
@@ -283,10 +276,10 @@ def run_arms(
     make: Make = launch.make_decoder,
     first: int = 0,
     again: Again = lambda *_: False,
-    **options: Any,
+    **options: Json,
 ) -> list[Outcome]:
     """Trains all arms, each under the same seeds; a run that has ended in `out` is taken."""
-    corpus = load_corpus(work.data, work.tokenizer)
+    corpus = load_corpus(work.data, work.tokenizer, sources=DOCUMENTS)
     batches(corpus.train, batch=work.batch, seq=work.seq, seed=0)
     models = [make(work, corpus, arm.precision) for arm in arms]
     for arm, model in zip(arms, models, strict=True):  # the last arm's mistake, before the first

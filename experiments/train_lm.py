@@ -16,18 +16,18 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
+from common.datasets.sources import DOCUMENTS
 from common.lm import CHECKPOINTS, Judge, agreed, eval_precision, lm_model, prompt_ids, sample
 from common.lm_config import MAY_CHANGE, PRECISION, Config, settings
-
 from mpjax.data import Corpus, Tokenizer, batches, load_corpus
+from mpjax.data.pipeline import TrainingBatches
 from mpjax.errors import ConfigError
+from mpjax.models import Decoder
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision, PrecisionSchedule, get_precision
 from mpjax.report import plot_heatmap, save_plot
@@ -60,6 +60,7 @@ from mpjax.train.report import (
     require_same_environment,
     watched,
 )
+from mpjax.typing import Batch, Settings
 
 log = logging.getLogger("mpjax.experiments")
 
@@ -103,21 +104,21 @@ class Run:
     precision: Precision
     schedule: PrecisionSchedule | None
     corpus: Corpus
-    model: Any
+    model: Decoder
     state: TrainState
     step: TrainStep
-    data: Iterator[Any]
+    data: TrainingBatches
     judge: Judge
     start: int
 
     @property
-    def models(self) -> list[Any]:
+    def models(self) -> list[Decoder]:
         """The model in each precision that it is trained in."""
         precisions = self.schedule.precisions if self.schedule else (self.precision,)
         return [dataclasses.replace(self.model, precision=p) for p in precisions]
 
 
-def optimizer_settings(config: Config) -> dict[str, Any]:
+def optimizer_settings(config: Config) -> Settings:
     """The arguments of `make_optimizer`."""
     return {
         "name": config.optimizer, "lr": config.lr, "schedule": config.schedule,
@@ -125,7 +126,7 @@ def optimizer_settings(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def build_settings(config: Config) -> dict[str, Any]:
+def build_settings(config: Config) -> Settings:
     """The arguments of `build` behind the mesh."""
     schedule = config.resolved_schedule()
     return {
@@ -171,8 +172,8 @@ def prepare(config: Config) -> Run:
         else:
             begun, now = page.get("config", {}).get(name), settings(config)[name]
             compare_settings({name: begun}, {name: now}, may_change=())
-    meta: dict[str, Any] = {}
-    tokenizer: Any = config.tokenizer
+    meta: Settings = {}
+    tokenizer: str | Tokenizer = config.tokenizer
     if start is not None:
         meta = saved.read_meta(start)
         may_change: tuple[str, ...] = MAY_CHANGE
@@ -194,7 +195,7 @@ def prepare(config: Config) -> Run:
         else:
             log.info("resume: the checkpoint does not say its environment; it is not compared")
         tokenizer = Tokenizer.from_text(meta["tokenizer"])
-    corpus = load_corpus(config.data, tokenizer, held_out=config.held_out)
+    corpus = load_corpus(config.data, tokenizer, held_out=config.held_out, sources=DOCUMENTS)
     if meta:
         compare_settings({"data": meta["corpus"]}, {"data": corpus.info}, may_change=())
     model = lm_model(config.model, config.shape, precision, corpus.tokenizer.vocab_size, config.seq)
@@ -282,7 +283,7 @@ def train(run: Run) -> tuple[TrainState, str | None]:
         bar = stack.enter_context(ProgressBar(config.steps, run.start))
         interrupt = stack.enter_context(Interrupt())
 
-        def report(record: dict[str, Any]) -> None:
+        def report(record: Settings) -> None:
             if writer:
                 writer.write(record)
                 bar.update(record)
@@ -297,7 +298,7 @@ def train(run: Run) -> tuple[TrainState, str | None]:
             metrics = {"validation_loss": validation[number]} if number in validation else {}
             taken, _ = run.step.active(state)
             now = {"precision": taken.optimizer.precision.to_dict()}
-            now["data"] = run.data.get_state()  # type: ignore[attr-defined]
+            now["data"] = run.data.get_state()
             checkpoints.save(number, state, meta | now, metrics=metrics)
 
         state = fit(
@@ -309,7 +310,7 @@ def train(run: Run) -> tuple[TrainState, str | None]:
         return state, (interrupt.requested or "a signal") if early else None
 
 
-def leave_bundle(run: Run, number: int, state: TrainState, batch: Any) -> None:
+def leave_bundle(run: Run, number: int, state: TrainState, batch: Batch) -> None:
     """Writes what `python -m mpjax.replay` needs, and prints what broke."""
     config = run.config
     meta = {

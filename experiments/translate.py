@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from common import (
     finetune,  # sets XLA flags before JAX starts
@@ -31,12 +31,15 @@ from common import (
 import jax  # isort: skip
 import numpy as np
 
+from common.datasets.sources import PAIRS
+from common.lexicon import learn_lexicon, nearest_targets
 from mpjax.data import Characters, load_pairs, make_tokenizer
-from mpjax.data.lexicon import learn_lexicon, nearest_targets
 from mpjax.errors import need
-from mpjax.models import seq2seq
+from mpjax.models import Seq2Seq, seq2seq
+from mpjax.precision import Precision
 from mpjax.report import interval, length_slices
 from mpjax.tasks import Translation, text_scores
+from mpjax.typing import Params, Settings
 
 LEXICON = "lexicon and spelling"
 
@@ -102,7 +105,7 @@ class Start:
 
     config: Config
 
-    def model(self, precision: Any, vocabulary: int) -> Any:
+    def model(self, precision: str | Precision, vocabulary: int) -> Seq2Seq:
         """Returns the model in a Precision."""
         c = self.config
         return seq2seq(
@@ -111,7 +114,7 @@ class Start:
             norm_first=True,  # post-norm needs a longer warm-up than these runs have
         )  # fmt: skip
 
-    def params(self, model: Any, seed: int) -> Any:
+    def params(self, model: finetune.Network, seed: int) -> Params:
         """Returns the parameters that a seed's run begins with."""
         return jax.jit(model.init)(jax.random.key(seed))
 
@@ -137,7 +140,7 @@ def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     check(config)
     begun = time.perf_counter()
-    train, test = load_pairs(config.data)
+    train, test = load_pairs(config.data, sources=PAIRS)
     for module in ("sklearn.neighbors", "sacrebleu"):
         need(module, "tasks", "baselines and metrics")
     texts = [text for pair in train for text in pair]
@@ -148,7 +151,7 @@ def main(config: Config) -> None:
     start = Start(config)
     model = finetune.check_arms(config, task, start, task.vocabulary)
     # Without gradients there is room for more rows, and a batch takes as long as its longest row.
-    shapes: dict[str, Any] = dict(batch=4 * config.batch, lengths=config.lengths)
+    shapes: Settings = dict(batch=4 * config.batch, lengths=config.lengths)
     translate = task.translator(model, **shapes, beams=config.beams, cache=config.cache)
     loss = task.judge(model, **shapes)
     sources, references = [s for s, _ in test], [t for _, t in test]
@@ -161,7 +164,7 @@ def main(config: Config) -> None:
     counted = {name: scores(references, guess) for name, guess in guesses.items()}
     samples: dict[str, list[str]] = {}
 
-    def judge(params: Any) -> tuple[dict[str, float], np.ndarray]:
+    def judge(params: Params) -> tuple[dict[str, float], np.ndarray]:
         found = translate(params, sources)
         samples["last"] = found
         right = np.array([a == b for a, b in zip(found, references, strict=True)])
@@ -169,19 +172,10 @@ def main(config: Config) -> None:
 
     arms, shown = [], []
     for label in config.precision:
-        arms.append(
-            finetune.run_arm(
-                label,
-                config,
-                task,
-                start,
-                examples,
-                task.vocabulary,
-                judge,
-                config.out,
-                again=lambda label, seed: seed == config.seeds - 1,  # its translations are shown
-            )  # fmt: skip
-        )
+        arms.append(finetune.run_arm(
+            label, config, task, start, examples, task.vocabulary, judge, config.out,
+            again=lambda label, seed: seed == config.seeds - 1,  # its translations are shown
+        ))  # fmt: skip
         shown.append((label, samples["last"]))
     known = {word for source, _ in train for word in source.split()}
     slices = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 import jax
@@ -34,6 +34,7 @@ __all__ = [
     "Settings",
     "Shape",
     "Shard",
+    "Sources",
     "Tree",
 ]
 
@@ -55,6 +56,9 @@ Tree = TypeVar("Tree")  # a pytree that is returned with the structure that it c
 Metrics: TypeAlias = dict[str, jax.Array]  # scalars on the device
 Json: TypeAlias = Any  # what `json.loads` returns
 Settings: TypeAlias = dict[str, Any]  # name -> value, as a configuration file has them
+
+T = TypeVar("T")
+Sources: TypeAlias = Mapping[str, Callable[[], T]]  # name of a data set -> what reads it
 
 # Constrains an array to logical axes, `shard(x, axes) -> x`.
 Shard: TypeAlias = Callable[[jax.Array, Axes], jax.Array]

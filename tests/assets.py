@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mpjax.data.assets import find
+from common.datasets.assets import find
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
@@ -18,6 +18,6 @@ def asset(name: str) -> Path:
     """The folder of an asset in the checkout's cache; skips the test when it is not there."""
     folder = find(name, cache_dir=CACHE)
     if folder is None:
-        command = f"MPJAX_CACHE=.cache python -m mpjax.data.assets {name}"
+        command = f"MPJAX_CACHE=.cache python experiments/fetch.py {name}"
         pytest.skip(f"asset {name} is not in {CACHE.name}/assets; {command} fetches it")
     return folder

@@ -97,8 +97,8 @@ def test_each_temporary_name_is_drawn(tmp_path, monkeypatch):
 # Where files are written past `mpjax.files`, and why they may be.
 EXCEPT = {
     "mpjax/files.py",  # itself
-    "mpjax/data/assets/__init__.py",  # into a private folder, which is renamed when whole
-    "mpjax/data/assets/package.py",  # the same
+    "experiments/common/datasets/assets.py",  # into a private folder, which is renamed when whole
+    "experiments/common/datasets/package.py",  # the same
     "mpjax/models/hf/save.py",  # the same
 }
 

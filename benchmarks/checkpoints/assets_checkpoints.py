@@ -27,7 +27,7 @@ import numpy as np
 import tokenizers
 
 from benchmarks.common.page import table, write
-from mpjax.data.assets import fetch
+from common.datasets.assets import fetch
 from mpjax.models import decoder, quantize_weights
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 

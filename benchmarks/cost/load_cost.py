@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common.page import ROOT, table, write
-from mpjax.data.assets import fetch
+from common.datasets.assets import fetch
 
 NAMES, BAR = ("smollm2", "minilm"), 1.05
 CHILD = """

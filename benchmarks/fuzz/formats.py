@@ -184,7 +184,7 @@ def _rows(name: str) -> Callable[[Path], Any]:
 
 
 def _read_frame(folder: Path) -> None:
-    from mpjax.data.tables.frame import read_frame
+    from common.datasets.frame import read_frame
 
     read_frame(folder / "table.xz")
 

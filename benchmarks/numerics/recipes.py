@@ -20,9 +20,9 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import formats  # sets XLA flags before JAX starts
-from common.product_error import Outliers, with_outliers
 
 from benchmarks.common.page import table, write
+from common.product_error import Outliers, with_outliers
 from mpjax.precision import parse_dtype
 
 PAIRS = ("int8-tensor", "int8-block", "e4m3-tensor", "e4m3-block")

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common.finetune_report import above
 
 from benchmarks.common.page import ROOT, table, write
+from common.finetune_report import above
 from mpjax.report import interval
 
 OUT = ROOT / "runs" / "evidence" / "finetune"

@@ -28,11 +28,10 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from common import launch  # noqa: F401  # sets XLA flags before JAX starts
-
 from benchmarks.common.page import table, write
+from common import launch  # noqa: F401  # sets XLA flags before JAX starts
+from common.datasets.assets import fetch
 from mpjax.data import Tokenizer, validation_batches
-from mpjax.data.assets import fetch
 from mpjax.models import (
     Variant,
     compare,

@@ -19,6 +19,7 @@ import low_bit_products as experiment
 
 from benchmarks.common.arms import losses
 from benchmarks.common.page import ROOT, table, write
+from common.datasets.sources import DOCUMENTS
 from mpjax.data import load_corpus
 from mpjax.precision import get_precision
 from mpjax.report import gaps
@@ -77,7 +78,7 @@ def main() -> bool:
         if any([child.wait() for child in [train(number) for number in pair]]):
             raise SystemExit("an experiment failed; see above")
     config = experiment.Config()
-    corpus = load_corpus(config.data, config.tokenizer)
+    corpus = load_corpus(config.data, config.tokenizer, sources=DOCUMENTS)
     found = collect()
     rows, by_name = [], {}
     for name in ("bf16", *NAMES):

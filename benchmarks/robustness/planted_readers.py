@@ -37,7 +37,9 @@ _LOCK, _LOGS, _CACHE = (
     "train/report/test_damaged_logs.py",
     "data/test_cache.py",
 )
-_ASSETS, _WEIGHTS = "data/test_assets.py", "models/inference/test_weight_file.py"
+_DATASETS = "../experiments/common/datasets"
+_FRAME = f"{_DATASETS}/frame.py"
+_ASSETS, _WEIGHTS = "experiments/datasets/test_assets.py", "models/inference/test_weight_file.py"
 _PICKLE, _TORCH_FILE = "plain_pickle.py", "models/hf/torch_file.py"
 _GGUF, _BOUNDS = "models/hf/gguf_reader.py", "data/tokenizers/tokenizer_bounds.py"
 
@@ -161,11 +163,11 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
             'parse_json(line, f"{path}: line {number}", _LINES)', '__import__("json").loads(line)',
             f"{_TABLES}::test_json",
         ),
-        Planted("a frame's growth", "data/tables/frame.py", "if not unpacker.eof:", OFF, _FRAMES),
-        Planted("a frame's memory", "data/tables/frame.py", "memlimit=_MEMORY",
+        Planted("a frame's growth", _FRAME, "if not unpacker.eof:", OFF, _FRAMES),
+        Planted("a frame's memory", _FRAME, "memlimit=_MEMORY",
                 "memlimit=None", _FRAMES),
         Planted(
-            "a frame's cells", "data/tables/frame.py",
+            "a frame's cells", _FRAME,
             "if not all(isinstance(x, str | float | int | None) for x in data):", OFF, _FRAMES,
         ),
         Planted("text without NUL", "data/tables/cells.py", 'if "\\0" in text:', OFF,
@@ -225,21 +227,22 @@ PLANTED: dict[str, tuple[Planted, ...]] = {
         Planted("names in these sums", "data/cache.py", 'path.name.encode() + b"\\0"', "",
                 f"{_CACHE}::test_ids"),
         Planted(
-            "members of assets as pinned", "data/assets/__init__.py",
+            "members of assets as pinned", f"{_DATASETS}/assets.py",
             "if asset.content and content_hash(found) == asset.content:", "if asset.content:",
             f"{_ASSETS}::test_members_are_pinned",
         ),
         Planted(
-            "owners of an asset's folders", "data/assets/__init__.py", "refuse_shared(one)",
+            "owners of an asset's folders", f"{_DATASETS}/assets.py", "refuse_shared(one)",
             "pass", f"{_ASSETS}::test_members_are_pinned",
         ),
         Planted(
-            "the hash of a package", "data/assets/package.py",
+            "the hash of a package", f"{_DATASETS}/package.py",
             "if (digest := hashlib.sha256(found[0].read_bytes()).hexdigest()) != asset.sha256:",
             "if (digest := asset.sha256) != asset.sha256:", f"{_ASSETS}::test_another_hash",
         ),
         Planted(
-            "members inside their folder", "data/assets/package.py", 'if ".." in inner.parts:', OFF,
+            "members inside their folder", f"{_DATASETS}/package.py",
+            'if ".." in inner.parts:', OFF,
             f"{_ASSETS}::test_members_that_are_absent",
         ),
     ),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import optax
 
+from mpjax.typing import Array, Batch, Params
 
-def make_step(loss: Any, optimizer: optax.GradientTransformation) -> tuple[Any, Any]:
+State = tuple[Params, optax.OptState]
+
+
+def make_step(
+    loss: Callable[[Params, Batch], Array], optimizer: optax.GradientTransformation
+) -> tuple[jax.stages.Wrapped, Callable[[Params], State]]:
     """Returns the compiled step (state, batch) -> (state, loss), and params -> state.
 
     Args:
@@ -16,7 +22,7 @@ def make_step(loss: Any, optimizer: optax.GradientTransformation) -> tuple[Any, 
       optimizer: of optax.
     """
 
-    def step(state: Any, batch: Any) -> Any:
+    def step(state: State, batch: Batch) -> tuple[State, Array]:
         params, opt_state = state
         value, grads = jax.value_and_grad(loss)(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)

@@ -8,14 +8,16 @@ import itertools
 import os
 import re
 import sys
-from typing import Any
+from typing import TypeVar
 
 import tyro
 
 from mpjax.errors import ConfigError
 
+T = TypeVar("T")
 
-def parse(config: type[Any]) -> Any:
+
+def parse(config: type[T]) -> T:
     """Returns the settings of the command line; a mistake in it is one line, status 2.
 
     Raises:
@@ -30,7 +32,7 @@ def parse(config: type[Any]) -> Any:
         with contextlib.redirect_stderr(shown):
             return tyro.cli(config, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as ended:
-        # tyro draws a box with rules in it: title, what is wrong, flags that look like it, help.
+        # tyro prints a box: a title, the error, similar flags, and help, between horizontal lines.
         lines = [line.strip(" │╭╮╰╯─") for line in shown.getvalue().splitlines()]
         blocks: list[list[str]] = [[]]
         for line in lines[1:]:

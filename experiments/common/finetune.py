@@ -15,21 +15,25 @@ from common import (
 
 import jax  # isort: skip
 import numpy as np
+import optax
 from rich.console import Console
 
+from common.datasets.assets import asset_names, fetch
 from common.finetune_report import Arm
 from mpjax.data import Batch, WordPiece, bucket_batches, parse_wordpiece, train_wordpiece
-from mpjax.data.assets import asset_names, fetch
+from mpjax.data.buckets import Example
 from mpjax.errors import ConfigError
-from mpjax.models import EncoderConfig, encoder
+from mpjax.models import Decoder, Encoder, EncoderConfig, Seq2Seq, encoder
 from mpjax.models.hf import load_checkpoint, open_checkpoint
+from mpjax.ops import Objective
 from mpjax.optim import make_optimizer
-from mpjax.precision import PrecisionSchedule, fixed, get_precision, get_schedule
+from mpjax.precision import Precision, PrecisionSchedule, fixed, get_precision, get_schedule
 from mpjax.precision.schedule import KINDS
-from mpjax.report import Outcome
-from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
+from mpjax.train import build, bytes_per_parameter, fit, manifest
+from mpjax.typing import Params, Settings
 
 console = Console(stderr=True)
+Network = Decoder | Encoder | Seq2Seq
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +98,21 @@ def read_schedule(text: str, steps: int) -> PrecisionSchedule:
     return fixed(get_precision(text))
 
 
+class Task(Protocol):
+    """What is trained; those of `mpjax.tasks`."""
+
+    @property
+    def objective(self) -> Callable[[Network], Objective]: ...
+
+
 class Beginning(Protocol):
     """What every run of an experiment starts from."""
 
-    def model(self, precision: Any, vocabulary: int) -> Any:
+    def model(self, precision: str | Precision, vocabulary: int) -> Network:
         """Returns the model in a Precision."""
         ...
 
-    def params(self, model: Any, seed: int) -> Any:
+    def params(self, model: Network, seed: int) -> Params:
         """Returns the parameters that a seed's run begins with."""
         ...
 
@@ -147,7 +158,7 @@ class Start:
             raise ConfigError(f"checkpoint {str(source)!r}: no tokenizer.json beside it; add one")
         return parse_wordpiece(text, f"checkpoint {str(source)!r}")
 
-    def model(self, precision: Any, vocabulary: int) -> Any:
+    def model(self, precision: str | Precision, vocabulary: int) -> Network:
         """Returns the model in a Precision."""
         config = self.config
         if self.source is not None:
@@ -157,20 +168,20 @@ class Start:
             width=config.width, heads=config.heads, context=max(config.lengths), **self._changes,
         )  # fmt: skip
 
-    def params(self, model: Any, seed: int) -> Any:
+    def params(self, model: Network, seed: int) -> Params:
         """Returns the parameters that a seed's run begins with."""
         if self.source is not None:
             return self._loaded(model.precision, seed)[1]
         return jax.jit(model.init)(jax.random.key(seed))
 
     @property
-    def _changes(self) -> dict[str, Any]:
+    def _changes(self) -> Settings:
         return {
             "head": self.head, "classes": self.classes, "dropout": self.config.dropout,
             "pool": self.pool, "labels": self.labels,
         }  # fmt: skip
 
-    def _loaded(self, precision: Any, seed: int) -> tuple[Any, Any]:
+    def _loaded(self, precision: str | Precision, seed: int) -> tuple[Network, Params]:
         checkpoint = open_checkpoint(self.source or "")
         held = {
             own: theirs
@@ -189,8 +200,8 @@ class Start:
         )  # fmt: skip
 
 
-Judge = Callable[[Any], tuple[dict[str, float], np.ndarray]]  # params -> scores, which are right
-Keep = Callable[[str, int, Any, Any], None]
+Judge = Callable[[Params], tuple[dict[str, float], np.ndarray]]  # params -> scores, which are right
+Keep = Callable[[str, int, Network, Params], None]
 Again = Callable[[str, int], bool]
 Change = Callable[[Batch, np.random.Generator], Batch]
 
@@ -199,9 +210,9 @@ CHOOSING = ("seeds", "precision", "export")  # settings that change no run
 
 
 def page_of(
-    label: str, config: Any, schedule: PrecisionSchedule, model: Any, seed: int, out: Path,
+    label: str, config: Any, schedule: PrecisionSchedule, model: Network, seed: int, out: Path,
     again: Again = lambda *_: False,
-) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+) -> tuple[Path, Settings]:  # fmt: skip
     """Returns the folder of a run and its manifest."""
     folder = out / label.replace(":", "_").replace("/", "_") / f"seed{seed}"
     settings = launch.settings(config, seed=seed, fresh=config.fresh or again(label, seed))
@@ -210,8 +221,8 @@ def page_of(
 
 
 def run_arm(
-    label: str, config: Any, task: Any, start: Beginning, examples: Sequence[Any], vocabulary: int,
-    judge: Judge, out: Path, keep: Keep = lambda *_: None,
+    label: str, config: Any, task: Task, start: Beginning, examples: Sequence[Example],
+    vocabulary: int,    judge: Judge, out: Path, keep: Keep = lambda *_: None,
     change: Change = lambda batch, draw: batch, again: Again = lambda *_: False,
 ) -> Arm:  # fmt: skip
     """Trains one arm under each seed; its step is compiled once for each length.
@@ -236,27 +247,19 @@ def run_arm(
         model, raw_optimizer(config), clip=config.clip, objective=task.objective, schedule=schedule
     )
     assert step.init is not None
-    scores, correct, records, skipped, scales, bytes_each = [], [], [], [], [], 0.0
+    scores, correct, records, bytes_each = [], [], [], 0.0
     for seed in range(config.seeds):
         folder, page = page_of(label, config, schedule, model, seed, out, again)
         if ended := finished.begin(folder, page, CHOOSING, console):
             found, history = ended
             right = np.array(found.pop("correct"))
         else:
-            writer = MetricsWriter(folder, {**page["config"], "precision": label})
             params = start.params(model, seed)
             state = step.init(seed)
             state = state._replace(params=params, opt_state=step.optimizer.init(params, seed))
-            history = []
-            with ProgressBar(
-                config.steps, console=console, label=f"{label}, seed {seed}", lines=1
-            ) as bar:
-
-                def report(record: dict[str, Any], bar: ProgressBar = bar) -> None:
-                    history.append(record)  # noqa: B023
-                    writer.write(record)  # noqa: B023
-                    bar.update(record)
-
+            with finished.recording(
+                folder, page, label, f"{label}, seed {seed}", config.steps, console
+            ) as (writer, report, history):
                 data = bucket_batches(
                     examples, batch=config.batch, seed=seed, lengths=config.lengths, change=change
                 )
@@ -271,17 +274,12 @@ def run_arm(
         scores.append(found)
         correct.append(right)
         records.append(history)
-        skipped.append(history[-1]["skipped"])
-        scales.append(history[-1]["loss_scale"])
-    speeds = [record["tokens_per_s"] for history in records for record in history[2:] or history]
-    outcome = Outcome(
-        label, config.precision[0], tuple(s["loss"] for s in scores), float(np.median(speeds)),
-        bytes_each, tuple(skipped), tuple(scales), tuple(records),
-    )  # fmt: skip
+    losses = [found["loss"] for found in scores]
+    outcome = finished.outcome_of(label, config.precision[0], losses, records, bytes_each)
     return Arm(label, tuple(scores), np.stack(correct), outcome)
 
 
-def raw_optimizer(config: Any) -> Any:
+def raw_optimizer(config: Any) -> optax.GradientTransformation:
     """Returns the raw optimizer."""
     return make_optimizer(
         "adamw", config.lr, schedule=config.schedule, steps=config.steps,
@@ -289,7 +287,7 @@ def raw_optimizer(config: Any) -> Any:
     )  # fmt: skip
 
 
-def check_arms(config: Any, task: Any, start: Beginning, vocabulary: int) -> Any:
+def check_arms(config: Any, task: Task, start: Beginning, vocabulary: int) -> Network:
     """Builds every arm without computing it, so that a mistake in the last comes first.
 
     Returns:

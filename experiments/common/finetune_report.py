@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from common import launch  # sets XLA flags before JAX starts
+from common.tables import markdown, terminal
 from mpjax.files import write_text
 from mpjax.report import Outcome, interval, plot_loss, save_plot, slice_cells, slice_gaps
 
@@ -81,16 +81,11 @@ def tables(
         for name in measured:
             gap = "–" if arm is arms[0] else above(gap_points(arm, arms[0], name))
             compared += [points(arm.score(name)), gap]
-        rows.append(
-            (
-                arm.label,
-                *compared,
-                *(points(arm.score(name)) for name in extra),
-                f"{np.mean(arm.score('loss')):.4f}",
-                f"{arm.outcome.tokens_per_s:,.0f}",
-                " ".join(map(str, arm.outcome.skipped)),
-            )  # fmt: skip
-        )
+        rows.append((
+            arm.label, *compared, *(points(arm.score(name)) for name in extra),
+            f"{np.mean(arm.score('loss')):.4f}", f"{arm.outcome.tokens_per_s:,.0f}",
+            " ".join(map(str, arm.outcome.skipped)),
+        ))  # fmt: skip
     found = [(title, head, rows)]
     for kind, names in slices.items():
         for arm in arms[1:]:
@@ -111,15 +106,8 @@ def write(
     shown = launch.wide()
     parts: list[str] = []
     for title, head, rows in found:
-        table = Table(title=title, title_justify="left")
-        for number, column in enumerate(head):
-            table.add_column(column, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*row)
-        shown.print(table)
-        lines = [head, ["---"] * len(head), *rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"{'#' if not parts else '##'} {title}\n\n{text}")
+        shown.print(terminal(title, head, rows))
+        parts.append(f"{'#' if not parts else '##'} {title}\n\n{markdown(head, rows)}")
         if len(parts) == 1:
             parts.append("\n".join(f"- {note}" for note in notes))
     shown.print("\n".join(notes), highlight=False, markup=False)

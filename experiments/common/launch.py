@@ -14,14 +14,15 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
+T = TypeVar("T")
 # On CPU this scheduler costs a Transformer step about an eighth of its speed (measured).
 FLAGS = ("--xla_cpu_enable_concurrency_optimized_scheduler=false",)
 COMPILED = "JAX_COMPILATION_CACHE_DIR"
@@ -59,7 +60,7 @@ def set_flags() -> None:
 def set_log() -> None:
     """Shows warnings on stderr; early, because some imports would set the log up otherwise."""
     console = Console(stderr=True)
-    handler: logging.Handler = logging.StreamHandler()  # a pipe wants lines that are not wrapped
+    handler: logging.Handler = logging.StreamHandler()  # does not wrap lines, for pipes
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
@@ -77,9 +78,12 @@ from mpjax.data import Corpus  # noqa: E402
 from mpjax.data.cache import checksum  # noqa: E402
 from mpjax.errors import ConfigError, TrainingStopped  # noqa: E402
 from mpjax.files import private_folder  # noqa: E402
-from mpjax.models import Decoder, decoder  # noqa: E402
+from mpjax.models import Decoder, Encoder, Recurrent, Seq2Seq, decoder  # noqa: E402
 from mpjax.precision import Precision  # noqa: E402
 from mpjax.train.report import steady_terminal  # noqa: E402
+from mpjax.typing import Json, Settings  # noqa: E402
+
+Network = Decoder | Encoder | Recurrent | Seq2Seq
 
 
 def guard_compiled() -> None:
@@ -89,7 +93,7 @@ def guard_compiled() -> None:
       ConfigError: somebody else may have filled it.
     """
     folder, ours = Path(os.environ[COMPILED]), os.environ[COMPILED] == our_compiled()
-    with contextlib.suppress(OSError):  # JAX says so itself, and goes on without
+    with contextlib.suppress(OSError):  # JAX warns and goes on without a cache
         for one in [folder.parent] * ours + [folder]:
             private_folder(one)
         if ours:
@@ -114,12 +118,25 @@ Warmup = Annotated[
 ]
 
 
-def warmup(config: Any) -> int:
+class Warming(Protocol):
+    """Settings with steps of warm-up, a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+    WARMUP: ClassVar[int]
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def warmup(self) -> int | None: ...
+
+
+def warmup(config: Warming) -> int:
     """Returns the steps of warm-up: those given, else the script's usual ones if they fit."""
     return min(config.WARMUP, config.steps // 2) if config.warmup is None else config.warmup
 
 
-@functools.cache  # a comparison asks once a run, and reads its data once
+@functools.cache  # a comparison asks once for each run
 def data_checksum(data: str) -> str:
     """Returns the checksum of the file that `FILE` or `FILE:COLUMN` names; empty if it is none."""
     for place in (data, data.rpartition(":")[0]):
@@ -128,7 +145,7 @@ def data_checksum(data: str) -> str:
     return ""
 
 
-def settings(config: Any, **more: Any) -> dict[str, Any]:
+def settings(config: Warming, **more: Json) -> Settings:
     """Returns all settings as JSON-able values, the steps of warm-up written out."""
     values = dataclasses.asdict(config) | {"warmup": warmup(config)} | more
     if found := data_checksum(str(values["data"])):
@@ -136,10 +153,10 @@ def settings(config: Any, **more: Any) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
-LARGEST = 2**31 - 1  # what the int32 of seeds, counters and indices holds
+LARGEST = 2**31 - 1  # of int32, the dtype of seeds, counters and indices
 
 
-def _check(config: Any, names: tuple[str, ...], what: str, fits: Callable[[Any], bool]) -> None:
+def _check(config: object, names: Sequence[str], what: str, fits: Callable[[float], bool]) -> None:
     for name in names:
         value = getattr(config, name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -151,7 +168,7 @@ def _check(config: Any, names: tuple[str, ...], what: str, fits: Callable[[Any],
                 raise ConfigError(f"{name}: {number} does not fit int32; give at most {LARGEST}")
 
 
-def positive(config: Any, *names: str) -> None:
+def positive(config: object, *names: str) -> None:
     """Checks that settings, or all entries of a tuple, are finite and above zero.
 
     Raises:
@@ -160,7 +177,7 @@ def positive(config: Any, *names: str) -> None:
     _check(config, names, "above 0", lambda number: number > 0)
 
 
-def not_negative(config: Any, *names: str) -> None:
+def not_negative(config: object, *names: str) -> None:
     """Checks that settings are finite and zero or above.
 
     Raises:
@@ -169,7 +186,7 @@ def not_negative(config: Any, *names: str) -> None:
     _check(config, names, "of 0 or above", lambda number: number >= 0)
 
 
-def not_empty(config: Any, *names: str) -> None:
+def not_empty(config: object, *names: str) -> None:
     """Checks that settings with several values have at least one.
 
     Raises:
@@ -180,7 +197,7 @@ def not_empty(config: Any, *names: str) -> None:
             raise ConfigError(f"{name}: empty; give at least one, or leave --{name} out")
 
 
-def distinct(config: Any, *names: str) -> None:
+def distinct(config: object, *names: str) -> None:
     """Checks that settings with several values name none of them twice.
 
     Raises:
@@ -208,7 +225,7 @@ def writable(out: Path) -> None:
         ) from None
 
 
-def products(model: Any, tokens: int) -> dict[str, dict[str, str]]:
+def products(model: Network, tokens: int) -> dict[str, dict[str, str]]:
     """Returns recipe -> product -> what multiplies it on this machine."""
     from mpjax.ops import how_it_runs
 
@@ -227,14 +244,14 @@ def make_decoder(work: Any, corpus: Corpus, precision: Precision) -> Decoder:
 
 
 def _quiet_asyncio() -> None:
-    """Keeps what Orbax leaves behind on a full disk off the screen.
+    """Hides the tracebacks that Orbax leaves on a full disk.
 
     It closes its event loop at the first array that cannot be written; the writes of the others
     then have nobody to report to, and each would print a traceback. The failure itself is raised
     when the save is waited for.
     """
 
-    def unraisable(found: Any) -> None:
+    def unraisable(found: sys.UnraisableHookArgs) -> None:
         if str(found.exc_value) != "Event loop is closed":
             sys.__unraisablehook__(found)
 
@@ -242,17 +259,17 @@ def _quiet_asyncio() -> None:
     logging.getLogger("asyncio").addFilter(lambda r: "never retrieved" not in r.getMessage())
 
 
-def command(main: Callable[[Any], None], config: type[Any]) -> None:
+def command(main: Callable[[T], None], config: type[T]) -> None:
     """Runs an experiment from the command line; what the user can mend is one line, status 2."""
     logging.getLogger("mpjax").setLevel(logging.INFO)
     _quiet_asyncio()
-    # What trains has its results in --out, and lives on without a terminal.
+    # A script with --out keeps running when its terminal closes.
     terminal = steady_terminal() if hasattr(config, "out") else contextlib.nullcontext()
     with terminal:
         _command(main, config)
 
 
-def _command(main: Callable[[Any], None], config: type[Any]) -> None:
+def _command(main: Callable[[T], None], config: type[T]) -> None:
     try:
         arguments = parse(config)
         with one_run(arguments, guard_compiled):

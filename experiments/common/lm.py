@@ -14,19 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.experimental import multihost_utils
+from numpy.typing import ArrayLike
 
 from mpjax.data import Corpus, Tokenizer, validation_batches
 from mpjax.errors import ConfigError
 from mpjax.models import Decoder, DecoderConfig, decoder, decoder_config, generate
 from mpjax.precision import Precision, get_precision
 from mpjax.train import ShardActivations, TrainStep
+from mpjax.typing import Json, ModelState, Params, Settings
 
 CHECKPOINTS = "checkpoints"
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", bool: "{True,False}"}
 
 
-def _flag(kind: type) -> Any:
+def _flag(kind: type) -> object:
     arg = tyro.conf.arg(metavar=_METAVARS[kind], help_behavior_hint="(default: the model's)")
     return Annotated[kind | None, arg]
 
@@ -41,12 +43,12 @@ Shape = dataclasses.make_dataclass(
 )
 
 
-def shape_changes(shape: Any) -> dict[str, Any]:
+def shape_changes(shape: Json) -> Settings:
     """Returns the fields that were given."""
     return {key: value for key, value in dataclasses.asdict(shape).items() if value is not None}
 
 
-def lm_model(size: str, shape: Any, precision: Precision, vocabulary: int, seq: int) -> Decoder:
+def lm_model(size: str, shape: Json, precision: Precision, vocabulary: int, seq: int) -> Decoder:
     """Returns the decoder that the command line describes.
 
     Args:
@@ -124,7 +126,7 @@ class Judge:
         )  # fmt: skip
         self.last = math.nan
 
-    def __call__(self, params: Any) -> float:
+    def __call__(self, params: Params) -> float:
         losses = [self._loss(params, self._place(batch)) for batch in self._batches]
         self.last = float(np.mean(jax.device_get(losses)))
         return self.last
@@ -153,9 +155,9 @@ def room(model: Decoder, ids: np.ndarray, new: int) -> int:
 
 
 def sample(
-    model: Decoder, params: Any, tokenizer: Tokenizer, prompt: str, new: int, *,
+    model: Decoder, params: Params, tokenizer: Tokenizer, prompt: str, new: int, *,
     temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-    cache: str = "", state: Any = None,
+    cache: str = "", state: ModelState = None,
 ) -> str:  # fmt: skip
     """Returns a prompt and its continuation as text."""
     ids = prompt_ids(model, tokenizer, prompt)
@@ -166,7 +168,7 @@ def sample(
     return prompt + continuation(tokenizer, ids[0], out[0])
 
 
-def continuation(tokenizer: Tokenizer, prompt: Any, ids: Any) -> str:
+def continuation(tokenizer: Tokenizer, prompt: ArrayLike, ids: ArrayLike) -> str:
     """Returns the text of ids behind a prompt's.
 
     Those above the tokenizer's, which pad a vocabulary, have none.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -13,6 +13,7 @@ from common import launch
 from common.lm import Shape, shape_changes
 from mpjax.errors import ConfigError
 from mpjax.precision import Precision, PrecisionSchedule, get_precision, get_schedule
+from mpjax.typing import Settings
 
 # What a resumed run may change: how long, how it is watched, and on which devices.
 MAY_CHANGE = (
@@ -128,7 +129,7 @@ class Config:
     sample: int = 200
     """Tokens of the sample; 0 for none."""
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> Settings:
         names = ("loss_scale", "update", "moments", "gradient_dtype")
         return {"rules": self.rule} | {name: getattr(self, name) for name in names}
 
@@ -169,14 +170,14 @@ class Config:
         return schedule.evaluation.to_text()
 
 
-def settings(config: Config) -> dict[str, Any]:
+def settings(config: Config) -> Settings:
     """All settings as JSON-able values; the model's shape is written out."""
     values = dataclasses.asdict(config) | {
         "out": str(config.out), "warmup": launch.warmup(config),
     }  # fmt: skip
     if not config.precision_schedule:
         values["precision"] = config.named()
-    # A setting that says nothing is left out, so that runs of before it can be resumed.
+    # An unused setting is left out, so that runs from before it existed can be resumed.
     values = {k: v for k, v in values.items() if (k, v) != ("precision_schedule", "")}
     values["shape"] = shape_changes(config.shape)
     return json.loads(json.dumps(values))

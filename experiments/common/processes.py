@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 
@@ -19,8 +19,9 @@ from mpjax.train import environment
 from mpjax.train.checkpoint import hold_folder
 from mpjax.train.processes import code_hash, end, initialize, of_first, require_agreement, watched
 from mpjax.train.report import versions
+from mpjax.typing import Json, Settings
 
-# What an experiment's command line makes one line of.
+# Exceptions that an experiment's command line reports in one line.
 EXPLAINED = (ConfigError, TrainingStopped, OSError, KeyboardInterrupt, SystemExit)
 _LOST = "start all processes again with --resume latest"
 
@@ -55,7 +56,7 @@ def join(processes: str) -> None:
         ) from None
 
 
-def started(config: Any) -> dict[str, Any]:
+def started(config: Json) -> Settings:
     """Returns what must be the same in all processes of a run: settings, code, environment."""
     settings = dataclasses.asdict(config)
     del settings["distributed"]  # names each process
@@ -67,7 +68,7 @@ def started(config: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def one_run(config: Any, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+def one_run(config: Json, check: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Joins the other processes and compares how they were started, and holds the folder `out`.
 
     A process that is lost from then on ends the others within a minute; one line says who it was.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,9 @@ from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops import dot_general, hadamard
 from mpjax.ops.quantized_operand import opened, quantize_operand
 from mpjax.precision import Operand, Recipe, get_recipe
+from mpjax.typing import Array, ArrayLike, DTypeLike, Key, Settings
 
+Three = tuple[Array, Array, Array]  # output, dgrad, wgrad
 MATMUL = (((1,), (0,)), ((), ()))
 PRODUCTS = ("output", "dgrad", "wgrad")
 WEIGHT, GRADIENT = 2.0**-6, 2.0**-12  # standard deviations
@@ -30,7 +31,7 @@ def plain(name: str, format: str, scaling: str) -> Recipe:
     return Recipe(name, pair, pair, pair)
 
 
-# Beside the registered ones: who shares a scale, and nothing else, differs within each pair.
+# Beside the registered recipes; the two of a pair differ only in the scaling.
 OWN = {
     r.name: r
     for r in (
@@ -78,21 +79,21 @@ class Outliers:
         return np.arange(count) * (self.every if self.placement == "even" else 1)
 
 
-def decibels(exact: Any, got: Any) -> float:
+def decibels(exact: np.ndarray, got: np.ndarray) -> float:
     """10 log10 of sum(exact^2) / sum((exact - got)^2), in float64."""
     noise = np.sum(np.square(exact - np.asarray(got, np.float64)))
     return float(10 * np.log10(np.sum(np.square(exact)) / noise)) if noise else float("inf")
 
 
-def products(recipe: Recipe, compute: Any) -> Callable[..., tuple[Any, Any, Any]]:
+def products(recipe: Recipe, compute: DTypeLike) -> Callable[..., Three]:
     """Returns a function (x, W, dy, key, past amax) -> (output, dgrad, wgrad).
 
     Delayed scaling, and no other, takes its scales from the past amax of x, W and dy.
     """
 
     @jax.jit
-    def three(x: Any, w: Any, dy: Any, key: Any, past: Any) -> tuple[Any, Any, Any]:
-        def forward(x: Any, w: Any) -> Any:
+    def three(x: Array, w: Array, dy: Array, key: Key, past: Array) -> Three:
+        def forward(x: Array, w: Array) -> Array:
             if not recipe.history:
                 return dot_general(x, w, MATMUL, recipe, key=key, compute_dtype=compute)
             state = AmaxHistory.empty(recipe.history)._replace(amax=past)
@@ -104,13 +105,17 @@ def products(recipe: Recipe, compute: Any) -> Callable[..., tuple[Any, Any, Any]
     return three
 
 
-def exact_products(x: Any, w: Any, dy: Any) -> tuple[Any, Any, Any]:
+def exact_products(
+    x: np.ndarray, w: np.ndarray, dy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The same in float64 numpy."""
     x, w, dy = (np.asarray(v, np.float64) for v in (x, w, dy))
     return x @ w, dy @ w.T, x.T @ dy
 
 
-def operands(rng: np.random.Generator, tokens: int, channels: int, outputs: int) -> list[Any]:
+def operands(
+    rng: np.random.Generator, tokens: int, channels: int, outputs: int
+) -> list[np.ndarray]:
     """x, W and dy of normal numbers, float32."""
     shapes = ((tokens, channels), (channels, outputs), (tokens, outputs))
     return [
@@ -119,14 +124,14 @@ def operands(rng: np.random.Generator, tokens: int, channels: int, outputs: int)
     ]
 
 
-def largest(*data: Any) -> Any:
+def largest(*data: ArrayLike) -> Array:
     """The largest magnitude of each array."""
     return jnp.stack([jnp.max(jnp.abs(v)) for v in data])
 
 
 def against_length(
-    names: Sequence[str], lengths: Sequence[int], rows: int, compute: Any
-) -> list[dict[str, Any]]:
+    names: Sequence[str], lengths: Sequence[int], rows: int, compute: DTypeLike
+) -> list[Settings]:
     """SQNR and largest error of each recipe's products, one record a product and dot length.
 
     Args:
@@ -167,7 +172,7 @@ def shortened(v: np.ndarray, longest: int, length: int) -> np.ndarray:
     return out
 
 
-def distinct(names: Sequence[str], size: int, compute: Any) -> list[dict[str, Any]]:
+def distinct(names: Sequence[str], size: int, compute: DTypeLike) -> list[Settings]:
     """How many different scaled values each operand holds, of about `size` normal numbers."""
     side = max(2, round(size**0.5))
     x, w, dy = operands(np.random.default_rng(1), side, side, side)
@@ -190,7 +195,7 @@ def distinct(names: Sequence[str], size: int, compute: Any) -> list[dict[str, An
     return found
 
 
-def with_outliers(names: Sequence[str], outliers: Outliers, compute: Any) -> list[dict[str, Any]]:
+def with_outliers(names: Sequence[str], outliers: Outliers, compute: DTypeLike) -> list[Settings]:
     """SQNR of x, as it enters a product, and of the products that hold it.
 
     Returns:
@@ -213,7 +218,7 @@ def with_outliers(names: Sequence[str], outliers: Outliers, compute: Any) -> lis
         three = products(recipe, compute)
 
         @jax.jit
-        def seen(x: Any, key: Any, recipe: Recipe = recipe) -> list[Any]:
+        def seen(x: Array, key: Key, recipe: Recipe = recipe) -> list[Array]:
             pairs = ((recipe.fprop[0], 1), (recipe.wgrad[0], 0))
             factors = [
                 quantize_operand(x.astype(compute), o, (axis,), key, compute) for o, axis in pairs

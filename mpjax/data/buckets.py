@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax.errors import ConfigError, brief
+from mpjax.typing import DType
 
 Example = Mapping[str, Any]  # name -> one number, or an array with an entry a token
 Batch = dict[str, np.ndarray]
 
-IGNORE = -100  # the label of what is no target; also what labels are padded with
-_PADDING: dict[str, int] = {"labels": IGNORE}  # all else is padded with 0
+IGNORE = -100  # label of tokens that are no target, and the padding of labels
+_PADDING: dict[str, int] = {"labels": IGNORE}  # other fields are padded with 0
 
 
 class Field(NamedTuple):
@@ -25,7 +26,7 @@ class Field(NamedTuple):
         ndim: 0 of numbers, 1 of arrays.
     """
 
-    dtype: np.dtype[Any]
+    dtype: DType
     ndim: int
 
 
@@ -41,7 +42,7 @@ def fields_of(examples: Sequence[Example]) -> dict[str, Field]:
         'float64'
     """
     axes: dict[str, int] = {}
-    dtypes: dict[str, set[np.dtype[Any]]] = {}
+    dtypes: dict[str, set[DType]] = {}
     for number, example in enumerate(examples):
         where = f"examples[{number}]"
         if not isinstance(example, Mapping) or not example:
@@ -74,12 +75,12 @@ def fields_of(examples: Sequence[Example]) -> dict[str, Field]:
         ) from None
 
 
-def _numbers(value: Any, where: str) -> np.ndarray:
+def _numbers(value: object, where: str) -> np.ndarray:
     try:
         array = np.asarray(value)
-    except (TypeError, ValueError):  # a key of JAX, lists of several lengths
+    except (TypeError, ValueError):  # typed JAX keys, ragged lists
         array = np.empty(0, object)
-    # Kind V is that of bfloat16 and its like.
+    # Kind V: bfloat16 and other dtypes of ml_dtypes.
     if array.dtype.kind not in "biufV" or array.dtype.fields or array.ndim > 1:
         raise ConfigError(f"{where} is {brief(value)}; give a number, or one a token")
     return array
@@ -225,7 +226,7 @@ def bucket_batches(
         >>> sorted(next(batches)["ids"].shape for _ in range(2))
         [(2, 4), (2, 8)]
     """
-    import grain  # here: half a second that `--help` and bad settings need not wait for
+    import grain  # here, because it takes half a second
 
     if batch < 1:
         raise ConfigError(f"batch={batch}: expected at least 1 row")

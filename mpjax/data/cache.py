@@ -102,10 +102,8 @@ def _default_folder() -> Path:
 
 
 def _sum(path: Path) -> bytes:
-    digest = hashlib.sha256(path.name.encode() + b"\0")
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        digest = hashlib.file_digest(file, lambda: hashlib.sha256(path.name.encode() + b"\0"))
     return digest.hexdigest().encode()
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from mpjax.data.cache import Cache
 from mpjax.data.split import split_documents
 from mpjax.data.text import Document, read_documents
 from mpjax.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
+from mpjax.typing import Settings, Sources
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Corpus:
     train: np.ndarray
     validation: np.ndarray
     tokenizer: Tokenizer
-    info: dict[str, Any]
+    info: Settings
 
 
 def load_corpus(
@@ -41,6 +41,7 @@ def load_corpus(
     held_out: float = 0.05,
     column: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    sources: Sources[Iterable[tuple[str, str]]] | None = None,
 ) -> Corpus:
     """Reads a source, holds documents out, and encodes both sides.
 
@@ -56,6 +57,7 @@ def load_corpus(
         held_out: share of documents for validation, as `split_documents` takes it.
         column: the text column of tables.
         cache_dir: the cache folder; default ``$MPJAX_CACHE``, else ``mpjax`` in the XDG cache home.
+        sources: further names of sources, as `read_documents` takes them.
 
     Returns:
         The corpus.
@@ -73,7 +75,7 @@ def load_corpus(
         ('one\\n\\x00', 'two\\n\\x00')
     """
     cache = Cache(cache_dir)
-    documents = read_documents(source, column=column)
+    documents = read_documents(source, column=column, sources=sources)
     train, validation = split_documents(documents, held_out)
     if isinstance(tokenizer, str):
         tokenizer = make_tokenizer(tokenizer, [document.text for document in train], cache=cache)
@@ -83,7 +85,7 @@ def load_corpus(
         settings += f" {tokenizer.prefix} {tokenizer.suffix}"
     key = hashlib.sha256(content.digest() + settings.encode())
     ids = [
-        _cached(f"{key.hexdigest()[:32]}.{side}.npy", _encoder(part, tokenizer), cache)
+        _cached(f"{key.hexdigest()[:32]}.{side}.npy", part, tokenizer, cache)
         for side, part in (("train", train), ("validation", validation))
     ]
     info = {
@@ -99,22 +101,16 @@ def load_corpus(
     return Corpus(ids[0], ids[1], tokenizer, info)
 
 
-def _encoder(documents: list[Document], tokenizer: Tokenizer) -> Callable[[], np.ndarray]:
-    def encode() -> np.ndarray:
-        # The split reads the first half of the digest; the order uses the other, independent one.
-        ordered = sorted(documents, key=lambda document: document.digest[16:])
-        ended = tokenizer.suffix[-1:] == (tokenizer.separator,)  # once is enough
-        separator = np.array([] if ended else [tokenizer.separator], tokenizer.dtype)
-        pieces = tokenizer.encode_batch([document.text for document in ordered])
-        return np.concatenate([part for piece in pieces for part in (piece, separator)])
-
-    return encode
-
-
-def _cached(name: str, make: Callable[[], np.ndarray], cache: Cache) -> np.ndarray:
+def _cached(name: str, documents: list[Document], tokenizer: Tokenizer, cache: Cache) -> np.ndarray:
+    """The ids of documents, from the cache if it has them."""
     if path := cache.find(name):
-        return np.asarray(np.load(path, mmap_mode="r"))  # plain view: indexes faster than memmap
-    ids = make()
+        return np.asarray(np.load(path, mmap_mode="r"))  # a plain view indexes faster than a memmap
+    # The split uses the first half of the digest, the order the second.
+    ordered = sorted(documents, key=lambda document: document.digest[16:])
+    ended = tokenizer.suffix[-1:] == (tokenizer.separator,)  # the suffix ends with the separator
+    separator = np.array([] if ended else [tokenizer.separator], tokenizer.dtype)
+    pieces = tokenizer.encode_batch([document.text for document in ordered])
+    ids = np.concatenate([part for piece in pieces for part in (piece, separator)])
     cache.store(name, lambda file: np.save(file, ids))
-    ids.flags.writeable = False  # as a mapped one
+    ids.flags.writeable = False  # like a mapped array
     return ids

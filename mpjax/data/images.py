@@ -1,21 +1,18 @@
-"""Images with classes: scikit-learn's digits, Fashion-MNIST, or arrays of one's own."""
+"""Images with classes: scikit-learn's digits, a file of arrays, or a source of the caller's."""
 
 from __future__ import annotations
 
-import gzip
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mpjax.data.assets import fetch
 from mpjax.errors import ConfigError, need
+from mpjax.typing import Sources
 
 Batch = dict[str, np.ndarray]
-_HELP = "digits, fashion-mnist, or FILE.npz with the arrays images (N, H, W[, C]) and labels (N,)"
+Labelled = tuple[np.ndarray, np.ndarray]  # images (N, H, W[, C]) and labels (N,)
 
 
 @dataclass(frozen=True)
@@ -33,16 +30,21 @@ class Images:
     classes: int
 
 
-def load_images(source: str, *, held_out: float = 0.2, cache_dir: Any = None) -> Images:
-    """Reads images and holds some out: Fashion-MNIST's own test set, else a share at random.
+def load_images(
+    source: str,
+    *,
+    held_out: float = 0.2,
+    sources: Sources[tuple[Labelled, Labelled]] | None = None,
+) -> Images:
+    """Reads images and holds some out: the source's own test set if any, else a random share.
 
     The share is drawn once, by a fixed seed, so that all runs are judged on the same images.
 
     Args:
-        source: `digits` (1,797 of 8 x 8, from scikit-learn), `fashion-mnist` (70,000 of 28 x 28, an
-            asset), or FILE.npz with the arrays `images` and `labels`.
+        source: `digits` (1,797 of 8 x 8, from scikit-learn), one of `sources`, or FILE.npz with the
+            arrays `images` and `labels`.
         held_out: share that judges, above 0 and below 1.
-        cache_dir: as `mpjax.data.assets.fetch` takes it.
+        sources: name -> a function that returns (images, labels) of training and of the test set.
 
     Raises:
         ConfigError: a source that is unknown, cannot be had or cannot be read, arrays of the wrong
@@ -56,21 +58,14 @@ def load_images(source: str, *, held_out: float = 0.2, cache_dir: Any = None) ->
         ...     images = load_images(str(path), held_out=0.5)
         >>> images.train["inputs"].shape, images.classes
         ((2, 4, 4, 1), 2)
-
-    References:
-        Xiao et al. 2017, Fashion-MNIST.
     """
     if not 0 < held_out < 1:
         raise ConfigError(f"held_out: {held_out} must be above 0 and below 1; give such as 0.2")
-    if source == "fashion-mnist":
-        folder = fetch("fashion-mnist", cache_dir=cache_dir)
-        kinds = ("images-idx3", "labels-idx1")
-        train, test = (
-            tuple(_idx(folder / f"{side}-{kind}-ubyte.gz") for kind in kinds)
-            for side in ("train", "t10k")
-        )
+    sources = sources or {}
+    if source in sources:
+        train, test = sources[source]()
     else:
-        images, labels = _digits() if source == "digits" else _arrays(source)
+        images, labels = _digits() if source == "digits" else _arrays(source, sources)
         order = np.random.default_rng(0).permutation(len(labels))
         out = round(held_out * len(labels))
         if not 0 < out < len(labels):
@@ -125,32 +120,27 @@ def image_batches(data: Batch, *, batch: int, seed: int) -> Iterator[Batch]:
     return endless()
 
 
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def _digits() -> Labelled:
     sets = need("sklearn.datasets", "tasks", "data: digits", ", or give --data FILE.npz")
     digits = sets.load_digits()
     return digits.images, digits.target
 
 
-def _idx(path: Path) -> np.ndarray:
-    """An array of bytes as MNIST stores it: 0, 0, type 8, rank, sizes (big-endian), numbers."""
-    raw = gzip.decompress(path.read_bytes())
-    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape.tolist())
-
-
-def _arrays(source: str) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(source: str, known: Iterable[str]) -> Labelled:
     """The arrays of a file, checked."""
+    names = ", ".join(["digits", *known])
+    remedy = f"give {names}, or FILE.npz with the arrays images (N, H, W[, C]) and labels (N,)"
     if not source.endswith(".npz"):
-        raise ConfigError(f"data: {source!r} is unknown; give {_HELP}")
+        raise ConfigError(f"data: {source!r} is unknown; {remedy}")
     try:
-        # np.load would leave a file open that it cannot read
+        # np.load leaves a file open if it cannot read it
         with open(source, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
     except KeyError as error:
-        raise ConfigError(f"data: {source}: {error.args[0]}; give {_HELP}") from None
+        raise ConfigError(f"data: {source}: {error.args[0]}; {remedy}") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ConfigError(f"data: {source} cannot be read ({reason}); give {_HELP}") from None
+        raise ConfigError(f"data: {source} cannot be read ({reason}); {remedy}") from None
     what = ""
     real = np.issubdtype(images.dtype, np.integer) or np.issubdtype(images.dtype, np.floating)
     if images.ndim not in (3, 4) or not real or not images.size:
@@ -164,5 +154,5 @@ def _arrays(source: str) -> tuple[np.ndarray, np.ndarray]:
     elif len(np.unique(labels)) != labels.max() + 1 or labels.max() < 1:
         what = f"labels are {len(np.unique(labels))} kinds up to {labels.max()}, not 0 .. K - 1"
     if what:
-        raise ConfigError(f"data: {source}: {what}; give {_HELP}")
+        raise ConfigError(f"data: {source}: {what}; {remedy}")
     return images, labels

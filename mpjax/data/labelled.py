@@ -1,22 +1,19 @@
-"""Texts with a class each: reviews, film snippets, news, or a file of one's own."""
+"""Texts with a class each, from a file or a source of the caller's."""
 
 from __future__ import annotations
 
 import logging
-import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mpjax.data.assets import fetch
 from mpjax.data.class_names import places_in, sorted_names
 from mpjax.data.split import held_out
-from mpjax.data.tables.frame import read_frame
-from mpjax.data.tables.rows import Rows as FileRows
-from mpjax.data.tables.rows import read_rows, say_counts
+from mpjax.data.tables.rows import one_of_sources, read_rows, say_counts
 from mpjax.errors import ConfigError
+from mpjax.typing import Sources
 
 logger = logging.getLogger("mpjax.data")
 
@@ -73,43 +70,9 @@ class LabelledTexts:
 Rows = list[list[str]]  # label, text and, of pairs, a second text
 
 
-def _reviews(folder: Path) -> tuple[Rows, Rows]:
-    """4,000 and 1,000 food reviews, as their package splits them."""
-    sides = []
-    for name in ("training", "testing"):
-        frame = read_frame(folder / f"{name}_data.pkl.compress")
-        pairs = zip(frame["score"], frame["review"], strict=True)
-        sides.append([[str(score), str(review).replace("<br />", " ")] for score, review in pairs])
-    return sides[0], sides[1]
-
-
-def _snippets(folder: Path) -> tuple[Rows, Rows]:
-    """Film snippets by the sign of their mean score; undecided ones are left out."""
-    rows: Rows = []
-    with tarfile.open(folder / "hutto_ICWSM_2014.tar.gz") as archive:
-        member = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
-        assert member is not None  # the archive is pinned
-        for line in member.read().decode("latin-1").splitlines():
-            _, score, text = line.split("\t", 2)
-            if float(score):
-                rows.append(["positive" if float(score) > 0 else "negative", text.strip()])
-    return rows, []
-
-
-def _news(folder: Path) -> tuple[Rows, Rows]:
-    """BBC articles by topic."""
-    paths = sorted(folder.glob("*/*.txt"))
-    return [[path.parent.name, path.read_text("latin-1").strip()] for path in paths], []
-
-
-_SOURCES: dict[str, Callable[[Path], tuple[Rows, Rows]]] = {
-    "reviews": _reviews,
-    "movie-snippets": _snippets,
-    "bbc": _news,
-}
-
-
-def load_labelled(source: str, *, seed: int = 0) -> tuple[LabelledTexts, LabelledTexts]:
+def load_labelled(
+    source: str, *, seed: int = 0, sources: Sources[tuple[Rows, Rows]] | None = None
+) -> tuple[LabelledTexts, LabelledTexts]:
     """Loads labelled texts as a training and a held-out side that share no text.
 
     Of equal texts the first is kept; a training text that is held out too is dropped from
@@ -117,27 +80,30 @@ def load_labelled(source: str, *, seed: int = 0) -> tuple[LabelledTexts, Labelle
     holds 20 % out, by a hash of seed and text.
 
     Args:
-        source: ``reviews``, ``movie-snippets`` or ``bbc``, fetched at first use; or a file of
-            ``label<TAB>text`` or ``label<TAB>text<TAB>second text`` lines, perhaps with a header
-            that names the columns ``label``, ``text``, ``second``; the same in ``.csv``; or
-            ``.jsonl``, ``.json`` or ``.parquet`` with these keys. Labels are text, whole numbers,
-            or true and false.
+        source: one of `sources`, or a file of ``label<TAB>text`` or
+            ``label<TAB>text<TAB>second text`` lines, perhaps with a header that names the columns
+            ``label``, ``text``, ``second``; the same in ``.csv``; or ``.jsonl``, ``.json`` or
+            ``.parquet`` with these keys. Labels are text, whole numbers, or true and false.
         seed: of the split, where the source has none.
+        sources: name -> a function that returns training and held-out rows of label and text; no
+            held-out rows where the source has no split of its own.
 
     Returns:
         (training, held out), with the same classes.
 
     Raises:
-        ConfigError: an asset that cannot be had, a file that cannot be read, one class only.
+        ConfigError: a file that cannot be read, one class only.
     """
-    if source in _SOURCES:
-        read, tests = _SOURCES[source](fetch(source))
+    sources = sources or {}
+    if source in sources:
+        read, tests = sources[source]()
         blank = 0
     else:
-        what = f"expected {' '.join(_SOURCES)} or a file of label<TAB>text lines"
         if not Path(source).is_file():
+            what = one_of_sources(sources, "a file of label<TAB>text lines")
             raise ConfigError(f"data {source!r}: no such source or file; {what}")
-        (read, blank), tests = _read(Path(source)), []
+        read, blank = read_rows(Path(source), ("label", "text"), ("second",), classes="label")
+        tests = []
     train, test = _distinct(read), _distinct(tests)
     dropped = {"blank": blank} | _repeats([read, tests], [train, test])
     if (other := dropped[_OTHER]) > len(read + tests) / 2:
@@ -168,10 +134,6 @@ def load_labelled(source: str, *, seed: int = 0) -> tuple[LabelledTexts, Labelle
         logger.warning("data %r: the classes %r and %r differ in case only", source, *twins[0])
     say_counts(source, "rows", {"for training": len(train), "held out": len(test)}, dropped)
     return _texts(train, classes), _texts(test, classes)
-
-
-def _read(path: Path) -> FileRows:
-    return read_rows(path, ("label", "text"), ("second",), classes="label")
 
 
 def _distinct(rows: Rows) -> Rows:

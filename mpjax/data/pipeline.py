@@ -78,11 +78,11 @@ class TrainingBatches(Iterator[Batch]):
     def __init__(
         self, tokens: np.ndarray, count: int, batch: int, seq: int, seed: int, rows: slice
     ):
-        import grain  # here: half a second that `--help` and bad settings need not wait for
+        import grain  # here, because it takes half a second
 
         source = _Shuffled(tokens, count, batch, seq, seed, rows)
         dataset = grain.MapDataset.source(source)
-        # No threads: one that keeps ahead costs the host three times as much as the work itself.
+        # A prefetch thread would cost the host three times as much as the gather.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._chunks = iter(dataset.to_iter_dataset(options))
         self._position = 0
@@ -134,9 +134,9 @@ class _Shuffled:
 
     def _window(self, position: int) -> int:
         epoch, place = divmod(position, self._count)
-        known = self._epoch_seed  # replaced whole, so that threads may share it
+        known = self._epoch_seed  # a tuple replaced at once, so that threads may share it
         if known[0] != epoch:
-            # Hashed: with seed + epoch, runs of neighbouring seeds would share epochs.
+            # seed + epoch instead would give neighbouring seeds the same epochs.
             state = np.random.SeedSequence((self._seed, epoch)).generate_state(1)
             self._epoch_seed = known = (epoch, int(state[0]))
         return self._shuffle(place, max_index=self._count - 1, seed=known[1], rounds=4)
@@ -216,7 +216,7 @@ def validation_batches(
 
 def _gather(tokens: np.ndarray, windows: np.ndarray, seq: int) -> Batch:
     ids = tokens[windows[..., None] * seq + np.arange(seq + 1)]
-    # int32: what embedding lookup and cross-entropy index with.
+    # int32: the index dtype of embedding lookup and cross-entropy.
     return {"inputs": ids[..., :-1].astype(np.int32), "targets": ids[..., 1:].astype(np.int32)}
 
 

@@ -68,7 +68,7 @@ def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Docu
             "text; name a longer text"
         )
     aim = min(max(round(len(text) * (1.0 - fraction)), 1), len(text) - 1)
-    # The line end nearest before the aim, else the nearest after it, else (one line) no line end.
+    # Cut at the last line end before the aim, else at the first after it, else at the aim.
     border = text.rfind("\n", 0, aim) + 1 or text.find("\n", aim, len(text) - 1) + 1 or aim
     head = Document(f"{document.name} (head)", text[:border])
     tail = Document(f"{document.name} (tail)", text[border:])

@@ -1,4 +1,4 @@
-"""Sentences with a tag a word: parts of speech, named entities, or a file of one's own."""
+"""Sentences with a tag a word, from a file or a source of the caller's."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mpjax.data.assets import fetch
 from mpjax.data.class_names import places_in, sorted_names
 from mpjax.data.split import held_out
-from mpjax.data.tables.cells import check_first, header_of, layout, read_cells, read_text_file
-from mpjax.data.tables.rows import say_counts
+from mpjax.data.tables.cells import check_first, header_of, layout, read_cells
+from mpjax.data.tables.rows import one_of_sources, say_counts
 from mpjax.errors import ConfigError
+from mpjax.typing import Sources
 
 _HELD_OUT = 0.1
 _MARK = "-DOCSTART-"  # CoNLL's between documents
 _FIELDS = ("word", "tag")
-_FILES = {"pos-oanc": "tagged-en-oanc.txt", "ner-tweets": "ner.txt"}
 
 Sentence = tuple[tuple[str, str], ...]  # (word, tag) pairs
 
@@ -61,40 +60,36 @@ class TaggedSentences:
         return TaggedSentences(self.words, tuple(places[t] for t in self.tags), tuple(names))
 
 
-def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedSentences]:
+def load_tagged(
+    source: str, *, seed: int = 0, sources: Sources[Sequence[Sentence]] | None = None
+) -> tuple[TaggedSentences, TaggedSentences]:
     """Loads tagged sentences as a training and a held-out side that share no sentence.
 
     Of sentences with equal words the first is kept; 10 % are held out, by a hash of seed and words.
     What is left out, as are the marks ``-DOCSTART-``, is counted in one logged line.
 
     Args:
-        source: ``pos-oanc`` or ``ner-tweets``, fetched at first use; or a file of
-            ``word<TAB>tag`` lines, or ``.csv``, with a blank line after each sentence and perhaps
-            the header ``word<TAB>tag``.
+        source: one of `sources`, or a file of ``word<TAB>tag`` lines, or ``.csv``, with a blank
+            line after each sentence and perhaps the header ``word<TAB>tag``.
         seed: of the split.
+        sources: name -> a function that returns the sentences, each of (word, tag) pairs.
 
     Returns:
         (training, held out), with the same names of tags.
 
     Raises:
-        ConfigError: an asset that cannot be had, a file or line that cannot be read, one tag only,
+        ConfigError: a file or line that cannot be read, one tag only,
             or a tag that is only held out.
     """
-    if source in _FILES:
-        path = fetch(source) / _FILES[source]
-    elif not Path(source).is_file():
-        raise ConfigError(
-            f"data {source!r}: no such source or file; expected {' '.join(_FILES)} or a file of"
-            " word<TAB>tag lines"
-        )
+    sources = sources or {}
+    if source in sources:
+        found = sources[source]()
+    elif Path(source).is_file():
+        found = read_sentences(Path(source))
     else:
-        path = Path(source)
-    if source == "pos-oanc":
-        sentences = _slashed(read_text_file(path, "word/tag lines"))
-    else:
-        sentences = _lines(path, own=source not in _FILES)
-    read = len(sentences)
-    sentences = [s for s in sentences if _words(s) != (_MARK,)]
+        what = one_of_sources(sources, "a file of word<TAB>tag lines")
+        raise ConfigError(f"data {source!r}: no such source or file; {what}")
+    sentences = [s for s in found if _words(s) != (_MARK,)]
     first: dict[tuple[str, ...], Sentence] = {}
     for sentence in sentences:
         first.setdefault(_words(sentence), sentence)
@@ -106,7 +101,7 @@ def load_tagged(source: str, *, seed: int = 0) -> tuple[TaggedSentences, TaggedS
     names = sorted_names(in_training | {tag for s in test for _, tag in s})
     if len(names) < 2:
         raise ConfigError(f"data {source!r}: one tag, {names[0]!r}; expected at least two")
-    dropped = {"-DOCSTART-": read - len(sentences)}
+    dropped = {"-DOCSTART-": len(found) - len(sentences)}
     dropped["equal to an earlier one"] = len(sentences) - len(distinct)
     say_counts(source, "sentences", {"for training": len(train), "held out": len(test)}, dropped)
     return _tagged(train, names), _tagged(test, names)
@@ -129,27 +124,26 @@ def _words(sentence: Sentence) -> tuple[str, ...]:
     return tuple(word for word, _ in sentence)
 
 
-def _slashed(text: str) -> list[Sentence]:
-    """Lines of word/tag; a slash in a word is written &slash;."""
-    return [
-        tuple(tuple(pair.replace("&slash;", "/").rsplit("/", 1)) for pair in line.split())  # type: ignore[misc]
-        for line in text.splitlines()
-        if line.strip()
-    ]
+def read_sentences(path: Path, *, header: bool = True) -> list[Sentence]:
+    """Reads the sentences of a file as `load_tagged` takes it.
 
+    Args:
+        path: the file.
+        header: whether its first line may be a header.
 
-def _lines(path: Path, own: bool) -> list[Sentence]:
-    """Rows of word and tag; `own` is whether the file is a user's, which may have a header."""
+    Raises:
+        ConfigError: a file or line that cannot be read.
+    """
     where = f"data {str(path)!r}"
     rows = read_cells(path, _FIELDS)
     first = next(row for row in rows if not row.blank)
-    header = header_of(first, _FIELDS, (), where) if own else {}
-    width = len(first.cells) if header else len(_FIELDS)
-    places = [header.get(name, place) for place, name in enumerate(_FIELDS)]
+    named = header_of(first, _FIELDS, (), where) if header else {}
+    width = len(first.cells) if named else len(_FIELDS)
+    places = [named.get(name, place) for place, name in enumerate(_FIELDS)]
     sentences: list[Sentence] = []
     current: list[tuple[str, str]] = []
     for row in rows:
-        if header and row is first:
+        if named and row is first:
             continue
         if row.blank:
             sentences += [tuple(current)] if current else []
@@ -165,7 +159,7 @@ def _lines(path: Path, own: bool) -> list[Sentence]:
     sentences += [tuple(current)] if current else []
     if not sentences:
         raise ConfigError(f"{where}: no sentence; expected {layout(path, _FIELDS)} lines")
-    if own and not header:
+    if header and not named:
         tags = [tag for sentence in sentences for _, tag in sentence]
         check_first(tags, "tag", _FIELDS, f"{where}, line {first.line}")
     return sentences

@@ -5,29 +5,30 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import sysconfig
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from mpjax.data.novels import read_novels
 from mpjax.data.tables import readers
 from mpjax.errors import ConfigError
+from mpjax.typing import Sources
 
 logger = logging.getLogger("mpjax.data")
 
-# Not the standard library proper: installed packages and test suites (whole files of odd bytes).
+# Installed packages and test suites, below the folder of the standard library.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
-# Written when Python was built, so different on every machine.
+# Written when Python is built, so they differ between machines.
 _BUILD_RECORDS = ("config-", "_sysconfigdata")
-_HEAD_BYTES = 8192  # enough to tell a binary file without reading gigabytes of it
+_HEAD_BYTES = 8192  # searched for NUL before a whole file is read
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text that belongs together: a file, or a row of a table.
+    """One text: a file, or a row of a table.
 
     Args:
         name: where it came from, relative to the source.
@@ -47,7 +48,12 @@ class Document:
         return hashlib.sha256(self.text.encode()).digest()
 
 
-def read_documents(source: str, *, column: str | None = None) -> list[Document]:
+def read_documents(
+    source: str,
+    *,
+    column: str | None = None,
+    sources: Sources[Iterable[tuple[str, str]]] | None = None,
+) -> list[Document]:
     """Reads every document of a source, in a fixed order.
 
     Empty documents are dropped, and counted in one logged line (logger ``mpjax.data``), as are
@@ -57,7 +63,7 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
         source: one of
 
             * ``stdlib``: the source of Python's own standard library, without tests;
-            * ``janeausten``: six novels, a chapter a document (needs the ``novels`` extra);
+            * one of `sources`;
             * a text file (UTF-8), one document;
             * a ``.jsonl`` or ``.parquet`` file, one document a row; ``FILE:column`` names the
               column;
@@ -66,6 +72,7 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
             * ``hf:NAME[:config][:column]``: the ``train`` split of a Hugging Face data set
               (needs the ``hub`` extra).
         column: the text column of tables; ``text`` unless named here or in the source.
+        sources: name -> a function that returns (name, text) of each document.
 
     Returns:
         The documents, at least one.
@@ -80,13 +87,13 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
     """
     if source == "stdlib":
         documents, tables = _read_stdlib(), False
-    elif source == "janeausten":
-        documents, tables = [Document(name, text) for name, text in read_novels()], False
+    elif sources and source in sources:
+        documents, tables = [Document(name, text) for name, text in sources[source]()], False
     elif source.startswith("hf:"):
         rows, tables = readers.read_hub(source, column), True
         documents = [_row_document(source, name, value) for name, value in rows]
     else:
-        path, column = _locate(source, column)
+        path, column = _locate(source, column, sources or ())
         if path.is_dir():
             documents, tables = _read_directory(path, column)
         elif path.is_file():
@@ -109,7 +116,7 @@ def read_documents(source: str, *, column: str | None = None) -> list[Document]:
     return full
 
 
-def _locate(source: str, column: str | None) -> tuple[Path, str | None]:
+def _locate(source: str, column: str | None, known: Iterable[str]) -> tuple[Path, str | None]:
     """Splits ``FILE:column``; a path that exists as written is taken whole."""
     path = Path(source).expanduser()
     head, colon, tail = source.rpartition(":")
@@ -123,49 +130,48 @@ def _locate(source: str, column: str | None) -> tuple[Path, str | None]:
                     "drop one of the two"
                 )
             return Path(head).expanduser(), tail
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # a name too long, or a folder without permission
         _unreadable(path, error)
     raise ConfigError(
-        f"data {source!r}: no such file or directory; expected stdlib, janeausten, a file, a "
-        "directory, FILE:column or hf:NAME"
+        f"data {source!r}: no such file or directory; expected {', '.join(['stdlib', *known])}, a "
+        "file, a directory, FILE:column or hf:NAME"
     )
 
 
 def _read_stdlib() -> list[Document]:
     root = Path(sysconfig.get_path("stdlib"))
-    documents, skipped = [], 0
-    for name in _walk(root, _NOT_STDLIB):
-        if not name.endswith(".py") or name.startswith(_BUILD_RECORDS):
-            continue
-        text = _read_text(root / name)
-        if text is None:
-            skipped += 1
-        else:
-            documents.append(Document(name, text))
-    _report_skipped("stdlib", skipped)
+    names = (name for name in _walk(root, _NOT_STDLIB)
+             if name.endswith(".py") and not name.startswith(_BUILD_RECORDS))  # fmt: skip
+    documents, _ = _read_files(root, names, "stdlib", None)
     return [document for document in documents if document.text]  # empty __init__.py: expected
 
 
 def _read_directory(root: Path, column: str | None) -> tuple[list[Document], bool]:
+    def regular(name: str) -> bool:  # no pipe, socket or dangling link
+        try:
+            return (root / name).is_file()
+        except OSError as error:
+            _unreadable(root / name, error)
+
+    return _read_files(root, filter(regular, _walk(root)), str(root), column)
+
+
+def _read_files(
+    root: Path, names: Iterable[str], source: str, column: str | None
+) -> tuple[list[Document], bool]:
+    """The documents of some files of a folder, and whether there was a table among them."""
     documents: list[Document] = []
     skipped, tables = 0, False
-    for name in _walk(root):
-        path = root / name
-        try:
-            if not path.is_file():  # a pipe, a socket, a dangling link
-                continue
-        except OSError as error:
-            _unreadable(path, error)
-        if path.suffix.lower() in readers.SUFFIXES:
+    for name in names:
+        if (root / name).suffix.lower() in readers.SUFFIXES:
             tables = True
-            documents += _read_file(path, name, column)
+            documents += _read_file(root / name, name, column)
+        elif (text := _read_text(root / name)) is None:
+            skipped += 1
         else:
-            text = _read_text(path)
-            if text is None:
-                skipped += 1
-            else:
-                documents.append(Document(name, text))
-    _report_skipped(str(root), skipped)
+            documents.append(Document(name, text))
+    if skipped:
+        logger.warning("%s: %d binary file(s) skipped (NUL bytes or not UTF-8)", source, skipped)
     return documents, tables
 
 
@@ -182,7 +188,7 @@ def _read_file(path: Path, name: str, column: str | None) -> list[Document]:
     return [Document(name, text)]
 
 
-def _row_document(source: str, name: str, value: Any) -> Document:
+def _row_document(source: str, name: str, value: object) -> Document:
     """Checks one cell of a table; null counts as empty."""
     if value is None:
         return Document(name, "")
@@ -191,19 +197,11 @@ def _row_document(source: str, name: str, value: Any) -> Document:
             f"{source}: row {name} holds {type(value).__name__} where text was expected; "
             "name a text column (FILE:column)"
         )
-    if "\0" in value or not _is_unicode(value):
+    if re.search("[\0\ud800-\udfff]", value):
         raise ConfigError(
             f"{source}: row {name} holds a NUL character or half a surrogate pair; clean the row"
         )
     return Document(name, value)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _read_text(path: Path) -> str | None:
@@ -219,7 +217,7 @@ def _read_text(path: Path) -> str | None:
     if b"\0" in data:
         return None
     try:
-        return data.decode("utf-8-sig")  # a mark at the front is no text
+        return data.decode("utf-8-sig")  # drops a byte order mark
     except UnicodeDecodeError:
         return None
 
@@ -232,11 +230,6 @@ def _walk(root: Path, leave_out: Set[str] = frozenset()) -> Iterator[str]:
         here = Path(folder).relative_to(root)
         names += [(here / name).as_posix() for name in files if not name.startswith(".")]
     return iter(sorted(names))
-
-
-def _report_skipped(source: str, count: int) -> None:
-    if count:
-        logger.warning("%s: %d binary file(s) skipped (NUL bytes or not UTF-8)", source, count)
 
 
 def _unreadable(path: Path, error: OSError) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpjax.data import images as module
 from mpjax.data.images import image_batches, load_images
 from mpjax.errors import ConfigError
 
@@ -53,26 +51,6 @@ def test_every_epoch_holds_every_image_once_in_another_order() -> None:
     assert [list(next(other)["targets"]) for _ in range(4)] != seen
 
 
-def test_fashion_mnist_is_read_as_its_files_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(name: str, array: np.ndarray) -> None:
-        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-        (tmp_path / f"{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
-
-    pixels = RNG.integers(0, 256, size=(6, 3, 2)).astype(np.uint8)
-    labels = np.array([0, 1, 2, 3, 1, 0], np.uint8)
-    for side, part in (("train", slice(0, 4)), ("t10k", slice(4, 6))):
-        write(f"{side}-images-idx3", pixels[part])
-        write(f"{side}-labels-idx1", labels[part])
-    monkeypatch.setattr(module, "fetch", lambda name, cache_dir: tmp_path)
-    images = load_images("fashion-mnist")
-    assert images.classes == 4 and images.held_out["targets"].tolist() == [1, 0]
-    wide = pixels.astype(np.float64)
-    want = (wide - wide[:4].mean()) / wide[:4].std()
-    np.testing.assert_allclose(images.held_out["inputs"][..., 0], want[4:], rtol=1e-6)
-
-
 def test_digits_are_there_or_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "sklearn.datasets", None)
@@ -87,7 +65,7 @@ def test_digits_are_there_or_say_what_to_install(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (dict(images=GOOD), "labels.*give digits, fashion-mnist, or FILE.npz"),
+        (dict(images=GOOD), "labels.*give digits, or FILE.npz"),
         (dict(images=GOOD[0], labels=LABELS), r"images are float64 of shape \(4, 5\)"),
         (dict(images=GOOD.astype(str), labels=LABELS), "images are str"),
         (dict(images=GOOD + 1j, labels=LABELS), "images are complex128"),

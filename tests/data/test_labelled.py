@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from mpjax.data import labelled
 from mpjax.data.labelled import load_labelled
 from mpjax.errors import ConfigError
-from tests.assets import CACHE, asset
 
 
 def write(path, rows):
@@ -88,26 +86,8 @@ def test_json_lines_that_are_wrong_are_one_line(tmp_path, line, said):
 
 
 def test_an_unknown_source_lists_the_known_ones(tmp_path):
-    with pytest.raises(ConfigError, match="no such source or file; expected reviews"):
+    with pytest.raises(ConfigError, match="no such source or file; expected a file of label"):
         load_labelled("review")
     (tmp_path / "a.tsv").write_bytes(b"good\t\xff\xfe\n")
     with pytest.raises(ConfigError, match="expected UTF-8"):
         load_labelled(str(tmp_path / "a.tsv"))
-
-
-@pytest.mark.parametrize(
-    ("source", "sizes", "share"),
-    [
-        ("reviews", (3973, 1000), 0.658),
-        ("movie-snippets", (8473, 2093), None),
-        ("bbc", (1697, 430), None),
-    ],
-)
-def test_the_assets_are_read(monkeypatch, source, sizes, share):
-    asset(source)
-    monkeypatch.setattr(labelled, "fetch", lambda name: asset(name))
-    train, test = load_labelled(source)
-    assert (len(train), len(test)) == sizes and CACHE.is_dir()
-    assert not set(train.texts) & set(test.texts) and all(map(str.strip, train.texts))
-    if share:
-        assert (test.labels == test.classes.index("great")).mean() == pytest.approx(share)

@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from common import bare_step
 from jax import lax
+
+from common import bare_step
 
 LOW = jnp.bfloat16
 

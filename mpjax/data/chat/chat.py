@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from mpjax.data.chat.chat_template import ChatTemplate, Message
 from mpjax.data.tokenizers.tokenizer_file import open_tokenizer, tokenizer_errors
 from mpjax.errors import ConfigError, need
+from mpjax.typing import Json, Settings
 
 __all__ = ["Chat", "ChatTemplate", "Message"]
 
@@ -73,7 +73,7 @@ class Chat:
         self.end: int = self.ends[0]
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
 
-    def ids(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+    def ids(self, messages: Sequence[Message], **variables: Json) -> list[int]:
         """The ids of a conversation, up to where the assistant is to speak.
 
         Args:
@@ -83,7 +83,7 @@ class Chat:
         Raises:
             ConfigError: a conversation that the template refuses.
         """
-        settings = {"add_generation_prompt": True} | self._names | variables
+        settings: Settings = {"add_generation_prompt": True} | self._names | variables
         text = self._template.render(messages, **settings)
         with tokenizer_errors("chat"):
             return self._backend.encode(text, add_special_tokens=False).ids

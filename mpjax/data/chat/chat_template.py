@@ -10,19 +10,19 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mpjax.errors import ConfigError, brief, need
+from mpjax.typing import Json, Settings
 
-Message = Mapping[str, Any]  # {"role": "user", "content": "..."}; roles system, user, assistant
+Message = Mapping[str, Json]  # {"role": "user", "content": "..."}; roles system, user, assistant
 
-# Names that checkpoints use for what a model thought; templates read the last two.
+# Names of a message's reasoning in published templates.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Of a core; published templates take milliseconds. The clock on the wall is for a machine that has
-# no such limit, and for what waits: a busy machine takes long for a second of a core.
+# Seconds of CPU time; published templates take milliseconds. The limit of wall time is for systems
+# without a CPU limit and for templates that wait; on a busy machine it is reached late.
 _SECONDS, _WALL = 3.0, 60.0
-_MEMORY, _LONGEST = 160 << 20, 4_000_000  # bytes, characters: for a conversation of a few
-_MEMORY_EACH, _LONGEST_EACH = 30, 8  # and more for each byte of a long one
+_MEMORY, _LONGEST = 160 << 20, 4_000_000  # bytes and characters, for a short conversation
+_MEMORY_EACH, _LONGEST_EACH = 30, 8  # and for each byte of the conversation
 
 
 class ChatTemplate:
@@ -55,10 +55,10 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Json]] | None = None,
+        documents: Sequence[Mapping[str, Json]] | None = None,
         add_generation_prompt: bool = False,
-        **variables: Any,
+        **variables: Json,
     ) -> str:
         """Returns the text of a conversation.
 
@@ -89,8 +89,8 @@ class ChatTemplate:
         return _render({"template": self._template, "variables": variables})
 
 
-def _render(request: dict[str, Any]) -> str:
-    """What the child makes of a request, or an error of one line."""
+def _render(request: Settings) -> str:
+    """Returns the text that the child renders; raises its error."""
     try:
         body = json.dumps(request, default=_plain).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
@@ -99,7 +99,7 @@ def _render(request: dict[str, Any]) -> str:
         ) from None
     memory, longest = _MEMORY + _MEMORY_EACH * len(body), _LONGEST + _LONGEST_EACH * len(body)
     limits = json.dumps({"seconds": _SECONDS, "memory": memory, "longest": longest}).encode()
-    # 12 bytes are the longest that a character is escaped to
+    # JSON escapes a character to 12 bytes at most
     found = _CHILD.ask(limits + b"\n" + body + b"\n", 12 * longest + 100)
     if "text" in found:
         return str(found["text"])
@@ -119,7 +119,7 @@ def _render(request: dict[str, Any]) -> str:
     raise ConfigError(f"chat: the template {said[why].format(reason)}")
 
 
-def _plain(x: Any) -> Any:
+def _plain(x: object) -> dict[str, Json] | list[Json]:
     """Mappings and sequences of other types as JSON has them."""
     if isinstance(x, Mapping):
         return dict(x)
@@ -129,12 +129,12 @@ def _plain(x: Any) -> Any:
 
 
 class _Child:
-    """The process that renders, for all templates; it starts with the first and ends with us."""
+    """The child process that renders all templates, from the first request to our exit."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._end: Any = None
+        self._end: weakref.finalize | None = None
         self._parent = 0
 
     def ask(self, lines: bytes, most: int) -> dict[str, str]:
@@ -161,12 +161,12 @@ class _Child:
                 self._stop()
                 raise
             found = dict(json.loads(answer)) if answer.endswith(b"\n") else {"stopped": ""}
-            if "stopped" in found:  # what is left of it may lack memory for the next
+            if "stopped" in found:  # its memory limit may fail the next request
                 self._stop()
             return found
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._parent != os.getpid():  # a fork has the pipes of the process that it comes from
+        if self._parent != os.getpid():  # after a fork the pipes are the parent's
             self._process, self._parent = None, os.getpid()
         if self._process is None or self._process.poll() is not None:
             self._stop()

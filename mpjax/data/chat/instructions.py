@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mpjax.data.tokenizers.tokenizer import Tokenizer
 from mpjax.data.tokenizers.wordpiece import Example
@@ -16,7 +16,7 @@ from mpjax.errors import ConfigError
 logger = logging.getLogger("mpjax.data")
 
 
-def _ids(encode: Callable[[str], Any], text: str) -> np.ndarray:
+def _ids(encode: Callable[[str], ArrayLike], text: str) -> np.ndarray:
     ids = np.asarray(encode(text))
     if ids.size and ids.dtype.kind not in "iu":
         raise ConfigError(f"encode: gives {ids.dtype.name}; expected token ids, which are integers")
@@ -25,7 +25,7 @@ def _ids(encode: Callable[[str], Any], text: str) -> np.ndarray:
 
 def instruction_examples(
     pairs: Sequence[tuple[str, str]],
-    encode: Callable[[str], Any],
+    encode: Callable[[str], ArrayLike],
     *,
     end: int,
     longest: int,

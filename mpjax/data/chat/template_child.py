@@ -1,9 +1,8 @@
 """The program that renders a chat template, in a process of its own (see `ChatTemplate`).
 
-A template is a program of somebody else: Jinja's sandbox keeps it from files and from the network,
-not from loops without end or from texts of gigabytes. So it runs here, under limits that the
-kernel keeps. Requests and answers are lines of JSON; this file imports nothing of mpjax, whose
-start takes longer than most templates.
+A template is untrusted code. Jinja's sandbox denies it files and the network, but bounds neither
+time nor memory, so it runs in this process under limits of the kernel. Requests and answers are
+lines of JSON. This file imports nothing of mpjax, whose import is slower than most templates.
 """
 
 from __future__ import annotations
@@ -11,7 +10,13 @@ from __future__ import annotations
 import datetime
 import json
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jinja2 import nodes, parser, sandbox
+
+    from mpjax.typing import Settings
 
 _SAID = 4000  # characters of an error
 
@@ -20,7 +25,7 @@ def limit(seconds: float, memory: int) -> None:
     """Sets what this process may take: seconds of a core from now on, and bytes."""
     try:
         import resource
-    except ImportError:  # not on Windows, where the parent's clock is what is left
+    except ImportError:  # on Windows only the parent's timer limits it
         return
     usage = resource.getrusage(resource.RUSAGE_SELF)
     end = int(usage.ru_utime + usage.ru_stime + seconds) + 1
@@ -31,7 +36,7 @@ def limit(seconds: float, memory: int) -> None:
         resource.setrlimit(kind, (inside, hard))
 
 
-def environment(refuse: Any) -> Any:
+def environment(refuse: Callable[[str], None]) -> sandbox.SandboxedEnvironment:
     """Returns Jinja as transformers sets it up for templates; `refuse` takes a message."""
     import jinja2.ext
     import jinja2.sandbox
@@ -41,13 +46,13 @@ def environment(refuse: Any) -> Any:
 
         tags = {"generation"}
 
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        def parse(self, source: parser.Parser) -> nodes.Node:
+            line = next(source.stream).lineno
+            body = source.parse_statements(("name:endgeneration",), drop_needle=True)
             call = self.call_method("_body")
             return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
-        def _body(self, caller: Any) -> str:
+        def _body(self, caller: Callable[[], str]) -> str:
             return caller()
 
     found = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -60,7 +65,7 @@ def environment(refuse: Any) -> Any:
 
 
 def to_json(
-    x: Any,
+    x: object,
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
@@ -83,14 +88,14 @@ class Renderer:
     def __init__(self) -> None:
         import jinja2
 
-        self._refusal: Any = type("Refusal", (jinja2.TemplateError,), {})
+        self._refusal: type[Exception] = type("Refusal", (jinja2.TemplateError,), {})
         self._environment = environment(self._refuse)
         self._last, self._template = "", self._environment.from_string("")
 
     def _refuse(self, message: str) -> None:
         raise self._refusal(message)
 
-    def answer(self, request: dict[str, Any], longest: int) -> dict[str, str]:
+    def answer(self, request: Settings, longest: int) -> dict[str, str]:
         """Returns `text`, or why there is none: `malformed refused failed large stopped`.
 
         Args:
@@ -103,7 +108,7 @@ class Renderer:
                 self._last = request["template"]
         except MemoryError:
             return {"stopped": ""}
-        except Exception as error:  # too deep a template too
+        except Exception as error:  # also a template nested too deep
             return {"malformed": _said(error)}
         if "variables" not in request:
             return {"text": ""}
@@ -118,7 +123,7 @@ class Renderer:
             return {"stopped": ""}
         except self._refusal as error:
             return {"refused": str(error)[:_SAID]}
-        except Exception as error:  # a template is a program: what it calls may raise anything
+        except Exception as error:  # a template may call what raises any exception
             return {"failed": f"{type(error).__name__}: {error}"[:_SAID]}
         return {"text": "".join(parts)}
 
@@ -131,7 +136,7 @@ def main() -> None:
     """Answers pairs of lines: what a request may take, and the request."""
     start = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = start["path"]
-    renderer = Renderer()  # before the limits, which are for templates
+    renderer = Renderer()  # before limits are set
     for line in sys.stdin.buffer:
         limits = json.loads(line)
         limit(limits["seconds"], limits["memory"])

@@ -40,7 +40,7 @@ def read_text_file(path: Path, what: str) -> str:
     """
     where = f"data {str(path)!r}"
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Excel begins with a mark
+        text = path.read_text(encoding="utf-8-sig")  # drops the byte order mark that Excel writes
     except FileNotFoundError:
         raise ConfigError(f"{where}: no such file; expected {what}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +78,7 @@ def read_cells(path: Path, fields: Sequence[str]) -> list[Cells]:
     limit = csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     try:
         rows = list(_cells(text, delimiter=delimiter, strict=True))
-        # A quote that only a later row's quote closes is text, and so are all others.
+        # If a quoted cell spans rows, quotes are text in the whole file.
         crossed = any("\n" in cell and "\t" in cell for _, cells in rows for cell in cells)
         if delimiter != "\t" or not crossed:
             if swallowed := [row.line for row in rows if _holds_rows(row, delimiter)]:
@@ -106,7 +106,7 @@ def read_cells(path: Path, fields: Sequence[str]) -> list[Cells]:
 
 
 def _cells(text: str, **dialect: Any) -> Iterator[Cells]:
-    """Rows; of empty lines behind each other the first, for a row takes a hundred times a line."""
+    """Yields rows; consecutive empty lines give one, since a row takes 100 times their memory."""
     reader = csv.reader(io.StringIO(text), **dialect)
     empty = False
     while True:

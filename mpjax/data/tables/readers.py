@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 from mpjax.errors import ConfigError, listed, need, printable
 from mpjax.json_text import parse_json
+from mpjax.typing import Settings
 
 SUFFIXES = (".jsonl", ".parquet")  # of files whose rows are documents
 TYPED = (*SUFFIXES, ".ndjson", ".json")  # of files whose values have types
-# Of a parquet file, where a byte can stand for any number of equal rows or letters.
+# Bounds on a parquet file, whose encodings can repeat a value any number of times.
 _LEAST_ROWS, _ROW_BYTES, _LEAST_BYTES, _MOST_GROWN, _BATCH = 100_000, 4, 2**24, 16, 1024
-Row = tuple[str, Any]  # name of the row, what its text column holds
+Row = tuple[str, object]  # name of the row, what its text column holds
 
 
 class Record(NamedTuple):
@@ -27,7 +28,7 @@ class Record(NamedTuple):
 
     number: int
     where: str
-    fields: dict[str, Any]
+    fields: Settings
 
 
 def read_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
@@ -104,7 +105,7 @@ def read_hub(source: str, column: str | None) -> Iterator[Row]:
 
 def _read_json(path: Path, whole: bool) -> Iterator[Record]:
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # a mark at the front is no text
+        text = path.read_bytes().decode("utf-8-sig")  # drops a byte order mark
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); check its permissions"
@@ -117,7 +118,9 @@ def _read_json(path: Path, whole: bool) -> Iterator[Record]:
     else:
         parts = (
             (number, f"line {number}", parse_json(line, f"{path}: line {number}", _LINES))
-            for number, line in enumerate(text.split("\n"), 1)  # splitlines cuts at U+2028 too
+            for number, line in enumerate(
+                text.split("\n"), 1
+            )  # splitlines would also cut at U+2028
             if line.strip()
         )
     for number, where, row in parts:
@@ -148,7 +151,7 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
                     " write it again"
                 )
             left = _LEAST_BYTES + _MOST_GROWN * size
-            # Of all columns: to ask for one's size ends the process where its statistics are bad.
+            # Of all columns: pyarrow aborts on one column's size if its statistics are damaged.
             groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
             if sum(group.total_byte_size for group in groups) > left:
                 raise ConfigError(
@@ -166,7 +169,7 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
                     number += 1
     except ConfigError:
         raise
-    # A text that is no UTF-8 and a time that Python has not are found when a row is made.
+    # Invalid UTF-8 and dates beyond Python's range raise when a row is converted.
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise ConfigError(
             f"{path}: not a readable parquet file ({_first_line(error)}); write it again"

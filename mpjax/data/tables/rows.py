@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mpjax.data.tables.cells import check_first, header_of, layout, read_cells
 from mpjax.data.tables.readers import TYPED, read_records
@@ -19,7 +19,7 @@ from mpjax.errors import ConfigError, brief
 
 logger = logging.getLogger("mpjax.data")
 
-_WHOLE = re.compile(r"(-?)(0|[1-9][0-9]*)(\.0*)?")  # 007 is a name, and no number
+_WHOLE = re.compile(r"(-?)(0|[1-9][0-9]*)(\.0*)?")  # 007 is a name
 
 
 class Rows(NamedTuple):
@@ -78,7 +78,7 @@ def _typed_rows(
     wanted: list[str] = []
     for record in read_records(path, (*fields, *optional)):
         where = f"data {str(path)!r}, {record.where}"
-        held = {n: x for n, x in record.fields.items() if x is not None}  # null is not there
+        held = {n: x for n, x in record.fields.items() if x is not None}  # null counts as absent
         if lacking := [name for name in fields if name not in held]:
             raise ConfigError(
                 f"{where}: no {lacking[0]!r}; expected the keys {' '.join(fields)}, drop the row"
@@ -104,10 +104,10 @@ def _typed_rows(
         yield row
 
 
-def _value(value: Any, where: str, is_class: bool) -> tuple[str, str]:
+def _value(value: object, where: str, is_class: bool) -> tuple[str, str]:
     """The kind of a value, and its text."""
     if isinstance(value, str):
-        if "\0" in value or re.search("[\ud800-\udfff]", value):
+        if re.search("[\0\ud800-\udfff]", value):
             raise ConfigError(f"{where} holds a NUL character or half a surrogate pair; clean it")
         return "text", value.strip()
     if isinstance(value, float) and math.isnan(value):
@@ -172,6 +172,11 @@ def say_counts(source: str, unit: str, used: Mapping[str, int], dropped: Mapping
         logger.warning("%s; left out: %s", text, _listed(lost.items()))
     else:
         logger.info("%s", text)
+
+
+def one_of_sources(sources: Iterable[str], else_a: str) -> str:
+    """Returns what data was expected to be: one of these names, or something else."""
+    return f"expected {' or '.join(filter(None, [' '.join(sources), else_a]))}"
 
 
 def _listed(counts: Iterable[tuple[str, int]]) -> str:

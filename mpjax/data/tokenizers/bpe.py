@@ -13,11 +13,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 logger = logging.getLogger("mpjax.data")
 
-# How it is trained, for the key of a cache.
+# The settings of training, as part of the cache key.
 TRAINING = "byte-level BPE, min_frequency 2, separator 0, words of at most 128"
 SEPARATOR = "<|endoftext|>"
-_LONG = re.compile(r"\S{128}(?=\S)|\s{128}(?=\s)")  # a merge reads every word that it is in, whole
-_SAID = 2_000_000  # characters of text whose training takes seconds
+_LONG = re.compile(r"\S{128}(?=\S)|\s{128}(?=\s)")  # each merge scans whole words
+_SAID = 2_000_000  # characters above which training is logged
 
 
 def train_bpe(size: int, texts: Sequence[str]) -> tokenizers.Tokenizer:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -37,7 +36,7 @@ class Characters:
         """The ids of each text, int32."""
         return [np.array([self._ids.get(c, 0) for c in text], np.int32) for text in texts]
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Collection[int]) -> str:
         """The text of some ids.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tokenizers
 
-_PROBES = 32  # ids of a vocabulary whose text is tried
+_PROBES = 32  # ids whose texts are tried
 
 
 def ids_around(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

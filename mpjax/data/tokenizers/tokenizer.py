@@ -8,10 +8,10 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
+from numpy.typing import ArrayLike
 
 from mpjax.data.cache import Cache
 from mpjax.data.tokenizers.bpe import SEPARATOR, TRAINING, train_bpe
@@ -20,6 +20,7 @@ from mpjax.data.tokenizers.tokenizer_file import build_tokenizer, tokenizer_erro
 from mpjax.errors import ConfigError, printable
 from mpjax.files import write_text
 from mpjax.json_text import parse_json
+from mpjax.typing import DType
 
 logger = logging.getLogger("mpjax.data")
 
@@ -57,7 +58,7 @@ class Tokenizer(abc.ABC):
     suffix: tuple[int, ...] = ()
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> DType:
         """The smallest unsigned dtype that holds every id."""
         return np.min_scalar_type(self.vocab_size - 1)
 
@@ -81,7 +82,7 @@ class Tokenizer(abc.ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of several whole texts, each as by `encode`."""
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: ArrayLike) -> str:
         """The text of ids (a list or an array, shape (tokens,)); the separator shows as stored.
 
         Bytes that are not UTF-8, as a model may emit, become U+FFFD.
@@ -98,7 +99,7 @@ class Tokenizer(abc.ABC):
             )
         return self._decode(array)
 
-    def continuation(self, before: Any, ids: Any) -> str:
+    def continuation(self, before: ArrayLike, ids: ArrayLike) -> str:
         """The text of ids that stand behind others, its first space included.
 
         A decoder of SentencePiece's kind drops the first space of what it is given.
@@ -110,8 +111,8 @@ class Tokenizer(abc.ABC):
         Raises:
             ConfigError: an id outside the vocabulary.
         """
-        before, ids = np.asarray(before, np.int64), np.asarray(ids, np.int64)
-        start, whole = self.decode(before), self.decode(np.concatenate([before, ids]))
+        both = np.concatenate([np.asarray(before, np.int64), np.asarray(ids, np.int64)])
+        start, whole = self.decode(before), self.decode(both)
         return whole[len(start) :] if whole.startswith(start) else self.decode(ids)
 
     @abc.abstractmethod

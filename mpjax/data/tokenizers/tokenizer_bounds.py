@@ -1,21 +1,21 @@
-"""What the text of a tokenizer.json can cost, as far as reading it can tell."""
+"""Bounds on what a tokenizer.json costs, from its text alone."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from mpjax.errors import ConfigError, brief, printable
+from mpjax.typing import Json, Settings
 
-_SPARSE, _SPARE = 4, 1000  # the largest id: so many times the number of tokens, and more
-_MOST_AROUND = 64  # parts of what a post-processor puts around a text, and ids of one of them
-_MOST_PARTS = 16  # normalizers, pre-tokenizers or decoders behind each other
-_MOST_GROWN = 4.0  # times a text's length
+_SPARSE, _SPARE = 4, 1000  # the largest id is at most 4 * tokens + 1000
+_MOST_AROUND = 64  # parts of a post-processor's templates
+_MOST_PARTS = 16  # of a sequence of normalizers, pre-tokenizers or decoders
+_MOST_GROWN = 4.0  # factor by which a text may grow
 _LONGEST_TOKEN, _LONGEST_AFFIX, _LONGEST_WORD = 1024, 16, 1000  # characters
-_MARKED = re.compile(r"<[^ ]*>|\[[A-Za-z0-9_]*\]")  # tokens that no ordinary text has
+_MARKED = re.compile(r"<[^ ]*>|\[[A-Za-z0-9_]*\]")  # tokens that ordinary text lacks
 
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,7 +36,7 @@ _KNOWN = {
 _NO_REPEAT = re.compile(r"(?:[^*+{?\\(]|\\p\{\w+\}|\\[dDsSwWrnt])+")
 
 
-def check_ids(fields: dict[str, Any], where: str, remedy: str) -> None:
+def check_ids(fields: Settings, where: str, remedy: str) -> None:
     """Refuses ids that no model could have.
 
     Args:
@@ -62,7 +62,7 @@ def check_ids(fields: dict[str, Any], where: str, remedy: str) -> None:
     _check(around, largest + 1, "ids around a text", where, remedy)
 
 
-def _check(ids: Any, most: int, what: str, where: str, remedy: str) -> None:
+def _check(ids: Iterable[Json], most: int, what: str, where: str, remedy: str) -> None:
     ids = list(ids)
     if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) < most)):
         return
@@ -72,11 +72,11 @@ def _check(ids: Any, most: int, what: str, where: str, remedy: str) -> None:
     )
 
 
-def _dicts(value: Any) -> list[dict[str, Any]]:
+def _dicts(value: Json) -> list[Settings]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
-def _around(processor: Any) -> Iterator[Any]:
+def _around(processor: Json) -> Iterator[Json]:
     """The ids that a post-processor names."""
     if not isinstance(processor, dict):
         return
@@ -90,11 +90,11 @@ def _around(processor: Any) -> Iterator[Any]:
         yield from token["ids"] if isinstance(token.get("ids"), list) else ()
 
 
-# What is a sequence of parts, and where one keeps them.
+# Field of a tokenizer.json -> field of a Sequence that lists its parts.
 _FIELDS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 
 
-def unbounded(fields: dict[str, Any]) -> str:
+def unbounded(fields: Settings) -> str:
     """Returns the first part whose cost cannot be told, empty where all can.
 
     Args:
@@ -127,7 +127,7 @@ def unbounded(fields: dict[str, Any]) -> str:
     return ""
 
 
-def _parts(value: Any, inside: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+def _parts(value: Json, inside: str) -> Iterator[tuple[Json, Settings]]:
     """The normalizers, pre-tokenizers or decoders of one that may be a sequence of them."""
     if value is None:
         return
@@ -138,7 +138,7 @@ def _parts(value: Any, inside: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         yield value["type"], value
 
 
-def _plain_model(model: dict[str, Any]) -> bool:
+def _plain_model(model: Settings) -> bool:
     vocabulary, unknown = model["vocab"], model.get("unk_token")
     kind = model.get("type", "BPE" if "merges" in model else None)
     if kind == "Unigram":
@@ -167,13 +167,13 @@ def _plain_model(model: dict[str, Any]) -> bool:
     return kind == "WordLevel"
 
 
-def _plain_token(token: dict[str, Any]) -> bool:
-    spaces = token["lstrip"] or token["rstrip"]  # looked for around each place where it stands
+def _plain_token(token: Settings) -> bool:
+    spaces = token["lstrip"] or token["rstrip"]  # searched around each occurrence
     content = token["content"]
     return 0 < len(content) <= _LONGEST_TOKEN and (not spaces or bool(_MARKED.fullmatch(content)))
 
 
-def _plain_post_processor(processor: Any) -> bool:
+def _plain_post_processor(processor: Json) -> bool:
     if processor is None:
         return True
     kind = processor["type"]
@@ -192,7 +192,7 @@ def _plain_post_processor(processor: Any) -> bool:
     return kind in ("ByteLevel", "BertProcessing", "RobertaProcessing")
 
 
-# What each kind of part needs nothing said of, by the field of the tokenizer.json.
+# Parts whose cost is bounded whatever their settings, by field of the tokenizer.json.
 _PLAIN = {
     "normalizer": {
         "BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Strip",
@@ -206,14 +206,14 @@ _PLAIN = {
 }  # fmt: skip
 
 
-def _plain_part(field: str, kind: str, part: dict[str, Any]) -> bool:
+def _plain_part(field: str, kind: str, part: Settings) -> bool:
     if kind in _PLAIN[field]:
         return True
     if kind == "Prepend":
         return len(part["prepend"]) <= _LONGEST_AFFIX
     if kind == "BPEDecoder":
         return len(part["suffix"]) <= _LONGEST_AFFIX
-    if kind == "Strip":  # of a decoder, where the numbers are places
+    if kind == "Strip":  # of a decoder
         return 0 <= part["start"] <= _LONGEST_AFFIX and 0 <= part["stop"] <= _LONGEST_AFFIX
     if kind in ("Replace", "Split"):
         return _plain_pattern(**part["pattern"])
@@ -226,7 +226,7 @@ def _plain_pattern(String: str | None = None, Regex: str | None = None) -> bool:
     return bool(String)
 
 
-def _grows(kind: str, part: dict[str, Any]) -> float:
+def _grows(kind: str, part: Settings) -> float:
     """How many times longer a part can make an ordinary text."""
     if kind == "Replace":
         found = part["pattern"].get("String") or " "

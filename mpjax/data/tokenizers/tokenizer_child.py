@@ -11,7 +11,6 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
 _LINES = (
     "The quick brown fox jumps over the lazy dog, doesn't it? We've seen 1,234,567 of them.\n",
@@ -43,14 +42,14 @@ def tried(text: str) -> dict[str, str]:
         for i in range(32):
             backend.decode([i], skip_special_tokens=False)
         backend.decode(list(range(min(10_000, backend.get_vocab_size()))))
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a Rust panic is no Exception
         return {done: str(error)[:1000] or type(error).__name__}
     return {"fine": ""}
 
 
 def main() -> None:
     """Reads the limits and the text, and answers."""
-    start: dict[str, Any] = json.loads(sys.stdin.buffer.readline())
+    start = json.loads(sys.stdin.buffer.readline())
     sys.path[:] = start["path"]
     import tokenizers  # noqa: F401  (before the limits, which are for what it is given)
 

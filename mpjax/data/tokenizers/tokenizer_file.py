@@ -1,4 +1,4 @@
-"""The one way in which a foreign tokenizer.json is opened: nothing of it is trusted."""
+"""Opens a tokenizer.json from an untrusted source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
@@ -19,10 +18,11 @@ from mpjax.data.cache import Cache
 from mpjax.data.tokenizers.tokenizer_bounds import check_ids, unbounded
 from mpjax.errors import ConfigError, printable
 from mpjax.json_text import parse_json
+from mpjax.typing import Json
 
-# Of a core, and of a clock for a machine that has no such limit.
+# Seconds of CPU time, and of wall time for systems without a CPU limit.
 _SECONDS, _WALL = 3.0, 60.0
-_MEMORY, _MEMORY_EACH = 100 << 20, 10  # bytes, and for each byte of the file
+_MEMORY, _MEMORY_EACH = 100 << 20, 10  # bytes, and bytes for each byte of the file
 
 
 def open_tokenizer(
@@ -54,7 +54,7 @@ def open_tokenizer(
 
 
 def build_tokenizer(
-    fields: Any, text: str | bytes, where: str, remedy: str = "fetch it again"
+    fields: Json, text: str | bytes, where: str, remedy: str = "fetch it again"
 ) -> tokenizers.Tokenizer:
     """What `open_tokenizer` returns of a text, `fields`, that has been parsed already."""
     if not isinstance(fields, dict) or "model" not in fields:
@@ -75,7 +75,7 @@ def build_tokenizer(
 def tokenizer_errors(
     where: str, what: str = "the tokenizer fails on this text", remedy: str = "fetch it again"
 ) -> Iterator[None]:
-    """Makes what the package raises, a panic of its Rust included, an error of one line.
+    """Turns an exception or Rust panic of the package into an error of one line.
 
     Raises:
         ConfigError: the block raised an exception of the package.
@@ -83,7 +83,7 @@ def tokenizer_errors(
     try:
         yield
     except BaseException as error:
-        # The package raises just these; a panic is a BaseException that no module names.
+        # The package raises these two; a Rust panic is a BaseException without a public name.
         known = type(error) in (Exception, ValueError)
         if not known and type(error).__name__ != "PanicException":
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,13 @@ class WordPiece:
             known[token] for token in _SPECIAL
         )
         self.vocab_size = max(known.values()) + 1  # ids may have holes
-        if backend.post_processor is None:  # a BERT reads no text without these two
+        if backend.post_processor is None:  # BERT expects [CLS] and [SEP]
             backend.post_processor = processors.BertProcessing(
                 ("[SEP]", self.separator), ("[CLS]", self.first)
             )
         self._backend, self._where = backend, where
 
-    def tokens(self, ids: Any) -> list[str]:
+    def tokens(self, ids: Iterable[int]) -> list[str]:
         """The token of each id.
 
         Raises:
@@ -104,7 +104,8 @@ class WordPiece:
             raise ConfigError(
                 f"pairs: {len(texts)} first and {len(seconds)} second texts; give one for each"
             )
-        rows: Any = list(zip(texts, seconds, strict=True)) if seconds else list(texts)
+        rows: list[str] | list[tuple[str, str]]
+        rows = list(zip(texts, seconds, strict=True)) if seconds else list(texts)
         with tokenizer_errors(self._where):
             encoded = self._backend.encode_batch(rows)
         if too_long := sum(len(one.ids) > longest for one in encoded):
@@ -199,18 +200,14 @@ def train_wordpiece(texts: Sequence[str], size: int) -> WordPiece:
     """
     if size < 32:
         raise ConfigError(f"tokenizer: {size} ids are too few; expected at least 32")
+    normalizer, cut = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    # The trainer numbers what continues a word as it meets it, in an order that changes from one
-    # process to the next, and breaks ties by these numbers; here they stand from the start.
+    backend.normalizer, backend.pre_tokenizer = normalizer, cut
+    # The trainer would number the pieces inside words in an order that differs between processes,
+    # and break ties by these numbers; they are special tokens so that their ids are fixed.
     texts = [piece for text in texts for piece in in_short_words(text)]
     words = {
-        word
-        for text in texts
-        for word, _ in backend.pre_tokenizer.pre_tokenize_str(
-            backend.normalizer.normalize_str(text)
-        )
+        word for text in texts for word, _ in cut.pre_tokenize_str(normalizer.normalize_str(text))
     }
     inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
     backend.train_from_iterator(
@@ -221,11 +218,10 @@ def train_wordpiece(texts: Sequence[str], size: int) -> WordPiece:
         length=len(texts),
     )
     vocabulary = backend.get_vocab()
-    # Anew, for in a text they are no tokens of their own.
+    # A new tokenizer, in which these pieces are not special tokens.
     backend = tokenizers.Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
     backend.add_special_tokens(list(_SPECIAL))
-    backend.normalizer = normalizers.BertNormalizer()
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.normalizer, backend.pre_tokenizer = normalizer, cut
     separator, first = (("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     backend.post_processor = processors.BertProcessing(separator, first)
     return WordPiece(backend)

@@ -1,4 +1,4 @@
-"""The architectures that are known: names, settings and the model of ours that each one is."""
+"""The supported architectures: tensor names, settings, and the model that each maps to."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from mpjax.models.hf.checkpoint import Checkpoint
 from mpjax.models.hf.encoder_fields import bert_class, is_bert, read_bert, write_bert
 from mpjax.models.hf.fields import Fields
 from mpjax.models.hf.tensor_names import BERT, GPT2, LLAMA, SEQ2SEQ, Table
-from mpjax.models.transformer.decoder import decoder
+from mpjax.models.transformer.block_config import BlockConfig
+from mpjax.models.transformer.decoder import Decoder, decoder
 from mpjax.models.transformer.decoder_config import DecoderConfig
-from mpjax.models.transformer.encoder import encoder
+from mpjax.models.transformer.encoder import Encoder, encoder
 from mpjax.models.transformer.encoder_config import EncoderConfig
-from mpjax.models.transformer.seq2seq import seq2seq
+from mpjax.models.transformer.seq2seq import Seq2Seq, seq2seq
 from mpjax.models.transformer.seq2seq_config import Seq2SeqConfig
+from mpjax.typing import Settings
+
+Transformer = Decoder | Encoder | Seq2Seq
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a `model_type` of transformers is here.
+    """How a `model_type` of transformers maps to a model of ours.
 
     Args:
       prefix: of the names of its base model, which a checkpoint of that alone leaves out.
       table: our leaves and their tensors.
       read: config.json -> fields of our config.
-      make: the model of a Precision, these fields, and the user's changes to them.
+      config: the config that has these fields.
+      make: a config, a Precision and changes to the config -> the model.
       copies: tensors that repeat another one where the head is tied.
       buffers: endings of names that hold no weight.
       renamed: older endings of names, and what they are now.
@@ -38,37 +43,31 @@ class Architecture:
 
     prefix: str
     table: Table
-    read: Callable[[Fields], dict[str, Any]]
-    make: Callable[[Any, dict[str, Any], dict[str, Any]], Any]
+    read: Callable[[Fields], Settings]
+    config: type[BlockConfig]
+    make: Callable[..., Transformer]
     copies: dict[str, str] = dataclasses.field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
     title: Callable[[Any], str] = lambda _: ""
-    write: Callable[[Any], dict[str, Any]] | None = None
+    write: Callable[[Any], Settings] | None = None
 
 
-def _decoder(precision: Any, settings: dict[str, Any], changes: dict[str, Any]) -> Any:
-    return decoder(DecoderConfig(**settings), precision, **changes)
-
-
-def _encoder(precision: Any, settings: dict[str, Any], changes: dict[str, Any]) -> Any:
-    return encoder(EncoderConfig(**settings), precision, **changes)
-
-
-def _seq2seq(precision: Any, settings: dict[str, Any], changes: dict[str, Any]) -> Any:
-    return seq2seq(Seq2SeqConfig(**settings), precision, **changes)
-
-
-def _llama(title: str, read: Any, write: Any) -> Architecture:
+def _llama(
+    title: str,
+    read: Callable[[Fields], Settings],
+    write: Callable[[DecoderConfig], Settings],
+) -> Architecture:
     return Architecture(
-        "model.", LLAMA, read, _decoder, {"lm_head.weight": "model.embed_tokens.weight"},
-        ("rotary_emb.inv_freq",), {}, lambda _: title, write,
+        "model.", LLAMA, read, DecoderConfig, decoder,
+        {"lm_head.weight": "model.embed_tokens.weight"}, ("rotary_emb.inv_freq",), {},
+        lambda _: title, write,
     )  # fmt: skip
 
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(
-        "bert.", BERT, read_bert, _encoder,
+        "bert.", BERT, read_bert, EncoderConfig, encoder,
         {
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -78,7 +77,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         bert_class, write_bert,
     ),
     "gpt2": Architecture(
-        "transformer.", GPT2, fields.read_gpt2, _decoder,
+        "transformer.", GPT2, fields.read_gpt2, DecoderConfig, decoder,
         {"lm_head.weight": "transformer.wte.weight"},
         (".attn.bias", ".attn.masked_bias"), {},  # the causal mask
         lambda _: "GPT2LMHeadModel", fields.write_gpt2,
@@ -87,7 +86,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": _llama("MistralForCausalLM", fields.read_mistral, fields.write_mistral),
     "qwen2": _llama("Qwen2ForCausalLM", fields.read_qwen2, fields.write_qwen2),
     "qwen3": _llama("Qwen3ForCausalLM", fields.read_qwen3, fields.write_qwen3),
-    "pytorch-seq2seq": Architecture("", SEQ2SEQ, fields.read_seq2seq, _seq2seq),
+    "pytorch-seq2seq": Architecture("", SEQ2SEQ, fields.read_seq2seq, Seq2SeqConfig, seq2seq),
 }  # fmt: skip
 
 
@@ -117,7 +116,7 @@ def architecture_of(checkpoint: Checkpoint, named: str | None) -> Architecture:
     return ARCHITECTURES[kind]
 
 
-def architecture_name(config: Any, loaded: str = "") -> str:
+def architecture_name(config: object, loaded: str = "") -> str:
     """Returns the model_type that has the shape of a config of ours.
 
     Args:
@@ -128,7 +127,7 @@ def architecture_name(config: Any, loaded: str = "") -> str:
     Raises:
       ConfigError: none has.
     """
-    if type(config) is DecoderConfig:  # no encoder-decoder, which is one too
+    if type(config) is DecoderConfig:  # excludes Seq2SeqConfig, a subclass
         found = fields.decoder_architecture(config)
         return loaded if _has_shape(config, loaded, found) else found
     if isinstance(config, EncoderConfig):

@@ -1,4 +1,4 @@
-"""A checkpoint as found: a folder, a file, or a name on the Hugging Face Hub."""
+"""A checkpoint: a folder, a file, or a name on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import logging
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 from mpjax.errors import ConfigError, need, printable
 from mpjax.json_text import LARGEST, read_json
@@ -18,14 +17,14 @@ from mpjax.models.hf.gguf_reader import GgufFile
 from mpjax.models.hf.gguf_tokenizer import gguf_settings, gguf_tokenizer
 from mpjax.models.hf.tensor_files import Tensors, read_safetensors, read_sharded
 from mpjax.models.hf.torch_file import read_torch
+from mpjax.typing import Settings
 
 logger = logging.getLogger("mpjax.models")
 
 CONFIG = "config.json"
 TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
-# What a checkpoint's folder may hold beside config and weights, and an export writes again: the
-# tokenizer of any kind, its chat templates, settings of generation, and the modules by which
-# sentence-transformers pools.
+# Files beside config and weights that an export copies: those of the tokenizer, chat templates,
+# settings of generation, and the pooling modules of sentence-transformers.
 _BESIDE = (
     GENERATION, TOKENIZER, TOKENIZER_SETTINGS, "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
@@ -33,21 +32,21 @@ _BESIDE = (
     "additional_chat_templates/*.jinja", "modules.json", "sentence_bert_config.json",
     "config_sentence_transformers.json", "[0-9]_*/*",
 )  # fmt: skip
-# Special tokens that transformers assumes where a config.json leaves them out.
-_SPECIAL: dict[str, dict[str, Any]] = {
+# Defaults of transformers for special tokens that a config.json leaves out.
+_SPECIAL: dict[str, dict[str, int]] = {
     "bert": {"pad_token_id": 0},
     "gpt2": {"bos_token_id": 50256, "eos_token_id": 50256},
     "llama": {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {"bos_token_id": 1, "eos_token_id": 2},
 }
-# Fields of config.json that say what an export knows better, or whose files it has not.
+# Fields of config.json that an export computes itself, or that name files it does not write.
 _OWN_FIELDS = frozenset(
     """
     architectures attribute_map auto_map _attn_implementation _name_or_path name_or_path _num_labels
     num_labels id2label label2id dtype torch_dtype transformers_version quantization_config n_ctx
     """.split()
 )
-# File or index -> reader of a file; the first that a folder has is taken.
+# File or index -> reader of a file, in order of preference.
 _FILES: dict[str, Callable[[Path], Tensors]] = {
     "model.safetensors.index.json": read_safetensors,
     "model.safetensors": read_safetensors,
@@ -72,7 +71,7 @@ class Checkpoint:
     """
 
     where: Path
-    config: dict[str, Any]
+    config: Settings
     tensors: Tensors
     gguf: GgufFile | None = None
 
@@ -117,7 +116,7 @@ class Checkpoint:
         folder = self.where.parent
         found = sorted({path for one in _BESIDE for path in folder.glob(one) if path.is_file()})
         try:
-            for path in found:  # an export writes them again, so they are kept in memory
+            for path in found:  # kept in memory, because an export writes them
                 if (size := path.stat().st_size) > LARGEST:
                     raise ConfigError(
                         f"{path}: {size} bytes; expected at most {LARGEST} of a file beside the"
@@ -127,7 +126,7 @@ class Checkpoint:
         except OSError as error:
             raise ConfigError(f"{folder}: cannot be read ({error}); download it again") from None
         if GENERATION in files:
-            read_json(folder / GENERATION)  # one line now, not at the first look
+            read_json(folder / GENERATION)  # raises now if it is malformed
         return files
 
     def _gguf_files(self, file: GgufFile) -> dict[str, bytes]:
@@ -203,7 +202,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
             )
             if any(Path(folder).glob(weights)):
                 break
-    # Its errors have no common base: of HTTP, of its own, of offline mode, of bad names.
+    # huggingface_hub's errors have no common base class.
     except Exception as error:
         reason = printable(str(error), 200)
         raise ConfigError(

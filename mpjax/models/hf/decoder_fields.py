@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mpjax.errors import ConfigError
 from mpjax.models.hf.fields import Fields
 from mpjax.models.transformer.decoder_config import DecoderConfig
+from mpjax.typing import Settings
 
-# What transformers calls an activation -> its name here, and back.
+# Activation in transformers -> in mpjax, and the inverse.
 GELU = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu_exact", "relu": "relu"}
 GELU_BACK = {"gelu": "gelu_new", "gelu_exact": "gelu", "relu": "relu"}
 
 
-# What transformers takes where a config.json leaves a field out; null is something else.
+# Field of DecoderConfig -> field of config.json.
+_GPT2_SIZES = dict(
+    vocabulary="vocab_size", context="n_positions", width="n_embd", layers="n_layer",
+    heads="n_head",
+)  # fmt: skip
+_LLAMA_SIZES = dict(
+    vocabulary="vocab_size", context="max_position_embeddings", width="hidden_size",
+    layers="num_hidden_layers", heads="num_attention_heads",
+)  # fmt: skip
+# Defaults of transformers for fields that a config.json leaves out; null is handled apart.
+_GPT2 = dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12, n_head=12)
 _LLAMA = dict(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
     num_attention_heads=32, max_position_embeddings=2048,
@@ -29,7 +38,7 @@ _WINDOW, _FIRST_WINDOW = 4096, 28  # sliding_window, and Qwen's max_window_layer
 _QWEN3_HEAD = 128
 
 
-def read_gpt2(fields: Fields) -> dict[str, Any]:
+def read_gpt2(fields: Fields) -> Settings:
     """Returns the fields of a DecoderConfig for GPT-2."""
     f = fields
     f.only("scale_attn_weights", True)
@@ -40,11 +49,7 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
         norm="layer",
         position="learned",
         bias=True,
-        vocabulary=f.take("vocab_size", int, absent=50257),
-        context=f.take("n_positions", int, absent=1024),
-        width=f.take("n_embd", int, absent=768),
-        layers=f.take("n_layer", int, absent=12),
-        heads=f.take("n_head", int, absent=12),
+        **{our: f.take(name, int, absent=_GPT2[name]) for our, name in _GPT2_SIZES.items()},
         mlp_width=f.take("n_inner", int, 0),
         activation=f.one_of("activation_function", GELU, "gelu_new"),
         epsilon=f.take("layer_norm_epsilon", float, 1e-5),
@@ -53,14 +58,10 @@ def read_gpt2(fields: Fields) -> dict[str, Any]:
     )
 
 
-def write_gpt2(c: DecoderConfig) -> dict[str, Any]:
+def write_gpt2(c: DecoderConfig) -> Settings:
     """Returns the fields of a config.json."""
     return dict(
-        vocab_size=c.vocabulary,
-        n_positions=c.context,
-        n_embd=c.width,
-        n_layer=c.layers,
-        n_head=c.heads,
+        **{name: getattr(c, our) for our, name in _GPT2_SIZES.items()},
         n_inner=c.mlp_width or None,
         activation_function=GELU_BACK[c.activation],
         layer_norm_epsilon=c.epsilon,
@@ -68,12 +69,12 @@ def write_gpt2(c: DecoderConfig) -> dict[str, Any]:
         embd_pdrop=c.dropout,
         attn_pdrop=0.0,
         tie_word_embeddings=c.tied,
-        bos_token_id=None,  # else transformers assumes the ids of GPT-2's own vocabulary
+        bos_token_id=None,  # the default of transformers is an id of GPT-2's vocabulary
         eos_token_id=None,
     )
 
 
-def read_llama(fields: Fields) -> dict[str, Any]:
+def read_llama(fields: Fields) -> Settings:
     """Returns the fields of a DecoderConfig for Llama."""
     fields.only("attention_bias", False)
     fields.only("mlp_bias", False)
@@ -81,40 +82,38 @@ def read_llama(fields: Fields) -> dict[str, Any]:
     return _kin(fields, _LLAMA)
 
 
-def read_mistral(fields: Fields) -> dict[str, Any]:
+def read_mistral(fields: Fields) -> Settings:
     """Returns the fields of a DecoderConfig for Mistral, with its sliding window."""
     found = _kin(fields, _MISTRAL)
     return found | dict(window=fields.take("sliding_window", int, 0, absent=_WINDOW))
 
 
-def read_qwen2(fields: Fields) -> dict[str, Any]:
+def read_qwen2(fields: Fields) -> Settings:
     """Returns the fields of a DecoderConfig for Qwen2: biases of queries, keys and values."""
     found = _kin(fields, _QWEN)
     return found | dict(qkv_bias=True, window=_window(fields, found["layers"]))
 
 
-def read_qwen3(fields: Fields) -> dict[str, Any]:
+def read_qwen3(fields: Fields) -> Settings:
     """Returns the fields of a DecoderConfig for Qwen3: queries and keys are normalised."""
     fields.only("attention_bias", False)
     found = _kin(fields, _QWEN, _QWEN3_HEAD)
     return found | dict(qk_norm=True, window=_window(fields, found["layers"]))
 
 
-def _kin(f: Fields, absent: dict[str, int], head_width: int = 0) -> dict[str, Any]:
-    """Llama's fields.
+def _kin(f: Fields, absent: dict[str, int], head_width: int = 0) -> Settings:
+    """Returns the fields that Llama, Mistral and Qwen share.
 
     Args:
       f: of the config.json.
-      absent: what those that it leaves out are.
-      head_width: without `head_dim`; 0 is the width over the heads.
+      absent: defaults of sizes that it leaves out.
+      head_width: default of `head_dim`; 0 is the width over the heads.
     """
-
-    def size(name: str) -> int:
-        return f.take(name, int, absent=absent[name])
 
     f.one_of("hidden_act", {"silu": "swiglu"}, "silu")
     f.only("is_encoder_decoder", False)
-    heads, width = size("num_attention_heads"), size("hidden_size")
+    sizes = {our: f.take(name, int, absent=absent[name]) for our, name in _LLAMA_SIZES.items()}
+    heads = sizes["heads"]
     per_head = f.take("head_dim", int, head_width)
     groups = absent.get("num_key_value_heads", heads)
     return dict(
@@ -122,22 +121,18 @@ def _kin(f: Fields, absent: dict[str, int], head_width: int = 0) -> dict[str, An
         position="rotary",
         activation="swiglu",
         bias=False,
-        vocabulary=size("vocab_size"),
-        context=size("max_position_embeddings"),
-        width=width,
-        layers=size("num_hidden_layers"),
-        heads=heads,
+        **sizes,
         kv_heads=f.take("num_key_value_heads", int, heads, absent=groups),
-        head_width=0 if per_head * heads == width else per_head,
-        mlp_width=size("intermediate_size"),
+        head_width=0 if per_head * heads == sizes["width"] else per_head,
+        mlp_width=f.take("intermediate_size", int, absent=absent["intermediate_size"]),
         epsilon=f.take("rms_norm_eps", float, 1e-6),
         tied=f.take("tie_word_embeddings", bool, False),
         **_read_rope(f),
     )
 
 
-def _read_rope(f: Fields) -> dict[str, Any]:
-    """Transformers 5 keeps all of it in rope_parameters, 4 in rope_theta and rope_scaling."""
+def _read_rope(f: Fields) -> Settings:
+    """transformers 5 has rope_parameters; version 4 has rope_theta and rope_scaling."""
     old, new = f.inner("rope_scaling"), f.inner("rope_parameters")
     theta = f.take("rope_theta", float, 10000.0)
     found = [_scaled(inner, theta) for inner in (old, new) if inner is not None]
@@ -146,13 +141,13 @@ def _read_rope(f: Fields) -> dict[str, Any]:
     return found[0] if found else dict(rope_theta=theta)
 
 
-def _scaled(scaling: Fields, theta: float) -> dict[str, Any]:
+def _scaled(scaling: Fields, theta: float) -> Settings:
     theta = scaling.take("rope_theta", float, theta)
     known = {"default": "none", "linear": "linear", "llama3": "llama3"}
     older = scaling.one_of("type", known, "default")
     kind = scaling.one_of("rope_type", known, "default")
     kind = older if kind == "none" else kind
-    found: dict[str, Any] = dict(rope_theta=theta, rope_scaling=kind)
+    found: Settings = dict(rope_theta=theta, rope_scaling=kind)
     if kind != "none":
         found["rope_factor"] = scaling.take("factor", float)
     if kind == "llama3":
@@ -164,7 +159,7 @@ def _scaled(scaling: Fields, theta: float) -> dict[str, Any]:
 
 
 def _window(f: Fields, layers: int) -> int:
-    """Qwen slides in the layers from max_window_layers on, or in those that layer_types names."""
+    """Qwen's sliding window: in the layers from max_window_layers on, or those of layer_types."""
     used = f.take("use_sliding_window", bool, False)
     size = f.take("sliding_window", int, 0, absent=_WINDOW)
     first = f.take("max_window_layers", int, layers, absent=_FIRST_WINDOW)
@@ -182,9 +177,9 @@ def _window(f: Fields, layers: int) -> int:
     return size
 
 
-def write_llama(c: DecoderConfig) -> dict[str, Any]:
+def write_llama(c: DecoderConfig) -> Settings:
     """Returns the fields of a config.json of Llama; Mistral, Qwen2 and Qwen3 add theirs."""
-    rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
+    rope: Settings = {"rope_theta": c.rope_theta, "rope_type": "default"}
     if c.rope_scaling != "none":
         rope |= {"rope_type": c.rope_scaling, "factor": c.rope_factor}
     if c.rope_scaling == "llama3":
@@ -195,11 +190,7 @@ def write_llama(c: DecoderConfig) -> dict[str, Any]:
         )
     scaled = {} if c.rope_scaling == "none" else {"rope_scaling": rope}
     return scaled | dict(
-        vocab_size=c.vocabulary,
-        max_position_embeddings=c.context,
-        hidden_size=c.width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
+        **{name: getattr(c, our) for our, name in _LLAMA_SIZES.items()},
         num_key_value_heads=c.groups,
         head_dim=c.per_head,
         intermediate_size=c.hidden,
@@ -208,22 +199,22 @@ def write_llama(c: DecoderConfig) -> dict[str, Any]:
         tie_word_embeddings=c.tied,
         rope_parameters=rope,
         rope_theta=c.rope_theta,  # transformers 4 reads this and rope_scaling
-        bos_token_id=None,  # else transformers assumes the ids of Llama's own vocabulary
+        bos_token_id=None,  # the default of transformers is an id of Llama's vocabulary
         eos_token_id=None,
     )
 
 
-def write_mistral(c: DecoderConfig) -> dict[str, Any]:
+def write_mistral(c: DecoderConfig) -> Settings:
     """Returns the fields of a config.json."""
     return write_llama(c) | dict(sliding_window=c.window or None)
 
 
-def write_qwen2(c: DecoderConfig) -> dict[str, Any]:
+def write_qwen2(c: DecoderConfig) -> Settings:
     """Returns the fields of a config.json, which has no head_dim where heads share the width."""
     return {k: v for k, v in write_qwen3(c).items() if k != "head_dim" or c.head_width}
 
 
-def write_qwen3(c: DecoderConfig) -> dict[str, Any]:
+def write_qwen3(c: DecoderConfig) -> Settings:
     """Returns the fields of a config.json."""
     kind = "sliding_attention" if c.window else "full_attention"
     return write_llama(c) | dict(
@@ -234,9 +225,9 @@ def write_qwen3(c: DecoderConfig) -> dict[str, Any]:
     )
 
 
-def read_seq2seq(fields: Fields) -> dict[str, Any]:
+def read_seq2seq(fields: Fields) -> Settings:
     """Returns the choices of bentrevett's pytorch-seq2seq, whose files have no settings at all."""
-    del fields  # its sizes are the user's to give: heads cannot be told from the tensors
+    del fields  # the user gives the sizes; the tensors do not show the number of heads
     return dict(
         norm="layer",
         norm_first=False,

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from mpjax.errors import brief
 from mpjax.json_text import parse_json
 from mpjax.models.hf.decoder_fields import GELU, GELU_BACK
 from mpjax.models.hf.fields import Fields
 from mpjax.models.transformer.encoder_config import EncoderConfig
+from mpjax.typing import Settings
 
-# Class of transformers -> the head that it has here.
+# Field of EncoderConfig -> field of config.json, and its default in transformers.
+_SIZES = {
+    "vocabulary": ("vocab_size", 30522),
+    "context": ("max_position_embeddings", 512),
+    "width": ("hidden_size", 768),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+}
+# Class of transformers -> head of EncoderConfig.
 _HEADS = {
     "BertModel": "none",
     "BertForMaskedLM": "masked",
@@ -22,7 +30,7 @@ _HEADS = {
 }
 
 
-def read_bert(fields: Fields) -> dict[str, Any]:
+def read_bert(fields: Fields) -> Settings:
     """Returns the fields of an EncoderConfig for BERT; no class named means no head."""
     f = fields
     f.only("position_embedding_type", "absolute")
@@ -45,12 +53,8 @@ def read_bert(fields: Fields) -> dict[str, Any]:
         norm_embed=True,
         position="learned",
         bias=True,
-        vocabulary=f.take("vocab_size", int, absent=30522),
-        context=f.take("max_position_embeddings", int, absent=512),
+        **{our: f.take(name, int, absent=size) for our, (name, size) in _SIZES.items()},
         types=f.take("type_vocab_size", int, 2),
-        width=f.take("hidden_size", int, absent=768),
-        layers=f.take("num_hidden_layers", int, absent=12),
-        heads=f.take("num_attention_heads", int, absent=12),
         mlp_width=f.take("intermediate_size", int, absent=3072),
         activation=f.one_of("hidden_act", GELU, "gelu"),
         epsilon=f.take("layer_norm_eps", float, 1e-12),
@@ -62,7 +66,7 @@ def read_bert(fields: Fields) -> dict[str, Any]:
     )
 
 
-def _labels(f: Fields, names: dict[str, Any]) -> tuple[str, ...]:
+def _labels(f: Fields, names: Settings) -> tuple[str, ...]:
     """Names of the classes in the order of the logits, whatever their order in the file."""
     places = [str(i) for i in range(len(names))]
     if sorted(names) != sorted(places) or not all(isinstance(x, str) for x in names.values()):
@@ -70,17 +74,13 @@ def _labels(f: Fields, names: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names[place] for place in places)
 
 
-def write_bert(c: EncoderConfig) -> dict[str, Any]:
+def write_bert(c: EncoderConfig) -> Settings:
     """Returns the fields of a config.json."""
     names = c.labels or tuple(f"LABEL_{i}" for i in range(c.classes))
     labels = {str(i): name for i, name in enumerate(names)}
     return dict(
-        vocab_size=c.vocabulary,
-        max_position_embeddings=c.context,
+        **{name: getattr(c, our) for our, (name, _) in _SIZES.items()},
         type_vocab_size=c.types,
-        hidden_size=c.width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
         intermediate_size=c.hidden,
         hidden_act=GELU_BACK[c.activation],
         layer_norm_eps=c.epsilon,
@@ -99,18 +99,10 @@ def bert_class(c: EncoderConfig) -> str:
 
 def is_bert(c: EncoderConfig) -> bool:
     """Returns whether a config has the shape of BERT."""
-    odd = (
-        c.qk_norm,
-        c.window,
-        c.head_width,
-        c.scale_embed,
-        c.norm_first,
-        c.pool != "first" and c.head != "none",
-    )  # the mean: see `pooling_files`
-    shape = (c.norm, c.position, c.bias, c.norm_embed, c.groups == c.heads, c.types > 0)
-    return not any(odd) and shape == ("layer", "learned", True, True, True, True) and (
-        c.activation in GELU_BACK
-    )  # fmt: skip
+    mean = c.pool != "first" and c.head != "none"  # without a head `pooling_files` stores it
+    odd = (c.qk_norm, c.window, c.head_width, c.scale_embed, c.norm_first, mean)
+    needed = (c.bias, c.norm_embed, c.groups == c.heads, c.types > 0, c.activation in GELU_BACK)
+    return not any(odd) and all(needed) and (c.norm, c.position) == ("layer", "learned")
 
 
 # Mean pooling as sentence-transformers stores it: BERT's config.json has no field for it.
@@ -133,7 +125,7 @@ def pools_mean(files: Mapping[str, bytes | str]) -> bool:
     return modes == {_MEAN} or settings.get("pooling_mode") == "mean"
 
 
-def pooling_files(config: Any, files: Mapping[str, bytes]) -> dict[str, bytes]:
+def pooling_files(config: object, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Returns what an export of an encoder needs beside its files so that the mean is pooled."""
     if not isinstance(config, EncoderConfig) or config.head != "none" or config.pool != "mean":
         return {}

@@ -1,14 +1,15 @@
-"""A config.json read field by field: one that nobody asked for is an error, by name."""
+"""Reads a config.json field by field; a field that is never read is an error that names it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, NoReturn
+from collections.abc import Collection, Mapping
+from typing import NoReturn
 
 from mpjax.errors import ConfigError, brief, listed
+from mpjax.typing import Json, Settings
 
-# What says how a model is trained, stored, called or sampled from, not what it computes. Dropout
-# inside the softmax is here too: our models have none there.
+# Fields of training, storage, calling and sampling, which do not change what a model computes in
+# evaluation. Dropout of attention weights is among them: our models have none.
 FREE = frozenset(
     """
     _attn_implementation _name_or_path _num_labels architectures attention_dropout
@@ -25,26 +26,26 @@ FREE = frozenset(
     """.split()
 )
 _NO_DEFAULT = object()
-_LARGEST = 3.4e38  # about float32's largest: norms and frequencies are computed in it
+_LARGEST = 3.4e38  # about float32's maximum, in which norms and frequencies are computed
 
 
 class Fields:
     """The fields of a config.json.
 
     Args:
-      values: them.
+      values: name -> value.
       where: the file, for errors.
       ignore: names of unknown fields that the user says have no effect.
     """
 
-    def __init__(self, values: dict[str, Any], where: str, ignore: Collection[str] = ()) -> None:
+    def __init__(self, values: Settings, where: str, ignore: Collection[str] = ()) -> None:
         self._values, self._where = values, where
-        self._asked = set(FREE) | set(ignore)
+        self._read = set(FREE) | set(ignore)
 
     def take(
-        self, name: str, kind: type[Any], default: Any = _NO_DEFAULT, absent: Any = _NO_DEFAULT,
+        self, name: str, kind: type[Json], default: Json = _NO_DEFAULT, absent: Json = _NO_DEFAULT,
         least: int | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Json:  # fmt: skip
         """Returns a field; null and an absent one are the default.
 
         Args:
@@ -58,7 +59,7 @@ class Fields:
           ConfigError: absent without a default, of another type, no finite number, or a whole one
             beyond int32, which no size or id is.
         """
-        self._asked.add(name)
+        self._read.add(name)
         if name not in self._values and absent is not _NO_DEFAULT:
             return absent
         value = self._values.get(name)
@@ -73,24 +74,24 @@ class Fields:
             self._unexpected(name, value, kind.__name__)
         if kind is int and not (-(2**31) if least is None else least) <= value < 2**31:
             self._unexpected(name, value, f"a number from {least or 0} to {2**31 - 1}")
-        # Python's own floats compare with an int of any size without becoming one.
+        # Python compares a float with an int of any size without conversion.
         if kind is float and not -_LARGEST <= value <= _LARGEST:
             self._unexpected(name, value, "a finite number that float32 has")
         return float(value) if kind is float else value
 
-    def _unexpected(self, name: str, value: Any, wanted: str) -> NoReturn:
+    def _unexpected(self, name: str, value: object, wanted: str) -> NoReturn:
         raise ConfigError(f"{self._where}: {name}={brief(value)}; expected {wanted}; mend it")
 
-    def only(self, name: str, *allowed: Any) -> Any:
-        """Returns a field that our models have no choice in; absent, it is the first.
+    def only(self, name: str, *allowed: Json) -> Json:
+        """Returns a field of which our models support few values; the default is the first.
 
         Raises:
           ConfigError: another value.
         """
-        self._asked.add(name)
+        self._read.add(name)
         value = self._values.get(name, allowed[0])
         if value is None and None not in allowed:
-            return allowed[0]  # null is what a field has that is not set
+            return allowed[0]  # null means that the field is not set
         if value not in allowed:
             raise ConfigError(
                 f"{self._where}: {name}={brief(value)} is not supported; expected"
@@ -98,13 +99,13 @@ class Fields:
             )
         return value
 
-    def one_of(self, name: str, known: dict[str, Any], default: str) -> Any:
+    def one_of(self, name: str, known: Mapping[str, str], default: str) -> str:
         """Returns what a field's value stands for.
 
         Raises:
           ConfigError: a value that is not known.
         """
-        self._asked.add(name)
+        self._read.add(name)
         value = self._values.get(name, default)
         if not isinstance(value, str) or value not in known:
             raise ConfigError(
@@ -122,12 +123,12 @@ class Fields:
         raise ConfigError(f"{self._where}: {what}")
 
     def finish(self) -> None:
-        """Refuses the fields that nobody asked for.
+        """Refuses fields that have not been read.
 
         Raises:
           ConfigError: there are some.
         """
-        if unknown := sorted(set(self._values) - self._asked):
+        if unknown := sorted(set(self._values) - self._read):
             raise ConfigError(
                 f"{self._where}: unknown field {listed(unknown)}, which may change the result; if"
                 f" it does not, pass ignore={brief(unknown)}"

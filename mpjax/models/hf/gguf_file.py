@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,8 +14,9 @@ from mpjax.models.hf.fields import Fields
 from mpjax.models.hf.gguf_reader import GgufFile, GgufTensor, read_layout
 from mpjax.models.hf.gguf_tokenizer import gguf_special
 from mpjax.models.hf.tensor_files import Tensor, Tensors
+from mpjax.typing import Settings
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral and SmolLM2 call themselves llama
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # also of Mistral and SmolLM2
 _OUTER = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -35,7 +35,7 @@ _INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# a key below the architecture's name -> the field of config.json
+# Key below the architecture's name -> field of config.json.
 _FIELDS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -66,7 +66,7 @@ def open_gguf(path: Path) -> GgufFile:
         ) from error
 
 
-def read_gguf(path: Path, file: GgufFile) -> tuple[dict[str, Any], Tensors]:
+def read_gguf(path: Path, file: GgufFile) -> tuple[Settings, Tensors]:
     """Returns the fields of a config.json and the tensors of a GGUF file, dequantised when read.
 
     llama.cpp stores the rows of a Llama's queries and keys in the order of interleaved rotary
@@ -93,7 +93,7 @@ def read_gguf(path: Path, file: GgufFile) -> tuple[dict[str, Any], Tensors]:
             f"{path}: unknown setting {listed(f'{kind}.{n}' for n in unknown)}, which may change"
             " the result; take the safetensors of this model"
         )
-    config: dict[str, Any] = {"model_type": kind, "bos_token_id": None, "eos_token_id": None}
+    config: Settings = {"model_type": kind, "bos_token_id": None, "eos_token_id": None}
     config |= gguf_special(path, file.fields)
     config |= {field: own[name] for name, field in _FIELDS.items() if name in own}
     rope = {field: own[name] for name, field in _SCALING.items() if name in own}
@@ -129,12 +129,13 @@ def read_gguf(path: Path, file: GgufFile) -> tuple[dict[str, Any], Tensors]:
         if tensor.kind not in decoded:
             _check_kind(path, name, tensor)
             decoded.add(tensor.kind)
-        tensors[full] = Tensor(tensor.shape, np.dtype(np.float32), _dequantised(tensor, turned))
+        read = functools.partial(_dequantised, tensor, turned)
+        tensors[full] = Tensor(tensor.shape, np.dtype(np.float32), read)
     return config, tensors
 
 
 def _check_kind(path: Path, name: str, tensor: GgufTensor) -> None:
-    """Refuses a type that the package cannot decode, by decoding a row of it."""
+    """Decodes one row, to refuse a type that the package cannot decode."""
     from gguf.quants import dequantize
 
     try:
@@ -157,16 +158,12 @@ def _renamed(path: Path, name: str) -> str:
     return f"model.layers.{found[1]}.{_INNER[found[2]]}.{found[3]}"
 
 
-def _dequantised(tensor: GgufTensor, heads: int) -> Callable[[], np.ndarray]:
-    """Reads a tensor in float32; rows of `heads` heads go from pairs back to halves."""
+def _dequantised(tensor: GgufTensor, heads: int) -> np.ndarray:
+    """Returns a tensor in float32; rows of `heads` heads go from pairs back to halves."""
+    from gguf.quants import dequantize
 
-    def read() -> np.ndarray:
-        from gguf.quants import dequantize
-
-        shape = tensor.shape
-        x = dequantize(tensor.data, tensor.kind).reshape(shape)
-        if heads:
-            x = x.reshape(heads, shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(shape)
-        return x
-
-    return read
+    shape = tensor.shape
+    x = dequantize(tensor.data, tensor.kind).reshape(shape)
+    if heads:
+        x = x.reshape(heads, shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(shape)
+    return x

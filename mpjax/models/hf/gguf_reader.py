@@ -1,46 +1,42 @@
-"""The layout of a GGUF file, each count and length compared with the bytes that are left.
+"""Reads the layout of a GGUF file; checks each count and length against the bytes that remain.
 
-The package `gguf` has a reader too; it loops as often as a file says. From it comes only what the
-types of tensors are and how their numbers are decoded.
+The reader of the package `gguf` trusts the counts of a file. Only the tensor types and their
+decoders come from that package.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import mmap
 import struct
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpjax.typing import Json, Shape
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
-# Type of a value -> how struct reads it, little-endian.
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+# Type of a value -> format character of struct.
+_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _MOST_AXES = 4  # of a tensor of ggml
-_ALIGNMENT = 32  # of tensors, where a file does not say
+_ALIGNMENT = 32  # of tensors, by default
 
 
 @dataclasses.dataclass(frozen=True)
 class GgufField:
     """A setting: a number, a text, or a list of them; `contents` returns it."""
 
-    value: Any
+    value: Json | np.ndarray
 
-    def contents(self) -> Any:
+    def contents(self) -> Json:
         """Returns the value as Python has it."""
         return self.value.tolist() if isinstance(self.value, np.ndarray) else self.value
 
@@ -55,8 +51,8 @@ class GgufTensor:
       data: its bytes, (..., bytes of a row) uint8, memory-mapped.
     """
 
-    shape: tuple[int, ...]
-    kind: Any
+    shape: Shape
+    kind: GGMLQuantizationType
     data: np.ndarray
 
 
@@ -68,7 +64,7 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
 
 
-def read_layout(path: Path, package: Any) -> GgufFile:
+def read_layout(path: Path, package: ModuleType) -> GgufFile:
     """Returns what a GGUF file says it holds.
 
     Args:
@@ -85,12 +81,14 @@ def read_layout(path: Path, package: Any) -> GgufFile:
         raise ValueError("no GGUF of version 2 or 3, little-endian")
     tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
     fields: dict[str, GgufField] = {}
-    for _ in range(field_count):  # a field takes bytes, so a false count ends at the file's end
+    for _ in range(
+        field_count
+    ):  # each field takes bytes, so a false count fails at the end of the file
         name = cursor.text()
         if name in fields:
             raise ValueError(f"the setting {name} twice")
         fields[name] = GgufField(cursor.value(cursor.number("I")))
-    infos: dict[str, tuple[tuple[int, ...], Any, int]] = {}
+    infos: dict[str, tuple[Shape, GGMLQuantizationType, int]] = {}
     for _ in range(tensor_count):
         name, axes = cursor.text(), cursor.number("I")
         if name in infos or not 0 < axes <= _MOST_AXES:
@@ -105,9 +103,12 @@ def read_layout(path: Path, package: Any) -> GgufFile:
 
 
 def _tensors(
-    data: Any, begin: int, infos: dict[str, tuple[tuple[int, ...], Any, int]], sizes: Any
+    data: mmap.mmap,
+    begin: int,
+    infos: dict[str, tuple[Shape, GGMLQuantizationType, int]],
+    sizes: Mapping[GGMLQuantizationType, tuple[int, int]],
 ) -> dict[str, GgufTensor]:
-    """Tensors lie behind each other: what they hold together is not more than the file."""
+    """Views of the tensors, which neither overlap nor pass the end of the file."""
     tensors, end, last = {}, begin, ""
     for name, (shape, kind, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
         block, nbytes = sizes[kind]
@@ -115,9 +116,7 @@ def _tensors(
             raise ValueError(
                 f"{name} has rows of {shape[-1]}, no multiple of its blocks of {block}"
             )
-        row, rows, start = shape[-1] // block * nbytes, 1, begin + offset
-        for n in shape[:-1]:
-            rows *= n
+        row, rows, start = shape[-1] // block * nbytes, math.prod(shape[:-1]), begin + offset
         if start < end:
             raise ValueError(f"{name} lies over {last}")
         end, last = start + rows * row, name
@@ -129,19 +128,19 @@ def _tensors(
 
 
 class _Cursor:
-    """Reads from a place on; nothing is longer than what is left."""
+    """A position in the file; refuses to read beyond its end."""
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
 
-    def take(self, count: int) -> Any:
+    def take(self, count: int) -> bytes:
         """Returns the next bytes."""
         if count > len(self.data) - self.at:
             raise ValueError(f"{count} bytes at {self.at}, of {len(self.data)} in the file")
         self.at += count
         return self.data[self.at - count : self.at]
 
-    def number(self, kind: str) -> Any:
+    def number(self, kind: str) -> Json:
         """Returns a number of struct's kind."""
         return struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))[0]
 
@@ -149,7 +148,7 @@ class _Cursor:
         """Returns a text behind its length."""
         return str(self.take(self.number("Q")), "utf-8")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> Json | np.ndarray:
         """Returns a value of a type's number."""
         if kind == _STRING:
             return self.text()
@@ -162,7 +161,7 @@ class _Cursor:
             if 8 * count > len(self.data) - self.at:
                 raise ValueError(f"{count} texts, more than the file has bytes for")
             return [self.text() for _ in range(count)]
-        if inner not in _SCALARS:  # lists of lists are in the format's text and in no file
+        if inner not in _SCALARS:  # the format allows nested lists; no published file has one
             raise ValueError(f"a list of type {inner}")
         dtype = np.dtype(f"<{_SCALARS[inner]}")
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)

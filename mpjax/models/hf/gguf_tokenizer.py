@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from mpjax.errors import ConfigError, brief, printable
 from mpjax.models.hf.gguf_reader import GgufField
+from mpjax.typing import Json, Settings
 
-_CONTROL, _USER = 3, 4  # kinds of tokens that are no result of merges
+_CONTROL, _USER = 3, 4  # kinds of tokens that merges do not produce
 _BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
-# How texts are cut before merging, by llama.cpp's name for it.
+# llama.cpp's name of a pre-tokenizer -> the pre-tokenizer.
 _PIECES = {
     "gpt-2": _BYTES,
     "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
@@ -37,14 +38,14 @@ def gguf_special(path: Path, fields: Mapping[str, GgufField]) -> dict[str, int]:
     return found
 
 
-def gguf_settings(path: Path, fields: Mapping[str, GgufField]) -> dict[str, Any]:
+def gguf_settings(path: Path, fields: Mapping[str, GgufField]) -> Settings:
     """Returns what a tokenizer_config.json would say of the tokenizer of a GGUF file.
 
     Raises:
       ConfigError: an id without a token.
     """
     tokens = _tokens(path, fields)
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings: Settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings |= {
         n.removesuffix("_id"): _token(path, tokens, i)
         for n, i in gguf_special(path, fields).items()
@@ -55,15 +56,13 @@ def gguf_settings(path: Path, fields: Mapping[str, GgufField]) -> dict[str, Any]
 
 
 def _tokens(path: Path, fields: Mapping[str, GgufField]) -> list[str]:
-    found = (
-        fields["tokenizer.ggml.tokens"].contents() if "tokenizer.ggml.tokens" in fields else None
-    )
-    if not isinstance(found, list) or not _are_texts(found):
+    field = fields.get("tokenizer.ggml.tokens")
+    if not _are_texts(found := field and field.contents()):
         raise ConfigError(f"{path}: a tokenizer without tokens; fetch it again")
     return found
 
 
-def _are_texts(found: Any) -> bool:
+def _are_texts(found: object) -> TypeGuard[list[str]]:
     return isinstance(found, list) and all(isinstance(x, str) for x in found) and bool(found)
 
 
@@ -85,9 +84,9 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, GgufField]) -> str:
         or parts of it that do not fit each other.
     """
 
-    def value(name: str) -> Any:
-        name = f"tokenizer.ggml.{name}"
-        return fields[name].contents() if name in fields else None
+    def value(name: str) -> Json:
+        field = fields.get(f"tokenizer.ggml.{name}")
+        return field and field.contents()
 
     kind, pieces = value("model"), value("pre")
     if kind != "gpt2" or not isinstance(pieces, str) or pieces not in _PIECES:
@@ -98,7 +97,7 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, GgufField]) -> str:
     tokens, kinds, merges = _tokens(path, fields), value("token_type"), value("merges")
     if not _are_texts(merges) or not all(" " in merge[1:-1] for merge in merges):
         raise ConfigError(f"{path}: a tokenizer without pairs to merge; fetch it again")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
@@ -114,7 +113,7 @@ def gguf_tokenizer(path: Path, fields: Mapping[str, GgufField]) -> str:
         for token, one in zip(tokens, kinds if isinstance(kinds, list) else [], strict=False)
         if one in (_CONTROL, _USER)
     ]
-    tokenizer.add_tokens(added)  # at once: each call reads all that there are
+    tokenizer.add_tokens(added)  # in one call, because each call scans all tokens
     special = gguf_special(path, fields)
     begin, end = (
         [_token(path, tokens, special[f"{name}_token_id"])]

@@ -1,21 +1,30 @@
-"""One leaf of the tree from the tensors that hold it, and back."""
+"""Converts between a leaf of the parameter tree and the tensors of a checkpoint."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from mpjax.errors import ConfigError
+from mpjax.formats import is_quantized
 from mpjax.models.hf.tensor_files import Tensors
 from mpjax.models.hf.tensor_names import Weight
+from mpjax.typing import Array, DType, DTypeLike, PyTree, Shape
 
-_ALIGNED = 64  # bytes; JAX on CPU takes an array so aligned as it is, without a copy
+_ALIGNED = 64  # bytes; JAX on CPU uses an array of this alignment without a copy
 
 
-def tensor_shape(shape: tuple[int, ...], weight: Weight) -> tuple[int, ...]:
+def named_leaves(tree: PyTree) -> dict[str, PyTree]:
+    """Returns path -> array, or its shape, or Quantized."""
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in found}
+
+
+def tensor_shape(shape: Shape, weight: Weight) -> Shape:
     """Returns the shape of the tensor, of one layer if stacked, that a leaf's shape asks for."""
     if weight.stacked:
         shape = shape[1:]
@@ -24,8 +33,13 @@ def tensor_shape(shape: tuple[int, ...], weight: Weight) -> tuple[int, ...]:
 
 
 def filled(
-    name: str, shape: tuple[int, ...], dtype: Any, weight: Weight, tensors: Tensors, sharding: Any
-) -> Any:
+    name: str,
+    shape: Shape,
+    dtype: DTypeLike,
+    weight: Weight,
+    tensors: Tensors,
+    sharding: Sharding | None,
+) -> Array:
     """Returns a leaf on its devices.
 
     Of the checkpoint one tensor is held at a time, of the leaf one shard.
@@ -34,7 +48,7 @@ def filled(
       name: our path, for errors.
       shape: of the leaf, with the layer axis.
       dtype: of the leaf.
-      weight: where it lies.
+      weight: its tensors.
       tensors: the checkpoint's.
       sharding: of the leaf; None is the default device.
 
@@ -43,7 +57,8 @@ def filled(
     """
     names = weight.names(shape[0])
 
-    def shard(index: Any) -> np.ndarray:
+    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = index or (slice(None),) * len(shape)
         spans = [range(n)[cut] for n, cut in zip(shape, index, strict=True)]
         out = _empty(tuple(len(span) for span in spans), np.dtype(dtype))
         if not weight.stacked:
@@ -54,24 +69,29 @@ def filled(
         return out
 
     if sharding is None:
-        return jax.device_put(shard(tuple(slice(None) for _ in shape)))
+        return jax.device_put(shard(None))
     return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def _copy(
-    leaf: str, name: str, weight: Weight, tensors: Tensors, index: Any, out: np.ndarray
+    leaf: str,
+    name: str,
+    weight: Weight,
+    tensors: Tensors,
+    index: tuple[slice, ...],
+    out: np.ndarray,
 ) -> None:
-    """Reads a tensor, which is gone when this returns, and copies what a shard holds of it."""
+    """Reads a tensor and copies a shard's part of it; the tensor is then freed."""
     x = tensors[name].read()
     if weight.transposed:
         x = x.T
-    # A whole tensor of NaN begins with one, so good ones are not searched.
+    # The first number decides whether the rest is searched.
     if x.size and np.isnan(x.flat[0]) and np.isnan(x).all():
         raise ConfigError(f"{leaf}: {name} is NaN throughout; fetch the checkpoint again")
     i, n = weight.part
     width = x.shape[-1] // n
     x = x[..., i * width : (i + 1) * width][index]
-    with np.errstate(over="ignore"):  # said below, with a name
+    with np.errstate(over="ignore"):  # raised below, with the tensor's name
         np.copyto(out, x, casting="unsafe")  # to the dtype that the rule stores
     if np.isinf(out).any() and not np.isinf(x).any():
         raise ConfigError(
@@ -80,21 +100,23 @@ def _copy(
         )
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _empty(shape: Shape, dtype: DType) -> np.ndarray:
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNED, np.uint8)
     start = -raw.ctypes.data % _ALIGNED
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def joined(leaves: list[Any], weights: list[Weight], layer: int, dtype: Any) -> np.ndarray:
+def joined(
+    leaves: Sequence[Array], weights: Sequence[Weight], layer: int, dtype: DTypeLike
+) -> np.ndarray:
     """Returns the tensor of one layer that leaves are the parts of; inverse of `filled`."""
     parts = []
     for leaf, weight in zip(leaves, weights, strict=True):
         x = np.asarray(leaf[layer] if weight.stacked else leaf)
         parts.append(x.T if weight.transposed else x)
     whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-    with np.errstate(over="ignore"):  # said below, with a name
+    with np.errstate(over="ignore"):  # raised below, with the tensor's name
         # to the dtype that the export asks for; row-major, as the file is
         out = np.ascontiguousarray(whole, dtype=dtype)
     if np.isinf(out).any() and not np.isinf(whole).any():

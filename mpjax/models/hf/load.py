@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from mpjax.errors import ConfigError, listed
-from mpjax.formats import Quantized
+from mpjax.formats import Quantized, is_quantized
 from mpjax.models.core.module import stored
-from mpjax.models.hf.architecture import Architecture, architecture_of
+from mpjax.models.hf.architecture import Architecture, Transformer, architecture_of
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.encoder_fields import pools_mean
 from mpjax.models.hf.fields import FREE, Fields
-from mpjax.models.hf.leaf_tensors import filled, tensor_shape
+from mpjax.models.hf.leaf_tensors import filled, named_leaves, tensor_shape
 from mpjax.models.hf.tensor_files import Tensors
 from mpjax.precision import Precision
+from mpjax.typing import Axes, Json, Key, Params, PyTree, Settings, Shape
 
 _FEW = 100  # layers
-Placement = Callable[[tuple[str | None, ...], tuple[int, ...]], Any]
+Placement = Callable[[Axes, Shape], Sharding]
 
 
 def load_checkpoint(
@@ -32,13 +33,13 @@ def load_checkpoint(
     *,
     architecture: str | None = None,
     new: Sequence[str] = (),
-    key: Any = None,
+    key: Key | None = None,
     unused: Sequence[str] = (),
     ignore: Collection[str] = (),
     place: Placement | None = None,
     revision: str | None = None,
-    **changes: Any,
-) -> tuple[Any, Any]:
+    **changes: Json,
+) -> tuple[Transformer, Params]:
     """Returns the model that a checkpoint holds and its parameters.
 
     Tensors are read one at a time, straight into the dtype that the Precision stores and onto the
@@ -91,7 +92,7 @@ def load_checkpoint(
     free = {"model_type", *FREE, *ignore}
     head = settings.get("head", "")
     if changes.get("head", head) != head or _is_new(f"encoder/{head}/head/kernel", new):
-        # What the checkpoint says of its own head does not hold for another one.
+        # The checkpoint's labels and problem type belong to the replaced head.
         free -= {"problem_type"}
         changes = {"labels": ()} | changes if "labels" in settings else changes
     if changes.get("labels") and "classes" not in changes:
@@ -101,17 +102,17 @@ def load_checkpoint(
         if not any("pooler" in name for name in checkpoint.tensors):
             settings["pool"] = "mean"
     _check_depth(checkpoint, kind, settings | changes, new)
-    model = kind.make(precision, settings, changes)
+    model = kind.make(kind.config(**settings), precision, **changes)
     params = load_params(model, checkpoint, kind, new, key, unused, place)
     return dataclasses.replace(model, metadata=metadata), params
 
 
 def _check_depth(
-    checkpoint: Checkpoint, kind: Architecture, sizes: dict[str, Any], new: Sequence[str]
+    checkpoint: Checkpoint, kind: Architecture, sizes: Settings, new: Sequence[str]
 ) -> None:
-    """Refuses far more layers than there are tensors of, for a model is built layer by layer.
+    """Refuses a config of far more layers than the checkpoint has, before the model is built.
 
-    A few that are missing are named once all that is wrong is known.
+    `_check` names the tensors of a few missing layers.
     """
     held = checkpoint.tensors
     for leaf, weight in kind.table.items():
@@ -134,32 +135,32 @@ def _is_new(name: str, new: Sequence[str]) -> bool:
 
 
 def load_params(
-    model: Any,
+    model: Transformer,
     checkpoint: Checkpoint,
     kind: Architecture,
     new: Sequence[str] = (),
-    key: Any = None,
+    key: Key | None = None,
     unused: Sequence[str] = (),
     place: Placement | None = None,
-) -> Any:
+) -> Params:
     """Returns a model's parameters from a checkpoint; arguments as of `load_checkpoint`."""
     draw = jax.random.key(0) if key is None else key
     tree = jax.eval_shape(model.init, draw)
-    is_leaf = lambda x: isinstance(x, Quantized)  # noqa: E731
-    paths, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in paths}
-    placed: dict[str, Any] = {}
+    leaves = named_leaves(tree)
+    placed: dict[str, Sharding] = {}
     if place is not None:
         axes = jax.tree.leaves(model.axes, is_leaf=lambda x: isinstance(x, tuple))
         placed = {n: place(a, x.shape) for (n, x), a in zip(leaves.items(), axes, strict=True)}
     drawn = _matching(leaves, new, "new", "paths of the model")
     if drawn and key is None:
         raise ConfigError(f"load: new={list(new)} is drawn at random; pass key=")
-    tensors = _kept(checkpoint, kind, unused, tied=model.config.tied)
+    tensors = _selected(checkpoint, kind, unused, tied=model.config.tied)
     _check(checkpoint, kind, {n: x for n, x in leaves.items() if n not in drawn}, tensors)
     fresh = {}
     if drawn:
-        fresh = jax.jit(lambda key: _only(model.init(key), drawn, is_leaf))(draw)
+        fresh = jax.jit(
+            lambda key: {n: x for n, x in named_leaves(model.init(key)).items() if n in drawn}
+        )(draw)
     out = []
     for name, leaf in leaves.items():
         sharding = placed.get(name)
@@ -170,18 +171,23 @@ def load_params(
             out.append(_quantised(name, leaf, kind, tensors, model.precision, sharding))
         else:
             out.append(filled(name, leaf.shape, leaf.dtype, kind.table[name], tensors, sharding))
-    return jax.tree.unflatten(structure, out)
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_quantized), out)
 
 
 def _quantised(
-    name: str, leaf: Any, kind: Architecture, tensors: Tensors, precision: Any, sharding: Any
-) -> Any:
-    """A weight stored in fp8: drawn together in float32, then quantised as `init` does."""
+    name: str,
+    leaf: Quantized,
+    kind: Architecture,
+    tensors: Tensors,
+    precision: Precision,
+    sharding: Sharding | None,
+) -> Quantized:
+    """A weight stored in fp8: read in float32, then quantised as `init` quantises."""
     whole = filled(name, leaf.shape, np.dtype(np.float32), kind.table[name], tensors, sharding)
-    nested: Any = whole
+    nested: PyTree = whole
     for part in reversed(name.split("/")):
         nested = {part: nested}
-    return jax.tree.leaves(stored(nested, precision), is_leaf=lambda x: isinstance(x, Quantized))[0]
+    return jax.tree.leaves(stored(nested, precision), is_leaf=is_quantized)[0]
 
 
 def _matching(
@@ -195,7 +201,7 @@ def _matching(
     return frozenset(name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns))
 
 
-def _kept(
+def _selected(
     checkpoint: Checkpoint, kind: Architecture, unused: Sequence[str], *, tied: bool
 ) -> Tensors:
     """The tensors under their full names, without buffers and what the user leaves out."""
@@ -206,7 +212,7 @@ def _kept(
         tensors = {n.removesuffix(old) + new if n.endswith(old) else n: t
                    for n, t in tensors.items()}  # fmt: skip
     own = {weight.name for weight in kind.table.values()}
-    if not tied:  # then the copy is what runs, and what it was a copy of is a relic
+    if not tied:  # the head has its own weights, which the checkpoint holds under the copy's name
         for copy, original in kind.copies.items():
             if copy in tensors and copy not in own:
                 tensors[original] = tensors.pop(copy)
@@ -217,7 +223,10 @@ def _kept(
 
 
 def _check(
-    checkpoint: Checkpoint, kind: Architecture, leaves: dict[str, Any], tensors: Tensors
+    checkpoint: Checkpoint,
+    kind: Architecture,
+    leaves: Mapping[str, jax.ShapeDtypeStruct | Quantized],
+    tensors: Tensors,
 ) -> None:
     """Refuses tensors that are missing, unexpected or misshaped, all in one line."""
     missing: list[str] = []
@@ -255,9 +264,3 @@ def _check(
             f"{checkpoint.where}: tensors {'; '.join(said)}; take the checkpoint of this config, or"
             " pass new= for what is to be drawn and unused= for what is left out"
         )
-
-
-def _only(tree: Any, names: frozenset[str], is_leaf: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    named = ((jax.tree_util.keystr(p, simple=True, separator="/"), x) for p, x in leaves)
-    return {name: x for name, x in named if name in names}

@@ -8,29 +8,30 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import ModuleType
 
-import jax
 import numpy as np
 
 from mpjax.errors import ConfigError, need
 from mpjax.formats import weight_view
 from mpjax.models.core.checks import check_params
 from mpjax.models.core.metadata import Metadata
-from mpjax.models.hf.architecture import ARCHITECTURES, architecture_name
+from mpjax.models.core.network import Network
+from mpjax.models.hf.architecture import ARCHITECTURES, Architecture, architecture_name
 from mpjax.models.hf.checkpoint import CONFIG
 from mpjax.models.hf.encoder_fields import pooling_files
-from mpjax.models.hf.leaf_tensors import joined
+from mpjax.models.hf.leaf_tensors import joined, named_leaves
 from mpjax.models.hf.tensor_names import Weight
 from mpjax.precision import parse_dtype
+from mpjax.typing import Array, DType, Params
 
 _INDEX = "model.safetensors.index.json"
 
 
 def save_checkpoint(
     folder: str | Path,
-    model: Any,
-    params: Any,
+    model: Network,
+    params: Params,
     *,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
@@ -67,7 +68,7 @@ def save_checkpoint(
     kind = ARCHITECTURES[model_type := architecture_name(model.config, loaded)]
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target}: export needs a new or empty folder; name another one")
-    assert kind.write is not None  # `architecture_name` gives none of those
+    assert kind.write is not None  # `architecture_name` returns only architectures that have it
     own = {"model_type": model_type, "architectures": [kind.title(model.config)]}
     config = kind.write(model.config)
     if getattr(model.config, "classes", 0) == 1 and model.config.head == "class":
@@ -76,8 +77,7 @@ def save_checkpoint(
     files = _checked(target, metadata.files)
     files |= pooling_files(model.config, files)
     check_params(model, params, "export")
-    named = jax.tree_util.tree_leaves_with_path(weight_view(params))
-    leaves = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in named}
+    leaves = named_leaves(weight_view(params))
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         partial.mkdir(parents=True)
@@ -100,7 +100,7 @@ def save_checkpoint(
 
 
 def _checked(target: Path, files: Mapping[str, bytes | str]) -> dict[str, bytes]:
-    """The files of metadata; a name must stay in the folder and clear of what is written anyway."""
+    """Returns the metadata's files as bytes; checks that their names are free and inside."""
     for name, content in files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or name == CONFIG or path.match("model*.safe*"):
@@ -116,15 +116,15 @@ def _checked(target: Path, files: Mapping[str, bytes | str]) -> dict[str, bytes]
 
 
 def _write_tensors(
-    folder: Path, model: Any, leaves: dict[str, Any], kind: Any, package: Any, wanted: Any,
-    shard_bytes: int,
+    folder: Path, model: Network, leaves: dict[str, Array], kind: Architecture,
+    package: ModuleType, wanted: DType | None, shard_bytes: int,
 ) -> set[str]:  # fmt: skip
     """Writes a shard as soon as it is full; returns the names of the dtypes."""
-    tensors: dict[str, list[tuple[Any, Weight]]] = {}
+    tensors: dict[str, list[tuple[Array, Weight]]] = {}
     for name, weight in kind.table.items():  # the table's order: embedding first
         if name in leaves:
             tensors.setdefault(weight.name, []).append((leaves[name], weight))
-    for copy, original in kind.copies.items():  # what a tied head need not repeat
+    for copy, original in kind.copies.items():  # of an untied head
         if not model.config.tied and original in tensors and copy not in tensors:
             ((leaf, weight),) = tensors[original]
             tensors[copy] = [(leaf, dataclasses.replace(weight, name=copy))]
@@ -136,7 +136,7 @@ def _write_tensors(
     def flush() -> None:
         part = folder / f"{len(shards)}.part"
         part.touch()
-        usual = part.stat().st_mode  # safetensors may leave a file that only its owner can read
+        usual = part.stat().st_mode  # safetensors may restrict the file to its owner
         package.save_file(shard, part, metadata={"format": "pt"})
         part.chmod(usual)
         shards.append(list(shard))

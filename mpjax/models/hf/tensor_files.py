@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from mpjax.errors import ConfigError, brief, listed, need, printable
 from mpjax.json_text import read_json
+from mpjax.typing import DType, DTypeLike, Shape
 
-# What a safetensors header calls a dtype -> the dtype. A scaled format (F8_E4M3 and the like) is
-# not here: its numbers mean nothing without scales, which each maker names differently.
+# dtype in a safetensors header -> NumPy dtype. Scaled formats (such as F8_E4M3) are absent: they
+# need scales, whose names differ between checkpoints.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -40,16 +41,16 @@ class Tensor:
       read: returns the numbers.
     """
 
-    shape: tuple[int, ...]
-    dtype: Any
+    shape: Shape
+    dtype: DType
     read: Callable[[], np.ndarray]
 
 
 Tensors = dict[str, Tensor]
 
 
-def check_size(shape: tuple[int, ...], dtype: Any) -> None:
-    """Checks that an array may have a shape: even an empty one must be counted in int64.
+def check_size(shape: Shape, dtype: DTypeLike) -> None:
+    """Checks that the bytes of a shape fit int64, with empty axes counted as 1.
 
     Raises:
       ValueError: it may not.
@@ -85,8 +86,7 @@ def read_safetensors(path: Path) -> Tensors:
             check_size(shape, dtype)
         except ValueError as error:
             raise ConfigError(f"{path}: {name} is {error}; fetch it again") from None
-        read = lambda file=file, name=name: file.get_tensor(name)  # noqa: E731
-        tensors[name] = Tensor(shape, dtype, read)
+        tensors[name] = Tensor(shape, dtype, functools.partial(file.get_tensor, name))
     return tensors
 
 
@@ -105,7 +105,7 @@ def read_sharded(index: Path, read: Callable[[Path], Tensors]) -> Tensors:
         raise ConfigError(f"{index}: no weight_map of tensor and file names; fetch it again")
     files = {}
     for file in sorted(set(names.values())):
-        # An index must not name a file elsewhere; what cannot be printed may be no name at all.
+        # An index must not name a file outside its folder.
         if Path(file).name != file or not file.isprintable():
             raise ConfigError(
                 f"{index}: names the file {brief(file)}, which is not in its folder; fetch it again"

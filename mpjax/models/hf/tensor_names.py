@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint is which leaf of our tree: one table an architecture.
+"""Maps leaves of the parameter tree to tensors of a checkpoint: one table for each architecture.
 
 A leaf below `layers` is stacked: `{}` in a name is the layer. Kernels are (inputs, outputs) here
 and (outputs, inputs) in a torch Linear, so those are transposed; GPT-2's Conv1D is not.
@@ -11,7 +11,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One leaf of ours, as a checkpoint has it.
+    """The tensor, or stack of tensors, of one leaf.
 
     Args:
       name: of the tensor, `{}` for the layer.

@@ -13,9 +13,8 @@ import math
 import mmap
 import pickle
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from mpjax.errors import ConfigError, printable
 from mpjax.models.hf.tensor_files import Tensor, Tensors, check_size
 from mpjax.plain_pickle import Maker, read_pickle
+from mpjax.typing import DType, Json
 
 _STORAGES = {
     "DoubleStorage": np.float64,
@@ -39,17 +39,17 @@ _STORAGES = {
 _MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the older format
 _PROTOCOL = 1001  # its second
 _MOST_AXES = 64  # of an array of NumPy
-# A tensor may stand in a state dict under several names; a file of many views of one storage would
-# fill the memory when they are copied.
+# A state dict may hold a tensor under several names; more views of one storage would fill the
+# memory when they are copied.
 _MOST_SHARED = 4
 
 
 class _Storage:
-    """A storage that a pickle names: dtype, key and count; where it lies is known later."""
+    """A storage that a pickle names: dtype, key and count; its offset is found later."""
 
     __slots__ = ("count", "dtype", "key")
 
-    def __init__(self, dtype: np.dtype, key: str, count: int) -> None:
+    def __init__(self, dtype: DType, key: str, count: int) -> None:
         self.dtype, self.key, self.count = dtype, key, count
 
     @property
@@ -58,12 +58,14 @@ class _Storage:
 
 
 class _View:
-    """A tensor that a pickle rebuilds: a strided view of a storage, no larger than that."""
+    """A tensor of a pickle: a strided view inside a storage, and no larger than it."""
 
     __slots__ = ("offset", "shape", "storage", "strides")
 
-    def __init__(self, storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> None:
-        del rest  # requires_grad, hooks and metadata, which are not about numbers
+    def __init__(
+        self, storage: object, offset: Json, shape: Json, strides: Json, *rest: object
+    ) -> None:
+        del rest  # requires_grad, hooks and metadata
         if not (type(shape) is type(strides) is tuple and len(shape) == len(strides) <= _MOST_AXES):
             raise pickle.UnpicklingError("a tensor whose shape and strides do not match")
         whole = [offset, *shape, *strides]
@@ -76,7 +78,7 @@ class _View:
             raise pickle.UnpicklingError("a tensor that repeats its storage, as expand() gives")
         check_size(shape, storage.dtype)
         self.storage, self.offset, self.shape = storage, offset, shape
-        # Of an axis of one number the stride means nothing, and may be more than an int64 holds.
+        # The stride of an axis of size 1 is unused and may exceed int64.
         self.strides = tuple(s if n > 1 else 0 for n, s in zip(shape, strides, strict=True))
 
     @property
@@ -84,21 +86,23 @@ class _View:
         return math.prod(self.shape) * self.storage.dtype.itemsize
 
 
-def _ordered(items: Any = ()) -> dict[str, Any]:
+def _ordered(items: Json = ()) -> dict[str, object]:
     """An OrderedDict: empty, for its items follow, or of Python 2, with a list of them."""
     if not all(type(item) is list and len(item) == 2 and type(item[0]) is str for item in items):
         raise pickle.UnpicklingError("a dict whose keys are no text")
     return dict(items)
 
 
-_NAMES: dict[str, Any] = {f"torch.{name}": np.dtype(kind) for name, kind in _STORAGES.items()} | {
+_NAMES: dict[str, DType | Maker] = {
+    f"torch.{name}": np.dtype(kind) for name, kind in _STORAGES.items()
+} | {
     "collections.OrderedDict": Maker(_ordered),
     "torch._utils._rebuild_tensor_v2": Maker(_View),
 }
 
 
-def _no_more(value: Any, state: Any) -> None:
-    """Leaves out a state dict's `_metadata`: versions of modules, which are not about numbers."""
+def _no_state(value: object, state: object) -> None:
+    """Accepts and drops a state dict's `_metadata`, the versions of modules."""
     if not isinstance(value, dict) or not isinstance(state, dict) or set(state) != {"_metadata"}:
         raise pickle.UnpicklingError("an attempt to set the state of what has none")
 
@@ -109,7 +113,7 @@ class _Storages:
     def __init__(self) -> None:
         self.found: dict[str, _Storage] = {}
 
-    def __call__(self, pid: Any) -> _Storage:
+    def __call__(self, pid: object) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
             raise pickle.UnpicklingError("a persistent id that is no storage")
         _, dtype, key, _, count = pid[:5]
@@ -141,7 +145,7 @@ def read_torch(path: Path) -> Tensors:
             state, places = _zipped(path, size) if zipped else _older(file)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; name a pytorch_model.bin") from None
-    # A hostile or broken file makes zipfile and pickletools raise anything.
+    # zipfile and pickletools raise errors of many types on a damaged or hostile file.
     except Exception as error:
         reason = printable(str(error), 200) or type(error).__name__
         raise ConfigError(
@@ -165,27 +169,23 @@ def read_torch(path: Path) -> Tensors:
             " storages; save a copy of each, or a safetensors file"
         )
     return {
-        name: Tensor(view.shape, view.storage.dtype, _mapped(path, view, places))
+        name: Tensor(view.shape, view.storage.dtype, functools.partial(_mapped, path, view, places))
         for name, view in state.items()
     }
 
 
-def _mapped(
-    path: Path, view: _View, places: dict[str, tuple[int, int]]
-) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        storage = view.storage
-        if 0 in view.shape:
-            return np.zeros(view.shape, storage.dtype)
-        start, _ = places[storage.key]
-        flat = np.memmap(path, storage.dtype, "r", start, (storage.count,))[view.offset :]
-        steps = tuple(s * storage.dtype.itemsize for s in view.strides)
-        return np.lib.stride_tricks.as_strided(flat, view.shape, steps, writeable=False)
-
-    return read
+def _mapped(path: Path, view: _View, places: dict[str, tuple[int, int]]) -> np.ndarray:
+    """The numbers of a tensor, memory-mapped."""
+    storage = view.storage
+    if 0 in view.shape:
+        return np.zeros(view.shape, storage.dtype)
+    start, _ = places[storage.key]
+    flat = np.memmap(path, storage.dtype, "r", start, (storage.count,))[view.offset :]
+    steps = tuple(s * storage.dtype.itemsize for s in view.strides)
+    return np.lib.stride_tricks.as_strided(flat, view.shape, steps, writeable=False)
 
 
-def _zipped(path: Path, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _zipped(path: Path, size: int) -> tuple[object, dict[str, tuple[int, int]]]:
     """The state dict, and where in the file each storage begins and how many bytes it has."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         entries = {info.filename: info for info in archive.infolist()}
@@ -200,7 +200,7 @@ def _zipped(path: Path, size: int) -> tuple[Any, dict[str, tuple[int, int]]]:
             raise pickle.UnpicklingError("a big-endian machine's numbers")
         data = archive.read(entries[pickles[0]])
     storages = _Storages()
-    state = read_pickle(io.BytesIO(data), _NAMES, build=_no_more, persistent=storages)
+    state = read_pickle(io.BytesIO(data), _NAMES, build=_no_state, persistent=storages)
     inner = f"{root}data/"
     return state, {n.removeprefix(inner): p for n, p in places.items() if n.startswith(inner)}
 
@@ -217,13 +217,13 @@ def _place(file: IO[bytes], info: zipfile.ZipInfo, size: int) -> tuple[int, int]
     return start, info.file_size
 
 
-def _older(file: IO[bytes]) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _older(file: IO[bytes]) -> tuple[object, dict[str, tuple[int, int]]]:
     """The same of torch's format before zip archives."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         storages = _Storages()
-        # What stands for a file: a read beyond its end is short and allocates nothing.
+        # A read of the map beyond its end is short and allocates nothing.
         file = cast(IO[bytes], data)
-        load = functools.partial(read_pickle, file, _NAMES, build=_no_more, persistent=storages)
+        load = functools.partial(read_pickle, file, _NAMES, build=_no_state, persistent=storages)
         if load() != _MAGIC or load() != _PROTOCOL:
             raise pickle.UnpicklingError("a pickle that torch.save did not write")
         system = load()

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from common.datasets.frame import read_frame
 from mpjax.data.tables.cells import read_cells
-from mpjax.data.tables.frame import read_frame
 from mpjax.data.tables.readers import read_table
 from mpjax.data.tables.rows import read_rows
 from tests.bounds import bounded, refused

@@ -101,8 +101,7 @@ def test_absent_fields_are_read_as_transformers_reads_them(name: str) -> None:
     full["architectures"] = None
 
     def read(config: dict[str, Any]) -> Any:
-        model = kind.make("fp32", kind.read(Fields(config, "x")), {})
-        return model.config
+        return kind.make(kind.config(**kind.read(Fields(config, "x")))).config
 
     want = read(full)
     assert read({}) == want

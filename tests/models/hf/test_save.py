@@ -46,11 +46,11 @@ def test_a_round_trip_keeps_every_bit(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", cases.CONFIGS)
 def test_settings_come_back(name: str) -> None:
     kind = ARCHITECTURES[name]
-    model = kind.make("fp32", kind.read(Fields(cases.CONFIGS[name], "config.json")), {})
+    model = kind.make(kind.config(**kind.read(Fields(cases.CONFIGS[name], "config.json"))))
     assert architecture_name(model.config) == name and kind.write is not None
     written = kind.write(model.config)
     again = Fields(written | {"architectures": [kind.title(model.config)]}, "config.json")
-    assert kind.make("fp32", kind.read(again), {}).config == model.config
+    assert kind.make(kind.config(**kind.read(again))).config == model.config
     again.finish()
 
 

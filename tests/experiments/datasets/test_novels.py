@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from mpjax.data import novels
-from mpjax.data.novels import read_novels
+from common.datasets import novels
+from common.datasets.novels import read_novels
+from common.datasets.sources import DOCUMENTS
 from mpjax.data.text import read_documents
 from mpjax.errors import ConfigError
 from tests.assets import asset
@@ -28,7 +29,7 @@ def test_all_chapters_of_six_novels(monkeypatch):
     assert chapters["prideprejudice/1"].startswith("Chapter 1\n\n\nIt is a truth universally")
     assert chapters["northangerabbey/0"].startswith("NORTHANGER ABBEY")
     assert all(len(text) > 3900 for name, text in chapters.items() if not name.endswith("/0"))
-    assert len(read_documents("janeausten")) == sum(CHAPTERS.values()) + 6
+    assert len(read_documents("janeausten", sources=DOCUMENTS)) == sum(CHAPTERS.values()) + 6
 
 
 def test_without_the_reader_the_extra_is_named(monkeypatch):

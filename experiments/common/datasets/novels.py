@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
-from typing import Any
+from collections.abc import Iterable
 
-from mpjax.data.assets import fetch
+from common.datasets.assets import fetch
 from mpjax.errors import need
+from mpjax.typing import Json
 
 _CHAPTER = re.compile(r"chapter [0-9ivxlc]+\.?", re.IGNORECASE)
 _LENGTH_BYTES = 4  # before each compressed object
@@ -26,7 +27,7 @@ def read_novels() -> list[tuple[str, str]]:
     """
     rdata = need("rdata", "novels", "data 'janeausten'")
 
-    def parse(data: bytes) -> Any:
+    def parse(data: bytes) -> Json:
         return rdata.conversion.convert(rdata.parser.parse_data(data, extension=".rds"))
 
     folder = fetch("janeausten")
@@ -39,7 +40,7 @@ def read_novels() -> list[tuple[str, str]]:
     return found
 
 
-def _chapters(lines: Any) -> list[str]:
+def _chapters(lines: Iterable[object]) -> list[str]:
     chapters: list[list[str]] = [[]]
     for line in map(str, lines):
         if _CHAPTER.fullmatch(line.strip()):

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fetch import main
 
-from mpjax.data import assets
-from mpjax.data.assets.__main__ import main
-from mpjax.data.assets.asset_table import TABLE, Asset
-from mpjax.data.assets.package import download, unpack
+from common.datasets import assets
+from common.datasets.asset_table import TABLE, Asset
+from common.datasets.package import download, unpack
 from mpjax.errors import ConfigError
 
 FILES = {
@@ -186,8 +186,8 @@ def test_a_killed_fetch_leaves_no_folder(given, tmp_path):
     program = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from mpjax.data import assets\n"
-        "from tests.data.test_assets import toy\n"
+        "from common.datasets import assets\n"
+        "from tests.experiments.datasets.test_assets import toy\n"
         "package = Path(sys.argv[1])\n"
         "assets.download = lambda asset, folder: package\n"
         "assets._place = lambda *folders: os.kill(os.getpid(), signal.SIGKILL)\n"

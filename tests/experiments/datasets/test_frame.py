@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from mpjax.data.tables.frame import read_frame
+from common.datasets.frame import read_frame
 from mpjax.errors import ConfigError
 from tests.assets import asset
 

@@ -7,24 +7,25 @@ import lzma
 import math
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mpjax.errors import ConfigError, printable
 from mpjax.plain_pickle import Maker, read_pickle
+from mpjax.typing import Json
 
-_MOST_GROWN, _LEAST = 6, 2**20  # texts grow by 3 or 4 when unpacked; a bomb by thousands
-_MEMORY = 2**27  # bytes that unpacking may take by itself; the largest preset of xz takes 65 MB
+_MOST_GROWN, _LEAST = 6, 2**20  # text unpacks to 3 or 4 times its size
+_MEMORY = 2**27  # of the decompressor; the largest preset of xz takes 65 MB
 _DTYPE = re.compile("[iuf][1248]|b1|O8")
 
 
 class _Frame:
     """Stands in for pandas.DataFrame: keeps what its state holds."""
 
-    blocks: list[tuple[_Array, Any]]
-    names: Any
+    blocks: list[tuple[_Array, slice | _Array]]
+    names: Sequence[str]
 
 
 class _Array:
@@ -32,7 +33,7 @@ class _Array:
 
     values: np.ndarray
 
-    def fill(self, shape: Any, dtype: Any, data: Any, order: Any) -> _Array:
+    def fill(self, shape: object, dtype: object, data: object, order: object) -> _Array:
         """Sets shape and numbers, or texts; there must be as many as the shape says."""
         if not isinstance(dtype, np.dtype) or not isinstance(shape, tuple) or len(shape) > 2:
             raise pickle.UnpicklingError("an array of unknown kind")
@@ -53,20 +54,20 @@ class _Array:
         return self
 
 
-def _dtype(kind: Any, *flags: Any) -> np.dtype:
+def _dtype(kind: object, *flags: object) -> np.dtype:
     del flags  # whether to copy and align
     if not isinstance(kind, str) or not _DTYPE.fullmatch(kind):
         raise pickle.UnpicklingError("a dtype of neither numbers nor texts")
     return np.dtype(kind)
 
 
-def _new_index(kind: Any, fields: Any) -> Any:
+def _new_index(kind: object, fields: Json) -> range | np.ndarray:
     if kind == "range":
         return range(fields["start"], fields["stop"], fields["step"])
     return fields["data"].values
 
 
-def _set_state(target: Any, state: Any) -> None:
+def _set_state(target: object, state: Json) -> None:
     if isinstance(target, np.dtype):
         if state[1] not in ("<", "|", "="):
             raise pickle.UnpicklingError("a big-endian machine's numbers")
@@ -80,8 +81,8 @@ def _set_state(target: Any, state: Any) -> None:
         raise pickle.UnpicklingError("an attempt to set the state of what has none")
 
 
-# All that a frame of numbers and texts needs; whatever else a pickle names is refused.
-_KNOWN: dict[str, Any] = {
+# The names that a frame of numbers and texts needs; others are refused.
+_KNOWN: dict[str, str | Maker] = {
     "builtins.slice": Maker(slice),
     "numpy.dtype": Maker(_dtype),
     "numpy.ndarray": "array",
@@ -128,7 +129,7 @@ def read_frame(path: str | Path) -> dict[str, np.ndarray]:
         return {str(name): columns[str(name)] for name in frame.names}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); fetch it again") from None
-    except Exception as error:  # bytes of anybody: whatever they do to the readers
+    except Exception as error:  # a damaged file may raise anything
         raise ConfigError(
             f"{path}: no pickled table of numbers and texts ({printable(str(error), 200)}); nothing"
             " of it was run"

