@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, brief
+from mpjax.typing import ArrayLike, ModelState, Tree
 
 
 class AmaxHistory(NamedTuple):
@@ -50,15 +52,15 @@ class AmaxHistory(NamedTuple):
         zeros = jnp.zeros((*layers, 3), jnp.float32)
         return cls(jnp.zeros((*layers, 3, steps), jnp.float32), zeros, zeros + 0)
 
-    def begin(self, loss_scale: Any) -> AmaxHistory:
+    def begin(self, loss_scale: ArrayLike) -> AmaxHistory:
         """Returns the state for a step whose gradients are multiplied by the loss scale."""
         amax = self.amax.at[..., 2].multiply(loss_scale)
         return self._replace(amax=amax, observed_amax=jnp.zeros_like(self.observed_amax))
 
-    def end(self, before: AmaxHistory, gradient_amax: Any, loss_scale: Any) -> AmaxHistory:
+    def end(self, before: AmaxHistory, gradient_amax: Array, loss_scale: ArrayLike) -> AmaxHistory:
         """Returns the state after a step.
 
-        A magnitude that is zero or not finite teaches nothing: the scale stays.
+        A magnitude that is zero or not finite is ignored: the scale stays.
 
         Args:
           before: the state before `begin`.
@@ -74,11 +76,13 @@ class AmaxHistory(NamedTuple):
         return AmaxHistory(history, amax, jnp.zeros_like(self.observed_amax))
 
 
-def _is_history(x: Any) -> bool:
+def _is_history(x: object) -> TypeGuard[AmaxHistory]:
     return isinstance(x, AmaxHistory)
 
 
-def map_histories(function: Any, tree: Any, *rest: Any) -> Any:
+def map_histories(
+    function: Callable[..., object], tree: ModelState, *rest: ModelState
+) -> ModelState:
     """Applies a function to each AmaxHistory of a tree and leaves all else as it is."""
     return jax.tree.map(
         lambda x, *others: function(x, *others) if _is_history(x) else x,
@@ -88,23 +92,25 @@ def map_histories(function: Any, tree: Any, *rest: Any) -> Any:
     )
 
 
-def observed_of(tree: Any) -> list[Any]:
+def observed_of(tree: ModelState) -> list[Array]:
     """Returns `observed_amax` of each AmaxHistory of a tree, in order; empty without one."""
     return [x.observed_amax for x in jax.tree.leaves(tree, is_leaf=_is_history) if _is_history(x)]
 
 
-def with_observed(tree: Any, observed_amax: list[Any]) -> Any:
-    """Returns the tree with these in the place of `observed_of`."""
+def with_observed(tree: Tree, observed_amax: Sequence[Array]) -> Tree:
+    """Returns the tree with other arrays for those of `observed_of`."""
     rest = iter(observed_amax)
     return map_histories(lambda x: x._replace(observed_amax=next(rest)), tree)
 
 
-def begin_step(tree: Any, loss_scale: Any) -> Any:
+def begin_step(tree: Tree, loss_scale: ArrayLike) -> Tree:
     """Returns a model's state for one step; see `AmaxHistory.begin`."""
     return map_histories(lambda x: x.begin(loss_scale), tree)
 
 
-def end_step(tree: Any, before: Any, gradient_amax: list[Any], loss_scale: Any) -> Any:
+def end_step(
+    tree: Tree, before: ModelState, gradient_amax: Sequence[Array], loss_scale: ArrayLike
+) -> Tree:
     """Returns a model's state after one step; see `AmaxHistory.end`."""
     rest = iter(gradient_amax)
     return map_histories(lambda x, old: x.end(old, next(rest), loss_scale), tree, before)

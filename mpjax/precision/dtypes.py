@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import jmp
 import numpy as np
 
 from mpjax.errors import ConfigError, brief
+from mpjax.formats.checks import did_you_mean
+from mpjax.typing import DType, DTypeLike
 
 # jmp knows full/f32/float32, f16/float16, bf16/bfloat16, f64/float64 and half (per backend).
 _EXTRA = {"fp32": "f32", "fp16": "f16", "fp64": "f64", "single": "f32", "double": "f64"}
@@ -19,7 +18,7 @@ _STORED = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}  # weights only, 
 _NAMES = ("f32", "bf16", "f16", "f64", "full", "half", *_KNOWN, *_EXTRA)
 
 
-def is_fp8(dtype: Any) -> bool:
+def is_fp8(dtype: DTypeLike) -> bool:
     """Returns whether a dtype is one of those that only weights are stored in.
 
     Example:
@@ -29,7 +28,7 @@ def is_fp8(dtype: Any) -> bool:
     return dtype in _STORED.values()
 
 
-def parse_dtype(text: Any, where: str = "dtype", stored: bool = False) -> Any:
+def parse_dtype(text: DTypeLike | None, where: str = "dtype", stored: bool = False) -> DTypeLike:
     """Returns the jax scalar type that a dtype name means.
 
     Args:
@@ -67,8 +66,7 @@ def parse_dtype(text: Any, where: str = "dtype", stored: bool = False) -> Any:
     except ValueError:
         dtype = None
     if dtype is None:
-        near = difflib.get_close_matches(name, _NAMES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, _NAMES)
         raise ConfigError(f"{where}: unknown dtype {name!r}; {hint}known: {' '.join(_KNOWN)}")
     if dtype == jnp.float64 and jax.dtypes.canonicalize_dtype(dtype) != jnp.float64:
         raise ConfigError(
@@ -77,7 +75,7 @@ def parse_dtype(text: Any, where: str = "dtype", stored: bool = False) -> Any:
     return dtype
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: DTypeLike | None) -> str:
     """Returns the short name of a dtype: `f32`, `bf16`, `f16`, `f64`; of weights `e4m3`, `e5m2`.
 
     Raises:
@@ -87,7 +85,7 @@ def dtype_name(dtype: Any) -> str:
       >>> dtype_name(jnp.bfloat16)
       'bf16'
     """
-    short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+    short = dict(zip(_KNOWN, ("f32", "bf16", "f16", "f64"), strict=True))
     short |= {np.dtype(d).name: key for key, d in _STORED.items()}
     try:
         name = "" if dtype is None else np.dtype(dtype).name
@@ -99,22 +97,7 @@ def dtype_name(dtype: Any) -> str:
     return short[name]
 
 
-def wider(a: Any, b: Any) -> Any:
-    """Returns the narrowest dtype that holds both; bfloat16 and float16 meet in float32.
-
-    Example:
-      >>> wider(jnp.bfloat16, jnp.float32).name, wider(jnp.bfloat16, jnp.float16).name
-      ('float32', 'float32')
-    """
-    a, b = np.dtype(a), np.dtype(b)
-    if a == b:
-        return a
-    if a.itemsize == b.itemsize:
-        return np.dtype(np.float32)
-    return max(a, b, key=lambda dtype: dtype.itemsize)
-
-
-def sum_dtype(dtype: Any) -> Any:
+def sum_dtype(dtype: DTypeLike) -> DType:
     """Returns the dtype that sums over many terms are formed in, terms included.
 
     float32 for float16, whose squares overflow from 256 on and whose sums do from 65504 on; any

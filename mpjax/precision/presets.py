@@ -6,7 +6,7 @@ import dataclasses
 
 from mpjax.errors import ConfigError, brief
 from mpjax.precision.loss_scale import LossScaleSettings
-from mpjax.precision.moments import Moments
+from mpjax.precision.moments import MomentFormat, Moments
 from mpjax.precision.policy import parse_policy
 from mpjax.precision.precision import Precision
 from mpjax.precision.recipe import Recipe
@@ -14,6 +14,7 @@ from mpjax.precision.recipe_presets import get_recipe, recipe_names
 from mpjax.precision.rule import Rule
 
 _DYNAMIC = LossScaleSettings("dynamic")
+_INT8 = MomentFormat("int8")
 _PRESETS: dict[str, Precision] = {}
 
 
@@ -100,7 +101,7 @@ for _preset in (
     Precision(
         "adam8bit",
         _mixed("f32", "bf16"),
-        moments=Moments("int8@256", "int8@256", keep=("**/embed",), user=False),
+        moments=Moments(_INT8, _INT8, keep=("**/embed",), user=False),
     ),
     # One for each recipe, whose source the table prints.
     *(Precision(name, quantised_rules(get_recipe(name))) for name in recipe_names()),

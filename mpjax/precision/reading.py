@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import jmp
 
 from mpjax.errors import ConfigError, brief
+from mpjax.formats.checks import did_you_mean
+from mpjax.precision.moments import Moments
 from mpjax.precision.policy import parse_policy, policy_text
 from mpjax.precision.precision import OPTIONS, Precision, parse_options
 from mpjax.precision.presets import base_rules, find_preset, preset_names, quantised_rules
 from mpjax.precision.recipe import Recipe
 from mpjax.precision.recipe_presets import get_recipe, recipe_names
 from mpjax.precision.rule import Rule
+from mpjax.typing import DTypeLike, Json, Settings
 
 
 def parse_rule(text: str | Rule) -> Rule:
@@ -92,11 +93,7 @@ def _is_recipe(text: str) -> bool:
     return text in recipe_names() or text.startswith(("emulate(", "fixed-"))
 
 
-def _fields(precision: Precision) -> dict[str, Any]:
-    return {f.name: getattr(precision, f.name) for f in dataclasses.fields(precision)}
-
-
-def _from_policy(text: str) -> dict[str, Any]:
+def _from_policy(text: str) -> Settings:
     """A policy for every path; norms, softmax, rotary angles, cell states, loss stay float32."""
     text, recipe = _split_recipe(text, "precision")
     if not text:
@@ -106,14 +103,9 @@ def _from_policy(text: str) -> dict[str, Any]:
     policy = parse_policy(text, "precision")
     full = policy_text(policy)
     param, _, out = full.split(",")
-    inner = f"{param},c=f32,{out}"
     rules = base_rules(
-        ("**/softmax", inner),
-        ("**/norm*", inner),
-        ("**/rotary", inner),
-        ("**/cell/state", "f32"),
-        ("**/loss", "f32"),
-        ("**", full),
+        *((f"**/{name}", f"{param},c=f32,{out}") for name in ("softmax", "norm*", "rotary")),
+        *(("**/cell/state", "f32"), ("**/loss", "f32"), ("**", full)),
     )
     if recipe is None:
         return {"name": full, "rules": rules}
@@ -121,12 +113,12 @@ def _from_policy(text: str) -> dict[str, Any]:
     return {"name": last.value, "rules": (*rules[:-1], head, last)}
 
 
-def _start(word: str) -> dict[str, Any]:
+def _start(word: str) -> Settings:
     preset = find_preset(word)
+    if preset is None and _is_recipe(word):
+        preset = Precision(word, quantised_rules(get_recipe(word, "precision")))
     if preset is not None:
-        return _fields(preset)
-    if _is_recipe(word):
-        return _fields(Precision(word, quantised_rules(get_recipe(word, "precision"))))
+        return dict(vars(preset))
     if word == "O1":
         raise ConfigError(
             "precision: O1 casts inside functions and not by path: for any model take"
@@ -138,15 +130,14 @@ def _start(word: str) -> dict[str, Any]:
     except ConfigError:
         if "=" in word:
             raise
-        near = difflib.get_close_matches(word.lower(), preset_names(), n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        hint = did_you_mean(word.lower(), preset_names(), 2, 0.5)
         raise ConfigError(
             f"precision: unknown preset {word!r}; {hint}presets: {' '.join(preset_names())}; or a"
             " policy such as p=f32,c=bf16,o=f32"
         ) from None
 
 
-def _from_dict(data: dict[str, Any]) -> dict[str, Any]:
+def _from_dict(data: dict[str, Json]) -> Settings:
     known = {"name", "rules", *OPTIONS}
     if set(data) != known:
         odd = " ".join(sorted(set(data) ^ known))
@@ -169,7 +160,7 @@ def _from_dict(data: dict[str, Any]) -> dict[str, Any]:
     return _of_preset({"name": data["name"], "rules": rules} | parse_options(data))
 
 
-def _of_preset(fields: dict[str, Any]) -> dict[str, Any]:
+def _of_preset(fields: Settings) -> Settings:
     """The fields of a whole Precision, as written by it, with the preset's moments as such."""
     preset = find_preset(fields["name"])
     if preset is not None and fields.get("moments") == preset.moments:
@@ -177,7 +168,7 @@ def _of_preset(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _from_text(text: str) -> dict[str, Any]:
+def _from_text(text: str) -> Settings:
     words = text.split()
     if not words:
         raise ConfigError(f"precision: empty; presets: {' '.join(preset_names())}")
@@ -204,13 +195,13 @@ def _from_text(text: str) -> dict[str, Any]:
 
 
 def get_precision(
-    value: str | dict[str, Any] | Precision,
+    value: str | dict[str, Json] | Precision,
     *,
     rules: Sequence[str | Rule] = (),
-    loss_scale: Any = None,
+    loss_scale: object = None,
     update: str | None = None,
-    moments: Any = None,
-    gradient_dtype: Any = None,
+    moments: DTypeLike | Moments | None = None,
+    gradient_dtype: DTypeLike | None = None,
 ) -> Precision:
     """Returns a Precision from a preset, a policy, a line of text, JSON or another Precision.
 
@@ -232,16 +223,10 @@ def get_precision(
       >>> get_precision(p.to_text()) == p == get_precision(p.to_json())
       True
     """
-    options = parse_options(
-        {
-            "loss_scale": loss_scale,
-            "update": update,
-            "moments": moments,
-            "gradient_dtype": gradient_dtype,
-        }
-    )
+    values = loss_scale, update, moments, gradient_dtype
+    options = parse_options(dict(zip(OPTIONS, values, strict=True)))
     if isinstance(value, Precision):
-        fields = _fields(value)
+        fields = dict(vars(value))
     elif isinstance(value, dict):
         fields = _from_dict(value)
     elif not isinstance(value, str):

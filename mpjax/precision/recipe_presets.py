@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 
 from mpjax.errors import ConfigError, brief
+from mpjax.formats.checks import did_you_mean
 from mpjax.precision.recipe import Operand, Pair, Recipe
 
 
@@ -130,8 +130,7 @@ def get_recipe(value: str | Recipe, where: str = "recipe") -> Recipe:
     known = isinstance(value, str)
     found = (_RECIPES.get(value) or _generic(value)) if known else None
     if found is None:
-        near = difflib.get_close_matches(value, _RECIPES, n=2, cutoff=0.5) if known else []
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        hint = did_you_mean(value, _RECIPES, 2, 0.5) if known else ""
         raise ConfigError(
             f"{where}: unknown recipe {brief(value)}; {hint}known: {' '.join(_RECIPES)},"
             " emulate(FORMAT), fixed-qI.F; a recipe of your own needs register_recipe first"

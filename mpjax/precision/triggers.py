@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mpjax.errors import ConfigError
+from mpjax.formats.checks import did_you_mean
+from mpjax.typing import Settings
 
 _WIDER = 1.25  # memory must be free by so much more than the headroom before a promotion
 _LONGEST = 10  # doublings of the hold
@@ -111,13 +112,12 @@ class Triggers:
     def parse(cls, text: str) -> Triggers:
         """Reads `window=20,skips=0.3,rise=0.2,hold=3,underflow=0.5,headroom=2`, or some of them."""
         known = [field.name for field in dataclasses.fields(cls)]
-        found: dict[str, Any] = {}
+        found: Settings = {}
         for part in filter(None, text.split(",")):
             name, equals, value = part.partition("=")
             if name not in known or name in found:
-                near = difflib.get_close_matches(name, known, n=1)
                 hint = "stands twice" if name in found else "is unknown"
-                guess = f"did you mean {near[0]}? " if near and name not in found else ""
+                guess = "" if name in found else did_you_mean(name, known)
                 raise ConfigError(
                     f"precision schedule: {name!r} {hint} in {text!r}; {guess}write NAME=NUMBER"
                     f" with NAME in {' '.join(known)}"

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from mpjax.errors import ConfigError
+from mpjax.formats import widest
 from mpjax.interpret.autocast.float32_consumers import float32_consumers
 from mpjax.interpret.autocast.products import add_bias, biases, product
 from mpjax.interpret.autocast.rules import UNCHANGED, CastPolicy
@@ -19,7 +20,7 @@ from mpjax.interpret.core.control_flow import REBUILT
 from mpjax.interpret.core.location import OPAQUE, Location, location_of
 from mpjax.interpret.core.matmuls import held_products, is_product
 from mpjax.interpret.core.op_lists import APART, LOW, PLAIN, WHOLE, Lists, operation
-from mpjax.interpret.core.retrace import Result, cast, is_float, widest
+from mpjax.interpret.core.retrace import Result, cast, is_float
 from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun, mapped_aval
 
+from mpjax.formats import widest
 from mpjax.interpret.core.retrace import (
     Result,
     Run,
@@ -26,7 +27,6 @@ from mpjax.interpret.core.retrace import (
     is_float,
     retrace,
     widen,
-    widest,
 )
 from mpjax.interpret.core.shard_map import run_shards, varying
 from mpjax.interpret.core.walk import CUSTOM_RULES, bind, scan_sizes
