@@ -6,8 +6,6 @@ N = R times the queries of a block.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import jmp
@@ -15,27 +13,33 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mpjax.errors import ConfigError
+from mpjax.formats import widest
 from mpjax.ops.softmax import softmax as softmaxed
-from mpjax.precision import dtype_name, sum_dtype, wider
+from mpjax.precision import dtype_name, sum_dtype
+from mpjax.typing import DType
 
 KERNELS = ("auto", "xla", "cudnn")
 BLOCKS = 4  # of queries, each against the keys up to its end: 5/8 of the products and the softmax
 SHORTEST = 32  # queries a block: shorter ones cost more in calls than they save
 
 
-def _scores(q_BGNK: Any, k_BGSK: Any, full: Any, wide: Any) -> Any:
+def _scores(q_BGNK: Array, k_BGSK: Array, full: lax.Precision | None, wide: DType) -> Array:
     """Products of queries and keys, emitted in a dtype that may be wider than theirs."""
     return jnp.einsum(
         "BGNK,BGSK->BGNS", q_BGNK, k_BGSK, precision=full, preferred_element_type=wide
     )
 
 
-def _scores_fwd(q_BGNK: Any, k_BGSK: Any, full: Any, wide: Any) -> Any:
+def _scores_fwd(
+    q_BGNK: Array, k_BGSK: Array, full: lax.Precision | None, wide: DType
+) -> tuple[Array, tuple[Array, Array]]:
     return _scores(q_BGNK, k_BGSK, full, wide), (q_BGNK, k_BGSK)
 
 
-def _scores_bwd(full: Any, wide: Any, residuals: Any, d_BGNS: Any) -> Any:
-    del wide  # the cotangent has this dtype; left so, both products below would run in it
+def _scores_bwd(
+    full: lax.Precision | None, wide: DType, residuals: tuple[Array, Array], d_BGNS: Array
+) -> tuple[Array, Array]:
+    del wide  # the cotangent has this dtype; without a cast both products would run in it
     q_BGNK, k_BGSK = residuals
     d_BGNS = d_BGNS.astype(q_BGNK.dtype)
     dq = jnp.einsum("BGNS,BGSK->BGNK", d_BGNS, k_BGSK, precision=full)
@@ -46,17 +50,19 @@ _score = jax.custom_vjp(_scores, nondiff_argnums=(2, 3))
 _score.defvjp(_scores_fwd, _scores_bwd)
 
 
-def _seen(start: int, stop: int, end: int, first: Any, causal: bool, window: int) -> Any:
-    """Which keys (end) the queries start .. stop - 1 see, (T, S); None where all see all."""
+def _mask(
+    start: int, stop: int, end: int, first: Array | int, causal: bool, window: int
+) -> Array | None:
+    """Which keys (0 .. end - 1) the queries start .. stop - 1 see, (T, S); None if all."""
     if not causal and not window:
         return None
     query_T1, key_1S = jnp.arange(start, stop)[:, None] + first, jnp.arange(end)[None, :]
-    seen_TS = query_T1 >= key_1S if causal else jnp.ones((stop - start, end), bool)
+    mask_TS = query_T1 >= key_1S if causal else jnp.ones((stop - start, end), bool)
     if window:
-        seen_TS = seen_TS & (query_T1 - key_1S < window)
+        mask_TS = mask_TS & (query_T1 - key_1S < window)
         if not causal:
-            seen_TS = seen_TS & (key_1S - query_T1 < window)
-    return seen_TS
+            mask_TS = mask_TS & (key_1S - query_T1 < window)
+    return mask_TS
 
 
 def attention(
@@ -129,11 +135,11 @@ def attention(
     B, T, H, _ = q.shape
     S, G = k.shape[1], k.shape[2]
     R = H // G
-    # Heads that share keys are rows of one product: batch axes are B and G, and there is no third.
+    # Query heads that share keys are rows of one product, whose batch axes are B and G.
     q_BGRTK = (q * K**-0.5).reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4)
     k_BGSK, v_BGSK = (x.transpose(0, 2, 1, 3) for x in (k, v))
     softmax_dtype = sum_dtype(softmax.compute_dtype)
-    wide: Any = wider(compute, softmax_dtype)
+    wide = widest(compute, softmax_dtype)
     full = lax.Precision.HIGHEST if compute == jnp.float32 else None
     cut = causal and from_start and T == S and T % BLOCKS == 0 and T // BLOCKS >= SHORTEST
     blocks = BLOCKS if cut else 1
@@ -143,11 +149,11 @@ def attention(
         end = stop if blocks > 1 else S
         q_BGNK = q_BGRTK[:, :, :, start:stop].reshape(B, G, R * (stop - start), K)
         scores = _score(q_BGNK, k_BGSK[:, :, :end], full, wide).astype(softmax_dtype)
-        seen_TS = _seen(start, stop, end, first, causal, window)
+        mask_TS = _mask(start, stop, end, first, causal, window)
         lowest = jnp.finfo(scores.dtype).min  # finite: a row of -inf would be NaN
-        if seen_TS is not None:
-            seen_NS = jnp.broadcast_to(seen_TS[None], (R, *seen_TS.shape)).reshape(-1, end)
-            scores = jnp.where(seen_NS[None, None], scores, lowest)
+        if mask_TS is not None:
+            mask_NS = jnp.broadcast_to(mask_TS[None], (R, *mask_TS.shape)).reshape(-1, end)
+            scores = jnp.where(mask_NS[None, None], scores, lowest)
         if keep_BS is not None:
             scores = jnp.where(keep_BS[:, None, None, :end], scores, lowest)
         probs = softmaxed(scores, softmax.compute_dtype)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import as_array
+from mpjax.typing import Array, ArrayLike
 
 
 def _hadamard_matrix(size: int) -> np.ndarray:
@@ -20,7 +19,7 @@ def _hadamard_matrix(size: int) -> np.ndarray:
     return (matrix / np.sqrt(size)).astype(np.float32)
 
 
-def hadamard(x: Any, axis: int, signs: Any) -> Any:
+def hadamard(x: ArrayLike, axis: int, signs: ArrayLike) -> Array:
     r"""Returns $H \mathrm{diag}(s) x$ along an axis, in blocks as long as the signs.
 
     $H \mathrm{diag}(s)$ is orthogonal, so a product over this axis of two arrays so transformed is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import jmp
@@ -40,7 +40,7 @@ class RopeScaling(NamedTuple):
 _NONE = RopeScaling()
 
 
-def _stretched(frequency_J: Any, scaling: RopeScaling) -> Any:
+def _stretched(frequency_J: Array, scaling: RopeScaling) -> Array:
     if scaling.kind == "none":
         return frequency_J
     slow_J = frequency_J / scaling.factor
