@@ -70,21 +70,19 @@ def batch_rows(batch: Batch, where: str) -> set[int]:
       {2}
     """
     rows = set()
-    for x in jax.tree.leaves(batch):
+    for path, x in jax.tree_util.tree_leaves_with_path(batch):
         array = isinstance(x, np.ndarray | jax.Array) and x.ndim
         if not array or (isinstance(x, np.ndarray) and x.dtype.kind in "OSUMm"):
             raise ConfigError(
-                f"{where}: {_leaf(batch, x)}; give arrays whose first axis is that of the examples"
+                f"{where}: {_leaf(path, x)}; give arrays whose first axis is that of the examples"
             )
         rows.add(x.shape[0])
         if not x.shape[0]:
-            raise ConfigError(f"{where}: {_leaf(batch, x)}, no example; leave an empty batch out")
+            raise ConfigError(f"{where}: {_leaf(path, x)}, no example; leave an empty batch out")
     return rows
 
 
-def _leaf(batch: Batch, leaf: object) -> str:
-    found = jax.tree_util.tree_leaves_with_path(batch)
-    path = next(path for path, x in found if x is leaf)
+def _leaf(path: jax.tree_util.KeyPath, leaf: object) -> str:
     what = "an array of no axes" if getattr(leaf, "shape", None) == () else brief(leaf)
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return f"{name} of the batch is {what}" if name else f"the batch is {what}"

@@ -16,37 +16,37 @@ from mpjax.errors import ConfigError
 from mpjax.formats import widest
 from mpjax.ops.softmax import softmax as softmaxed
 from mpjax.precision import dtype_name, sum_dtype
-from mpjax.typing import DType
+from mpjax.typing import DType, DTypeLike
 
 KERNELS = ("auto", "xla", "cudnn")
 BLOCKS = 4  # of queries, each against the keys up to its end: 5/8 of the products and the softmax
 SHORTEST = 32  # queries a block: shorter ones cost more in calls than they save
 
 
-def _scores(q_BGNK: Array, k_BGSK: Array, full: lax.Precision | None, wide: DType) -> Array:
+def _einsum(spec: str, a: Array, b: Array, out: DTypeLike | None = None) -> Array:
+    """Multiplies; float32 operands are multiplied as float32 on every platform."""
+    full = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=full, preferred_element_type=out)
+
+
+def _scores(q_BGNK: Array, k_BGSK: Array, wide: DType) -> Array:
     """Products of queries and keys, emitted in a dtype that may be wider than theirs."""
-    return jnp.einsum(
-        "BGNK,BGSK->BGNS", q_BGNK, k_BGSK, precision=full, preferred_element_type=wide
-    )
+    return _einsum("BGNK,BGSK->BGNS", q_BGNK, k_BGSK, wide)
 
 
-def _scores_fwd(
-    q_BGNK: Array, k_BGSK: Array, full: lax.Precision | None, wide: DType
-) -> tuple[Array, tuple[Array, Array]]:
-    return _scores(q_BGNK, k_BGSK, full, wide), (q_BGNK, k_BGSK)
+def _scores_fwd(q: Array, k: Array, wide: DType) -> tuple[Array, tuple[Array, Array]]:
+    return _scores(q, k, wide), (q, k)
 
 
-def _scores_bwd(
-    full: lax.Precision | None, wide: DType, residuals: tuple[Array, Array], d_BGNS: Array
-) -> tuple[Array, Array]:
+def _scores_bwd(wide: DType, residuals: tuple[Array, Array], d_BGNS: Array) -> tuple[Array, Array]:
     del wide  # the cotangent has this dtype; without a cast both products would run in it
     q_BGNK, k_BGSK = residuals
     d_BGNS = d_BGNS.astype(q_BGNK.dtype)
-    dq = jnp.einsum("BGNS,BGSK->BGNK", d_BGNS, k_BGSK, precision=full)
-    return dq, jnp.einsum("BGNS,BGNK->BGSK", d_BGNS, q_BGNK, precision=full)
+    dq = _einsum("BGNS,BGSK->BGNK", d_BGNS, k_BGSK)
+    return dq, _einsum("BGNS,BGNK->BGSK", d_BGNS, q_BGNK)
 
 
-_score = jax.custom_vjp(_scores, nondiff_argnums=(2, 3))
+_score = jax.custom_vjp(_scores, nondiff_argnums=(2,))
 _score.defvjp(_scores_fwd, _scores_bwd)
 
 
@@ -140,7 +140,6 @@ def attention(
     k_BGSK, v_BGSK = (x.transpose(0, 2, 1, 3) for x in (k, v))
     softmax_dtype = sum_dtype(softmax.compute_dtype)
     wide = widest(compute, softmax_dtype)
-    full = lax.Precision.HIGHEST if compute == jnp.float32 else None
     cut = causal and from_start and T == S and T % BLOCKS == 0 and T // BLOCKS >= SHORTEST
     blocks = BLOCKS if cut else 1
     outs = []
@@ -148,7 +147,7 @@ def attention(
         stop = start + T // blocks
         end = stop if blocks > 1 else S
         q_BGNK = q_BGRTK[:, :, :, start:stop].reshape(B, G, R * (stop - start), K)
-        scores = _score(q_BGNK, k_BGSK[:, :, :end], full, wide).astype(softmax_dtype)
+        scores = _score(q_BGNK, k_BGSK[:, :, :end], wide).astype(softmax_dtype)
         mask_TS = _mask(start, stop, end, first, causal, window)
         lowest = jnp.finfo(scores.dtype).min  # finite: a row of -inf would be NaN
         if mask_TS is not None:
@@ -158,10 +157,7 @@ def attention(
             scores = jnp.where(keep_BS[:, None, None, :end], scores, lowest)
         probs = softmaxed(scores, softmax.compute_dtype)
         probs = probs.astype(softmax.output_dtype).astype(compute)
-        out_BGNK = jnp.einsum(
-            "BGNS,BGSK->BGNK", probs, v_BGSK[:, :, :end], precision=full,
-            preferred_element_type=compute,
-        )  # fmt: skip
+        out_BGNK = _einsum("BGNS,BGSK->BGNK", probs, v_BGSK[:, :, :end], compute)
         outs.append(out_BGNK.reshape(B, G, R, stop - start, K))
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(B, T, H, K).astype(policy.output_dtype)

@@ -5,7 +5,7 @@ Shapes: N images, H height, W width, C inputs, F outputs, K kernel size; h, w of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,15 +71,16 @@ class Conv(NamedTuple):
 
     def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Array) -> Array:
         """The gradient of x: the convolution is linear in it."""
-        whole = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-        pull = jax.linear_transpose(lambda x: self._apply(x, opened(w)), whole)
-        return pull(opened(dy).astype(jnp.float32))[0]
+        return _transposed(lambda x: self._apply(x, opened(w)), x, dy)
 
     def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Array) -> Array:
         """The gradient of the kernel: the convolution is linear in it."""
-        whole = jax.ShapeDtypeStruct(w.shape, jnp.float32)
-        pull = jax.linear_transpose(lambda w: self._apply(opened(x), w), whole)
-        return pull(opened(dy).astype(jnp.float32))[0]
+        return _transposed(lambda w: self._apply(opened(x), w), w, dy)
+
+
+def _transposed(function: Callable[[Array], Array], like: Array, dy: QuantizedOperand) -> Array:
+    whole = jax.ShapeDtypeStruct(like.shape, jnp.float32)
+    return jax.linear_transpose(function, whole)(opened(dy).astype(jnp.float32))[0]
 
 
 def conv_general_dilated(
@@ -227,10 +228,8 @@ def _backward(
     spread = tuple((n - 1) * s + 1 for n, s in zip(dy.shape[1:3], strides, strict=True))
     pads = _same(sizes, kernel, strides)
 
-    edges = tuple(
-        (k - 1 - before, size - wide + before)
-        for size, k, wide, (before, _) in zip(sizes, kernel, spread, pads, strict=True)
-    )
+    axes = list(zip(sizes, kernel, spread, pads, strict=True))
+    edges = tuple((k - 1 - low, size - wide + low) for size, k, wide, (low, _) in axes)
     turned = w.astype(compute)[::-1, ::-1]
     dx = _convolve(
         dy, turned, ("NHWC", "HWOI", "NHWC"), edges, widest(compute, like.dtype),
@@ -238,10 +237,7 @@ def _backward(
     )  # fmt: skip
 
     # The weight gradient leaves in float32, so that a sum over replicas behind it is float32 too.
-    edges = tuple(
-        (before, k - 1 - size - before + wide)
-        for size, k, wide, (before, _) in zip(sizes, kernel, spread, pads, strict=True)
-    )
+    edges = tuple((low, k - 1 - size - low + wide) for size, k, wide, (low, _) in axes)
     dw = _convolve(
         x, dy, ("CHWN", "IHWO", "HWNC"), edges, widest(compute, gradient_dtype),
         rhs_dilation=strides,

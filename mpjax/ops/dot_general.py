@@ -29,11 +29,12 @@ from mpjax.typing import Array, ArrayLike, DType, DTypeLike, Key, PyTree, Tree
 
 PRNG = "threefry2x32"
 # a, b, the key's words, amax and observed amax of delayed scaling; the result and observed amax
-Operands: TypeAlias = tuple[Array, Array, Array | None, Array | None, Array | None]
+Inputs: TypeAlias = tuple[Array, Array, Array | None, Array | None, Array | None]
 Result: TypeAlias = tuple[Array, Array | None]
 # a, b, dy, the key's words and amax; the gradients of a and b
 Pulled: TypeAlias = tuple[Array, Array, Array, Array | None, Array | None]
 Gradients: TypeAlias = tuple[Array, Array]
+PullResult: TypeAlias = tuple[Gradients, Array | None]  # and the amax of dy
 _Point: TypeAlias = tuple[Array, Array, Array | None, Array | None]  # a, b, key's words, amax
 
 
@@ -159,11 +160,9 @@ def _part(amax: Array | None, number: int) -> Array | None:
 # The jitted functions below are one program each in an eager call, part of the caller's jaxpr under
 # a trace. Their spec has no path: it does not affect the numbers, and without it two modules of
 # equal shapes share a program.
-@functools.partial(jax.jit, static_argnums=5, inline=True)
-def _multiply(
-    a: Array, b: Array, key: Array | None, amax: Array | None, observed_amax: Array | None,
-    spec: ProductSpec,
-) -> Result:  # fmt: skip
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _multiply(operands: Inputs, spec: ProductSpec) -> Result:
+    a, b, key, amax, observed_amax = operands
     recipe, ((x_axes, w_axes), *_) = spec.recipe, spec.op.axes(a, b)
     x = a.astype(spec.compute)
     left = quantize_operand(x, recipe.fprop[0], x_axes, _key(key, 0), spec.compute, _part(amax, 0))
@@ -204,28 +203,22 @@ def _folded(data: Array | None, number: int) -> Array | None:
     return None if key is None else jax.random.key_data(key)
 
 
-def _still(tree: Tree) -> Tree:
-    return jax.tree.map(lax.stop_gradient, tree)
-
-
-def _forward(
-    a: Array, b: Array, key: Array | None, amax: Array | None, observed_amax: Array | None,
-    spec: ProductSpec,
-) -> Result:  # fmt: skip
-    need_key(spec.recipe, key, False, spec.where)
-    operands = a, b, key, amax, observed_amax
-    outs = _multiply(*_still(operands), spec._replace(where=""))
+def _forward(operands: Inputs, spec: ProductSpec) -> Result:
+    need_key(spec.recipe, operands[2], False, spec.where)
+    outs = _multiply(lax.stop_gradient(operands), spec._replace(where=""))
     return with_derivative(OfProduct(spec), outs, operands)
 
 
 # `_forward` already has this derivative; the rule makes a product one equation of the jaxpr.
-_product = jax.custom_jvp(_forward, nondiff_argnums=(5,))
+_product = jax.custom_jvp(_forward, nondiff_argnums=(1,))
 
 
 @_product.defjvp
-def _product_jvp(spec: ProductSpec, primals: Operands, tangents: Operands) -> tuple[Result, Result]:
-    outs = _forward(*primals, spec)
-    return outs, OfProduct(spec).along(outs, primals, tangents)
+def _product_jvp(
+    spec: ProductSpec, primals: tuple[Inputs], tangents: tuple[Inputs]
+) -> tuple[Result, Result]:
+    outs = _forward(primals[0], spec)
+    return outs, OfProduct(spec).along(outs, primals[0], tangents[0])
 
 
 class OfProduct(NamedTuple):
@@ -237,7 +230,7 @@ class OfProduct(NamedTuple):
 
     spec: ProductSpec
 
-    def along(self, outs: Result, operands: Operands, tangents: Operands) -> Result:
+    def along(self, outs: Result, operands: Inputs, tangents: Inputs) -> Result:
         """The tangents of its results."""
         a, b, key, amax, _ = operands
         da, db, _, _, d_observed = tangents
@@ -245,9 +238,7 @@ class OfProduct(NamedTuple):
         at = a.astype(self.spec.compute), b, key, amax
         return LinearMap("push", self.spec).bind(at, (da, db, d_observed), outs)
 
-    def derivative(
-        self, outs: Result, operands: Operands, tangents: Operands
-    ) -> tuple[Result, Result]:
+    def derivative(self, outs: Result, operands: Inputs, tangents: Inputs) -> tuple[Result, Result]:
         """See `mpjax.ops.linear_map.Rule`."""
         outs = with_derivative(self, outs, operands)
         return outs, self.along(outs, operands, tangents)
@@ -258,15 +249,13 @@ def _push(
 ) -> tuple[Array, Array | None]:
     a, b, key, amax = at
     da, db, d_observed = tangents
-    left = _product(da, b, _folded(key, _FOR_X), _fresh(amax, 0), None, spec)[0]
-    right = _product(a, db, _folded(key, _FOR_W), _fresh(amax, 1), None, spec)[0]
+    left = _product((da, b, _folded(key, _FOR_X), _fresh(amax, 0), None), spec)[0]
+    right = _product((a, db, _folded(key, _FOR_W), _fresh(amax, 1), None), spec)[0]
     return left + right, d_observed
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _pull_back(
-    spec: ProductSpec, like: DType | None, operands: Pulled
-) -> tuple[Gradients, Array | None]:
+def _pull_back(spec: ProductSpec, like: DType | None, operands: Pulled) -> PullResult:
     x, b, dy, key, amax = operands
     recipe, compute = spec.recipe, spec.compute
     x, dy = x.astype(compute), dy.astype(compute)
@@ -308,7 +297,7 @@ class OfPull(NamedTuple):
         (a, b, dy, key, amax), (da, db, ddy, _, _) = operands, tangents
         own = _fresh(amax, 2)
         if amax is not None:  # the history is not that of this dy
-            still = _still((a, b, dy, key, own))
+            still = lax.stop_gradient((a, b, dy, key, own))
             outs, _ = _pull_back(self.spec._replace(where=""), self.like, still)
         outs = with_derivative(self, outs, (a, b, dy, key, own))
         along = LinearMap("pull", *self).bind((a, b, key, own), (ddy,), outs)
@@ -316,12 +305,10 @@ class OfPull(NamedTuple):
         return outs, (along[0] + across[0], along[1] + across[1])
 
 
-def _pull(
-    spec: ProductSpec, like: DType | None, operands: Pulled
-) -> tuple[Gradients, Array | None]:
+def _pull(spec: ProductSpec, like: DType | None, operands: Pulled) -> PullResult:
     """The gradients of x, in a dtype, and of W; and the amax of dy for delayed scaling."""
     need_key(spec.recipe, operands[3], True, spec.where)
-    outs, now = _pull_back(spec._replace(where=""), like, _still(operands))
+    outs, now = _pull_back(spec._replace(where=""), like, lax.stop_gradient(operands))
     return with_derivative(OfPull(spec, like), outs, operands), now
 
 
@@ -385,7 +372,7 @@ def product(
     past = observed = None
     if amax is not None:
         past, observed = amax.amax * jnp.float32(2.0**spec.recipe.margin), amax.observed_amax
-    y, observed = _product(a, b, key_data(key, spec.where), past, observed, spec)
+    y, observed = _product((a, b, key_data(key, spec.where), past, observed), spec)
     if amax is not None and observed is not None:
         amax = amax._replace(observed_amax=observed)
     return y, amax

@@ -11,6 +11,7 @@ tested, and because it silently leaves an operand unquantised that it cannot qua
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _INT32_TERMS = (2**31 - 1) // 128**2  # products of two int8 that an int32 can sum
 
+_Product = Callable[[Array, Array], Array]
 Transposed = tuple[Dims, Axes]  # a product and the permutation of its result
 
 
@@ -125,20 +127,15 @@ def _multiply(a: QuantizedOperand, b: QuantizedOperand, dims: Dims) -> Array:
         )  # fmt: skip
         return whole.astype(jnp.float32)
 
-    if not (a.short and b.short):
-        return dot(a.values.astype(jnp.float32), b.values.astype(jnp.float32), dims)
+    def multiply_as(left: DTypeLike | None, right: DTypeLike | None) -> _Product:
+        return lambda x, y: dot(x.astype(left), y.astype(right), dims)
 
-    def short(x: Array, y: Array) -> Array:  # exact: bfloat16 holds all these values
-        return dot(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), dims)
-
-    if unit != "float8":
-        return short(a.values, b.values)
-    left, right = (f.format.dtype for f in (a, b) if f.format is not None)
-
-    def eight(x: Array, y: Array) -> Array:
-        return dot(x.astype(left), y.astype(right), dims)
-
-    return lax.platform_dependent(a.values, b.values, cuda=eight, default=short)
+    wide = jnp.bfloat16 if a.short and b.short else jnp.float32  # it holds all values exactly
+    emulated = multiply_as(wide, wide)
+    if unit != "float8" or a.format is None or b.format is None:
+        return emulated(a.values, b.values)
+    native = multiply_as(a.format.dtype, b.format.dtype)
+    return lax.platform_dependent(a.values, b.values, cuda=native, default=emulated)
 
 
 def _spread(scales: Array, batch: Axes, free: Axes, summed: Axes, before: int, after: int) -> Array:

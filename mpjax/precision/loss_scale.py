@@ -215,10 +215,10 @@ class LossScaleSettings:
                 key, value = "init", part
             if key not in keys:
                 long = kind if len(keys) > 1 else "dynamic"
+                known = " ".join(key for key in _SHORT if key in _READS[long])
                 raise ConfigError(
                     f"loss scale: unknown field {part!r} in {text!r}; write none, static:1024 or"
-                    f" {long}:KEY=VALUE,... with KEY in"
-                    f" {' '.join(key for key in _SHORT if key in _READS[long])}"
+                    f" {long}:KEY=VALUE,... with KEY in {known}"
                 )
             values[_SHORT[key]] = _value(key, value)
         if kind == "static" and not values:

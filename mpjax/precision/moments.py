@@ -10,7 +10,7 @@ import numpy as np
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import did_you_mean
-from mpjax.precision.dtypes import dtype_name, parse_dtype
+from mpjax.precision.policy import dtype_name, parse_dtype
 from mpjax.typing import DTypeLike
 
 # name -> the block that it has when none is given; 0 is the whole tensor.

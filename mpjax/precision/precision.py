@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mpjax.errors import ConfigError, brief
-from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
+from mpjax.precision.policy import dtype_name, is_fp8, parse_dtype
 from mpjax.precision.recipe import Recipe
 from mpjax.precision.rule import Rule, matches, nearest, spellings
 from mpjax.typing import DTypeLike, Json, Settings

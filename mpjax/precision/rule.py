@@ -14,21 +14,15 @@ from mpjax.errors import ConfigError, brief
 from mpjax.precision.policy import policy_text
 from mpjax.precision.recipe import Recipe
 
+# wildcard -> regular expression; `**/` at the start of a component is any number of them, also none
+_WILDCARDS = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+_WILDCARD = re.compile(r"((?:^|(?<=/))\*\*/|\*\*|[*?])")
+
 
 @functools.cache
 def _compile(pattern: str) -> re.Pattern[str]:
-    out, rest = "", pattern
-    while rest:
-        whole = len(rest) == len(pattern) or pattern[-len(rest) - 1] == "/"
-        if rest.startswith("**/") and whole:  # any number of components, also none
-            out, rest = out + "(?:[^/]+/)*", rest[3:]
-        elif rest.startswith("**"):
-            out, rest = out + ".*", rest[2:]
-        elif rest[0] in "*?":
-            out, rest = out + ("[^/]*" if rest[0] == "*" else "[^/]"), rest[1:]
-        else:
-            out, rest = out + re.escape(rest[0]), rest[1:]
-    return re.compile(out)
+    parts = _WILDCARD.split(pattern)
+    return re.compile("".join(_WILDCARDS.get(part) or re.escape(part) for part in parts))
 
 
 def spellings(path: str) -> tuple[str, ...]:

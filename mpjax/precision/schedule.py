@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import did_you_mean
-from mpjax.precision.dtypes import dtype_name
+from mpjax.precision.policy import dtype_name
 from mpjax.precision.precision import Precision
-from mpjax.precision.reading import get_precision, parse_rule
+from mpjax.precision.presets import get_precision, parse_rule
 from mpjax.precision.triggers import Triggers
 from mpjax.typing import Json
 
