@@ -1,4 +1,4 @@
-"""Delayed scaling: the largest magnitudes of past steps, from which the next step's scales come."""
+"""Delayed scaling: scales from the largest magnitudes of past steps."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mpjax.typing import ArrayLike, ModelState, Tree
 
 
 class AmaxHistory(NamedTuple):
-    r"""What delayed scaling knows of a product's operands: x, W and dy, in this order.
+    r"""The state of delayed scaling of a product's operands: x, W and dy, in this order.
 
-    A product takes its scales from `amax` and writes to `observed_amax`: the amax of x and W on the
-    way forward, that of dy as the cotangent of `observed_amax`, so that uses and microbatches are
-    joined by a maximum where gradients would be summed.
+    A product takes its scales from `amax` and writes to `observed_amax`: the amax of x and W in the
+    forward pass, that of dy as the cotangent of `observed_amax`, so that uses and microbatches are
+    joined by a maximum instead of the sum of gradients.
 
     Args:
       history: amax of the last steps, newest first, shape (..., 3, steps); dy's are divided by
         the loss scale.
-      amax: what the scales come from, the maximum of the history, shape (..., 3); 0 while nothing
-        is known, and then the current tensor decides.
+      amax: the maximum of the history, from which the scales come, shape (..., 3); 0 while it is
+        unknown, and then the scale comes from the current tensor.
       observed_amax: amax of this step so far, shape (..., 3).
     """
 
@@ -83,7 +83,7 @@ def _is_history(x: object) -> TypeGuard[AmaxHistory]:
 def map_histories(
     function: Callable[..., object], tree: ModelState, *rest: ModelState
 ) -> ModelState:
-    """Applies a function to each AmaxHistory of a tree and leaves all else as it is."""
+    """Applies a function to each AmaxHistory of a tree; other leaves stay as they are."""
     return jax.tree.map(
         lambda x, *others: function(x, *others) if _is_history(x) else x,
         tree,

@@ -113,8 +113,8 @@ def weight_view(params: Params) -> Params:
 def slice_view(params: Params) -> Params:
     """Returns weights as `weight_view` does, but stacks of Quantized as they are.
 
-    A slice or a scan along their leading axis yields a Quantized for each, so that not more than
-    one is dequantised at a time.
+    A slice or a scan along their leading axis yields a Quantized for each, so that only one is
+    dequantised at a time.
     """
     return jax.tree.map(
         lambda p: p.dequantize() if is_quantized(p) and not p.is_stack else p,

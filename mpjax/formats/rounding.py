@@ -29,7 +29,7 @@ _Pair = tuple[Array, Array | None]  # x and the random bits
 
 
 def _top(limit: float, format: Format, dtype: DTypeLike) -> int:
-    """The float32 pattern of the largest number within a limit that format and dtype both hold."""
+    """The float32 pattern of the largest number up to a limit that format and dtype both hold."""
     info = jnp.finfo(dtype)
     limit = min(limit, float(info.max))
     if limit <= 0:  # q1.0 has the numbers -1 and 0
@@ -55,7 +55,7 @@ def _random_up(sig: Array, low: Array, shift: Array, bits: Array) -> Array:
     """Whether to round up, with probability (dropped bits) / 2^shift."""
     s = as_uint(lax.min(shift, _I(56)))
     dropped = select(lax.ge(s, _U(25)), sig, low)
-    # Compares as many random bits as are dropped, at most 32 (s = 0: 0 < 0 is never true).
+    # Compares as many random bits as are dropped, at most 32; for s = 0, 0 < 0 is false.
     unused = lax.sub(_U(31), lax.min(s, _U(31)))
     drawn = right(right(bits, _U(1)), unused)
     drawn = select(lax.ge(s, _U(32)), bits, drawn)
@@ -65,7 +65,7 @@ def _random_up(sig: Array, low: Array, shift: Array, bits: Array) -> Array:
 def _round_pattern(
     u: Array, format: Format, rounding: str, bits: Array | None, saturate: bool, dtype: DTypeLike
 ) -> Array:
-    """The float32 pattern of a float32 pattern rounded to a format, for a result in dtype."""
+    """Rounds a float32 pattern to a format, to numbers that dtype holds."""
     sign, m = lax.bitwise_and(u, _U(0x80000000)), lax.bitwise_and(u, _U(0x7FFFFFFF))
     e = right(m, _U(23))
     # magnitude = sig * 2^lsb
@@ -153,8 +153,9 @@ def _round_jvp(
 
 def random_bits(key: Key | None, shape: Shape, rounding: str) -> Array | None:
     """Returns random bits for stochastic rounding, None for another."""
-    if key is None or rounding != "stochastic":
+    if rounding != "stochastic":
         return None
+    assert key is not None  # `check_rounding` and `need_key` said so
     return jax.random.bits(key, shape, jnp.uint32)
 
 

@@ -55,7 +55,7 @@ def sum_of(x: Array, tile: Shape) -> Array:
 
 
 def per_tile(x: Array, scales: Array, tile: Shape, work: Callable[[Array, Array], Array]) -> Array:
-    """Returns work(x, scales), scales with size 1 along axes where all numbers share one."""
+    """Returns work(x, scales), with the scale of its tile for each number of x."""
     if scales.size == 1:
         return work(x, lax.reshape(scales, (1,) * x.ndim))
     if all(t in (1, n) for t, n in zip(tile, x.shape, strict=True)):

@@ -19,8 +19,8 @@ from mpjax.precision import dtype_name, sum_dtype
 from mpjax.typing import DType, DTypeLike
 
 KERNELS = ("auto", "xla", "cudnn")
-BLOCKS = 4  # of queries, each against the keys up to its end: 5/8 of the products and the softmax
-SHORTEST = 32  # queries a block: shorter ones cost more in calls than they save
+BLOCKS = 4  # blocks of queries, each with the keys up to its end: 5/8 of the work of one block
+SHORTEST = 32  # queries in a block: for shorter blocks the calls cost more than they save
 
 
 def _einsum(spec: str, a: Array, b: Array, out: DTypeLike | None = None) -> Array:

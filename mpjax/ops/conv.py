@@ -55,7 +55,7 @@ class Conv(NamedTuple):
         )  # fmt: skip
 
     def axes(self, x: Array, w: Array) -> tuple[tuple[Axes, Axes], ...]:
-        """Axes that each product sums over; blocks lie along the last: features, if summed."""
+        """See `Bilinear`; blocks lie along the last axis, the features where they are summed."""
         n, f, *space = self.numbers.lhs_spec
         out, into, *window = self.numbers.rhs_spec
         m, g, *places = self.numbers.out_spec
@@ -178,7 +178,7 @@ def conv_general_dilated(
 
 
 def _same(sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> Pads:
-    """`SAME`: ceil(size / stride) results, the odd zero behind."""
+    """`SAME` padding: ceil(size / stride) results; an odd zero is added at the end."""
     return tuple(lax.padtype_to_pads(sizes, kernel, strides, "SAME"))
 
 

@@ -140,7 +140,7 @@ def cross_entropy(
             raise ConfigError(
                 f"weights: shape {weights_BT.shape} is not {(B, T)}, that of the targets"
             )
-        weights_BT = weights_BT.astype(summed)  # as the mean over tokens
+        weights_BT = weights_BT.astype(summed)  # the dtype of the mean over tokens
         weight = jnp.sum(weights_BT)
         count = jnp.where(weight > 0, weight, jnp.ones_like(weight))
     if chunk == T:

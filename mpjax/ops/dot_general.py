@@ -1,4 +1,4 @@
-"""A product under a recipe, `dot_general` first: forward and both ways backward."""
+"""Products under a recipe and their derivatives; `dot_general` is the public one."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _Point: TypeAlias = tuple[Array, Array, Array | None, Array | None]  # a, b, key
 
 
 class Bilinear(Protocol):
-    """An operation linear in x and in W; hashable. Axes are those that a product sums over."""
+    """A hashable operation that is linear in x and in W."""
 
     def axes(self, x: Array, w: Array) -> tuple[tuple[Axes, Axes], ...]:
-        """Axes of (x, W), (dy, W) and (x, dy) in fprop, dgrad and wgrad."""
+        """The axes that fprop sums over, of x and W; dgrad, of dy and W; and wgrad, of x and dy."""
 
     def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Array:
         """The result, float32."""
@@ -266,8 +266,10 @@ def _pull_back(spec: ProductSpec, like: DType | None, operands: Pulled) -> PullR
     dx = spec.op.dgrad(left, right, recipe, x)
 
     tokens, gradient = x, dy
-    if recipe.hadamard and x_axes and (draw := _key(key, 4)) is not None:
-        signs = jax.random.rademacher(draw, (recipe.hadamard,), jnp.float32)
+    if recipe.hadamard and x_axes:
+        sign_key = _key(key, 4)
+        assert sign_key is not None  # `need_key` said so
+        signs = jax.random.rademacher(sign_key, (recipe.hadamard,), jnp.float32)
         tokens = hadamard(x, x_axes[-1], signs)
         gradient = hadamard(dy, dy_tokens[-1], signs)
     left = quantize_operand(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0))
@@ -296,7 +298,7 @@ class OfPull(NamedTuple):
         """See `mpjax.ops.linear_map.Rule`."""
         (a, b, dy, key, amax), (da, db, ddy, _, _) = operands, tangents
         own = _fresh(amax, 2)
-        if amax is not None:  # the history is not that of this dy
+        if amax is not None:  # the history belongs to another dy
             still = lax.stop_gradient((a, b, dy, key, own))
             outs, _ = _pull_back(self.spec._replace(where=""), self.like, still)
         outs = with_derivative(self, outs, (a, b, dy, key, own))
@@ -313,7 +315,7 @@ def _pull(spec: ProductSpec, like: DType | None, operands: Pulled) -> PullResult
 
 
 class LinearMap(NamedTuple):
-    """One of the maps above; see there.
+    """One of the maps push, pull and cross described above.
 
     Args:
       kind: push, pull or cross.
@@ -362,7 +364,7 @@ class LinearMap(NamedTuple):
 def product(
     a: Array, b: Array, spec: ProductSpec, key: Key | None, amax: AmaxHistory | None
 ) -> tuple[Array, AmaxHistory | None]:
-    """Multiplies under a recipe; the callers are `dot_general` and `linear`.
+    """Multiplies under a recipe; for `dot_general`, `conv_general_dilated` and `linear`.
 
     Raises:
       ConfigError: delayed scaling without its state, a state that the recipe does not use, or

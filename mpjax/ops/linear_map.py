@@ -28,13 +28,13 @@ Flat: TypeAlias = Sequence[Array]  # leaves of a tree
 
 
 class Map(Protocol):
-    """A map that is linear in `tangents`; hashable. Both methods can be differentiated."""
+    """A hashable map that is linear in `tangents`; both methods are differentiable."""
 
     def apply(self, at: PyTree, tangents: PyTree) -> PyTree:
         """Its value."""
 
     def transpose(self, at: PyTree, cotangents: Sequence[Array], tangents: PyTree) -> PyTree:
-        """The cotangents of `tangents`, which are shapes and dtypes."""
+        """The cotangents of `tangents`, which are given by shape and dtype."""
 
 
 linear_map_p = Primitive("linear_map")
@@ -47,8 +47,8 @@ def linear_map(of: Map, outs: Sequence[AbstractValue], at: PyTree, tangents: PyT
     Args:
       of: the map.
       outs: types of its results.
-      at: where it is taken.
-      tangents: what it is linear in.
+      at: the point at which it is applied.
+      tangents: the arguments that it is linear in.
 
     Returns:
       Its results, as a list.
@@ -125,10 +125,10 @@ def _batch(
 
 
 class Rule(Protocol[Tree]):
-    """The derivative of a function of `operands`; hashable."""
+    """The derivative of a function of `operands`; a hashable object."""
 
     def derivative(self, outs: Tree, operands: PyTree, tangents: PyTree) -> tuple[Tree, Tree]:
-        """The function's results, from the ones given, and their tangents."""
+        """Returns the results of the function, whose values are `outs`, and their tangents."""
 
 
 with_derivative_p = Primitive("with_derivative")
@@ -136,7 +136,7 @@ with_derivative_p.multiple_results = True
 
 
 def with_derivative(of: Rule[Tree], outs: Tree, operands: PyTree) -> Tree:
-    """Returns `outs` with the derivative that a rule gives them, and no other.
+    """Returns `outs` with the derivative of a rule; other derivatives are dropped.
 
     Args:
       of: the rule.

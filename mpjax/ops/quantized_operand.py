@@ -47,8 +47,8 @@ class QuantizedOperand(NamedTuple):
       tile: of the scales.
       format: of the values, or None.
       blocks: whether the scales change along the axes that are summed over.
-      short: whether bfloat16 holds the values exactly, with their scales where these are blocks'.
-      top: the largest number that scales take the values to; 0 if they stay as they are.
+      short: whether bfloat16 holds the values exactly; of blocks, the values times their scales.
+      top: the largest magnitude of a scaled value; 0 without scales.
     """
 
     values: Array
@@ -89,19 +89,19 @@ def quantize_operand(
 
 
 def is_short(operand: Operand | None) -> bool:
-    """Returns whether bfloat16 holds exactly what an operand enters its product as."""
+    """Returns whether bfloat16 holds the numbers of an operand exactly."""
     if operand is None:
         return False
     format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
     if scaling.blocks and operand.scales_rounded == "none":
-        return False  # its numbers are multiplied by scales of 24 bits before the product
+        return False  # the product multiplies values times scales, which have 24 bits
     if format.kind == "fixed":
         return format.bits <= 8
     return format.mantissa_bits <= 7 and format.exponent_bits <= 8
 
 
 def native_unit(left: Format | None, right: Format | None, blocks: bool, terms: int) -> str:
-    """Returns which unit can multiply two formats: `int8`, `float8` or none (an empty text).
+    """Returns the hardware unit that can multiply two formats: `int8`, `float8` or "" for none.
 
     Args:
       left: format of the left operand, None where it is not quantised.
@@ -211,7 +211,7 @@ def backward_dims(dims: Dims, a_ndim: int, b_ndim: int) -> tuple[Transposed, Tra
 
 
 def how_it_runs(recipe: str | Recipe, platform: str, terms: int = 1) -> dict[str, str]:
-    """Returns for each product of a recipe what multiplies it on a platform.
+    """Returns how each product of a recipe is computed on a platform.
 
     Args:
       recipe: a Recipe or its name.

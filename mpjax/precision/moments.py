@@ -1,4 +1,4 @@
-"""Settings of the optimizer state: in which format each moment is stored, and which leaves not."""
+"""Settings of the optimizer state: the storage format of each moment, and the exceptions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpjax.typing import DTypeLike
 
 # name -> the block that it has when none is given; 0 is the whole tensor.
 _BLOCKS = {"int8": 256, "int4": 128, "e4m3": 256, "e5m2": 256, "int8-linear": 0}
-# A word for both moments: the second needs range more than digits.
+# One name for both moments: the second needs range more than mantissa bits.
 _PAIRS = {"fp8": ("e4m3", "e5m2")}
 _DTYPES = ("f32", "bf16", "f16", "fp32", "fp16", "float32", "bfloat16", "float16", "f64", "float64")
 _HELP = (

@@ -17,13 +17,13 @@ _KNOWN = ("float32", "bfloat16", "float16", "float64")
 _STORED = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}  # weights only, with scales
 _NAMES = ("f32", "bf16", "f16", "f64", "full", "half", *_KNOWN, *_EXTRA)
 
-# The name scope of what takes its policies by path already: autocast refuses to cast it again.
+# The name scope of a model that applies its policies by path; autocast refuses to cast it again.
 CARRIED = "mpjax.policies"
 _FIELDS = {"p": "p", "params": "p", "c": "c", "compute": "c", "o": "o", "output": "o"}
 
 
 def is_fp8(dtype: DTypeLike) -> bool:
-    """Returns whether a dtype is one of those that only weights are stored in.
+    """Returns whether a dtype is one of those in which only weights are stored.
 
     Example:
       >>> is_fp8(jnp.float8_e4m3fn), is_fp8(jnp.bfloat16)
@@ -102,10 +102,10 @@ def dtype_name(dtype: DTypeLike | None) -> str:
 
 
 def sum_dtype(dtype: DTypeLike) -> DType:
-    """Returns the dtype that sums over many terms are formed in, terms included.
+    """Returns the dtype in which a sum over many terms, and its terms, are computed.
 
-    float32 for float16, whose squares overflow from 256 on and whose sums do from 65504 on; any
-    other dtype is its own: bfloat16 has the range of float32.
+    float32 for float16, whose squares overflow from 256 on and whose sums from 65504 on; any other
+    dtype for itself: bfloat16 has the range of float32.
 
     Example:
       >>> sum_dtype(jnp.float16).name, sum_dtype(jnp.bfloat16).name

@@ -73,9 +73,9 @@ _ANY = "**"
 def near_misses(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]:
     """Returns patterns that match a path and look most like one that matches none.
 
-    First the pattern with its misspelt components put right, as `**/mlp` for `**/mpl`: it is laid
-    along each path and its ancestors, component by component; `**` takes any number of them. Then
-    paths, and their endings as `**/` patterns, that look like it as a whole.
+    First the pattern with misspelt components corrected, as `**/mlp` for `**/mpl`: it is compared
+    with each path and its ancestors, component by component; `**` takes any number of them. Then
+    paths, and their last components as `**/` patterns, that are similar to it as a whole.
 
     Args:
       pattern: matches none of the paths.
@@ -109,9 +109,9 @@ def near_misses(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]
 def _laid_along(
     pattern: tuple[str, ...], path: tuple[str, ...]
 ) -> tuple[float, tuple[str, ...]] | None:
-    """How much a pattern's components are like those of a path, from 0 to 1; the pattern put right.
+    """The similarity of a pattern to the beginning of a path, 0 to 1, and the corrected pattern.
 
-    None if a component has no counterpart. What is left of the path lies below the pattern.
+    None if a component of the pattern has no counterpart in the path.
     """
     if not pattern:
         return 1.0, ()
@@ -133,7 +133,7 @@ def _laid_along(
 
 @functools.lru_cache(maxsize=65536)
 def _alike(wanted: str, name: str) -> tuple[float, str]:
-    """How much a component of a pattern is like one of a path, from 0 to 1, and what it becomes."""
+    """The similarity of a component of a pattern to one of a path, 0 to 1, and its correction."""
     if _compile(wanted).fullmatch(name):
         return 1.0, wanted
     if wanted.isdigit() and name.isdigit():
@@ -157,7 +157,7 @@ _NUMBER = re.compile(r"(\d+)")
 
 
 def _too_large(pattern: str, paths: Sequence[str]) -> str:
-    """How many there are of what a pattern counts beyond, as `layers/9`; empty if it does not."""
+    """The numbers that exist, for a pattern such as `layers/9` with one too large; else empty."""
     parts = pattern.split("/")
     for index, part in enumerate(parts):
         any_number = "".join(
@@ -165,7 +165,7 @@ def _too_large(pattern: str, paths: Sequence[str]) -> str:
         )
         if not _NUMBER.search(part) or "*" in part:
             continue
-        # Whether it is this number alone that does not fit, and which ones do.
+        # The numbers with which the pattern would match.
         numbers: set[int] = set()
         for path in paths:
             for name in path.split("/"):

@@ -42,7 +42,7 @@ class PrecisionSchedule:
     Args:
       kind: `fixed`, `mixed`, `late` or `dynamic`.
       precisions: what it switches between; a run begins in the first.
-      evaluation: what the run is judged in, None leaves that to the one who judges.
+      evaluation: what the run is evaluated in; None leaves it to the caller.
       last: of `late`: share of the run that is taken in the second.
       steps: of `late`: length of the run, 0 while it is not known (`over` sets it).
       triggers: of `dynamic`.
@@ -91,7 +91,7 @@ class PrecisionSchedule:
             )
 
     def _check_unread(self) -> None:
-        """Refuses what another kind reads, and a dynamic schedule without triggers."""
+        """Refuses fields of another kind, and a dynamic schedule without triggers."""
         readers = {"last": "late", "steps": "late", "triggers": "dynamic"}
         for name, kind in readers.items():
             value = getattr(self, name)
@@ -126,7 +126,7 @@ class PrecisionSchedule:
 
     @property
     def measured(self) -> str:
-        """The format whose underflow in the backward pass is asked for; empty for none."""
+        """The format whose underflow in the backward pass is measured; empty for none."""
         if not self.triggers or not self.triggers.underflow:
             return ""
         rule = self.first.rules[-1]
