@@ -142,26 +142,19 @@ class Triggers:
         return self._down(evidence, margin) if evidence.high else self._up(evidence, margin)
 
     def _up(self, evidence: Evidence, margin: float) -> Verdict:
-        reason = ""
-        # In the first window a dynamic loss scale finds its place, by skipping.
+        last, highest = f"the last {self.window} steps", evidence.best + margin
+        # In the first window a dynamic loss scale skips steps until it has found its level.
         limit = 1.0 if math.isinf(evidence.best) else self.skips
+        reason = ""
         if evidence.skips >= limit:
-            reason = (
-                f"{evidence.skips:.0%} of the last {self.window} steps were skipped,"
-                f" limit {limit:.0%}"
-            )
+            reason = f"{evidence.skips:.0%} of {last} were skipped, limit {limit:.0%}"
         elif math.isnan(evidence.loss):
-            reason = f"no loss of the last {self.window} steps was finite"
-        elif evidence.loss > evidence.best + margin:
-            reason = (
-                f"the loss rose to {evidence.loss:.4g} over the last {self.window} steps, limit"
-                f" {evidence.best + margin:.4g}"
-            )
+            reason = f"no loss of {last} was finite"
+        elif evidence.loss > highest:
+            reason = f"the loss rose to {evidence.loss:.4g} over {last}, limit {highest:.4g}"
         elif self.underflow and evidence.underflow >= self.underflow:
-            reason = (
-                f"{evidence.underflow:.0%} of the backward pass underflows,"
-                f" limit {self.underflow:.0%}"
-            )
+            share = f"{evidence.underflow:.0%}"
+            reason = f"{share} of the backward pass underflows, limit {self.underflow:.0%}"
         if reason and evidence.free < _WIDER * self.headroom:
             return Verdict(
                 False,
