@@ -66,7 +66,7 @@ def matches(pattern: str, path: str) -> bool:
     return False
 
 
-_ALIKE = 0.55  # similarity of two components from which one may be a misspelling of the other
+_SIMILAR = 0.55  # similarity of two components from which one may be a misspelling of the other
 _ANY = "**"
 
 
@@ -92,9 +92,9 @@ def near_misses(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]
     anywhere = [] if pattern.startswith(_ANY) else [f"{_ANY}/{pattern}"]
     for path in dict.fromkeys([*bare, *paths]):
         for text in (pattern, *anywhere):
-            if alike := _laid_along(tuple(text.split("/")), tuple(path.split("/"))):
-                right = "/".join(alike[1])
-                corrected[right] = max(corrected.get(right, 0.0), alike[0])
+            if aligned := _align(tuple(text.split("/")), tuple(path.split("/"))):
+                right = "/".join(aligned[1])
+                corrected[right] = max(corrected.get(right, 0.0), aligned[0])
     best = sorted(corrected, key=lambda text: (-corrected[text], len(text), text))
     best = [text for text in best if not (text.startswith("**/") and text[3:] in corrected)]
     best = [text for text in best if any(matches(text, path) for path in paths)]
@@ -106,7 +106,7 @@ def near_misses(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]
     return list(dict.fromkeys([*best, *others]))[:count] or bare[:count]
 
 
-def _laid_along(
+def _align(
     pattern: tuple[str, ...], path: tuple[str, ...]
 ) -> tuple[float, tuple[str, ...]] | None:
     """The similarity of a pattern to the beginning of a path, 0 to 1, and the corrected pattern.
@@ -118,21 +118,21 @@ def _laid_along(
     head, rest = pattern[0], pattern[1:]
     if head == _ANY:
         starts = range(len(path) + 1) if rest else (0,)
-        options = [_laid_along(rest, path[start:]) for start in starts]
+        options = [_align(rest, path[start:]) for start in starts]
         found = [option for option in options if option]
         best = max(found, key=lambda option: option[0], default=None)
         return (best[0], (head, *best[1])) if best else None
     if not path:
         return None
-    likeness, right = _alike(head, path[0])
-    if likeness < _ALIKE:
+    similarity, right = _correct(head, path[0])
+    if similarity < _SIMILAR:
         return None
-    following = _laid_along(rest, path[1:])
-    return (likeness * following[0], (right, *following[1])) if following else None
+    following = _align(rest, path[1:])
+    return (similarity * following[0], (right, *following[1])) if following else None
 
 
 @functools.lru_cache(maxsize=65536)
-def _alike(wanted: str, name: str) -> tuple[float, str]:
+def _correct(wanted: str, name: str) -> tuple[float, str]:
     """The similarity of a component of a pattern to one of a path, 0 to 1, and its correction."""
     if _compile(wanted).fullmatch(name):
         return 1.0, wanted
@@ -149,8 +149,8 @@ def _alike(wanted: str, name: str) -> tuple[float, str]:
         parts = parts[:1]
     elif not wanted.endswith("*"):
         parts = parts[-1:]
-    likeness, part = max((difflib.SequenceMatcher(None, core, x).ratio(), x) for x in parts)
-    return likeness, wanted.replace(core, part)
+    similarity, part = max((difflib.SequenceMatcher(None, core, x).ratio(), x) for x in parts)
+    return similarity, wanted.replace(core, part)
 
 
 _NUMBER = re.compile(r"(\d+)")
