@@ -1,11 +1,11 @@
 """What a number is: number formats, rounding to them, quantised arrays and what they lose."""
 
-from mpjax.formats.format_table import Format
+from mpjax.formats.format_table import Format, widest
 from mpjax.formats.measures import max_error, saturation_rate, sqnr, underflow_rate
-from mpjax.formats.quantize import Quantized, fake_quantize, quantize
+from mpjax.formats.quantize import fake_quantize, quantize
+from mpjax.formats.quantized import Quantized, is_quantized, slice_view, weight_view
 from mpjax.formats.rounding import ROUNDINGS, check_rounding, round_to
 from mpjax.formats.scaling import Scaling, check_offset, check_scaling
-from mpjax.formats.view import is_quantized, slice_view, weight_view
 
 __all__ = [
     "ROUNDINGS",
@@ -25,4 +25,5 @@ __all__ = [
     "sqnr",
     "underflow_rate",
     "weight_view",
+    "widest",
 ]

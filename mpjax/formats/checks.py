@@ -1,21 +1,34 @@
-"""What a caller gives: numbers and random keys, checked where they come in."""
+"""Checks of arguments: arrays, batches, random keys and names."""
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax.errors import ConfigError, brief
+from mpjax.typing import Array, Batch
 
 ROUNDED = (jnp.float32, jnp.bfloat16, jnp.float16)  # what is rounded and quantised
 _NUMBERS = (np.ndarray, np.generic, bool, int, float, complex, list, tuple)
 
 
-def as_array(x: Any, where: str) -> jax.Array:
-    """Returns an array of what was given, which is one already or a list of numbers.
+def did_you_mean(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """Returns `did you mean X or Y? ` with the known names nearest to another; empty if none is.
+
+    Example:
+      >>> did_you_mean("fixd", ["fixed", "late"])
+      'did you mean fixed? '
+    """
+    near = difflib.get_close_matches(name, list(known), count, cutoff)
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def as_array(x: object, where: str) -> Array:
+    """Returns an array: the argument if it is one, else made of its numbers.
 
     Args:
       x: an array, a number or a nested list of these.
@@ -31,8 +44,7 @@ def as_array(x: Any, where: str) -> jax.Array:
     if isinstance(x, jax.Array):
         return x
     known = isinstance(x, _NUMBERS) or hasattr(x, "__jax_array__")
-    flat = jax.tree.leaves(x) if isinstance(x, list | tuple) else []
-    if known and not any(isinstance(one, str | bytes) for one in flat):
+    if known and not any(isinstance(one, str | bytes) for one in jax.tree.leaves(x)):
         try:
             return jnp.asarray(x)
         except (TypeError, ValueError):
@@ -43,7 +55,7 @@ def as_array(x: Any, where: str) -> jax.Array:
     raise ConfigError(f"{where} is {brief(x)}; give an array{cure}")
 
 
-def batch_rows(batch: Any, where: str) -> set[int]:
+def batch_rows(batch: Batch, where: str) -> set[int]:
     """Returns how many rows the arrays of a batch have.
 
     Args:
@@ -58,28 +70,26 @@ def batch_rows(batch: Any, where: str) -> set[int]:
       {2}
     """
     rows = set()
-    for x in jax.tree.leaves(batch):
+    for path, x in jax.tree_util.tree_leaves_with_path(batch):
         array = isinstance(x, np.ndarray | jax.Array) and x.ndim
         if not array or (isinstance(x, np.ndarray) and x.dtype.kind in "OSUMm"):
             raise ConfigError(
-                f"{where}: {_leaf(batch, x)}; give arrays whose first axis is that of the examples"
+                f"{where}: {_leaf(path, x)}; give arrays whose first axis is that of the examples"
             )
         rows.add(x.shape[0])
         if not x.shape[0]:
-            raise ConfigError(f"{where}: {_leaf(batch, x)}, no example; leave an empty batch out")
+            raise ConfigError(f"{where}: {_leaf(path, x)}, no example; leave an empty batch out")
     return rows
 
 
-def _leaf(batch: Any, leaf: Any) -> str:
-    found = jax.tree_util.tree_leaves_with_path(batch)
-    path = next(path for path, x in found if x is leaf)
+def _leaf(path: jax.tree_util.KeyPath, leaf: object) -> str:
     what = "an array of no axes" if getattr(leaf, "shape", None) == () else brief(leaf)
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return f"{name} of the batch is {what}" if name else f"the batch is {what}"
 
 
-def check_key(key: Any, where: str) -> None:
-    """Checks that a random key is one.
+def check_key(key: object, where: str) -> None:
+    """Checks that an argument is one random key.
 
     Args:
       key: of `jax.random.key` or `jax.random.PRNGKey`.

@@ -1,28 +1,30 @@
-"""Delayed scaling: the largest magnitudes of past steps, from which the next step's scales come."""
+"""Delayed scaling: scales from the largest magnitudes of past steps."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, brief
+from mpjax.typing import ArrayLike, ModelState, Tree
 
 
 class AmaxHistory(NamedTuple):
-    r"""What delayed scaling knows of a product's operands: x, W and dy, in this order.
+    r"""The state of delayed scaling of a product's operands: x, W and dy, in this order.
 
-    A product takes its scales from `amax` and writes to `observed_amax`: the amax of x and W on the
-    way forward, that of dy as the cotangent of `observed_amax`, so that uses and microbatches are
-    joined by a maximum where gradients would be summed.
+    A product takes its scales from `amax` and writes to `observed_amax`: the amax of x and W in the
+    forward pass, that of dy as the cotangent of `observed_amax`, so that uses and microbatches are
+    joined by a maximum instead of the sum of gradients.
 
     Args:
       history: amax of the last steps, newest first, shape (..., 3, steps); dy's are divided by
         the loss scale.
-      amax: what the scales come from, the maximum of the history, shape (..., 3); 0 while nothing
-        is known, and then the current tensor decides.
+      amax: the maximum of the history, from which the scales come, shape (..., 3); 0 while it is
+        unknown, and then the scale comes from the current tensor.
       observed_amax: amax of this step so far, shape (..., 3).
     """
 
@@ -50,15 +52,15 @@ class AmaxHistory(NamedTuple):
         zeros = jnp.zeros((*layers, 3), jnp.float32)
         return cls(jnp.zeros((*layers, 3, steps), jnp.float32), zeros, zeros + 0)
 
-    def begin(self, loss_scale: Any) -> AmaxHistory:
+    def begin(self, loss_scale: ArrayLike) -> AmaxHistory:
         """Returns the state for a step whose gradients are multiplied by the loss scale."""
         amax = self.amax.at[..., 2].multiply(loss_scale)
         return self._replace(amax=amax, observed_amax=jnp.zeros_like(self.observed_amax))
 
-    def end(self, before: AmaxHistory, gradient_amax: Any, loss_scale: Any) -> AmaxHistory:
+    def end(self, before: AmaxHistory, gradient_amax: Array, loss_scale: ArrayLike) -> AmaxHistory:
         """Returns the state after a step.
 
-        A magnitude that is zero or not finite teaches nothing: the scale stays.
+        A magnitude that is zero or not finite is ignored: the scale stays.
 
         Args:
           before: the state before `begin`.
@@ -74,12 +76,14 @@ class AmaxHistory(NamedTuple):
         return AmaxHistory(history, amax, jnp.zeros_like(self.observed_amax))
 
 
-def _is_history(x: Any) -> bool:
+def _is_history(x: object) -> TypeGuard[AmaxHistory]:
     return isinstance(x, AmaxHistory)
 
 
-def map_histories(function: Any, tree: Any, *rest: Any) -> Any:
-    """Applies a function to each AmaxHistory of a tree and leaves all else as it is."""
+def map_histories(
+    function: Callable[..., object], tree: ModelState, *rest: ModelState
+) -> ModelState:
+    """Applies a function to each AmaxHistory of a tree; other leaves stay as they are."""
     return jax.tree.map(
         lambda x, *others: function(x, *others) if _is_history(x) else x,
         tree,
@@ -88,23 +92,25 @@ def map_histories(function: Any, tree: Any, *rest: Any) -> Any:
     )
 
 
-def observed_of(tree: Any) -> list[Any]:
+def observed_of(tree: ModelState) -> list[Array]:
     """Returns `observed_amax` of each AmaxHistory of a tree, in order; empty without one."""
     return [x.observed_amax for x in jax.tree.leaves(tree, is_leaf=_is_history) if _is_history(x)]
 
 
-def with_observed(tree: Any, observed_amax: list[Any]) -> Any:
-    """Returns the tree with these in the place of `observed_of`."""
+def with_observed(tree: Tree, observed_amax: Sequence[Array]) -> Tree:
+    """Returns the tree with other arrays for those of `observed_of`."""
     rest = iter(observed_amax)
     return map_histories(lambda x: x._replace(observed_amax=next(rest)), tree)
 
 
-def begin_step(tree: Any, loss_scale: Any) -> Any:
+def begin_step(tree: Tree, loss_scale: ArrayLike) -> Tree:
     """Returns a model's state for one step; see `AmaxHistory.begin`."""
     return map_histories(lambda x: x.begin(loss_scale), tree)
 
 
-def end_step(tree: Any, before: Any, gradient_amax: list[Any], loss_scale: Any) -> Any:
+def end_step(
+    tree: Tree, before: ModelState, gradient_amax: Sequence[Array], loss_scale: ArrayLike
+) -> Tree:
     """Returns a model's state after one step; see `AmaxHistory.end`."""
     rest = iter(gradient_amax)
     return map_histories(lambda x, old: x.end(old, next(rest), loss_scale), tree, before)

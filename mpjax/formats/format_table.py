@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from mpjax.errors import ConfigError, brief
+from mpjax.formats.checks import did_you_mean
+from mpjax.typing import DType, DTypeLike
 
 # name -> exponent bits, mantissa bits, bias, which patterns are not numbers.
 # "ieee": the all-ones exponent is inf and NaN; "nan": one NaN per sign, no inf; "none": every
@@ -34,15 +34,12 @@ _FLOATS = {
     "e2m1": (2, 1, 1, "none"),
 }
 _INTEGERS = {"int16": 16, "int8": 8, "int4": 4, "int2": 2}
-# float64 holds all figures of these: no e11m..none, no more than 53 bits of fixed point
+# float64 holds every number of these: no e11m..none, no more than 53 bits of fixed point
 _GENERIC = re.compile(r"(?!e11.*none)e([2-9]|1[01])m([1-9]|[1-4][0-9]|5[0-2])(none)?")
 _FIXED = re.compile(r"q([1-9]|[12][0-9]|3[0-2])\.([0-9]|[12][0-9]|30)")
 # What JAX can hold in an array; float6 exists as values only.
 _DTYPES = {
-    "float64": "float64",
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "float16": "float16",
+    **{name: name for name in ("float64", "float32", "bfloat16", "float16", *_INTEGERS)},
     "e5m2": "float8_e5m2",
     "e5m2fnuz": "float8_e5m2fnuz",
     "e4m3": "float8_e4m3fn",
@@ -52,27 +49,23 @@ _DTYPES = {
     "e3m4": "float8_e3m4",
     "e2m1": "float4_e2m1fn",
     "e8m0": "float8_e8m0fnu",
-    "int16": "int16",
-    "int8": "int8",
-    "int4": "int4",
-    "int2": "int2",
 }
 _KNOWN = (*_FLOATS, "e8m0", *_INTEGERS)
 
 
-def _name_of(dtype: Any) -> str:
+def _name_of(dtype: DTypeLike) -> str:
     """The name of the format that a dtype holds."""
     try:
         held = None if dtype is None else jnp.dtype(dtype).name
     except TypeError:
         held = None
-    for name, known in _DTYPES.items():
-        if known == held:
-            return name
-    raise ConfigError(
-        f"format: {brief(dtype)} is neither a name nor a dtype of numbers; write one of"
-        f" {' '.join(_KNOWN)}, eXmY, qI.F"
-    )
+    name = next((name for name, known in _DTYPES.items() if known == held), None)
+    if name is None:
+        raise ConfigError(
+            f"format: {brief(dtype)} is neither a name nor a dtype of numbers; write one of"
+            f" {' '.join(_KNOWN)}, eXmY, qI.F"
+        )
+    return name
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -113,35 +106,28 @@ class Format:
 
     def __init__(self, name: str | DTypeLike) -> None:
         name = name if isinstance(name, str) else _name_of(name)
-        kind = "float"
+        found: tuple[str, int, int, int, str]  # the other fields
         if name in _FLOATS:
-            exponent_bits, mantissa_bits, bias, specials = _FLOATS[name]
+            found = ("float", *_FLOATS[name])
         elif name == "e8m0":
-            kind, exponent_bits, mantissa_bits, bias, specials = "power", 8, 0, 127, "nan"
+            found = ("power", 8, 0, 127, "nan")
         elif name in _INTEGERS:
-            kind, exponent_bits, mantissa_bits, bias, specials = "fixed", 0, 0, 0, "none"
+            found = ("fixed", 0, 0, 0, "none")
         elif match := _GENERIC.fullmatch(name):
-            exponent_bits, mantissa_bits = int(match[1]), int(match[2])
+            exponent_bits = int(match[1])
             bias, specials = 2 ** (exponent_bits - 1) - 1, match[3] or "ieee"
+            found = ("float", exponent_bits, int(match[2]), bias, specials)
         elif (match := _FIXED.fullmatch(name)) and int(match[1]) + int(match[2]) <= 53:
-            kind, exponent_bits, mantissa_bits, bias, specials = (
-                "fixed",
-                0,
-                int(match[2]),
-                0,
-                "none",
-            )
+            found = ("fixed", 0, int(match[2]), 0, "none")
         else:
-            held = [key for key, dtype in _DTYPES.items() if dtype == name]
-            near = held or difflib.get_close_matches(name.lower(), _KNOWN, n=2)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            held = next((key for key, dtype in _DTYPES.items() if dtype == name), None)
+            hint = f"did you mean {held}? " if held else did_you_mean(name.lower(), _KNOWN, 2)
             raise ConfigError(
                 f"format: unknown name {name!r}; {hint}known: {' '.join(_KNOWN)}, any eXmY"
                 " with X in 2..11 and Y in 1..52, any eXmYnone with X in 2..10, any qI.F with I in"
                 " 1..32, F in 0..30 and I + F <= 53"
             )
-        found = (name, kind, exponent_bits, mantissa_bits, bias, specials)
-        for field, value in zip(dataclasses.fields(self), found, strict=True):
+        for field, value in zip(dataclasses.fields(self), (name, *found), strict=True):
             object.__setattr__(self, field.name, value)
 
     @classmethod
@@ -199,10 +185,9 @@ class Format:
         return 2.0 ** (1 - self.bias - self.mantissa_bits)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DType | None:
         """The JAX dtype that holds exactly this format, or None."""
-        name = _DTYPES.get(self.name)
-        return None if name is None else jnp.dtype(name)
+        return jnp.dtype(_DTYPES[self.name]) if self.name in _DTYPES else None
 
     @property
     def is_integer(self) -> bool:
@@ -211,3 +196,17 @@ class Format:
 
 
 FormatLike: TypeAlias = str | Format | DTypeLike  # what `Format.of` reads
+
+
+def widest(*dtypes: DTypeLike) -> DType:
+    """Returns the narrowest dtype that holds all of them; bfloat16 and float16 meet in float32.
+
+    Example:
+      >>> widest(jnp.bfloat16, jnp.float32).name, widest(jnp.bfloat16, jnp.float16).name
+      ('float32', 'float32')
+    """
+    # not jnp.promote_types, which refuses under strict promotion
+    several = {jnp.dtype(dtype) for dtype in dtypes}
+    size = max(dtype.itemsize for dtype in several)
+    top = [dtype for dtype in several if dtype.itemsize == size]
+    return top[0] if len(top) == 1 else jnp.dtype(jnp.float32)

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import as_array
-from mpjax.formats.quantize import Quantized
+from mpjax.formats.quantized import Quantized
 from mpjax.formats.tiles import amax_of, per_tile, scale_down
+from mpjax.typing import ArrayLike
 
 
-def _nonzero(x: Any) -> Any:
-    """Whether numbers are not zero; on bits, for compiled comparisons flush subnormals."""
+def _nonzero(x: Array) -> Array:
+    """Whether numbers are not zero; on bits, since compiled comparisons flush subnormals."""
     return (jax.lax.bitcast_convert_type(x, jnp.uint32) << jnp.uint32(1)) != 0
 
 
-def _pair(x: Any, q: Any, where: str) -> tuple[Any, Any]:
+def _pair(x: ArrayLike, q: ArrayLike | Quantized, where: str) -> tuple[Array, Array]:
     """Both in float32, of one shape."""
     x = as_array(x, f"{where}: x").astype(jnp.float32)
-    if isinstance(q, Quantized):
-        q = q.dequantize(jnp.float32)
-    q = as_array(q, f"{where}: q").astype(jnp.float32)
+    q = q.dequantize(jnp.float32) if isinstance(q, Quantized) else as_array(q, f"{where}: q")
+    q = q.astype(jnp.float32)
     if x.shape != q.shape:
         raise ConfigError(f"{where}: x has shape {x.shape} and q {q.shape}; give what x became")
     return x, q
 
 
-def sqnr(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
+def sqnr(x: Float[Array, "*shape"], q: ArrayLike | Quantized) -> Float[Array, ""]:
     r"""Returns the signal-to-quantisation-noise ratio in dB, inf where nothing was lost.
 
     $$10 \log_{10} \frac{\sum x^2}{\sum (x - q)^2}$$
@@ -47,14 +45,14 @@ def sqnr(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
       '23.01 dB'
     """
     wide, became = _pair(x, q, "sqnr")
-    # as an amplitude first: squares of small gradients would flush to zero
+    # normalised before squaring: squares of small gradients would flush to zero
     size = jnp.maximum(jnp.max(jnp.abs(wide)), jnp.float32(2.0**-126))
     noise = jnp.sum(jnp.square((wide - became) / size))
     ratio = 10 * jnp.log10(jnp.sum(jnp.square(wide / size)) / noise)
     return jnp.where(noise == 0, jnp.float32(jnp.inf), ratio)
 
 
-def max_error(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
+def max_error(x: Float[Array, "*shape"], q: ArrayLike | Quantized) -> Float[Array, ""]:
     """Returns the largest absolute error, NaN where one is.
 
     Example:
@@ -66,7 +64,7 @@ def max_error(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
     return amax_of(error, error.shape).reshape(())
 
 
-def underflow_rate(x: Float[Array, "*shape"], q: Any) -> Float[Array, ""]:
+def underflow_rate(x: Float[Array, "*shape"], q: ArrayLike | Quantized) -> Float[Array, ""]:
     """Returns the share of numbers that were not zero and became zero.
 
     Example:

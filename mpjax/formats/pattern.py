@@ -1,64 +1,38 @@
-"""Operations on numbers and their patterns, close to `lax`.
+"""Operations on numbers and their bit patterns, thin over `lax`.
 
-A product under a recipe is some hundred of them. `jax.numpy` checks, promotes and compiles each by
-itself, which makes tracing a product four times slower than these, for the same program.
+A product under a recipe runs about a hundred of them. `jax.numpy` checks, promotes and compiles
+each one separately, which makes tracing a product four times slower, for the same program.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mpjax.typing import Array, ArrayLike
 
-def filled(like: Any, value: Any) -> Any:
+left, right = lax.shift_left, lax.shift_right_logical  # shifts of a pattern; zeros come in
+as_int = functools.partial(lax.convert_element_type, new_dtype=jnp.int32)
+as_uint = functools.partial(lax.convert_element_type, new_dtype=jnp.uint32)
+as_float = functools.partial(lax.convert_element_type, new_dtype=jnp.float32)
+bits_of = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.int32)  # of float32
+number_of = functools.partial(lax.bitcast_convert_type, new_dtype=jnp.float32)
+
+
+def filled(like: Array, value: ArrayLike) -> Array:
     """Returns a number, with its own dtype, in the shape of an array."""
     return lax.broadcast(value, like.shape)
 
 
-def spread(x: Any, like: Any) -> Any:
+def spread(x: Array, like: Array) -> Array:
     """Returns x in the shape of another array of as many axes; its axes of size 1 are repeated."""
     return lax.broadcast_in_dim(x, like.shape, tuple(range(x.ndim)))
 
 
-def select(where: Any, x: Any, y: Any) -> Any:
+def select(where: Array, x: Array | np.number, y: Array | np.number) -> Array:
     """Returns x where `where` is true, else y; each an array of its shape, or a NumPy scalar."""
     x, y = (filled(where, v) if isinstance(v, np.generic) else v for v in (x, y))
     return lax.select(where, x, y)
-
-
-def left(x: Any, by: Any) -> Any:
-    """Returns a pattern shifted left."""
-    return lax.shift_left(x, by)
-
-
-def right(x: Any, by: Any) -> Any:
-    """Returns a pattern shifted right; zeros come in."""
-    return lax.shift_right_logical(x, by)
-
-
-def as_int(x: Any) -> Any:
-    """Returns integers as int32."""
-    return lax.convert_element_type(x, jnp.int32)
-
-
-def as_uint(x: Any) -> Any:
-    """Returns integers as uint32."""
-    return lax.convert_element_type(x, jnp.uint32)
-
-
-def as_float(x: Any) -> Any:
-    """Returns numbers as float32."""
-    return lax.convert_element_type(x, jnp.float32)
-
-
-def bits_of(x: Any) -> Any:
-    """Returns the patterns of float32 numbers, int32."""
-    return lax.bitcast_convert_type(x, jnp.int32)
-
-
-def number_of(pattern: Any) -> Any:
-    """Returns the float32 numbers of patterns."""
-    return lax.bitcast_convert_type(pattern, jnp.float32)

@@ -1,10 +1,8 @@
-"""Quantised arrays: values in a format, with the scales that they share."""
+"""Quantising arrays: finding scales and rounding values."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,8 @@ from jaxtyping import Array, Float
 from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import ROUNDED, as_array
 from mpjax.formats.format_table import Format, FormatLike
-from mpjax.formats.rounding import _round, check_rounding
+from mpjax.formats.quantized import Quantized
+from mpjax.formats.rounding import _round, check_rounding, random_bits
 from mpjax.formats.scaling import (
     Scaling,
     check_offset,
@@ -23,13 +22,14 @@ from mpjax.formats.scaling import (
     to_scale,
     two_level,
 )
-from mpjax.formats.tiles import amax_of, largest, per_tile, scale_down, scale_up, split
+from mpjax.formats.tiles import amax_of, largest, per_tile, scale_down, split
+from mpjax.typing import Key, Shape
 
 
 def find_scales(
-    x: Any, format: Format, scaling: Scaling, tile: tuple[int, ...], scale_rounding: str
-) -> tuple[Any, Any]:
-    """Returns the scales of all tiles and the tensor's own scale, None but for nv."""
+    x: Array, format: Format, scaling: Scaling, tile: Shape, scale_rounding: str
+) -> tuple[Array, Array | None]:
+    """Returns the scales of all tiles and, for nv, the scale of the tensor, else None."""
     if scaling.kind == "none":
         return jnp.ones((1,) * x.ndim, jnp.float32), None
     amax = amax_of(x, tile)
@@ -39,88 +39,11 @@ def find_scales(
 
 
 def scaled_values(
-    x: Any, scales: Any, format: Format, tile: tuple[int, ...], rounding: str, key: Any
-) -> Any:
+    x: Array, scales: Array, format: Format, tile: Shape, rounding: str, key: Key | None
+) -> Array:
     """Returns x / scales rounded to the format, float32; saturates, and NaN stays NaN."""
-    bits = jax.random.bits(key, x.shape, jnp.uint32) if rounding == "stochastic" else None
-    over = scale_down(x, scales, tile)
-    return _round(over, bits, format, rounding, True)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("values", "scales", "tensor_scale", "offsets"),
-    meta_fields=("format", "tile", "dtype", "scale_bits"),
-)
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """An array in a format: `dequantize()` is values times scales, plus offsets if it has any.
-
-    Args:
-      values: in the dtype that holds the format where JAX has one, else in `dtype`.
-      scales: float32, one for each tile; numbers of e8m0 or e4m3 for mx and nv.
-      tensor_scale: nv's second scale, or None.
-      format: of the values.
-      tile: size of a tile along each axis.
-      dtype: of the array that was quantised.
-      scale_bits: bits that a scale takes in its own format, 0 where all are 1.
-      offsets: float32, one for each tile, or None.
-    """
-
-    values: Any
-    scales: Any
-    tensor_scale: Any
-    format: Format
-    tile: tuple[int, ...]
-    dtype: Any
-    scale_bits: int = 32
-    offsets: Any = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array."""
-        return self.values.shape
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether it was made under `vmap`: a stack of arrays, whose tiles are those of one."""
-        return self.values.ndim > len(self.tile)
-
-    @property
-    def full_scales(self) -> Any:
-        """What the values of each tile are multiplied by: the scales, times nv's second one."""
-        return self.scales if self.tensor_scale is None else self.scales * self.tensor_scale
-
-    def dequantize(self, dtype: Any = None) -> Any:
-        """Returns the array, in its own dtype or another.
-
-        Raises:
-          ConfigError: that is no dtype.
-        """
-        try:
-            wanted = jnp.dtype(self.dtype if dtype is None else dtype)
-        except TypeError:
-            raise ConfigError(
-                f"dequantize: {brief(dtype)} is no dtype; write jnp.float32 or jnp.bfloat16"
-            ) from None
-        return _dequantize(self, jax.dtypes.canonicalize_dtype(wanted))
-
-    @property
-    def nbytes(self) -> float:
-        """Bytes that values and scales take when each is stored in its format's bits."""
-        bits = self.values.size * self.format.bits + self.scales.size * self.scale_bits
-        offsets = 0 if self.offsets is None else 4 * self.offsets.size
-        return bits / 8 + offsets + (0 if self.tensor_scale is None else 4)
-
-
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _dequantize(q: Quantized, dtype: Any) -> Any:
-    if q.is_stack:
-        return jax.vmap(lambda one: _dequantize(one, dtype))(q)
-    out = scale_up(q.values, q.full_scales, q.tile)
-    if q.offsets is not None:
-        out = per_tile(out, q.offsets, q.tile, lambda v, m: v + m)
-    return out.astype(dtype)
+    bits = random_bits(key, x.shape, rounding)
+    return _round(scale_down(x, scales, tile), bits, format, rounding, True)
 
 
 def quantize(
@@ -130,7 +53,7 @@ def quantize(
     *,
     axis: int | tuple[int, ...] = -1,
     rounding: str = "nearest",
-    key: Any = None,
+    key: Key | None = None,
     scale_rounding: str | None = None,
     offset: bool = False,
 ) -> Quantized:
@@ -200,10 +123,10 @@ def quantize(
     return _scaled(x, format, scaling, tile, rounding, key, scale_rounding)
 
 
-# One program where `quantize` is called by itself, part of the caller's jaxpr where it is traced.
+# One program in an eager call of `quantize`, part of the caller's jaxpr under a trace.
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 6), inline=True)
 def _scaled(
-    x: Any, format: Format, scaling: Scaling, tile: tuple[int, ...], rounding: str, key: Any,
+    x: Array, format: Format, scaling: Scaling, tile: Shape, rounding: str, key: Key | None,
     scale_rounding: str,
 ) -> Quantized:  # fmt: skip
     scales, whole = find_scales(x, format, scaling, tile, scale_rounding)
@@ -221,7 +144,7 @@ def _scaled(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4), inline=True)
 def _with_offset(
-    x: Any, format: Format, scaling: Scaling, tile: tuple[int, ...], rounding: str, key: Any
+    x: Array, format: Format, scaling: Scaling, tile: Shape, rounding: str, key: Key | None
 ) -> Quantized:
     wide = x.astype(jnp.float32)
     parts = split(wide, tile, "edge")  # a zero of the padding might widen the range
@@ -237,7 +160,7 @@ def _with_offset(
     )  # fmt: skip
 
 
-def _axis(axis: Any, ndim: int) -> int:
+def _axis(axis: object, ndim: int) -> int:
     if not isinstance(axis, int | np.integer) or not -ndim <= axis < ndim:
         cure = f"give one of {-ndim} .. {ndim - 1}" if ndim else "take scaling=tensor"
         raise ConfigError(f"quantize: axis {brief(axis)} of an array of {ndim} axes; {cure}")
@@ -251,7 +174,7 @@ def fake_quantize(
     *,
     axis: int | tuple[int, ...] = -1,
     rounding: str = "nearest",
-    key: Any = None,
+    key: Key | None = None,
     scale_rounding: str | None = None,
     offset: bool = False,
 ) -> Float[Array, "*shape"]:
@@ -283,8 +206,8 @@ def fake_quantize(
 
 
 @jax.custom_jvp
-def _straight(x: Any, rounded: Any) -> Any:
-    """The rounded numbers, with the gradient of x."""
+def _straight(x: Array, rounded: Array) -> Array:
+    """Returns the rounded numbers, whose derivative is that of x."""
     return rounded
 
 

@@ -1,14 +1,13 @@
 """Rounding to a format, on integer bits, so that it is exact under `jit`.
 
-Jitted float32 arithmetic flushes subnormals to zero, and XLA may elide a narrowing cast that is
-cast back at once; integer operations on the float32 pattern suffer neither.
+Jitted float32 arithmetic flushes subnormals to zero, and XLA may remove a narrowing cast that is
+cast back immediately; integer operations on the float32 pattern are safe from both.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,44 +19,43 @@ from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import ROUNDED, as_array, check_key
 from mpjax.formats.format_table import Format, FormatLike
 from mpjax.formats.pattern import as_float, as_int, as_uint, filled, left, right, select
+from mpjax.typing import DTypeLike, Key, Shape
 
 ROUNDINGS = ("nearest", "stochastic", "floor")
 _INF = 0x7F800000
 _NAN = 0x7FC00000
 _U, _I = np.uint32, np.int32
+_Pair = tuple[Array, Array | None]  # x and the random bits
 
 
-def _top(limit: float, format: Format, dtype: Any) -> int:
-    """The float32 pattern of the largest number within a limit that format and dtype both hold."""
+def _top(limit: float, format: Format, dtype: DTypeLike) -> int:
+    """The float32 pattern of the largest number up to a limit that format and dtype both hold."""
     info = jnp.finfo(dtype)
     limit = min(limit, float(info.max))
     if limit <= 0:  # q1.0 has the numbers -1 and 0
         return 0
     exponent = math.floor(math.log2(limit))
-    step = 2.0 ** (exponent - info.nmant)
-    if format.kind == "fixed":
-        step = max(step, format.epsilon)
-    else:
-        step = max(step, 2.0 ** (exponent - format.mantissa_bits))
+    leading = 0 if format.kind == "fixed" else exponent
+    step = 2.0 ** max(exponent - info.nmant, leading - format.mantissa_bits)
     return int(np.float32(math.floor(limit / step) * step).view(np.uint32))
 
 
-def _quantum(format: Format, e: Any, sig: Any, lsb: Any) -> Any:
+def _quantum(format: Format, e: Array, sig: Array, lsb: Array) -> Array:
     """Exponent of the spacing of the format's numbers around sig * 2^lsb."""
     if format.kind == "fixed":
         return filled(lsb, np.int32(-format.mantissa_bits))
-    top = lax.add(lsb, _I(23))  # of a float32 subnormal too high, which counts only below
-    if format.exponent_bits > 8:  # float32's subnormals are normal numbers there
+    top = lax.add(lsb, _I(23))  # too high for a float32 subnormal, which matters only below
+    if format.exponent_bits > 8:  # float32's subnormals are normal numbers of the format
         leading = lax.sub(_I(31), as_int(lax.clz(sig)))
         top = select(lax.eq(e, _U(0)), lax.add(lsb, leading), top)
     return lax.sub(lax.max(top, _I(1 - format.bias)), _I(format.mantissa_bits))
 
 
-def _random_up(sig: Any, low: Any, shift: Any, bits: Any) -> Any:
+def _random_up(sig: Array, low: Array, shift: Array, bits: Array) -> Array:
     """Whether to round up, with probability (dropped bits) / 2^shift."""
     s = as_uint(lax.min(shift, _I(56)))
     dropped = select(lax.ge(s, _U(25)), sig, low)
-    # Compares as many random bits as are dropped, at most 32 (s = 0: 0 < 0 is never true).
+    # Compares as many random bits as are dropped, at most 32; for s = 0, 0 < 0 is false.
     unused = lax.sub(_U(31), lax.min(s, _U(31)))
     drawn = right(right(bits, _U(1)), unused)
     drawn = select(lax.ge(s, _U(32)), bits, drawn)
@@ -65,9 +63,9 @@ def _random_up(sig: Any, low: Any, shift: Any, bits: Any) -> Any:
 
 
 def _round_pattern(
-    u: Any, format: Format, rounding: str, bits: Any, saturate: bool, dtype: Any
-) -> Any:
-    """The float32 pattern of a float32 pattern rounded to a format, for a result in dtype."""
+    u: Array, format: Format, rounding: str, bits: Array | None, saturate: bool, dtype: DTypeLike
+) -> Array:
+    """Rounds a float32 pattern to a format, to numbers that dtype holds."""
     sign, m = lax.bitwise_and(u, _U(0x80000000)), lax.bitwise_and(u, _U(0x7FFFFFFF))
     e = right(m, _U(23))
     # magnitude = sig * 2^lsb
@@ -82,12 +80,12 @@ def _round_pattern(
     if rounding == "nearest":
         half = right(ones, _U(1))
         # e8m0's ties go up, all others' to even
-        odd = right(sig, s) if format.kind != "power" else _U(1)
+        odd: Array | np.number = right(sig, s) if format.kind != "power" else _U(1)
         carry = lax.bitwise_and(lax.bitwise_and(odd, ones), _U(1))
         rounded = right(lax.add(lax.add(sig, half), carry), s)
     else:
         low = lax.bitwise_and(sig, ones)
-        if rounding == "floor":
+        if bits is None:  # floor
             up = lax.bitwise_and(lax.ne(sign, _U(0)), lax.ne(low, _U(0)))
         else:
             up = _random_up(sig, low, shift, bits)
@@ -99,7 +97,7 @@ def _round_pattern(
     out = select(lax.eq(rounded, _U(0)), _U(0), out)
 
     if saturate or format.specials == "none":
-        edge: Any = _U(_top(format.max, format, dtype))
+        edge: Array | np.number = _U(_top(format.max, format, dtype))
         if format.kind == "fixed":
             lowest = _U(_top(-format.min, format, dtype))
             edge = select(lax.ne(sign, _U(0)), lowest, filled(sign, edge))
@@ -118,13 +116,14 @@ def _round_pattern(
     return lax.bitwise_or(out, sign)
 
 
-def _power_pattern(u: Any, rounded: Any, rounding: str, bits: Any) -> Any:
-    """Rounding to e8m0 where the general way ends: below 2^-126, and at what is not positive."""
+def _power_pattern(u: Array, rounded: Array, rounding: str, bits: Array | None) -> Array:
+    """Completes the rounding to e8m0: below 2^-126, and of what is not positive."""
     smallest, next_one = _U(0x00400000), _U(0x00800000)  # 2^-127, a float32 subnormal, and 2^-126
-    if rounding == "stochastic":
-        limit: Any = lax.add(right(bits, _U(10)), _U(0x00400001))
+    limit: Array | np.number
+    if bits is not None:
+        limit = lax.add(right(bits, _U(10)), _U(0x00400001))
     else:
-        # as XLA and ml_dtypes: nearest takes all between these two up
+        # as in XLA and ml_dtypes, nearest rounds all between these two up
         limit = _U(0x00400001) if rounding == "nearest" else next_one
     low = select(lax.lt(u, limit), smallest, filled(u, next_one))
     out = select(lax.lt(u, next_one), low, rounded)
@@ -133,9 +132,9 @@ def _power_pattern(u: Any, rounded: Any, rounding: str, bits: Any) -> Any:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-# one program where it is called by itself; part of the caller's jaxpr where that is traced
+# one program in an eager call; part of the caller's jaxpr under a trace
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
-def _round(x: Any, bits: Any, format: Format, rounding: str, saturate: bool) -> Any:
+def _round(x: Array, bits: Array | None, format: Format, rounding: str, saturate: bool) -> Array:
     u = lax.bitcast_convert_type(as_float(x), jnp.uint32)
     out = _round_pattern(u, format, rounding, bits, saturate, x.dtype)
     if format.kind == "power":
@@ -145,12 +144,22 @@ def _round(x: Any, bits: Any, format: Format, rounding: str, saturate: bool) -> 
 
 
 @_round.defjvp
-def _round_jvp(format: Any, rounding: Any, saturate: Any, primals: Any, tangents: Any) -> Any:
-    # Straight-through; `round_to` stops the gradient where it is not asked for.
+def _round_jvp(
+    format: Format, rounding: str, saturate: bool, primals: _Pair, tangents: _Pair
+) -> tuple[Array, Array]:
+    # Straight-through; `round_to` stops the gradient unless it is asked for.
     return _round(*primals, format, rounding, saturate), tangents[0]
 
 
-def check_rounding(rounding: str, key: Any, where: str = "rounding") -> None:
+def random_bits(key: Key | None, shape: Shape, rounding: str) -> Array | None:
+    """Returns random bits for stochastic rounding, None for another."""
+    if rounding != "stochastic":
+        return None
+    assert key is not None  # `check_rounding` and `need_key` said so
+    return jax.random.bits(key, shape, jnp.uint32)
+
+
+def check_rounding(rounding: str, key: Key | None, where: str = "rounding") -> None:
     """Checks a rounding's name and that it has a key where it draws random bits.
 
     Raises:
@@ -174,7 +183,7 @@ def round_to(
     x: Float[Array, "*shape"],
     format: FormatLike,
     rounding: str = "nearest",
-    key: Any = None,
+    key: Key | None = None,
     *,
     saturate: bool = True,
     straight_through: bool = False,
@@ -221,7 +230,7 @@ def round_to(
             " it first"
         )
     check_rounding(rounding, key)
-    bits = jax.random.bits(key, x.shape, jnp.uint32) if rounding == "stochastic" else None
+    bits = random_bits(key, x.shape, rounding)
     if not straight_through:
         x = lax.stop_gradient(x)
     return _round(x, bits, format, rounding, bool(saturate))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,15 +17,16 @@ from mpjax.errors import ConfigError, brief
 from mpjax.formats.format_table import Format
 from mpjax.formats.pattern import as_int, as_uint, bits_of, left, number_of, right, select
 from mpjax.formats.rounding import round_to
+from mpjax.typing import Array, Shape
 
 SCALE_ROUNDINGS = ("none", "down", "up")
 _BLOCK = re.compile(r"(block|mx|nv)\((?:([1-9][0-9]*)x)?([1-9][0-9]*)\)")
-_TINY = 2.0**-126  # smallest normal float32: jitted arithmetic has nothing below it
+_TINY = 2.0**-126  # smallest normal float32: jitted arithmetic flushes what is below
 _SMALLEST = np.uint32(0x00400000)  # the float32 pattern of 2^-127, e8m0's smallest number
 
 
-def _is_zero(amax: Any) -> Any:
-    """Whether a magnitude is 0; on bits, for compiled comparisons take subnormal numbers for it."""
+def _is_zero(amax: Array) -> Array:
+    """Whether a magnitude is 0; on bits, since compiled comparisons flush subnormals to it."""
     return lax.eq(bits_of(amax), np.int32(0))
 
 
@@ -105,7 +105,7 @@ class Scaling:
         """How its scales are rounded unless told otherwise: `up` to a power of two for mx."""
         return "up" if self.kind == "mx" else "none"
 
-    def tiles(self, shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    def tiles(self, shape: Shape, axes: tuple[int, ...]) -> Shape:
         """Returns the size of a group along each axis of an array.
 
         Args:
@@ -119,13 +119,9 @@ class Scaling:
             return tuple(n if d in axes else 1 for d, n in enumerate(shape))
         if not axes:  # nothing is summed over: each number is a group
             return (1,) * len(shape)
-        along = axes[-1]
-        others = [d for d in range(len(shape)) if d not in axes]
-        tile = [1] * len(shape)
-        tile[along] = min(self.columns, shape[along])
-        if self.rows > 1 and others:
-            tile[others[-1]] = min(self.rows, shape[others[-1]])
-        return tuple(tile)
+        other = max((d for d in range(len(shape)) if d not in axes), default=-1)
+        sizes = {other: self.rows, axes[-1]: self.columns}
+        return tuple(min(sizes.get(d, 1), n) for d, n in enumerate(shape))
 
 
 def check_scaling(format: Format, scaling: Scaling, scale_rounding: str, where: str = "") -> None:
@@ -187,25 +183,25 @@ def check_offset(format: Format, scaling: Scaling, scale_rounding: str) -> None:
 
 
 def _limit(format: Format) -> np.float32:
-    """What a group's largest magnitude goes to: the format's largest number, 2^125 at most.
+    """What a group's largest magnitude is scaled to: the format's largest number, at most 2^125.
 
-    Beyond that its reciprocal would be a subnormal float32, which compiled arithmetic flushes.
+    The reciprocal of a larger one is a subnormal float32, which compiled arithmetic flushes.
     """
     return np.float32(min(format.max, 2.0**125))
 
 
-def _quotient(x: Any, by: np.float32) -> Any:
-    """Returns x times the rounded 1 / by: what XLA makes of a division by a constant, at times."""
+def _quotient(x: Array, by: np.float32) -> Array:
+    """Returns x times the rounded 1 / by; XLA sometimes rewrites a division by a constant so."""
     return lax.mul(x, np.float32(1) / by)
 
 
-def _power_of_two(amax: Any, limit: np.float32, up: bool, least: float) -> Any:
+def _power_of_two(amax: Array, limit: np.float32, up: bool, least: float) -> Array:
     """Returns powers of two for finite amax: 2^ceil(log2(amax / limit)), or floors of both logs.
 
-    On bits: a rounded quotient may end just beside a power of two that the true one equals.
+    On bits: where the exact quotient is a power of two, the rounded one may differ from it.
     """
     u = lax.bitcast_convert_type(amax, jnp.uint32)
-    # numbers up to 2^-127 take the smallest scale there is, as zero does in what follows
+    # numbers up to 2^-127 take the smallest scale, as zero does below
     u = select(lax.le(u, _SMALLEST), np.uint32(0), u)
     largest = int(limit.view(np.uint32))
     if up:  # carries into the exponent where amax has the larger mantissa
@@ -216,7 +212,7 @@ def _power_of_two(amax: Any, limit: np.float32, up: bool, least: float) -> Any:
     return number_of(select(lax.eq(field, np.uint32(0)), _SMALLEST, left(field, np.uint32(23))))
 
 
-def to_scale(amax: Any, format: Format, scale_rounding: str, least: float = _TINY) -> Any:
+def to_scale(amax: Array, format: Format, scale_rounding: str, least: float = _TINY) -> Array:
     """Returns the scale of groups from their largest magnitudes, float32.
 
     1 where amax is 0, so that nothing is divided by zero; NaN where amax is not finite, so that
@@ -238,7 +234,7 @@ def to_scale(amax: Any, format: Format, scale_rounding: str, least: float = _TIN
     return select(lax.is_finite(amax), scale, np.float32(np.nan))
 
 
-def to_range(low: Any, high: Any, format: Format) -> tuple[Any, Any]:
+def to_range(low: Array, high: Array, format: Format) -> tuple[Array, Array]:
     r"""Returns scale and offset of groups of numbers in [low, high], float32: x = s v + m.
 
     $$s = (high - low) / (max - min),\qquad m = low - min\,s$$
@@ -257,7 +253,7 @@ def to_range(low: Any, high: Any, format: Format) -> tuple[Any, Any]:
     return scale, jnp.where(same, low, low - np.float32(format.min) * scale)
 
 
-def two_level(amax: Any, format: Format, tensor_amax: Any) -> tuple[Any, Any]:
+def two_level(amax: Array, format: Format, tensor_amax: Array) -> tuple[Array, Array]:
     """Returns NVFP4's block scales, numbers of e4m3, and the tensor's float32 scale.
 
     $$s = amax / (448\\,max),\\qquad s_b = e4m3(amax_b / (max\\,s))$$

@@ -6,8 +6,6 @@ N = R times the queries of a block.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import jmp
@@ -15,48 +13,56 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mpjax.errors import ConfigError
+from mpjax.formats import widest
 from mpjax.ops.softmax import softmax as softmaxed
-from mpjax.precision import dtype_name, sum_dtype, wider
+from mpjax.precision import dtype_name, sum_dtype
+from mpjax.typing import DType, DTypeLike
 
 KERNELS = ("auto", "xla", "cudnn")
-BLOCKS = 4  # of queries, each against the keys up to its end: 5/8 of the products and the softmax
-SHORTEST = 32  # queries a block: shorter ones cost more in calls than they save
+BLOCKS = 4  # blocks of queries, each with the keys up to its end: 5/8 of the work of one block
+SHORTEST = 32  # queries in a block: for shorter blocks the calls cost more than they save
 
 
-def _scores(q_BGNK: Any, k_BGSK: Any, full: Any, wide: Any) -> Any:
+def _einsum(spec: str, a: Array, b: Array, out: DTypeLike | None = None) -> Array:
+    """Multiplies; float32 operands are multiplied as float32 on every platform."""
+    full = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=full, preferred_element_type=out)
+
+
+def _scores(q_BGNK: Array, k_BGSK: Array, wide: DType) -> Array:
     """Products of queries and keys, emitted in a dtype that may be wider than theirs."""
-    return jnp.einsum(
-        "BGNK,BGSK->BGNS", q_BGNK, k_BGSK, precision=full, preferred_element_type=wide
-    )
+    return _einsum("BGNK,BGSK->BGNS", q_BGNK, k_BGSK, wide)
 
 
-def _scores_fwd(q_BGNK: Any, k_BGSK: Any, full: Any, wide: Any) -> Any:
-    return _scores(q_BGNK, k_BGSK, full, wide), (q_BGNK, k_BGSK)
+def _scores_fwd(q: Array, k: Array, wide: DType) -> tuple[Array, tuple[Array, Array]]:
+    return _scores(q, k, wide), (q, k)
 
 
-def _scores_bwd(full: Any, wide: Any, residuals: Any, d_BGNS: Any) -> Any:
-    del wide  # the cotangent has this dtype; left so, both products below would run in it
+def _scores_bwd(wide: DType, residuals: tuple[Array, Array], d_BGNS: Array) -> tuple[Array, Array]:
+    del wide  # the cotangent has this dtype; without a cast both products would run in it
     q_BGNK, k_BGSK = residuals
     d_BGNS = d_BGNS.astype(q_BGNK.dtype)
-    dq = jnp.einsum("BGNS,BGSK->BGNK", d_BGNS, k_BGSK, precision=full)
-    return dq, jnp.einsum("BGNS,BGNK->BGSK", d_BGNS, q_BGNK, precision=full)
+    dq = _einsum("BGNS,BGSK->BGNK", d_BGNS, k_BGSK)
+    return dq, _einsum("BGNS,BGNK->BGSK", d_BGNS, q_BGNK)
 
 
-_score = jax.custom_vjp(_scores, nondiff_argnums=(2, 3))
+_score = jax.custom_vjp(_scores, nondiff_argnums=(2,))
 _score.defvjp(_scores_fwd, _scores_bwd)
 
 
-def _seen(start: int, stop: int, end: int, first: Any, causal: bool, window: int) -> Any:
-    """Which keys (end) the queries start .. stop - 1 see, (T, S); None where all see all."""
+def _mask(
+    start: int, stop: int, end: int, first: Array | int, causal: bool, window: int
+) -> Array | None:
+    """Which keys (0 .. end - 1) the queries start .. stop - 1 see, (T, S); None if all."""
     if not causal and not window:
         return None
     query_T1, key_1S = jnp.arange(start, stop)[:, None] + first, jnp.arange(end)[None, :]
-    seen_TS = query_T1 >= key_1S if causal else jnp.ones((stop - start, end), bool)
+    mask_TS = query_T1 >= key_1S if causal else jnp.ones((stop - start, end), bool)
     if window:
-        seen_TS = seen_TS & (query_T1 - key_1S < window)
+        mask_TS = mask_TS & (query_T1 - key_1S < window)
         if not causal:
-            seen_TS = seen_TS & (key_1S - query_T1 < window)
-    return seen_TS
+            mask_TS = mask_TS & (key_1S - query_T1 < window)
+    return mask_TS
 
 
 def attention(
@@ -129,12 +135,11 @@ def attention(
     B, T, H, _ = q.shape
     S, G = k.shape[1], k.shape[2]
     R = H // G
-    # Heads that share keys are rows of one product: batch axes are B and G, and there is no third.
+    # Query heads that share keys are rows of one product, whose batch axes are B and G.
     q_BGRTK = (q * K**-0.5).reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4)
     k_BGSK, v_BGSK = (x.transpose(0, 2, 1, 3) for x in (k, v))
     softmax_dtype = sum_dtype(softmax.compute_dtype)
-    wide: Any = wider(compute, softmax_dtype)
-    full = lax.Precision.HIGHEST if compute == jnp.float32 else None
+    wide = widest(compute, softmax_dtype)
     cut = causal and from_start and T == S and T % BLOCKS == 0 and T // BLOCKS >= SHORTEST
     blocks = BLOCKS if cut else 1
     outs = []
@@ -142,20 +147,17 @@ def attention(
         stop = start + T // blocks
         end = stop if blocks > 1 else S
         q_BGNK = q_BGRTK[:, :, :, start:stop].reshape(B, G, R * (stop - start), K)
-        scores = _score(q_BGNK, k_BGSK[:, :, :end], full, wide).astype(softmax_dtype)
-        seen_TS = _seen(start, stop, end, first, causal, window)
+        scores = _score(q_BGNK, k_BGSK[:, :, :end], wide).astype(softmax_dtype)
+        mask_TS = _mask(start, stop, end, first, causal, window)
         lowest = jnp.finfo(scores.dtype).min  # finite: a row of -inf would be NaN
-        if seen_TS is not None:
-            seen_NS = jnp.broadcast_to(seen_TS[None], (R, *seen_TS.shape)).reshape(-1, end)
-            scores = jnp.where(seen_NS[None, None], scores, lowest)
+        if mask_TS is not None:
+            mask_NS = jnp.broadcast_to(mask_TS[None], (R, *mask_TS.shape)).reshape(-1, end)
+            scores = jnp.where(mask_NS[None, None], scores, lowest)
         if keep_BS is not None:
             scores = jnp.where(keep_BS[:, None, None, :end], scores, lowest)
         probs = softmaxed(scores, softmax.compute_dtype)
         probs = probs.astype(softmax.output_dtype).astype(compute)
-        out_BGNK = jnp.einsum(
-            "BGNS,BGSK->BGNK", probs, v_BGSK[:, :, :end], precision=full,
-            preferred_element_type=compute,
-        )  # fmt: skip
+        out_BGNK = _einsum("BGNS,BGSK->BGNK", probs, v_BGSK[:, :, :end], compute)
         outs.append(out_BGNK.reshape(B, G, R, stop - start, K))
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(B, T, H, K).astype(policy.output_dtype)

@@ -1,20 +1,23 @@
-"""What a caller gives to a product: dimension numbers and dtypes."""
+"""Checks of a product's arguments: dimension numbers and dtypes."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import ROUNDED
+from mpjax.typing import DType, DTypeLike, Shape
 
 Axes = tuple[int, ...]
 Dims = tuple[tuple[Axes, Axes], tuple[Axes, Axes]]
+# as `lax.dot_general` takes them: sequences of sequences, and axes that may be negative
+DotDimensionNumbers = Sequence[Sequence[Sequence[int]]]
 
 
-def read_dims(numbers: Any, a: Axes, b: Axes, where: str) -> Dims:
+def read_dims(numbers: DotDimensionNumbers, a: Shape, b: Shape, where: str) -> Dims:
     """Reads the dimension numbers of a product; negative axes count from the end.
 
     Args:
@@ -58,7 +61,7 @@ def read_dims(numbers: Any, a: Axes, b: Axes, where: str) -> Dims:
     return (ca, cb), (ba, bb)
 
 
-def float_dtype(dtype: Any, default: Any, where: str) -> Any:
+def float_dtype(dtype: DTypeLike | None, default: DTypeLike, where: str) -> DType:
     """Returns a dtype that a product computes or is returned in.
 
     Args:
@@ -72,10 +75,7 @@ def float_dtype(dtype: Any, default: Any, where: str) -> Any:
     try:
         found = jnp.dtype(default if dtype is None else dtype)
     except TypeError:
-        found = None
+        raise ConfigError(f"{where} is {brief(dtype)}; give float32, bfloat16 or float16") from None
     if found not in ROUNDED and dtype is not None:
-        raise ConfigError(
-            f"{where} is {brief(dtype) if found is None else found}; give float32, bfloat16 or"
-            " float16"
-        )
+        raise ConfigError(f"{where} is {found}; give float32, bfloat16 or float16")
     return found

@@ -5,7 +5,7 @@ Shapes: N images, H height, W width, C inputs, F outputs, K kernel size; h, w of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +15,18 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from mpjax.errors import ConfigError, brief
+from mpjax.formats import widest
 from mpjax.formats.checks import as_array
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops.checks import Axes, float_dtype
 from mpjax.ops.dot_general import ProductSpec, product
 from mpjax.ops.quantized_operand import QuantizedOperand, opened
-from mpjax.precision import Recipe, get_recipe, wider
+from mpjax.precision import Recipe, get_recipe
+from mpjax.typing import ArrayLike, DType, DTypeLike, Key
 
 Pads = tuple[tuple[int, int], ...]
+_Strides = tuple[int, int]
+_Residuals = tuple[Array, Array, Array]  # x, kernel, an empty array of the dtype of x
 
 
 class Conv(NamedTuple):
@@ -42,7 +46,7 @@ class Conv(NamedTuple):
     numbers: lax.ConvDimensionNumbers
     groups: int
 
-    def _apply(self, x: Any, w: Any) -> Any:
+    def _apply(self, x: Array, w: Array) -> Array:
         return lax.conv_general_dilated(
             x.astype(jnp.float32), w.astype(jnp.float32), self.strides, self.padding,
             lhs_dilation=self.dilations[0], rhs_dilation=self.dilations[1],
@@ -50,8 +54,8 @@ class Conv(NamedTuple):
             precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
         )  # fmt: skip
 
-    def axes(self, x: Any, w: Any) -> tuple[tuple[Axes, Axes], ...]:
-        """Axes that each product sums over; blocks lie along the last: features, if summed."""
+    def axes(self, x: Array, w: Array) -> tuple[tuple[Axes, Axes], ...]:
+        """See `Bilinear`; blocks lie along the last axis, the features where they are summed."""
         n, f, *space = self.numbers.lhs_spec
         out, into, *window = self.numbers.rhs_spec
         m, g, *places = self.numbers.out_spec
@@ -61,38 +65,39 @@ class Conv(NamedTuple):
             ((n, *space), (m, *places)),
         )
 
-    def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Any:
+    def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Array:
         """The result, float32."""
         return self._apply(opened(x), opened(w))
 
-    def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Any) -> Any:
+    def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Array) -> Array:
         """The gradient of x: the convolution is linear in it."""
-        whole = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-        pull = jax.linear_transpose(lambda x: self._apply(x, opened(w)), whole)
-        return pull(opened(dy).astype(jnp.float32))[0]
+        return _transposed(lambda x: self._apply(x, opened(w)), x, dy)
 
-    def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Any) -> Any:
+    def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Array) -> Array:
         """The gradient of the kernel: the convolution is linear in it."""
-        whole = jax.ShapeDtypeStruct(w.shape, jnp.float32)
-        pull = jax.linear_transpose(lambda w: self._apply(opened(x), w), whole)
-        return pull(opened(dy).astype(jnp.float32))[0]
+        return _transposed(lambda w: self._apply(opened(x), w), w, dy)
+
+
+def _transposed(function: Callable[[Array], Array], like: Array, dy: QuantizedOperand) -> Array:
+    whole = jax.ShapeDtypeStruct(like.shape, jnp.float32)
+    return jax.linear_transpose(function, whole)(opened(dy).astype(jnp.float32))[0]
 
 
 def conv_general_dilated(
-    x: Any,
-    kernel: Any,
+    x: ArrayLike,
+    kernel: ArrayLike,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     recipe: str | Recipe,
     *,
     lhs_dilation: Sequence[int] | None = None,
     rhs_dilation: Sequence[int] | None = None,
-    dimension_numbers: Any = ("NHWC", "HWIO", "NHWC"),
+    dimension_numbers: lax.ConvGeneralDilatedDimensionNumbers = ("NHWC", "HWIO", "NHWC"),
     feature_group_count: int = 1,
-    key: Any = None,
+    key: Key | None = None,
     amax: AmaxHistory | None = None,
-    compute_dtype: Any = None,
-    preferred_element_type: Any = None,
+    compute_dtype: DTypeLike | None = None,
+    preferred_element_type: DTypeLike | None = None,
     where: str = "conv_general_dilated",
 ) -> Any:
     """`lax.conv_general_dilated` with operands, and those of both gradients, quantised.
@@ -158,14 +163,12 @@ def conv_general_dilated(
     numbers = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     dilations = tuple(lhs_dilation or (1,) * space), tuple(rhs_dilation or (1,) * space)
     if isinstance(padding, str):
-        spans = [
+        sides = ((x.shape, numbers.lhs_spec), (kernel.shape, numbers.rhs_spec))
+        dilated = [
             [(shape[d] - 1) * step + 1 for d, step in zip(spec[2:], steps, strict=True)]
-            for shape, spec, steps in (
-                (x.shape, numbers.lhs_spec, dilations[0]),
-                (kernel.shape, numbers.rhs_spec, dilations[1]),
-            )
+            for (shape, spec), steps in zip(sides, dilations, strict=True)
         ]
-        padding = lax.padtype_to_pads(spans[0], spans[1], window_strides, padding)
+        padding = lax.padtype_to_pads(dilated[0], dilated[1], window_strides, padding)
     op = Conv(
         tuple(window_strides), tuple((int(a), int(b)) for a, b in padding), dilations, numbers,
         feature_group_count,
@@ -175,26 +178,28 @@ def conv_general_dilated(
 
 
 def _same(sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> Pads:
-    """`SAME`: ceil(size / stride) results, the odd zero behind."""
+    """`SAME` padding: ceil(size / stride) results; an odd zero is added at the end."""
     return tuple(lax.padtype_to_pads(sizes, kernel, strides, "SAME"))
 
 
 def _convolve(
-    a: Any, b: Any, numbers: tuple[str, str, str], pads: Pads, out: Any, *,
-    strides: Any = (1, 1), **dilation: Any,
-) -> Any:  # fmt: skip
+    a: Array, b: Array, numbers: tuple[str, str, str], pads: Pads, out: DType, *,
+    strides: _Strides = (1, 1), lhs_dilation: _Strides = (1, 1), rhs_dilation: _Strides = (1, 1),
+) -> Array:  # fmt: skip
     """float32 operands are multiplied as float32 on every platform."""
     full = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
     return lax.conv_general_dilated(
-        a, b, strides, pads, dimension_numbers=numbers, precision=full, preferred_element_type=out,
-        **dilation,
+        a, b, strides, pads, lhs_dilation, rhs_dilation, dimension_numbers=numbers, precision=full,
+        preferred_element_type=out,
     )  # fmt: skip
 
 
-def _forward(x_NHWC: Any, w: Any, policy: jmp.Policy, gradient_dtype: Any, strides: Any) -> Any:
+def _forward(
+    x_NHWC: Array, w: Array, policy: jmp.Policy, gradient_dtype: DType, strides: _Strides
+) -> Array:
     del gradient_dtype  # of the backward pass
     compute = policy.compute_dtype
-    out = wider(compute, policy.output_dtype)  # never emit less than is asked for
+    out = widest(compute, policy.output_dtype)  # the product loses no bits of the output dtype
     pads = _same(x_NHWC.shape[1:3], w.shape[:2], strides)
     y = _convolve(
         x_NHWC.astype(compute), w.astype(compute), ("NHWC", "HWIO", "NHWC"), pads, out,
@@ -203,15 +208,19 @@ def _forward(x_NHWC: Any, w: Any, policy: jmp.Policy, gradient_dtype: Any, strid
     return y.astype(policy.output_dtype)
 
 
-def _forward_kept(x: Any, w: Any, policy: Any, gradient_dtype: Any, strides: Any) -> Any:
+def _forward_with_residuals(
+    x: Array, w: Array, policy: jmp.Policy, gradient_dtype: DType, strides: _Strides
+) -> tuple[Array, _Residuals]:
     y = _forward(x, w, policy, gradient_dtype, strides)
-    # x is kept as the convolution used it; the weight's cast is repeated, which costs no memory.
+    # The residual is x in the compute dtype; the cast of the kernel is repeated, to save memory.
     return y, (x.astype(policy.compute_dtype), w, jnp.zeros(0, x.dtype))
 
 
-def _backward(policy: Any, gradient_dtype: Any, strides: Any, residuals: Any, dy: Any) -> Any:
-    # JAX's own rules would emit both gradients in the dtype of the operands, and refuse operands
-    # that differ from the result; so the two convolutions are written out.
+def _backward(
+    policy: jmp.Policy, gradient_dtype: DType, strides: _Strides, residuals: _Residuals, dy: Array
+) -> tuple[Array, Array]:
+    # JAX's own rules emit both gradients in the dtype of the operands, and refuse operands whose
+    # dtype differs from that of the result; so the two convolutions are written out.
     x, w, like = residuals
     compute = policy.compute_dtype
     dy = dy.astype(compute)
@@ -219,30 +228,25 @@ def _backward(policy: Any, gradient_dtype: Any, strides: Any, residuals: Any, dy
     spread = tuple((n - 1) * s + 1 for n, s in zip(dy.shape[1:3], strides, strict=True))
     pads = _same(sizes, kernel, strides)
 
-    edges = tuple(
-        (k - 1 - before, size - wide + before)
-        for size, k, wide, (before, _) in zip(sizes, kernel, spread, pads, strict=True)
-    )
+    axes = list(zip(sizes, kernel, spread, pads, strict=True))
+    edges = tuple((k - 1 - low, size - wide + low) for size, k, wide, (low, _) in axes)
     turned = w.astype(compute)[::-1, ::-1]
     dx = _convolve(
-        dy, turned, ("NHWC", "HWOI", "NHWC"), edges, wider(compute, like.dtype),
+        dy, turned, ("NHWC", "HWOI", "NHWC"), edges, widest(compute, like.dtype),
         lhs_dilation=strides,
     )  # fmt: skip
 
     # The weight gradient leaves in float32, so that a sum over replicas behind it is float32 too.
-    edges = tuple(
-        (before, k - 1 - size - before + wide)
-        for size, k, wide, (before, _) in zip(sizes, kernel, spread, pads, strict=True)
-    )
+    edges = tuple((low, k - 1 - size - low + wide) for size, k, wide, (low, _) in axes)
     dw = _convolve(
-        x, dy, ("CHWN", "IHWO", "HWNC"), edges, wider(compute, gradient_dtype),
+        x, dy, ("CHWN", "IHWO", "HWNC"), edges, widest(compute, gradient_dtype),
         rhs_dilation=strides,
     )  # fmt: skip
     return dx.astype(like.dtype), dw.astype(w.dtype)
 
 
 _convolution = jax.custom_vjp(_forward, nondiff_argnums=(2, 3, 4))
-_convolution.defvjp(_forward_kept, _backward)
+_convolution.defvjp(_forward_with_residuals, _backward)
 
 
 def convolution(
@@ -251,9 +255,9 @@ def convolution(
     policy: jmp.Policy,
     *,
     strides: tuple[int, int] = (1, 1),
-    gradient_dtype: Any = jnp.float32,
+    gradient_dtype: DTypeLike = jnp.float32,
     recipe: Recipe | None = None,
-    key: Any = None,
+    key: Key | None = None,
     amax: AmaxHistory | None = None,
     where: str = "convolution",
 ) -> Any:

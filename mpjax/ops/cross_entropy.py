@@ -6,16 +6,17 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jmp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from mpjax.errors import ConfigError
+from mpjax.formats import widest
 from mpjax.ops.softmax import log_sum_exp
-from mpjax.precision import sum_dtype, wider
+from mpjax.precision import sum_dtype
+from mpjax.typing import Shape
 
 WHOLE = 2**24  # logits: 64 MiB of float32; above it the automatic chunk is smaller than T
 
@@ -47,7 +48,7 @@ def chunk_length(batch: int, tokens: int, vocabulary: int, chunk: int = 0) -> in
     return next((n for n in divisors if batch * n * vocabulary <= WHOLE), 1)
 
 
-def check_targets(targets: Any, shape: tuple[int, ...], where: str) -> None:
+def check_targets(targets: Array, shape: Shape, where: str) -> None:
     """Checks the targets of a loss.
 
     Args:
@@ -67,21 +68,16 @@ def check_targets(targets: Any, shape: tuple[int, ...], where: str) -> None:
         raise ConfigError(f"{where}: no targets, shape {shape}; leave an empty batch out")
 
 
-def _chunks(x: Any, chunk: int) -> Any:
-    B, T, *rest = x.shape
-    return x.reshape(B, T // chunk, chunk, *rest).swapaxes(0, 1)
-
-
 def cross_entropy(
     x_BTD: Float[Array, "B T D"],
     targets_BT: Int[Array, "B T"],
-    unembed: Callable[[Any], Any],
+    unembed: Callable[[Array], Array],
     policy: jmp.Policy,
     *,
     chunk: int,
     z_loss: float = 0.0,
     logit_cap: float = 0.0,
-    weights_BT: Any = None,
+    weights_BT: Shaped[Array, "..."] | None = None,
 ) -> Float[Array, ""]:
     r"""Mean over tokens of $\log \sum_v e^{l_v} - l_y + z (\log \sum_v e^{l_v})^2$.
 
@@ -118,7 +114,7 @@ def cross_entropy(
 
     summed = sum_dtype(policy.output_dtype)
 
-    def total(x: Any, targets: Any, weights: Any = None) -> Any:
+    def total(x: Array, targets: Array, weights: Array | None) -> Array:
         logits = unembed(x).astype(policy.compute_dtype)
         if logit_cap:
             logits = logit_cap * jnp.tanh(logits / logit_cap)
@@ -126,38 +122,38 @@ def cross_entropy(
         # A masked sum, not a gather: its gradient is elementwise and works on a sharded V.
         hit = targets[..., None] == jnp.arange(logits.shape[-1])[None, None]
         picked = jnp.sum(jnp.where(hit, logits, 0), axis=-1).astype(log_z.dtype)
-        # A class that is none of the V would be pushed to probability 0 for ever: NaN, loud.
+        # NaN makes a target outside of 0 .. V - 1 visible; unnoticed, it would train no class.
         known = (targets >= 0) & (targets < logits.shape[-1])
         known = known if weights is None else known | (weights == 0)
         loss = (log_z - picked) * jnp.where(known, jnp.ones_like(log_z), jnp.nan)
         if z_loss:
             loss = loss + z_loss * jnp.square(log_z)
         loss = loss.astype(summed)
-        # Where, not times: what has no weight may be infinite.
+        # Not the product alone: a loss of weight 0 may be infinite.
         return jnp.sum(loss if weights is None else jnp.where(weights != 0, loss * weights, 0))
 
     B, T, _ = x_BTD.shape
     check_targets(targets_BT, (B, T), "cross_entropy")
-    count: Any = B * T
+    count: Array | int = B * T
     if weights_BT is not None:
         if weights_BT.shape != (B, T):
             raise ConfigError(
                 f"weights: shape {weights_BT.shape} is not {(B, T)}, that of the targets"
             )
-        weights_BT = weights_BT.astype(summed)  # as the mean over tokens
-        count = jnp.sum(weights_BT)
-        count = jnp.where(count > 0, count, jnp.ones_like(count))
+        weights_BT = weights_BT.astype(summed)  # the dtype of the mean over tokens
+        weight = jnp.sum(weights_BT)
+        count = jnp.where(weight > 0, weight, jnp.ones_like(weight))
     if chunk == T:
         return (total(x_BTD, targets_BT, weights_BT) / count).astype(policy.output_dtype)
-    x_CBtD = _chunks(x_BTD, chunk)
-    parts: tuple[Any, ...] = (x_CBtD, _chunks(targets_BT, chunk))
-    if weights_BT is not None:
-        parts += (_chunks(weights_BT, chunk),)
 
-    wide: Any = wider(summed, jnp.float32)  # from 256 equal chunks on bfloat16 would stand still
+    def cut(a: Array) -> Array:  # (B, T, ...) -> (T / chunk, B, chunk, ...)
+        return a.reshape(B, T // chunk, chunk, *a.shape[2:]).swapaxes(0, 1)
 
-    def body(so_far: Any, part: Any) -> Any:
-        return so_far + jax.checkpoint(total)(*part).astype(wide), None
+    parts = jax.tree.map(cut, (x_BTD, targets_BT, weights_BT))
+    wide = widest(summed, jnp.float32)  # a bfloat16 sum of equal chunks stops growing at 256
+
+    def body(total_loss: Array, part: tuple[Array, Array, Array | None]) -> tuple[Array, None]:
+        return total_loss + jax.checkpoint(total)(*part).astype(wide), None
 
     whole = jax.lax.scan(body, jnp.zeros((), wide), parts)[0].astype(summed)
     return (whole / count).astype(policy.output_dtype)

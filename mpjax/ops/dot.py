@@ -1,19 +1,18 @@
-"""`lax.dot_general` of short operands in a form that every backend runs.
+"""`lax.dot_general` of 8- and 16-bit operands in a form that every backend runs.
 
-XLA's CPU backend decides early that a product of bfloat16 operands goes to a library, which takes
-it only if the left operand's contracting axes are its last. A transpose that is folded into the
-product later, of the left operand or of the result, takes the product out of that form again, and
-then the backend has nothing that runs it ("Unsupported element type for DotThunk"). A transpose of
-the result of a product with batch axes is worse: folded after layouts are assigned, it ends the
-process. So the left operand is laid out here and a barrier keeps transposes out of it; and the
-result is rounded to more bits than it has, which does nothing, and which no transpose passes. This
-is so on the CPU; other platforms see the plain product.
+XLA's CPU backend assigns a product of bfloat16 operands to a library early. The library accepts it
+only if the left operand's contracting axes are its last. If a transpose of the left operand or of
+the result is folded into the product later, the product no longer has that form and fails to
+compile ("Unsupported element type for DotThunk"). A transpose of the result of a product with batch
+axes, folded after layout assignment, crashes the process. So on the CPU the left operand is
+transposed here, an optimization barrier keeps later transposes out of it, and the result is rounded
+to more bits than it has, an identity that no transpose crosses. Other platforms see the plain
+product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,6 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mpjax.ops.checks import Axes, Dims
+from mpjax.typing import Array
 
 
 def free_axes(ndim: int, *used: Axes) -> Axes:
@@ -28,9 +28,9 @@ def free_axes(ndim: int, *used: Axes) -> Axes:
     return tuple(d for d in range(ndim) if not any(d in axes for axes in used))
 
 
-# The identity of what goes into a product or comes out of it; no transpose crosses it on a CPU. An
-# axis that is mapped becomes the first of an `operand`, the first of both of a `pair`, which any
-# transpose may cross, and stays where it is in a `result`.
+# The identity of an operand or result of a product; on the CPU no transpose crosses it. `vmap`
+# moves the mapped axis of an `operand` to the front, that of both arrays of a `pair` (which
+# transposes may cross) likewise, and leaves that of a `result` in place.
 settled_p = Primitive("settled")
 settled_p.multiple_results = True
 settled_p.def_impl(lambda *xs, what: list(xs))
@@ -38,8 +38,8 @@ settled_p.def_abstract_eval(lambda *avals, what: list(avals))
 
 
 def _batch(
-    xs: Sequence[Any], axes: Sequence[Any], *, what: str
-) -> tuple[list[Any], list[int | None]]:
+    xs: Sequence[Array], axes: Sequence[int | None], *, what: str
+) -> tuple[list[Array], list[int | None]]:
     out, places = list(xs), list(axes)
     (size,) = {x.shape[axis] for x, axis in zip(xs, axes, strict=True) if axis is not None}
     for i, (x, axis) in enumerate(zip(xs, axes, strict=True)):
@@ -50,11 +50,13 @@ def _batch(
     return settled_p.bind(*out, what=what), places
 
 
-def _jvp(primals: Any, tangents: Any, *, what: str) -> tuple[list[Any], list[Any]]:
+def _jvp(
+    primals: Sequence[Array], tangents: Sequence[Array], *, what: str
+) -> tuple[list[Array], list[Array]]:
     return settled_p.bind(*primals, what=what), list(tangents)
 
 
-def _lower(*xs: Any, what: str) -> list[Any]:
+def _lower(*xs: Array, what: str) -> list[Array]:
     if what == "operand":
         return list(lax.optimization_barrier(xs))
     if what == "result":  # a barrier would be gone when the last transposes are folded
@@ -68,7 +70,7 @@ mlir.register_lowering(settled_p, lambda ctx, *xs, what: xs)
 mlir.register_lowering(settled_p, mlir.lower_fun(_lower, multiple_results=True), platform="cpu")
 
 
-def dot(a: Any, b: Any, dims: Dims) -> Any:
+def dot(a: Array, b: Array, dims: Dims) -> Array:
     """Returns `lax.dot_general` of two arrays of one dtype, float32.
 
     Args:
@@ -85,8 +87,8 @@ def dot(a: Any, b: Any, dims: Dims) -> Any:
     leading = tuple(range(len(ba)))
     laid_out = free_axes(a.ndim, ba) == (*fa, *ca)  # a batch axis may stand anywhere
     if not laid_out and ba == bb == leading and len(ca) == len(fa) == 1 and len(fb) <= 1:
-        # The library never takes this form, XLA does it in float32 and needs no barrier, as long
-        # as an axis that is mapped is a batch axis of both.
+        # The library never accepts this form. XLA runs it in float32 and needs no barrier, if a
+        # mapped axis is a batch axis of both operands.
         a, b = settled_p.bind(a, b, what="pair")
         return lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
     if not laid_out:

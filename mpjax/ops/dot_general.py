@@ -1,9 +1,10 @@
-"""A product under a recipe, `dot_general` first: forward and both ways backward."""
+"""Products under a recipe and their derivatives; `dot_general` is the public one."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import ROUNDED, as_array, check_key
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.formats.tiles import amax_of
-from mpjax.ops.checks import Axes, Dims, float_dtype, read_dims
+from mpjax.ops.checks import Axes, Dims, DotDimensionNumbers, float_dtype, read_dims
 from mpjax.ops.hadamard import hadamard
 from mpjax.ops.linear_map import linear_map, with_derivative
 from mpjax.ops.quantized_operand import (
@@ -24,23 +25,32 @@ from mpjax.ops.quantized_operand import (
     quantize_operand,
 )
 from mpjax.precision import Recipe, get_recipe
+from mpjax.typing import Array, ArrayLike, DType, DTypeLike, Key, PyTree, Tree
 
 PRNG = "threefry2x32"
+# a, b, the key's words, amax and observed amax of delayed scaling; the result and observed amax
+Inputs: TypeAlias = tuple[Array, Array, Array | None, Array | None, Array | None]
+Result: TypeAlias = tuple[Array, Array | None]
+# a, b, dy, the key's words and amax; the gradients of a and b
+Pulled: TypeAlias = tuple[Array, Array, Array, Array | None, Array | None]
+Gradients: TypeAlias = tuple[Array, Array]
+PullResult: TypeAlias = tuple[Gradients, Array | None]  # and the amax of dy
+_Point: TypeAlias = tuple[Array, Array, Array | None, Array | None]  # a, b, key's words, amax
 
 
 class Bilinear(Protocol):
-    """An operation linear in x and in W; hashable. Axes are those that a product sums over."""
+    """A hashable operation that is linear in x and in W."""
 
-    def axes(self, x: Any, w: Any) -> tuple[tuple[Axes, Axes], ...]:
-        """Axes of (x, W), (dy, W) and (x, dy) in fprop, dgrad and wgrad."""
+    def axes(self, x: Array, w: Array) -> tuple[tuple[Axes, Axes], ...]:
+        """The axes that fprop sums over, of x and W; dgrad, of dy and W; and wgrad, of x and dy."""
 
-    def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Any:
+    def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Array:
         """The result, float32."""
 
-    def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Any) -> Any:
+    def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Array) -> Array:
         """The gradient of x, float32."""
 
-    def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Any) -> Any:
+    def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Array) -> Array:
         """The gradient of W, float32."""
 
 
@@ -53,28 +63,28 @@ class Dot(NamedTuple):
 
     dims: Dims
 
-    def axes(self, x: Any, w: Any) -> tuple[tuple[Axes, Axes], ...]:
+    def axes(self, x: Array, w: Array) -> tuple[tuple[Axes, Axes], ...]:
         """See `Bilinear`."""
         (d_dims, _), (w_dims, _) = backward_dims(self.dims, x.ndim, w.ndim)
         return self.dims[0], d_dims[0], w_dims[0]
 
-    def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Any:
+    def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Array:
         """See `Bilinear`."""
         return combine(x, w, self.dims, recipe)
 
-    def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Any) -> Any:
+    def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Array) -> Array:
         """See `Bilinear`."""
         (dims, order), _ = backward_dims(self.dims, x.ndim, w.values.ndim)
         return lax.transpose(combine(dy, w, dims, recipe), order)
 
-    def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Any) -> Any:
+    def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Array) -> Array:
         """See `Bilinear`."""
         _, (dims, order) = backward_dims(self.dims, x.values.ndim, w.ndim)
         return lax.transpose(combine(x, dy, dims, recipe), order)
 
 
 class ProductSpec(NamedTuple):
-    """What is static about a product.
+    """The static part of a product.
 
     Args:
       op: the operation.
@@ -86,13 +96,13 @@ class ProductSpec(NamedTuple):
 
     op: Bilinear
     recipe: Recipe
-    compute: Any
-    output: Any
+    compute: DType
+    output: DType
     where: str
 
 
-def key_data(key: Any, where: str) -> Any:
-    """Returns two words of threefry, whatever kind of key was given."""
+def key_data(key: Key | None, where: str) -> Array | None:
+    """Returns two words of threefry for a key of any implementation."""
     if key is None:
         return None
     check_key(key, where)
@@ -103,7 +113,7 @@ def key_data(key: Any, where: str) -> Any:
     return jax.random.key_data(key)
 
 
-def check_operands(a: Any, b: Any, spec: ProductSpec, amax: AmaxHistory | None) -> None:
+def check_operands(a: Array, b: Array, spec: ProductSpec, amax: AmaxHistory | None) -> None:
     """Checks operands and state of a product.
 
     Raises:
@@ -137,25 +147,26 @@ def check_operands(a: Any, b: Any, spec: ProductSpec, amax: AmaxHistory | None) 
         )
 
 
-def _key(data: Any, number: int) -> Any:
+def _key(data: Array | None, number: int) -> Key | None:
     if data is None:
         return None
     return jax.random.fold_in(jax.random.wrap_key_data(data, impl=PRNG), number)
 
 
-def _part(amax: Any, number: int) -> Any:
+def _part(amax: Array | None, number: int) -> Array | None:
     return None if amax is None else amax[number]
 
 
-# Each is one program where a product is called by itself, part of the caller's jaxpr where it is
-# traced. The path of the module says nothing about the numbers: it stays outside, so that two
-# modules of equal shapes share a program.
-@functools.partial(jax.jit, static_argnums=5, inline=True)
-def _multiply(a: Any, b: Any, key: Any, amax: Any, observed_amax: Any, spec: ProductSpec) -> Any:
+# The jitted functions below are one program each in an eager call, part of the caller's jaxpr under
+# a trace. Their spec has no path: it does not affect the numbers, and without it two modules of
+# equal shapes share a program.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _multiply(operands: Inputs, spec: ProductSpec) -> Result:
+    a, b, key, amax, observed_amax = operands
     recipe, ((x_axes, w_axes), *_) = spec.recipe, spec.op.axes(a, b)
     x = a.astype(spec.compute)
     left = quantize_operand(x, recipe.fprop[0], x_axes, _key(key, 0), spec.compute, _part(amax, 0))
-    # a weight is quantised as it is stored: a cast before would round it twice
+    # a weight is quantised from its stored dtype: a cast first would round it twice
     right = quantize_operand(b, recipe.fprop[1], w_axes, _key(key, 1), spec.compute, _part(amax, 1))
     y = spec.op.fprop(left, right, recipe).astype(spec.output)
     if observed_amax is not None:
@@ -164,53 +175,50 @@ def _multiply(a: Any, b: Any, key: Any, amax: Any, observed_amax: Any, spec: Pro
     return y, observed_amax
 
 
-# A product is linear in x, in W and, backwards, in dy. Rounding is taken as the identity
-# (straight-through) in derivatives of every order, which are so made of products of the same three
-# kinds, each quantised as the recipe says for its kind:
+# A product is linear in x, in W and, in the backward pass, in dy. Derivatives of every order treat
+# rounding as the identity (straight-through), so they consist of products of the same three kinds,
+# each quantised as the recipe says for its kind:
 #
 #   push  (dx, dW) -> dx W + x dW        at x, W; its transpose is pull
 #   pull  dy -> (dy W', x' dy)           at x, W; its transpose is push
 #   cross (dx, dW) -> (dy dW', dx' dy)   at dy; it is its own transpose
 #
-# An operand that is the derivative of another stands in its place. It takes its own amax, since a
-# history knows nothing of it, and draws from a key of its own, `_key(key, number)` with the number
-# of what was replaced. A dy that is differentiated again takes its own amax too: the history is
-# that of the outermost cotangent.
+# A tangent replaces its primal as an operand. Its scale comes from its own amax, since no history
+# records it, and its random bits from `_key(key, number)` with the number of the replaced operand.
+# A dy that is differentiated again uses its own amax too: the history is that of the outermost
+# cotangent.
 _FOR_X, _FOR_W, _FOR_DY, _FOR_BOTH = 7, 8, 9, 10
 
 
-def _fresh(amax: Any, *replaced: int) -> Any:
-    """The state of delayed scaling without what it knows of operands that were replaced."""
+def _fresh(amax: Array | None, *replaced: int) -> Array | None:
+    """The amax of delayed scaling, 0 (unknown) for operands that were replaced."""
     if amax is None:
         return None
     keep = [float(number not in replaced) for number in range(3)]
     return amax * jnp.asarray(keep, amax.dtype)
 
 
-def _folded(key: Any, number: int) -> Any:
-    return None if key is None else jax.random.key_data(_key(key, number))
+def _folded(data: Array | None, number: int) -> Array | None:
+    key = _key(data, number)
+    return None if key is None else jax.random.key_data(key)
 
 
-def _still(tree: Any) -> Any:
-    return jax.tree.map(lax.stop_gradient, tree)
-
-
-def _forward(a: Any, b: Any, key: Any, amax: Any, observed_amax: Any, spec: ProductSpec) -> Any:
-    need_key(spec.recipe, key, False, spec.where)
-    operands = a, b, key, amax, observed_amax
-    outs = _multiply(*_still(operands), spec._replace(where=""))
+def _forward(operands: Inputs, spec: ProductSpec) -> Result:
+    need_key(spec.recipe, operands[2], False, spec.where)
+    outs = _multiply(lax.stop_gradient(operands), spec._replace(where=""))
     return with_derivative(OfProduct(spec), outs, operands)
 
 
-# The rule says nothing that the function does not; what walks over a program meets one equation.
-_product = jax.custom_jvp(_forward, nondiff_argnums=(5,))
+# `_forward` already has this derivative; the rule makes a product one equation of the jaxpr.
+_product = jax.custom_jvp(_forward, nondiff_argnums=(1,))
 
 
 @_product.defjvp
-def _product_jvp(spec: ProductSpec, primals: Any, tangents: Any) -> Any:
-    a, b, key, amax, observed_amax = primals
-    outs = _forward(a, b, key, amax, observed_amax, spec)
-    return outs, OfProduct(spec).along(outs, primals, tangents)
+def _product_jvp(
+    spec: ProductSpec, primals: tuple[Inputs], tangents: tuple[Inputs]
+) -> tuple[Result, Result]:
+    outs = _forward(primals[0], spec)
+    return outs, OfProduct(spec).along(outs, primals[0], tangents[0])
 
 
 class OfProduct(NamedTuple):
@@ -222,30 +230,32 @@ class OfProduct(NamedTuple):
 
     spec: ProductSpec
 
-    def along(self, outs: Any, operands: Any, tangents: Any) -> Any:
+    def along(self, outs: Result, operands: Inputs, tangents: Inputs) -> Result:
         """The tangents of its results."""
         a, b, key, amax, _ = operands
         da, db, _, _, d_observed = tangents
-        # x is kept as the product used it; the weight's cast is repeated, which costs no memory.
+        # The residual is x in the compute dtype; the cast of W is repeated, to save memory.
         at = a.astype(self.spec.compute), b, key, amax
         return LinearMap("push", self.spec).bind(at, (da, db, d_observed), outs)
 
-    def derivative(self, outs: Any, operands: Any, tangents: Any) -> Any:
+    def derivative(self, outs: Result, operands: Inputs, tangents: Inputs) -> tuple[Result, Result]:
         """See `mpjax.ops.linear_map.Rule`."""
         outs = with_derivative(self, outs, operands)
         return outs, self.along(outs, operands, tangents)
 
 
-def _push(spec: ProductSpec, at: Any, tangents: Any) -> Any:
+def _push(
+    spec: ProductSpec, at: _Point, tangents: tuple[Array, Array, Array | None]
+) -> tuple[Array, Array | None]:
     a, b, key, amax = at
     da, db, d_observed = tangents
-    left = _product(da, b, _folded(key, _FOR_X), _fresh(amax, 0), None, spec)[0]
-    right = _product(a, db, _folded(key, _FOR_W), _fresh(amax, 1), None, spec)[0]
+    left = _product((da, b, _folded(key, _FOR_X), _fresh(amax, 0), None), spec)[0]
+    right = _product((a, db, _folded(key, _FOR_W), _fresh(amax, 1), None), spec)[0]
     return left + right, d_observed
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _pull_back(spec: ProductSpec, like: Any, operands: Any) -> Any:
+def _pull_back(spec: ProductSpec, like: DType | None, operands: Pulled) -> PullResult:
     x, b, dy, key, amax = operands
     recipe, compute = spec.recipe, spec.compute
     x, dy = x.astype(compute), dy.astype(compute)
@@ -257,7 +267,9 @@ def _pull_back(spec: ProductSpec, like: Any, operands: Any) -> Any:
 
     tokens, gradient = x, dy
     if recipe.hadamard and x_axes:
-        signs = jax.random.rademacher(_key(key, 4), (recipe.hadamard,), jnp.float32)
+        sign_key = _key(key, 4)
+        assert sign_key is not None  # `need_key` said so
+        signs = jax.random.rademacher(sign_key, (recipe.hadamard,), jnp.float32)
         tokens = hadamard(x, x_axes[-1], signs)
         gradient = hadamard(dy, dy_tokens[-1], signs)
     left = quantize_operand(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0))
@@ -278,49 +290,51 @@ class OfPull(NamedTuple):
     """
 
     spec: ProductSpec
-    like: Any
+    like: DType | None
 
-    def derivative(self, outs: Any, operands: Any, tangents: Any) -> Any:
+    def derivative(
+        self, outs: Gradients, operands: Pulled, tangents: Pulled
+    ) -> tuple[Gradients, Gradients]:
         """See `mpjax.ops.linear_map.Rule`."""
         (a, b, dy, key, amax), (da, db, ddy, _, _) = operands, tangents
         own = _fresh(amax, 2)
-        if amax is not None:  # this dy is not the one that the history is of
-            still = _still((a, b, dy, key, own))
+        if amax is not None:  # the history belongs to another dy
+            still = lax.stop_gradient((a, b, dy, key, own))
             outs, _ = _pull_back(self.spec._replace(where=""), self.like, still)
         outs = with_derivative(self, outs, (a, b, dy, key, own))
         along = LinearMap("pull", *self).bind((a, b, key, own), (ddy,), outs)
         across = LinearMap("cross", *self).bind((dy, key, own), (da, db), outs)
-        return outs, tuple(x + y for x, y in zip(along, across, strict=True))
+        return outs, (along[0] + across[0], along[1] + across[1])
 
 
-def _pull(spec: ProductSpec, like: Any, operands: Any) -> Any:
+def _pull(spec: ProductSpec, like: DType | None, operands: Pulled) -> PullResult:
     """The gradients of x, in a dtype, and of W; and the amax of dy for delayed scaling."""
     need_key(spec.recipe, operands[3], True, spec.where)
-    outs, now = _pull_back(spec._replace(where=""), like, _still(operands))
+    outs, now = _pull_back(spec._replace(where=""), like, lax.stop_gradient(operands))
     return with_derivative(OfPull(spec, like), outs, operands), now
 
 
 class LinearMap(NamedTuple):
-    """One of the maps above; see there.
+    """One of the maps push, pull and cross described above.
 
     Args:
       kind: push, pull or cross.
       spec: the product.
-      like: dtype of the gradient of x that it gives, except for push.
+      like: dtype of the gradient of x that it gives; None for push.
     """
 
     kind: str
     spec: ProductSpec
-    like: Any = None
+    like: DType | None = None
 
-    def bind(self, at: Any, tangents: Any, outs: Any) -> Any:
-        """Applies it at a point, to what it is linear in; `outs` are like its results."""
+    def bind(self, at: PyTree, tangents: PyTree, outs: Tree) -> Tree:
+        """Applies it at a point; its results have the types of `outs`."""
         result, shape = jax.tree.flatten(outs)
         alike = tuple(jax.typeof(x).to_tangent_aval() for x in result)
         return jax.tree.unflatten(shape, linear_map(self, alike, at, tangents))
 
-    def apply(self, at: Any, tangents: Any) -> Any:
-        """Its value."""
+    def apply(self, at: PyTree, tangents: PyTree) -> PyTree:
+        """See `mpjax.ops.linear_map.Map`."""
         spec = self.spec
         if self.kind == "push":
             return _push(spec, at, tangents)
@@ -331,58 +345,60 @@ class LinearMap(NamedTuple):
         operands = a, b, dy, _folded(key, _FOR_BOTH), _fresh(amax, 0, 1, 2)
         return _pull(spec, self.like, operands)[0]
 
-    def transpose(self, at: Any, cotangents: Any, tangents: Any) -> Any:
-        """The cotangents of `tangents`, which are shapes and dtypes."""
+    def transpose(self, at: PyTree, cotangents: Sequence[Array], tangents: PyTree) -> PyTree:
+        """See `mpjax.ops.linear_map.Map`."""
         if self.kind == "pull":
-            return (_push(self.spec, at, (*cotangents, None))[0].astype(tangents[0].dtype),)
+            da, db = cotangents
+            return (_push(self.spec, at, (da, db, None))[0].astype(tangents[0].dtype),)
         if self.kind == "cross":
             return self._replace(like=tangents[0].dtype).apply(at, cotangents)
         (a, b, key, amax), (dy, *observed_amax) = at, cotangents
         (da, db), now = _pull(self.spec, tangents[0].dtype, (a, b, dy, key, amax))
+        if now is None or not observed_amax:
+            return da, db
         zero = jnp.float32(0)
-        new = [
-            jnp.maximum(s, jnp.stack([zero, zero, lax.stop_gradient(now)])) for s in observed_amax
-        ]
-        return da, db, *new
+        new = jnp.stack([zero, zero, lax.stop_gradient(now)])
+        return da, db, jnp.maximum(observed_amax[0], new)
 
 
 def product(
-    a: Any, b: Any, spec: ProductSpec, key: Any = None, amax: AmaxHistory | None = None
-) -> tuple[Any, AmaxHistory | None]:
-    """Multiplies under a recipe; the callers are `dot_general` and `linear`.
+    a: Array, b: Array, spec: ProductSpec, key: Key | None, amax: AmaxHistory | None
+) -> tuple[Array, AmaxHistory | None]:
+    """Multiplies under a recipe; for `dot_general`, `conv_general_dilated` and `linear`.
 
     Raises:
       ConfigError: delayed scaling without its state, a state that the recipe does not use, or
         operands that are not float32, bfloat16 or float16.
     """
-    recipe = spec.recipe
     check_operands(a, b, spec, amax)
-    if amax is None:
-        return _product(a, b, key_data(key, spec.where), None, None, spec)[0], None
-    roomy = amax.amax * jnp.float32(2.0**recipe.margin)
-    y, observed_amax = _product(a, b, key_data(key, spec.where), roomy, amax.observed_amax, spec)
-    return y, amax._replace(observed_amax=observed_amax)
+    past = observed = None
+    if amax is not None:
+        past, observed = amax.amax * jnp.float32(2.0**spec.recipe.margin), amax.observed_amax
+    y, observed = _product((a, b, key_data(key, spec.where), past, observed), spec)
+    if amax is not None and observed is not None:
+        amax = amax._replace(observed_amax=observed)
+    return y, amax
 
 
 def dot_general(
-    a: Any,
-    b: Any,
-    dimension_numbers: Any,
+    a: ArrayLike,
+    b: ArrayLike,
+    dimension_numbers: DotDimensionNumbers,
     recipe: str | Recipe,
     *,
-    key: Any = None,
+    key: Key | None = None,
     amax: AmaxHistory | None = None,
-    compute_dtype: Any = None,
-    preferred_element_type: Any = None,
+    compute_dtype: DTypeLike | None = None,
+    preferred_element_type: DTypeLike | None = None,
     where: str = "dot_general",
 ) -> Any:
     r"""`lax.dot_general` with operands, and those of both gradients, quantised by a recipe.
 
     $$y = Q(a) Q(b), \qquad da = Q(dy) Q(b^T), \qquad db = Q(a^T) Q(dy)$$
 
-    Derivatives of every order, forward mode too, are straight-through: they are made of products of
-    these three kinds, with what is derived in the place of what it is derived from. Such an operand
-    takes its scale from itself, also under delayed scaling, and draws bits of its own.
+    Derivatives of every order, forward mode too, are straight-through: they consist of products of
+    these three kinds, with tangents in the place of primals. A tangent takes its scale from itself,
+    also under delayed scaling, and draws its own random bits.
 
     Args:
       a: the left operand: activations (x in a Recipe).

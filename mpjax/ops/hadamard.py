@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jax import lax
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import as_array
+from mpjax.typing import Array, ArrayLike
 
 
-def _hadamard_matrix(size: int) -> np.ndarray:
-    """Sylvester's matrix over the square root of its size: orthogonal."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype(np.float32)
-
-
-def hadamard(x: Any, axis: int, signs: Any) -> Any:
+def hadamard(x: ArrayLike, axis: int, signs: ArrayLike) -> Array:
     r"""Returns $H \mathrm{diag}(s) x$ along an axis, in blocks as long as the signs.
 
     $H \mathrm{diag}(s)$ is orthogonal, so a product over this axis of two arrays so transformed is
@@ -53,5 +45,6 @@ def hadamard(x: Any, axis: int, signs: Any) -> Any:
     rows = jnp.moveaxis(x, axis, -1).astype(jnp.float32)
     rows = jnp.pad(rows, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[axis] % size)])
     blocks = rows.reshape(*rows.shape[:-1], -1, size) * signs.reshape((1,) * x.ndim + (-1,))
-    turned = jnp.matmul(blocks, _hadamard_matrix(size), precision=lax.Precision.HIGHEST)
+    orthogonal = (scipy.linalg.hadamard(size) / np.sqrt(size)).astype(np.float32)
+    turned = jnp.matmul(blocks, orthogonal, precision=lax.Precision.HIGHEST)
     return jnp.moveaxis(turned.reshape(rows.shape), -1, axis)

@@ -14,41 +14,51 @@ import jmp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from mpjax.formats import widest
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops.dot_general import Dot, ProductSpec, product
-from mpjax.precision import Recipe, sum_dtype, wider
+from mpjax.precision import Recipe, sum_dtype
+from mpjax.typing import DType, DTypeLike, Key
+
+_Residuals = tuple[Array, Array, Array]  # x, W, an empty array of the dtype of x
 
 
-def _dot(a: Any, b: Any, contract: tuple[int, int], out: Any) -> Any:
+def _dot(a: Array, b: Array, contract: tuple[int, int], out: DType) -> Array:
     """2-D product; float32 operands are multiplied as float32 on every platform."""
     full = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=full, preferred_element_type=out)
 
 
-def _multiply(x_ND: Any, w: Any, policy: jmp.Policy, gradient_dtype: Any, tied: bool) -> Any:
+def _multiply(
+    x_ND: Array, w: Array, policy: jmp.Policy, gradient_dtype: DType, tied: bool
+) -> Array:
     del gradient_dtype  # of the backward pass
     compute = policy.compute_dtype
-    out = wider(compute, policy.output_dtype)  # never emit less than is asked for
+    out = widest(compute, policy.output_dtype)  # the product loses no bits of the output dtype
     y = _dot(x_ND.astype(compute), w.astype(compute), (1, int(tied)), out)
     return y.astype(policy.output_dtype)
 
 
-def _product_fwd(x_ND: Any, w: Any, policy: Any, gradient_dtype: Any, tied: bool) -> Any:
+def _product_fwd(
+    x_ND: Array, w: Array, policy: jmp.Policy, gradient_dtype: DType, tied: bool
+) -> tuple[Array, _Residuals]:
     # Not _product: a remat policy that saves products must see the product itself.
     y = _multiply(x_ND, w, policy, gradient_dtype, tied)
-    # x is kept as the product used it; the weight's cast is repeated, which costs no memory.
+    # The residual is x in the compute dtype; the cast of W is repeated, to save memory.
     return y, (x_ND.astype(policy.compute_dtype), w, jnp.zeros(0, x_ND.dtype))
 
 
-def _product_bwd(policy: Any, gradient_dtype: Any, tied: bool, residuals: Any, dy_NF: Any) -> Any:
+def _product_bwd(
+    policy: jmp.Policy, gradient_dtype: DType, tied: bool, residuals: _Residuals, dy_NF: Array
+) -> tuple[Array, Array]:
     x_ND, w, like = residuals
     compute = policy.compute_dtype
     dy_NF = dy_NF.astype(compute)
-    dx = _dot(dy_NF, w.astype(compute), (1, int(not tied)), wider(compute, like.dtype))
+    dx = _dot(dy_NF, w.astype(compute), (1, int(not tied)), widest(compute, like.dtype))
     # The weight gradient leaves its product in float32: a sum over replicas that XLA places
     # behind this product is then float32 too (a bfloat16 product would be summed in bfloat16).
-    wide = wider(compute, gradient_dtype)
+    wide = widest(compute, gradient_dtype)
     dw = _dot(dy_NF, x_ND, (0, 0), wide) if tied else _dot(x_ND, dy_NF, (0, 0), wide)
     return dx.astype(like.dtype), dw.astype(w.dtype)
 
@@ -62,10 +72,10 @@ def linear(
     kernel: Float[Array, "D F"],
     policy: jmp.Policy,
     *,
-    gradient_dtype: Any = jnp.float32,
+    gradient_dtype: DTypeLike = jnp.float32,
     transposed: bool = False,
     recipe: Recipe | None = None,
-    key: Any = None,
+    key: Key | None = None,
     amax: AmaxHistory | None = None,
     where: str = "linear",
 ) -> Any:
@@ -111,25 +121,29 @@ def linear(
     return y if amax is None else (y, amax)
 
 
-def _sum_tokens(x: Any, gradient_dtype: Any, like: Any) -> Any:
-    wide = x.astype(wider(x.dtype, gradient_dtype))
+def _sum_tokens(x: Array, gradient_dtype: DTypeLike, like: DType) -> Array:
+    wide = x.astype(widest(x.dtype, gradient_dtype))
     return jnp.sum(wide, axis=tuple(range(x.ndim - 1))).astype(like)
 
 
-def _row(vector: Any, like: Any) -> Any:
+def _row(vector: Array, like: Array) -> Array:
     """A vector as the last axis of an array, in its dtype."""
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def scale_by(x: Float[Array, "... D"], scale: Float[Array, " D"], gradient_dtype: Any) -> Any:
+def scale_by(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], gradient_dtype: DTypeLike
+) -> Float[Array, "... D"]:
     """Returns x * scale in the dtype of x; the gradient of scale is summed in gradient_dtype."""
     return x * _row(scale, x)
 
 
-def _scale_by_bwd(gradient_dtype: Any, residuals: Any, dy: Any) -> Any:
+def _scale_by_bwd(
+    gradient_dtype: DTypeLike, residuals: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, scale = residuals
-    wide = sum_dtype(dy.dtype)  # the terms of the sum, too
+    wide = sum_dtype(dy.dtype)  # of the terms of the sum, too
     terms = dy.astype(wide) * x.astype(wide)
     return dy * _row(scale, dy), _sum_tokens(terms, gradient_dtype, scale.dtype)
 
@@ -138,7 +152,9 @@ scale_by.defvjp(lambda x, scale, dtype: (scale_by(x, scale, dtype), (x, scale)),
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def shift_by(x: Float[Array, "... D"], bias: Float[Array, " D"], gradient_dtype: Any) -> Any:
+def shift_by(
+    x: Float[Array, "... D"], bias: Float[Array, " D"], gradient_dtype: DTypeLike
+) -> Float[Array, "... D"]:
     """Returns x + bias in the dtype of x; the gradient of bias is summed in gradient_dtype."""
     return x + _row(bias, x)
 
@@ -151,19 +167,24 @@ shift_by.defvjp(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def look_up(
-    table: Float[Array, "V D"], ids: Int[Array, "*N"], output_dtype: Any, gradient_dtype: Any
-) -> Any:
+    table: Float[Array, "V D"],
+    ids: Int[Array, "*N"],
+    output_dtype: DTypeLike,
+    gradient_dtype: DTypeLike,
+) -> Float[Array, "*N D"]:
     """Returns rows of a table in the output dtype; their gradients are summed in gradient_dtype.
 
     An id outside of 0 .. V - 1 gives NaN.
     """
-    known = jnp.where(ids < 0, table.shape[0], ids)  # -1 is padding to many, and no last row
+    known = jnp.where(ids < 0, table.shape[0], ids)  # -1, often padding, is not the last row
     return jnp.take(table, known, axis=0).astype(output_dtype)
 
 
-def _look_up_bwd(output_dtype: Any, gradient_dtype: Any, residuals: Any, dy: Any) -> Any:
+def _look_up_bwd(
+    output_dtype: DTypeLike, gradient_dtype: DTypeLike, residuals: tuple[Array, Array], dy: Array
+) -> tuple[Array, None]:
     ids, like = residuals
-    wide = wider(dy.dtype, gradient_dtype)
+    wide = widest(dy.dtype, gradient_dtype)
     grad = jnp.zeros(like.shape[1:], wide).at[ids].add(dy.astype(wide))
     return grad.astype(like.dtype), None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +10,19 @@ import jmp
 from jax import lax
 from jaxtyping import Array, Float
 
+from mpjax.ops.checks import Axes
 from mpjax.ops.linear import scale_by, shift_by
 from mpjax.precision import sum_dtype
+from mpjax.typing import DType, DTypeLike
 
-Axes = tuple[int, ...]
+_Residuals = tuple[Array, Array | None, Array]  # x, mean, 1 / deviation
 
 
 def _statistics(
-    x: Any, compute: Any, centre: bool, epsilon: float, axes: Axes
-) -> tuple[Any, Any, Any]:
+    x: Array, compute: DType, centre: bool, epsilon: float, axes: Axes
+) -> tuple[Array, Array | None, Array]:
     # float16 overflows in the square of 256, in a difference of two of its numbers, and in the
-    # reciprocal of a deviation that is subnormal
+    # reciprocal of a subnormal deviation
     x = x.astype(sum_dtype(compute))
     mean = jnp.mean(x, axis=axes, keepdims=True) if centre else None
     centred = x if mean is None else x - mean
@@ -30,18 +31,20 @@ def _statistics(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def _normalise(x: Any, compute: Any, centre: bool, epsilon: float, axes: Axes) -> Any:
+def _normalise(x: Array, compute: DType, centre: bool, epsilon: float, axes: Axes) -> Array:
     return _statistics(x, compute, centre, epsilon, axes)[0].astype(compute)
 
 
-def _normalise_fwd(x: Any, compute: Any, centre: bool, epsilon: float, axes: Axes) -> Any:
+def _normalise_fwd(
+    x: Array, compute: DType, centre: bool, epsilon: float, axes: Axes
+) -> tuple[Array, _Residuals]:
     y, mean, inverse = _statistics(x, compute, centre, epsilon, axes)
     return y.astype(compute), (x, mean, inverse)  # x in its own dtype: no float32 copy is kept
 
 
 def _normalise_bwd(
-    compute: Any, centre: bool, epsilon: float, axes: Axes, residuals: Any, dy: Any
-) -> Any:
+    compute: DType, centre: bool, epsilon: float, axes: Axes, residuals: _Residuals, dy: Array
+) -> tuple[Array]:
     # dx = (dy - mean(dy) - y mean(dy y)) / sigma. Differentiating the rsqrt instead would form
     # sigma^-3, which overflows float16 once sigma is below 0.025.
     x, mean, inverse = residuals
@@ -65,7 +68,7 @@ def norm(
     *,
     centre: bool,
     epsilon: float = 1e-5,
-    gradient_dtype: Any = jnp.float32,
+    gradient_dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "... D"]:
     r"""Normalises the last axis, $y = \gamma (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta$.
 
@@ -109,7 +112,7 @@ def group_norm(
     *,
     groups: int,
     epsilon: float = 1e-5,
-    gradient_dtype: Any = jnp.float32,
+    gradient_dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "N H W C"]:
     r"""Normalises each image over space and groups of channels, then scales and shifts channels.
 

@@ -1,17 +1,18 @@
 """Matrix products whose operands are quantised by a Recipe, forward and backward.
 
-The values of each operand lie on its format's grid, so a unit of the hardware and an emulation in
-a wider dtype multiply the same numbers; they differ by the order of their sums alone.
+The values of each operand lie on its format's grid, so a hardware unit and an emulation in a wider
+dtype multiply the same numbers; they differ only in the order of their sums.
 
-Qwix quantises whole models by interception and holds more inference schemes. It is not used
-here, because the rounding, the key and the amax of each of the three products have to be ours to
-be reported and tested, and an operand that it cannot quantise runs unquantised there.
+Qwix quantises whole models by interception and has more inference schemes. It is not used here,
+because the rounding, the key and the amax of each of the three products must be reported and
+tested, and because it silently leaves an operand unquantised that it cannot quantise.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,11 +27,15 @@ from mpjax.formats.tiles import amax_of, scale_up
 from mpjax.ops.checks import Axes, Dims
 from mpjax.ops.dot import dot, free_axes
 from mpjax.precision import Operand, Recipe, get_recipe
+from mpjax.typing import Array, DTypeLike, Key, Shape
 
 _FLOAT8 = ("e4m3", "e5m2")
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _LARGEST = float(jnp.finfo(jnp.float32).max)
-_INT32_TERMS = (2**31 - 1) // 128**2  # so many products of two int8 an int32 can sum
+_INT32_TERMS = (2**31 - 1) // 128**2  # products of two int8 that an int32 can sum
+
+_Product = Callable[[Array, Array], Array]
+Transposed = tuple[Dims, Axes]  # a product and the permutation of its result
 
 
 class QuantizedOperand(NamedTuple):
@@ -42,13 +47,13 @@ class QuantizedOperand(NamedTuple):
       tile: of the scales.
       format: of the values, or None.
       blocks: whether the scales change along the axes that are summed over.
-      short: whether bfloat16 holds the values exactly, with their scales where these are blocks'.
-      top: the largest number that scales take the values to; 0 if they stay as they are.
+      short: whether bfloat16 holds the values exactly; of blocks, the values times their scales.
+      top: the largest magnitude of a scaled value; 0 without scales.
     """
 
-    values: Any
-    scales: Any
-    tile: Axes
+    values: Array
+    scales: Array | None
+    tile: Shape
     format: Format | None
     blocks: bool
     short: bool
@@ -56,8 +61,9 @@ class QuantizedOperand(NamedTuple):
 
 
 def quantize_operand(
-    x: Any, operand: Operand | None, axes: Axes, key: Any, compute: Any, amax: Any = None
-) -> QuantizedOperand:
+    x: Array, operand: Operand | None, axes: Axes, key: Key | None, compute: DTypeLike,
+    amax: Array | None = None,
+) -> QuantizedOperand:  # fmt: skip
     """Quantises an operand along the axes that its product sums over.
 
     Args:
@@ -68,34 +74,34 @@ def quantize_operand(
     format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
     tile = scaling.tiles(x.shape, axes)
     scaled = scaling.kind != "none"
-    current: Any = amax_of(x, tile) if amax is not None or not scaled else None
     if amax is not None:
-        scales: Any = to_scale(jnp.where(amax > 0, amax, current), format, operand.scales_rounded)
+        current = amax_of(x, tile)
+        scales = to_scale(jnp.where(amax > 0, amax, current), format, operand.scales_rounded)
     else:
+        current = None if scaled else amax_of(x, tile)
         scales, whole = find_scales(x, format, scaling, tile, operand.scales_rounded)
         scales = scales if whole is None else scales * whole
     if current is not None:  # these scales do not come from x: inf would saturate unnoticed
         scales = select(lax.is_finite(current), scales, np.float32(np.nan))
     values = scaled_values(x, scales, format, tile, operand.rounding, key)
-    short = is_short(operand)
-    top = format.max if scaled else 0.0
+    short, top = is_short(operand), format.max if scaled else 0.0
     return QuantizedOperand(values, scales, tile, format, scaling.blocks, short, top)
 
 
 def is_short(operand: Operand | None) -> bool:
-    """Returns whether bfloat16 holds exactly what an operand enters its product as."""
+    """Returns whether bfloat16 holds the numbers of an operand exactly."""
     if operand is None:
         return False
     format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
     if scaling.blocks and operand.scales_rounded == "none":
-        return False  # its numbers are multiplied by scales of 24 bits before the product
+        return False  # the product multiplies values times scales, which have 24 bits
     if format.kind == "fixed":
         return format.bits <= 8
     return format.mantissa_bits <= 7 and format.exponent_bits <= 8
 
 
 def native_unit(left: Format | None, right: Format | None, blocks: bool, terms: int) -> str:
-    """Returns which unit can multiply two formats: `int8`, `float8` or none (an empty text).
+    """Returns the hardware unit that can multiply two formats: `int8`, `float8` or "" for none.
 
     Args:
       left: format of the left operand, None where it is not quantised.
@@ -110,8 +116,8 @@ def native_unit(left: Format | None, right: Format | None, blocks: bool, terms: 
     return "float8" if left.name in _FLOAT8 and right.name in _FLOAT8 else ""
 
 
-def _multiply(a: QuantizedOperand, b: QuantizedOperand, dims: Dims) -> Any:
-    """The product of two factors' values, float32."""
+def _multiply(a: QuantizedOperand, b: QuantizedOperand, dims: Dims) -> Array:
+    """The product of the values of two operands, float32."""
     terms = math.prod(a.values.shape[axis] for axis in dims[0][0])
     unit = native_unit(a.format, b.format, False, terms)
     if unit == "int8":
@@ -121,38 +127,30 @@ def _multiply(a: QuantizedOperand, b: QuantizedOperand, dims: Dims) -> Any:
         )  # fmt: skip
         return whole.astype(jnp.float32)
 
-    if not (a.short and b.short):
-        return dot(a.values.astype(jnp.float32), b.values.astype(jnp.float32), dims)
+    def multiply_as(left: DTypeLike | None, right: DTypeLike | None) -> _Product:
+        return lambda x, y: dot(x.astype(left), y.astype(right), dims)
 
-    def short(x: Any, y: Any) -> Any:  # exact: bfloat16 holds all these values
-        return dot(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), dims)
-
-    if unit != "float8":
-        return short(a.values, b.values)
-    left, right = (f.format.dtype for f in (a, b) if f.format is not None)
-
-    def eight(x: Any, y: Any) -> Any:
-        return dot(x.astype(left), y.astype(right), dims)
-
-    return lax.platform_dependent(a.values, b.values, cuda=eight, default=short)
+    wide = jnp.bfloat16 if a.short and b.short else jnp.float32  # it holds all values exactly
+    emulated = multiply_as(wide, wide)
+    if unit != "float8" or a.format is None or b.format is None:
+        return emulated(a.values, b.values)
+    native = multiply_as(a.format.dtype, b.format.dtype)
+    return lax.platform_dependent(a.values, b.values, cuda=native, default=emulated)
 
 
-def _spread(scales: Any, batch: Axes, free: Axes, summed: Axes, before: int, after: int) -> Any:
+def _spread(scales: Array, batch: Axes, free: Axes, summed: Axes, before: int, after: int) -> Array:
     """Scales of an operand, laid out as the product: batch, left free, right free axes."""
     moved = jnp.transpose(scales, (*batch, *free, *summed))
-    shape = moved.shape[: len(batch) + len(free)]
-    split = len(batch)
-    return moved.reshape(*shape[:split], *(1,) * before, *shape[split:], *(1,) * after)
+    groups, rows = ([scales.shape[d] for d in axes] for axes in (batch, free))
+    return moved.reshape(*groups, *(1,) * before, *rows, *(1,) * after)
 
 
-def opened(f: QuantizedOperand) -> Any:
-    """A factor's numbers with their scales applied."""
-    if f.scales is None:
-        return f.values
-    return scale_up(f.values, f.scales, f.tile)
+def opened(f: QuantizedOperand) -> Array:
+    """The numbers of an operand with their scales applied."""
+    return f.values if f.scales is None else scale_up(f.values, f.scales, f.tile)
 
 
-def _chunked(a: Any, b: Any, dims: Dims, accumulate: Format, chunk: int) -> Any:
+def _chunked(a: Array, b: Array, dims: Dims, accumulate: Format, chunk: int) -> Array:
     """A product whose running sum is rounded to a format after each chunk of summands."""
     (ca, cb), (ba, bb) = dims
     fa, fb = free_axes(a.ndim, ca, ba), free_axes(b.ndim, cb, bb)
@@ -160,12 +158,12 @@ def _chunked(a: Any, b: Any, dims: Dims, accumulate: Format, chunk: int) -> Any:
     groups, terms = math.prod(a.shape[d] for d in ba), math.prod(a.shape[d] for d in ca)
     pad = (0, -terms % chunk)
 
-    def lay_out(x: Any, *axes: Axes) -> Any:
+    def lay_out(x: Array, *axes: Axes) -> Array:
         flat = jnp.transpose(x, sum(axes, ())).reshape(groups, -1, terms)
         parts = jnp.pad(flat, ((0, 0), (0, 0), pad)).reshape(groups, flat.shape[1], -1, chunk)
         return jnp.moveaxis(parts, 2, 0).astype(jnp.float32)
 
-    def add(total: Any, part: Any) -> tuple[Any, None]:
+    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         dims = (((2,), (2,)), ((0,), (0,)))
         left, right = part
         return round_to(total + dot(left, right, dims), accumulate, saturate=False), None
@@ -175,8 +173,8 @@ def _chunked(a: Any, b: Any, dims: Dims, accumulate: Format, chunk: int) -> Any:
     return lax.scan(add, zero, (left, right))[0].reshape(shape)
 
 
-def combine(a: QuantizedOperand, b: QuantizedOperand, dims: Dims, recipe: Recipe) -> Any:
-    """Returns the product of two factors, float32, in `lax.dot_general`'s layout."""
+def combine(a: QuantizedOperand, b: QuantizedOperand, dims: Dims, recipe: Recipe) -> Array:
+    """Returns the product of two operands, float32, in `lax.dot_general`'s layout."""
     if recipe.accumulate != "float32":
         return _chunked(opened(a), opened(b), dims, Format(recipe.accumulate), recipe.chunk)
     if a.format is None and b.format is None:
@@ -186,11 +184,11 @@ def combine(a: QuantizedOperand, b: QuantizedOperand, dims: Dims, recipe: Recipe
         return dot(opened(a).astype(wide), opened(b).astype(wide), dims)
     (ca, cb), (ba, bb) = dims
     terms = math.prod(a.values.shape[axis] for axis in ca)
-    if a.top * b.top * terms > _LARGEST:  # of bfloat16 and wider: their sums would overflow
+    if a.top * b.top * terms > _LARGEST:  # bfloat16 and wider: a sum of values would overflow
         return dot(opened(a).astype(jnp.float32), opened(b).astype(jnp.float32), dims)
     fa, fb = free_axes(a.values.ndim, ca, ba), free_axes(b.values.ndim, cb, bb)
     y = _multiply(a, b, dims)
-    # one after the other: the product of two small scales may underflow
+    # one after the other, since the product of two small scales may underflow
     if a.scales is not None:
         y = y * _spread(a.scales, ba, fa, ca, 0, len(fb))
     if b.scales is not None:
@@ -198,27 +196,22 @@ def combine(a: QuantizedOperand, b: QuantizedOperand, dims: Dims, recipe: Recipe
     return y
 
 
-def backward_dims(dims: Dims, a_ndim: int, b_ndim: int) -> tuple[Any, Any]:
+def backward_dims(dims: Dims, a_ndim: int, b_ndim: int) -> tuple[Transposed, Transposed]:
     """Returns (dims, permutation) of dgrad, dy by b, and of wgrad, a by dy."""
     (ca, cb), (ba, bb) = dims
     fa, fb = free_axes(a_ndim, ca, ba), free_axes(b_ndim, cb, bb)
     n = len(ba)
-    batch = tuple(range(n))
-    dy_a = tuple(range(n, n + len(fa)))
-    dy_b = tuple(range(n + len(fa), n + len(fa) + len(fb)))
+    dy = tuple(range(n + len(fa) + len(fb)))
+    batch, dy_a, dy_b = dy[:n], dy[n : n + len(fa)], dy[n + len(fa) :]
     to_a = (*ba, *fa, *(ca[cb.index(c)] for c in sorted(cb)))
     to_b = (*bb, *(cb[ca.index(c)] for c in sorted(ca)), *fb)
-    dgrad = (((dy_b, fb), (batch, bb)), _inverse(to_a))
-    wgrad = (((fa, dy_a), (ba, batch)), _inverse(to_b))
+    dgrad = (((dy_b, fb), (batch, bb)), tuple(map(to_a.index, range(a_ndim))))
+    wgrad = (((fa, dy_a), (ba, batch)), tuple(map(to_b.index, range(b_ndim))))
     return dgrad, wgrad
 
 
-def _inverse(axes: Axes) -> Axes:
-    return tuple(axes.index(d) for d in range(len(axes)))
-
-
 def how_it_runs(recipe: str | Recipe, platform: str, terms: int = 1) -> dict[str, str]:
-    """Returns for each product of a recipe what multiplies it on a platform.
+    """Returns how each product of a recipe is computed on a platform.
 
     Args:
       recipe: a Recipe or its name.
@@ -235,25 +228,23 @@ def how_it_runs(recipe: str | Recipe, platform: str, terms: int = 1) -> dict[str
     recipe, found = get_recipe(recipe), {}
     if platform not in _PLATFORMS:
         raise ConfigError(f"platform: {brief(platform)} is none; known: {' '.join(_PLATFORMS)}")
+    plain = recipe.accumulate == "float32"
     for name in ("fprop", "dgrad", "wgrad"):
         left, right = getattr(recipe, name)
-        pair = tuple(None if o is None else Format(o.format) for o in (left, right))
+        formats = [None if o is None else Format(o.format) for o in (left, right)]
         blocks = any(o is not None and Scaling.parse(o.scaling).blocks for o in (left, right))
-        unit = (
-            native_unit(pair[0], pair[1], blocks, terms) if recipe.accumulate == "float32" else ""
-        )
+        unit = native_unit(formats[0], formats[1], blocks, terms) if plain else ""
         if left is None and right is None:
             found[name] = "not quantised: compute dtype"
         elif unit == "int8" or (unit == "float8" and platform == "cuda"):
             found[name] = f"native {unit} product"
-        elif recipe.accumulate == "float32" and is_short(left) and is_short(right):
-            found[name] = "emulated: bfloat16 product of exact values"
         else:
-            found[name] = "emulated: float32 product of exact values"
+            wide = "bfloat16" if plain and is_short(left) and is_short(right) else "float32"
+            found[name] = f"emulated: {wide} product of exact values"
     return found
 
 
-def need_key(recipe: Recipe, key: Any, backward: bool, where: str) -> None:
+def need_key(recipe: Recipe, key: Array | None, backward: bool, where: str) -> None:
     """Checks that a recipe that draws random numbers has a key.
 
     Raises:

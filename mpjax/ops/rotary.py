@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import jmp
@@ -40,7 +40,7 @@ class RopeScaling(NamedTuple):
 _NONE = RopeScaling()
 
 
-def _stretched(frequency_J: Any, scaling: RopeScaling) -> Any:
+def _stretched(frequency_J: Array, scaling: RopeScaling) -> Array:
     if scaling.kind == "none":
         return frequency_J
     slow_J = frequency_J / scaling.factor
@@ -81,14 +81,10 @@ def rotary(
     half = x_BTHK.shape[-1] // 2
     frequency_J = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     frequency_J = _stretched(frequency_J, scaling)
-    waves, dtype = (jnp.cos, jnp.sin), policy.compute_dtype
-    if positions.ndim == 1:
-        angle_TJ = positions.astype(jnp.float32)[:, None] * frequency_J[None, :]
-        cos, sin = (wave(angle_TJ)[None, :, None, :].astype(dtype) for wave in waves)
-    else:
-        angle_BTJ = positions.astype(jnp.float32)[:, :, None] * frequency_J[None, None, :]
-        cos, sin = (wave(angle_BTJ)[:, :, None, :].astype(dtype) for wave in waves)
-    a, b = jnp.split(x_BTHK.astype(policy.compute_dtype), 2, axis=-1)
+    angle = positions.astype(jnp.float32)[..., None] * frequency_J[(None,) * positions.ndim]
+    dtype, rows = policy.compute_dtype, (None,) * (2 - positions.ndim)
+    cos, sin = (wave(angle)[*rows, ..., None, :].astype(dtype) for wave in (jnp.cos, jnp.sin))
+    a, b = jnp.split(x_BTHK.astype(dtype), 2, axis=-1)
     out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return out.astype(policy.output_dtype)
 

@@ -1,22 +1,22 @@
 """Softmax and log-sum-exp whose sums do not overflow float16.
 
-In float16 the powers are computed low, while their sum over many terms, and what is made of the sum
-(quotient, logarithm and both gradients), are float32: 65536 equal terms add up to inf, and the
+In float16 the exponentials are float16, while their sum and what is computed from it (quotient,
+logarithm and both gradients) are float32: in float16, 65536 equal terms add up to inf, and the
 quotient by it is 0. Other dtypes go to `jax.nn` as they are.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mpjax.precision import sum_dtype
+from mpjax.typing import Array, DTypeLike
 
 
-def _powers(x: Any, compute: Any) -> tuple[Any, Any, Any]:
+def _powers(x: Array, compute: DTypeLike) -> tuple[Array, Array, Array]:
     """max x, e^(x - max x) in the compute dtype and then float32, and their sum."""
     top = jnp.max(x, axis=-1, keepdims=True)
     powers = jnp.exp((x - top).astype(compute)).astype(jnp.float32)
@@ -24,20 +24,22 @@ def _powers(x: Any, compute: Any) -> tuple[Any, Any, Any]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _softmax(x: Any, compute: Any) -> Any:
+def _softmax(x: Array, compute: DTypeLike) -> Array:
     _, powers, total = _powers(x, compute)
     return (powers / total).astype(compute)
 
 
 @_softmax.defjvp
-def _softmax_jvp(compute: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _softmax_jvp(
+    compute: DTypeLike, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
     y = _softmax(*primals, compute)
     wide = y.astype(jnp.float32)
     terms = wide * tangents[0].astype(jnp.float32)
     return y, (terms - wide * jnp.sum(terms, axis=-1, keepdims=True)).astype(compute)
 
 
-def softmax(x: Any, compute: Any) -> Any:
+def softmax(x: Array, compute: DTypeLike) -> Array:
     r"""Returns $e^{x_i} / \sum_j e^{x_j}$ along the last axis, in the compute dtype.
 
     Args:
@@ -52,19 +54,19 @@ def softmax(x: Any, compute: Any) -> Any:
 
 
 @jax.custom_jvp
-def _log_sum_exp(x: Any) -> Any:
+def _log_sum_exp(x: Array) -> Array:
     top, _, total = _powers(x, x.dtype)
     return (jnp.log(total) + top.astype(jnp.float32))[..., 0]
 
 
 @_log_sum_exp.defjvp
-def _log_sum_exp_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _log_sum_exp_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     _, powers, total = _powers(primals[0], primals[0].dtype)
     terms = powers / total * tangents[0].astype(jnp.float32)
     return _log_sum_exp(*primals), jnp.sum(terms, axis=-1)
 
 
-def log_sum_exp(x: Any) -> Any:
+def log_sum_exp(x: Array) -> Array:
     r"""Returns $\log \sum_j e^{x_j}$ along the last axis, in `sum_dtype` of that of x.
 
     Args:

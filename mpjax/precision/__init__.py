@@ -1,17 +1,28 @@
 """Who gets which format: policies, rules and the Precision that holds them."""
 
-from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype, sum_dtype, wider
+from mpjax.formats import widest as wider
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
-from mpjax.precision.policy import parse_policy, policy_text
+from mpjax.precision.policy import (
+    dtype_name,
+    is_fp8,
+    parse_dtype,
+    parse_policy,
+    policy_text,
+    sum_dtype,
+)
 from mpjax.precision.precision import UPDATE_RULES, Precision
-from mpjax.precision.presets import preset_names, register_preset
-from mpjax.precision.reading import get_precision, parse_rule
-from mpjax.precision.recipe import Operand, Recipe
-from mpjax.precision.recipe_presets import get_recipe, recipe_names, register_recipe
+from mpjax.precision.presets import get_precision, parse_rule, preset_names, register_preset
+from mpjax.precision.recipe import Operand, Recipe, get_recipe, recipe_names, register_recipe
 from mpjax.precision.rule import Rule, matches
-from mpjax.precision.schedule import PrecisionSchedule, dynamic, fixed, late, mixed
-from mpjax.precision.schedule_reading import get_schedule
+from mpjax.precision.schedule import (
+    PrecisionSchedule,
+    dynamic,
+    fixed,
+    get_schedule,
+    late,
+    mixed,
+)
 from mpjax.precision.triggers import Triggers
 
 __all__ = [

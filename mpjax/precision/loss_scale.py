@@ -186,7 +186,7 @@ class LossScaleSettings:
         object.__setattr__(self, "groups", groups)
 
     @classmethod
-    def parse(cls, text: Any) -> LossScaleSettings:
+    def parse(cls, text: object) -> LossScaleSettings:
         """Reads `none`, `static:1024`, `dynamic:init=...,growth=...`, `logmax:...`, `leaf:...`.
 
         Args:
@@ -215,10 +215,10 @@ class LossScaleSettings:
                 key, value = "init", part
             if key not in keys:
                 long = kind if len(keys) > 1 else "dynamic"
+                known = " ".join(key for key in _SHORT if key in _READS[long])
                 raise ConfigError(
                     f"loss scale: unknown field {part!r} in {text!r}; write none, static:1024 or"
-                    f" {long}:KEY=VALUE,... with KEY in"
-                    f" {' '.join(key for key in _SHORT if key in _READS[long])}"
+                    f" {long}:KEY=VALUE,... with KEY in {known}"
                 )
             values[_SHORT[key]] = _value(key, value)
         if kind == "static" and not values:
@@ -237,7 +237,7 @@ class LossScaleSettings:
         return f"{self.kind}:{','.join(parts)}" if parts else self.kind
 
 
-def _value(key: str, text: str) -> Any:
+def _value(key: str, text: str) -> str | float | tuple[str, ...]:
     if key == "format":
         return text
     if key == "groups":
@@ -251,7 +251,7 @@ def _value(key: str, text: str) -> Any:
         ) from None
 
 
-def _text(value: Any) -> str:
+def _text(value: str | float | tuple[str, ...]) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, tuple):

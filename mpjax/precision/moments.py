@@ -1,20 +1,21 @@
-"""Settings of the optimizer state: in which format each moment is stored, and which leaves not."""
+"""Settings of the optimizer state: the storage format of each moment, and the exceptions."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from mpjax.errors import ConfigError, brief
-from mpjax.precision.dtypes import dtype_name, parse_dtype
+from mpjax.formats.checks import did_you_mean
+from mpjax.precision.policy import dtype_name, parse_dtype
+from mpjax.typing import DTypeLike
 
 # name -> the block that it has when none is given; 0 is the whole tensor.
 _BLOCKS = {"int8": 256, "int4": 128, "e4m3": 256, "e5m2": 256, "int8-linear": 0}
-# A word for both moments: the second needs range more than digits.
+# One name for both moments: the second needs range more than mantissa bits.
 _PAIRS = {"fp8": ("e4m3", "e5m2")}
 _DTYPES = ("f32", "bf16", "f16", "fp32", "fp16", "float32", "bfloat16", "float16", "f64", "float64")
 _HELP = (
@@ -64,7 +65,9 @@ class MomentFormat:
             )
 
     @classmethod
-    def parse(cls, value: Any, where: str = "moments", second: bool = False) -> MomentFormat:
+    def parse(
+        cls, value: DTypeLike | MomentFormat, where: str = "moments", second: bool = False
+    ) -> MomentFormat:
         """Reads a format's name, `NAME@BLOCK` or `NAME@tensor`; `second` decides what fp8 is.
 
         Raises:
@@ -79,8 +82,7 @@ class MomentFormat:
         if name not in _BLOCKS:
             known = (*_BLOCKS, *_PAIRS, *_DTYPES)
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
+                hint = did_you_mean(name, known)
                 raise ConfigError(f"{where}: unknown format {name!r}; {hint}{_HELP}")
             if at:
                 raise ConfigError(
@@ -97,7 +99,7 @@ class MomentFormat:
         return cls(name, 0 if block == "tensor" else int(block))
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DTypeLike | None:
         """The dtype of a moment that is stored as it is, None of one stored as codes."""
         return None if self.block is not None else parse_dtype(self.name)
 
@@ -137,8 +139,8 @@ class Moments:
       Li et al. 2023, Memory Efficient Optimizers with 4-bit States, section 4.
     """
 
-    first: Any = MomentFormat()
-    second: Any = MomentFormat()
+    first: MomentFormat = MomentFormat()
+    second: MomentFormat = MomentFormat()
     keep: tuple[str, ...] = ()
     min_size: int = 0
     rounding: str = "stochastic"
@@ -149,10 +151,9 @@ class Moments:
         second = MomentFormat.parse(self.second, "moments: second", second=True)
         object.__setattr__(self, "first", first)
         object.__setattr__(self, "second", second)
-        if isinstance(self.keep, str):
-            raise ConfigError(f"moments: keep={self.keep!r} is one text; give a tuple of patterns")
         if not isinstance(self.keep, list | tuple | set | frozenset):
-            raise ConfigError(f"moments: keep={brief(self.keep)}; give a tuple of patterns")
+            one = f"{self.keep!r} is one text" if isinstance(self.keep, str) else brief(self.keep)
+            raise ConfigError(f"moments: keep={one}; give a tuple of patterns")
         object.__setattr__(self, "keep", tuple(self.keep))
         for pattern in self.keep:
             if not isinstance(pattern, str) or not pattern or set(pattern) & set(" ,=\t\n"):

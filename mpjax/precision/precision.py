@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mpjax.errors import ConfigError, brief
-from mpjax.precision.dtypes import dtype_name, is_fp8, parse_dtype
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
+from mpjax.precision.policy import dtype_name, is_fp8, parse_dtype
 from mpjax.precision.recipe import Recipe
 from mpjax.precision.rule import Rule, matches, nearest, spellings
+from mpjax.typing import DTypeLike, Json, Settings
 
 OPTIONS = ("loss_scale", "update", "moments", "gradient_dtype")
 UPDATE_RULES = ("none", "master", "nearest", "stochastic", "kahan")
@@ -60,7 +61,7 @@ class Precision:
     loss_scale: LossScaleSettings = LossScaleSettings()
     update: str = "none"
     moments: Moments = Moments()
-    gradient_dtype: Any = jnp.float32
+    gradient_dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -82,8 +83,8 @@ class Precision:
             raise ConfigError(
                 f"update: unknown rule {self.update!r}; known: {' '.join(UPDATE_RULES)}"
             )
-        quantised = [rule for rule in self.rules if rule.recipe is not None]
-        delayed = [rule for rule in quantised if rule.recipe is not None and rule.recipe.history]
+        quantised = [rule for rule in self.rules if rule.recipe]
+        delayed = [rule for rule in quantised if rule.recipe and rule.recipe.history]
         if delayed and self.loss_scale.kind == "leaf":
             raise ConfigError(
                 f"loss_scale: leaf pulls gradients at several scales, and rule {delayed[0]} keeps"
@@ -107,24 +108,30 @@ class Precision:
             )
 
     @functools.cache  # noqa: B019 - frozen and few: one entry per path and Precision
+    def _first_match(self, path: str) -> int | None:
+        """The index of the first rule that matches a path."""
+        return next((n for n, rule in enumerate(self.rules) if matches(rule.pattern, path)), None)
+
+    def _rule(self, path: str) -> Rule:
+        if (number := self._first_match(path)) is None:
+            raise ConfigError(
+                f"{path}: no rule of Precision {self.name!r} covers this path; its patterns are"
+                f" {' '.join(rule.pattern for rule in self.rules) or '(none)'}; add '**=POLICY'"
+            )
+        return self.rules[number]
+
     def policy(self, path: str) -> jmp.Policy:
         """Returns the policy of a module or parameter path.
 
         Raises:
           ConfigError: no rule covers the path.
         """
-        for rule in self.rules:
-            if matches(rule.pattern, path):
-                return rule.policy
-        raise ConfigError(
-            f"{path}: no rule of Precision {self.name!r} covers this path; its patterns are"
-            f" {' '.join(rule.pattern for rule in self.rules) or '(none)'}; add '**=POLICY'"
-        )
+        return self._rule(path).policy
 
-    @functools.cache  # noqa: B019 - as `policy`
     def recipe(self, path: str) -> Recipe | None:
         """Returns the recipe of a module's matrix product, None where it is not quantised."""
-        return next((rule.recipe for rule in self.rules if matches(rule.pattern, path)), None)
+        number = self._first_match(path)
+        return None if number is None else self.rules[number].recipe
 
     def check(
         self,
@@ -147,7 +154,7 @@ class Precision:
         products = None if products is None else list(products)
         paths, weights = list(paths), set(weights)
         for path in paths:
-            self.policy(path)
+            self.policy(path)  # raises where no rule covers the path
         for number, rule in enumerate(self.rules):
             matched = [path for path in paths if matches(rule.pattern, path)]
             if not rule.user:
@@ -177,10 +184,7 @@ class Precision:
                     f" and {spellings(modules[0])[-1]} has none; it can be given to"
                     f" {' '.join(shown)}"
                 )
-            deciding = [
-                next(n for n, other in enumerate(self.rules) if matches(other.pattern, path))
-                for path in matched
-            ]
+            deciding = [n for path in matched if (n := self._first_match(path)) is not None]
             if number not in deciding:
                 raise ConfigError(
                     f"rule {str(rule)!r}: decides no path, because"
@@ -202,14 +206,12 @@ class Precision:
         if isinstance(paths, str) or not texts:
             raise ConfigError(f"layout: {brief(paths)} is no list of paths; write ['decoder/head']")
         for path in paths:
-            bare = spellings(path)[-1]
-            self.policy(path)  # raises where no rule covers the path
-            text = next(rule.value for rule in self.rules if matches(rule.pattern, path))
+            bare, text = spellings(path)[-1], self._rule(path).value
             found[bare if found.get(bare, text) == text else path] = text
         return found
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the whole of it as JSON-able values; `from_dict` reads it."""
+    def to_dict(self) -> dict[str, Json]:
+        """Returns the whole of it as JSON-able values; `get_precision` reads it."""
         return {
             "name": self.name,
             "rules": [[r.pattern, r.value, r.user] for r in self.rules],
@@ -239,14 +241,8 @@ class Precision:
     def __str__(self) -> str:
         table = Table(box=box.SIMPLE, title=f"Precision {self.name}", title_justify="left")
         recipes = {rule.recipe.name: rule.recipe for rule in self.rules if rule.recipe}
-        for column in (
-            "pattern",
-            "param",
-            "compute",
-            "output",
-            *(["recipe"] * bool(recipes)),
-            "from",
-        ):
+        columns = "pattern", "param", "compute", "output", *["recipe"] * bool(recipes), "from"
+        for column in columns:
             table.add_column(column, no_wrap=True)
         for rule in self.rules:
             p = rule.policy
@@ -274,13 +270,13 @@ def _moments(value: Any) -> Moments:
     return value if isinstance(value, Moments) else Moments(value, value)  # a dtype
 
 
-def _update(value: Any) -> str:
+def _update(value: object) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"update: {brief(value)} is no rule; known: {' '.join(UPDATE_RULES)}")
     return value
 
 
-def parse_options(values: Mapping[str, Any]) -> dict[str, Any]:
+def parse_options(values: Mapping[str, object]) -> Settings:
     """Reads the fields of a Precision beside its rules; those that are None are left out."""
     parse: dict[str, Callable[[Any], Any]] = {
         "loss_scale": LossScaleSettings.parse,

@@ -14,21 +14,15 @@ from mpjax.errors import ConfigError, brief
 from mpjax.precision.policy import policy_text
 from mpjax.precision.recipe import Recipe
 
+# wildcard -> regular expression; `**/` at the start of a component is any number of them, also none
+_WILDCARDS = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+_WILDCARD = re.compile(r"((?:^|(?<=/))\*\*/|\*\*|[*?])")
+
 
 @functools.cache
 def _compile(pattern: str) -> re.Pattern[str]:
-    out, rest = "", pattern
-    while rest:
-        whole = len(rest) == len(pattern) or pattern[-len(rest) - 1] == "/"
-        if rest.startswith("**/") and whole:  # any number of components, also none
-            out, rest = out + "(?:[^/]+/)*", rest[3:]
-        elif rest.startswith("**"):
-            out, rest = out + ".*", rest[2:]
-        elif rest[0] in "*?":
-            out, rest = out + ("[^/]*" if rest[0] == "*" else "[^/]"), rest[1:]
-        else:
-            out, rest = out + re.escape(rest[0]), rest[1:]
-    return re.compile(out)
+    parts = _WILDCARD.split(pattern)
+    return re.compile("".join(_WILDCARDS.get(part) or re.escape(part) for part in parts))
 
 
 def spellings(path: str) -> tuple[str, ...]:
@@ -72,16 +66,16 @@ def matches(pattern: str, path: str) -> bool:
     return False
 
 
-_ALIKE = 0.55  # similarity of two components from which one may be a misspelling of the other
+_SIMILAR = 0.55  # similarity of two components from which one may be a misspelling of the other
 _ANY = "**"
 
 
 def near_misses(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]:
     """Returns patterns that match a path and look most like one that matches none.
 
-    First the pattern with its misspelt components put right, as `**/mlp` for `**/mpl`: it is laid
-    along each path and its ancestors, component by component; `**` takes any number of them. Then
-    paths, and their endings as `**/` patterns, that look like it as a whole.
+    First the pattern with misspelt components corrected, as `**/mlp` for `**/mpl`: it is compared
+    with each path and its ancestors, component by component; `**` takes any number of them. Then
+    paths, and their last components as `**/` patterns, that are similar to it as a whole.
 
     Args:
       pattern: matches none of the paths.
@@ -98,9 +92,9 @@ def near_misses(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]
     anywhere = [] if pattern.startswith(_ANY) else [f"{_ANY}/{pattern}"]
     for path in dict.fromkeys([*bare, *paths]):
         for text in (pattern, *anywhere):
-            if alike := _laid_along(tuple(text.split("/")), tuple(path.split("/"))):
-                right = "/".join(alike[1])
-                corrected[right] = max(corrected.get(right, 0.0), alike[0])
+            if aligned := _align(tuple(text.split("/")), tuple(path.split("/"))):
+                right = "/".join(aligned[1])
+                corrected[right] = max(corrected.get(right, 0.0), aligned[0])
     best = sorted(corrected, key=lambda text: (-corrected[text], len(text), text))
     best = [text for text in best if not (text.startswith("**/") and text[3:] in corrected)]
     best = [text for text in best if any(matches(text, path) for path in paths)]
@@ -112,34 +106,34 @@ def near_misses(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]
     return list(dict.fromkeys([*best, *others]))[:count] or bare[:count]
 
 
-def _laid_along(
+def _align(
     pattern: tuple[str, ...], path: tuple[str, ...]
 ) -> tuple[float, tuple[str, ...]] | None:
-    """How much a pattern's components are like those of a path, from 0 to 1; the pattern put right.
+    """The similarity of a pattern to the beginning of a path, 0 to 1, and the corrected pattern.
 
-    None if a component has no counterpart. What is left of the path lies below the pattern.
+    None if a component of the pattern has no counterpart in the path.
     """
     if not pattern:
         return 1.0, ()
     head, rest = pattern[0], pattern[1:]
     if head == _ANY:
         starts = range(len(path) + 1) if rest else (0,)
-        options = [_laid_along(rest, path[start:]) for start in starts]
+        options = [_align(rest, path[start:]) for start in starts]
         found = [option for option in options if option]
         best = max(found, key=lambda option: option[0], default=None)
         return (best[0], (head, *best[1])) if best else None
     if not path:
         return None
-    likeness, right = _alike(head, path[0])
-    if likeness < _ALIKE:
+    similarity, right = _correct(head, path[0])
+    if similarity < _SIMILAR:
         return None
-    following = _laid_along(rest, path[1:])
-    return (likeness * following[0], (right, *following[1])) if following else None
+    following = _align(rest, path[1:])
+    return (similarity * following[0], (right, *following[1])) if following else None
 
 
 @functools.lru_cache(maxsize=65536)
-def _alike(wanted: str, name: str) -> tuple[float, str]:
-    """How much a component of a pattern is like one of a path, from 0 to 1, and what it becomes."""
+def _correct(wanted: str, name: str) -> tuple[float, str]:
+    """The similarity of a component of a pattern to one of a path, 0 to 1, and its correction."""
     if _compile(wanted).fullmatch(name):
         return 1.0, wanted
     if wanted.isdigit() and name.isdigit():
@@ -155,15 +149,15 @@ def _alike(wanted: str, name: str) -> tuple[float, str]:
         parts = parts[:1]
     elif not wanted.endswith("*"):
         parts = parts[-1:]
-    likeness, part = max((difflib.SequenceMatcher(None, core, x).ratio(), x) for x in parts)
-    return likeness, wanted.replace(core, part)
+    similarity, part = max((difflib.SequenceMatcher(None, core, x).ratio(), x) for x in parts)
+    return similarity, wanted.replace(core, part)
 
 
 _NUMBER = re.compile(r"(\d+)")
 
 
 def _too_large(pattern: str, paths: Sequence[str]) -> str:
-    """How many there are of what a pattern counts beyond, as `layers/9`; empty if it does not."""
+    """The numbers that exist, for a pattern such as `layers/9` with one too large; else empty."""
     parts = pattern.split("/")
     for index, part in enumerate(parts):
         any_number = "".join(
@@ -171,7 +165,7 @@ def _too_large(pattern: str, paths: Sequence[str]) -> str:
         )
         if not _NUMBER.search(part) or "*" in part:
             continue
-        # Whether it is this number alone that does not fit, and which ones do.
+        # The numbers with which the pattern would match.
         numbers: set[int] = set()
         for path in paths:
             for name in path.split("/"):

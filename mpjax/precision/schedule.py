@@ -1,19 +1,23 @@
-"""Schedules of Precision over a run: fixed, mixed, late and dynamic."""
+"""Schedules of Precision over a run, fixed, mixed, late and dynamic, and how they are read."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from mpjax.errors import ConfigError, brief
-from mpjax.precision.dtypes import dtype_name
+from mpjax.formats.checks import did_you_mean
+from mpjax.precision.policy import dtype_name
 from mpjax.precision.precision import Precision
-from mpjax.precision.reading import get_precision, parse_rule
+from mpjax.precision.presets import get_precision, parse_rule
 from mpjax.precision.triggers import Triggers
+from mpjax.typing import Json
+
+PrecisionLike: TypeAlias = str | dict[str, Json] | Precision  # what `get_precision` reads
 
 KINDS = {
     "fixed": "fixed:LOW or fixed:LOW:EVALUATION",
@@ -23,11 +27,12 @@ KINDS = {
 }
 
 
-def unknown(kind: str) -> str:
-    """Returns what to say of a kind that there is not."""
-    near = difflib.get_close_matches(kind, KINDS, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown kind {kind!r}; {hint}write {'; '.join(KINDS.values())}"
+def _check_kind(kind: str, where: str) -> None:
+    if kind not in KINDS:
+        hint = did_you_mean(kind, KINDS)
+        raise ConfigError(
+            f"{where}: unknown kind {kind!r}; {hint}write {'; '.join(KINDS.values())}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,7 @@ class PrecisionSchedule:
     Args:
       kind: `fixed`, `mixed`, `late` or `dynamic`.
       precisions: what it switches between; a run begins in the first.
-      evaluation: what the run is judged in, None leaves that to the one who judges.
+      evaluation: what the run is evaluated in; None leaves it to the caller.
       last: of `late`: share of the run that is taken in the second.
       steps: of `late`: length of the run, 0 while it is not known (`over` sets it).
       triggers: of `dynamic`.
@@ -55,8 +60,7 @@ class PrecisionSchedule:
     triggers: Triggers | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"precision schedule: {unknown(self.kind)}")
+        _check_kind(self.kind, "precision schedule")
         count = 2 if self.kind in ("late", "dynamic") else 1
         if len(self.precisions) != count:
             raise ConfigError(
@@ -87,7 +91,7 @@ class PrecisionSchedule:
             )
 
     def _check_unread(self) -> None:
-        """Refuses what another kind reads, and a dynamic schedule without triggers."""
+        """Refuses fields of another kind, and a dynamic schedule without triggers."""
         readers = {"last": "late", "steps": "late", "triggers": "dynamic"}
         for name, kind in readers.items():
             value = getattr(self, name)
@@ -122,7 +126,7 @@ class PrecisionSchedule:
 
     @property
     def measured(self) -> str:
-        """The format whose underflow in the backward pass is asked for; empty for none."""
+        """The format whose underflow in the backward pass is measured; empty for none."""
         if not self.triggers or not self.triggers.underflow:
             return ""
         rule = self.first.rules[-1]
@@ -158,7 +162,7 @@ class PrecisionSchedule:
         found = tuple(get_precision(p, **options) for p in self.precisions)
         return dataclasses.replace(self, precisions=found)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Json]:
         """Returns the whole of it as JSON-able values; `get_schedule` reads it."""
         return {
             "kind": self.kind,
@@ -185,7 +189,7 @@ class PrecisionSchedule:
         return f"{self.kind}: {line}{judged}"
 
 
-def fixed(low: Any, evaluation: Any = "fp32") -> PrecisionSchedule:
+def fixed(low: PrecisionLike, evaluation: PrecisionLike = "fp32") -> PrecisionSchedule:
     """Returns the schedule that trains in one precision and is judged in another.
 
     Args:
@@ -199,7 +203,7 @@ def fixed(low: Any, evaluation: Any = "fp32") -> PrecisionSchedule:
     return PrecisionSchedule("fixed", (get_precision(low),), get_precision(evaluation))
 
 
-def mixed(base: Any, groups: Mapping[str, str] | Sequence[str]) -> PrecisionSchedule:
+def mixed(base: PrecisionLike, groups: Mapping[str, str] | Sequence[str]) -> PrecisionSchedule:
     """Returns one precision all along that differs by layer or group of parameters.
 
     Groups become rules, in order, the first that matches a path wins: put `norm=fp32` before
@@ -223,12 +227,9 @@ def mixed(base: Any, groups: Mapping[str, str] | Sequence[str]) -> PrecisionSche
     """
     if isinstance(groups, str):
         groups = [groups]
-    texts = (
-        [f"{group}={value}" for group, value in groups.items()]
-        if isinstance(groups, Mapping)
-        else list(groups)
-    )
-    if not texts:
+    if isinstance(groups, Mapping):
+        groups = [f"{group}={value}" for group, value in groups.items()]
+    if not (texts := list(groups)):
         raise ConfigError(
             "precision schedule: mixed has no group; write mixed:BASE:GROUP=VALUE, such as"
             " mixed:fp8:norm=fp32:layers/0-1=bf16"
@@ -241,8 +242,7 @@ def mixed(base: Any, groups: Mapping[str, str] | Sequence[str]) -> PrecisionSche
 
 
 def _patterns(group: str, text: str) -> list[str]:
-    layers = re.fullmatch(r"layers/(\d+)(?:-(\d+))?", group)
-    if layers:
+    if layers := re.fullmatch(r"layers/(\d+)(?:-(\d+))?", group):
         first, last = int(layers[1]), int(layers[2] or layers[1])
         if last < first:
             raise ConfigError(
@@ -253,7 +253,9 @@ def _patterns(group: str, text: str) -> list[str]:
     return [group if not group or set(group) & set("*/?") else f"**/{group}*"]
 
 
-def late(low: Any, high: Any, *, last: float = 0.1, steps: int = 0) -> PrecisionSchedule:
+def late(
+    low: PrecisionLike, high: PrecisionLike, *, last: float = 0.1, steps: int = 0
+) -> PrecisionSchedule:
     """Returns the schedule whose last part is taken in a higher precision.
 
     Args:
@@ -278,7 +280,9 @@ def late(low: Any, high: Any, *, last: float = 0.1, steps: int = 0) -> Precision
     return PrecisionSchedule("late", pair, last=float(last), steps=steps)
 
 
-def dynamic(low: Any, high: Any, triggers: Triggers | None = None) -> PrecisionSchedule:
+def dynamic(
+    low: PrecisionLike, high: PrecisionLike, triggers: Triggers | None = None
+) -> PrecisionSchedule:
     """Returns the schedule that trains low, goes high when training is unstable, and returns.
 
     Args:
@@ -295,3 +299,77 @@ def dynamic(low: Any, high: Any, triggers: Triggers | None = None) -> PrecisionS
     """
     pair = (get_precision(low), get_precision(high))
     return PrecisionSchedule("dynamic", pair, triggers=triggers or Triggers())
+
+
+def get_schedule(value: str | Mapping[str, Json] | PrecisionSchedule) -> PrecisionSchedule:
+    """Returns a schedule from a line of text, `PrecisionSchedule.to_dict` or another schedule.
+
+    Args:
+      value: `fixed:bf16`, `fixed:bf16:fp32`, `mixed:fp8:norm=fp32:layers/0-1=bf16`,
+        `late:fp8:bf16:0.1`, `dynamic:fp16:fp32:window=10`. Precisions in it are names of presets or
+        policies; whole Precisions are given in code.
+
+    Raises:
+      ConfigError: what cannot be read, with the nearest that can.
+
+    Example:
+      >>> schedule = get_schedule("late:fp8:bf16:0.25")
+      >>> schedule == late("fp8", "bf16", last=0.25) == get_schedule(schedule.to_dict())
+      True
+    """
+    if isinstance(value, PrecisionSchedule):
+        return value
+    if isinstance(value, Mapping):
+        return _from_dict(value)
+    if not isinstance(value, str):
+        raise ConfigError(
+            f"precision schedule: {brief(value)} is no text; write a kind of {' '.join(KINDS)},"
+            " such as late:fp8:bf16:0.1"
+        )
+    kind, *parts = value.split(":")
+    _check_kind(kind, f"precision schedule {value!r}")
+    count = {"fixed": (1, 2), "mixed": (2, math.inf), "late": (2, 3), "dynamic": (2, 3)}[kind]
+    if not count[0] <= len(parts) <= count[1] or not all(parts):
+        raise ConfigError(
+            f"precision schedule {value!r}: {len(parts)} parts behind {kind}, or an empty one;"
+            f" write {KINDS[kind]}"
+        )
+    try:
+        if kind == "fixed":
+            return fixed(*parts)
+        if kind == "mixed":
+            return mixed(parts[0], parts[1:])
+        if kind == "late":
+            return late(*parts[:2], last=_share(value, *parts[2:]))
+        return dynamic(parts[0], parts[1], Triggers.parse("".join(parts[2:])))
+    except ConfigError as error:
+        found = str(error)
+        raise ConfigError(
+            found if "precision schedule" in found else f"precision schedule {value!r}: {found}"
+        ) from None
+
+
+def _share(text: str, share: str = "0.1") -> float:
+    try:
+        return float(share)
+    except ValueError:
+        raise ConfigError(
+            f"precision schedule {text!r}: the share {share!r} is no number; write"
+            f" {KINDS['late']}, such as late:fp8:bf16:0.1"
+        ) from None
+
+
+def _from_dict(data: Mapping[str, Json]) -> PrecisionSchedule:
+    known = {field.name for field in dataclasses.fields(PrecisionSchedule)}
+    if set(data) != known:
+        odd = " ".join(sorted(set(data) ^ known))
+        raise ConfigError(
+            f"precision schedule: its values must be exactly {' '.join(sorted(known))}; see {odd}"
+        )
+    fields = dict(json.loads(json.dumps(dict(data))))
+    fields["precisions"] = tuple(get_precision(p) for p in fields["precisions"])
+    if fields["evaluation"] is not None:
+        fields["evaluation"] = get_precision(fields["evaluation"])
+    if fields["triggers"] is not None:
+        fields["triggers"] = Triggers(**fields["triggers"])
+    return PrecisionSchedule(**fields)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mpjax.errors import ConfigError
+from mpjax.formats.checks import did_you_mean
+from mpjax.typing import Settings
 
 _WIDER = 1.25  # memory must be free by so much more than the headroom before a promotion
 _LONGEST = 10  # doublings of the hold
@@ -111,13 +112,12 @@ class Triggers:
     def parse(cls, text: str) -> Triggers:
         """Reads `window=20,skips=0.3,rise=0.2,hold=3,underflow=0.5,headroom=2`, or some of them."""
         known = [field.name for field in dataclasses.fields(cls)]
-        found: dict[str, Any] = {}
+        found: Settings = {}
         for part in filter(None, text.split(",")):
             name, equals, value = part.partition("=")
             if name not in known or name in found:
-                near = difflib.get_close_matches(name, known, n=1)
                 hint = "stands twice" if name in found else "is unknown"
-                guess = f"did you mean {near[0]}? " if near and name not in found else ""
+                guess = "" if name in found else did_you_mean(name, known)
                 raise ConfigError(
                     f"precision schedule: {name!r} {hint} in {text!r}; {guess}write NAME=NUMBER"
                     f" with NAME in {' '.join(known)}"
@@ -142,26 +142,19 @@ class Triggers:
         return self._down(evidence, margin) if evidence.high else self._up(evidence, margin)
 
     def _up(self, evidence: Evidence, margin: float) -> Verdict:
-        reason = ""
-        # In the first window a dynamic loss scale finds its place, by skipping.
+        last, highest = f"the last {self.window} steps", evidence.best + margin
+        # In the first window a dynamic loss scale skips steps until it has found its level.
         limit = 1.0 if math.isinf(evidence.best) else self.skips
+        reason = ""
         if evidence.skips >= limit:
-            reason = (
-                f"{evidence.skips:.0%} of the last {self.window} steps were skipped,"
-                f" limit {limit:.0%}"
-            )
+            reason = f"{evidence.skips:.0%} of {last} were skipped, limit {limit:.0%}"
         elif math.isnan(evidence.loss):
-            reason = f"no loss of the last {self.window} steps was finite"
-        elif evidence.loss > evidence.best + margin:
-            reason = (
-                f"the loss rose to {evidence.loss:.4g} over the last {self.window} steps, limit"
-                f" {evidence.best + margin:.4g}"
-            )
+            reason = f"no loss of {last} was finite"
+        elif evidence.loss > highest:
+            reason = f"the loss rose to {evidence.loss:.4g} over {last}, limit {highest:.4g}"
         elif self.underflow and evidence.underflow >= self.underflow:
-            reason = (
-                f"{evidence.underflow:.0%} of the backward pass underflows,"
-                f" limit {self.underflow:.0%}"
-            )
+            share = f"{evidence.underflow:.0%}"
+            reason = f"{share} of the backward pass underflows, limit {self.underflow:.0%}"
         if reason and evidence.free < _WIDER * self.headroom:
             return Verdict(
                 False,

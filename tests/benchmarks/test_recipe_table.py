@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import mpjax.precision.recipe_presets as recipes
+import mpjax.precision.recipe as recipes
 from benchmarks.recipe_table import about, product_rows, recipe_page
 from mpjax.precision import Operand, Precision, Recipe, get_recipe, recipe_names, register_recipe
 

@@ -16,14 +16,14 @@ from mpjax.precision import (
     get_recipe,
     parse_rule,
     recipe_names,
-    recipe_presets,
     register_recipe,
 )
+from mpjax.precision import recipe as module
 
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(recipe_presets, "_RECIPES", dict(recipe_presets._RECIPES))
+    monkeypatch.setattr(module, "_RECIPES", dict(module._RECIPES))
     yield
 
 

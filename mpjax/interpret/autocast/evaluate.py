@@ -12,6 +12,7 @@ from jax.core import Atom
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from mpjax.errors import ConfigError
+from mpjax.formats import widest
 from mpjax.interpret.autocast.float32_consumers import float32_consumers
 from mpjax.interpret.autocast.products import Sides, add_bias, biases, product, sides
 from mpjax.interpret.autocast.rules import UNCHANGED, CastPolicy, CastRules
@@ -20,7 +21,7 @@ from mpjax.interpret.core import custom_rules, op_lists
 from mpjax.interpret.core.control_flow import REBUILT, Rebind
 from mpjax.interpret.core.location import OPAQUE, Location, location_of
 from mpjax.interpret.core.op_lists import PLAIN, Lists, is_product, operation
-from mpjax.interpret.core.retrace import Bounds, Result, cast, is_float, widest
+from mpjax.interpret.core.retrace import Bounds, Result, cast, is_float
 from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
 from mpjax.typing import Array, DType, Key
 

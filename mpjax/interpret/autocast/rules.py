@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from mpjax.errors import ConfigError
 from mpjax.interpret.core.location import unmatched
 from mpjax.precision import Precision, Recipe, get_precision
-from mpjax.precision.dtypes import dtype_name, parse_dtype
-from mpjax.precision.reading import parse_rule, parse_rules
+from mpjax.precision.policy import dtype_name, parse_dtype
+from mpjax.precision.presets import parse_rule, parse_rules
 from mpjax.precision.rule import Rule, matches
 from mpjax.typing import DType, DTypeLike, Settings
 

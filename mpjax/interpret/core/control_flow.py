@@ -18,6 +18,7 @@ from jax import lax
 from jax.core import AbstractValue
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun, mapped_aval
 
+from mpjax.formats import widest
 from mpjax.interpret.core.retrace import (
     Result,
     Run,
@@ -27,7 +28,6 @@ from mpjax.interpret.core.retrace import (
     cast,
     is_float,
     retrace,
-    widest,
 )
 from mpjax.interpret.core.shard_map import run_shards, varying, zeros
 from mpjax.interpret.core.walk import CUSTOM_RULES, bind, scan_sizes

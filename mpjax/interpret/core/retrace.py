@@ -89,20 +89,6 @@ def _convert(dtype: DType) -> Callable[[Array], Array]:
     return jax.jit(lambda x: lax.convert_element_type(x, dtype), inline=True)
 
 
-def widest(*dtypes: DTypeLike) -> DType:
-    """Returns the dtype that holds all of them; bfloat16 and float16 meet in float32.
-
-    Example:
-      >>> widest(jnp.bfloat16, jnp.float32), widest(jnp.bfloat16, jnp.float16)
-      (dtype('float32'), dtype('float32'))
-    """
-    # not jnp.promote_types, which refuses under strict promotion
-    several = {jnp.dtype(dtype) for dtype in dtypes}
-    most = max(dtype.itemsize for dtype in several)
-    top = [dtype for dtype in several if dtype.itemsize == most]
-    return top[0] if len(top) == 1 else jnp.dtype(jnp.float32)
-
-
 class Traced(NamedTuple):
     """A jaxpr after a transform.
 
