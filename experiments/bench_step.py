@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from common.bare_step import make_step
+from common.stablehlo import products_and_casts
 from rich.console import Console
 from rich.table import Table
 
 from mpjax.models import decoder
 from mpjax.train import build
-from mpjax.train.stablehlo import products_and_casts
 
 LR = 3e-4
 

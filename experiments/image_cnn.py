@@ -27,6 +27,7 @@ from common import (
 
 import jax  # isort: skip
 import numpy as np
+from common.stablehlo import convolutions
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +38,6 @@ from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import get_precision
 from mpjax.report import Outcome, gap, interval, plot_loss, save_plot
 from mpjax.train import MetricsWriter, ProgressBar, build, bytes_per_parameter, fit, manifest
-from mpjax.train.stablehlo import convolutions
 
 BARS = {"digits": 0.98, "fashion-mnist": 0.90}
 ARMS = {

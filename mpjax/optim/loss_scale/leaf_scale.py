@@ -14,11 +14,11 @@ Two ways to give a group's gradients their own scale, for any function:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from mpjax.errors import ConfigError
 from mpjax.formats import is_quantized
@@ -35,34 +35,32 @@ from mpjax.optim.loss_scale.scalers import (
     as_flag,
     as_pytree,
     rebuild,
-    stated_init,
     step_dynamic,
 )
+from mpjax.optim.tree_paths import leaves_with_names
 from mpjax.precision import LossScaleSettings, matches
+from mpjax.typing import ArrayLike, Grads, Metrics, Params, PyTree, Tree
 
-Tree = TypeVar("Tree")
+Aux = TypeVar("Aux")
 
 
-def _mark(x: Any, scale: Any) -> Any:
+@jax.custom_vjp
+def _mark(x: Array, scale: Array) -> Array:
+    """x, whose cotangent is multiplied by the scale."""
     del scale
     return x
 
 
-def _mark_fwd(x: Any, scale: Any) -> Any:
-    return x, scale
-
-
-def _mark_bwd(scale: Any, ct: Any) -> Any:
+def _mark_bwd(scale: Array, ct: Array) -> tuple[Array, Array]:
     # The product is float32: the factor may lie outside the cotangent's format, its result not.
     scaled = (ct.astype(jnp.float32) * scale).astype(ct.dtype)
     return scaled, jnp.zeros_like(scale)
 
 
-_marked = jax.custom_vjp(_mark)
-_marked.defvjp(_mark_fwd, _mark_bwd)
+_mark.defvjp(lambda x, scale: (x, scale), _mark_bwd)
 
 
-def scale_gradient(x: Tree, scale: Any) -> Tree:
+def scale_gradient(x: Tree, scale: ArrayLike) -> Tree:
     r"""Returns x; its cotangent is multiplied by the scale.
 
     Around a segment $y = f(x, W)$, `scale_gradient(f(scale_gradient(x, 1 / s), W), s)` leaves
@@ -86,14 +84,13 @@ def scale_gradient(x: Tree, scale: Any) -> Tree:
       layer, multiplied in between the layers).
     """
     factor = as_array(scale, "scale_gradient: scale").astype(jnp.float32)
-    return jax.tree.map(lambda leaf: _marked(leaf, factor), x)
+    return jax.tree.map(lambda leaf: _mark(leaf, factor), x)
 
 
-def leaf_paths(tree: Any) -> list[str]:
+def leaf_paths(tree: PyTree) -> list[str]:
     """Returns the path of each leaf, joined by `/`; a Quantized weight is one."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
     # A tree that is one array has an empty path, which is no pattern.
-    return [jax.tree_util.keystr(p, simple=True, separator="/") or "params" for p, _ in leaves]
+    return [path or "params" for path, _ in leaves_with_names(tree, is_quantized)]
 
 
 @as_pytree
@@ -142,21 +139,11 @@ class LeafLossScale(LossScale):
         min_scale: int | float = 1.0,
         max_scale: int | float = 2.0**24,
     ) -> None:
-        self.settings = LossScaleSettings(
-            "leaf",
-            stated_init(init),
-            growth_factor,
-            backoff_factor,
-            growth_interval,
-            hysteresis,
-            min_scale,
-            max_scale,
-            groups=groups,  # type: ignore[arg-type]
-        )
-        self.state = self.first_state(self.settings)
+        factors = growth_factor, backoff_factor, growth_interval, hysteresis
+        self._begin("leaf", init, *factors, min_scale, max_scale, groups=groups)
 
     @staticmethod
-    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+    def first_state(settings: LossScaleSettings) -> tuple[Array, ...]:
         count = len(settings.groups)
         if not count:
             raise ConfigError(
@@ -170,11 +157,11 @@ class LeafLossScale(LossScale):
         )
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Float[Array, ""]:
         """The smallest of the scales, float32."""
         return jnp.min(self.state[0])
 
-    def at(self, group: str) -> Any:
+    def at(self, group: str) -> Float[Array, ""]:
         """Returns the scale of one group, by its pattern.
 
         Raises:
@@ -185,7 +172,7 @@ class LeafLossScale(LossScale):
             raise ConfigError(f"loss scale: no group {group!r}; there are {' '.join(groups)}")
         return self.state[0][groups.index(group)]
 
-    def group_of(self, tree: Any) -> list[int]:
+    def group_of(self, tree: PyTree) -> list[int]:
         """Returns the index of the group of each leaf.
 
         Raises:
@@ -208,7 +195,7 @@ class LeafLossScale(LossScale):
                 )
         return found
 
-    def grad(self, fn: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    def grad(self, fn: Callable[..., tuple[Array, Aux]]) -> Callable[..., tuple[Grads, Aux]]:
         """Returns the function that gives the scaled gradients: one backward pass a group.
 
         Args:
@@ -224,10 +211,10 @@ class LeafLossScale(LossScale):
 
         check_function(fn)
 
-        def grad(params: Any, *args: Any) -> tuple[Any, Any]:
+        def grad(params: Params, *args: object) -> tuple[Grads, Aux]:
             check_differentiable(params)
 
-            def in_float32(params: Any) -> tuple[Any, Any]:
+            def in_float32(params: Params) -> tuple[Array, Aux]:
                 loss, aux = with_aux(fn(params, *args))
                 return as_loss(loss).astype(jnp.float32), aux
 
@@ -260,7 +247,7 @@ class LeafLossScale(LossScale):
             ],
         )
 
-    def finite_groups(self, grads: Any) -> Bool[Array, " K"]:
+    def finite_groups(self, grads: Grads) -> Bool[Array, " K"]:
         """Returns for each group whether all its gradients are finite."""
         leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(grads)]
         owner = self.group_of(grads)
@@ -271,7 +258,7 @@ class LeafLossScale(LossScale):
             ]
         )
 
-    def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> LeafLossScale:
+    def adjust(self, finite: Bool[Array, ""] | bool, grads: Grads = None) -> LeafLossScale:
         finite = as_flag(finite)
         if grads is None:
             raise ConfigError(
@@ -280,16 +267,16 @@ class LeafLossScale(LossScale):
             )
         own = self.finite_groups(grads)
         own = jnp.where(jnp.all(own), finite, own)  # not finite for another reason: all back off
-        state = step_dynamic(self.settings, self.state, own)  # type: ignore[arg-type]
+        state = step_dynamic(self.settings, self.state, own)
         return rebuild(type(self), self.settings, state, self.owned)
 
-    def at_minimum(self, grads: Any = None) -> Any:
+    def at_minimum(self, grads: Grads = None) -> Bool[Array, ""]:
         low = self.state[0] <= self.settings.min_scale
         if grads is None:
             return jnp.all(low)
         own = self.finite_groups(grads)
         return jnp.where(jnp.all(own), jnp.all(low), jnp.any(low & ~own))
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Metrics:
         each = zip(self.settings.groups, self.state[0], strict=True)
         return {"loss_scale": self.value} | {f"loss_scale/{name}": s for name, s in each}

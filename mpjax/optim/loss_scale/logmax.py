@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format
 from mpjax.formats.format_table import FormatLike
-from mpjax.optim.loss_scale.scalers import StaticLossScale, as_flag, as_pytree, rebuild, stated_init
+from mpjax.optim.loss_scale.scalers import StaticLossScale, as_flag, as_pytree, rebuild
 from mpjax.precision import LossScaleSettings
+from mpjax.typing import Grads, Metrics, PyTree
 
 
-def largest(tree: Any) -> Float[Array, ""]:
+def largest(tree: PyTree) -> Float[Array, ""]:
     """Returns the largest magnitude of a tree of floating-point arrays, float32; 0 without any.
 
     Example:
@@ -31,7 +31,7 @@ def largest(tree: Any) -> Float[Array, ""]:
     return jnp.max(jnp.stack(leaves)) if leaves else jnp.float32(0)
 
 
-def _power_of_two(exponent: Any) -> Any:
+def _power_of_two(exponent: Num[Array, ""]) -> Float[Array, ""]:
     """2^k in float32 from its bits, for a normal number; `exp2` need not be exact."""
     bits = (exponent.astype(jnp.int32) + 127) << 23
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
@@ -99,28 +99,19 @@ class LogMaxLossScale(StaticLossScale):
         max_scale: int | float = 2.0**24,
         power_of_two: bool = True,
     ) -> None:
-        self.settings = LossScaleSettings(
-            "logmax",
-            stated_init(init),
-            growth_factor,
-            backoff_factor,
-            growth_interval,
-            min_scale=min_scale,
-            max_scale=max_scale,
-            format=Format.of(format).name,
-            deviations=deviations,
-            decay=decay,
-            power_of_two=power_of_two,
-        )
-        self.state = self.first_state(self.settings)
+        bounds = {"min_scale": min_scale, "max_scale": max_scale}
+        own = {"deviations": deviations, "decay": decay, "power_of_two": power_of_two}
+        name = Format.of(format).name
+        factors = growth_factor, backoff_factor, growth_interval
+        self._begin("logmax", init, *factors, format=name, **bounds, **own)
 
     @staticmethod
-    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+    def first_state(settings: LossScaleSettings) -> tuple[Array, ...]:
         # An array each: the state is donated.
         zeros = [jnp.float32(0) for _ in range(3)]
         return jnp.float32(settings.init), jnp.int32(0), *zeros[:2], jnp.int32(0), zeros[2]
 
-    def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> LogMaxLossScale:
+    def adjust(self, finite: Bool[Array, ""] | bool, grads: Grads = None) -> LogMaxLossScale:
         finite = as_flag(finite)
         if grads is None:
             raise ConfigError(
@@ -155,11 +146,11 @@ class LogMaxLossScale(StaticLossScale):
         state = (scale, jnp.where(release, 0, good), mean, variance, steps, headroom)
         return rebuild(type(self), s, state, self.owned)
 
-    def at_minimum(self, grads: Any = None) -> Any:
+    def at_minimum(self, grads: Grads = None) -> Bool[Array, ""]:
         del grads
         return self.value <= self.settings.min_scale
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Metrics:
         _, _, mean, variance, _, headroom = self.state
         return {
             "loss_scale": self.value,

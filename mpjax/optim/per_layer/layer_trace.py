@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
+import optax
+from jax.extend.core import Jaxpr, Literal
 
 from mpjax.optim.per_layer.dependence import (
     RANDOM,
     alike,
+    aval_of,
     called,
     element,
     inputs_of,
@@ -20,7 +22,15 @@ from mpjax.optim.per_layer.dependence import (
     traced,
     without_leaf,
 )
-from mpjax.optim.per_layer.layer_stacks import Path, own_paths, parts_of, stack_of, structure_of
+from mpjax.optim.per_layer.layer_stacks import (
+    LayerPaths,
+    Path,
+    own_paths,
+    parts_of,
+    stack_of,
+    structure_of,
+)
+from mpjax.typing import Grads, Params, PyTree, Shape
 
 _MOVES = frozenset(
     "reshape concatenate slice squeeze transpose split dynamic_slice gather copy pad"
@@ -36,8 +46,8 @@ class Owner(NamedTuple):
     rest: str
 
 
-def owners_of(tree: Any, weights: Mapping[Path, tuple[Path, int | None]]) -> list[Owner | None]:
-    """For each leaf of a state, the weight whose path its own path holds."""
+def owners_of(tree: PyTree, weights: LayerPaths) -> list[Owner | None]:
+    """Returns for each leaf of a state the weight whose path its own path holds."""
     found: list[Owner | None] = []
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):
         parts = parts_of(path)
@@ -58,7 +68,7 @@ def owners_of(tree: Any, weights: Mapping[Path, tuple[Path, int | None]]) -> lis
     return found
 
 
-def abstract(tree: Any) -> Any:
+def abstract(tree: PyTree) -> PyTree:
     """Returns the shapes and dtypes of a tree."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
@@ -75,8 +85,8 @@ class UpdateTrace(NamedTuple):
       reads: the inputs that each output depends on.
     """
 
-    state: Any
-    jaxpr: Any
+    state: PyTree
+    jaxpr: Jaxpr
     inputs: list[Owner | None]
     outputs: list[Owner | None]
     kinds: list[str]
@@ -115,23 +125,23 @@ class UpdateTrace(NamedTuple):
 
 
 def _arithmetic(
-    jaxpr: Any, output: int, shape: tuple[int, ...] | None = None
+    jaxpr: Jaxpr, output: int, shape: Shape | None = None
 ) -> tuple[collections.Counter[str], set[int]]:
     """Operations on arrays behind an output, by name, and the inputs that they lead to.
 
     Only arrays with the shape of the output are followed, further axes in front aside: a norm over
     all weights has as many terms as there are leaves. Nor is counted what only moves numbers.
     """
-    shape = jaxpr.outvars[output].aval.shape if shape is None else shape
+    shape = aval_of(jaxpr.outvars[output]).shape if shape is None else shape
     made = {x: (eqn, i) for eqn in jaxpr.eqns for i, x in enumerate(eqn.outvars)}
     inputs = {x: i for i, x in enumerate(jaxpr.invars)}
     steps: collections.Counter[str] = collections.Counter()
     rest, visited, reached = [jaxpr.outvars[output]], set(), set()
     while rest:
         x = rest.pop()
-        if isinstance(x, core.Literal) or x in visited:
+        if isinstance(x, Literal) or x in visited:
             continue
-        if not shape or x.aval.shape[-len(shape) :] != shape:
+        if not shape or aval_of(x).shape[-len(shape) :] != shape:
             continue
         visited.add(x)
         if x in inputs:
@@ -151,9 +161,11 @@ def _arithmetic(
 
 
 def trace_update(
-    optimizer: Any, params: Any, extra: dict[str, Any],
-    weights: Mapping[Path, tuple[Path, int | None]],
-) -> UpdateTrace:  # fmt: skip
+    optimizer: optax.GradientTransformationExtraArgs,
+    params: PyTree,
+    extra: Mapping[str, PyTree],
+    weights: LayerPaths,
+) -> UpdateTrace:
     """Returns the trace of an update.
 
     Args:
@@ -166,7 +178,9 @@ def trace_update(
         state = abstract(jax.eval_shape(optimizer.init, params))
     args = (params, state, params, extra)
 
-    def update(grads: Any, state: Any, params: Any, extra: Any) -> Any:
+    def update(
+        grads: Grads, state: PyTree, params: Params, extra: Mapping[str, PyTree]
+    ) -> tuple[Grads, PyTree]:
         return optimizer.update(grads, state, params, **extra)
 
     closed, out = traced(update, *args)
@@ -179,9 +193,9 @@ def trace_update(
 
 
 def sees_no_shapes(
-    layer: UpdateTrace, whole: UpdateTrace, where: Mapping[Path, int], shapes: Any
+    layer: UpdateTrace, whole: UpdateTrace, where: Mapping[Path, int], shapes: PyTree
 ) -> bool:
-    """Whether the optimizer does with a stack what it does with each of its layers."""
+    """Returns whether the optimizer does with a stack what it does with each of its layers."""
     if structure_of(layer.state) != structure_of(whole.state):
         return False
     index = {owner: i for i, owner in enumerate(own_paths(shapes))}

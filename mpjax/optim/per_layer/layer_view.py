@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from mpjax.errors import ConfigError, brief
 from mpjax.optim.checks import check_updates, settled
 from mpjax.optim.per_layer.layer_stacks import (
     LAYERS,
+    LayerPaths,
     Path,
     joined,
     layer_paths,
@@ -47,6 +48,7 @@ from mpjax.optim.per_layer.layer_trace import (
     sees_no_shapes,
     trace_update,
 )
+from mpjax.typing import Grads, Params, PyTree
 
 log = logging.getLogger("mpjax.optim")
 
@@ -62,12 +64,14 @@ class _Plan(NamedTuple):
 class LayerView:
     """An optimizer, and how it is to see trees with stacked layers; `each_layer` makes it."""
 
-    def __init__(self, optimizer: Any, stacked: str | Sequence[str]) -> None:
+    def __init__(
+        self, optimizer: optax.GradientTransformation, stacked: str | Sequence[str]
+    ) -> None:
         self._optimizer = settled(_with_extras(optimizer))
         self.stacked = stacked
-        self._plans: dict[Any, _Plan] = {}
+        self._plans: dict[Hashable, _Plan] = {}
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: Params) -> PyTree:
         """See `optax.GradientTransformation`."""
         plan = self.plan(params, {})
         if plan.mode == "whole":
@@ -80,14 +84,16 @@ class LayerView:
         outs = [None if o is None else stack_of(o.weight, plan.where) for o in owners]
         return self._vmapped(self._optimizer.init, plan.where, (params,), outs)
 
-    def update(self, grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        self, grads: Grads, state: PyTree, params: Params = None, **extra: Any
+    ) -> tuple[Grads, PyTree]:
         """See `optax.GradientTransformationExtraArgs`."""
         plan = self.plan(grads if params is None else params, extra)
         if plan.mode == "whole":
             return self._optimizer.update(grads, state, params, **extra)
         structure = structure_of(grads)
 
-        def is_tree(x: Any) -> bool:
+        def is_tree(x: PyTree) -> bool:
             return not callable(x) and structure_of(x) == structure
 
         if plan.mode == "leaves":
@@ -116,7 +122,9 @@ class LayerView:
         arrays = {name: x for name, x in extra.items() if not callable(x)}
         rest = {name: x for name, x in extra.items() if callable(x)}
 
-        def update(grads: Any, state: Any, params: Any, arrays: Any) -> Any:
+        def update(
+            grads: Grads, state: PyTree, params: Params, arrays: Mapping[str, PyTree]
+        ) -> tuple[Grads, PyTree]:
             updates, state = self._optimizer.update(grads, state, params, **arrays, **rest)
             check_updates(updates, grads)
             return updates, state
@@ -130,9 +138,13 @@ class LayerView:
         return self._vmapped(update, plan.where, (grads, state, params, arrays), outs, own)
 
     def _vmapped(
-        self, function: Any, where: Mapping[Path, int], args: Any, outs: Sequence[Path | None],
-        own: Any = None,
-    ) -> Any:  # fmt: skip
+        self,
+        function: Callable[..., PyTree],
+        where: Mapping[Path, int],
+        args: tuple[PyTree, ...],
+        outs: Sequence[Path | None],
+        own: LayerPaths | None = None,
+    ) -> PyTree:
         """Runs a function of one layer on all, a stack of layers after the other."""
         leaves, structure = jax.tree.flatten(args)
         own = own_paths(args[0]) if own is None else own
@@ -140,19 +152,19 @@ class LayerView:
         ins = [None if o is None else stack_of(o.weight, where) for o in owners]
         shape: list[Any] = []
 
-        def flat(*leaves: Any) -> list[Any]:
+        def flat(*leaves: jax.Array) -> list[jax.Array]:
             out, tree = jax.tree.flatten(function(*jax.tree.unflatten(structure, leaves)))
             shape[:] = [tree]
             return out
 
-        run: Callable[..., Any] = flat
+        run: Callable[..., list[jax.Array]] = flat
         for stack in where:
             axes = tuple(0 if s == stack else None for s in ins)
             run = jax.vmap(run, axes, [0 if s == stack else None for s in outs])
         out = run(*leaves)
         return jax.tree.unflatten(shape[0], out)
 
-    def plan(self, params: Any, extra: dict[str, Any]) -> _Plan:
+    def plan(self, params: PyTree, extra: Mapping[str, Any]) -> _Plan:
         """Returns how the optimizer sees these weights; found once for each tree of shapes."""
         shapes = abstract(params)
         leaves, structure = jax.tree.flatten(shapes)
@@ -168,7 +180,7 @@ class LayerView:
             self._plans[key] = plan
         return self._plans[key]
 
-    def _found(self, shapes: Any, where: dict[Path, int], extra: dict[str, Any]) -> _Plan:
+    def _found(self, shapes: PyTree, where: dict[Path, int], extra: Mapping[str, Any]) -> _Plan:
         number = jax.ShapeDtypeStruct((), jnp.float32)
         # Without functions: what wants one (a line search) is shown leaves.
         named = {name: abstract(x) for name, x in extra.items() if not callable(x)}
@@ -177,7 +189,9 @@ class LayerView:
 
         structure = structure_of(shapes)
 
-        def attempt(params: Any, view: Any, weights: Any) -> UpdateTrace | None:
+        def attempt(
+            params: PyTree, view: Callable[[PyTree], PyTree], weights: LayerPaths
+        ) -> UpdateTrace | None:
             viewed = {
                 name: view(x) if structure_of(x) == structure else x for name, x in extra.items()
             }
@@ -218,7 +232,7 @@ class LayerView:
             " or call mpjax.precision.matches(pattern, path)"
         )
 
-    def _takes_deep(self, shapes: Any, where: dict[Path, int]) -> bool:
+    def _takes_deep(self, shapes: PyTree, where: dict[Path, int]) -> bool:
         """Whether only a view with the layers below each weight fits the optimizer's init."""
         try:
             jax.eval_shape(self._optimizer.init, split(shapes, where, False))
@@ -227,7 +241,7 @@ class LayerView:
         return False
 
 
-def _with_extras(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+def _with_extras(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """An optimizer that takes any extras of a step, and leaves those that it does not know."""
     optimizer = optax.with_extra_args_support(optimizer)
     parameters = inspect.signature(optimizer.update).parameters.values()
@@ -235,7 +249,9 @@ def _with_extras(optimizer: Any) -> optax.GradientTransformationExtraArgs:
         return optimizer
     known = {p.name for p in parameters}
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(
+        grads: Grads, state: PyTree, params: Params = None, **extra: object
+    ) -> tuple[Grads, PyTree]:
         fitting = {name: x for name, x in extra.items() if name in known}
         return optimizer.update(grads, state, params, **fitting)
 

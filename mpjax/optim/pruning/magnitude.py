@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 
 from mpjax.errors import ConfigError
-from mpjax.formats import is_quantized
+from mpjax.formats import Quantized, is_quantized
 from mpjax.optim.checks import as_transformation
+from mpjax.optim.fp8_weights import Weight
 from mpjax.optim.per_layer.layer_view import each_layer
-from mpjax.optim.pruning.sparsity import cubic_sparsity, in_float32, named_weights, weight_name
+from mpjax.optim.pruning.sparsity import cubic_sparsity, in_float32, named_weights
+from mpjax.optim.tree_paths import leaves_with_names, path_name
 from mpjax.precision import matches
 from mpjax.precision.rule import nearest
+from mpjax.typing import Array, Grads, Params, PyTree, Tree
 
 SCOPES = ("global", "layer")
 
@@ -31,9 +35,9 @@ class PruneState(NamedTuple):
       inner: the optimizer's own state.
     """
 
-    count: Any
-    masks: Any
-    inner: Any
+    count: Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    masks: PyTree
+    inner: PyTree
 
 
 class Pruned(optax.GradientTransformationExtraArgs):
@@ -46,7 +50,7 @@ def _stacked(name: str) -> bool:
     return any(a == "layers" and not b.isdigit() for a, b in zip(parts, parts[1:], strict=False))
 
 
-def _chosen(params: Any, keep: Sequence[str]) -> dict[str, Any]:
+def _chosen(params: Params, keep: Sequence[str]) -> dict[str, Weight]:
     """The weights that are pruned, by path: matrices and larger that no pattern keeps."""
     if isinstance(keep, str):
         raise ConfigError(f"prune: keep={keep!r} is one text; give a list of patterns")
@@ -79,7 +83,7 @@ def _check(sparsity: float, scope: str, name: str = "sparsity") -> None:
         raise ConfigError(f"prune: unknown scope {scope!r}; known: {' '.join(SCOPES)}")
 
 
-def _smallest(magnitudes: Any, share: Any) -> Any:
+def _smallest(magnitudes: Array, share: Array) -> Array:
     """Which numbers are the round(share n) smallest along the last axis; ties go in order."""
     count = jnp.floor(share * jnp.float32(magnitudes.shape[-1]) + jnp.float32(0.5))
     # Ranks and no threshold: weights stored in fp8 have few magnitudes, and most of them are tied.
@@ -87,7 +91,7 @@ def _smallest(magnitudes: Any, share: Any) -> Any:
     return ranks < count.astype(jnp.int32)
 
 
-def _living(magnitudes: dict[str, Any], share: Any, scope: str) -> dict[str, Any]:
+def _living(magnitudes: Mapping[str, Array], share: Array, scope: str) -> dict[str, Array]:
     """Which numbers of each weight outlive the pruning of a share of them."""
     if scope == "layer":
         living = {}
@@ -107,8 +111,8 @@ def _living(magnitudes: dict[str, Any], share: Any, scope: str) -> dict[str, Any
 
 
 def prune_weights(
-    params: Any, sparsity: float, *, scope: str = "global", keep: Sequence[str] = ()
-) -> Any:
+    params: Tree, sparsity: float, *, scope: str = "global", keep: Sequence[str] = ()
+) -> Tree:
     """Returns the weights with the smallest of them set to zero, each stored as it was.
 
     Args:
@@ -133,14 +137,14 @@ def prune_weights(
     magnitudes = {name: jnp.abs(in_float32(leaf)) for name, leaf in _chosen(params, keep).items()}
     living = _living(magnitudes, jnp.float32(sparsity), scope)
 
-    def prune(path: Any, leaf: Any) -> Any:
-        mask = living.get(weight_name(path))
+    def prune(path: KeyPath, leaf: Weight) -> Weight:
+        mask = living.get(path_name(path))
         if mask is None:
             return leaf
-        if is_quantized(leaf):
+        if isinstance(leaf, Quantized):
             if leaf.offsets is not None:
                 raise ConfigError(
-                    f"prune: {weight_name(path)} has offsets, so no zero; prune before quantising"
+                    f"prune: {path_name(path)} has offsets, so no zero; prune before quantising"
                 )
             return dataclasses.replace(leaf, values=_masked(leaf.values, mask))
         return _masked(leaf, mask)
@@ -148,7 +152,7 @@ def prune_weights(
     return jax.tree_util.tree_map_with_path(prune, params, is_leaf=is_quantized)
 
 
-def _masked(x: Any, mask: Any) -> Any:
+def _masked(x: Array, mask: Array) -> Array:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
@@ -205,39 +209,36 @@ def pruned(
         if not isinstance(value, int) or value < low:
             raise ConfigError(f"prune: {name}={value!r} is not a whole number of {low} or above")
 
-    def init(params: Any) -> PruneState:
+    def init(params: Params) -> PruneState:
         chosen = _chosen(params, keep)
 
-        def whole(path: Any, p: Any) -> Any:
-            return jnp.ones(p.shape, jnp.bool_) if weight_name(path) in chosen else None
+        def whole(path: KeyPath, p: Array) -> Array | None:
+            return jnp.ones(p.shape, jnp.bool_) if path_name(path) in chosen else None
 
         masks = jax.tree_util.tree_map_with_path(whole, params)
         return PruneState(jnp.int32(0), masks, optimizer.init(params))
 
     def update(
-        grads: Any, state: PruneState, params: Any = None, **extra: Any
-    ) -> tuple[Any, PruneState]:
+        grads: Grads, state: PruneState, params: Params = None, **extra: object
+    ) -> tuple[Grads, PruneState]:
         if params is None:
             raise ConfigError("prune: params are missing; call update(grads, state, params)")
 
-        def over(function: Any, first: Any, *rest: Any) -> Any:
-            return jax.tree.map(lambda x, m, *o: function(m, x, *o), first, state.masks, *rest)
-
-        grads = over(lambda m, g: g if m is None else _masked(g, m), grads)
+        grads = jax.tree.map(lambda g, m: g if m is None else _masked(g, m), grads, state.masks)
         updates, inner = optimizer.update(grads, state.inner, params, **extra)
         new = jax.tree.map(lambda p, u: p + u, params, updates)
 
-        def drop(masks: Any) -> Any:
-            weights = named_weights(new)
+        def drop(masks: PyTree) -> PyTree:
+            weights: dict[str, Any] = named_weights(new)  # no Quantized: the optimizer's view
             # What is gone stays gone: it is smaller than all.
             magnitudes = {
                 name: jnp.where(mask, jnp.abs(weights[name]), jnp.float32(-1))
-                for name, mask in named_weights(masks).items()
+                for name, mask in leaves_with_names(masks)
             }
             share = cubic_sparsity(state.count, sparsity, begin, end, initial)
             living = _living(magnitudes, share, scope)
             return jax.tree_util.tree_map_with_path(
-                lambda path, m: living[weight_name(path)] & m, masks
+                lambda path, m: living[path_name(path)] & m, masks
             )
 
         step = state.count

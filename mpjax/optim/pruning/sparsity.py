@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError, brief
-from mpjax.formats import is_quantized
+from mpjax.formats import Quantized, is_quantized
 from mpjax.optim.checks import is_number
+from mpjax.optim.fp8_weights import Weight
+from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.typing import Array, ArrayLike, Params
 
 
-def weight_name(path: Any) -> str:
-    """Returns a path as one text."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def named_weights(params: Any) -> dict[str, Any]:
+def named_weights(params: Params) -> dict[str, Weight]:
     """Returns path -> weight, a Quantized being one.
 
     Raises:
       ConfigError: a leaf that is no array.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    for path, leaf in leaves:
+    leaves = leaves_with_names(params, is_quantized)
+    for name, leaf in leaves:
         if not is_quantized(leaf) and getattr(leaf, "dtype", None) is None:
-            raise ConfigError(
-                f"prune: {weight_name(path)} is {brief(leaf)}, not an array; take jnp.asarray"
-            )
-    return {weight_name(path): leaf for path, leaf in leaves}
+            raise ConfigError(f"prune: {name} is {brief(leaf)}, not an array; take jnp.asarray")
+    return dict(leaves)
 
 
-def in_float32(leaf: Any) -> Any:
+def in_float32(leaf: Weight) -> Array:
     """Returns a weight, dequantised if it is a Quantized, in float32."""
-    return leaf.dequantize(jnp.float32) if is_quantized(leaf) else leaf.astype(jnp.float32)
+    return leaf.dequantize(jnp.float32) if isinstance(leaf, Quantized) else leaf.astype(jnp.float32)
 
 
 def cubic_sparsity(
-    step: Any, final: int | float, begin: int, end: int, initial: int | float = 0.0
-) -> Any:
+    step: ArrayLike, final: int | float, begin: int, end: int, initial: int | float = 0.0
+) -> Array:
     r"""Returns the sparsity at a step, $s_f + (s_i - s_f)\,(1 - (t - t_0) / (t_1 - t_0))^3$.
 
     Args:
@@ -72,7 +66,7 @@ def cubic_sparsity(
     return jnp.float32(final) + jnp.float32(initial - final) * rest**3
 
 
-def sparsity_by_path(params: Any) -> dict[str, float]:
+def sparsity_by_path(params: Params) -> dict[str, float]:
     """Returns the share of zeros of each weight, and of all of them under `total`.
 
     Args:

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import orbax.checkpoint as ocp
@@ -30,6 +30,7 @@ from mpjax.train.checkpoint import digest, leaves, store
 from mpjax.train.checkpoint.lock import lock_directory
 from mpjax.train.checkpoint.reader import CheckpointReader
 from mpjax.train.checkpoint.recast import describe_nodes
+from mpjax.typing import Json, PyTree, Tree
 
 _log = logging.getLogger("mpjax.train")
 _TRIES, _PAUSE = 50, 0.1  # seconds: a failed save is cleared away while its threads end
@@ -105,8 +106,8 @@ class Checkpointer(CheckpointReader):
     def save(
         self,
         step: int,
-        state: Any,
-        meta: Mapping[str, Any],
+        state: PyTree,
+        meta: Mapping[str, Json],
         *,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
@@ -181,8 +182,8 @@ class Checkpointer(CheckpointReader):
         return super().newest_good()
 
     def restore(
-        self, abstract_state: Any, *, step: int | None = None, good_only: bool = False
-    ) -> tuple[Any, dict[str, Any], int]:
+        self, abstract_state: Tree, *, step: int | None = None, good_only: bool = False
+    ) -> tuple[Tree, dict[str, Json], int]:
         """As `CheckpointReader.restore`; the next save goes on from the restored step."""
         state, meta, step = super().restore(abstract_state, step=step, good_only=good_only)
         self._same = step

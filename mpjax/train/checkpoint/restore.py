@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,14 @@ import jax.numpy as jnp
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint import leaves, recast
 from mpjax.train.checkpoint.reader import CheckpointReader
+from mpjax.typing import DType, Json, Params, PyTree, Tree
 
 _ABSENT = "(not set)"
 
 
 def compare_settings(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
+    saved: Mapping[str, Json],
+    current: Mapping[str, Json],
     *,
     may_change: Iterable[str] = ("steps", "out"),
 ) -> None:
@@ -49,7 +49,7 @@ def compare_settings(
 
 
 def differences(
-    saved: Mapping[str, Any], current: Mapping[str, Any], may_change: Iterable[str]
+    saved: Mapping[str, Json], current: Mapping[str, Json], may_change: Iterable[str]
 ) -> list[str]:
     """Returns what `compare_settings` refuses: a text for each setting, with both values."""
     before, now = flat_settings(saved), flat_settings(current)
@@ -62,7 +62,7 @@ def differences(
     ]
 
 
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_settings(settings: Mapping[str, Json], prefix: str = "") -> dict[str, str]:
     """Returns settings by their dotted names, each value as JSON."""
     table: dict[str, str] = {}
     for name, value in settings.items():
@@ -74,8 +74,8 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, st
 
 
 def restore_into(
-    state: Any, checkpointer: CheckpointReader, step: int | None = None
-) -> tuple[Any, list[str]]:
+    state: Tree, checkpointer: CheckpointReader, step: int | None = None
+) -> tuple[Tree, list[str]]:
     """Restores a checkpoint into a state of another Precision, and says what it changed.
 
     Leaves are matched by tree path. A leaf of another dtype is cast. A float32 master copy
@@ -126,7 +126,7 @@ def restore_into(
     for root in roots:
         wanted |= root.wanted(where, saved)
     read = checkpointer.read(wanted, step)
-    restored: dict[str, Any] = {}
+    restored: dict[str, leaves.Leaf] = {}
     for root in roots:
         found, said = root.recast(read, params)
         restored |= found
@@ -148,12 +148,12 @@ def restore_into(
     return jax.tree.unflatten(jax.tree.structure(state), values), lines
 
 
-def _params(state: Any) -> Any:
+def _params(state: PyTree) -> Params:
     return state.get("params") if isinstance(state, dict) else getattr(state, "params", None)
 
 
 def _without_history(
-    state: Any, params: Any, sources: dict[str, str | None], roots: list[recast.SavedRoot]
+    state: PyTree, params: Params, sources: dict[str, str | None], roots: list[recast.SavedRoot]
 ) -> list[str]:
     """Leaves whole an optimizer's history fresh where the checkpoint lacks a part; says which."""
     owners = recast.history_owners(state, params)
@@ -187,7 +187,7 @@ def _mirrored(name: str) -> str | None:
 
 
 def _source(
-    name: str, leaf: Any, saved: Mapping[str, Any], masters: Mapping[str, str]
+    name: str, leaf: leaves.Leaf, saved: recast.Shapes, masters: Mapping[str, str]
 ) -> str | None:
     weight = _mirrored(name)
     if weight is not None and name not in saved:
@@ -200,8 +200,8 @@ def _source(
 
 def _require_matches(
     where: str,
-    fresh: Mapping[str, Any],
-    saved: Mapping[str, jax.ShapeDtypeStruct],
+    fresh: Mapping[str, leaves.Leaf],
+    saved: recast.Shapes,
     sources: Mapping[str, str | None],
 ) -> None:
     for name, source in sources.items():
@@ -230,7 +230,7 @@ def _require_matches(
             )
 
 
-def _cast(name: str, array: jax.Array, dtype: Any) -> jax.Array:
+def _cast(name: str, array: jax.Array, dtype: DType) -> jax.Array:
     if array.dtype == dtype:
         return array
     floating = [jnp.issubdtype(kind, jnp.floating) for kind in (array.dtype, dtype)]

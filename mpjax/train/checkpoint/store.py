@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint import leaves
+from mpjax.typing import Json
 
 TEMPORARY = ocp.utils.TMP_DIR_SUFFIX  # ends the name of a step folder that is not committed
 META_FILE = "meta/meta.json"
@@ -52,13 +53,19 @@ def quiet() -> Iterator[None]:
         logging.getLogger("absl").removeFilter(log)
 
 
+class HasStep(Protocol):
+    """A checkpoint as Orbax describes it."""
+
+    step: int
+
+
 class Keep:
     """Orbax's preservation policy as a function: the steps -> those to keep."""
 
     def __init__(self, choose: Callable[[list[int]], set[int]]) -> None:
         self._choose = choose
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[HasStep], *, context: object) -> list[bool]:
         """Returns for each checkpoint, oldest first, whether it stays."""
         chosen = self._choose([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step in chosen for checkpoint in checkpoints]
@@ -95,8 +102,8 @@ def open_writer(
 
 
 def make_page(
-    table: dict[str, Any], meta: Mapping[str, Any], metrics: Mapping[str, float]
-) -> dict[str, Any]:
+    table: Mapping[str, leaves.Leaf], meta: Mapping[str, Json], metrics: Mapping[str, float]
+) -> dict[str, Json]:
     """Returns what `meta.json` holds of a step, as of now: the file is written later.
 
     Raises:
@@ -111,7 +118,7 @@ def make_page(
 
 
 def write(
-    writer: ocp.CheckpointManager, step: int, table: dict[str, jax.Array], page: dict[str, Any]
+    writer: ocp.CheckpointManager, step: int, table: Mapping[str, jax.Array], page: dict[str, Json]
 ) -> None:
     """Starts the write of a step; returns when the arrays may be donated.
 

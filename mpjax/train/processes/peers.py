@@ -12,23 +12,30 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax._src import distributed  # the client that JAX's own multihost_utils use
 
 from mpjax.errors import printable
+from mpjax.typing import Json
+
+Page: TypeAlias = Mapping[str, Json]  # what a process says of itself
 
 SILENCE = 30.0  # seconds without a beat, after which a process is lost
 _BEAT, _GRACE, _STALL = 1.0, 3.0, 10.0
 _PREFIX = "mpjax/peers/"
 
 
-def initialize(*arguments: Any) -> None:
-    """`jax.distributed.initialize`, whose coordination service outlives the first process.
+def initialize(
+    address: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
+    """Calls `jax.distributed.initialize`; the coordination service outlives the first process.
 
     Args:
-      arguments: as JAX's.
+      address: of the coordinator, as JAX's; JAX finds out what is left out.
+      count: of processes.
+      index: of this process.
 
     Raises:
       RuntimeError: the service cannot start, such as on a port that is in use.
@@ -38,7 +45,7 @@ def initialize(*arguments: Any) -> None:
     service = module.get_distributed_runtime_service
     module.get_distributed_runtime_service = _Coordinator
     try:
-        jax.distributed.initialize(*arguments)
+        jax.distributed.initialize(address, count, index)
     finally:
         module.get_distributed_runtime_service = service
 
@@ -46,7 +53,7 @@ def initialize(*arguments: Any) -> None:
 class _Coordinator:
     """Stands in for jaxlib's service, which runs in a child."""
 
-    def __init__(self, address: str, count: int, **settings: Any) -> None:
+    def __init__(self, address: str, count: int, **settings: object) -> None:
         self._child = subprocess.Popen(
             [sys.executable, "-I", str(Path(__file__).with_name("coordinator.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -82,12 +89,12 @@ class Roll:
 
     def __init__(self, index: int, count: int, now: float) -> None:
         self._others = [i for i in range(count) if i != index]
-        self._pages: dict[int, Mapping[str, Any]] = {}
+        self._pages: dict[int, Page] = {}
         self._beaten = dict.fromkeys(self._others, now)
         self._left: dict[int, float] = {}
         self._round = self._looked = now
 
-    def hear(self, pages: Mapping[int, Mapping[str, Any]], now: float) -> None:
+    def hear(self, pages: Mapping[int, Page], now: float) -> None:
         """Takes the pages of all processes, as one round of asking brought them."""
         for i in self._others:
             old, new = self._pages.get(i, {}), pages.get(i, {})
@@ -143,7 +150,7 @@ class Peers:
         self._client: Any = distributed.global_state.client
         self._index, self._count = jax.process_index(), jax.process_count()
         self._remedy = remedy
-        self._page: dict[str, Any] = {"host": socket.gethostname(), "beat": 0}
+        self._page: dict[str, Json] = {"host": socket.gethostname(), "beat": 0}
         self._roll = Roll(self._index, self._count, time.monotonic())
         self._stop, self._round = threading.Event(), threading.Condition()
         for run in (self._talk, self._look):
@@ -169,7 +176,7 @@ class Peers:
         jax.distributed.shutdown()
         self._stop.set()
 
-    def _say(self, **words: Any) -> None:
+    def _say(self, **words: Json) -> None:
         self._page |= words
         with self._round:
             for _ in range(2):  # the round that is under way may have begun before

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections import Counter
 
 import jax
 
-from mpjax.formats import Quantized
+from mpjax.formats import is_quantized
 from mpjax.train.step import TrainState
 
 
-def _shards(leaf: Any) -> list[tuple[Any, int]]:
+def _shards(leaf: jax.Array) -> list[tuple[jax.Device, int]]:
     return [(shard.device, shard.data.nbytes) for shard in leaf.addressable_shards]
 
 
@@ -46,15 +46,15 @@ def state_bytes(state: TrainState) -> dict[str, int]:
         kind: sum(size for leaf in jax.tree.leaves(tree) for _, size in _shards(leaf))
         for kind, tree in kinds.items()
     }
-    devices: dict[Any, int] = {}
+    devices: Counter[jax.Device] = Counter()
     for leaf in jax.tree.leaves(state):
         for device, size in _shards(leaf):
-            devices[device] = devices.get(device, 0) + size
+            devices[device] += size
     return sizes | {"total": sum(sizes.values()), "device": max(devices.values())}
 
 
 def _weights(state: TrainState) -> int:
-    leaves = jax.tree.leaves(state.params, is_leaf=lambda x: isinstance(x, Quantized))
+    leaves = jax.tree.leaves(state.params, is_leaf=is_quantized)
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 

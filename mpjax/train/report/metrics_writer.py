@@ -8,12 +8,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from mpjax.errors import ConfigError, brief, need
 from mpjax.files import NO_FOLLOW, write_file
+from mpjax.typing import Json, Settings
 
 METRICS = "metrics.jsonl"
 _log = logging.getLogger("mpjax.train")
@@ -21,7 +23,7 @@ _log = logging.getLogger("mpjax.train")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
-def to_line(record: Mapping[str, Any]) -> str:
+def to_line(record: Mapping[str, Json]) -> str:
     """Returns a record as one line of valid JSON.
 
     A number that is not finite is written as "NaN", "Infinity" or "-Infinity", in quotes.
@@ -40,7 +42,7 @@ def to_line(record: Mapping[str, Any]) -> str:
     )
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[Settings]:
     """Returns the records of a `metrics.jsonl`; lines that are none are left out.
 
     What `to_line` wrote as text because it is not finite is a float again.
@@ -54,7 +56,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [record for _, record in _lines(path) if record is not None]
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, Settings | None]]:
     """Each line that is not blank, and its record; None if it is no JSON object."""
     with path.open("rb") as file:
         for line in file:
@@ -70,7 +72,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
                 yield line, None
 
 
-def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+def plain(record: Mapping[str, object]) -> Settings:
     """Returns a record as Python's own numbers and texts; scalars of JAX and NumPy are read.
 
     Raises:
@@ -130,7 +132,7 @@ def _cut_off(line: bytes) -> bool:
     return line.startswith(b"{") and line.isascii() and line.decode().isprintable()
 
 
-def import_wandb() -> Any:
+def import_wandb() -> ModuleType:
     """Returns the module wandb.
 
     Raises:
@@ -156,7 +158,7 @@ class MetricsWriter:
     def __init__(
         self,
         out: str | Path,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         *,
         start: int = 0,
         every: int = 10,
@@ -185,7 +187,7 @@ class MetricsWriter:
         for summary in hparams(shown, {"validation_loss": math.nan}):
             self._board.file_writer.add_summary(summary)
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Mapping[str, object]) -> None:
         """Writes one record, numbers and texts by name; it holds at least `step`.
 
         Raises:

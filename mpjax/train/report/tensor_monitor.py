@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from mpjax.errors import ConfigError
 from mpjax.interpret.monitor.monitor import monitor
 from mpjax.interpret.monitor.report import KINDS, Monitored
 from mpjax.train.report.metrics_writer import keep_until, to_line
-from mpjax.train.step import TrainStep
+from mpjax.train.step import StepFn, TrainState, TrainStep
+from mpjax.typing import Batch, Metrics, Settings
 
 FILE = "monitor.jsonl"
 _LOWEST = -126  # exponent of the first bin of `Statistics.histogram`
@@ -47,17 +48,19 @@ def watched(
     if every < 1:
         raise ConfigError(f"monitor_every: {every} must be at least 1; leave it out to not measure")
     monitor(step.function, **options)  # refuses what it cannot measure before the run begins
-    looks: dict[Any, Any] = {}  # a program for each precision that the step runs in
+    looks: dict[
+        StepFn, Callable[[TrainState, Batch], Monitored]
+    ] = {}  # a program for each precision that the step runs in
     number = start
 
-    def look(state: Any, batch: Any) -> Monitored:
+    def look(state: TrainState, batch: Batch) -> Monitored:
         taken, plain = step.active(state)
         if taken.function not in looks:
             function = monitor(taken.function, **options)
             looks[taken.function] = jax.jit(lambda state, batch: function(state, batch)[1])
         return looks[taken.function](plain, batch)
 
-    def compiled(state: Any, batch: Any) -> Any:
+    def compiled(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         nonlocal number
         number += 1
         monitored = None
@@ -114,7 +117,7 @@ class TensorWriter:
             keep_until(path, start)
         self._file = path.open("a")
         self._board = SummaryWriter(str(Path(out) / "tensorboard" / "tensors"), flush_secs=10)
-        self.last: list[dict[str, Any]] = []
+        self.last: list[Settings] = []
         self.last_step = start
 
     def write(self, step: int, monitored: Monitored) -> None:
@@ -133,7 +136,7 @@ class TensorWriter:
                 self._histogram(tag, first, np.array(counts), step)
         self._file.flush()
 
-    def _points(self, tag: str, row: Mapping[str, Any], step: int) -> None:
+    def _points(self, tag: str, row: Settings, step: int) -> None:
         for key, value in row.items():
             if key == "amax" or key.startswith("underflow/") or key == row["kind"]:
                 end = "" if key == row["kind"] else f"/{key.replace(' ', '_')}"
