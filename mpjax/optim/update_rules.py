@@ -1,4 +1,4 @@
-"""Update rules: how a weight that is stored low takes its float32 update."""
+"""Update rules: how a weight that is stored low takes its float32 update, or a float32 delta."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, Quantized, is_quantized, round_to
-from mpjax.optim.checks import check_seed, check_weights
+from mpjax.optim.checks import check_like, check_seed, check_weights
 from mpjax.optim.fp8_weights import Weight, compensation, rewrite
+from mpjax.optim.gate import bits, choose
+from mpjax.optim.loss_scale.scaled import check_plain
 from mpjax.optim.tree_paths import key_at
 from mpjax.precision import dtype_name
-from mpjax.typing import Array, ArrayLike, Grads, Key, Params, PyTree
+from mpjax.typing import Array, ArrayLike, Grads, Key, Params, PyTree, Tree
 
 UpdateState: TypeAlias = dict[str, PyTree]  # name -> arrays, of the structure of the weights or not
 
@@ -174,3 +176,36 @@ def apply_update_rule(
 
 def _nearest(p: Weight, full: Array) -> Weight:
     return rewrite(p, full) if isinstance(p, Quantized) else full.astype(p.dtype)
+
+
+def delta(new: Array, old: Array, update: Array) -> Array:
+    """Returns the float32 delta from a low weight to its new value; of others, the update."""
+    if not is_low(old):
+        return update
+    difference = new.astype(jnp.float32) - old.astype(jnp.float32)
+    return jnp.where(bits(new) == bits(old), jnp.float32(-0.0), difference)
+
+
+def _add(old: Array, update: Array) -> Array:
+    if is_low(old):
+        new = (old.astype(jnp.float32) + update).astype(old.dtype)
+    else:
+        new = old + update
+    return choose((update == 0) & jnp.signbit(update), old, new)
+
+
+def apply_updates(params: Tree, updates: Grads) -> Tree:
+    """Returns params + float32 deltas, each in the weight's storage dtype.
+
+    A delta of -0.0 leaves every bit of its weight alone.
+
+    Example:
+      >>> apply_updates(jnp.ones(1, jnp.bfloat16), jnp.full(1, 0.25)).dtype.name
+      'bfloat16'
+
+    Raises:
+      ConfigError: updates of another structure or shape, or scaled gradients.
+    """
+    check_plain("updates", updates)
+    check_like("updates", updates, params)
+    return jax.tree.map(_add, params, updates)

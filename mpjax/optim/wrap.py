@@ -14,7 +14,6 @@ from mpjax.errors import ConfigError, TrainingStopped, brief
 from mpjax.formats import is_quantized, weight_view
 from mpjax.optim import checks, update_rules
 from mpjax.optim.buffers import distinct
-from mpjax.optim.deltas import Wrapped, delta
 from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, select
 from mpjax.optim.gradient_norm import global_norm
 from mpjax.optim.loss_scale.from_settings import make_loss_scale
@@ -71,7 +70,8 @@ class Optimizer:
         seed = self.seed if seed is None else seed
         update_state = update_rules.init_update_state(params, self.precision.update, seed)
         inner = self.inner.init(update_rules.float32_view(params, update_state))
-        if any(map(_is_state, jax.tree.leaves(inner, is_leaf=_is_state))):
+        nodes = jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, OptState))
+        if any(isinstance(x, OptState) for x in nodes):
             raise ConfigError(
                 "optimizer: a part of it is wrapped already; pass the raw optax optimizer, chained"
                 " first and wrapped once"
@@ -218,7 +218,7 @@ class Optimizer:
                 )
             new_params, updates, state, _ = self._advance(grads, state, params, extra)
             if state.update_state:  # the weight does not follow its own update, rounded to nearest
-                updates = jax.tree.map(delta, new_params, params, updates)
+                updates = jax.tree.map(update_rules.delta, new_params, params, updates)
             return updates, state
 
         return Wrapped(self.init, update)
@@ -244,6 +244,10 @@ class Optimizer:
                 f" {float(state.loss_scale.value):g} cannot fall further; lower the learning rate"
                 f" or give this path more range, such as --rule '**/{path.split('/')[-2:][0]}=fp32'"
             )
+
+
+class Wrapped(optax.GradientTransformationExtraArgs):
+    """Marks what `Optimizer.as_optax` returns, so that it is not wrapped twice."""
 
 
 def wrap(
@@ -315,7 +319,3 @@ def wrap(
         optimizer = each_layer(optimizer, stacked)
     inner = low_moments(optimizer, precision.moments)
     return Optimizer(inner, precision, clip, gate, patience, seed)
-
-
-def _is_state(x: object) -> bool:
-    return isinstance(x, OptState)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from mpjax.typing import Array, Batch, Grads, Key, ModelState, Params, PyTree
 
 if TYPE_CHECKING:
     from mpjax.train.step import TrainState
+
+Shares: TypeAlias = dict[str, Array] | None  # of several losses, the weight of each
 
 
 def gradients(
@@ -31,21 +33,17 @@ def gradients(
     begun = begin_step(state.model_state, scale.value)
 
     def loss_of(
-        params: Params,
-        observed_amax: list[Array],
-        micro: Batch,
-        model_state: ModelState,
-        key: Key,
-        shares: dict[str, Array] | None = None,
+        params: Params, amax: list[Array], micro: Batch, state: ModelState, key: Key, shares: Shares
     ) -> tuple[Array, tuple[Array, ModelState]]:
-        model_state = with_observed(model_state, observed_amax)
-        loss, model_state = _loss(objective, params, micro, model_state, key, shares)
-        return loss, (loss, model_state)
+        loss, state = _loss(objective, params, micro, with_observed(state, amax), key, shares)
+        return loss, (loss, state)
 
-    # The amax of gradients leaves as the cotangent of `observed_amax`; an empty list costs nothing.
+    # The amax of gradients is the cotangent of the observed amax; an empty list costs nothing.
     grad = scaled_grad(scale, loss_of, argnums=(0, 1))
     if accumulate == 1:
-        (grads, amax), (loss, model_state) = grad(weights, observed_of(begun), batch, begun, key)
+        (grads, amax), (loss, model_state) = grad(
+            weights, observed_of(begun), batch, begun, key, None
+        )
         return grads, loss, end_step(model_state, state.model_state, amax, scale.value)
 
     def body(carry: PyTree, part: PyTree) -> tuple[PyTree, None]:
@@ -73,28 +71,23 @@ def gradients(
 
 
 def _loss(
-    objective: Objective,
-    params: Params,
-    batch: Batch,
-    model_state: ModelState,
-    key: Key,
-    shares: dict[str, Array] | None,
+    objective: Objective, params: Params, batch: Batch, state: ModelState, key: Key, shares: Shares
 ) -> tuple[Array, ModelState]:
     """The loss of a (micro)batch and the state; of several losses their sum by `shares`."""
     run: Any = objective.loss if shares is None else objective.parts
-    loss, model_state = run(params, batch, state=model_state, key=key, train=True)
+    loss, state = run(params, batch, state=state, key=key, train=True)
     if shares is not None:
         loss = sum(shares[name] * part.astype(jnp.float32) for name, part in loss.items())
-    return loss, model_state
+    return loss, state
 
 
 def _microbatches(
     objective: Objective, batch: Batch, accumulate: int
-) -> tuple[Batch, Array | None, dict[str, Array] | None]:
-    """A batch cut along a new first axis; each part's weight, and its weights by name of a loss.
+) -> tuple[Batch, Array | None, Shares]:
+    """A batch cut along a new first axis, the weight of each part, and its weights of each loss.
 
-    One of the two is None: of several losses the gradients are those of their weighed sum. Both
-    are where parts weigh alike.
+    With several losses the second is None, with one loss the third; both are where parts weigh
+    alike.
     """
 
     def split(x: Array) -> Array:  # strided, so that a batch cut over devices stays cut evenly

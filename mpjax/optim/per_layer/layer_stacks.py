@@ -59,7 +59,7 @@ def stacks(params: PyTree, stacked: str | Sequence[str] = LAYERS) -> dict[Path, 
       >>> stacks({"decoder": {"layers": {"up": jnp.ones((3, 4, 4)), "norm": jnp.ones((3, 4))}}})
       {('decoder', 'layers'): 3}
     """
-    patterns = (stacked,) if isinstance(stacked, str) else tuple(stacked)
+    patterns = (stacked,) if isinstance(stacked, str) else stacked
     below: dict[Path, list[tuple[str, jax.Array]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         parts = parts_of(path)
@@ -94,28 +94,30 @@ def split(
       at_most: how many layers of a stack to show; all by default.
     """
 
-    def is_leaf(path: KeyPath, x: object) -> bool:
-        return not deep and parts_of(path) in where
-
     def apart(path: KeyPath, x: PyTree) -> PyTree:
         stack = stack_of(parts_of(path), where)
         if stack is None:
             return x
         count = where[stack] if at_most is None else min(where[stack], at_most)
-        return Layers([jax.tree.map(lambda a, i=i: _layer(a, i), x) for i in range(count)])
+        return _layers(x, count)
 
-    if deep:
-        return jax.tree_util.tree_map_with_path(apart, tree)
     leaves, structure = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=is_leaf, is_leaf_takes_path=True
+        tree,
+        is_leaf=lambda path, _: not deep and parts_of(path) in where,
+        is_leaf_takes_path=True,
     )
     return jax.tree.unflatten(structure, [apart(path, x) for path, x in leaves])
 
 
-def _layer(a: Abstract, index: int) -> Abstract:
-    if isinstance(a, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
-    return a[index]
+def _layers(stack: PyTree, count: int) -> Layers:
+    """The first layers of a stack."""
+
+    def layer(a: Abstract, index: int) -> Abstract:
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+        return a[index]
+
+    return Layers([jax.tree.map(lambda a, i=i: layer(a, i), stack) for i in range(count)])
 
 
 def joined(tree: PyTree) -> PyTree:
@@ -139,9 +141,7 @@ def split_like(tree: PyTree, like: PyTree) -> PyTree:
     """Returns a stacked state with its layers apart, as in `like`."""
 
     def split(shown: PyTree, x: PyTree) -> PyTree:
-        if not _is_layers(shown):
-            return x
-        return Layers([jax.tree.map(lambda a, i=i: a[i], x) for i in range(len(shown.layers))])
+        return _layers(x, len(shown.layers)) if _is_layers(shown) else x
 
     return jax.tree.map(split, like, tree, is_leaf=_is_layers)
 
@@ -168,7 +168,7 @@ def one_layer(tree: PyTree, where: Mapping[Path, int]) -> PyTree:
 
 def own_paths(params: PyTree) -> LayerPaths:
     """Returns path -> the same path and no layer, for weights as they are."""
-    paths = [parts_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = (parts_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
     return {path: (path, None) for path in paths}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,20 +52,13 @@ def owners_of(tree: PyTree, weights: LayerPaths) -> list[Owner | None]:
     found: list[Owner | None] = []
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):
         parts = parts_of(path)
-        spans = (
-            (start, end)
-            for size in range(len(parts), 0, -1)
-            for start in range(len(parts) - size + 1)
-            for end in (start + size,)
-        )
-        span = next((s for s in spans if parts[slice(*s)] in weights), None)
-        if span is None:
-            # A tree of one array has no path: nothing in a state tells that it is its own.
-            found.append(None)
-        else:
-            weight, layer = weights[parts[slice(*span)]]
-            rest = "/".join((*parts[: span[0]], "*", *parts[span[1] :]))
-            found.append(Owner(weight, layer, rest))
+        ends = itertools.combinations(range(len(parts) + 1), 2)
+        spans = sorted(ends, key=lambda span: span[0] - span[1])  # the longest first
+        start, end = next((s for s in spans if parts[slice(*s)] in weights), (0, 0))
+        # A tree of one array has no path: nothing in a state tells that it is its own.
+        own = weights[parts[start:end]] if end else None
+        rest = "/".join((*parts[:start], "*", *parts[end:]))
+        found.append(own and Owner(*own, rest))
     return found
 
 

@@ -79,30 +79,23 @@ class LayerView:
         if plan.mode == "leaves":
             return joined(self._optimizer.init(split(params, plan.where, plan.deep)))
         shapes = jax.eval_shape(self._optimizer.init, one_layer(params, plan.where))
-
-        owners = owners_of(shapes, own_paths(params))
-        outs = [None if o is None else stack_of(o.weight, plan.where) for o in owners]
-        return self._vmapped(self._optimizer.init, plan.where, (params,), outs)
+        return _over_layers(self._optimizer.init, plan.where, (params,), shapes)
 
     def update(
         self, grads: Grads, state: PyTree, params: Params = None, **extra: Any
     ) -> tuple[Grads, PyTree]:
         """See `optax.GradientTransformationExtraArgs`."""
-        plan = self.plan(grads if params is None else params, extra)
+        weights = grads if params is None else params
+        plan = self.plan(weights, extra)
         if plan.mode == "whole":
             return self._optimizer.update(grads, state, params, **extra)
-        structure = structure_of(grads)
-
-        def is_tree(x: PyTree) -> bool:
-            return not callable(x) and structure_of(x) == structure
-
         if plan.mode == "leaves":
             apart = functools.partial(split, where=plan.where, deep=plan.deep)
-            shown = structure_of(apart(grads))
+            structure, shown = structure_of(grads), structure_of(apart(grads))
 
             def viewed(x: Any) -> Any:
                 if not callable(x):
-                    return apart(x) if is_tree(x) else x
+                    return apart(x) if structure_of(x) == structure else x
 
                 def function(*args: Any, **rest: Any) -> Any:  # such as the loss of a line search
                     whole = (joined(a) if structure_of(a) == shown else a for a in args)
@@ -110,59 +103,23 @@ class LayerView:
 
                 return function
 
-            like = jax.eval_shape(
-                self._optimizer.init, apart(abstract(grads if params is None else params))
-            )
+            like = jax.eval_shape(self._optimizer.init, apart(abstract(weights)))
+            shown_params = None if params is None else apart(params)
+            shown_extra = {name: viewed(x) for name, x in extra.items()}
             updates, state = self._optimizer.update(
-                apart(grads), split_like(state, like), None if params is None else apart(params),
-                **{name: viewed(x) for name, x in extra.items()},
-            )  # fmt: skip
+                apart(grads), split_like(state, like), shown_params, **shown_extra
+            )
             check_updates(updates, apart(grads))
             return joined(updates), joined(state)
+        functions = {name: x for name, x in extra.items() if callable(x)}
         arrays = {name: x for name, x in extra.items() if not callable(x)}
-        rest = {name: x for name, x in extra.items() if callable(x)}
 
-        def update(
-            grads: Grads, state: PyTree, params: Params, arrays: Mapping[str, PyTree]
-        ) -> tuple[Grads, PyTree]:
-            updates, state = self._optimizer.update(grads, state, params, **arrays, **rest)
+        def update(grads: Grads, state: PyTree, params: Params, arrays: PyTree) -> PyTree:
+            updates, state = self._optimizer.update(grads, state, params, **arrays, **functions)
             check_updates(updates, grads)
             return updates, state
 
-        own = own_paths(grads)
-        outs = [
-            None if o is None else stack_of(o.weight, plan.where)
-            for x in (grads, state)
-            for o in owners_of(x, own)
-        ]
-        return self._vmapped(update, plan.where, (grads, state, params, arrays), outs, own)
-
-    def _vmapped(
-        self,
-        function: Callable[..., PyTree],
-        where: Mapping[Path, int],
-        args: tuple[PyTree, ...],
-        outs: Sequence[Path | None],
-        own: LayerPaths | None = None,
-    ) -> PyTree:
-        """Runs a function of one layer on all, a stack of layers after the other."""
-        leaves, structure = jax.tree.flatten(args)
-        own = own_paths(args[0]) if own is None else own
-        owners = owners_of(args, own)
-        ins = [None if o is None else stack_of(o.weight, where) for o in owners]
-        shape: list[Any] = []
-
-        def flat(*leaves: jax.Array) -> list[jax.Array]:
-            out, tree = jax.tree.flatten(function(*jax.tree.unflatten(structure, leaves)))
-            shape[:] = [tree]
-            return out
-
-        run: Callable[..., list[jax.Array]] = flat
-        for stack in where:
-            axes = tuple(0 if s == stack else None for s in ins)
-            run = jax.vmap(run, axes, [0 if s == stack else None for s in outs])
-        out = run(*leaves)
-        return jax.tree.unflatten(shape[0], out)
+        return _over_layers(update, plan.where, (grads, state, params, arrays), (grads, state))
 
     def plan(self, params: PyTree, extra: Mapping[str, Any]) -> _Plan:
         """Returns how the optimizer sees these weights; found once for each tree of shapes."""
@@ -185,34 +142,25 @@ class LayerView:
         # Without functions: what wants one (a line search) is shown leaves.
         named = {name: abstract(x) for name, x in extra.items() if not callable(x)}
         extra = {"value": number, "grad": shapes} | named
-        one, own = one_layer(shapes, where), own_paths(shapes)
+        structure, own = structure_of(shapes), own_paths(shapes)
 
-        structure = structure_of(shapes)
-
-        def attempt(
-            params: PyTree, view: Callable[[PyTree], PyTree], weights: LayerPaths
-        ) -> UpdateTrace | None:
-            viewed = {
-                name: view(x) if structure_of(x) == structure else x for name, x in extra.items()
-            }
+        def attempt(view: Callable[[PyTree], PyTree], weights: LayerPaths) -> UpdateTrace | None:
+            params = view(shapes)
+            viewed = {n: view(x) if structure_of(x) == structure else x for n, x in extra.items()}
             try:
                 return trace_update(self._optimizer, params, viewed, weights)
             except Exception as error:  # whatever a third party raises, a view that it cannot take
                 log.debug("optimizer: a view of the layers does not fit it: %s", error)
                 return None
 
-        layer = attempt(one, lambda x: one_layer(x, where), own)
-        whole = attempt(shapes, lambda x: x, own) if layer else None
+        layer = attempt(lambda x: one_layer(x, where), own)
+        whole = attempt(lambda x: x, own) if layer else None
         if layer and whole and sees_no_shapes(layer, whole, where, shapes):
             return _Plan("whole", where)
-        views = {
-            deep: attempt(
-                split(shapes, where, deep, at_most=2),
-                functools.partial(split, where=where, deep=deep, at_most=2),
-                layer_paths(shapes, where, deep),
-            )
-            for deep in (False, True)
-        }
+        views = {}
+        for deep in (False, True):
+            apart = functools.partial(split, where=where, deep=deep, at_most=2)
+            views[deep] = attempt(apart, layer_paths(shapes, where, deep))
         fits = [
             deep
             for deep, view in views.items()
@@ -239,6 +187,34 @@ class LayerView:
         except Exception:  # it holds a tree of the stacks' structure; the other view says the rest
             return True
         return False
+
+
+def _over_layers(
+    function: Callable[..., PyTree],
+    where: Mapping[Path, int],
+    args: tuple[PyTree, ...],
+    outs: PyTree,
+) -> PyTree:
+    """Runs a function of one layer on all; it returns a tree of the structure of `outs`."""
+    own = own_paths(args[0])
+    stacks_in, stacks_out = (
+        [owner and stack_of(owner.weight, where) for owner in owners_of(tree, own)]
+        for tree in (args, outs)
+    )
+    leaves, structure = jax.tree.flatten(args)
+    returned: list[Any] = []
+
+    def flat(*leaves: jax.Array) -> list[jax.Array]:
+        out, tree = jax.tree.flatten(function(*jax.tree.unflatten(structure, leaves)))
+        returned[:] = [tree]
+        return out
+
+    run: Callable[..., list[jax.Array]] = flat
+    for stack in where:
+        axes = tuple(0 if s == stack else None for s in stacks_in)
+        run = jax.vmap(run, axes, [0 if s == stack else None for s in stacks_out])
+    out = run(*leaves)
+    return jax.tree.unflatten(returned[0], out)
 
 
 def _with_extras(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

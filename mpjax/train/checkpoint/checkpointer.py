@@ -92,7 +92,18 @@ class Checkpointer(CheckpointReader):
         self._at: int | None = None  # the step that this run has reached on disk
         self._same: int | None = None  # the step on disk whose state is the run's own
         self._megabytes = 0.0
-        self._prepare()
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            if not os.access(self._root, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            # before anything is removed: it may be the save of a run that is alive
+            self._unlock = lock_directory(self.directory, self)
+            self._remove_unfinished()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.directory}: checkpoints cannot be written here ({error.strerror}); "
+                "give a folder that you may write"
+            ) from None
         self._own = set(self.steps())  # of this run: found under the lock, or written
         self._quiet = store.OrbaxLog()
         logging.getLogger("absl").addFilter(self._quiet)
@@ -131,14 +142,19 @@ class Checkpointer(CheckpointReader):
             return
         table = leaves.named_leaves(state)
         leaves.require_arrays(table)
-        self._require_rank(metrics or {})
+        if metrics and self._keep_best and self._best_metric not in metrics:
+            raise ConfigError(
+                f"metrics: expected {self._best_metric!r}, which ranks the best checkpoints, got "
+                f"{sorted(metrics)}; set best_metric to one of them"
+            )
         page = store.make_page(table, meta, metrics or {}) | {"nodes": describe_nodes(state)}
         self._drop_later(step)
         if self._writer is None:
             self._writer = store.open_writer(self._root, self._choose, self._before_commit)
-            self._load_metrics()
-        if self._best_metric in page["metrics"]:
-            self._metrics[step] = float(page["metrics"][self._best_metric])
+            for s in self.steps():
+                with contextlib.suppress(ConfigError):  # a damaged page ranks nowhere
+                    self._rank(s, self._read_page(s))
+        self._rank(step, page)
         self._at = self._same = step
         self._own.add(step)
         self._megabytes = sum(leaf.nbytes for leaf in table.values()) / 1e6
@@ -198,20 +214,6 @@ class Checkpointer(CheckpointReader):
         self._at, self._same = step, None
         return arrays
 
-    def _prepare(self) -> None:
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            if not os.access(self._root, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            # before anything is removed: it may be the save of a run that is alive
-            self._unlock = lock_directory(self.directory, self)
-            self._remove_unfinished()
-        except OSError as error:
-            raise ConfigError(
-                f"{self.directory}: checkpoints cannot be written here ({error.strerror}); "
-                "give a folder that you may write"
-            ) from None
-
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:
             for path in self._root.glob(f"*{store.TEMPORARY}*"):
@@ -259,12 +261,9 @@ class Checkpointer(CheckpointReader):
         )
         return {*steps[-self._keep :], *ranked[: self._keep_best]}
 
-    def _load_metrics(self) -> None:
-        for step in self.steps():
-            with contextlib.suppress(ConfigError):  # a damaged page ranks nowhere
-                metrics = self._read_page(step)["metrics"]
-                if self._best_metric in metrics:
-                    self._metrics[step] = float(metrics[self._best_metric])
+    def _rank(self, step: int, page: Mapping[str, Json]) -> None:
+        if self._best_metric in page["metrics"]:
+            self._metrics[step] = float(page["metrics"][self._best_metric])
 
     def _before_commit(self) -> None:
         digest.write(self._root / f"{self._at}{store.TEMPORARY}")
@@ -292,10 +291,3 @@ class Checkpointer(CheckpointReader):
             f"{self.directory}: the checkpoint of step {step} cannot be written "
             f"({store.first_line(error)}); mend the folder or give another --out"
         ) from error
-
-    def _require_rank(self, metrics: Mapping[str, float]) -> None:
-        if metrics and self._keep_best and self._best_metric not in metrics:
-            raise ConfigError(
-                f"metrics: expected {self._best_metric!r}, which ranks the best checkpoints, got "
-                f"{sorted(metrics)}; set best_metric to one of them"
-            )

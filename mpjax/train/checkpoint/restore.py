@@ -40,8 +40,7 @@ def compare_settings(
       Traceback (most recent call last):
       mpjax.errors.ConfigError: resume: model.width was 64 at the save, is 128 now; give ...
     """
-    found = differences(saved, current, may_change)
-    if found:
+    if found := differences(saved, current, may_change):
         raise ConfigError(
             f"resume: {'; '.join(found)}; give the saved settings, or start a new run in another"
             " --out"
@@ -105,7 +104,7 @@ def restore_into(
     fresh = leaves.named_leaves(state)
     masters = {path: name for name in saved if (path := _mirrored(name)) is not None}
     sources = {name: _source(name, leaf, saved, masters) for name, leaf in fresh.items()}
-    params = _params(state)
+    params = state.get("params") if isinstance(state, dict) else getattr(state, "params", None)
     roots = [recast.SavedRoot.find(root, saved, nodes) for root in recast.find_roots(state, nodes)]
     for root in roots:  # low moments, now or then, are read as whole states
         for name in root.below(fresh):
@@ -146,10 +145,6 @@ def restore_into(
     lines += [f"{name}: only in the checkpoint, dropped" for name in saved if name not in known]
     values = [restored[name] for name in fresh]
     return jax.tree.unflatten(jax.tree.structure(state), values), lines
-
-
-def _params(state: PyTree) -> Params:
-    return state.get("params") if isinstance(state, dict) else getattr(state, "params", None)
 
 
 def _without_history(

@@ -64,8 +64,7 @@ def bytes_per_parameter(state: TrainState) -> float:
     $P$ weights, $M$ moments, $W$ master copies, $r$ scales and counters, $n$ weights counted once.
     float32 Adam is 4 + 8 + 0 = 12; on several devices, copies that they share count each time.
     """
-    count = _weights(state)
-    return state_bytes(state)["total"] / count
+    return state_bytes(state)["total"] / _weights(state)
 
 
 def formula(state: TrainState) -> str:
@@ -79,7 +78,6 @@ def formula(state: TrainState) -> str:
       >>> print(formula(state)[:35])
       (32960 params + 0 moments + 0 maste
     """
-    size = state_bytes(state)
-    count = _weights(state)
+    size, count = state_bytes(state), _weights(state)
     parts = " + ".join(f"{size[kind]} {kind}" for kind in ("params", "moments", "master", "rest"))
     return f"({parts}) bytes / {count} parameters = {size['total'] / count:.3f}"

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -32,14 +32,9 @@ def to_line(record: Mapping[str, Json]) -> str:
       >>> to_line({"step": 3, "loss": math.nan, "grad_norm": math.inf})
       '{"step": 3, "loss": "NaN", "grad_norm": "Infinity"}'
     """
-    return json.dumps(
-        {
-            key: json.dumps(value)
-            if isinstance(value, float) and not math.isfinite(value)
-            else value
-            for key, value in record.items()
-        }
-    )
+    floats = {k: v for k, v in record.items() if isinstance(v, float)}
+    odd = {k: json.dumps(v) for k, v in floats.items() if not math.isfinite(v)}
+    return json.dumps({**record, **odd})
 
 
 def read_metrics(path: str | Path) -> list[Settings]:
@@ -106,9 +101,7 @@ def keep_until(path: Path, step: int) -> None:
     Lines that hold no record with a step go to `NAME.damaged` beside it, with one logged line. A
     last line that was cut off is what every kill leaves, and is dropped.
     """
-    lines: list[bytes] = []
-    damaged: list[bytes] = []
-    first = 0
+    lines, damaged, first = list[bytes](), list[bytes](), 0
     for number, (line, record) in enumerate(_lines(path), 1):
         if record is not None and type(record.get("step")) is int:
             if record["step"] <= step:
@@ -125,6 +118,14 @@ def keep_until(path: Path, step: int) -> None:
             path, len(damaged), first, aside.name,
         )  # fmt: skip
     write_file(path, lambda file: file.writelines(lines))
+
+
+def open_after(path: Path, step: int) -> TextIO:
+    """Returns a log to append to, without its records after a step; see `keep_until`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        keep_until(path, step)
+    return path.open("a")
 
 
 def _cut_off(line: bytes) -> bool:
@@ -172,12 +173,8 @@ class MetricsWriter:
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.summary import hparams
 
-        path = Path(out) / METRICS
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            keep_until(path, start)
         self._every = every
-        self._file = path.open("a")
+        self._file = open_after(Path(out) / METRICS, start)
         # 10 s, not 120: what a kill may cost, and how late the curves are on the screen
         self._board = SummaryWriter(
             str(Path(out) / "tensorboard"), purge_step=start + 1, flush_secs=10
@@ -199,12 +196,8 @@ class MetricsWriter:
         step = record["step"]
         if step % self._every and "validation_loss" not in record:
             return
-        texts = {key for key, value in record.items() if isinstance(value, str)}
-        numbers = {
-            key: value
-            for key, value in record.items()
-            if key not in {"step", *texts} and value is not None
-        }
+        shown = ((k, v) for k, v in record.items() if k != "step")
+        numbers = {k: v for k, v in shown if v is not None and not isinstance(v, str)}
         # One event for all: `add_scalar` costs three times as much, and warns of each NaN.
         points = [self._summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]
         self._board.file_writer.add_summary(self._summary(value=points), step)

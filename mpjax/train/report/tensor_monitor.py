@@ -13,7 +13,7 @@ import numpy as np
 from mpjax.errors import ConfigError
 from mpjax.interpret.monitor.monitor import monitor
 from mpjax.interpret.monitor.report import KINDS, Monitored
-from mpjax.train.report.metrics_writer import keep_until, to_line
+from mpjax.train.report.metrics_writer import open_after, to_line
 from mpjax.train.step import StepFn, TrainState, TrainStep
 from mpjax.typing import Batch, Metrics, Settings
 
@@ -111,11 +111,7 @@ class TensorWriter:
     def __init__(self, out: str | Path, *, start: int = 0) -> None:
         from tensorboardX import SummaryWriter  # here: 0.3 s that `--help` need not wait for
 
-        path = Path(out) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            keep_until(path, start)
-        self._file = path.open("a")
+        self._file = open_after(Path(out) / FILE, start)
         self._board = SummaryWriter(str(Path(out) / "tensorboard" / "tensors"), flush_secs=10)
         self.last: list[Settings] = []
         self.last_step = start
