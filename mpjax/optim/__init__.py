@@ -1,4 +1,4 @@
-"""How a weight learns: loss scale, finite gate, low-precision weights and moments."""
+"""Optimizers in mixed precision: loss scale, finite gate, low-precision weights and moments."""
 
 from mpjax.formats import weight_view
 from mpjax.optim.buffers import copied, without_repeats

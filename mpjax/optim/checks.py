@@ -1,4 +1,4 @@
-"""What a caller gives to an optimizer: weights, gradients, states, numbers; checked once traced."""
+"""Checks of what is passed to an optimizer: weights, gradients, states, numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def as_transformation(
     """Returns an optax transformation; `optax.MultiSteps` and its like have its two methods.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: it is no optax optimizer.
     """
     if isinstance(optimizer, optax.GradientTransformation):
         return optimizer
@@ -115,10 +115,10 @@ def _difference(candidate: PyTree, params: Params) -> tuple[str, Any, Any] | Non
 
 
 def check_state(state: object, kind: type) -> None:
-    """Checks that a step gets a state in the state's place.
+    """Checks that a step gets a state as its second argument.
 
     Raises:
-      ConfigError: it is something else.
+      ConfigError: it gets something else.
     """
     if not isinstance(state, kind):
         raise ConfigError(
@@ -207,7 +207,7 @@ def settled(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def check_updates(updates: Grads, params: Params) -> None:
-    """Checks that an optimizer returned an array of each weight's shape: a sum would stretch it.
+    """Checks that an optimizer returned an array of each weight's shape; a sum would broadcast it.
 
     Raises:
       ConfigError: another structure or shape.

@@ -14,7 +14,7 @@ from mpjax.typing import PyTree, Tree
 
 
 class GateState(NamedTuple):
-    """What the gate has seen.
+    """Counters of the finite gate.
 
     Args:
       skipped: steps skipped so far.

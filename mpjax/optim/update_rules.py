@@ -168,14 +168,12 @@ def apply_update_rule(
 
         stored = jax.tree_util.tree_map_with_path(draw, params, new, is_leaf=is_quantized)
         return stored, update_state | {"draws": update_state["draws"] + 1}
-    stored = map_weights(_nearest, params, new)
+    stored = map_weights(
+        lambda p, f: rewrite(p, f) if is_quantized(p) else f.astype(p.dtype), params, new
+    )
     if update == "master":
         return stored, {"master": map_weights(lambda p, f: f if is_low(p) else None, params, new)}
     return stored, update_state
-
-
-def _nearest(p: Weight, full: Array) -> Weight:
-    return rewrite(p, full) if isinstance(p, Quantized) else full.astype(p.dtype)
 
 
 def delta(new: Array, old: Array, update: Array) -> Array:

@@ -1,4 +1,4 @@
-"""One optimizer that does it all: unscale, finite gate, clip, optimizer, weight update."""
+"""One optimizer for the whole step: unscale, finite gate, clip, optimizer, weight update."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Optimizer:
             metrics["grad_norm"] = norm
             factor = jnp.minimum(jnp.float32(1), self.clip / norm)
             grads = jax.tree.map(lambda g: g * factor, grads)
-            if finite_leaves is not None:  # a norm beyond float32 leaves no factor: skip
+            if finite_leaves is not None:  # the norm is too large for a factor in float32: skip
                 finite_leaves &= ~(jnp.all(finite_leaves) & (factor < 2.0**-126))
         full = update_rules.float32_view(params, state.update_state)
         # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
@@ -203,7 +203,7 @@ class Optimizer:
         Add the deltas with `mpjax.optim.apply_updates`, which keeps the weights' storage dtype. A
         skipped step leaves the weights bit for bit, and the state is always `step`'s. The weights
         are `step`'s up to the rounding of the delta: XLA may fuse `step`'s last product into its
-        sum. Under `master` such a difference heals at the next step.
+        sum. Under `master` such a difference is gone at the next step.
         """
 
         def update(
@@ -315,7 +315,7 @@ def wrap(
             " or set loss_scale=static:SCALE"
         )
     optimizer = checks.as_transformation(optimizer)
-    if not isinstance(optimizer, Pruned):  # which knows of stacks, and shows its own inside layers
+    if not isinstance(optimizer, Pruned):  # which applies each_layer to the optimizer inside it
         optimizer = each_layer(optimizer, stacked)
     inner = low_moments(optimizer, precision.moments)
     return Optimizer(inner, precision, clip, gate, patience, seed)

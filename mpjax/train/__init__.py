@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mpjax.train.report.tensor_monitor import TensorWriter
     from mpjax.train.schedule.switch_state import joined
 
-# Imported at first use: orbax, progress bars and writers are no need of a train step.
+# Imported at first use: a train step needs neither orbax nor progress bars nor writers.
 _LAZY = {
     "fit": "loop",
     "Checkpointer": "checkpoint.checkpointer",

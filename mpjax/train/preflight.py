@@ -1,4 +1,4 @@
-"""Does it fit? Checked from shapes alone, before anything is allocated."""
+"""Checks from shapes alone that a train state fits in memory, before anything is allocated."""
 
 from __future__ import annotations
 

@@ -1,14 +1,13 @@
-"""One dynamic loss scale a group of weights, and the marker that rescales cotangents on their way.
+"""One dynamic loss scale a group of weights, and a function that rescales cotangents.
 
 Two ways to give a group's gradients their own scale, for any function:
 
-1. `LeafLossScale.grad` pulls the loss back once a group, each time from the group's own scale.
-   Nothing in the model changes. The whole way from the loss to a group's weights runs at that
-   group's scale, so an underflow on the way is cured as well; what must fit in the format at one
-   scale is one group's way, no longer all groups' ways together. Each group costs a backward pass
-   (XLA drops what a pass does not need: the layers before the group's first).
-2. `scale_gradient` markers around a segment of the model: one backward pass. A cotangent that
-   has underflowed before it reaches the segment is lost: no factor restores a zero.
+1. `LeafLossScale.grad` runs one backward pass a group, each at the group's own scale. The model
+   does not change. All cotangents between the loss and the group's weights have that scale, so
+   none of them underflows either, and only those of one group must fit in the format at one scale.
+   XLA drops what a pass does not need: the layers before the group's first.
+2. `scale_gradient` around a segment of the model: one backward pass. A cotangent that has
+   underflowed before it reaches the segment stays zero.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def scale_gradient(x: Tree, scale: ArrayLike) -> Tree:
     Around a segment $y = f(x, W)$, `scale_gradient(f(scale_gradient(x, 1 / s), W), s)` leaves
     $\partial L / \partial x$ as it is, while all cotangents inside, and $\partial L / \partial W$,
     are $s$ times as large. Between two segments write one marker with the quotient of their
-    scales: two in a row would round in between.
+    scales: two in a row would round twice.
 
     Args:
       x: a tree of floating-point arrays.
@@ -236,27 +235,17 @@ class LeafLossScale(LossScale):
 
     def unscale(self, tree: Tree) -> Tree:
         """Returns each leaf / its group's scale in float32."""
-        tree = bare(tree)
-        leaves, structure = jax.tree.flatten(tree)
-        scales = self.state[0]
-        return jax.tree.unflatten(
-            structure,
-            [
-                leaf.astype(jnp.float32) / scales[group]
-                for leaf, group in zip(leaves, self.group_of(tree), strict=True)
-            ],
-        )
+        tree, scales = bare(tree), self.state[0]
+        groups = jax.tree.unflatten(jax.tree.structure(tree), self.group_of(tree))
+        return jax.tree.map(lambda x, group: x.astype(jnp.float32) / scales[group], tree, groups)
 
     def finite_groups(self, grads: Grads) -> Bool[Array, " K"]:
         """Returns for each group whether all its gradients are finite."""
+        finite: list[list[Array]] = [[] for _ in self.settings.groups]
         leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(grads)]
-        owner = self.group_of(grads)
-        return jnp.stack(
-            [
-                jnp.all(jnp.stack([ok for ok, o in zip(leaves, owner, strict=True) if o == group]))
-                for group in range(len(self.settings.groups))
-            ]
-        )
+        for leaf, group in zip(leaves, self.group_of(grads), strict=True):
+            finite[group].append(leaf)
+        return jnp.stack([jnp.all(jnp.stack(group)) for group in finite])
 
     def adjust(self, finite: Bool[Array, ""] | bool, grads: Grads = None) -> LeafLossScale:
         finite = as_flag(finite)

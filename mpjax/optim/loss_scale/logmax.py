@@ -49,13 +49,14 @@ class LogMaxLossScale(StaticLossScale):
 
     rounded down to a power of two and kept between the bounds. $\mu$ and $v$ are the plain mean
     and variance of the first $1 / (1 - \text{decay})$ steps and decay exponentially from then on.
-    $\rho$ beside $v$ is our doubt while few steps have been seen, one bit at the first; with it
-    and $c \ge 2$ no gradient overflows whose logarithm grows linearly, by at most $c$ bits a step.
+    $\rho$ beside $v$ widens the margin while few steps have been seen, by one bit at the first;
+    with it and $c \ge 2$ no gradient overflows whose logarithm grows linearly, by at most $c$ bits
+    a step.
 
-    Weight gradients are what it sees; the cotangents of activations may be larger. So a non-finite
-    step multiplies the scale by `backoff_factor` and leaves the difference in the headroom $h$,
-    which shrinks by $\log_2$ `growth_factor` after `growth_interval` finite steps in a row. A
-    step whose gradients are all zero tells nothing: the scale is multiplied by `growth_factor`.
+    It reads weight gradients; the cotangents of activations may be larger. So a non-finite step
+    multiplies the scale by `backoff_factor` and leaves the difference in the headroom $h$, which
+    shrinks by $\log_2$ `growth_factor` after `growth_interval` finite steps in a row. A step whose
+    gradients are all zero gives no information: the scale is multiplied by `growth_factor`.
 
     Args:
       format: name of the format that the gradients must fit in.

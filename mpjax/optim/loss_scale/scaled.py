@@ -1,8 +1,8 @@
-"""Gradients that carry whether they are scaled, so that nobody divides by the scale twice or never.
+"""Gradients that are known to be scaled or not, so that they are unscaled exactly once.
 
-Scaled ones, from `Optimizer.value_and_grad`, are a node of their own: `step` takes it, and what
-wants plain gradients refuses it. Unscaled ones, from `scaled_value_and_grad`, are plain trees, for
-any optimizer; their arrays are remembered for as long as they live, and `step` refuses them.
+`Optimizer.value_and_grad` returns a `ScaledGradients`: `step` takes it, and functions of plain
+gradients refuse it. `scaled_value_and_grad` returns plain trees, for any optimizer; their arrays
+are remembered for as long as they live, and `step` refuses them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _UNSCALED: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictio
 class ScaledGradients:
     """Gradients of a loss times the loss scale: what `Optimizer.step` takes.
 
-    A pytree: `jax.tree.map` and `jax.lax.psum` go through it, and it stays what it is. Whoever
-    wants the gradients themselves writes `opt_state.loss_scale.unscale(grads)`.
+    A pytree: `jax.tree.map` and `jax.lax.psum` return a `ScaledGradients` again. For the gradients
+    themselves write `opt_state.loss_scale.unscale(grads)`.
 
     Args:
       tree: the gradients, in the structure of params.

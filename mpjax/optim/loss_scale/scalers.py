@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,24 +51,16 @@ def as_flag(finite: object) -> Bool[Array, ""]:
 def as_pytree(kind: Class) -> Class:
     """Registers a loss scale: its state gives the leaves, its settings belong to the structure."""
 
-    def with_keys(x: LossScale) -> tuple[tuple[tuple[GetAttrKey, PyTree], ...], _Static]:
-        keys = map(GetAttrKey, x.names)
-        return tuple(zip(keys, x.state, strict=True)), _Static(x.settings, x.owned)
-
     jax.tree_util.register_pytree_with_keys(
         kind,
-        with_keys,
-        lambda static, state: rebuild(kind, static.settings, tuple(state), static.owned),
-        lambda x: (x.state, _Static(x.settings, x.owned)),
+        lambda x: (
+            tuple(zip(map(GetAttrKey, x.names), x.state, strict=True)),
+            (x.settings, x.owned),
+        ),
+        lambda static, state: rebuild(kind, static[0], tuple(state), static[1]),
+        lambda x: (x.state, (x.settings, x.owned)),
     )
     return kind
-
-
-class _Static(NamedTuple):
-    """What of a loss scale belongs to the tree's structure."""
-
-    settings: LossScaleSettings
-    owned: bool
 
 
 def rebuild(

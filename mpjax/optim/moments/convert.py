@@ -1,4 +1,4 @@
-"""Moments from one storage into another: what a checkpoint of other moments is restored by."""
+"""Moments converted from one storage to another, to restore a checkpoint of other moments."""
 
 from __future__ import annotations
 

@@ -27,15 +27,15 @@ _SECOND = dict.fromkeys(
     ("nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares", "exp_avg_sq"), "second"
 )
 _MOMENTS = _FIRST | _SECOND
-# States in which such a name means another thing.
+# States in which these names mean something else.
 _UNLIKE: dict[str, dict[str, str]] = {
     "ScaleByAdanState": {"m": "first", "v": "first", "n": "second"},  # v: gradients' differences
     "ScaleBySM3State": {"mu": "second", "nu": "first"},
     "ScaleBySimplifiedAdEMAMixState": {"m": "first", "n": "second"},
     "MechanicState": {},  # its own learning rates
 }
-# States whose formula takes the square of mu from nu: the difference is stored in place of nu, as
-# two roundings could make it negative.
+# States whose formula subtracts the square of mu from nu: the difference is stored in place of nu,
+# because two roundings could make it negative.
 _CENTERED = (optax.ScaleByRStdDevState,)
 # States of optax whose running square is never negative; in others its sign is stored too.
 _SQUARES = frozenset(

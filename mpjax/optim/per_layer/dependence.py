@@ -16,7 +16,7 @@ from mpjax.typing import PyTree, Shape
 
 Atom: TypeAlias = Var | Literal
 
-RANDOM = -1  # stands among the inputs of a value that random bits went into
+RANDOM = -1  # among the inputs of a value: random bits
 
 _ELEMENTWISE = frozenset(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil"
@@ -104,7 +104,7 @@ def inputs_of(jaxpr: Jaxpr, sources: Sequence[frozenset[int]]) -> list[frozenset
 
 
 def alike(a: Jaxpr, b: Jaxpr) -> bool:
-    """Returns whether two jaxprs are one program, but for the sizes of their arrays."""
+    """Returns whether two jaxprs are the same program but for the sizes of their arrays."""
     numbers: tuple[dict[Var, int], dict[Var, int]] = ({}, {})
 
     def name(side: int, x: Atom) -> int | tuple[str, bytes, str]:
@@ -115,7 +115,7 @@ def alike(a: Jaxpr, b: Jaxpr) -> bool:
     def same(xs: Sequence[Atom], ys: Sequence[Atom]) -> bool:
         return [name(0, x) for x in xs] == [name(1, y) for y in ys]
 
-    # A vector needs no ravelling, a matrix does: what it makes is called as what it takes.
+    # A matrix is ravelled and a vector is not: the result has the name of the operand.
     ravels = [e for j in (a, b) for e in j.eqns if _is_ravel(e)]
     aliases: dict[Var, Any] = {e.outvars[0]: e.invars[0] for e in ravels}
     x_eqns, y_eqns = ([e for e in j.eqns if not _is_ravel(e)] for j in (a, b))
@@ -147,7 +147,7 @@ def _same_setting(name: str, a: Any, b: Any) -> bool:
     inner = [getattr(x, "jaxpr", x) for x in (a, b)]
     if all(hasattr(x, "eqns") for x in inner):
         return alike(*inner)
-    if callable(a) and callable(b):  # rules of derivatives, which nobody takes here
+    if callable(a) and callable(b):  # differentiation rules, which are not used here
         return True
     return bool(a == b)
 
@@ -274,7 +274,7 @@ def _kind(eqn: JaxprEqn, operands: Sequence[_Kind], shape: Shape) -> _Kind:
 
 
 def _partial(eqn: JaxprEqn, operands: Sequence[_Kind], shape: Shape) -> _Kind:
-    """A sum over some weights meets what completes it: others, or nothing of its own."""
+    """The kind of a result that a sum over some of the weights enters."""
     name = eqn.primitive.name
     parts = [kind for kind in operands if kind.name == "partial"]
     reductions = {kind.reduction for kind in parts}
@@ -283,17 +283,14 @@ def _partial(eqn: JaxprEqn, operands: Sequence[_Kind], shape: Shape) -> _Kind:
         raise _NotElementwise
     (reduction,) = reductions
     rest = [x for x, kind in zip(eqn.invars, operands, strict=True) if kind.name != "partial"]
-    if name in ("convert_element_type", "broadcast_in_dim", "reshape", "copy") and len(shape) < 2:
-        return _Kind("partial", leaves, reduction)
-    if name == "concatenate" and not rest:
-        return _Kind("partial", leaves, reduction)
-    if _REDUCTIONS.get(name) == reduction and not shape:
-        return _Kind("partial", leaves, reduction)
     neutral = all(
         isinstance(x, Literal) and (reduction in ("max", "min") or x.val == _NEUTRAL[reduction])
         for x in rest
     )
-    if name == reduction and neutral and not shape:
+    moves = ("convert_element_type", "broadcast_in_dim", "reshape", "copy")
+    moved = (name in moves and len(shape) < 2) or (name == "concatenate" and not rest)
+    reduced = _REDUCTIONS.get(name) == reduction or (name == reduction and neutral)
+    if moved or (reduced and not shape):
         return _Kind("partial", leaves, reduction)
     raise _NotElementwise
 

@@ -64,7 +64,7 @@ def stacks(params: PyTree, stacked: str | Sequence[str] = LAYERS) -> dict[Path, 
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         parts = parts_of(path)
         for end in range(1, len(parts)):
-            # The whole prefix, and none of its ancestors, is what a pattern is to name.
+            # A pattern must match the whole prefix and none of its ancestors.
             if any(_names(pattern, parts[:end]) for pattern in patterns):
                 below.setdefault(parts[:end], []).append((parts[end], leaf))
                 break

@@ -1,4 +1,4 @@
-"""An optimizer's update traced on abstract weights: what of which weight enters what."""
+"""An optimizer's update traced on abstract weights: which inputs each output depends on."""
 
 from __future__ import annotations
 
@@ -102,9 +102,9 @@ class UpdateTrace(NamedTuple):
         return any(RANDOM in inputs for inputs in self.reads)
 
     def own_inputs(self) -> dict[tuple[Path, str], set[frozenset[str]]]:
-        """What of its own enters each weight's update and state, and by how many operations.
+        """Returns which of its own inputs each weight's update and state read, and the operations.
 
-        Layers to which the same happens give one set.
+        Layers that are treated alike give one set.
         """
         found: dict[tuple[Path, str], set[frozenset[str]]] = {}
         outputs = zip(self.outputs, self.reads, strict=True)
@@ -124,7 +124,8 @@ def _arithmetic(
     """Operations on arrays behind an output, by name, and the inputs that they lead to.
 
     Only arrays with the shape of the output are followed, further axes in front aside: a norm over
-    all weights has as many terms as there are leaves. Nor is counted what only moves numbers.
+    all weights has as many terms as there are leaves. Operations that only move numbers are not
+    counted.
     """
     shape = aval_of(jaxpr.outvars[output]).shape if shape is None else shape
     made = {x: (eqn, i) for eqn in jaxpr.eqns for i, x in enumerate(eqn.outvars)}

@@ -139,7 +139,7 @@ class LayerView:
 
     def _found(self, shapes: PyTree, where: dict[Path, int], extra: Mapping[str, Any]) -> _Plan:
         number = jax.ShapeDtypeStruct((), jnp.float32)
-        # Without functions: what wants one (a line search) is shown leaves.
+        # Without functions: an optimizer that needs one (a line search) sees leaves.
         named = {name: abstract(x) for name, x in extra.items() if not callable(x)}
         extra = {"value": number, "grad": shapes} | named
         structure, own = structure_of(shapes), own_paths(shapes)
@@ -149,7 +149,7 @@ class LayerView:
             viewed = {n: view(x) if structure_of(x) == structure else x for n, x in extra.items()}
             try:
                 return trace_update(self._optimizer, params, viewed, weights)
-            except Exception as error:  # whatever a third party raises, a view that it cannot take
+            except Exception as error:  # of any third party: it does not take this view
                 log.debug("optimizer: a view of the layers does not fit it: %s", error)
                 return None
 
@@ -167,12 +167,12 @@ class LayerView:
             if view and (layer is None or view.own_inputs() == layer.own_inputs())
         ]
         if layer and not layer.crossing and not layer.random:
-            # A sum over the one weight of a group looks like a norm of its own: layers tell.
+            # A sum over a group of one weight looks like a norm of that weight; the layers differ.
             if not fits or not views[fits[0]].crossing:  # type: ignore[union-attr]
                 return _Plan("each", where)
         if fits:
             return _Plan("leaves", where, fits[0])
-        if layer is None:  # it wants more of a step than is known here, or it is no tree's
+        if layer is None:  # it needs more arguments than are known here, or takes no tree
             return _Plan("leaves", where, self._takes_deep(shapes, where))
         raise ConfigError(
             "optimizer: a mask or label by path means other weights when each layer has a path of"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def in_float32(leaf: Weight) -> Array:
 def _stacked(name: str) -> bool:
     """Whether a weight has a leading axis of layers, as below `layers` in our models."""
     parts = name.split("/")
-    return any(a == "layers" and not b.isdigit() for a, b in zip(parts, parts[1:], strict=False))
+    return any(a == "layers" and not b.isdigit() for a, b in itertools.pairwise(parts))
 
 
 def _chosen(params: Params, keep: Sequence[str]) -> dict[str, Weight]:
@@ -109,7 +110,7 @@ def _smallest(magnitudes: Array, share: Array) -> Array:
 
 
 def _living(magnitudes: Mapping[str, Array], share: Array, scope: str) -> dict[str, Array]:
-    """Which numbers of each weight outlive the pruning of a share of them."""
+    """Which numbers of each weight remain when a share of them is pruned."""
     if scope == "layer":
         living = {}
         for name, x in magnitudes.items():
@@ -118,13 +119,10 @@ def _living(magnitudes: Mapping[str, Array], share: Array, scope: str) -> dict[s
         return living
     flat = jnp.concatenate([x.reshape(-1) for x in magnitudes.values()])
     gone = _smallest(flat, share)
-    ends = [0]
-    for x in magnitudes.values():
-        ends.append(ends[-1] + math.prod(x.shape))
-    return {
-        name: ~gone[start:end].reshape(x.shape)
-        for (name, x), start, end in zip(magnitudes.items(), ends, ends[1:], strict=False)
-    }
+    ends = itertools.accumulate((math.prod(x.shape) for x in magnitudes.values()), initial=0)
+    spans = itertools.starmap(slice, itertools.pairwise(ends))
+    pairs = zip(magnitudes.items(), spans, strict=True)
+    return {name: ~gone[span].reshape(x.shape) for (name, x), span in pairs}
 
 
 def prune_weights(
@@ -247,7 +245,7 @@ def pruned(
 
         def drop(masks: PyTree) -> PyTree:
             weights: dict[str, Any] = named_weights(new)  # no Quantized: the optimizer's view
-            # What is gone stays gone: it is smaller than all.
+            # Pruned numbers stay pruned: -1 is below every magnitude.
             magnitudes = {
                 name: jnp.where(mask, jnp.abs(weights[name]), jnp.float32(-1))
                 for name, mask in leaves_with_names(masks)

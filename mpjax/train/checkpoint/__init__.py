@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpjax.train.checkpoint.reader import CheckpointReader
     from mpjax.train.checkpoint.restore import compare_settings, differences, restore_into
 
-# Imported at first use: orbax, progress bars and writers are no need of a train step.
+# Imported at first use: a train step needs neither orbax nor progress bars nor writers.
 _LAZY = {
     "Checkpointer": "checkpointer",
     "CheckpointReader": "reader",

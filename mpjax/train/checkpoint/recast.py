@@ -56,17 +56,20 @@ def describe_nodes(state: PyTree) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Root:
-    """An optimizer's state with low moments, now or in a checkpoint.
+    """An optimizer's state with low moments, now or in a checkpoint, and what of it was saved.
 
     Args:
       path: of the state.
       node: the state of the new run, a MomentState or the optimizer's own.
       wrapped: whether a MomentState was saved.
+      saved: path below the optimizer's own state -> name in the checkpoint and, of codes, their
+        format; what the checkpoint lacks is left out.
     """
 
     path: str
     node: PyTree
     wrapped: bool
+    saved: dict[str, tuple[str, str | None]]
 
     @property
     def own(self) -> PyTree:
@@ -77,57 +80,13 @@ class Root:
         """Returns the leaves of the optimizer's own state, codes as one, by path."""
         return dict(leaves_with_names(self.own, is_block))
 
-
-def find_roots(state: PyTree, nodes: Mapping[str, str]) -> list[Root]:
-    """Returns the optimizer states with low moments, now or in a checkpoint.
-
-    Args:
-      state: of the new run.
-      nodes: what `describe_nodes` said at the save.
-    """
-    found: dict[str, PyTree] = {}
-    for path, _ in jax.tree_util.tree_leaves_with_path(state):
-        node = state
-        for place, key in enumerate(path):
-            where = path_name(path[:place])
-            if isinstance(node, MomentState) or nodes.get(where) == _WRAPPED:
-                found[where] = node
-                break
-            node = child_at(node, key)
-    return [Root(path, node, nodes.get(path) == _WRAPPED) for path, node in found.items()]
-
-
-@dataclasses.dataclass(frozen=True)
-class SavedRoot:
-    """A root, and what a checkpoint holds of it.
-
-    Args:
-      root: the root.
-      parts: path below the optimizer's own state -> name in the checkpoint and, of codes, their
-        format; what the checkpoint lacks is left out.
-    """
-
-    root: Root
-    parts: dict[str, tuple[str, str | None]]
-
-    @classmethod
-    def find(cls, root: Root, saved: Shapes, nodes: Mapping[str, str]) -> SavedRoot:
-        """Looks a root's parts up.
-
-        Args:
-          root: the root.
-          saved: path -> shape and dtype in the checkpoint.
-          nodes: what `describe_nodes` said at the save.
-
-        Raises:
-          ConfigError: codes of a format that the checkpoint does not tell.
-        """
-        found: dict[str, tuple[str, str | None]] = {}
-        for part, leaf in root.parts().items():
-            name = _joined(root.path, "inner" if root.wrapped else "", part)
+    def look_up(self, saved: Shapes, nodes: Mapping[str, str]) -> None:
+        """Fills `saved` from what `find_roots` takes."""
+        for part, leaf in self.parts().items():
+            name = _joined(self.path, "inner" if self.wrapped else "", part)
             codes, absmax = saved.get(f"{name}/codes"), saved.get(f"{name}/absmax")
             if name in saved:
-                found[part] = (name, None)
+                self.saved[part] = (name, None)
             elif codes is not None and absmax is not None:
                 text = nodes.get(name)
                 if text is None:  # of an earlier version, which did not write it
@@ -139,18 +98,17 @@ class SavedRoot:
                             " it with the moments that it was saved with, save, and recast that"
                         )
                     text = describe_format(leaf)
-                found[part] = (name, text)
-        return cls(root, found)
+                self.saved[part] = (name, text)
 
     def below(self, fresh: Iterable[str]) -> list[str]:
         """Returns the names of the new state's arrays that are the root's."""
-        start = self.root.path and f"{self.root.path}/"
+        start = self.path and f"{self.path}/"
         return [name for name in fresh if name.startswith(start)]
 
     def names(self) -> dict[str, str]:
         """Returns name in the new state -> path below the optimizer's own state."""
-        inner = "inner" if isinstance(self.root.node, MomentState) else ""
-        return {_joined(self.root.path, inner, part): part for part in self.root.parts()}
+        inner = "inner" if isinstance(self.node, MomentState) else ""
+        return {_joined(self.path, inner, part): part for part in self.parts()}
 
     def wanted(self, where: str, saved: Shapes) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns what to read: name -> shape, dtype and sharding.
@@ -159,15 +117,15 @@ class SavedRoot:
           ConfigError: a shape differs, or a leaf is neither saved nor fresh.
         """
         wanted = {}
-        for part, leaf in self.root.parts().items():
-            if part not in self.parts:
+        for part, leaf in self.parts().items():
+            if part not in self.saved:
                 if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(leaf)):
                     raise ConfigError(
-                        f"{where}: {_joined(self.root.path, part)} is not in the checkpoint and"
+                        f"{where}: {_joined(self.path, part)} is not in the checkpoint and"
                         " has no fresh value; pass an initialised state"
                     )
                 continue
-            name, text = self.parts[part]
+            name, text = self.saved[part]
             near = {x.shape: x for x in jax.tree.leaves(leaf)}
             expected = [leaf] if text is None else jax.tree.leaves(_abstract(text, leaf))
             held = [name] if text is None else [f"{name}/codes", f"{name}/absmax"]
@@ -182,8 +140,8 @@ class SavedRoot:
                 if x.shape not in near and isinstance(mesh, NamedSharding):
                     whole = NamedSharding(mesh.mesh, PartitionSpec())
                     wanted[one] = jax.ShapeDtypeStruct(x.shape, saved[one].dtype, sharding=whole)
-        if self.root.wrapped and (draws := _joined(self.root.path, "draws")) in saved:
-            node = self.root.node
+        if self.wrapped and (draws := _joined(self.path, "draws")) in saved:
+            node = self.node
             like = node.draws if isinstance(node, MomentState) else saved[draws]
             wanted[draws] = leaves.target(like, saved[draws].dtype)
         return wanted
@@ -200,34 +158,60 @@ class SavedRoot:
         Raises:
           ConfigError: numbers overflow a dtype.
         """
-        lines, root = [], self.root
+        lines = []
 
         def leaf(path: jax.tree_util.KeyPath, x: Stored) -> Stored:
             part = path_name(path)
-            if part not in self.parts:
-                lines.append(f"{_joined(root.path, part)}: left fresh")
+            if part not in self.saved:
+                lines.append(f"{_joined(self.path, part)}: left fresh")
                 return x
-            name, text = self.parts[part]
+            name, text = self.saved[part]
             if text is None:
                 held = read[name]
             else:
                 arrays = [read[f"{name}/codes"], read[f"{name}/absmax"]]
                 held = jax.tree.unflatten(jax.tree.structure(_abstract(text, x)), arrays)
             if (was := _kind(held)) != (now := _kind(x)):
-                lines.append(f"{_joined(root.path, part)}: {was} -> {now}")
+                lines.append(f"{_joined(self.path, part)}: {was} -> {now}")
             return held
 
-        own = jax.tree_util.tree_map_with_path(leaf, root.own, is_leaf=is_block)
-        draws = read.get(_joined(root.path, "draws"), jnp.int32(0))
-        state = MomentState(own, draws) if root.wrapped else own
-        new = recast_moments(state, root.node, types_of(params))
+        own = jax.tree_util.tree_map_with_path(leaf, self.own, is_leaf=is_block)
+        draws = read.get(_joined(self.path, "draws"), jnp.int32(0))
+        state = MomentState(own, draws) if self.wrapped else own
+        new = recast_moments(state, self.node, types_of(params))
 
         def place(x: Array, like: leaves.Leaf) -> Array:
             sharding = getattr(like, "sharding", None)
             return x if sharding in (None, x.sharding) else jax.device_put(x, sharding)
 
-        new = jax.tree.map(place, new, root.node)
-        return {_joined(root.path, n): x for n, x in leaves.named_leaves(new).items()}, lines
+        new = jax.tree.map(place, new, self.node)
+        return {_joined(self.path, n): x for n, x in leaves.named_leaves(new).items()}, lines
+
+
+def find_roots(state: PyTree, saved: Shapes, nodes: Mapping[str, str]) -> list[Root]:
+    """Returns the optimizer states with low moments, now or in a checkpoint.
+
+    Args:
+      state: of the new run.
+      saved: path -> shape and dtype in the checkpoint.
+      nodes: what `describe_nodes` said at the save.
+
+    Raises:
+      ConfigError: codes of a format that the checkpoint does not tell.
+    """
+    found: dict[str, Root] = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(state):
+        node = state
+        for place, key in enumerate(path):
+            where = path_name(path[:place])
+            wrapped = nodes.get(where) == _WRAPPED
+            if isinstance(node, MomentState) or wrapped:
+                found[where] = Root(where, node, wrapped, {})
+                break
+            node = child_at(node, key)
+    for root in found.values():
+        root.look_up(saved, nodes)
+    return list(found.values())
 
 
 def _abstract(text: str, x: Stored) -> Blockwise:

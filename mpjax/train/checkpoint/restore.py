@@ -105,13 +105,13 @@ def restore_into(
     masters = {path: name for name in saved if (path := _mirrored(name)) is not None}
     sources = {name: _source(name, leaf, saved, masters) for name, leaf in fresh.items()}
     params = state.get("params") if isinstance(state, dict) else getattr(state, "params", None)
-    roots = [recast.SavedRoot.find(root, saved, nodes) for root in recast.find_roots(state, nodes)]
+    roots = recast.find_roots(state, saved, nodes)
     for root in roots:  # low moments, now or then, are read as whole states
         for name in root.below(fresh):
             del sources[name]
     lines = _without_history(state, params, sources, roots)
     where = f"{checkpointer.directory}"
-    if not any(sources.values()) and not any(root.parts for root in roots):
+    if not any(sources.values()) and not any(root.saved for root in roots):
         raise ConfigError(
             f"{where}: no leaf of the checkpoint has a path of this state ({min(saved)} there, "
             f"{min(fresh)} here); restore the same model"
@@ -148,7 +148,7 @@ def restore_into(
 
 
 def _without_history(
-    state: PyTree, params: Params, sources: dict[str, str | None], roots: list[recast.SavedRoot]
+    state: PyTree, params: Params, sources: dict[str, str | None], roots: list[recast.Root]
 ) -> list[str]:
     """Leaves whole an optimizer's history fresh where the checkpoint lacks a part; says which."""
     owners = recast.history_owners(state, params)
@@ -157,7 +157,7 @@ def _without_history(
     for root in roots:
         for name, part in root.names().items():
             if name in owners:
-                found[name], places[name] = part in root.parts, (root, part)
+                found[name], places[name] = part in root.saved, (root, part)
     lacking = {owners[name]: name for name, there in found.items() if not there}
     lines = []
     for name, there in found.items():
@@ -165,7 +165,7 @@ def _without_history(
             continue
         if name in places:
             root, part = places[name]
-            del root.parts[part]
+            del root.saved[part]
         else:
             sources.pop(name)
             sources[name] = None

@@ -8,11 +8,11 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
 
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint import leaves
@@ -53,19 +53,15 @@ def quiet() -> Iterator[None]:
         logging.getLogger("absl").removeFilter(log)
 
 
-class HasStep(Protocol):
-    """A checkpoint as Orbax describes it."""
-
-    step: int
-
-
 class Keep:
     """Orbax's preservation policy as a function: the steps -> those to keep."""
 
     def __init__(self, choose: Callable[[list[int]], set[int]]) -> None:
         self._choose = choose
 
-    def should_preserve(self, checkpoints: Sequence[HasStep], *, context: object) -> list[bool]:
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: object
+    ) -> list[bool]:
         """Returns for each checkpoint, oldest first, whether it stays."""
         chosen = self._choose([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step in chosen for checkpoint in checkpoints]

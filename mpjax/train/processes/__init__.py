@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mpjax.train.processes.agreement import code_hash, of_first, require_agreement
     from mpjax.train.processes.peers import end, initialize, watched
 
-# Imported at first use: orbax, progress bars and writers are no need of a train step.
+# Imported at first use: a train step needs neither orbax nor progress bars nor writers.
 _LAZY = {
     "code_hash": "agreement",
     "of_first": "agreement",

@@ -1,4 +1,4 @@
-"""What several processes tell each other before they train together."""
+"""What processes compare before they train together."""
 
 from __future__ import annotations
 

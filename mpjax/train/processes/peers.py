@@ -1,4 +1,4 @@
-"""Processes that train together: each knows when another is lost, says who, and ends."""
+"""Processes that train together: each notices when another is lost, names it, and ends."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class _Coordinator:
 
 
 class Roll:
-    """What the processes last said of themselves, and which of them is lost.
+    """The last pages of the other processes, and which of them is lost.
 
     Args:
       index: of this process; it is never lost to itself.
@@ -136,7 +136,7 @@ class Roll:
 
 
 class Peers:
-    """Tells the other processes that this one lives, and ends it when one of them is lost.
+    """Tells the other processes that this one runs, and ends it when one of them is lost.
 
     A thread writes and reads a page of each process in JAX's coordination service once a second;
     another looks at what came, so that a service that does not answer is noticed too. The end is

@@ -15,7 +15,7 @@ from mpjax.typing import Settings
 
 @contextlib.contextmanager
 def _shown() -> Iterator[None]:
-    """A drawing: a terminal that is closed, gone or lacks a character is no reason to stop."""
+    """Ignores what a terminal raises that is closed, gone or lacks a character."""
     try:
         yield
     except (OSError, ValueError):

@@ -48,24 +48,24 @@ def watched(
     if every < 1:
         raise ConfigError(f"monitor_every: {every} must be at least 1; leave it out to not measure")
     monitor(step.function, **options)  # refuses what it cannot measure before the run begins
-    looks: dict[
+    programs: dict[
         StepFn, Callable[[TrainState, Batch], Monitored]
     ] = {}  # a program for each precision that the step runs in
     number = start
 
-    def look(state: TrainState, batch: Batch) -> Monitored:
+    def measure(state: TrainState, batch: Batch) -> Monitored:
         taken, plain = step.active(state)
-        if taken.function not in looks:
+        if taken.function not in programs:
             function = monitor(taken.function, **options)
-            looks[taken.function] = jax.jit(lambda state, batch: function(state, batch)[1])
-        return looks[taken.function](plain, batch)
+            programs[taken.function] = jax.jit(lambda state, batch: function(state, batch)[1])
+        return programs[taken.function](plain, batch)
 
     def compiled(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         nonlocal number
         number += 1
         monitored = None
         if number % every == 0 or number == start + 1:
-            monitored = look(state, batch)
+            monitored = measure(state, batch)
         out = step.compiled(state, batch)
         if monitored is not None:
             report(number, monitored)

@@ -1,4 +1,4 @@
-"""A terminal that may be sick: what cannot be shown is lost, and training goes on."""
+"""Output streams that never raise: what cannot be written is dropped, and training goes on."""
 
 from __future__ import annotations
 

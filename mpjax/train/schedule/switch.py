@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,14 +60,6 @@ class SwitchingStep(TrainStep):
         return self.steps[index], plain_state(state, index)
 
 
-class _Known(NamedTuple):
-    """What the host knows of the state that it returned last, without asking the devices."""
-
-    step: Array
-    active: Array
-    at: tuple[int, int]
-
-
 class _Chooser:
     """`chooser(state, batch)`: decides, then runs the program of the precision."""
 
@@ -76,7 +68,8 @@ class _Chooser:
     ) -> None:
         self._schedule, self._steps, self._programs = schedule, steps, programs
         self._turn = schedule.turn if schedule.kind == "late" else 0
-        self._known: _Known | None = None
+        # Two arrays of the state that was returned last, and their values on the host.
+        self._known: tuple[Array, Array, tuple[int, int]] | None = None
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         number, index = self._where(state)
@@ -93,14 +86,14 @@ class _Chooser:
             log.info("step %d: %s", number + 1, text)
             state = state._replace(switch=entered(switch_of(state), before, index, number))
         state, metrics = self._programs[index](state, batch)
-        self._known = _Known(state.step, switch_of(state).active, (number + 1, index))
+        self._known = state.step, switch_of(state).active, (number + 1, index)
         return state, metrics | ({"switch": text} if text else {})
 
     def _where(self, state: TrainState) -> tuple[int, int]:
-        """Steps taken and the active precision; asks the devices only about a foreign state."""
+        """Steps taken and the active precision; the devices are asked only about another state."""
         known, active = self._known, switch_of(state).active
-        if known and state.step is known.step and active is known.active:
-            return known.at
+        if known and state.step is known[0] and active is known[1]:
+            return known[2]
         number, index = jax.device_get((state.step, active))
         return int(number), int(index)
 
@@ -112,7 +105,7 @@ class _Chooser:
         underflow = self._underflow(state, batch, index)
         switch: Any = switch_of(state)._replace(loss_scales=(), model_states=())
         switch, skipped = jax.device_get((switch, state.opt_state.gate.skipped))
-        if number - int(switch.since) < triggers.window:  # a run that began within this one
+        if number - int(switch.since) < triggers.window:  # the run began within this window
             return state, index, ""
         # float64 on the host: the same bits wherever the state comes from
         losses = switch.losses[np.isfinite(switch.losses)].astype(np.float64)
@@ -138,7 +131,7 @@ class _Chooser:
         return state, 1 - index if verdict.switch else index, verdict.reason
 
     @functools.cached_property
-    def _looks(self) -> list[Callable[[TrainState, Batch], Monitored]]:
+    def _monitors(self) -> list[Callable[[TrainState, Batch], Monitored]]:
         """For each precision, a program that measures its backward pass."""
         options: Any = {"what": ("activation_gradients",), "sample": _SAMPLE}
         functions = [
@@ -151,7 +144,7 @@ class _Chooser:
         format = self._schedule.measured
         if not format:
             return float("nan")
-        evidence = jax.device_get(self._looks[index](plain_state(state, index), batch))
+        evidence = jax.device_get(self._monitors[index](plain_state(state, index), batch))
         found = list(evidence.activation_gradients.values())
         count = sum(np.sum(s.size) for s in found)
         # What has underflowed already is a zero.

@@ -1,11 +1,10 @@
-"""What a run keeps that changes its Precision, and what happens to it at a switch.
+"""The state of a run with a precision schedule, and how it changes at a switch.
 
 All precisions take the same state: weights, moments and counters are stored alike in all of them
-and simply go on. What belongs to one precision lies in `TrainState.switch`:
+and are not changed. What belongs to one precision is in `TrainState.switch`:
 
-  loss scale      each precision keeps its own; it rests while another precision runs, and goes on
-                  where it was left. float16 comes back to the scale that it could bear.
-  amax histories  are emptied when their precision comes back: magnitudes of long ago would make
+  loss scale      each precision keeps its own, which does not change while another one runs.
+  amax histories  are emptied when their precision becomes active again: old magnitudes would make
                   numbers saturate, and an empty history takes its scales from the current tensor.
   other state     of the model (running means) is carried over.
 """
@@ -62,16 +61,13 @@ def switch_of(state: TrainState) -> SwitchState:
 
 
 def whole_state(
-    plain: TrainState,
-    window: int,
-    loss_scales: Sequence[LossScale],
-    model_states: Sequence[ModelState],
+    plain: TrainState, window: int, scales: Sequence[LossScale], models: Sequence[ModelState]
 ) -> TrainState:
     """Returns the state of a scheduled run before its first step, from that of one precision."""
     zero, unknown = jnp.int32(0), jnp.float32(jnp.inf)
     switch = SwitchState(
         zero, zero, zero, zero, unknown, jnp.float32(0), jnp.zeros(window, jnp.float32),
-        tuple(loss_scales), tuple(model_states),
+        tuple(scales), tuple(models),
     )  # fmt: skip
     opt_state = plain.opt_state._replace(loss_scale=NoOpLossScale())
     return plain._replace(opt_state=opt_state, model_state=None, switch=switch)
