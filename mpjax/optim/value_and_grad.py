@@ -11,6 +11,7 @@ from mpjax.errors import ConfigError
 from mpjax.optim.gate import all_finite
 from mpjax.optim.loss_scale.leaf_scale import LeafLossScale
 from mpjax.optim.loss_scale.loss_checks import (
+    Scales,
     as_loss,
     check_differentiable,
     check_function,
@@ -18,7 +19,7 @@ from mpjax.optim.loss_scale.loss_checks import (
     with_aux,
 )
 from mpjax.optim.loss_scale.scaled import check_unowned, mark_unscaled
-from mpjax.optim.loss_scale.scalers import LossScale, NoOpLossScale
+from mpjax.optim.loss_scale.scalers import NoOpLossScale
 from mpjax.typing import Array, Grads, Params, PyTree
 
 Aux = TypeVar("Aux")
@@ -26,7 +27,7 @@ Value: TypeAlias = Array | tuple[Array, Aux]  # a loss, or (loss, aux)
 
 
 def scaled_grad(
-    loss_scale: LossScale, fn: Callable[..., tuple[Array, Aux]], argnums: int | tuple[int, int] = 0
+    loss_scale: Scales, fn: Callable[..., tuple[Array, Aux]], argnums: int | tuple[int, int] = 0
 ) -> Callable[..., tuple[Grads, Aux]]:
     """Returns the function that gives the scaled gradients of a loss.
 
@@ -109,7 +110,7 @@ def scaled_value_and_grad(
 
     check_function(loss_fn)
 
-    def fn(loss_scale: LossScale, params: Params, *args: object) -> tuple[Value[Aux], Grads, Array]:
+    def fn(loss_scale: Scales, params: Params, *args: object) -> tuple[Value[Aux], Grads, Array]:
         check_unowned(loss_scale)
         value, grads = value_and_scaled_grad(loss_fn, has_aux, loss_scale, params, args)
         grads = loss_scale.unscale(grads)
@@ -123,7 +124,7 @@ def scaled_value_and_grad(
 def value_and_scaled_grad(
     loss_fn: Callable[..., Value[Aux]],
     has_aux: bool,
-    loss_scale: LossScale,
+    loss_scale: Scales,
     params: Params,
     args: tuple[object, ...],
 ) -> tuple[Value[Aux], Grads]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,17 @@ import jax.numpy as jnp
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import is_quantized
 from mpjax.optim.tree_paths import leaves_with_names
-from mpjax.typing import Array, ArrayLike, Params
+from mpjax.typing import Array, ArrayLike, Params, Tree
 
 _PROTOCOL = ("scale", "unscale", "adjust")
+
+
+class Scales(Protocol):
+    """What scales a loss and unscales its gradients: a loss scale of ours or of jmp."""
+
+    def scale(self, tree: Tree) -> Tree: ...
+
+    def unscale(self, tree: Tree) -> Tree: ...
 
 
 def check_function(fn: object) -> None:
