@@ -17,9 +17,10 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 FRESH := $(VENV)/.made
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_DOCS := $(VENV)/.installed-docs
 PINS := pyproject.toml constraints.txt
 
-.PHONY: help venv demo test lint types notebooks smoke check evidence fuzz fuzz-part verify-gpu
+.PHONY: help venv demo test quick lint types docs notebooks smoke check evidence fuzz fuzz-part verify-gpu
 .PHONY: verify-device device-wheels clean
 
 help:  ## print this list
@@ -34,12 +35,18 @@ demo: $(INSTALLED)  ## train one model under several precisions; table and plots
 test: $(INSTALLED_DEV)  ## run the tests and the examples in the docstrings
 	$(PY) -m pytest -n $$(($(WORKERS) + 1)) --dist loadfile -m "not notebook and not smoke"
 
+quick: $(INSTALLED_DEV)  ## the tests of the modules that differ from the last commit, and the rules of imports
+	$(PY) -m pytest -n $(WORKERS) -m "not notebook and not smoke" $$($(PY) tests/quick.py)
+
 lint: $(INSTALLED_DEV)  ## ruff: rules and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 types: $(INSTALLED_DEV)  ## mypy
 	$(PY) -m mypy mpjax experiments
+
+docs: $(INSTALLED_DOCS)  ## build the site, warnings are errors; open docs/_build/html/index.html
+	$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
 notebooks: $(INSTALLED_DEV)  ## execute the notebooks, and the Python blocks of README and docs
 	$(PY) -m pytest -n $(WORKERS) tests/test_notebooks.py tests/test_documents.py
@@ -48,7 +55,7 @@ smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mi
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/test_experiments.py \
 	  tests/test_bad_input.py tests/benchmarks/test_device.py
 
-check: lint types test notebooks smoke fuzz-part  ## all of the above and fuzz-part, as CI does
+check: lint types test docs notebooks smoke fuzz-part  ## all of the above and fuzz-part, as CI does
 
 evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; pages in docs/evidence
 	$(PY) -m benchmarks.cost.state_bytes
@@ -130,6 +137,11 @@ $(INSTALLED): $(PINS) | $(FRESH)
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "installing what the tests need into $(VENV)"
 	@$(PIP) install -c constraints.txt -e '.[dev,parquet]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	@echo "installing what the site needs into $(VENV)"
+	@$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@
 
 $(GPU_VENV)/.installed: $(PINS)

@@ -48,7 +48,7 @@ def _labels(values: Any, classes: int) -> np.ndarray:
 def calibration_error(probabilities: Any, labels: Any, bins: int = 15) -> float:
     r"""Returns the expected calibration error, how far confidence is from accuracy.
 
-    $$\sum_b \frac{n_b}{N} |\mathrm{acc}_b - \mathrm{conf}_b|$$ over bins of equal width.
+    $$\sum_b \frac{n_b}{N} \lvert \mathrm{acc}_b - \mathrm{conf}_b \rvert$$ over equal bins.
 
     Args:
       probabilities: (N, C), rows sum to 1.

@@ -228,7 +228,7 @@ def round_moment(x: Array, format: str, signed: bool, key: Key | None = None) ->
 def quantize_blocks(
     x: ArrayLike, format: str | MomentFormat, signed: bool, key: Key | None = None
 ) -> Blockwise:
-    """Returns a moment as codes, $x \\approx b_{code} \\max_{block} |x|$.
+    r"""Returns a moment as codes, $x \approx b_{code} \max_{block} \lvert x \rvert$.
 
     Codes are those of the nearest numbers or, with a key, of one of the two neighbours, drawn so
     that the mean is x. A block of zeros has absmax 0 and stays zero. A block that holds inf or NaN

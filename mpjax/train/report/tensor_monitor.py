@@ -93,11 +93,11 @@ def _histograms(monitored: Monitored) -> Iterator[tuple[str, str, int | None, in
 
 
 class TensorWriter:
-    """Writes what a monitor saw: a line a tensor and layer, and curves and histograms.
+    r"""Writes what a monitor saw: a line a tensor and layer, and curves and histograms.
 
     A line of `monitor.jsonl` has the keys of `Monitored.rows`, `step`, and the histogram: how many
     numbers have each exponent from `first_exponent` on. TensorBoard shows `amax` and underflow as
-    curves, and histograms of log2 |x|.
+    curves, and histograms of $\log_2 \lvert x \rvert$.
 
     Args:
       out: folder of the run.
