@@ -6,7 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format
@@ -29,12 +29,6 @@ def largest(tree: PyTree) -> Float[Array, ""]:
         if x.size and jnp.issubdtype(x.dtype, jnp.floating)
     ]
     return jnp.max(jnp.stack(leaves)) if leaves else jnp.float32(0)
-
-
-def _power_of_two(exponent: Num[Array, ""]) -> Float[Array, ""]:
-    """2^k in float32 from its bits, for a normal number; `exp2` need not be exact."""
-    bits = (exponent.astype(jnp.int32) + 127) << 23
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 @as_pytree
@@ -140,7 +134,11 @@ class LogMaxLossScale(StaticLossScale):
         headroom = jnp.where(finite, jnp.where(release, eased, headroom), raised)
 
         exponent = jnp.clip(ceiling - headroom, -126.0, 127.0)  # of normal float32 numbers
-        wanted = _power_of_two(jnp.floor(exponent)) if s.power_of_two else jnp.exp2(exponent)
+        if s.power_of_two:  # from its bits: `exp2` need not be exact
+            field = (jnp.floor(exponent).astype(jnp.int32) + 127) << 23
+            wanted = jax.lax.bitcast_convert_type(field, jnp.float32)
+        else:
+            wanted = jnp.exp2(exponent)
         wanted = jnp.clip(wanted, s.min_scale, s.max_scale)
         grown = jnp.minimum(scale * s.growth_factor, s.max_scale)
         scale = jnp.where(finite, jnp.where(amax > 0, wanted, grown), lowered)

@@ -106,7 +106,7 @@ def keep_until(path: Path, step: int) -> None:
         if record is not None and type(record.get("step")) is int:
             if record["step"] <= step:
                 lines.append(line.rstrip(b"\r\n") + b"\n")
-        elif not _cut_off(line):
+        elif not (line.startswith(b"{") and line.isascii() and line.decode().isprintable()):
             first = first or number
             damaged.append(line)
     if damaged:
@@ -126,11 +126,6 @@ def open_after(path: Path, step: int) -> TextIO:
     if path.exists():
         keep_until(path, step)
     return path.open("a")
-
-
-def _cut_off(line: bytes) -> bool:
-    """Whether it is the beginning of a record, as a kill in the middle of a write leaves it."""
-    return line.startswith(b"{") and line.isascii() and line.decode().isprintable()
 
 
 def import_wandb() -> ModuleType:

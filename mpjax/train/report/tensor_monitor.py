@@ -74,22 +74,19 @@ def watched(
     return dataclasses.replace(step, compiled=compiled)
 
 
-def _trimmed(counts: np.ndarray) -> tuple[int, list[int]]:
-    """The exponent of the first number that there is, and the counts from there to the last."""
-    there = np.flatnonzero(counts)
-    if not there.size:
-        return 0, []
-    return _LOWEST + int(there[0]), counts[there[0] : there[-1] + 1].tolist()
-
-
 def _histograms(monitored: Monitored) -> Iterator[tuple[str, str, int | None, int, list[int]]]:
     """Kind, name, layer, exponent of the first count and counts of each tensor and layer."""
     for kind in KINDS:
         for name, found in getattr(monitored, kind).items():
             flat = np.asarray(found.histogram)
             flat = flat.reshape(-1, flat.shape[-1])
-            for layer, counts in enumerate(flat):
-                yield kind, name, layer if found.layers else None, *_trimmed(counts)
+            for index, counts in enumerate(flat):
+                layer = index if found.layers else None
+                if (there := np.flatnonzero(counts)).size:
+                    first, last = int(there[0]), int(there[-1])
+                    yield kind, name, layer, _LOWEST + first, counts[first : last + 1].tolist()
+                else:
+                    yield kind, name, layer, 0, []
 
 
 class TensorWriter:

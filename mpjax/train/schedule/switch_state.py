@@ -127,7 +127,11 @@ def entered(switch: SwitchState, before: int, index: int, number: int) -> Switch
     """Returns the state at the switch from one precision to another."""
     models = list(switch.model_states)
     known = _carried(models[before])
-    fresh = map_histories(lambda h: jax.tree.map(_zeros, h), models[index])
+
+    def zeros(x: Array) -> Array:
+        return jnp.zeros_like(x, device=x.sharding if x.committed else None)
+
+    fresh = map_histories(lambda h: jax.tree.map(zeros, h), models[index])
 
     def carry(path: jax.tree_util.KeyPath, leaf: Array | AmaxHistory) -> Array | AmaxHistory:
         # A copy, because one buffer cannot be donated twice.
@@ -136,10 +140,6 @@ def entered(switch: SwitchState, before: int, index: int, number: int) -> Switch
     models[index] = jax.tree_util.tree_map_with_path(carry, fresh, is_leaf=_is_history)
     new = {"active": index, "since": number, "trips": int(switch.trips) + (index > before)}
     return updated(switch, new)._replace(model_states=tuple(models))
-
-
-def _zeros(x: Array) -> Array:
-    return jnp.zeros_like(x, device=x.sharding if x.committed else None)
 
 
 def _is_history(x: object) -> bool:
