@@ -1,7 +1,7 @@
 """How `flax.serialization` writes and reads our pytree nodes: by name, settings beside the arrays.
 
 Only `mpjax.models` imports Flax, and Flax knows a class by its exact type. So the classes are
-registered when `flax.serialization` is first imported, whoever does that and in whatever order.
+registered when `flax.serialization` is first imported, by any module and in any order.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def is_low(leaf: Weight) -> bool:
 
 
 def map_weights(fn: Callable[..., object], params: Params, *rest: PyTree) -> PyTree:
-    """Returns fn of each weight, a Quantized being one, and of what stands there in `rest`."""
+    """Returns fn of each weight and the values at its path in `rest`; a Quantized is one weight."""
     return jax.tree.map(fn, params, *rest, is_leaf=is_quantized)
 
 

@@ -34,10 +34,10 @@ def check_function(fn: object) -> None:
 
 
 def check_scale(loss_scale: object) -> None:
-    """Checks that a loss scale, with the three methods of the protocol, stands in its place.
+    """Checks that an argument is a loss scale: that it has the three methods of the protocol.
 
     Raises:
-      ConfigError: something else does.
+      ConfigError: it is something else.
     """
     if not all(callable(getattr(loss_scale, name, None)) for name in _PROTOCOL):
         raise ConfigError(

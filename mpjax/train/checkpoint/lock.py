@@ -37,7 +37,7 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
     """Holds a run's folder for this process as long as the block lasts.
 
     The lock is `flock` on the file `.lock` in the folder, which names its owner: the kernel ends
-    it with the process, however that ends, and a file that a killed process left holds nobody up.
+    it with the process, however that ends, and a file that a killed process left blocks no one.
     The file is removed at the end, and so are folders that were made for it and are still empty.
     A file system without `flock` is said so in one logged line, and the block runs without.
 

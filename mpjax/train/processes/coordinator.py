@@ -56,7 +56,7 @@ def serve(address: str, count: int, settings: dict[str, object]) -> None:
     begun = time.monotonic()
     while time.monotonic() - begun < _LONGEST and connected(port):
         time.sleep(0.5)
-    os._exit(0)  # a service with clients does not let go by itself
+    os._exit(0)  # a service with clients would wait for them
 
 
 def main() -> None:

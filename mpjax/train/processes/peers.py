@@ -105,8 +105,8 @@ class Roll:
         self._pages, self._round = dict(pages), now
 
     def lost(self, now: float) -> str:
-        """Returns who is lost, and how it is known; empty while nobody is."""
-        if now - self._looked > _STALL:  # this process itself stood still: nobody could be heard
+        """Returns which process is lost and why; empty if none is."""
+        if now - self._looked > _STALL:  # this process itself was suspended
             self._beaten = dict.fromkeys(self._others, now)
             self._round = now
         self._looked = now
@@ -163,7 +163,7 @@ class Peers:
     def broken(self) -> None:
         """Waits for the watch to say who is lost, which would explain an error of this process.
 
-        Returns when nobody is, or when all have failed: then the error is its own.
+        Returns when no process is, or when all have failed: then the error is its own.
         """
         self._say(broken=True)
         end = time.monotonic() + SILENCE + 3 * _BEAT
@@ -171,7 +171,7 @@ class Peers:
             time.sleep(0.1)
 
     def finish(self) -> None:
-        """Waits for the others to come to their end too; afterwards nobody is watched."""
+        """Waits until the others have ended too; afterwards no process is watched."""
         self._say(done=True)
         jax.distributed.shutdown()
         self._stop.set()
@@ -221,7 +221,7 @@ def watched(remedy: str, own: tuple[type[BaseException], ...]) -> Iterator[None]
     Args:
       remedy: what to do when one is lost, for the line.
       own: errors that explain themselves: the others are told, and they are raised on. Any other
-        is taken for the consequence of a lost process until nobody is found lost. After an error,
+        is taken for the consequence of a lost process unless none is found lost. After an error,
         leave with `end`: Python's own end would wait for the others.
     """
     peers = Peers(remedy)

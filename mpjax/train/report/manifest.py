@@ -65,7 +65,7 @@ def manifest(
     """Returns what a run's outcome depends on.
 
     Args:
-      precision: resolved; stands in it whole.
+      precision: resolved; the manifest holds all of it.
       config: every setting.
       paths: of the model; each one's policy is written out.
       products: recipe -> product -> what multiplies it here.

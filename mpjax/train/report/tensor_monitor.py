@@ -36,8 +36,8 @@ def watched(
 
     Args:
       step: from `build` or `make_train_step`.
-      report: called with the number of the step that was measured and what was seen, on the
-        devices; that step is on its way by then, so that they need not wait for the host.
+      report: called with the number of the step that was measured and the measurement, on the
+        devices; that step is dispatched before, so that they need not wait for the host.
       every: steps between measurements; the run's first step is measured too.
       start: steps that were taken already.
       options: of `mpjax.interpret.monitor`: `where`, `what`, `formats`, `sample`.

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-# The reader has gone, and will not come back; a full disk behind a log file may.
+# The reader is gone for good; a full disk behind a log file may have room again.
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
 
 
