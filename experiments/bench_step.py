@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from common.bare_step import make_step
+from common.stablehlo import products_and_casts
 from mpjax.models import Decoder, decoder
 from mpjax.train import build
-from mpjax.train.stablehlo import products_and_casts
 from mpjax.typing import Array, Batch, DType, DTypeLike, Params, PyTree
 
 LR = 3e-4

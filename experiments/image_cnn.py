@@ -31,6 +31,7 @@ import optax
 from rich.console import Console
 
 from common.datasets.sources import IMAGES
+from common.stablehlo import convolutions
 from common.tables import markdown, terminal
 from mpjax.data import Images, image_batches, load_images
 from mpjax.files import write_text
@@ -39,7 +40,6 @@ from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import get_precision
 from mpjax.report import Outcome, gap, interval, plot_loss, save_plot
 from mpjax.train import build, bytes_per_parameter, fit, manifest
-from mpjax.train.stablehlo import convolutions
 from mpjax.typing import Array, Batch, ModelState, Params, Settings
 
 BARS = {"digits": 0.98, "fashion-mnist": 0.90}

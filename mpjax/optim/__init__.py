@@ -1,9 +1,8 @@
-"""How a weight learns: loss scale, finite gate, low-precision weights and moments."""
+"""Optimizers in mixed precision: loss scale, finite gate, low-precision weights and moments."""
 
 from mpjax.formats import weight_view
 from mpjax.optim.buffers import copied, without_repeats
 from mpjax.optim.by_name import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
-from mpjax.optim.deltas import apply_updates
 from mpjax.optim.flax_state import register_when_imported
 from mpjax.optim.fp8_weights import store_weights
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
@@ -22,8 +21,13 @@ from mpjax.optim.loss_scale.scalers import (
 from mpjax.optim.moments.blockwise import Blockwise, quantize_blocks
 from mpjax.optim.moments.low_moments import quantize_moments
 from mpjax.optim.per_layer.layer_view import each_layer
-from mpjax.optim.pruning.magnitude import prune_weights, pruned
-from mpjax.optim.pruning.sparsity import cubic_sparsity, sparsity_by_path
+from mpjax.optim.pruning.magnitude import (
+    cubic_sparsity,
+    prune_weights,
+    pruned,
+    sparsity_by_path,
+)
+from mpjax.optim.update_rules import apply_updates
 from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
 from mpjax.optim.wrap import Optimizer, OptState, wrap
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
-from typing import Any
 
 import jax
 import optax
 
 from mpjax.errors import ConfigError, brief
 from mpjax.optim.checks import is_number
+from mpjax.optim.tree_paths import path_name
+from mpjax.typing import Params, PyTree
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -48,28 +49,26 @@ def make_schedule(name: str, lr: int | float, steps: int, warmup: int) -> optax.
     if not isinstance(warmup, int) or not 0 <= warmup < max(1, steps):
         raise ConfigError(f"warmup: {warmup} must be in 0..steps-1 = 0..{steps - 1}; change one")
     rest = max(1, steps - warmup)
-    if name == "linear":
-        main = optax.linear_schedule(lr, 0.0, rest)
-    elif name == "cosine":
-        main = optax.cosine_decay_schedule(lr, rest, alpha=0.1)
-    elif name == "wsd":
-        down = max(1, rest // 5)
-        main = optax.join_schedules(
-            [optax.constant_schedule(lr), optax.linear_schedule(lr, 0.0, down)], [rest - down]
-        )
-    else:
-        main = optax.constant_schedule(lr)
+    down = max(1, rest // 5)
+    constant = optax.constant_schedule(lr)
+    main = {
+        "constant": constant,
+        "linear": optax.linear_schedule(lr, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(lr, rest, alpha=0.1),
+        "wsd": optax.join_schedules(
+            [constant, optax.linear_schedule(lr, 0.0, down)], [rest - down]
+        ),
+    }[name]
     if not warmup:
         return main
     return optax.join_schedules([optax.linear_schedule(lr / warmup, lr, warmup), main], [warmup])
 
 
-def _decayed(params: Any) -> Any:
+def _decayed(params: Params) -> PyTree:
     """Matrices are decayed; scales, biases and tables of positions are not."""
 
-    def is_matrix(path: Any, leaf: Any) -> bool:
-        del leaf
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    def is_matrix(path: jax.tree_util.KeyPath, _: object) -> bool:
+        names = path_name(path).split("/")
         return names[-1] in ("kernel", "table") and "position" not in names
 
     decayed = jax.tree_util.tree_map_with_path(is_matrix, params)

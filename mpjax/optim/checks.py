@@ -1,8 +1,8 @@
-"""What a caller gives to an optimizer: weights, gradients, states, numbers; checked once traced."""
+"""Checks of what is passed to an optimizer: weights, gradients, states, numbers."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,20 +12,24 @@ import optax
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import is_quantized
+from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.typing import Grads, Params, PyTree, Shape
 
 
-def is_number(x: Any) -> bool:
-    """Returns whether it is a number, of Python or numpy, or a JAX scalar."""
+def is_number(x: object) -> bool:
+    """Returns whether x is a number, of Python or numpy, or a JAX scalar."""
     if isinstance(x, jax.Array):
         return x.shape == () and jnp.issubdtype(x.dtype, jnp.floating)
     return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
 
 
-def as_transformation(optimizer: Any) -> Any:
+def as_transformation(
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
+) -> optax.GradientTransformation:
     """Returns an optax transformation; `optax.MultiSteps` and its like have its two methods.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: it is no optax optimizer.
     """
     if isinstance(optimizer, optax.GradientTransformation):
         return optimizer
@@ -38,16 +42,16 @@ def as_transformation(optimizer: Any) -> Any:
     return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
 
 
-def check_weights(params: Any) -> None:
+def check_weights(params: Params) -> None:
     """Checks that an update rule can write every weight.
 
     Raises:
       ConfigError: a leaf that is no array of floating-point numbers, or fp8 without scales.
     """
-    for path, p in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
+    for path, p in leaves_with_names(params, is_quantized):
         if is_quantized(p):
             continue
-        where = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        where = path or "params"
         dtype = getattr(p, "dtype", None)
         if dtype is None:
             raise ConfigError(f"update: {where} is {brief(p)}, not an array; take jnp.asarray")
@@ -63,7 +67,7 @@ def check_weights(params: Any) -> None:
             )
 
 
-def check_like(name: str, candidate: Any, params: Any) -> None:
+def check_like(name: str, candidate: PyTree, params: Params) -> None:
     """Checks that a tree has an array of each weight's shape in its place.
 
     Args:
@@ -98,12 +102,10 @@ def check_like(name: str, candidate: Any, params: Any) -> None:
     )
 
 
-def _difference(candidate: Any, params: Any) -> tuple[str, Any, Any] | None:
+def _difference(candidate: PyTree, params: Params) -> tuple[str, Any, Any] | None:
     """The first path at which a tree is not like the weights, and both leaves, None if absent."""
-    key = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    theirs = {key(p): x for p, x in jax.tree_util.tree_leaves_with_path(candidate)}
-    ours = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
-    wanted = {key(p): x for p, x in ours}
+    theirs = dict(leaves_with_names(candidate))
+    wanted = dict(leaves_with_names(params, is_quantized))
     for path in (*wanted, *theirs):
         pair = theirs.get(path), wanted.get(path)
         shapes = [getattr(x, "shape", None) for x in pair]
@@ -112,11 +114,11 @@ def _difference(candidate: Any, params: Any) -> tuple[str, Any, Any] | None:
     return None
 
 
-def check_state(state: Any, kind: type) -> None:
-    """Checks that a step gets a state in the state's place.
+def check_state(state: object, kind: type) -> None:
+    """Checks that a step gets a state as its second argument.
 
     Raises:
-      ConfigError: it is something else.
+      ConfigError: it gets something else.
     """
     if not isinstance(state, kind):
         raise ConfigError(
@@ -125,7 +127,7 @@ def check_state(state: Any, kind: type) -> None:
         )
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: object) -> None:
     """Checks that a seed is a whole number.
 
     Raises:
@@ -136,7 +138,13 @@ def check_seed(seed: Any) -> None:
         raise ConfigError(f"seed: {brief(seed)} is not a whole number; write seed=0")
 
 
-def update(inner: Any, grads: Any, state: Any, params: Any, extra: dict[str, Any]) -> Any:
+def update(
+    inner: optax.GradientTransformation,
+    grads: Grads,
+    state: PyTree,
+    params: Params,
+    extra: Mapping[str, object],
+) -> tuple[Grads, PyTree]:
     """Returns (updates, state) of an optax optimizer; says what does not fit it.
 
     Args:
@@ -177,15 +185,15 @@ def settled(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def grows(x: Any) -> bool:
+    def grows(x: object) -> bool:
         return isinstance(x, dict) and not x
 
-    def init(params: Any) -> Any:
+    def init(params: Params) -> PyTree:
         state = optimizer.init(params)
         if not any(map(grows, jax.tree.leaves(state, is_leaf=grows))):
             return state
 
-        def step(params: Any, state: Any, value: Any) -> Any:
+        def step(params: Params, state: PyTree, value: jax.Array) -> PyTree:
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
                 return update(optimizer, params, state, params, {"value": value, "grad": params})[1]
 
@@ -198,8 +206,8 @@ def settled(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
     return optax.GradientTransformationExtraArgs(init, optimizer.update)
 
 
-def check_updates(updates: Any, params: Any) -> None:
-    """Checks that an optimizer returned an array of each weight's shape: a sum would stretch it.
+def check_updates(updates: Grads, params: Params) -> None:
+    """Checks that an optimizer returned an array of each weight's shape; a sum would broadcast it.
 
     Raises:
       ConfigError: another structure or shape.
@@ -217,6 +225,6 @@ def check_updates(updates: Any, params: Any) -> None:
     )
 
 
-def _layout(tree: Any) -> list[tuple[Any, ...]]:
+def _layout(tree: PyTree) -> list[tuple[jax.tree_util.KeyPath, Shape]]:
     """Path and shape of each leaf."""
     return [(path, np.shape(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)]

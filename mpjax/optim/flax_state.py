@@ -1,7 +1,7 @@
 """How `flax.serialization` writes and reads our pytree nodes: by name, settings beside the arrays.
 
 Only `mpjax.models` imports Flax, and Flax knows a class by its exact type. So the classes are
-registered when `flax.serialization` is first imported, whoever does that and in whatever order.
+registered when `flax.serialization` is first imported, by any module and in any order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
-from typing import Any
+from types import ModuleType
+from typing import TypeAlias
 
 import jax
 
@@ -26,15 +27,19 @@ from mpjax.optim.loss_scale.scalers import (
     StaticLossScale,
 )
 from mpjax.optim.moments.blockwise import Blockwise
+from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.typing import Array
 
 MODULE = "flax.serialization"
 _SCALES = (
     LossScale, NoOpLossScale, StaticLossScale, DynamicLossScale, LogMaxLossScale, LeafLossScale,
 )  # fmt: skip
+Node: TypeAlias = LossScale | MultiLossScale | Blockwise | Quantized
+NodeState: TypeAlias = dict[str, str | Array]  # the settings as text, and the arrays by name
 _SETTINGS = "settings"  # a text, which is compared with that of the target
 
 
-def _settings(node: Any) -> str:
+def _settings(node: Node) -> str:
     """What of a node is no array, as one text."""
     if isinstance(node, MultiLossScale):
         return "; ".join(_settings(scale) for scale in node.scales)
@@ -46,7 +51,7 @@ def _settings(node: Any) -> str:
     return f"{node.format.name} tile={node.tile} of {dtype}, scales of {node.scale_bits} bits"
 
 
-def to_state_dict(node: Any) -> dict[str, Any]:
+def to_state_dict(node: Node) -> NodeState:
     """Returns a node's arrays by their names, and its settings as a text.
 
     Example:
@@ -54,12 +59,10 @@ def to_state_dict(node: Any) -> dict[str, Any]:
       >>> to_state_dict(StaticLossScale(8.0))["settings"]
       'static:8'
     """
-    leaves = jax.tree_util.tree_leaves_with_path(node)
-    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-    return {_SETTINGS: _settings(node)} | arrays
+    return {_SETTINGS: _settings(node), **dict(leaves_with_names(node))}
 
 
-def from_state_dict(target: Any, state: dict[str, Any]) -> Any:
+def from_state_dict(target: Node, state: NodeState) -> Node:
     """Returns a node like the target with the arrays of a state.
 
     Raises:
@@ -81,18 +84,17 @@ def from_state_dict(target: Any, state: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(target), [state[name] for name in names])
 
 
-def register(serialization: Any) -> None:
+def register(serialization: ModuleType) -> None:
     """Tells the module `flax.serialization` of our classes."""
+    add = serialization.register_serialization_state
     for kind in (*_SCALES, MultiLossScale, Blockwise, Quantized):
-        serialization.register_serialization_state(
-            kind, to_state_dict, from_state_dict, override=True
-        )
+        add(kind, to_state_dict, from_state_dict, override=True)
 
 
 class _Finder:
     """Finds `flax.serialization` as others would, and registers our classes once it has run."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """Returns the module's spec the one time that it is asked for; None for all others."""
         if name != MODULE or self not in sys.meta_path:
             return None
@@ -100,9 +102,9 @@ class _Finder:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return None
-        run: Callable[[Any], None] = spec.loader.exec_module
+        run: Callable[[ModuleType], None] = spec.loader.exec_module
 
-        def run_and_register(module: Any) -> None:
+        def run_and_register(module: ModuleType) -> None:
             run(module)
             register(module)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,12 @@ from mpjax.formats.format_table import FormatLike
 from mpjax.formats.quantize import scaled_values
 from mpjax.formats.scaling import to_scale
 from mpjax.formats.tiles import amax_of
+from mpjax.optim.tree_paths import path_name
 from mpjax.precision import Precision, matches
 from mpjax.precision.rule import nearest
+from mpjax.typing import Array, Key, Params
+
+Weight: TypeAlias = Array | Quantized
 
 
 def _storage_format(format: FormatLike) -> Format:
@@ -39,11 +43,11 @@ def _storage_format(format: FormatLike) -> Format:
 
 
 def store_weights(
-    params: Any,
+    params: Params,
     format: FormatLike = "e4m3",
     scaling: str | Scaling = "row",
     where: str | Sequence[str] | Callable[[str], bool] = "**",
-) -> Any:
+) -> Params:
     r"""Returns the weights with some of them stored in fp8, as Quantized leaves.
 
     A weight is $w = s\,v$ with $v$ in the format and $s = 2^{\lceil \log_2 (amax / max) \rceil}$.
@@ -79,7 +83,7 @@ def store_weights(
             " row, block(128x128) or mx(32)"
         )
     named, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantized)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
+    paths = [path_name(path) for path, _ in named]
     if callable(where):
         chosen = [where(path) for path in paths]
     elif not isinstance(where, str | list | tuple | set | frozenset):
@@ -108,12 +112,14 @@ def store_weights(
     return jax.tree.unflatten(tree, leaves)
 
 
-def compensation(p: Any) -> Any:
+def compensation(p: Weight) -> Array:
     """Returns a low weight's first Kahan compensation: zeros in its dtype, bfloat16 for fp8."""
     return jnp.zeros(p.shape, jnp.bfloat16 if is_quantized(p) else p.dtype)
 
 
-def rewrite(p: Quantized, full: Any, rounding: str = "nearest", key: Any = None) -> Quantized:
+def rewrite(
+    p: Quantized, full: Array, rounding: str = "nearest", key: Key | None = None
+) -> Quantized:
     """Returns float32 numbers in the storage of p, rounded on integer bits.
 
     A group keeps its scale while its largest number lies between a quarter of what the scale can

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, UInt
 
-Tree = TypeVar("Tree")
+from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.typing import PyTree, Tree
 
 
 class GateState(NamedTuple):
-    """What the gate has seen.
+    """Counters of the finite gate.
 
     Args:
       skipped: steps skipped so far.
@@ -31,13 +32,13 @@ class GateState(NamedTuple):
         return cls(jnp.int32(0), jnp.int32(0), jnp.int32(-1))
 
 
-def finite_by_leaf(tree: Any) -> Bool[Array, " leaves"]:
+def finite_by_leaf(tree: PyTree) -> Bool[Array, " leaves"]:
     """Returns for each leaf whether all its numbers are finite; integers always are."""
     leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.stack(leaves) if leaves else jnp.ones(1, jnp.bool_)
 
 
-def all_finite(tree: Any) -> Bool[Array, ""]:
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Returns whether every number of a tree is finite, over all shards of sharded arrays.
 
     Example:
@@ -47,12 +48,12 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     return jnp.all(finite_by_leaf(tree))
 
 
-def bits(x: Any) -> Any:
+def bits(x: Array) -> UInt[Array, "..."]:
     """Returns a floating-point array's bit patterns as unsigned integers."""
     return jax.lax.bitcast_convert_type(x, f"uint{jnp.finfo(x.dtype).bits}")
 
 
-def choose(take: Bool[Array, "..."], a: Any, b: Any) -> Any:
+def choose(take: Bool[Array, "..."], a: Array, b: Array) -> Array:
     """Returns `a` where `take`, else `b`, both bit for bit."""
     if not jnp.issubdtype(a.dtype, jnp.floating) or jnp.finfo(a.dtype).bits >= 32:
         return jnp.where(take, a, b)
@@ -65,7 +66,9 @@ def select(finite: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
     return jax.tree.map(functools.partial(choose, finite), new, old)
 
 
-def record(state: GateState, finite_leaves: Any, at_minimum: Any) -> GateState:
+def record(
+    state: GateState, finite_leaves: Bool[Array, " leaves"], at_minimum: Bool[Array, ""]
+) -> GateState:
     """Returns the gate's state after a step with these leaves finite."""
     finite = jnp.all(finite_leaves)
     return GateState(
@@ -75,12 +78,11 @@ def record(state: GateState, finite_leaves: Any, at_minimum: Any) -> GateState:
     )
 
 
-def leaf_path(tree: Any, index: int) -> str:
+def leaf_path(tree: PyTree, index: int) -> str:
     """Returns the path of a tree's leaf by its index, joined by `/`.
 
     Example:
       >>> leaf_path({"a": {"w": 1, "v": 2}}, 1)
       'a/w'
     """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return jax.tree_util.keystr(paths[index], simple=True, separator="/")
+    return leaves_with_names(tree)[index][0]

@@ -1,18 +1,25 @@
-"""Update rules: how a weight that is stored low takes its float32 update."""
+"""Update rules: how a weight that is stored low takes its float32 update, or a float32 delta."""
 
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import Format, Quantized, is_quantized, round_to
-from mpjax.optim.checks import check_seed, check_weights
-from mpjax.optim.fp8_weights import compensation, rewrite
+from mpjax.optim.checks import check_like, check_seed, check_weights
+from mpjax.optim.fp8_weights import Weight, compensation, rewrite
+from mpjax.optim.gate import bits, choose
+from mpjax.optim.loss_scale.scaled import check_plain
+from mpjax.optim.tree_paths import key_at
 from mpjax.precision import dtype_name
+from mpjax.typing import Array, ArrayLike, Grads, Key, Params, PyTree, Tree
+
+UpdateState: TypeAlias = dict[str, PyTree]  # name -> arrays, of the structure of the weights or not
 
 # update rule -> what its state holds
 _STATE: dict[str, set[str]] = {
@@ -25,19 +32,19 @@ _STATE: dict[str, set[str]] = {
 _PRNG = "threefry2x32"  # its bits do not depend on how an array is cut over devices
 
 
-def is_low(leaf: Any) -> bool:
+def is_low(leaf: Weight) -> bool:
     """Returns whether a weight is stored in less than 32 bits: a low array or a Quantized."""
     if isinstance(leaf, Quantized):
         return True
     return bool(jnp.issubdtype(leaf.dtype, jnp.floating)) and leaf.dtype.itemsize < 4
 
 
-def map_weights(fn: Any, params: Any, *rest: Any) -> Any:
-    """Returns fn of each weight, a Quantized being one, and of what stands there in `rest`."""
+def map_weights(fn: Callable[..., object], params: Params, *rest: PyTree) -> PyTree:
+    """Returns fn of each weight and the values at its path in `rest`; a Quantized is one weight."""
     return jax.tree.map(fn, params, *rest, is_leaf=is_quantized)
 
 
-def init_update_state(params: Any, update: str, seed: Any = 0) -> dict[str, Any]:
+def init_update_state(params: Params, update: str, seed: ArrayLike = 0) -> UpdateState:
     """Returns the state of an update rule.
 
     Args:
@@ -82,23 +89,23 @@ def init_update_state(params: Any, update: str, seed: Any = 0) -> dict[str, Any]
     return {}
 
 
-def _wide(p: Any) -> Any:
+def _wide(p: Weight) -> Array:
     """A weight in float32."""
-    if is_quantized(p):
+    if isinstance(p, Quantized):
         return p.dequantize(jnp.float32)
     return p.astype(jnp.float32) if is_low(p) else p
 
 
-def float32_view(params: Any, update_state: dict[str, Any]) -> Any:
+def float32_view(params: Params, update_state: UpdateState) -> Params:
     """Returns the float32 weights that the optimizer sees: the master copy where there is one."""
     if "master" not in update_state:
         return map_weights(_wide, params)
     return map_weights(lambda p, m: _wide(p) if m is None else m, params, update_state["master"])
 
 
-def _write(p: Any, full: Any, rounding: str = "nearest", key: Any = None) -> Any:
+def _write(p: Weight, full: Array, rounding: str = "nearest", key: Key | None = None) -> Weight:
     """A float32 value in the storage of weight p, rounded on integer bits."""
-    if is_quantized(p):
+    if isinstance(p, Quantized):
         return rewrite(p, full, rounding, key)
     if not is_low(p):
         return full
@@ -106,7 +113,7 @@ def _write(p: Any, full: Any, rounding: str = "nearest", key: Any = None) -> Any
     return rounded.astype(p.dtype)  # exact: it is one of that dtype's numbers
 
 
-def _kahan(p: Any, w: Any, u: Any, c: Any) -> tuple[Any, Any]:
+def _kahan(p: Weight, w: Array, u: Array, c: Array | None) -> tuple[Weight, Array | None]:
     """y = u - c; s = low(w + y); c = low(low(s - w) - y)."""
     if c is None:
         return w + u, None
@@ -118,8 +125,8 @@ def _kahan(p: Any, w: Any, u: Any, c: Any) -> tuple[Any, Any]:
 
 
 def apply_update_rule(
-    updates: Any, full: Any, params: Any, update_state: dict[str, Any], update: str
-) -> tuple[Any, dict[str, Any]]:
+    updates: Grads, full: Params, params: Params, update_state: UpdateState, update: str
+) -> tuple[Params, UpdateState]:
     r"""Returns the weights after their updates, as stored, and the update rule's state.
 
     `nearest` and `master` store $\mathrm{low}(w + u)$, the latter with a float32 $w$;
@@ -156,18 +163,47 @@ def apply_update_rule(
         key = jax.random.wrap_key_data(update_state["key"], impl=_PRNG)
         key = jax.random.fold_in(key, update_state["draws"])
 
-        def draw(path: Any, p: Any, f: Any) -> Any:
-            where = jax.tree_util.keystr(path, simple=True, separator="/")
-            # by path and not by index: another leaf that comes or goes changes no bits here
-            return _write(p, f, "stochastic", jax.random.fold_in(key, zlib.crc32(where.encode())))
+        def draw(path: jax.tree_util.KeyPath, p: Weight, f: Array) -> Weight:
+            return _write(p, f, "stochastic", key_at(key, path))
 
         stored = jax.tree_util.tree_map_with_path(draw, params, new, is_leaf=is_quantized)
         return stored, update_state | {"draws": update_state["draws"] + 1}
-    stored = map_weights(_nearest, params, new)
+    stored = map_weights(
+        lambda p, f: rewrite(p, f) if is_quantized(p) else f.astype(p.dtype), params, new
+    )
     if update == "master":
         return stored, {"master": map_weights(lambda p, f: f if is_low(p) else None, params, new)}
     return stored, update_state
 
 
-def _nearest(p: Any, full: Any) -> Any:
-    return rewrite(p, full) if is_quantized(p) else full.astype(p.dtype)
+def delta(new: Array, old: Array, update: Array) -> Array:
+    """Returns the float32 delta from a low weight to its new value; of others, the update."""
+    if not is_low(old):
+        return update
+    difference = new.astype(jnp.float32) - old.astype(jnp.float32)
+    return jnp.where(bits(new) == bits(old), jnp.float32(-0.0), difference)
+
+
+def _add(old: Array, update: Array) -> Array:
+    if is_low(old):
+        new = (old.astype(jnp.float32) + update).astype(old.dtype)
+    else:
+        new = old + update
+    return choose((update == 0) & jnp.signbit(update), old, new)
+
+
+def apply_updates(params: Tree, updates: Grads) -> Tree:
+    """Returns params + float32 deltas, each in the weight's storage dtype.
+
+    A delta of -0.0 leaves every bit of its weight alone.
+
+    Example:
+      >>> apply_updates(jnp.ones(1, jnp.bfloat16), jnp.full(1, 0.25)).dtype.name
+      'bfloat16'
+
+    Raises:
+      ConfigError: updates of another structure or shape, or scaled gradients.
+    """
+    check_plain("updates", updates)
+    check_like("updates", updates, params)
+    return jax.tree.map(_add, params, updates)

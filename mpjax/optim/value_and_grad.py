@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 
-from mpjax.errors import ConfigError, brief
-from mpjax.formats import weight_view
+from mpjax.errors import ConfigError
 from mpjax.optim.gate import all_finite
 from mpjax.optim.loss_scale.leaf_scale import LeafLossScale
 from mpjax.optim.loss_scale.loss_checks import (
+    Scales,
     as_loss,
     check_differentiable,
     check_function,
     check_scale,
     with_aux,
 )
-from mpjax.optim.loss_scale.scaled import ScaledGradients, check_unowned, mark_unscaled
+from mpjax.optim.loss_scale.scaled import check_unowned, mark_unscaled
 from mpjax.optim.loss_scale.scalers import NoOpLossScale
+from mpjax.typing import Array, Grads, Params, PyTree
+
+Aux = TypeVar("Aux")
+Value: TypeAlias = Array | tuple[Array, Aux]  # a loss, or (loss, aux)
 
 
 def scaled_grad(
-    loss_scale: Any, fn: Callable[..., tuple[Any, Any]], argnums: int | tuple[int, int] = 0
-) -> Callable[..., tuple[Any, Any]]:
+    loss_scale: Scales, fn: Callable[..., tuple[Array, Aux]], argnums: int | tuple[int, int] = 0
+) -> Callable[..., tuple[Grads, Aux]]:
     """Returns the function that gives the scaled gradients of a loss.
 
     Args:
@@ -44,13 +48,13 @@ def scaled_grad(
     check_function(fn)
     if not isinstance(loss_scale, LeafLossScale):
 
-        def scaled(*args: Any) -> tuple[Any, Any]:
+        def scaled(*args: object) -> tuple[Array, Aux]:
             loss, aux = with_aux(fn(*args))
             return loss_scale.scale(as_loss(loss)), aux
 
         pull = jax.grad(scaled, argnums, has_aux=True)
 
-        def grad_of(params: Any, *args: Any) -> tuple[Any, Any]:
+        def grad_of(params: Params, *args: object) -> tuple[Grads, Aux]:
             check_differentiable(params)
             return pull(params, *args)
 
@@ -58,7 +62,7 @@ def scaled_grad(
     if argnums == 0:
         return loss_scale.grad(fn)
 
-    def grad(params: Any, observed_amax: Any, *args: Any) -> tuple[Any, Any]:
+    def grad(params: Params, observed_amax: PyTree, *args: object) -> tuple[Grads, Aux]:
         if jax.tree.leaves(observed_amax):
             raise ConfigError(
                 "loss scale: leaf pulls gradients at several scales, and delayed scaling keeps"
@@ -73,8 +77,8 @@ def scaled_grad(
 
 
 def scaled_value_and_grad(
-    loss_fn: Callable[..., Any], *, has_aux: bool = False
-) -> Callable[..., tuple[Any, Any, Any]]:
+    loss_fn: Callable[..., Value[Aux]], *, has_aux: bool = False
+) -> Callable[..., tuple[Value[Aux], Grads, Array]]:
     r"""Transforms a loss into one that returns value, unscaled gradients and their finiteness.
 
     $$g = \frac{1}{s} \nabla_\theta\,(s\,L(\theta))$$ The product with $s$ is taken in float32, so
@@ -106,9 +110,9 @@ def scaled_value_and_grad(
 
     check_function(loss_fn)
 
-    def fn(loss_scale: Any, params: Any, *args: Any) -> tuple[Any, Any, Any]:
+    def fn(loss_scale: Scales, params: Params, *args: object) -> tuple[Value[Aux], Grads, Array]:
         check_unowned(loss_scale)
-        value, grads = _value_and_scaled(loss_fn, has_aux, loss_scale, params, args)
+        value, grads = value_and_scaled_grad(loss_fn, has_aux, loss_scale, params, args)
         grads = loss_scale.unscale(grads)
         if not isinstance(loss_scale, NoOpLossScale):
             grads = mark_unscaled(grads)
@@ -117,39 +121,21 @@ def scaled_value_and_grad(
     return fn
 
 
-def _value_and_scaled(
-    loss_fn: Any, has_aux: bool, loss_scale: Any, params: Any, args: Any
-) -> tuple[Any, Any]:
-    def loss_and_out(params: Any) -> tuple[Any, Any]:
-        out = loss_fn(params, *args)
-        loss = as_loss(with_aux(out)[0] if has_aux else out)
-        return loss, (loss, out[1] if has_aux else None)
+def value_and_scaled_grad(
+    loss_fn: Callable[..., Value[Aux]],
+    has_aux: bool,
+    loss_scale: Scales,
+    params: Params,
+    args: tuple[object, ...],
+) -> tuple[Value[Aux], Grads]:
+    """Returns the value of a loss in float32, with aux if it has one, and its scaled gradients."""
+
+    def loss_and_out(params: Params) -> tuple[Array, tuple[Array, Any]]:
+        out: Any = loss_fn(params, *args)
+        loss, aux = with_aux(out) if has_aux else (out, None)
+        loss = as_loss(loss)
+        return loss, (loss, aux)
 
     grads, (loss, aux) = scaled_grad(loss_scale, loss_and_out)(params)
     loss = loss.astype("float32")
     return ((loss, aux) if has_aux else loss), grads
-
-
-def value_and_scaled_grad(
-    loss_fn: Callable[..., Any], state_type: Any, *, has_aux: bool = False
-) -> Callable[..., tuple[Any, ScaledGradients]]:
-    """Returns what `Optimizer.value_and_grad` does; see there.
-
-    Args:
-      loss_fn: the loss.
-      state_type: of the optimizer's state, which holds the loss scale.
-      has_aux: whether it returns `(loss, aux)`.
-    """
-    check_function(loss_fn)
-
-    def fn(state: Any, params: Any, *args: Any) -> tuple[Any, ScaledGradients]:
-        if not isinstance(state, state_type):
-            raise ConfigError(
-                f"loss: the optimizer's state is {brief(state)}; write"
-                " opt.value_and_grad(loss_fn)(opt_state, params, ...)"
-            )
-        weights = weight_view(params)
-        value, grads = _value_and_scaled(loss_fn, has_aux, state.loss_scale, weights, args)
-        return value, ScaledGradients(grads)
-
-    return fn

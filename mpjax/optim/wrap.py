@@ -1,30 +1,32 @@
-"""One optimizer that does it all: unscale, finite gate, clip, optimizer, weight update."""
+"""One optimizer for the whole step: unscale, finite gate, clip, optimizer, weight update."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mpjax.errors import ConfigError, TrainingStopped, brief
+from mpjax.formats import is_quantized, weight_view
 from mpjax.optim import checks, update_rules
 from mpjax.optim.buffers import distinct
-from mpjax.optim.deltas import Wrapped, delta_transformation
 from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, select
 from mpjax.optim.gradient_norm import global_norm
 from mpjax.optim.loss_scale.from_settings import make_loss_scale
+from mpjax.optim.loss_scale.loss_checks import check_function
 from mpjax.optim.loss_scale.scaled import ScaledGradients, bare, check_scaled
 from mpjax.optim.loss_scale.scalers import LossScale
 from mpjax.optim.moments.low_moments import low_moments
 from mpjax.optim.per_layer.layer_stacks import LAYERS
 from mpjax.optim.per_layer.layer_view import each_layer
 from mpjax.optim.pruning.magnitude import Pruned
-from mpjax.optim.value_and_grad import value_and_scaled_grad
+from mpjax.optim.value_and_grad import Aux, Value, value_and_scaled_grad
 from mpjax.precision import Precision, get_precision
+from mpjax.typing import ArrayLike, Grads, Metrics, Params, PyTree
 
 
 class OptState(NamedTuple):
@@ -37,8 +39,8 @@ class OptState(NamedTuple):
       gate: skip counters.
     """
 
-    inner: Any
-    update_state: dict[str, Any]
+    inner: PyTree
+    update_state: update_rules.UpdateState
     loss_scale: LossScale
     gate: GateState
 
@@ -54,7 +56,7 @@ class Optimizer:
     patience: int
     seed: int = 0
 
-    def init(self, params: Any, seed: Any = None) -> OptState:
+    def init(self, params: Params, seed: ArrayLike | None = None) -> OptState:
         """Returns the state for these weights.
 
         Args:
@@ -68,7 +70,8 @@ class Optimizer:
         seed = self.seed if seed is None else seed
         update_state = update_rules.init_update_state(params, self.precision.update, seed)
         inner = self.inner.init(update_rules.float32_view(params, update_state))
-        if any(map(_is_state, jax.tree.leaves(inner, is_leaf=_is_state))):
+        nodes = jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, OptState))
+        if any(isinstance(x, OptState) for x in nodes):
             raise ConfigError(
                 "optimizer: a part of it is wrapped already; pass the raw optax optimizer, chained"
                 " first and wrapped once"
@@ -79,14 +82,14 @@ class Optimizer:
         return OptState(inner, update_state, scale, GateState.zero())
 
     def _advance(
-        self, scaled: Any, state: OptState, params: Any, extra: dict[str, Any]
-    ) -> tuple[Any, Any, OptState, Any]:
+        self, scaled: Grads, state: OptState, params: Params, extra: Mapping[str, object]
+    ) -> tuple[Params, Grads, OptState, Metrics]:
         checks.check_state(state, OptState)
         scaled = bare(scaled)
         if self.precision.loss_scale.kind != "none":
             check_scaled(scaled)
         checks.check_like("gradients", scaled, params)
-        metrics = {}
+        metrics: Metrics = {}
         grads = unscaled = state.loss_scale.unscale(scaled)
         finite_leaves = finite_by_leaf(grads) if self.gate else None
         if self.clip is not None:
@@ -94,13 +97,13 @@ class Optimizer:
             metrics["grad_norm"] = norm
             factor = jnp.minimum(jnp.float32(1), self.clip / norm)
             grads = jax.tree.map(lambda g: g * factor, grads)
-            if finite_leaves is not None:  # a norm beyond float32 leaves no factor: skip
+            if finite_leaves is not None:  # the norm is too large for a factor in float32: skip
                 finite_leaves &= ~(jnp.all(finite_leaves) & (factor < 2.0**-126))
         full = update_rules.float32_view(params, state.update_state)
         # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
         # refuses; it is relaxed around this one call.
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            extra = {"grad": grads} | extra
+            extra = {"grad": grads, **extra}
             updates, inner = checks.update(self.inner, grads, state.inner, full, extra)
         new_params, update_state = update_rules.apply_update_rule(
             updates, full, params, state.update_state, self.precision.update
@@ -119,8 +122,8 @@ class Optimizer:
         return new_params, updates, state, metrics
 
     def value_and_grad(
-        self, loss_fn: Callable[..., Any], *, has_aux: bool = False
-    ) -> Callable[..., tuple[Any, ScaledGradients]]:
+        self, loss_fn: Callable[..., Value[Aux]], *, has_aux: bool = False
+    ) -> Callable[..., tuple[Value[Aux], ScaledGradients]]:
         r"""Transforms a loss into one that returns its value and the gradients that `step` takes.
 
         $$L(\theta),\quad \nabla_\theta\,(s\,L(\theta))$$ with the loss scale $s$ of the state.
@@ -147,18 +150,32 @@ class Optimizer:
           >>> float(loss), params["w"].tolist()
           (2.0, [0.5, 0.5])
         """
-        return value_and_scaled_grad(loss_fn, OptState, has_aux=has_aux)
+        check_function(loss_fn)
+
+        def fn(
+            state: OptState, params: Params, *args: object
+        ) -> tuple[Value[Aux], ScaledGradients]:
+            if not isinstance(state, OptState):
+                raise ConfigError(
+                    f"loss: the optimizer's state is {brief(state)}; write"
+                    " opt.value_and_grad(loss_fn)(opt_state, params, ...)"
+                )
+            scale, weights = state.loss_scale, weight_view(params)
+            value, grads = value_and_scaled_grad(loss_fn, has_aux, scale, weights, args)
+            return value, ScaledGradients(grads)
+
+        return fn
 
     def step_with_metrics(
-        self, scaled_grads: Any, state: OptState, params: Any, **extra: Any
-    ) -> tuple[Any, OptState, dict[str, Any]]:
+        self, scaled_grads: Grads, state: OptState, params: Params, **extra: object
+    ) -> tuple[Params, OptState, Metrics]:
         """Like `step`; also returns `grad_norm` (with clip) and `finite` (with gate)."""
         new_params, _, state, metrics = self._advance(scaled_grads, state, params, extra)
         return new_params, state, metrics
 
     def step(
-        self, scaled_grads: Any, state: OptState, params: Any, **extra: Any
-    ) -> tuple[Any, OptState]:
+        self, scaled_grads: Grads, state: OptState, params: Params, **extra: object
+    ) -> tuple[Params, OptState]:
         """Takes one step.
 
         Args:
@@ -186,12 +203,27 @@ class Optimizer:
         Add the deltas with `mpjax.optim.apply_updates`, which keeps the weights' storage dtype. A
         skipped step leaves the weights bit for bit, and the state is always `step`'s. The weights
         are `step`'s up to the rounding of the delta: XLA may fuse `step`'s last product into its
-        sum. Under `master` such a difference heals at the next step.
+        sum. Under `master` such a difference is gone at the next step.
         """
 
-        return delta_transformation(self.init, self._advance)
+        def update(
+            grads: Grads, state: OptState, params: Params = None, **extra: object
+        ) -> tuple[Grads, OptState]:
+            if params is None:
+                raise ConfigError("update: params are missing; call update(grads, state, params)")
+            if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+                raise ConfigError(
+                    "as_optax: weights stored in fp8 have scales, which no delta can renew; use"
+                    " Optimizer.step"
+                )
+            new_params, updates, state, _ = self._advance(grads, state, params, extra)
+            if state.update_state:  # the weight does not follow its own update, rounded to nearest
+                updates = jax.tree.map(update_rules.delta, new_params, params, updates)
+            return updates, state
 
-    def check_alive(self, state: OptState, params: Any, stuck: int | None = None) -> None:
+        return Wrapped(self.init, update)
+
+    def check_alive(self, state: OptState, params: PyTree, stuck: int | None = None) -> None:
         """Stops a run that cannot recover.
 
         Args:
@@ -212,6 +244,10 @@ class Optimizer:
                 f" {float(state.loss_scale.value):g} cannot fall further; lower the learning rate"
                 f" or give this path more range, such as --rule '**/{path.split('/')[-2:][0]}=fp32'"
             )
+
+
+class Wrapped(optax.GradientTransformationExtraArgs):
+    """Marks what `Optimizer.as_optax` returns, so that it is not wrapped twice."""
 
 
 def wrap(
@@ -279,11 +315,7 @@ def wrap(
             " or set loss_scale=static:SCALE"
         )
     optimizer = checks.as_transformation(optimizer)
-    if not isinstance(optimizer, Pruned):  # which knows of stacks, and shows its own inside layers
+    if not isinstance(optimizer, Pruned):  # which applies each_layer to the optimizer inside it
         optimizer = each_layer(optimizer, stacked)
     inner = low_moments(optimizer, precision.moments)
     return Optimizer(inner, precision, clip, gate, patience, seed)
-
-
-def _is_state(x: Any) -> bool:
-    return isinstance(x, OptState)

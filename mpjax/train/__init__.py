@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpjax.lazy import lazy_names
 from mpjax.train.build import build
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mpjax.train.report.tensor_monitor import TensorWriter
     from mpjax.train.schedule.switch_state import joined
 
-# Imported at first use: orbax, progress bars and writers are no need of a train step.
+# Imported at first use: a train step needs neither orbax nor progress bars nor writers.
 _LAZY = {
     "fit": "loop",
     "Checkpointer": "checkpoint.checkpointer",
@@ -75,5 +75,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     return lazy_names(__name__, _LAZY)(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -19,20 +19,21 @@ from mpjax.train.schedule.switch import make_switching_step
 from mpjax.train.schedule.switch_state import require_alike, whole_state
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
 from mpjax.train.step import TrainState, TrainStep, init_state, make_train_step
+from mpjax.typing import ArrayLike, Model, ModelState, Params, PyTree, Settings
 
 
 class _Part(NamedTuple):
     """The step of one precision, and its state before the first step."""
 
     step: TrainStep
-    draw: Callable[[Any], Any]  # seed -> weights
-    start: Callable[[Any, Any], TrainState]  # weights, seed -> state
-    first: Callable[[], Any]  # the model's own state
+    draw: Callable[[ArrayLike], Params]  # seed -> weights
+    start: Callable[[Params, ArrayLike], TrainState]  # weights, seed -> state
+    first: Callable[[], ModelState]  # the model's own state
     abstract: TrainState
 
 
 def build(
-    model: Any,
+    model: Model,
     optimizer: optax.GradientTransformation | optax.MultiSteps,
     mesh: Mesh | str | None = None,
     *,
@@ -41,14 +42,14 @@ def build(
     gate: bool = True,
     patience: int = 50,
     accumulate: int = 1,
-    objective: Callable[[Any], LossFn | Objective] = Objective.of_model,
-    schedule: PrecisionSchedule | str | dict[str, Any] | None = None,
+    objective: Callable[[Model], LossFn | Objective] = Objective.of_model,
+    schedule: PrecisionSchedule | str | Settings | None = None,
 ) -> tuple[TrainState, TrainStep]:
-    """Initialises a model of ours on a mesh and compiles its train step.
+    """Initialises a model on a mesh and compiles its train step.
 
     Args:
-      model: with `precision`, `init`, `loss`, `axes` and `sharded`, such as
-        `mpjax.models.decoder`; its Precision decides loss scale, update rule and moments.
+      model: a `mpjax.typing.Model`, such as `mpjax.models.decoder`; its Precision decides loss
+        scale, update rule and moments.
       optimizer: a raw optax optimizer; it is wrapped here, once.
       mesh: a Mesh, its text (`data=2,fsdp=4`), or None for one device.
       seed: of the weights and of dropout.
@@ -83,14 +84,14 @@ def build(
     if mesh is not None:
         model = model.sharded(ShardActivations(mesh))
 
-    def part(model: Any) -> _Part:
+    def part(model: Model) -> _Part:
         wrapped = wrap(optimizer, model.precision, clip=clip, gate=gate, patience=patience)
         first = getattr(model, "init_state", lambda: None)
 
-        def draw(seed: Any) -> Any:
+        def draw(seed: ArrayLike) -> Params:
             return model.init(jax.random.key(seed))
 
-        def start(params: Any, seed: Any) -> TrainState:
+        def start(params: Params, seed: ArrayLike) -> TrainState:
             return init_state(params, wrapped, seed=seed, model_state=first())
 
         abstract = jax.eval_shape(lambda seed: start(draw(seed), seed), seed)
@@ -111,7 +112,10 @@ def build(
                 f" {model.precision.name}; make the model with schedule.first"
             )
         if len(schedule.precisions) > 1:
-            others = [dataclasses.replace(model, precision=p) for p in schedule.precisions[1:]]
+            others = [
+                dataclasses.replace(model, precision=p)  # type: ignore[type-var]  # see Model
+                for p in schedule.precisions[1:]
+            ]
             step, start = _switching(schedule, [begin, *map(part, others)], model.axes)
     cut = step.shardings
     # Two programs: whatever the optimizer, the weights of a model are drawn by the same one, which
@@ -119,20 +123,20 @@ def build(
     draw = jax.jit(begin.draw, out_shardings=None if cut is None else cut.params)
     rest = jax.jit(start, out_shardings=cut, donate_argnums=0)
 
-    def init(seed: Any) -> TrainState:
+    def init(seed: ArrayLike) -> TrainState:
         return rest(draw(seed), seed)
 
     return init(seed), dataclasses.replace(step, init=init)
 
 
 def _switching(
-    schedule: PrecisionSchedule, parts: list[_Part], axes: Any
-) -> tuple[TrainStep, Callable[[Any, Any], TrainState]]:
+    schedule: PrecisionSchedule, parts: list[_Part], axes: PyTree
+) -> tuple[TrainStep, Callable[[Params, ArrayLike], TrainState]]:
     """Returns the step of all precisions, and what makes the first state from its weights."""
     require_alike(schedule.labels, [part.abstract for part in parts])
     steps = [part.step for part in parts]
 
-    def start(params: Any, seed: Any) -> TrainState:
+    def start(params: Params, seed: ArrayLike) -> TrainState:
         plain = parts[0].start(params, seed)
         scales = [make_loss_scale(p.loss_scale, plain.params) for p in schedule.precisions]
         return whole_state(plain, schedule.window, scales, [part.first() for part in parts])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,17 @@ import jax.numpy as jnp
 from mpjax.formats.delayed import begin_step, end_step, observed_of, with_observed
 from mpjax.ops import Objective
 from mpjax.optim import scaled_grad, weight_view
+from mpjax.typing import Array, Batch, Grads, Key, ModelState, Params, PyTree
 
 if TYPE_CHECKING:
     from mpjax.train.step import TrainState
 
+Shares: TypeAlias = dict[str, Array] | None  # of several losses, the weight of each
+
 
 def gradients(
-    objective: Objective, state: TrainState, batch: Any, accumulate: int
-) -> tuple[Any, Any, Any]:
+    objective: Objective, state: TrainState, batch: Batch, accumulate: int
+) -> tuple[Grads, Array, ModelState]:
     """Returns scaled gradients, mean loss and model state; microbatches are summed in float32.
 
     Each weighs by its share of the targets; of several losses each by its own (see
@@ -29,19 +33,20 @@ def gradients(
     begun = begin_step(state.model_state, scale.value)
 
     def loss_of(
-        params: Any, observed_amax: Any, micro: Any, model_state: Any, key: Any, shares: Any = None
-    ) -> tuple[Any, Any]:
-        model_state = with_observed(model_state, observed_amax)
-        loss, model_state = _loss(objective, params, micro, model_state, key, shares)
-        return loss, (loss, model_state)
+        params: Params, amax: list[Array], micro: Batch, state: ModelState, key: Key, shares: Shares
+    ) -> tuple[Array, tuple[Array, ModelState]]:
+        loss, state = _loss(objective, params, micro, with_observed(state, amax), key, shares)
+        return loss, (loss, state)
 
-    # The amax of gradients leaves as the cotangent of `observed_amax`; an empty list costs nothing.
+    # The amax of gradients is the cotangent of the observed amax; an empty list costs nothing.
     grad = scaled_grad(scale, loss_of, argnums=(0, 1))
     if accumulate == 1:
-        (grads, amax), (loss, model_state) = grad(weights, observed_of(begun), batch, begun, key)
+        (grads, amax), (loss, model_state) = grad(
+            weights, observed_of(begun), batch, begun, key, None
+        )
         return grads, loss, end_step(model_state, state.model_state, amax, scale.value)
 
-    def body(carry: Any, part: Any) -> tuple[Any, None]:
+    def body(carry: PyTree, part: PyTree) -> tuple[PyTree, None]:
         total, total_loss, largest, model_state = carry
         index, micro, share, several = part
         (grads, amax), (loss, model_state) = grad(
@@ -49,7 +54,7 @@ def gradients(
             several,
         )  # fmt: skip
 
-        def add(total: Any, x: Any) -> Any:
+        def add(total: Array, x: Array) -> Array:
             x = x.astype(jnp.float32)
             return total + (x if share is None else share * x)
 
@@ -66,24 +71,26 @@ def gradients(
 
 
 def _loss(
-    objective: Objective, params: Any, batch: Any, model_state: Any, key: Any, shares: Any
-) -> tuple[Any, Any]:
+    objective: Objective, params: Params, batch: Batch, state: ModelState, key: Key, shares: Shares
+) -> tuple[Array, ModelState]:
     """The loss of a (micro)batch and the state; of several losses their sum by `shares`."""
     run: Any = objective.loss if shares is None else objective.parts
-    loss, model_state = run(params, batch, state=model_state, key=key, train=True)
+    loss, state = run(params, batch, state=state, key=key, train=True)
     if shares is not None:
         loss = sum(shares[name] * part.astype(jnp.float32) for name, part in loss.items())
-    return loss, model_state
+    return loss, state
 
 
-def _microbatches(objective: Objective, batch: Any, accumulate: int) -> tuple[Any, Any, Any]:
-    """A batch cut along a new first axis; each part's weight, and its weights by name of a loss.
+def _microbatches(
+    objective: Objective, batch: Batch, accumulate: int
+) -> tuple[Batch, Array | None, Shares]:
+    """A batch cut along a new first axis, the weight of each part, and its weights of each loss.
 
-    One of the two is None: of several losses the gradients are those of their weighed sum. Both
-    are where parts weigh alike.
+    With several losses the second is None, with one loss the third; both are where parts weigh
+    alike.
     """
 
-    def split(x: Any) -> Any:  # strided, so that a batch cut over devices stays cut evenly
+    def split(x: Array) -> Array:  # strided, so that a batch cut over devices stays cut evenly
         return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
     micros = jax.tree.map(split, batch)
@@ -93,19 +100,21 @@ def _microbatches(objective: Objective, batch: Any, accumulate: int) -> tuple[An
     return (micros, None, shares) if isinstance(shares, dict) else (micros, shares, None)
 
 
-def loss_at(objective: Objective, state: TrainState, batch: Any, accumulate: int) -> Any:
+def loss_at(
+    objective: Objective, state: TrainState, batch: Batch, accumulate: int
+) -> Callable[[Params], Array]:
     """Returns the loss of a batch as a function of weights, for searches along a line.
 
     The model's state and key are those of the step.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-    def value(full: Any) -> Any:
+    def value(full: Params) -> Array:
         stored = weight_view(state.params)
         # A weight that is stored low is tried as it would be stored.
         params = jax.tree.map(lambda w, p: w.astype(p.dtype), full, stored)
 
-        def of(part: Any) -> Any:
+        def of(part: PyTree) -> Array:
             key, micro, share, several = part
             model_state = begin_step(state.model_state, jnp.float32(1))
             loss, _ = _loss(objective, params, micro, model_state, key, several)

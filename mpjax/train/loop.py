@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import numpy as np
 
 from mpjax.errors import ConfigError, TrainingStopped, brief
 from mpjax.train.step import TrainState, TrainStep
+from mpjax.typing import Batch, Metrics, Settings
 
-Action = Callable[[int, TrainState], None]
-Stuck = Callable[[int, TrainState, Any], None]
+Action: TypeAlias = Callable[[int, TrainState], None]
+Stuck: TypeAlias = Callable[[int, TrainState, Batch], None]
 _BURST_SECONDS, _MOST_STEPS = 0.2, 16
 
 
 def fit(
     state: TrainState,
     step: TrainStep,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     steps: int,
-    report: Callable[[dict[str, Any]], None],
+    report: Callable[[Settings], None],
     every: Sequence[tuple[int, Action]] = (),
     stop: Callable[[], str | None] = lambda: None,
     stuck: Stuck = lambda number, state, batch: None,
@@ -61,7 +62,7 @@ def fit(
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise ConfigError(f"fit: batches are {brief(batches)}; give an iterator of batches")
     batches = iter(batches)
-    running: list[tuple[int, Any, int]] = []
+    running: list[tuple[int, Metrics, int]] = []
     burst = 1
     clock = time.perf_counter()
 

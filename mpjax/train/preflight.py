@@ -1,18 +1,22 @@
-"""Does it fit? Checked from shapes alone, before anything is allocated."""
+"""Checks from shapes alone that a train state fits in memory, before anything is allocated."""
 
 from __future__ import annotations
 
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from mpjax.errors import ConfigError
+from mpjax.typing import PyTree
+
+if TYPE_CHECKING:
+    from mpjax.train.step import TrainState
 
 
-def free_bytes(device: Any) -> int:
+def free_bytes(device: jax.Device) -> int:
     """Returns the memory that a device has left: an accelerator's own, or the host's."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -24,12 +28,7 @@ def free_bytes(device: Any) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _bytes(leaf: Any, sharding: Any) -> int:
-    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
-
-
-def require_room(state: Any, shardings: Any = None) -> int:
+def require_room(state: TrainState, shardings: TrainState | None = None) -> int:
     """Checks that weights, optimizer state and gradients fit, without activations.
 
     Args:
@@ -55,10 +54,13 @@ def require_room(state: Any, shardings: Any = None) -> int:
       mpjax.errors.ConfigError: memory: 6.74e+09 parameters need 107.8 GB for weights, ...
     """
 
-    def size(tree: Any, cut: Any) -> int:
+    def size(tree: PyTree, cut: PyTree) -> int:
         leaves = jax.tree.leaves(tree)
-        cuts = [None] * len(leaves) if cut is None else jax.tree.leaves(cut)
-        return sum(_bytes(leaf, c) for leaf, c in zip(leaves, cuts, strict=True))
+        shapes = [leaf.shape for leaf in leaves]
+        if cut is not None:
+            pairs = zip(jax.tree.leaves(cut), shapes, strict=True)
+            shapes = [sharding.shard_shape(shape) for sharding, shape in pairs]
+        return sum(math.prod(s) * x.dtype.itemsize for s, x in zip(shapes, leaves, strict=True))
 
     need = size(state, shardings)
     need += size(state.params, None if shardings is None else shardings.params)  # gradients

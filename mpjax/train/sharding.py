@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mpjax.errors import ConfigError
-from mpjax.formats import Quantized
+from mpjax.formats import Quantized, is_quantized
+from mpjax.optim import Blockwise
+from mpjax.optim.tree_paths import leaves_with_names, path_name
+from mpjax.typing import Array, Axes, PyTree, Shape
+
+if TYPE_CHECKING:
+    from mpjax.train.step import TrainState
 
 log = logging.getLogger("mpjax.train")
 
@@ -30,10 +37,8 @@ TABLE: dict[str | None, tuple[str, ...]] = {
     None: (),
 }
 
-_BLOCKWISE = ("codes", "absmax")  # the arrays of `mpjax.optim.Blockwise`
 
-
-def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
+def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh that `data=2,fsdp=2,tensor=2` describes.
 
     Args:
@@ -75,15 +80,13 @@ def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def partition(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, path: str = ""
-) -> PartitionSpec:
+def partition(axes: Axes, shape: Shape, mesh: Mesh, path: str = "") -> PartitionSpec:
     """Returns how an array with these logical axes is cut.
 
     A dimension that its mesh axes do not divide stays whole, which is logged with its path.
     """
     used: set[str] = set()
-    spec: list[Any] = []
+    spec: list[str | tuple[str, ...] | None] = []
     for name, size in zip(axes, shape, strict=True):
         free = tuple(a for a in TABLE[name] if mesh.shape[a] > 1 and a not in used)
         parts = math.prod(mesh.shape[a] for a in free)
@@ -105,16 +108,12 @@ class ShardActivations:
 
     mesh: Mesh
 
-    def __call__(self, x: Any, axes: tuple[str | None, ...]) -> Any:
+    def __call__(self, x: Array, axes: Axes) -> Array:
         spec = partition(axes, x.shape, self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _fitted(spec: PartitionSpec, shape: Shape, mesh: Mesh) -> PartitionSpec:
     """Moves each mesh axis that does not divide its dimension to the largest that it divides."""
     cuts: list[list[str]] = [[] for _ in shape]
     order = sorted(range(len(shape)), key=lambda d: -shape[d])
@@ -127,7 +126,7 @@ def _fitted(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Partitio
     return PartitionSpec(*(tuple(c) if len(c) > 1 else c[0] if c else None for c in cuts))
 
 
-def state_shardings(state: Any, axes: Any, mesh: Mesh) -> Any:
+def state_shardings(state: TrainState, axes: PyTree, mesh: Mesh) -> TrainState:
     """Returns the sharding of each leaf of a train state.
 
     A weight is cut by its logical axes. A leaf of the optimizer state whose path ends in a
@@ -142,31 +141,35 @@ def state_shardings(state: Any, axes: Any, mesh: Mesh) -> Any:
       mesh: the mesh.
 
     Returns:
-      A NamedSharding for each leaf.
+      The state with a NamedSharding in place of each leaf.
     """
 
-    def is_axes(x: Any) -> bool:
+    def is_axes(x: object) -> bool:
         return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
 
-    specs: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    specs: dict[str, tuple[PartitionSpec, Shape]] = {}
     if axes is not None:
-        named = jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_axes)
-        leaves = jax.tree.leaves(state.params, is_leaf=lambda x: isinstance(x, Quantized))
-        for (path, names), leaf in zip(named, leaves, strict=True):
-            where = _name(path)
-            specs[where] = (partition(names, leaf.shape, mesh, where), leaf.shape)
+        weights = jax.tree.leaves(state.params, is_leaf=is_quantized)
+        for (path, names), p in zip(leaves_with_names(axes, is_axes), weights, strict=True):
+            specs[path] = (partition(names, p.shape, mesh, path), p.shape)
 
-    def sharding(path: Any, leaf: Any) -> NamedSharding:
-        parts = _name(path).split("/")
-        for start in range(len(parts)):
-            ending = "/".join(parts[start:])
-            found = specs.get(ending) or specs.get(ending.removesuffix("/values"))
-            spec, shape = found or (None, None)
-            if spec is not None and shape == leaf.shape:
-                return NamedSharding(mesh, spec)
-            spec, shape = specs.get("/".join(parts[start:-1]), (None, ()))
-            if spec is not None and parts[-1] in _BLOCKWISE and len(shape) == leaf.ndim:
-                return NamedSharding(mesh, _fitted(spec, leaf.shape, mesh))
-        return NamedSharding(mesh, PartitionSpec())
+    def is_leaf(x: object) -> bool:
+        return isinstance(x, Quantized | Blockwise)
 
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    def like(x: PyTree, shape: Shape) -> bool:
+        return len(shape) == x.codes.ndim if isinstance(x, Blockwise) else shape == x.shape
+
+    def sharding(path: jax.tree_util.KeyPath, x: PyTree) -> PyTree:
+        parts = path_name(path).split("/")
+        found = (specs.get("/".join(parts[start:])) for start in range(len(parts)))
+        spec, _ = next((f for f in found if f and like(x, f[1])), (None, ()))
+
+        def cut(a: Array) -> NamedSharding:
+            if spec is None or (isinstance(x, Quantized) and a is not x.values):
+                return NamedSharding(mesh, PartitionSpec())
+            fitted = isinstance(x, Blockwise)
+            return NamedSharding(mesh, _fitted(spec, a.shape, mesh) if fitted else spec)
+
+        return jax.tree.map(cut, x)
+
+    return jax.tree_util.tree_map_with_path(sharding, state, is_leaf=is_leaf)

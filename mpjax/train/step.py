@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt
 
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
 from mpjax.optim import Optimizer, OptState, copied, select, without_repeats
 from mpjax.train.gradients import gradients, loss_at
+from mpjax.typing import ArrayLike, Batch, Metrics, ModelState, Params
+
+if TYPE_CHECKING:
+    from mpjax.train.schedule.switch_state import SwitchState
 
 
 class TrainState(NamedTuple):
@@ -31,15 +35,15 @@ class TrainState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    params: Any
+    params: Params
     opt_state: OptState
-    model_state: Any
-    key: Any
-    switch: Any = None
+    model_state: ModelState
+    key: UInt[Array, " words"]
+    switch: SwitchState | None = None
 
 
 def init_state(
-    params: Any, optimizer: Optimizer, *, seed: int = 0, model_state: Any = None
+    params: Params, optimizer: Optimizer, *, seed: ArrayLike = 0, model_state: ModelState = None
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -68,6 +72,9 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh | None) -> None:
         )
 
 
+StepFn: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
     """A compiled step: `step(state, batch) -> (state, metrics)`; the old state is donated.
@@ -82,15 +89,15 @@ class TrainStep:
       init: `init(seed)`, a fresh state on the mesh; None when the step was not made by `build`.
     """
 
-    function: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
-    compiled: Any
+    function: StepFn
+    compiled: Any  # a StepFn with the methods of `jax.jit`, or one that chooses among several
     optimizer: Optimizer
     mesh: Mesh | None
-    shardings: Any
+    shardings: TrainState | None
     accumulate: int
-    init: Callable[[int], TrainState] | None = None
+    init: Callable[[ArrayLike], TrainState] | None = None
 
-    def place(self, batch: Any) -> Any:
+    def place(self, batch: Batch) -> Batch:
         """Puts this process's part of a global batch on its devices.
 
         Raises:
@@ -122,12 +129,12 @@ class TrainStep:
         """Returns the step of one precision that comes next, and the state as it sees it."""
         return self, state
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # One array in two places, such as a weight in params and in a moment, is donated once.
         return self.compiled(without_repeats(state), self.place(batch))
 
 
-def compile_step(function: Any, mesh: Mesh | None, shardings: Any) -> Any:
+def compile_step(function: StepFn, mesh: Mesh | None, shardings: TrainState | None) -> StepFn:
     """Returns `jax.jit` of `function(state, batch) -> (state, metrics)`; the state is donated."""
     if mesh is None:
         return jax.jit(function, donate_argnums=0)
@@ -159,7 +166,7 @@ def make_train_step(
     optimizer: Optimizer,
     *,
     mesh: Mesh | None = None,
-    shardings: Any = None,
+    shardings: TrainState | None = None,
     accumulate: int = 1,
     count: Count | None = None,
 ) -> TrainStep:
@@ -204,7 +211,7 @@ def make_train_step(
         raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")
     objective = _objective(loss_fn, count, accumulate)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         grads, loss, model_state = gradients(objective, state, batch, accumulate)
         loss = loss.astype(jnp.float32)
         params, opt_state, metrics = optimizer.step_with_metrics(

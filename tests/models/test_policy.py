@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import pytest
 
+from experiments.common.stablehlo import products_and_casts
 from mpjax.models import Decoder
 from mpjax.precision import get_precision
-from mpjax.train.stablehlo import products_and_casts
 from tests.models.shapes import BATCH, small, stablehlo
 from tests.ops.jaxprs import dtypes
 

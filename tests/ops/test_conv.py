@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.common.stablehlo import convolutions
 from mpjax import ops
 from mpjax.precision import parse_policy
-from mpjax.train.stablehlo import convolutions
 from tests.ops.oracle import gradient, rounded
 
 pytestmark = pytest.mark.usefixtures("fast_compile")

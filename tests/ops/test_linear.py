@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.common.stablehlo import products_and_casts
 from mpjax.ops import linear, look_up, scale_by, shift_by
 from mpjax.precision import parse_policy
-from mpjax.train.stablehlo import products_and_casts
 from tests.ops.oracle import NUMPY, rounded
 
 POLICIES = ("f32", "c=bf16", "c=f16", "c=bf16,o=f32", "bf16", "p=bf16,c=f32,o=bf16", "c=f32,o=f16")

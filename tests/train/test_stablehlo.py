@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from collections import Counter
 from typing import Any
 
@@ -10,13 +11,19 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from experiments.common import stablehlo
+from experiments.common.stablehlo import products_and_casts
 from mpjax.models import decoder
 from mpjax.train import build
-from mpjax.train.stablehlo import products_and_casts
 
 
 def _count(fn: Any, *args: Any) -> Counter[str]:
     return products_and_casts(jax.jit(fn).lower(*args).as_text())
+
+
+def test_the_examples_of_the_counters() -> None:
+    failed, attempted = doctest.testmod(stablehlo)
+    assert attempted and not failed
 
 
 def test_products_and_casts_are_counted_by_shape_and_dtype() -> None:

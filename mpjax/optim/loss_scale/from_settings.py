@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from mpjax.errors import ConfigError
 from mpjax.optim.loss_scale.leaf_scale import LeafLossScale, leaf_paths
@@ -15,6 +14,7 @@ from mpjax.optim.loss_scale.scalers import (
     StaticLossScale,
 )
 from mpjax.precision import LossScaleSettings
+from mpjax.typing import PyTree
 
 _KINDS: dict[str, type[LossScale]] = {
     "none": NoOpLossScale,
@@ -25,7 +25,7 @@ _KINDS: dict[str, type[LossScale]] = {
 }
 
 
-def make_loss_scale(settings: str | LossScaleSettings, params: Any = None) -> LossScale:
+def make_loss_scale(settings: str | LossScaleSettings, params: PyTree = None) -> LossScale:
     """Returns the loss scale that settings describe.
 
     Args:

@@ -1,24 +1,23 @@
-"""One dynamic loss scale a group of weights, and the marker that rescales cotangents on their way.
+"""One dynamic loss scale a group of weights, and a function that rescales cotangents.
 
 Two ways to give a group's gradients their own scale, for any function:
 
-1. `LeafLossScale.grad` pulls the loss back once a group, each time from the group's own scale.
-   Nothing in the model changes. The whole way from the loss to a group's weights runs at that
-   group's scale, so an underflow on the way is cured as well; what must fit in the format at one
-   scale is one group's way, no longer all groups' ways together. Each group costs a backward pass
-   (XLA drops what a pass does not need: the layers before the group's first).
-2. `scale_gradient` markers around a segment of the model: one backward pass. A cotangent that
-   has underflowed before it reaches the segment is lost: no factor restores a zero.
+1. `LeafLossScale.grad` runs one backward pass a group, each at the group's own scale. The model
+   does not change. All cotangents between the loss and the group's weights have that scale, so
+   none of them underflows either, and only those of one group must fit in the format at one scale.
+   XLA drops what a pass does not need: the layers before the group's first.
+2. `scale_gradient` around a segment of the model: one backward pass. A cotangent that has
+   underflowed before it reaches the segment stays zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from mpjax.errors import ConfigError
 from mpjax.formats import is_quantized
@@ -35,40 +34,38 @@ from mpjax.optim.loss_scale.scalers import (
     as_flag,
     as_pytree,
     rebuild,
-    stated_init,
     step_dynamic,
 )
+from mpjax.optim.tree_paths import leaves_with_names
 from mpjax.precision import LossScaleSettings, matches
+from mpjax.typing import ArrayLike, Grads, Metrics, Params, PyTree, Tree
 
-Tree = TypeVar("Tree")
+Aux = TypeVar("Aux")
 
 
-def _mark(x: Any, scale: Any) -> Any:
+@jax.custom_vjp
+def _mark(x: Array, scale: Array) -> Array:
+    """x, whose cotangent is multiplied by the scale."""
     del scale
     return x
 
 
-def _mark_fwd(x: Any, scale: Any) -> Any:
-    return x, scale
-
-
-def _mark_bwd(scale: Any, ct: Any) -> Any:
+def _mark_bwd(scale: Array, ct: Array) -> tuple[Array, Array]:
     # The product is float32: the factor may lie outside the cotangent's format, its result not.
     scaled = (ct.astype(jnp.float32) * scale).astype(ct.dtype)
     return scaled, jnp.zeros_like(scale)
 
 
-_marked = jax.custom_vjp(_mark)
-_marked.defvjp(_mark_fwd, _mark_bwd)
+_mark.defvjp(lambda x, scale: (x, scale), _mark_bwd)
 
 
-def scale_gradient(x: Tree, scale: Any) -> Tree:
+def scale_gradient(x: Tree, scale: ArrayLike) -> Tree:
     r"""Returns x; its cotangent is multiplied by the scale.
 
     Around a segment $y = f(x, W)$, `scale_gradient(f(scale_gradient(x, 1 / s), W), s)` leaves
     $\partial L / \partial x$ as it is, while all cotangents inside, and $\partial L / \partial W$,
     are $s$ times as large. Between two segments write one marker with the quotient of their
-    scales: two in a row would round in between.
+    scales: two in a row would round twice.
 
     Args:
       x: a tree of floating-point arrays.
@@ -86,14 +83,13 @@ def scale_gradient(x: Tree, scale: Any) -> Tree:
       layer, multiplied in between the layers).
     """
     factor = as_array(scale, "scale_gradient: scale").astype(jnp.float32)
-    return jax.tree.map(lambda leaf: _marked(leaf, factor), x)
+    return jax.tree.map(lambda leaf: _mark(leaf, factor), x)
 
 
-def leaf_paths(tree: Any) -> list[str]:
+def leaf_paths(tree: PyTree) -> list[str]:
     """Returns the path of each leaf, joined by `/`; a Quantized weight is one."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
     # A tree that is one array has an empty path, which is no pattern.
-    return [jax.tree_util.keystr(p, simple=True, separator="/") or "params" for p, _ in leaves]
+    return [path or "params" for path, _ in leaves_with_names(tree, is_quantized)]
 
 
 @as_pytree
@@ -142,21 +138,11 @@ class LeafLossScale(LossScale):
         min_scale: int | float = 1.0,
         max_scale: int | float = 2.0**24,
     ) -> None:
-        self.settings = LossScaleSettings(
-            "leaf",
-            stated_init(init),
-            growth_factor,
-            backoff_factor,
-            growth_interval,
-            hysteresis,
-            min_scale,
-            max_scale,
-            groups=groups,  # type: ignore[arg-type]
-        )
-        self.state = self.first_state(self.settings)
+        factors = growth_factor, backoff_factor, growth_interval, hysteresis
+        self._begin("leaf", init, *factors, min_scale, max_scale, groups=groups)
 
     @staticmethod
-    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+    def first_state(settings: LossScaleSettings) -> tuple[Array, ...]:
         count = len(settings.groups)
         if not count:
             raise ConfigError(
@@ -170,11 +156,11 @@ class LeafLossScale(LossScale):
         )
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Float[Array, ""]:
         """The smallest of the scales, float32."""
         return jnp.min(self.state[0])
 
-    def at(self, group: str) -> Any:
+    def at(self, group: str) -> Float[Array, ""]:
         """Returns the scale of one group, by its pattern.
 
         Raises:
@@ -185,7 +171,7 @@ class LeafLossScale(LossScale):
             raise ConfigError(f"loss scale: no group {group!r}; there are {' '.join(groups)}")
         return self.state[0][groups.index(group)]
 
-    def group_of(self, tree: Any) -> list[int]:
+    def group_of(self, tree: PyTree) -> list[int]:
         """Returns the index of the group of each leaf.
 
         Raises:
@@ -208,7 +194,7 @@ class LeafLossScale(LossScale):
                 )
         return found
 
-    def grad(self, fn: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    def grad(self, fn: Callable[..., tuple[Array, Aux]]) -> Callable[..., tuple[Grads, Aux]]:
         """Returns the function that gives the scaled gradients: one backward pass a group.
 
         Args:
@@ -224,10 +210,10 @@ class LeafLossScale(LossScale):
 
         check_function(fn)
 
-        def grad(params: Any, *args: Any) -> tuple[Any, Any]:
+        def grad(params: Params, *args: object) -> tuple[Grads, Aux]:
             check_differentiable(params)
 
-            def in_float32(params: Any) -> tuple[Any, Any]:
+            def in_float32(params: Params) -> tuple[Array, Aux]:
                 loss, aux = with_aux(fn(params, *args))
                 return as_loss(loss).astype(jnp.float32), aux
 
@@ -249,29 +235,19 @@ class LeafLossScale(LossScale):
 
     def unscale(self, tree: Tree) -> Tree:
         """Returns each leaf / its group's scale in float32."""
-        tree = bare(tree)
-        leaves, structure = jax.tree.flatten(tree)
-        scales = self.state[0]
-        return jax.tree.unflatten(
-            structure,
-            [
-                leaf.astype(jnp.float32) / scales[group]
-                for leaf, group in zip(leaves, self.group_of(tree), strict=True)
-            ],
-        )
+        tree, scales = bare(tree), self.state[0]
+        groups = jax.tree.unflatten(jax.tree.structure(tree), self.group_of(tree))
+        return jax.tree.map(lambda x, group: x.astype(jnp.float32) / scales[group], tree, groups)
 
-    def finite_groups(self, grads: Any) -> Bool[Array, " K"]:
+    def finite_groups(self, grads: Grads) -> Bool[Array, " K"]:
         """Returns for each group whether all its gradients are finite."""
+        finite: list[list[Array]] = [[] for _ in self.settings.groups]
         leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(grads)]
-        owner = self.group_of(grads)
-        return jnp.stack(
-            [
-                jnp.all(jnp.stack([ok for ok, o in zip(leaves, owner, strict=True) if o == group]))
-                for group in range(len(self.settings.groups))
-            ]
-        )
+        for leaf, group in zip(leaves, self.group_of(grads), strict=True):
+            finite[group].append(leaf)
+        return jnp.stack([jnp.all(jnp.stack(group)) for group in finite])
 
-    def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> LeafLossScale:
+    def adjust(self, finite: Bool[Array, ""] | bool, grads: Grads = None) -> LeafLossScale:
         finite = as_flag(finite)
         if grads is None:
             raise ConfigError(
@@ -280,16 +256,16 @@ class LeafLossScale(LossScale):
             )
         own = self.finite_groups(grads)
         own = jnp.where(jnp.all(own), finite, own)  # not finite for another reason: all back off
-        state = step_dynamic(self.settings, self.state, own)  # type: ignore[arg-type]
+        state = step_dynamic(self.settings, self.state, own)
         return rebuild(type(self), self.settings, state, self.owned)
 
-    def at_minimum(self, grads: Any = None) -> Any:
+    def at_minimum(self, grads: Grads = None) -> Bool[Array, ""]:
         low = self.state[0] <= self.settings.min_scale
         if grads is None:
             return jnp.all(low)
         own = self.finite_groups(grads)
         return jnp.where(jnp.all(own), jnp.all(low), jnp.any(low & ~own))
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Metrics:
         each = zip(self.settings.groups, self.state[0], strict=True)
         return {"loss_scale": self.value} | {f"loss_scale/{name}": s for name, s in each}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,12 @@ from jaxtyping import Array, Bool, Float
 from mpjax.errors import ConfigError
 from mpjax.formats import Format
 from mpjax.formats.format_table import FormatLike
-from mpjax.optim.loss_scale.scalers import StaticLossScale, as_flag, as_pytree, rebuild, stated_init
+from mpjax.optim.loss_scale.scalers import StaticLossScale, as_flag, as_pytree, rebuild
 from mpjax.precision import LossScaleSettings
+from mpjax.typing import Grads, Metrics, PyTree
 
 
-def largest(tree: Any) -> Float[Array, ""]:
+def largest(tree: PyTree) -> Float[Array, ""]:
     """Returns the largest magnitude of a tree of floating-point arrays, float32; 0 without any.
 
     Example:
@@ -31,12 +31,6 @@ def largest(tree: Any) -> Float[Array, ""]:
     return jnp.max(jnp.stack(leaves)) if leaves else jnp.float32(0)
 
 
-def _power_of_two(exponent: Any) -> Any:
-    """2^k in float32 from its bits, for a normal number; `exp2` need not be exact."""
-    bits = (exponent.astype(jnp.int32) + 127) << 23
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
 @as_pytree
 class LogMaxLossScale(StaticLossScale):
     r"""The largest scale that keeps the largest gradient below a format's largest number $M$.
@@ -49,13 +43,14 @@ class LogMaxLossScale(StaticLossScale):
 
     rounded down to a power of two and kept between the bounds. $\mu$ and $v$ are the plain mean
     and variance of the first $1 / (1 - \text{decay})$ steps and decay exponentially from then on.
-    $\rho$ beside $v$ is our doubt while few steps have been seen, one bit at the first; with it
-    and $c \ge 2$ no gradient overflows whose logarithm grows linearly, by at most $c$ bits a step.
+    $\rho$ beside $v$ widens the margin while few steps have been seen, by one bit at the first;
+    with it and $c \ge 2$ no gradient overflows whose logarithm grows linearly, by at most $c$ bits
+    a step.
 
-    Weight gradients are what it sees; the cotangents of activations may be larger. So a non-finite
-    step multiplies the scale by `backoff_factor` and leaves the difference in the headroom $h$,
-    which shrinks by $\log_2$ `growth_factor` after `growth_interval` finite steps in a row. A
-    step whose gradients are all zero tells nothing: the scale is multiplied by `growth_factor`.
+    It reads weight gradients; the cotangents of activations may be larger. So a non-finite step
+    multiplies the scale by `backoff_factor` and leaves the difference in the headroom $h$, which
+    shrinks by $\log_2$ `growth_factor` after `growth_interval` finite steps in a row. A step whose
+    gradients are all zero gives no information: the scale is multiplied by `growth_factor`.
 
     Args:
       format: name of the format that the gradients must fit in.
@@ -99,28 +94,19 @@ class LogMaxLossScale(StaticLossScale):
         max_scale: int | float = 2.0**24,
         power_of_two: bool = True,
     ) -> None:
-        self.settings = LossScaleSettings(
-            "logmax",
-            stated_init(init),
-            growth_factor,
-            backoff_factor,
-            growth_interval,
-            min_scale=min_scale,
-            max_scale=max_scale,
-            format=Format.of(format).name,
-            deviations=deviations,
-            decay=decay,
-            power_of_two=power_of_two,
-        )
-        self.state = self.first_state(self.settings)
+        bounds = {"min_scale": min_scale, "max_scale": max_scale}
+        own = {"deviations": deviations, "decay": decay, "power_of_two": power_of_two}
+        name = Format.of(format).name
+        factors = growth_factor, backoff_factor, growth_interval
+        self._begin("logmax", init, *factors, format=name, **bounds, **own)
 
     @staticmethod
-    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+    def first_state(settings: LossScaleSettings) -> tuple[Array, ...]:
         # An array each: the state is donated.
         zeros = [jnp.float32(0) for _ in range(3)]
         return jnp.float32(settings.init), jnp.int32(0), *zeros[:2], jnp.int32(0), zeros[2]
 
-    def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> LogMaxLossScale:
+    def adjust(self, finite: Bool[Array, ""] | bool, grads: Grads = None) -> LogMaxLossScale:
         finite = as_flag(finite)
         if grads is None:
             raise ConfigError(
@@ -148,18 +134,22 @@ class LogMaxLossScale(StaticLossScale):
         headroom = jnp.where(finite, jnp.where(release, eased, headroom), raised)
 
         exponent = jnp.clip(ceiling - headroom, -126.0, 127.0)  # of normal float32 numbers
-        wanted = _power_of_two(jnp.floor(exponent)) if s.power_of_two else jnp.exp2(exponent)
+        if s.power_of_two:  # from its bits: `exp2` need not be exact
+            field = (jnp.floor(exponent).astype(jnp.int32) + 127) << 23
+            wanted = jax.lax.bitcast_convert_type(field, jnp.float32)
+        else:
+            wanted = jnp.exp2(exponent)
         wanted = jnp.clip(wanted, s.min_scale, s.max_scale)
         grown = jnp.minimum(scale * s.growth_factor, s.max_scale)
         scale = jnp.where(finite, jnp.where(amax > 0, wanted, grown), lowered)
         state = (scale, jnp.where(release, 0, good), mean, variance, steps, headroom)
         return rebuild(type(self), s, state, self.owned)
 
-    def at_minimum(self, grads: Any = None) -> Any:
+    def at_minimum(self, grads: Grads = None) -> Bool[Array, ""]:
         del grads
         return self.value <= self.settings.min_scale
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Metrics:
         _, _, mean, variance, _, headroom = self.state
         return {
             "loss_scale": self.value,

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import is_quantized
+from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.typing import Array, ArrayLike, Params, Tree
 
 _PROTOCOL = ("scale", "unscale", "adjust")
 
 
-def check_function(fn: Any) -> None:
+class Scales(Protocol):
+    """What scales a loss and unscales its gradients: a loss scale of ours or of jmp."""
+
+    def scale(self, tree: Tree) -> Tree: ...
+
+    def unscale(self, tree: Tree) -> Tree: ...
+
+
+def check_function(fn: object) -> None:
     """Checks that a loss is a function.
 
     Raises:
@@ -23,11 +33,11 @@ def check_function(fn: Any) -> None:
         raise ConfigError(f"loss: {brief(fn)} is not a function; give loss_fn(params, ...) -> loss")
 
 
-def check_scale(loss_scale: Any) -> None:
-    """Checks that a loss scale, with the three methods of the protocol, stands in its place.
+def check_scale(loss_scale: object) -> None:
+    """Checks that an argument is a loss scale: that it has the three methods of the protocol.
 
     Raises:
-      ConfigError: something else does.
+      ConfigError: it is something else.
     """
     if not all(callable(getattr(loss_scale, name, None)) for name in _PROTOCOL):
         raise ConfigError(
@@ -36,14 +46,14 @@ def check_scale(loss_scale: Any) -> None:
         )
 
 
-def check_differentiable(params: Any) -> None:
+def check_differentiable(params: Params) -> None:
     """Checks that gradients can be taken with respect to every leaf.
 
     Raises:
       ConfigError: a leaf that is no floating-point array.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized):
-        where = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+    for path, leaf in leaves_with_names(params, is_quantized):
+        where = path or "params"
         if is_quantized(leaf):
             raise ConfigError(
                 f"loss: {where} is stored in {leaf.format.name} with scales; take gradients with"
@@ -58,8 +68,8 @@ def check_differentiable(params: Any) -> None:
             )
 
 
-def with_aux(out: Any) -> tuple[Any, Any]:
-    """Returns the loss and what stands beside it.
+def with_aux(out: object) -> tuple[Any, Any]:
+    """Returns the loss and the auxiliary output beside it.
 
     Raises:
       ConfigError: the function returned no such pair.
@@ -71,7 +81,7 @@ def with_aux(out: Any) -> tuple[Any, Any]:
     return out
 
 
-def as_loss(loss: Any) -> Any:
+def as_loss(loss: ArrayLike) -> Array:
     """Returns a loss as a floating-point scalar.
 
     Raises:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from mpjax.errors import ConfigError, brief
 from mpjax.optim.gate import all_finite
@@ -20,6 +20,11 @@ from mpjax.optim.loss_scale.loss_checks import (
 )
 from mpjax.optim.loss_scale.scaled import mark_unscaled
 from mpjax.optim.loss_scale.scalers import LossScale
+from mpjax.typing import Grads, Params
+
+Aux = TypeVar("Aux")
+Losses: TypeAlias = Sequence[Array]
+Values: TypeAlias = Losses | tuple[Losses, Aux]  # the losses, or (losses, aux)
 
 
 class MultiLossScale:
@@ -58,7 +63,7 @@ class MultiLossScale:
         self.scales = tuple(jax.tree.map(jnp.copy, scale) for scale in scales)
 
     @property
-    def settings(self) -> Any:
+    def settings(self) -> NoReturn:
         """Raises ConfigError: a Precision holds the scale of one loss."""
         raise ConfigError(
             "loss scale: a Precision trains one loss; give it loss_scale=none and take"
@@ -66,7 +71,7 @@ class MultiLossScale:
         )
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Float[Array, " losses"]:
         """The scales, float32, one a loss."""
         return jnp.stack([scale.value for scale in self.scales])
 
@@ -91,7 +96,7 @@ class MultiLossScale:
         return f"MultiLossScale({list(self.scales)})"
 
 
-def _of(scales: tuple[Any, ...]) -> MultiLossScale:
+def _of(scales: tuple[LossScale, ...]) -> MultiLossScale:
     out = object.__new__(MultiLossScale)
     out.scales = scales
     return out
@@ -106,8 +111,8 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def scaled_value_and_grads(
-    loss_fn: Callable[..., Any], *, has_aux: bool = False
-) -> Callable[..., tuple[Any, Any, Any]]:
+    loss_fn: Callable[..., Values[Aux]], *, has_aux: bool = False
+) -> Callable[..., tuple[Values[Aux], Grads, Bool[Array, " losses"]]]:
     r"""Transforms a function with several losses into their sum's unscaled gradients.
 
     $$g = \sum_i \frac{1}{s_i} \nabla_\theta\,(s_i L_i(\theta))$$ Each loss has a backward pass of
@@ -142,7 +147,9 @@ def scaled_value_and_grads(
 
     check_function(loss_fn)
 
-    def fn(scale: MultiLossScale, params: Any, *args: Any) -> tuple[Any, Any, Any]:
+    def fn(
+        scale: MultiLossScale, params: Params, *args: object
+    ) -> tuple[Values[Aux], Grads, Bool[Array, " losses"]]:
         if not isinstance(scale, MultiLossScale):
             raise ConfigError(
                 f"losses: the scale is {brief(scale)}; pass MultiLossScale([DynamicLossScale()] *"
@@ -150,9 +157,9 @@ def scaled_value_and_grads(
             )
         check_differentiable(params)
 
-        def of(index: int) -> Callable[[Any], tuple[Any, Any]]:
-            def scaled(params: Any) -> tuple[Any, Any]:
-                out = loss_fn(params, *args)
+        def of(index: int) -> Callable[[Params], tuple[Array, Any]]:
+            def scaled(params: Params) -> tuple[Array, Any]:
+                out: Any = loss_fn(params, *args)
                 losses = with_aux(out)[0] if has_aux else out
                 if not isinstance(losses, tuple | list) or len(losses) != len(scale.scales):
                     count = len(losses) if isinstance(losses, tuple | list) else "no tuple of"
@@ -164,7 +171,7 @@ def scaled_value_and_grads(
 
             return scaled
 
-        total: Any = None
+        total: Grads = None
         finite = []
         for index, one in enumerate(scale.scales):
             grads, out = jax.grad(of(index), has_aux=True)(params)

@@ -1,30 +1,31 @@
-"""Gradients that carry whether they are scaled, so that nobody divides by the scale twice or never.
+"""Gradients that are known to be scaled or not, so that they are unscaled exactly once.
 
-Scaled ones, from `Optimizer.value_and_grad`, are a node of their own: `step` takes it, and what
-wants plain gradients refuses it. Unscaled ones, from `scaled_value_and_grad`, are plain trees, for
-any optimizer; their arrays are remembered for as long as they live, and `step` refuses them.
+`Optimizer.value_and_grad` returns a `ScaledGradients`: `step` takes it, and functions of plain
+gradients refuse it. `scaled_value_and_grad` returns plain trees, for any optimizer; their arrays
+are remembered for as long as they live, and `step` refuses them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Hashable, Iterator
 
 import jax
+from jax.tree_util import GetAttrKey
 
 from mpjax.errors import ConfigError
+from mpjax.typing import Grads, PyTree, Tree
 
 # Arrays and tracers that an unscaling returned, by their id; none is kept alive.
-_UNSCALED: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_UNSCALED: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
 
 
 @jax.tree_util.register_pytree_with_keys_class
 class ScaledGradients:
     """Gradients of a loss times the loss scale: what `Optimizer.step` takes.
 
-    A pytree: `jax.tree.map` and `jax.lax.psum` go through it, and it stays what it is. Whoever
-    wants the gradients themselves writes `opt_state.loss_scale.unscale(grads)`.
+    A pytree: `jax.tree.map` and `jax.lax.psum` return a `ScaledGradients` again. For the gradients
+    themselves write `opt_state.loss_scale.unscale(grads)`.
 
     Args:
       tree: the gradients, in the structure of params.
@@ -37,37 +38,37 @@ class ScaledGradients:
       ('ScaledGradients', [2.0, 2.0])
     """
 
-    def __init__(self, tree: Any) -> None:
+    def __init__(self, tree: Grads) -> None:
         self.tree = tree
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: Hashable) -> Grads:
         return self.tree[key]
 
-    def __contains__(self, key: Any) -> bool:
+    def __contains__(self, key: Hashable) -> bool:
         return key in self.tree
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Hashable]:
         return iter(self.tree)
 
     def __repr__(self) -> str:
         return f"ScaledGradients({self.tree})"
 
-    def tree_flatten_with_keys(self) -> Any:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[GetAttrKey, Grads]], None]:
         """See `jax.tree_util`."""
-        return ((jax.tree_util.GetAttrKey("tree"), self.tree),), None
+        return ((GetAttrKey("tree"), self.tree),), None
 
     @classmethod
-    def tree_unflatten(cls, aux: None, children: Any) -> ScaledGradients:
+    def tree_unflatten(cls, aux: None, children: tuple[Grads]) -> ScaledGradients:
         """See `jax.tree_util`."""
         return cls(*children)
 
 
-def bare(tree: Any) -> Any:
+def bare(tree: PyTree) -> PyTree:
     """Returns the tree of scaled gradients, and any other tree as it is."""
     return tree.tree if isinstance(tree, ScaledGradients) else tree
 
 
-def check_plain(name: str, tree: Any) -> None:
+def check_plain(name: str, tree: object) -> None:
     """Checks that gradients are not scaled.
 
     Raises:
@@ -80,14 +81,14 @@ def check_plain(name: str, tree: Any) -> None:
         )
 
 
-def mark_unscaled(tree: Any) -> Any:
+def mark_unscaled(tree: Tree) -> Tree:
     """Returns a tree of gradients, and remembers that they are unscaled."""
     for leaf in jax.tree.leaves(tree):
         _UNSCALED[id(leaf)] = leaf
     return tree
 
 
-def check_scaled(grads: Any) -> None:
+def check_scaled(grads: Grads) -> None:
     """Checks that gradients are not known to be unscaled.
 
     Raises:
@@ -101,7 +102,7 @@ def check_scaled(grads: Any) -> None:
         )
 
 
-def check_unowned(loss_scale: Any) -> None:
+def check_unowned(loss_scale: object) -> None:
     """Checks that a loss scale is no optimizer's, whose step unscales.
 
     Raises:

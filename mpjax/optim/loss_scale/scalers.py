@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jax.tree_util import GetAttrKey
+from jaxtyping import Array, Bool, Float, Int
 
 from mpjax.errors import ConfigError, brief
 from mpjax.optim.loss_scale.scaled import bare
 from mpjax.precision import LossScaleSettings
+from mpjax.typing import ArrayLike, Grads, Metrics, PyTree, Tree
 
-Tree = TypeVar("Tree")
+Class = TypeVar("Class", bound=type)
+Kind = TypeVar("Kind", bound="LossScale")
+# Scale, good steps and hysteresis left; of one scale, or of a vector of them.
+DynamicState: TypeAlias = tuple[Float[Array, "..."], Int[Array, "..."], Int[Array, "..."]]
 
 
-def _to_float32(x: Any) -> Any:
-    x = _array(x)
-    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-def _array(x: Any) -> Any:
+def _array(x: ArrayLike) -> Array:
     """An array; a loss may be a Python number."""
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
-def as_flag(finite: Any) -> Any:
+def _to_float32(x: ArrayLike) -> Array:
+    x = _array(x)
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def as_flag(finite: object) -> Bool[Array, ""]:
     """Returns whether a step was finite as a bool scalar.
 
     Raises:
@@ -42,45 +48,26 @@ def as_flag(finite: Any) -> Any:
     return flag
 
 
-def stated_init(init: Any) -> Any:
-    """Returns a first scale as it was given; settings take None for their default.
-
-    Raises:
-      ConfigError: it is None.
-    """
-    if init is None:
-        raise ConfigError("loss scale: init=None is no number; leave it out or write init=65536")
-    return init
-
-
-def as_pytree(kind: Any) -> Any:
-    """Registers a loss scale: its state are the leaves, its settings belong to the structure."""
-
-    def with_keys(x: Any) -> tuple[Any, _Static]:
-        keys = map(jax.tree_util.GetAttrKey, kind.names)
-        return tuple(zip(keys, x.state, strict=True)), _Static(x.settings, x.owned)
+def as_pytree(kind: Class) -> Class:
+    """Registers a loss scale: its state gives the leaves, its settings belong to the structure."""
 
     jax.tree_util.register_pytree_with_keys(
         kind,
-        with_keys,
-        lambda static, state: rebuild(kind, static.settings, tuple(state), static.owned),
-        lambda x: (x.state, _Static(x.settings, x.owned)),
+        lambda x: (
+            tuple(zip(map(GetAttrKey, x.names), x.state, strict=True)),
+            (x.settings, x.owned),
+        ),
+        lambda static, state: rebuild(kind, static[0], tuple(state), static[1]),
+        lambda x: (x.state, (x.settings, x.owned)),
     )
     return kind
 
 
-class _Static(NamedTuple):
-    """What of a loss scale belongs to the tree's structure."""
-
-    settings: LossScaleSettings
-    owned: bool
-
-
 def rebuild(
-    kind: type, settings: LossScaleSettings, state: tuple[Any, ...], owned: bool = False
-) -> Any:
-    """Returns a loss scale of this kind with this state."""
-    out: Any = object.__new__(kind)
+    kind: type[Kind], settings: LossScaleSettings, state: Sequence[PyTree], owned: bool = False
+) -> Kind:
+    """Returns a loss scale of this kind with this state: arrays, or what a pytree has for them."""
+    out = object.__new__(kind)
     out.settings, out.state, out.owned = settings, tuple(state), owned
     return out
 
@@ -105,23 +92,32 @@ class LossScale:
     def __init__(self) -> None:
         self.settings, self.state = LossScaleSettings("none"), ()
 
+    def _begin(self, kind: str, init: int | float | None, *values: Any, **named: Any) -> None:
+        """Sets the settings, which check their values, and the state before the first step."""
+        if init is None:  # which settings take for their default
+            raise ConfigError(
+                "loss scale: init=None is no number; leave it out or write init=65536"
+            )
+        self.settings = LossScaleSettings(kind, init, *values, **named)
+        self.state = self.first_state(self.settings)
+
     @classmethod
-    def from_settings(cls, settings: LossScaleSettings) -> Any:
+    def from_settings(cls: type[Kind], settings: LossScaleSettings) -> Kind:
         """Returns the loss scale of this kind that settings describe, before the first step."""
         return rebuild(cls, settings, cls.first_state(settings))
 
     @staticmethod
-    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+    def first_state(settings: LossScaleSettings) -> tuple[Array, ...]:
         """Returns the state before the first step."""
         del settings
         return ()
 
-    def of_optimizer(self) -> Any:
+    def of_optimizer(self: Kind) -> Kind:
         """Returns the same loss scale as part of an optimizer's state."""
         return rebuild(type(self), self.settings, self.state, owned=True)
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Float[Array, ""]:
         """The current scale, float32."""
         return jnp.float32(1)
 
@@ -133,7 +129,7 @@ class LossScale:
         """Returns gradients / scale in float32; exact where the scale is a power of two."""
         return jax.tree.map(_to_float32, bare(tree))
 
-    def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> LossScale:
+    def adjust(self, finite: Bool[Array, ""] | bool, grads: Grads = None) -> LossScale:
         """Returns the loss scale of the next step.
 
         Args:
@@ -147,12 +143,12 @@ class LossScale:
         as_flag(finite)
         return self
 
-    def at_minimum(self, grads: Any = None) -> Any:
+    def at_minimum(self, grads: Grads = None) -> Bool[Array, ""]:
         """Returns whether a step with these gradients can no longer lower the scale."""
         del grads
         return jnp.bool_(True)
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Metrics:
         """Returns scalars worth a curve: `loss_scale`, and what else this kind knows."""
         return {"loss_scale": self.value}
 
@@ -183,15 +179,14 @@ class StaticLossScale(LossScale):
     names: tuple[str, ...] = ("scale",)
 
     def __init__(self, scale: int | float) -> None:
-        self.settings = LossScaleSettings("static", init=stated_init(scale))
-        self.state = self.first_state(self.settings)
+        self._begin("static", scale)
 
     @staticmethod
-    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+    def first_state(settings: LossScaleSettings) -> tuple[Array, ...]:
         return (jnp.float32(settings.init),)
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Float[Array, ""]:
         return self.state[0]
 
     def scale(self, tree: Tree) -> Tree:
@@ -202,8 +197,8 @@ class StaticLossScale(LossScale):
 
 
 def step_dynamic(
-    settings: LossScaleSettings, state: tuple[Any, Any, Any], finite: Any
-) -> tuple[Any, Any, Any]:
+    settings: LossScaleSettings, state: Sequence[Array], finite: Bool[Array, "..."]
+) -> DynamicState:
     """Returns the next (scale, good steps, hysteresis left), of one scale or of a vector of them.
 
     Args:
@@ -270,27 +265,18 @@ class DynamicLossScale(StaticLossScale):
         min_scale: int | float = 1.0,
         max_scale: int | float = 2.0**24,
     ) -> None:
-        self.settings = LossScaleSettings(
-            "dynamic",
-            stated_init(init),
-            growth_factor,
-            backoff_factor,
-            growth_interval,
-            hysteresis,
-            min_scale,
-            max_scale,
-        )
-        self.state = self.first_state(self.settings)
+        factors = growth_factor, backoff_factor, growth_interval, hysteresis
+        self._begin("dynamic", init, *factors, min_scale, max_scale)
 
     @staticmethod
-    def first_state(settings: LossScaleSettings) -> tuple[Any, ...]:
+    def first_state(settings: LossScaleSettings) -> tuple[Array, ...]:
         return jnp.float32(settings.init), jnp.int32(0), jnp.int32(settings.hysteresis)
 
-    def adjust(self, finite: Bool[Array, ""] | bool, grads: Any = None) -> DynamicLossScale:
+    def adjust(self, finite: Bool[Array, ""] | bool, grads: Grads = None) -> DynamicLossScale:
         del grads
-        state = step_dynamic(self.settings, self.state, as_flag(finite))  # type: ignore[arg-type]
+        state = step_dynamic(self.settings, self.state, as_flag(finite))
         return rebuild(type(self), self.settings, state, self.owned)
 
-    def at_minimum(self, grads: Any = None) -> Any:
+    def at_minimum(self, grads: Grads = None) -> Bool[Array, ""]:
         del grads
         return self.value <= self.settings.min_scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from mpjax.formats import Format, round_to
 from mpjax.formats.checks import as_array
 from mpjax.formats.tiles import amax_of, per_tile
 from mpjax.precision.moments import MomentFormat
+from mpjax.typing import Array, ArrayLike, Key, Shape
 
 _BITS = {"int8": 8, "int4": 4, "int8-linear": 8}
 
-
-Runs = list[tuple[float, float, int]]  # first number, step, how many
+Runs: TypeAlias = list[tuple[float, float, int]]  # first number, step, how many
 
 
 def tree_runs(bits: int, signed: bool) -> Runs:
@@ -83,7 +83,7 @@ def code_book(name: str, signed: bool) -> np.ndarray:
     return book.astype(np.float32)
 
 
-def encode(x: Any, name: str, signed: bool, key: Any = None) -> Any:
+def encode(x: Array, name: str, signed: bool, key: Key | None = None) -> Array:
     r"""Returns the codes of numbers of a book near x, uint8.
 
     Without a key the nearest number is taken, ties towards zero. With one, $x$ between the
@@ -125,19 +125,19 @@ def encode(x: Any, name: str, signed: bool, key: Any = None) -> Any:
     return (place & (size - 1)).astype(jnp.uint8)
 
 
-def _uniform(key: Any, shape: tuple[int, ...]) -> Any:
+def _uniform(key: Key, shape: Shape) -> Array:
     """Multiples of 2^-24 in [0, 1)."""
     bits = jax.random.bits(key, shape, jnp.uint32)
     return (bits >> jnp.uint32(8)).astype(jnp.float32) * np.float32(2.0**-24)
 
 
-def decode(codes: Any, name: str, signed: bool) -> Any:
+def decode(codes: Array, name: str, signed: bool) -> Array:
     """Returns the numbers that codes mean, float32."""
     book = jnp.asarray(code_book(name, signed))
     return book.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
 
 
-def tile_of(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
+def tile_of(shape: Shape, block: int) -> Shape:
     """Returns the block as a tile of the array: at most so many numbers, no axis flattened.
 
     It takes equal parts of the last axis, whole rows where they fit, and then of the axis before:
@@ -159,14 +159,14 @@ def tile_of(shape: tuple[int, ...], block: int) -> tuple[int, ...]:
     return tuple(reversed(tile))
 
 
-def _pack(codes: Any) -> Any:
+def _pack(codes: Array) -> Array:
     """Two 4-bit codes a byte, along the last axis."""
     if codes.shape[-1] % 2:
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
-def _unpack(packed: Any, size: int) -> Any:
+def _unpack(packed: Array, size: int) -> Array:
     pairs = jnp.stack([packed & 15, packed >> 4], axis=-1)
     return pairs.reshape(*packed.shape[:-1], -1)[..., :size]
 
@@ -188,13 +188,13 @@ class Blockwise:
       shape: of the moment.
     """
 
-    codes: Any
-    absmax: Any
+    codes: Array
+    absmax: Array
     format: MomentFormat
     signed: bool
-    shape: tuple[int, ...]
+    shape: Shape
 
-    def dequantize(self) -> Any:
+    def dequantize(self) -> Array:
         """Returns the moment, float32."""
         name, codes = self.format.name, self.codes
         shape = self.shape or (1,)
@@ -207,7 +207,7 @@ class Blockwise:
         return per_tile(numbers, self.absmax, tile, lambda n, a: n * a).reshape(self.shape)
 
 
-def round_moment(x: Any, format: str, signed: bool, key: Any = None) -> Any:
+def round_moment(x: Array, format: str, signed: bool, key: Key | None = None) -> Array:
     """Returns float32 numbers rounded to a format, in float32.
 
     Args:
@@ -225,7 +225,9 @@ def round_moment(x: Any, format: str, signed: bool, key: Any = None) -> Any:
     return jnp.where((x > 0) & (rounded == 0), np.float32(number.min_subnormal), rounded)
 
 
-def quantize_blocks(x: Any, format: str | MomentFormat, signed: bool, key: Any = None) -> Blockwise:
+def quantize_blocks(
+    x: ArrayLike, format: str | MomentFormat, signed: bool, key: Key | None = None
+) -> Blockwise:
     r"""Returns a moment as codes, $x \approx b_{code} \max_{block} \lvert x \rvert$.
 
     Codes are those of the nearest numbers or, with a key, of one of the two neighbours, drawn so
@@ -269,7 +271,9 @@ def quantize_blocks(x: Any, format: str | MomentFormat, signed: bool, key: Any =
     return Blockwise(codes, absmax, format, signed, x.shape)
 
 
-def stored(x: Any, format: MomentFormat, signed: bool, key: Any = None) -> Any:
+def stored(
+    x: Array, format: MomentFormat, signed: bool, key: Key | None = None
+) -> Array | Blockwise:
     """Returns a float32 moment in its format, rounded to nearest without a key."""
     if format.block is not None:
         return quantize_blocks(x, format, signed, key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from typing import Any
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,12 @@ import numpy as np
 from jax.extend.random import define_prng_impl
 
 from mpjax.errors import ConfigError
+from mpjax.typing import Array, ArrayLike, Key, Shape
 
 _PRNG = "threefry2x32"
 
 
-def _hashed(key: Any, width: int, shape: tuple[int, ...]) -> Any:
+def _hashed(key: Array, width: int, shape: Shape) -> Array:
     """Bits of each element: Wellons' lowbias32 of its index, with both words of the key.
 
     They do not depend on how an array is cut over devices: the index is that of the whole array.
@@ -35,12 +36,12 @@ def _hashed(key: Any, width: int, shape: tuple[int, ...]) -> Any:
     return (x >> np.uint32(32 - width)).astype(f"uint{width}")
 
 
-def _wrapped(key: Any) -> Any:
+def _wrapped(key: Array) -> Key:
     return jax.random.wrap_key_data(key, impl=_PRNG)
 
 
 @functools.cache
-def _implementation() -> Any:
+def _implementation() -> Hashable:
     """Seeds and folds as threefry does, once a leaf; the bits of its elements are hashed."""
     return define_prng_impl(
         key_shape=(2,),
@@ -53,7 +54,7 @@ def _implementation() -> Any:
     )
 
 
-def dither_key(word: str, step: Any) -> Any:
+def dither_key(word: str, step: ArrayLike) -> Key:
     """Returns the key of a step: `jax.random.fold_in` it with a leaf, and draw bits once.
 
     Threefry draws a number in about 100 operations, more than all the rest of storing a moment;

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 from jaxtyping import Array, Int
 
 from mpjax.errors import ConfigError
 from mpjax.optim.checks import as_transformation
 from mpjax.optim.moments.blockwise import Blockwise, stored
 from mpjax.optim.moments.dither import dither_key
+from mpjax.optim.tree_paths import child_at, key_at, path_name
 from mpjax.precision import Moments, matches
 from mpjax.precision.moments import MomentFormat
 from mpjax.precision.rule import nearest
+from mpjax.typing import Grads, Key, Params, PyTree
 
 # Field names of optax's states: adam and lion call the mean mu, sgd trace, adafactor ema.
 _FIRST = dict.fromkeys(("mu", "m", "m1", "m2", "trace", "momentum", "ema", "exp_avg"), "first")
@@ -25,15 +27,15 @@ _SECOND = dict.fromkeys(
     ("nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares", "exp_avg_sq"), "second"
 )
 _MOMENTS = _FIRST | _SECOND
-# States in which such a name means another thing.
+# States in which these names mean something else.
 _UNLIKE: dict[str, dict[str, str]] = {
     "ScaleByAdanState": {"m": "first", "v": "first", "n": "second"},  # v: gradients' differences
     "ScaleBySM3State": {"mu": "second", "nu": "first"},
     "ScaleBySimplifiedAdEMAMixState": {"m": "first", "n": "second"},
     "MechanicState": {},  # its own learning rates
 }
-# States whose formula takes the square of mu from nu: the difference is stored in place of nu, as
-# two roundings could make it negative.
+# States whose formula subtracts the square of mu from nu: the difference is stored in place of nu,
+# because two roundings could make it negative.
 _CENTERED = (optax.ScaleByRStdDevState,)
 # States of optax whose running square is never negative; in others its sign is stored too.
 _SQUARES = frozenset(
@@ -55,7 +57,7 @@ class MomentState(NamedTuple):
       draws: steps that were rounded stochastically.
     """
 
-    inner: Any
+    inner: PyTree
     draws: Int[Array, ""]
 
 
@@ -67,7 +69,7 @@ class Moment(NamedTuple):
     signed: bool = True
 
 
-def moment_of(state: Any, path: tuple[Any, ...], own: frozenset[type]) -> Moment:
+def moment_of(state: PyTree, path: KeyPath, own: frozenset[type]) -> Moment:
     """Returns what a leaf of a state is.
 
     Args:
@@ -82,13 +84,13 @@ def moment_of(state: Any, path: tuple[Any, ...], own: frozenset[type]) -> Moment
         name, owner = str(getattr(key, "name", "")), type(state).__name__
         kind = _UNLIKE.get(owner, _MOMENTS).get(name)
         if kind is not None:
-            where = jax.tree_util.keystr(path[place + 1 :], simple=True, separator="/")
+            where = path_name(path[place + 1 :])
             return Moment(kind, where, kind == "first" or owner not in _SQUARES)
-        state = _child(state, key)
+        state = child_at(state, key)
     return Moment()
 
 
-def types_of(params: Any) -> frozenset[type]:
+def types_of(params: PyTree) -> frozenset[type]:
     """Returns the types of the nodes with attributes of which a tree is made."""
     found = set()
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
@@ -96,18 +98,8 @@ def types_of(params: Any) -> frozenset[type]:
         for key in path:
             if isinstance(key, jax.tree_util.GetAttrKey):
                 found.add(type(node))
-            node = _child(node, key)
+            node = child_at(node, key)
     return frozenset(found)
-
-
-def _child(state: Any, key: Any) -> Any:
-    """What a key of a path leads to; None where only the node knows."""
-    if isinstance(key, jax.tree_util.GetAttrKey):
-        return getattr(state, key.name, None)
-    if isinstance(key, jax.tree_util.SequenceKey | jax.tree_util.DictKey):
-        index = key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.key
-        return None if state is None else state[index]
-    return None
 
 
 def quantize_moments(
@@ -171,23 +163,23 @@ def low_moments(
     if not low:
         return optimizer
 
-    def is_low(moment: Moment, x: Any) -> bool:
+    def is_low(moment: Moment, x: Array) -> bool:
         if moment.kind not in low or not jnp.issubdtype(x.dtype, jnp.floating):
             return False
         excluded = any(matches(pattern, moment.where) for pattern in moments.keep)
         return not excluded and x.size >= max(1, moments.min_size)
 
-    def store(state: Any, own: frozenset[type], key: Any = None) -> Any:
-        def leaf(path: Any, x: Any) -> Any:
+    def store(state: PyTree, own: frozenset[type], key: Key | None = None) -> PyTree:
+        def leaf(path: KeyPath, x: Array) -> Array | Blockwise:
             moment = moment_of(state, path, own)
             if moment.kind is None or not jnp.issubdtype(x.dtype, jnp.floating):
                 return x
             format = formats[moment.kind] if is_low(moment, x) else MomentFormat()
-            return stored(x, format, moment.signed, folded(key, path))
+            return stored(x, format, moment.signed, None if key is None else key_at(key, path))
 
-        return jax.tree_util.tree_map_with_path(leaf, _centered(state))
+        return jax.tree_util.tree_map_with_path(leaf, centered(state))
 
-    def check(state: Any, own: frozenset[type]) -> None:
+    def check(state: PyTree, own: frozenset[type]) -> None:
         named = jax.tree_util.tree_leaves_with_path(state)
         leaves = [(moment_of(state, path, own), x) for path, x in named]
         missing = low - {moment.kind for moment, _ in leaves}
@@ -218,7 +210,7 @@ def low_moments(
                 " exclude fewer or set moments=f32"
             )
 
-    def init(params: Any) -> MomentState:
+    def init(params: Params) -> MomentState:
         # XLA would fold the codes of constant zeros, which takes it a second for 100 000 numbers.
         state, own = jax.lax.optimization_barrier(optimizer.init(params)), types_of(params)
         check(state, own)
@@ -227,8 +219,8 @@ def low_moments(
     inner = optax.with_extra_args_support(optimizer)
 
     def update(
-        grads: Any, state: MomentState, params: Any = None, **extra: Any
-    ) -> tuple[Any, MomentState]:
+        grads: Grads, state: MomentState, params: Params = None, **extra: object
+    ) -> tuple[Grads, MomentState]:
         own = types_of(grads)
         updates, new = inner.update(grads, widen(state, own), params, **extra)
         if moments.rounding == "nearest":
@@ -239,24 +231,15 @@ def low_moments(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def folded(key: Any, path: Any) -> Any:
-    """Returns the key of a leaf, None without a key."""
-    if key is None:
-        return None
-    # By path and not by index: another leaf that comes or goes changes no bits here.
-    where = jax.tree_util.keystr(path, simple=True, separator="/")
-    return jax.random.fold_in(key, zlib.crc32(where.encode()))
-
-
-def _centered(state: Any) -> Any:
-    """A float32 state with variances in place of the squares that mu is taken from."""
+def centered(state: PyTree) -> PyTree:
+    """Returns a float32 state with variances in place of the squares that mu is taken from."""
     return at_variances(lambda m, n: jnp.maximum(n - m * m, 0), state)
 
 
-def at_variances(function: Any, state: Any) -> Any:
+def at_variances(function: Callable[[Array, Array], Array], state: PyTree) -> PyTree:
     """Returns a state with function(mu, nu) for the nu of a centered optimizer."""
 
-    def node(x: Any) -> Any:
+    def node(x: PyTree) -> PyTree:
         if not isinstance(x, _CENTERED):
             return x
         return x._replace(nu=jax.tree.map(function, x.mu, x.nu))
@@ -264,20 +247,20 @@ def at_variances(function: Any, state: Any) -> Any:
     return jax.tree.map(node, state, is_leaf=lambda x: isinstance(x, _CENTERED))
 
 
-def is_variance(state: Any, path: tuple[Any, ...]) -> bool:
+def is_variance(state: PyTree, path: KeyPath) -> bool:
     """Returns whether a leaf of a state is the nu of a centered optimizer."""
     for key in path:
         if isinstance(state, _CENTERED):
             return getattr(key, "name", None) == "nu"
-        state = _child(state, key)
+        state = child_at(state, key)
     return False
 
 
-def _is_debiased(x: Any) -> bool:
+def _is_debiased(x: object) -> bool:
     return type(x).__name__ == "ScaleByRStdDevWithCountState"  # optax does not export it
 
 
-def widen(state: MomentState, own: frozenset[type]) -> Any:
+def widen(state: MomentState, own: frozenset[type]) -> PyTree:
     """Returns the optimizer's own state with float32 moments.
 
     Args:
@@ -285,7 +268,7 @@ def widen(state: MomentState, own: frozenset[type]) -> Any:
       own: types of which the weights' tree is made.
     """
 
-    def leaf(path: Any, x: Any) -> Any:
+    def leaf(path: KeyPath, x: Array | Blockwise) -> Array:
         if isinstance(x, Blockwise):
             return x.dequantize()
         is_moment = moment_of(state.inner, path, own).kind and jnp.issubdtype(x.dtype, jnp.floating)

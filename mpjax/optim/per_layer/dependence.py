@@ -5,14 +5,18 @@ An optimizer's update is traced once and its jaxpr is read. Nothing is computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
-from jax.extend import core
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-RANDOM = -1  # stands among the inputs of a value that random bits went into
+from mpjax.typing import PyTree, Shape
+
+Atom: TypeAlias = Var | Literal
+
+RANDOM = -1  # among the inputs of a value: random bits
 
 _ELEMENTWISE = frozenset(
     "abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil"
@@ -37,29 +41,31 @@ _SIZES = frozenset(
 )
 
 
-def _aval(x: Any) -> Any:
-    return x.aval
+def aval_of(x: Atom) -> jax.core.ShapedArray:
+    """Returns the shape and dtype of a value of a jaxpr."""
+    return x.aval  # type: ignore[return-value]  # of arrays; JAX's type covers all values
 
 
 class _NotElementwise(Exception):
     """Shapes matter to the program, or cannot be shown not to."""
 
 
-def _inner(eqn: Any) -> Any:
+def _inner(eqn: JaxprEqn) -> Jaxpr | None:
     """The jaxpr that an equation calls with its own operands, or None."""
     if eqn.primitive.name in ("scan", "while", "cond"):
         return None
     found = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     found = getattr(found, "jaxpr", found)
-    fits = found is not None and len(found.invars) == len(eqn.invars)
-    return found if fits and not found.constvars else None
+    if found is None or found.constvars or len(found.invars) != len(eqn.invars):
+        return None
+    return found
 
 
-def _branches(eqn: Any) -> list[Any]:
+def _branches(eqn: JaxprEqn) -> list[Jaxpr]:
     return [branch.jaxpr for branch in eqn.params["branches"]]
 
 
-def called(eqn: Any) -> tuple[list[Any], list[Any]]:
+def called(eqn: JaxprEqn) -> tuple[list[Jaxpr], list[Atom]]:
     """Returns the jaxprs that an equation calls, none for a primitive, and their operands."""
     if eqn.primitive.name == "cond":
         return _branches(eqn), eqn.invars[1:]
@@ -67,7 +73,7 @@ def called(eqn: Any) -> tuple[list[Any], list[Any]]:
     return ([] if body is None else [body]), eqn.invars
 
 
-def inputs_of(jaxpr: Any, sources: Sequence[frozenset[int]]) -> list[frozenset[int]]:
+def inputs_of(jaxpr: Jaxpr, sources: Sequence[frozenset[int]]) -> list[frozenset[int]]:
     """Returns for each output the inputs that its value depends on.
 
     Args:
@@ -77,10 +83,10 @@ def inputs_of(jaxpr: Any, sources: Sequence[frozenset[int]]) -> list[frozenset[i
     Returns:
       Sets of numbers from `sources`, and of RANDOM.
     """
-    known: dict[Any, frozenset[int]] = dict(zip(jaxpr.invars, sources, strict=True))
+    known: dict[Var, frozenset[int]] = dict(zip(jaxpr.invars, sources, strict=True))
 
-    def read(x: Any) -> frozenset[int]:
-        return frozenset() if isinstance(x, core.Literal) else known.get(x, frozenset())
+    def read(x: Atom) -> frozenset[int]:
+        return frozenset() if isinstance(x, Literal) else known.get(x, frozenset())
 
     for eqn in jaxpr.eqns:
         operands = [read(x) for x in eqn.invars]
@@ -97,21 +103,21 @@ def inputs_of(jaxpr: Any, sources: Sequence[frozenset[int]]) -> list[frozenset[i
     return [read(x) for x in jaxpr.outvars]
 
 
-def alike(a: Any, b: Any) -> bool:
-    """Returns whether two jaxprs are one program, but for the sizes of their arrays."""
-    numbers: tuple[dict[Any, int], dict[Any, int]] = ({}, {})
+def alike(a: Jaxpr, b: Jaxpr) -> bool:
+    """Returns whether two jaxprs are the same program but for the sizes of their arrays."""
+    numbers: tuple[dict[Var, int], dict[Var, int]] = ({}, {})
 
-    def name(side: int, x: Any) -> Any:
-        if isinstance(x, core.Literal):
-            return ("literal", np.asarray(x.val).tobytes(), str(_aval(x).dtype))
-        x = alias.get(x, x)
-        return numbers[side].setdefault(x, len(numbers[side]))
+    def name(side: int, x: Atom) -> int | tuple[str, bytes, str]:
+        if isinstance(x, Literal):
+            return ("literal", np.asarray(x.val).tobytes(), str(aval_of(x).dtype))
+        return numbers[side].setdefault(aliases.get(x, x), len(numbers[side]))
 
-    def same(xs: Any, ys: Any) -> bool:
+    def same(xs: Sequence[Atom], ys: Sequence[Atom]) -> bool:
         return [name(0, x) for x in xs] == [name(1, y) for y in ys]
 
-    # A vector needs no ravelling, a matrix does: what it makes is called as what it takes.
-    alias = {e.outvars[0]: e.invars[0] for j in (a, b) for e in j.eqns if _is_ravel(e)}
+    # A matrix is ravelled and a vector is not: the result has the name of the operand.
+    ravels = [e for j in (a, b) for e in j.eqns if _is_ravel(e)]
+    aliases: dict[Var, Any] = {e.outvars[0]: e.invars[0] for e in ravels}
     x_eqns, y_eqns = ([e for e in j.eqns if not _is_ravel(e)] for j in (a, b))
     if len(x_eqns) != len(y_eqns):
         return False
@@ -127,10 +133,10 @@ def alike(a: Any, b: Any) -> bool:
     return same(a.outvars, b.outvars)
 
 
-def _is_ravel(eqn: Any) -> bool:
-    if eqn.primitive.name != "reshape" or isinstance(eqn.invars[0], core.Literal):
+def _is_ravel(eqn: JaxprEqn) -> bool:
+    if eqn.primitive.name != "reshape" or isinstance(eqn.invars[0], Literal):
         return False
-    return eqn.outvars[0].aval.shape == (eqn.invars[0].aval.size,)
+    return aval_of(eqn.outvars[0]).shape == (aval_of(eqn.invars[0]).size,)
 
 
 def _same_setting(name: str, a: Any, b: Any) -> bool:
@@ -141,7 +147,7 @@ def _same_setting(name: str, a: Any, b: Any) -> bool:
     inner = [getattr(x, "jaxpr", x) for x in (a, b)]
     if all(hasattr(x, "eqns") for x in inner):
         return alike(*inner)
-    if callable(a) and callable(b):  # rules of derivatives, which nobody takes here
+    if callable(a) and callable(b):  # differentiation rules, which are not used here
         return True
     return bool(a == b)
 
@@ -170,12 +176,12 @@ def element(leaf: int) -> _Kind:
     return _Kind("element", frozenset((leaf,)))
 
 
-def without_leaf(shape: tuple[int, ...]) -> _Kind:
+def without_leaf(shape: Shape) -> _Kind:
     """Returns the kind of an array that belongs to no weight."""
     return _CONSTANT if shape else _SCALAR
 
 
-def is_elementwise(jaxpr: Any, kinds_in: Sequence[_Kind], wanted: Sequence[_Kind]) -> bool:
+def is_elementwise(jaxpr: Jaxpr, kinds_in: Sequence[_Kind], wanted: Sequence[_Kind]) -> bool:
     """Returns whether a program computes its outputs number by number.
 
     Sums over all weights together are allowed: how a weight is cut into several changes them by
@@ -199,13 +205,15 @@ def is_elementwise(jaxpr: Any, kinds_in: Sequence[_Kind], wanted: Sequence[_Kind
     )  # fmt: skip
 
 
-def _kinds(jaxpr: Any, kinds_in: Sequence[_Kind], count: int) -> list[_Kind]:
-    known: dict[Any, _Kind] = dict(zip(jaxpr.invars, kinds_in, strict=True))
+def _kinds(jaxpr: Jaxpr, kinds_in: Sequence[_Kind], count: int) -> list[_Kind]:
+    known: dict[Var, _Kind] = dict(zip(jaxpr.invars, kinds_in, strict=True))
 
-    def read(x: Any) -> _Kind:
-        if isinstance(x, core.Literal):
-            return without_leaf(_aval(x).shape)
-        return known[x] if x in known else without_leaf(x.aval.shape)  # a constant of the closure
+    def read(x: Atom) -> _Kind:
+        if isinstance(x, Literal):
+            return without_leaf(aval_of(x).shape)
+        return (
+            known[x] if x in known else without_leaf(aval_of(x).shape)
+        )  # a constant of the closure
 
     for eqn in jaxpr.eqns:
         operands = [read(x) for x in eqn.invars]
@@ -218,9 +226,9 @@ def _kinds(jaxpr: Any, kinds_in: Sequence[_Kind], count: int) -> list[_Kind]:
             each = [_kinds(branch, operands[1:], count) for branch in _branches(eqn)]
             outs = [_joined(parts) for parts in zip(*each, strict=True)]
         else:
-            outs = [_kind(eqn, operands, x.aval.shape) for x in eqn.outvars]
+            outs = [_kind(eqn, operands, aval_of(x).shape) for x in eqn.outvars]
         for x, out in zip(eqn.outvars, outs, strict=True):
-            if out.name == "partial" and len(out.leaves) == count > 1 and not x.aval.shape:
+            if out.name == "partial" and len(out.leaves) == count > 1 and not aval_of(x).shape:
                 out = _SCALAR  # it lacks nothing
             known[x] = out
     return [read(x) for x in jaxpr.outvars]
@@ -233,7 +241,7 @@ def _joined(kinds: Sequence[_Kind]) -> _Kind:
     return found.pop()
 
 
-def _kind(eqn: Any, operands: Sequence[_Kind], shape: tuple[int, ...]) -> _Kind:
+def _kind(eqn: JaxprEqn, operands: Sequence[_Kind], shape: Shape) -> _Kind:
     """The kind of a result of one primitive."""
     name = eqn.primitive.name
     leaves = frozenset[int]().union(*(kind.leaves for kind in operands))
@@ -251,12 +259,12 @@ def _kind(eqn: Any, operands: Sequence[_Kind], shape: tuple[int, ...]) -> _Kind:
         return _partial(eqn, operands, shape)
     if "constant" in names or len(leaves) > 1:
         raise _NotElementwise
-    size = int(np.prod(eqn.invars[0].aval.shape))
+    size = int(np.prod(aval_of(eqn.invars[0]).shape))
     if name in _ELEMENTWISE and "flat" not in names:
         return element(*leaves)
     if name in _REDUCTIONS and not shape:
         return _Kind("partial", leaves, _REDUCTIONS[name])
-    if name == "broadcast_in_dim" and shape == eqn.invars[0].aval.shape:
+    if name == "broadcast_in_dim" and shape == aval_of(eqn.invars[0]).shape:
         return first
     if name == "reshape" and shape == (size,):
         return _Kind("flat", leaves)
@@ -265,8 +273,8 @@ def _kind(eqn: Any, operands: Sequence[_Kind], shape: tuple[int, ...]) -> _Kind:
     raise _NotElementwise
 
 
-def _partial(eqn: Any, operands: Sequence[_Kind], shape: tuple[int, ...]) -> _Kind:
-    """A sum over some weights meets what completes it: others, or nothing of its own."""
+def _partial(eqn: JaxprEqn, operands: Sequence[_Kind], shape: Shape) -> _Kind:
+    """The kind of a result that a sum over some of the weights enters."""
     name = eqn.primitive.name
     parts = [kind for kind in operands if kind.name == "partial"]
     reductions = {kind.reduction for kind in parts}
@@ -275,23 +283,19 @@ def _partial(eqn: Any, operands: Sequence[_Kind], shape: tuple[int, ...]) -> _Ki
         raise _NotElementwise
     (reduction,) = reductions
     rest = [x for x, kind in zip(eqn.invars, operands, strict=True) if kind.name != "partial"]
-    if name in ("convert_element_type", "broadcast_in_dim", "reshape", "copy") and len(shape) < 2:
-        return _Kind("partial", leaves, reduction)
-    if name == "concatenate" and not rest:
-        return _Kind("partial", leaves, reduction)
-    if _REDUCTIONS.get(name) == reduction and not shape:
-        return _Kind("partial", leaves, reduction)
     neutral = all(
-        isinstance(x, core.Literal)
-        and (reduction in ("max", "min") or x.val == _NEUTRAL[reduction])
+        isinstance(x, Literal) and (reduction in ("max", "min") or x.val == _NEUTRAL[reduction])
         for x in rest
     )
-    if name == reduction and neutral and not shape:
+    moves = ("convert_element_type", "broadcast_in_dim", "reshape", "copy")
+    moved = (name in moves and len(shape) < 2) or (name == "concatenate" and not rest)
+    reduced = _REDUCTIONS.get(name) == reduction or (name == reduction and neutral)
+    if moved or (reduced and not shape):
         return _Kind("partial", leaves, reduction)
     raise _NotElementwise
 
 
-def traced(function: Any, *args: Any) -> Any:
+def traced(function: Callable[..., PyTree], *args: PyTree) -> tuple[ClosedJaxpr, PyTree]:
     """Returns the closed jaxpr of a function of abstract arrays, and its abstract output."""
     # Third parties mix dtypes and ranks, as where the optimizer really runs.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import DictKey, KeyPath, PyTreeDef
 
 from mpjax.errors import ConfigError
 from mpjax.precision import matches
+from mpjax.typing import PyTree
 
-Path = tuple[str, ...]
+Path: TypeAlias = tuple[str, ...]
+# Path in a view -> path of the weight, and its layer.
+LayerPaths: TypeAlias = dict[Path, tuple[Path, int | None]]
+Abstract: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 LAYERS = ("**/layers",)
 
 
@@ -19,30 +24,30 @@ LAYERS = ("**/layers",)
 class Layers:
     """The layers of a stack, each a tree of its own."""
 
-    def __init__(self, layers: Sequence[Any]) -> None:
+    def __init__(self, layers: Sequence[PyTree]) -> None:
         self.layers = tuple(layers)
 
-    def tree_flatten_with_keys(self) -> Any:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[DictKey, PyTree], ...], None]:
         """Keys are those of a dict, which a user's path functions know."""
-        named = ((jax.tree_util.DictKey(str(i)), x) for i, x in enumerate(self.layers))
+        named = ((DictKey(str(i)), x) for i, x in enumerate(self.layers))
         return tuple(named), None
 
     @classmethod
-    def tree_unflatten(cls, aux: None, layers: Sequence[Any]) -> Layers:
+    def tree_unflatten(cls, aux: None, layers: Sequence[PyTree]) -> Layers:
         """See `jax.tree_util`."""
         return cls(layers)
 
 
-def _is_layers(x: Any) -> bool:
+def _is_layers(x: object) -> bool:
     return isinstance(x, Layers)
 
 
-def parts_of(path: Any) -> Path:
+def parts_of(path: KeyPath) -> Path:
     """Returns a key path as its texts."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def stacks(params: Any, stacked: str | Sequence[str] = LAYERS) -> dict[Path, int]:
+def stacks(params: PyTree, stacked: str | Sequence[str] = LAYERS) -> dict[Path, int]:
     """Returns where layers are stacked, and how many they are.
 
     Args:
@@ -54,12 +59,12 @@ def stacks(params: Any, stacked: str | Sequence[str] = LAYERS) -> dict[Path, int
       >>> stacks({"decoder": {"layers": {"up": jnp.ones((3, 4, 4)), "norm": jnp.ones((3, 4))}}})
       {('decoder', 'layers'): 3}
     """
-    patterns = (stacked,) if isinstance(stacked, str) else tuple(stacked)
-    below: dict[Path, list[Any]] = {}
+    patterns = (stacked,) if isinstance(stacked, str) else stacked
+    below: dict[Path, list[tuple[str, jax.Array]]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         parts = parts_of(path)
         for end in range(1, len(parts)):
-            # The whole prefix, and none of its ancestors, is what a pattern is to name.
+            # A pattern must match the whole prefix and none of its ancestors.
             if any(_names(pattern, parts[:end]) for pattern in patterns):
                 below.setdefault(parts[:end], []).append((parts[end], leaf))
                 break
@@ -77,8 +82,10 @@ def _names(pattern: str, parts: Path) -> bool:
     return len(parts) == 1 or not matches(pattern, "/".join(parts[:-1]))
 
 
-def split(tree: Any, where: Mapping[Path, int], deep: bool, at_most: int | None = None) -> Any:
-    """A tree in which each layer has leaves of its own.
+def split(
+    tree: PyTree, where: Mapping[Path, int], deep: bool, at_most: int | None = None
+) -> PyTree:
+    """Returns a tree in which each layer has leaves of its own.
 
     Args:
       tree: of the structure of the weights.
@@ -87,34 +94,36 @@ def split(tree: Any, where: Mapping[Path, int], deep: bool, at_most: int | None 
       at_most: how many layers of a stack to show; all by default.
     """
 
-    def is_leaf(path: Any, x: Any) -> bool:
-        return not deep and parts_of(path) in where
-
-    def apart(path: Any, x: Any) -> Any:
+    def apart(path: KeyPath, x: PyTree) -> PyTree:
         stack = stack_of(parts_of(path), where)
         if stack is None:
             return x
         count = where[stack] if at_most is None else min(where[stack], at_most)
-        return Layers([jax.tree.map(lambda a, i=i: _layer(a, i), x) for i in range(count)])
+        return _layers(x, count)
 
-    if deep:
-        return jax.tree_util.tree_map_with_path(apart, tree)
     leaves, structure = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=is_leaf, is_leaf_takes_path=True
+        tree,
+        is_leaf=lambda path, _: not deep and parts_of(path) in where,
+        is_leaf_takes_path=True,
     )
     return jax.tree.unflatten(structure, [apart(path, x) for path, x in leaves])
 
 
-def _layer(a: Any, index: int) -> Any:
-    if isinstance(a, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
-    return a[index]
+def _layers(stack: PyTree, count: int) -> Layers:
+    """The first layers of a stack."""
+
+    def layer(a: Abstract, index: int) -> Abstract:
+        if isinstance(a, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(a.shape[1:], a.dtype)
+        return a[index]
+
+    return Layers([jax.tree.map(lambda a, i=i: layer(a, i), stack) for i in range(count)])
 
 
-def joined(tree: Any) -> Any:
-    """A tree with its layers stacked again."""
+def joined(tree: PyTree) -> PyTree:
+    """Returns a tree with its layers stacked again."""
 
-    def stack(x: Any) -> Any:
+    def stack(x: PyTree) -> PyTree:
         if not _is_layers(x):
             return x
         structures = {jax.tree.structure(layer) for layer in x.layers}
@@ -128,18 +137,16 @@ def joined(tree: Any) -> Any:
     return jax.tree.map(stack, tree, is_leaf=_is_layers)
 
 
-def split_like(tree: Any, like: Any) -> Any:
-    """A stacked state with its layers apart, as in `like`."""
+def split_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Returns a stacked state with its layers apart, as in `like`."""
 
-    def split(shown: Any, x: Any) -> Any:
-        if not _is_layers(shown):
-            return x
-        return Layers([jax.tree.map(lambda a, i=i: a[i], x) for i in range(len(shown.layers))])
+    def split(shown: PyTree, x: PyTree) -> PyTree:
+        return _layers(x, len(shown.layers)) if _is_layers(shown) else x
 
     return jax.tree.map(split, like, tree, is_leaf=_is_layers)
 
 
-def structure_of(tree: Any) -> Any:
+def structure_of(tree: PyTree) -> PyTreeDef:
     """Returns the structure of a tree."""
     return jax.tree.structure(tree)
 
@@ -149,27 +156,25 @@ def stack_of(path: Path, where: Mapping[Path, int]) -> Path | None:
     return next((p for p in where if path[: len(p)] == p), None)
 
 
-def one_layer(tree: Any, where: Mapping[Path, int]) -> Any:
-    """The tree with the shapes of one layer in the place of each stack; arrays as they are."""
+def one_layer(tree: PyTree, where: Mapping[Path, int]) -> PyTree:
+    """Returns the shapes and dtypes of a tree, those of one layer in the place of a stack."""
 
-    def leaf(path: Any, x: Any) -> Any:
+    def leaf(path: KeyPath, x: Abstract) -> jax.ShapeDtypeStruct:
         inside = stack_of(parts_of(path), where) is not None
         return jax.ShapeDtypeStruct(x.shape[1:] if inside else x.shape, x.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def own_paths(params: Any) -> dict[Path, tuple[Path, int | None]]:
-    """Path -> the same path and no layer, for weights as they are."""
-    paths = [parts_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+def own_paths(params: PyTree) -> LayerPaths:
+    """Returns path -> the same path and no layer, for weights as they are."""
+    paths = (parts_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
     return {path: (path, None) for path in paths}
 
 
-def layer_paths(
-    shapes: Any, where: Mapping[Path, int], deep: bool
-) -> dict[Path, tuple[Path, int | None]]:
-    """Path in a view -> path of the weight, and its layer."""
-    found: dict[Path, tuple[Path, int | None]] = {}
+def layer_paths(shapes: PyTree, where: Mapping[Path, int], deep: bool) -> LayerPaths:
+    """Returns path in a view -> path of the weight, and its layer."""
+    found: LayerPaths = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(split(shapes, where, deep, at_most=2)):
         parts = parts_of(path)
         prefix = stack_of(parts, where)

@@ -1,18 +1,21 @@
-"""An optimizer's update traced on abstract weights: what of which weight enters what."""
+"""An optimizer's update traced on abstract weights: which inputs each output depends on."""
 
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
+import optax
+from jax.extend.core import Jaxpr, Literal
 
 from mpjax.optim.per_layer.dependence import (
     RANDOM,
     alike,
+    aval_of,
     called,
     element,
     inputs_of,
@@ -20,7 +23,15 @@ from mpjax.optim.per_layer.dependence import (
     traced,
     without_leaf,
 )
-from mpjax.optim.per_layer.layer_stacks import Path, own_paths, parts_of, stack_of, structure_of
+from mpjax.optim.per_layer.layer_stacks import (
+    LayerPaths,
+    Path,
+    own_paths,
+    parts_of,
+    stack_of,
+    structure_of,
+)
+from mpjax.typing import Grads, Params, PyTree, Shape
 
 _MOVES = frozenset(
     "reshape concatenate slice squeeze transpose split dynamic_slice gather copy pad"
@@ -36,29 +47,22 @@ class Owner(NamedTuple):
     rest: str
 
 
-def owners_of(tree: Any, weights: Mapping[Path, tuple[Path, int | None]]) -> list[Owner | None]:
-    """For each leaf of a state, the weight whose path its own path holds."""
+def owners_of(tree: PyTree, weights: LayerPaths) -> list[Owner | None]:
+    """Returns for each leaf of a state the weight whose path its own path holds."""
     found: list[Owner | None] = []
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):
         parts = parts_of(path)
-        spans = (
-            (start, end)
-            for size in range(len(parts), 0, -1)
-            for start in range(len(parts) - size + 1)
-            for end in (start + size,)
-        )
-        span = next((s for s in spans if parts[slice(*s)] in weights), None)
-        if span is None:
-            # A tree of one array has no path: nothing in a state tells that it is its own.
-            found.append(None)
-        else:
-            weight, layer = weights[parts[slice(*span)]]
-            rest = "/".join((*parts[: span[0]], "*", *parts[span[1] :]))
-            found.append(Owner(weight, layer, rest))
+        ends = itertools.combinations(range(len(parts) + 1), 2)
+        spans = sorted(ends, key=lambda span: span[0] - span[1])  # the longest first
+        start, end = next((s for s in spans if parts[slice(*s)] in weights), (0, 0))
+        # A tree of one array has no path: nothing in a state tells that it is its own.
+        own = weights[parts[start:end]] if end else None
+        rest = "/".join((*parts[:start], "*", *parts[end:]))
+        found.append(own and Owner(*own, rest))
     return found
 
 
-def abstract(tree: Any) -> Any:
+def abstract(tree: PyTree) -> PyTree:
     """Returns the shapes and dtypes of a tree."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree)
 
@@ -75,8 +79,8 @@ class UpdateTrace(NamedTuple):
       reads: the inputs that each output depends on.
     """
 
-    state: Any
-    jaxpr: Any
+    state: PyTree
+    jaxpr: Jaxpr
     inputs: list[Owner | None]
     outputs: list[Owner | None]
     kinds: list[str]
@@ -98,9 +102,9 @@ class UpdateTrace(NamedTuple):
         return any(RANDOM in inputs for inputs in self.reads)
 
     def own_inputs(self) -> dict[tuple[Path, str], set[frozenset[str]]]:
-        """What of its own enters each weight's update and state, and by how many operations.
+        """Returns which of its own inputs each weight's update and state read, and the operations.
 
-        Layers to which the same happens give one set.
+        Layers that are treated alike give one set.
         """
         found: dict[tuple[Path, str], set[frozenset[str]]] = {}
         outputs = zip(self.outputs, self.reads, strict=True)
@@ -115,23 +119,24 @@ class UpdateTrace(NamedTuple):
 
 
 def _arithmetic(
-    jaxpr: Any, output: int, shape: tuple[int, ...] | None = None
+    jaxpr: Jaxpr, output: int, shape: Shape | None = None
 ) -> tuple[collections.Counter[str], set[int]]:
     """Operations on arrays behind an output, by name, and the inputs that they lead to.
 
     Only arrays with the shape of the output are followed, further axes in front aside: a norm over
-    all weights has as many terms as there are leaves. Nor is counted what only moves numbers.
+    all weights has as many terms as there are leaves. Operations that only move numbers are not
+    counted.
     """
-    shape = jaxpr.outvars[output].aval.shape if shape is None else shape
+    shape = aval_of(jaxpr.outvars[output]).shape if shape is None else shape
     made = {x: (eqn, i) for eqn in jaxpr.eqns for i, x in enumerate(eqn.outvars)}
     inputs = {x: i for i, x in enumerate(jaxpr.invars)}
     steps: collections.Counter[str] = collections.Counter()
     rest, visited, reached = [jaxpr.outvars[output]], set(), set()
     while rest:
         x = rest.pop()
-        if isinstance(x, core.Literal) or x in visited:
+        if isinstance(x, Literal) or x in visited:
             continue
-        if not shape or x.aval.shape[-len(shape) :] != shape:
+        if not shape or aval_of(x).shape[-len(shape) :] != shape:
             continue
         visited.add(x)
         if x in inputs:
@@ -151,9 +156,11 @@ def _arithmetic(
 
 
 def trace_update(
-    optimizer: Any, params: Any, extra: dict[str, Any],
-    weights: Mapping[Path, tuple[Path, int | None]],
-) -> UpdateTrace:  # fmt: skip
+    optimizer: optax.GradientTransformationExtraArgs,
+    params: PyTree,
+    extra: Mapping[str, PyTree],
+    weights: LayerPaths,
+) -> UpdateTrace:
     """Returns the trace of an update.
 
     Args:
@@ -166,7 +173,9 @@ def trace_update(
         state = abstract(jax.eval_shape(optimizer.init, params))
     args = (params, state, params, extra)
 
-    def update(grads: Any, state: Any, params: Any, extra: Any) -> Any:
+    def update(
+        grads: Grads, state: PyTree, params: Params, extra: Mapping[str, PyTree]
+    ) -> tuple[Grads, PyTree]:
         return optimizer.update(grads, state, params, **extra)
 
     closed, out = traced(update, *args)
@@ -179,9 +188,9 @@ def trace_update(
 
 
 def sees_no_shapes(
-    layer: UpdateTrace, whole: UpdateTrace, where: Mapping[Path, int], shapes: Any
+    layer: UpdateTrace, whole: UpdateTrace, where: Mapping[Path, int], shapes: PyTree
 ) -> bool:
-    """Whether the optimizer does with a stack what it does with each of its layers."""
+    """Returns whether the optimizer does with a stack what it does with each of its layers."""
     if structure_of(layer.state) != structure_of(whole.state):
         return False
     index = {owner: i for i, owner in enumerate(own_paths(shapes))}

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from mpjax.errors import ConfigError, brief
 from mpjax.optim.checks import check_updates, settled
 from mpjax.optim.per_layer.layer_stacks import (
     LAYERS,
+    LayerPaths,
     Path,
     joined,
     layer_paths,
@@ -47,6 +48,7 @@ from mpjax.optim.per_layer.layer_trace import (
     sees_no_shapes,
     trace_update,
 )
+from mpjax.typing import Grads, Params, PyTree
 
 log = logging.getLogger("mpjax.optim")
 
@@ -62,12 +64,14 @@ class _Plan(NamedTuple):
 class LayerView:
     """An optimizer, and how it is to see trees with stacked layers; `each_layer` makes it."""
 
-    def __init__(self, optimizer: Any, stacked: str | Sequence[str]) -> None:
+    def __init__(
+        self, optimizer: optax.GradientTransformation, stacked: str | Sequence[str]
+    ) -> None:
         self._optimizer = settled(_with_extras(optimizer))
         self.stacked = stacked
-        self._plans: dict[Any, _Plan] = {}
+        self._plans: dict[Hashable, _Plan] = {}
 
-    def init(self, params: Any) -> Any:
+    def init(self, params: Params) -> PyTree:
         """See `optax.GradientTransformation`."""
         plan = self.plan(params, {})
         if plan.mode == "whole":
@@ -75,28 +79,23 @@ class LayerView:
         if plan.mode == "leaves":
             return joined(self._optimizer.init(split(params, plan.where, plan.deep)))
         shapes = jax.eval_shape(self._optimizer.init, one_layer(params, plan.where))
+        return _over_layers(self._optimizer.init, plan.where, (params,), shapes)
 
-        owners = owners_of(shapes, own_paths(params))
-        outs = [None if o is None else stack_of(o.weight, plan.where) for o in owners]
-        return self._vmapped(self._optimizer.init, plan.where, (params,), outs)
-
-    def update(self, grads: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        self, grads: Grads, state: PyTree, params: Params = None, **extra: Any
+    ) -> tuple[Grads, PyTree]:
         """See `optax.GradientTransformationExtraArgs`."""
-        plan = self.plan(grads if params is None else params, extra)
+        weights = grads if params is None else params
+        plan = self.plan(weights, extra)
         if plan.mode == "whole":
             return self._optimizer.update(grads, state, params, **extra)
-        structure = structure_of(grads)
-
-        def is_tree(x: Any) -> bool:
-            return not callable(x) and structure_of(x) == structure
-
         if plan.mode == "leaves":
             apart = functools.partial(split, where=plan.where, deep=plan.deep)
-            shown = structure_of(apart(grads))
+            structure, shown = structure_of(grads), structure_of(apart(grads))
 
             def viewed(x: Any) -> Any:
                 if not callable(x):
-                    return apart(x) if is_tree(x) else x
+                    return apart(x) if structure_of(x) == structure else x
 
                 def function(*args: Any, **rest: Any) -> Any:  # such as the loss of a line search
                     whole = (joined(a) if structure_of(a) == shown else a for a in args)
@@ -104,55 +103,25 @@ class LayerView:
 
                 return function
 
-            like = jax.eval_shape(
-                self._optimizer.init, apart(abstract(grads if params is None else params))
-            )
+            like = jax.eval_shape(self._optimizer.init, apart(abstract(weights)))
+            shown_params = None if params is None else apart(params)
+            shown_extra = {name: viewed(x) for name, x in extra.items()}
             updates, state = self._optimizer.update(
-                apart(grads), split_like(state, like), None if params is None else apart(params),
-                **{name: viewed(x) for name, x in extra.items()},
-            )  # fmt: skip
+                apart(grads), split_like(state, like), shown_params, **shown_extra
+            )
             check_updates(updates, apart(grads))
             return joined(updates), joined(state)
+        functions = {name: x for name, x in extra.items() if callable(x)}
         arrays = {name: x for name, x in extra.items() if not callable(x)}
-        rest = {name: x for name, x in extra.items() if callable(x)}
 
-        def update(grads: Any, state: Any, params: Any, arrays: Any) -> Any:
-            updates, state = self._optimizer.update(grads, state, params, **arrays, **rest)
+        def update(grads: Grads, state: PyTree, params: Params, arrays: PyTree) -> PyTree:
+            updates, state = self._optimizer.update(grads, state, params, **arrays, **functions)
             check_updates(updates, grads)
             return updates, state
 
-        own = own_paths(grads)
-        outs = [
-            None if o is None else stack_of(o.weight, plan.where)
-            for x in (grads, state)
-            for o in owners_of(x, own)
-        ]
-        return self._vmapped(update, plan.where, (grads, state, params, arrays), outs, own)
+        return _over_layers(update, plan.where, (grads, state, params, arrays), (grads, state))
 
-    def _vmapped(
-        self, function: Any, where: Mapping[Path, int], args: Any, outs: Sequence[Path | None],
-        own: Any = None,
-    ) -> Any:  # fmt: skip
-        """Runs a function of one layer on all, a stack of layers after the other."""
-        leaves, structure = jax.tree.flatten(args)
-        own = own_paths(args[0]) if own is None else own
-        owners = owners_of(args, own)
-        ins = [None if o is None else stack_of(o.weight, where) for o in owners]
-        shape: list[Any] = []
-
-        def flat(*leaves: Any) -> list[Any]:
-            out, tree = jax.tree.flatten(function(*jax.tree.unflatten(structure, leaves)))
-            shape[:] = [tree]
-            return out
-
-        run: Callable[..., Any] = flat
-        for stack in where:
-            axes = tuple(0 if s == stack else None for s in ins)
-            run = jax.vmap(run, axes, [0 if s == stack else None for s in outs])
-        out = run(*leaves)
-        return jax.tree.unflatten(shape[0], out)
-
-    def plan(self, params: Any, extra: dict[str, Any]) -> _Plan:
+    def plan(self, params: PyTree, extra: Mapping[str, Any]) -> _Plan:
         """Returns how the optimizer sees these weights; found once for each tree of shapes."""
         shapes = abstract(params)
         leaves, structure = jax.tree.flatten(shapes)
@@ -168,49 +137,42 @@ class LayerView:
             self._plans[key] = plan
         return self._plans[key]
 
-    def _found(self, shapes: Any, where: dict[Path, int], extra: dict[str, Any]) -> _Plan:
+    def _found(self, shapes: PyTree, where: dict[Path, int], extra: Mapping[str, Any]) -> _Plan:
         number = jax.ShapeDtypeStruct((), jnp.float32)
-        # Without functions: what wants one (a line search) is shown leaves.
+        # Without functions: an optimizer that needs one (a line search) sees leaves.
         named = {name: abstract(x) for name, x in extra.items() if not callable(x)}
         extra = {"value": number, "grad": shapes} | named
-        one, own = one_layer(shapes, where), own_paths(shapes)
+        structure, own = structure_of(shapes), own_paths(shapes)
 
-        structure = structure_of(shapes)
-
-        def attempt(params: Any, view: Any, weights: Any) -> UpdateTrace | None:
-            viewed = {
-                name: view(x) if structure_of(x) == structure else x for name, x in extra.items()
-            }
+        def attempt(view: Callable[[PyTree], PyTree], weights: LayerPaths) -> UpdateTrace | None:
+            params = view(shapes)
+            viewed = {n: view(x) if structure_of(x) == structure else x for n, x in extra.items()}
             try:
                 return trace_update(self._optimizer, params, viewed, weights)
-            except Exception as error:  # whatever a third party raises, a view that it cannot take
+            except Exception as error:  # of any third party: it does not take this view
                 log.debug("optimizer: a view of the layers does not fit it: %s", error)
                 return None
 
-        layer = attempt(one, lambda x: one_layer(x, where), own)
-        whole = attempt(shapes, lambda x: x, own) if layer else None
+        layer = attempt(lambda x: one_layer(x, where), own)
+        whole = attempt(lambda x: x, own) if layer else None
         if layer and whole and sees_no_shapes(layer, whole, where, shapes):
             return _Plan("whole", where)
-        views = {
-            deep: attempt(
-                split(shapes, where, deep, at_most=2),
-                functools.partial(split, where=where, deep=deep, at_most=2),
-                layer_paths(shapes, where, deep),
-            )
-            for deep in (False, True)
-        }
+        views = {}
+        for deep in (False, True):
+            apart = functools.partial(split, where=where, deep=deep, at_most=2)
+            views[deep] = attempt(apart, layer_paths(shapes, where, deep))
         fits = [
             deep
             for deep, view in views.items()
             if view and (layer is None or view.own_inputs() == layer.own_inputs())
         ]
         if layer and not layer.crossing and not layer.random:
-            # A sum over the one weight of a group looks like a norm of its own: layers tell.
+            # A sum over a group of one weight looks like a norm of that weight; the layers differ.
             if not fits or not views[fits[0]].crossing:  # type: ignore[union-attr]
                 return _Plan("each", where)
         if fits:
             return _Plan("leaves", where, fits[0])
-        if layer is None:  # it wants more of a step than is known here, or it is no tree's
+        if layer is None:  # it needs more arguments than are known here, or takes no tree
             return _Plan("leaves", where, self._takes_deep(shapes, where))
         raise ConfigError(
             "optimizer: a mask or label by path means other weights when each layer has a path of"
@@ -218,7 +180,7 @@ class LayerView:
             " or call mpjax.precision.matches(pattern, path)"
         )
 
-    def _takes_deep(self, shapes: Any, where: dict[Path, int]) -> bool:
+    def _takes_deep(self, shapes: PyTree, where: dict[Path, int]) -> bool:
         """Whether only a view with the layers below each weight fits the optimizer's init."""
         try:
             jax.eval_shape(self._optimizer.init, split(shapes, where, False))
@@ -227,7 +189,35 @@ class LayerView:
         return False
 
 
-def _with_extras(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+def _over_layers(
+    function: Callable[..., PyTree],
+    where: Mapping[Path, int],
+    args: tuple[PyTree, ...],
+    outs: PyTree,
+) -> PyTree:
+    """Runs a function of one layer on all; it returns a tree of the structure of `outs`."""
+    own = own_paths(args[0])
+    stacks_in, stacks_out = (
+        [owner and stack_of(owner.weight, where) for owner in owners_of(tree, own)]
+        for tree in (args, outs)
+    )
+    leaves, structure = jax.tree.flatten(args)
+    returned: list[Any] = []
+
+    def flat(*leaves: jax.Array) -> list[jax.Array]:
+        out, tree = jax.tree.flatten(function(*jax.tree.unflatten(structure, leaves)))
+        returned[:] = [tree]
+        return out
+
+    run: Callable[..., list[jax.Array]] = flat
+    for stack in where:
+        axes = tuple(0 if s == stack else None for s in stacks_in)
+        run = jax.vmap(run, axes, [0 if s == stack else None for s in stacks_out])
+    out = run(*leaves)
+    return jax.tree.unflatten(returned[0], out)
+
+
+def _with_extras(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """An optimizer that takes any extras of a step, and leaves those that it does not know."""
     optimizer = optax.with_extra_args_support(optimizer)
     parameters = inspect.signature(optimizer.update).parameters.values()
@@ -235,7 +225,9 @@ def _with_extras(optimizer: Any) -> optax.GradientTransformationExtraArgs:
         return optimizer
     known = {p.name for p in parameters}
 
-    def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(
+        grads: Grads, state: PyTree, params: Params = None, **extra: object
+    ) -> tuple[Grads, PyTree]:
         fitting = {name: x for name, x in extra.items() if name in known}
         return optimizer.update(grads, state, params, **fitting)
 

@@ -1,23 +1,27 @@
-"""Magnitude pruning: masks that are optimizer state, and the schedule that fills them."""
+"""Magnitude pruning: masks that are optimizer state, their schedule, and how sparse weights are."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 
-from mpjax.errors import ConfigError
-from mpjax.formats import is_quantized
-from mpjax.optim.checks import as_transformation
+from mpjax.errors import ConfigError, brief
+from mpjax.formats import Quantized, is_quantized
+from mpjax.optim.checks import as_transformation, is_number
+from mpjax.optim.fp8_weights import Weight
 from mpjax.optim.per_layer.layer_view import each_layer
-from mpjax.optim.pruning.sparsity import cubic_sparsity, in_float32, named_weights, weight_name
+from mpjax.optim.tree_paths import leaves_with_names, path_name
 from mpjax.precision import matches
 from mpjax.precision.rule import nearest
+from mpjax.typing import Array, ArrayLike, Grads, Params, PyTree, Tree
 
 SCOPES = ("global", "layer")
 
@@ -31,22 +35,40 @@ class PruneState(NamedTuple):
       inner: the optimizer's own state.
     """
 
-    count: Any
-    masks: Any
-    inner: Any
+    count: Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    masks: PyTree
+    inner: PyTree
 
 
 class Pruned(optax.GradientTransformationExtraArgs):
     """Marks what `pruned` returns: `wrap` refuses the update rules that it cannot go with."""
 
 
+def named_weights(params: Params) -> dict[str, Weight]:
+    """Returns path -> weight, a Quantized being one.
+
+    Raises:
+      ConfigError: a leaf that is no array.
+    """
+    leaves = leaves_with_names(params, is_quantized)
+    for name, leaf in leaves:
+        if not is_quantized(leaf) and getattr(leaf, "dtype", None) is None:
+            raise ConfigError(f"prune: {name} is {brief(leaf)}, not an array; take jnp.asarray")
+    return dict(leaves)
+
+
+def in_float32(leaf: Weight) -> Array:
+    """Returns a weight, dequantised if it is a Quantized, in float32."""
+    return leaf.dequantize(jnp.float32) if isinstance(leaf, Quantized) else leaf.astype(jnp.float32)
+
+
 def _stacked(name: str) -> bool:
     """Whether a weight has a leading axis of layers, as below `layers` in our models."""
     parts = name.split("/")
-    return any(a == "layers" and not b.isdigit() for a, b in zip(parts, parts[1:], strict=False))
+    return any(a == "layers" and not b.isdigit() for a, b in itertools.pairwise(parts))
 
 
-def _chosen(params: Any, keep: Sequence[str]) -> dict[str, Any]:
+def _chosen(params: Params, keep: Sequence[str]) -> dict[str, Weight]:
     """The weights that are pruned, by path: matrices and larger that no pattern keeps."""
     if isinstance(keep, str):
         raise ConfigError(f"prune: keep={keep!r} is one text; give a list of patterns")
@@ -79,7 +101,7 @@ def _check(sparsity: float, scope: str, name: str = "sparsity") -> None:
         raise ConfigError(f"prune: unknown scope {scope!r}; known: {' '.join(SCOPES)}")
 
 
-def _smallest(magnitudes: Any, share: Any) -> Any:
+def _smallest(magnitudes: Array, share: Array) -> Array:
     """Which numbers are the round(share n) smallest along the last axis; ties go in order."""
     count = jnp.floor(share * jnp.float32(magnitudes.shape[-1]) + jnp.float32(0.5))
     # Ranks and no threshold: weights stored in fp8 have few magnitudes, and most of them are tied.
@@ -87,8 +109,8 @@ def _smallest(magnitudes: Any, share: Any) -> Any:
     return ranks < count.astype(jnp.int32)
 
 
-def _living(magnitudes: dict[str, Any], share: Any, scope: str) -> dict[str, Any]:
-    """Which numbers of each weight outlive the pruning of a share of them."""
+def _living(magnitudes: Mapping[str, Array], share: Array, scope: str) -> dict[str, Array]:
+    """Which numbers of each weight remain when a share of them is pruned."""
     if scope == "layer":
         living = {}
         for name, x in magnitudes.items():
@@ -97,18 +119,15 @@ def _living(magnitudes: dict[str, Any], share: Any, scope: str) -> dict[str, Any
         return living
     flat = jnp.concatenate([x.reshape(-1) for x in magnitudes.values()])
     gone = _smallest(flat, share)
-    ends = [0]
-    for x in magnitudes.values():
-        ends.append(ends[-1] + math.prod(x.shape))
-    return {
-        name: ~gone[start:end].reshape(x.shape)
-        for (name, x), start, end in zip(magnitudes.items(), ends, ends[1:], strict=False)
-    }
+    ends = itertools.accumulate((math.prod(x.shape) for x in magnitudes.values()), initial=0)
+    spans = itertools.starmap(slice, itertools.pairwise(ends))
+    pairs = zip(magnitudes.items(), spans, strict=True)
+    return {name: ~gone[span].reshape(x.shape) for (name, x), span in pairs}
 
 
 def prune_weights(
-    params: Any, sparsity: float, *, scope: str = "global", keep: Sequence[str] = ()
-) -> Any:
+    params: Tree, sparsity: float, *, scope: str = "global", keep: Sequence[str] = ()
+) -> Tree:
     """Returns the weights with the smallest of them set to zero, each stored as it was.
 
     Args:
@@ -133,14 +152,14 @@ def prune_weights(
     magnitudes = {name: jnp.abs(in_float32(leaf)) for name, leaf in _chosen(params, keep).items()}
     living = _living(magnitudes, jnp.float32(sparsity), scope)
 
-    def prune(path: Any, leaf: Any) -> Any:
-        mask = living.get(weight_name(path))
+    def prune(path: KeyPath, leaf: Weight) -> Weight:
+        mask = living.get(path_name(path))
         if mask is None:
             return leaf
-        if is_quantized(leaf):
+        if isinstance(leaf, Quantized):
             if leaf.offsets is not None:
                 raise ConfigError(
-                    f"prune: {weight_name(path)} has offsets, so no zero; prune before quantising"
+                    f"prune: {path_name(path)} has offsets, so no zero; prune before quantising"
                 )
             return dataclasses.replace(leaf, values=_masked(leaf.values, mask))
         return _masked(leaf, mask)
@@ -148,7 +167,7 @@ def prune_weights(
     return jax.tree_util.tree_map_with_path(prune, params, is_leaf=is_quantized)
 
 
-def _masked(x: Any, mask: Any) -> Any:
+def _masked(x: Array, mask: Array) -> Array:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
@@ -205,39 +224,36 @@ def pruned(
         if not isinstance(value, int) or value < low:
             raise ConfigError(f"prune: {name}={value!r} is not a whole number of {low} or above")
 
-    def init(params: Any) -> PruneState:
+    def init(params: Params) -> PruneState:
         chosen = _chosen(params, keep)
 
-        def whole(path: Any, p: Any) -> Any:
-            return jnp.ones(p.shape, jnp.bool_) if weight_name(path) in chosen else None
+        def whole(path: KeyPath, p: Array) -> Array | None:
+            return jnp.ones(p.shape, jnp.bool_) if path_name(path) in chosen else None
 
         masks = jax.tree_util.tree_map_with_path(whole, params)
         return PruneState(jnp.int32(0), masks, optimizer.init(params))
 
     def update(
-        grads: Any, state: PruneState, params: Any = None, **extra: Any
-    ) -> tuple[Any, PruneState]:
+        grads: Grads, state: PruneState, params: Params = None, **extra: object
+    ) -> tuple[Grads, PruneState]:
         if params is None:
             raise ConfigError("prune: params are missing; call update(grads, state, params)")
 
-        def over(function: Any, first: Any, *rest: Any) -> Any:
-            return jax.tree.map(lambda x, m, *o: function(m, x, *o), first, state.masks, *rest)
-
-        grads = over(lambda m, g: g if m is None else _masked(g, m), grads)
+        grads = jax.tree.map(lambda g, m: g if m is None else _masked(g, m), grads, state.masks)
         updates, inner = optimizer.update(grads, state.inner, params, **extra)
         new = jax.tree.map(lambda p, u: p + u, params, updates)
 
-        def drop(masks: Any) -> Any:
-            weights = named_weights(new)
-            # What is gone stays gone: it is smaller than all.
+        def drop(masks: PyTree) -> PyTree:
+            weights: dict[str, Any] = named_weights(new)  # no Quantized: the optimizer's view
+            # Pruned numbers stay pruned: -1 is below every magnitude.
             magnitudes = {
                 name: jnp.where(mask, jnp.abs(weights[name]), jnp.float32(-1))
-                for name, mask in named_weights(masks).items()
+                for name, mask in leaves_with_names(masks)
             }
             share = cubic_sparsity(state.count, sparsity, begin, end, initial)
             living = _living(magnitudes, share, scope)
             return jax.tree_util.tree_map_with_path(
-                lambda path, m: living[weight_name(path)] & m, masks
+                lambda path, m: living[path_name(path)] & m, masks
             )
 
         step = state.count
@@ -251,3 +267,61 @@ def pruned(
         return updates, PruneState(state.count + 1, masks, inner)
 
     return Pruned(init, update)
+
+
+def cubic_sparsity(
+    step: ArrayLike, final: int | float, begin: int, end: int, initial: int | float = 0.0
+) -> Array:
+    r"""Returns the sparsity at a step, $s_f + (s_i - s_f)\,(1 - (t - t_0) / (t_1 - t_0))^3$.
+
+    Args:
+      step: $t$.
+      final: $s_f$, from $t_1$ on.
+      begin: $t_0$, the first pruning.
+      end: $t_1$, the last; equal to $t_0$ prunes once.
+      initial: $s_i$, at $t_0$; before it nothing is pruned.
+
+    Raises:
+      ConfigError: no numbers, or an end before the beginning.
+
+    Example:
+      >>> [round(float(cubic_sparsity(t, 0.8, 100, 200)), 3) for t in (100, 150, 200, 999)]
+      [0.0, 0.7, 0.8, 0.8]
+
+    References:
+      Zhu & Gupta 2017, To prune, or not to prune, equation 1.
+    """
+    if not all(map(is_number, (final, begin, end, initial))):
+        raise ConfigError(
+            f"prune: final={brief(final)}, begin={brief(begin)}, end={brief(end)},"
+            f" initial={brief(initial)}; give numbers"
+        )
+    if not begin <= end:
+        raise ConfigError(f"prune: end={end} lies before begin={begin}; give a later step")
+    t = jnp.clip(jnp.asarray(step, jnp.float32), begin, end)
+    rest = (jnp.float32(end) - t) / jnp.float32(max(end - begin, 1))
+    return jnp.float32(final) + jnp.float32(initial - final) * rest**3
+
+
+def sparsity_by_path(params: Params) -> dict[str, float]:
+    """Returns the share of zeros of each weight, and of all of them under `total`.
+
+    Args:
+      params: arrays or Quantized leaves.
+
+    Raises:
+      ConfigError: no weights, or leaves that are none.
+
+    Example:
+      >>> sparsity_by_path({"a": jnp.array([0.0, 1.0]), "b": jnp.zeros(2)})
+      {'a': 0.5, 'b': 1.0, 'total': 0.75}
+    """
+    counts = {
+        name: (int(jnp.sum(in_float32(leaf) == 0)), math.prod(leaf.shape))
+        for name, leaf in named_weights(params).items()
+    }
+    if not counts:
+        raise ConfigError("prune: params hold no weight; give a tree of arrays")
+    zeros, sizes = zip(*counts.values(), strict=True)
+    shares = {name: zero / size for name, (zero, size) in counts.items()}
+    return shares | {"total": sum(zeros) / sum(sizes)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpjax.lazy import lazy_names
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpjax.train.checkpoint.reader import CheckpointReader
     from mpjax.train.checkpoint.restore import compare_settings, differences, restore_into
 
-# Imported at first use: orbax, progress bars and writers are no need of a train step.
+# Imported at first use: a train step needs neither orbax nor progress bars nor writers.
 _LAZY = {
     "Checkpointer": "checkpointer",
     "CheckpointReader": "reader",
@@ -37,5 +37,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     return lazy_names(__name__, _LAZY)(name)

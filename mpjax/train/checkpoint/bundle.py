@@ -23,7 +23,8 @@ from mpjax.files import write_file, write_text
 from mpjax.interpret.nonfinite.nonfinite import trace_nonfinite
 from mpjax.train.checkpoint.checkpointer import Checkpointer
 from mpjax.train.checkpoint.reader import CheckpointReader
-from mpjax.train.step import TrainStep
+from mpjax.train.step import TrainState, TrainStep
+from mpjax.typing import ArrayLike, Batch, Json
 
 BUNDLE = "replay"
 _STATE, _REPORT = "state", "report.txt"
@@ -31,7 +32,11 @@ _BATCH = re.compile(r"batch-(\d+)\.npz")
 
 
 def save_bundle(
-    run: str | Path, number: int, state: Any, batch: Mapping[str, Any], meta: Mapping[str, Any]
+    run: str | Path,
+    number: int,
+    state: TrainState,
+    batch: Mapping[str, ArrayLike],
+    meta: Mapping[str, Json],
 ) -> Path:
     """Writes a bundle into a run's folder, over one that is there already.
 
@@ -60,7 +65,7 @@ def save_bundle(
     return folder
 
 
-def read_meta(folder: str | Path) -> dict[str, Any]:
+def read_meta(folder: str | Path) -> dict[str, Json]:
     """Returns the `meta` of a bundle.
 
     Args:
@@ -72,7 +77,9 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     return CheckpointReader(_found(folder) / _STATE).read_meta()
 
 
-def load_bundle(folder: str | Path, abstract_state: Any) -> tuple[Any, dict[str, np.ndarray], int]:
+def load_bundle(
+    folder: str | Path, abstract_state: TrainState
+) -> tuple[TrainState, dict[str, np.ndarray], int]:
     """Reads a bundle.
 
     Args:
@@ -98,7 +105,9 @@ def load_bundle(folder: str | Path, abstract_state: Any) -> tuple[Any, dict[str,
     return state, batch, number
 
 
-def explain(step: TrainStep, state: Any, batch: Any, folder: str | Path | None = None) -> str:
+def explain(
+    step: TrainStep, state: TrainState, batch: Batch, folder: str | Path | None = None
+) -> str:
     """Returns what broke in a step, in a few lines; also written into a bundle's folder.
 
     Args:

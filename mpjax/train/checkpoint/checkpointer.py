@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 import orbax.checkpoint as ocp
@@ -30,6 +30,7 @@ from mpjax.train.checkpoint import digest, leaves, store
 from mpjax.train.checkpoint.lock import lock_directory
 from mpjax.train.checkpoint.reader import CheckpointReader
 from mpjax.train.checkpoint.recast import describe_nodes
+from mpjax.typing import Json, PyTree, Tree
 
 _log = logging.getLogger("mpjax.train")
 _TRIES, _PAUSE = 50, 0.1  # seconds: a failed save is cleared away while its threads end
@@ -91,7 +92,18 @@ class Checkpointer(CheckpointReader):
         self._at: int | None = None  # the step that this run has reached on disk
         self._same: int | None = None  # the step on disk whose state is the run's own
         self._megabytes = 0.0
-        self._prepare()
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            if not os.access(self._root, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            # before anything is removed: it may be the save of a run that is alive
+            self._unlock = lock_directory(self.directory, self)
+            self._remove_unfinished()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.directory}: checkpoints cannot be written here ({error.strerror}); "
+                "give a folder that you may write"
+            ) from None
         self._own = set(self.steps())  # of this run: found under the lock, or written
         self._quiet = store.OrbaxLog()
         logging.getLogger("absl").addFilter(self._quiet)
@@ -105,8 +117,8 @@ class Checkpointer(CheckpointReader):
     def save(
         self,
         step: int,
-        state: Any,
-        meta: Mapping[str, Any],
+        state: PyTree,
+        meta: Mapping[str, Json],
         *,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
@@ -130,14 +142,19 @@ class Checkpointer(CheckpointReader):
             return
         table = leaves.named_leaves(state)
         leaves.require_arrays(table)
-        self._require_rank(metrics or {})
+        if metrics and self._keep_best and self._best_metric not in metrics:
+            raise ConfigError(
+                f"metrics: expected {self._best_metric!r}, which ranks the best checkpoints, got "
+                f"{sorted(metrics)}; set best_metric to one of them"
+            )
         page = store.make_page(table, meta, metrics or {}) | {"nodes": describe_nodes(state)}
         self._drop_later(step)
         if self._writer is None:
             self._writer = store.open_writer(self._root, self._choose, self._before_commit)
-            self._load_metrics()
-        if self._best_metric in page["metrics"]:
-            self._metrics[step] = float(page["metrics"][self._best_metric])
+            for s in self.steps():
+                with contextlib.suppress(ConfigError):  # a damaged page ranks nowhere
+                    self._rank(s, self._read_page(s))
+        self._rank(step, page)
         self._at = self._same = step
         self._own.add(step)
         self._megabytes = sum(leaf.nbytes for leaf in table.values()) / 1e6
@@ -181,8 +198,8 @@ class Checkpointer(CheckpointReader):
         return super().newest_good()
 
     def restore(
-        self, abstract_state: Any, *, step: int | None = None, good_only: bool = False
-    ) -> tuple[Any, dict[str, Any], int]:
+        self, abstract_state: Tree, *, step: int | None = None, good_only: bool = False
+    ) -> tuple[Tree, dict[str, Json], int]:
         """As `CheckpointReader.restore`; the next save goes on from the restored step."""
         state, meta, step = super().restore(abstract_state, step=step, good_only=good_only)
         self._same = step
@@ -196,20 +213,6 @@ class Checkpointer(CheckpointReader):
         arrays = super().read(wanted, step)
         self._at, self._same = step, None
         return arrays
-
-    def _prepare(self) -> None:
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            if not os.access(self._root, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            # before anything is removed: it may be the save of a run that is alive
-            self._unlock = lock_directory(self.directory, self)
-            self._remove_unfinished()
-        except OSError as error:
-            raise ConfigError(
-                f"{self.directory}: checkpoints cannot be written here ({error.strerror}); "
-                "give a folder that you may write"
-            ) from None
 
     def _remove_unfinished(self) -> None:
         if jax.process_index() == 0:
@@ -258,12 +261,9 @@ class Checkpointer(CheckpointReader):
         )
         return {*steps[-self._keep :], *ranked[: self._keep_best]}
 
-    def _load_metrics(self) -> None:
-        for step in self.steps():
-            with contextlib.suppress(ConfigError):  # a damaged page ranks nowhere
-                metrics = self._read_page(step)["metrics"]
-                if self._best_metric in metrics:
-                    self._metrics[step] = float(metrics[self._best_metric])
+    def _rank(self, step: int, page: Mapping[str, Json]) -> None:
+        if self._best_metric in page["metrics"]:
+            self._metrics[step] = float(page["metrics"][self._best_metric])
 
     def _before_commit(self) -> None:
         digest.write(self._root / f"{self._at}{store.TEMPORARY}")
@@ -291,10 +291,3 @@ class Checkpointer(CheckpointReader):
             f"{self.directory}: the checkpoint of step {step} cannot be written "
             f"({store.first_line(error)}); mend the folder or give another --out"
         ) from error
-
-    def _require_rank(self, metrics: Mapping[str, float]) -> None:
-        if metrics and self._keep_best and self._best_metric not in metrics:
-            raise ConfigError(
-                f"metrics: expected {self._best_metric!r}, which ranks the best checkpoints, got "
-                f"{sorted(metrics)}; set best_metric to one of them"
-            )

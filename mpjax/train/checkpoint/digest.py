@@ -1,4 +1,4 @@
-"""The digest of a checkpoint folder: size and CRC-32 of every file, to tell torn from whole."""
+"""The digest of a checkpoint folder: size and CRC-32 of every file, to detect damage."""
 
 from __future__ import annotations
 

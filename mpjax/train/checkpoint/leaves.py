@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
+from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.typing import DType, DTypeLike, PyTree
+
+Leaf: TypeAlias = jax.Array | jax.ShapeDtypeStruct
 
 # Dtypes that the array store does not know, and the one that carries their bits exactly.
 _CARRIERS = {"float8_e4m3": "uint8", "uint4": "uint8", "uint2": "uint8"}
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Returns the leaves of a pytree by their path, its components joined by `/`.
 
     Static data and empty nodes have no leaf and do not appear.
@@ -29,8 +34,8 @@ def named_leaves(tree: Any) -> dict[str, Any]:
       ['moments/0', 'moments/1', 'params/w']
     """
     table: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "value"
+    for path, leaf in leaves_with_names(tree):
+        name = path or "value"
         if name in table:
             raise ConfigError(
                 f"{name}: two leaves of the state have this path; rename the key that holds a '/'"
@@ -39,7 +44,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return table
 
 
-def describe(leaf: Any) -> str:
+def describe(leaf: Leaf) -> str:
     """Returns a leaf's dtype and shape as text.
 
     Example:
@@ -55,7 +60,7 @@ def parse(text: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct([int(size) for size in shape.split(",") if size], jnp.dtype(dtype))
 
 
-def target(leaf: Any, dtype: Any = None) -> jax.ShapeDtypeStruct:
+def target(leaf: Leaf, dtype: DTypeLike | None = None) -> jax.ShapeDtypeStruct:
     """Returns what to read for a leaf: its shape, its dtype (or another) and its sharding.
 
     Args:
@@ -82,7 +87,7 @@ def to_carrier(array: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(array, _CARRIERS[str(array.dtype)])
 
 
-def from_carrier(array: jax.Array, dtype: Any) -> jax.Array:
+def from_carrier(array: jax.Array, dtype: DType) -> jax.Array:
     """Returns the array that `to_carrier` took; the inverse of `to_carrier`."""
     if array.dtype == dtype:
         return array
@@ -91,7 +96,7 @@ def from_carrier(array: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(array, dtype)
 
 
-def require_arrays(table: dict[str, Any]) -> None:
+def require_arrays(table: Mapping[str, object]) -> None:
     """Raises a ConfigError that names the first leaf which is not a `jax.Array` of numbers."""
     if not table:
         raise ConfigError("state: holds no array; there is nothing to save")
@@ -108,7 +113,7 @@ def require_arrays(table: dict[str, Any]) -> None:
             )
 
 
-def require_same(where: str, saved: dict[str, str], wanted: dict[str, Any]) -> None:
+def require_same(where: str, saved: Mapping[str, str], wanted: Mapping[str, Leaf]) -> None:
     """Compares what a checkpoint holds with what is asked for.
 
     Args:

@@ -37,7 +37,7 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
     """Holds a run's folder for this process as long as the block lasts.
 
     The lock is `flock` on the file `.lock` in the folder, which names its owner: the kernel ends
-    it with the process, however that ends, and a file that a killed process left holds nobody up.
+    it with the process, however that ends, and a file that a killed process left blocks no one.
     The file is removed at the end, and so are folders that were made for it and are still empty.
     A file system without `flock` is said so in one logged line, and the block runs without.
 
@@ -120,7 +120,8 @@ def _opened(folder: Path, made: list[Path]) -> int:
                 raise
             continue
         if not _flock(fd):
-            owner = _owner(fd)
+            text = os.pread(fd, 4 * _LONGEST, 0).decode(errors="replace")  # anyone may write it
+            owner = printable(text, _LONGEST).strip() or "another process"
             os.close(fd)
             raise ConfigError(
                 f"out: {folder} is in use by {owner}; wait until it has ended, or choose another"
@@ -160,8 +161,3 @@ def _line() -> str:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return f"pid {os.getpid()} on {socket.gethostname()} since {now}: {command}\n"
-
-
-def _owner(fd: int) -> str:
-    text = os.pread(fd, 4 * _LONGEST, 0).decode(errors="replace")
-    return printable(text, _LONGEST).strip() or "another process"  # anyone may have written it

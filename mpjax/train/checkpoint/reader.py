@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint import digest, leaves, store
+from mpjax.typing import Json, Tree
 
 _log = logging.getLogger("mpjax.train")
 
@@ -54,7 +54,7 @@ class CheckpointReader:
             _log.warning("%s: step %d is damaged (%s), skipped", self.directory, step, found)
         raise ConfigError(f"{self.directory}: holds no whole checkpoint; start without --resume")
 
-    def read_meta(self, step: int | None = None) -> dict[str, Any]:
+    def read_meta(self, step: int | None = None) -> dict[str, Json]:
         """Returns the `meta` that was saved with a step, by default the newest.
 
         Raises:
@@ -80,8 +80,8 @@ class CheckpointReader:
         return self._read_page(self._existing(step)).get("nodes", {})
 
     def restore(
-        self, abstract_state: Any, *, step: int | None = None, good_only: bool = False
-    ) -> tuple[Any, dict[str, Any], int]:
+        self, abstract_state: Tree, *, step: int | None = None, good_only: bool = False
+    ) -> tuple[Tree, dict[str, Json], int]:
         """Restores a state bit for bit, onto the devices that the target names.
 
         Args:
@@ -123,7 +123,7 @@ class CheckpointReader:
             raise self._damaged(step, found)
         return store.read(self._root / str(step), wanted)
 
-    def _read_page(self, step: int) -> dict[str, Any]:
+    def _read_page(self, step: int) -> dict[str, Json]:
         folder = self._root / str(step)
         if (found := digest.damage(folder, below=store.META_FILE)) is not None:
             raise self._damaged(step, found)

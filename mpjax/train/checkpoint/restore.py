@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,14 @@ import jax.numpy as jnp
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint import leaves, recast
 from mpjax.train.checkpoint.reader import CheckpointReader
+from mpjax.typing import DType, Json, Params, PyTree, Tree
 
 _ABSENT = "(not set)"
 
 
 def compare_settings(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
+    saved: Mapping[str, Json],
+    current: Mapping[str, Json],
     *,
     may_change: Iterable[str] = ("steps", "out"),
 ) -> None:
@@ -40,8 +40,7 @@ def compare_settings(
       Traceback (most recent call last):
       mpjax.errors.ConfigError: resume: model.width was 64 at the save, is 128 now; give ...
     """
-    found = differences(saved, current, may_change)
-    if found:
+    if found := differences(saved, current, may_change):
         raise ConfigError(
             f"resume: {'; '.join(found)}; give the saved settings, or start a new run in another"
             " --out"
@@ -49,7 +48,7 @@ def compare_settings(
 
 
 def differences(
-    saved: Mapping[str, Any], current: Mapping[str, Any], may_change: Iterable[str]
+    saved: Mapping[str, Json], current: Mapping[str, Json], may_change: Iterable[str]
 ) -> list[str]:
     """Returns what `compare_settings` refuses: a text for each setting, with both values."""
     before, now = flat_settings(saved), flat_settings(current)
@@ -62,7 +61,7 @@ def differences(
     ]
 
 
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat_settings(settings: Mapping[str, Json], prefix: str = "") -> dict[str, str]:
     """Returns settings by their dotted names, each value as JSON."""
     table: dict[str, str] = {}
     for name, value in settings.items():
@@ -74,8 +73,8 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, st
 
 
 def restore_into(
-    state: Any, checkpointer: CheckpointReader, step: int | None = None
-) -> tuple[Any, list[str]]:
+    state: Tree, checkpointer: CheckpointReader, step: int | None = None
+) -> tuple[Tree, list[str]]:
     """Restores a checkpoint into a state of another Precision, and says what it changed.
 
     Leaves are matched by tree path. A leaf of another dtype is cast. A float32 master copy
@@ -105,14 +104,14 @@ def restore_into(
     fresh = leaves.named_leaves(state)
     masters = {path: name for name in saved if (path := _mirrored(name)) is not None}
     sources = {name: _source(name, leaf, saved, masters) for name, leaf in fresh.items()}
-    params = _params(state)
-    roots = [recast.SavedRoot.find(root, saved, nodes) for root in recast.find_roots(state, nodes)]
+    params = state.get("params") if isinstance(state, dict) else getattr(state, "params", None)
+    roots = recast.find_roots(state, saved, nodes)
     for root in roots:  # low moments, now or then, are read as whole states
         for name in root.below(fresh):
             del sources[name]
     lines = _without_history(state, params, sources, roots)
     where = f"{checkpointer.directory}"
-    if not any(sources.values()) and not any(root.parts for root in roots):
+    if not any(sources.values()) and not any(root.saved for root in roots):
         raise ConfigError(
             f"{where}: no leaf of the checkpoint has a path of this state ({min(saved)} there, "
             f"{min(fresh)} here); restore the same model"
@@ -126,7 +125,7 @@ def restore_into(
     for root in roots:
         wanted |= root.wanted(where, saved)
     read = checkpointer.read(wanted, step)
-    restored: dict[str, Any] = {}
+    restored: dict[str, leaves.Leaf] = {}
     for root in roots:
         found, said = root.recast(read, params)
         restored |= found
@@ -148,12 +147,8 @@ def restore_into(
     return jax.tree.unflatten(jax.tree.structure(state), values), lines
 
 
-def _params(state: Any) -> Any:
-    return state.get("params") if isinstance(state, dict) else getattr(state, "params", None)
-
-
 def _without_history(
-    state: Any, params: Any, sources: dict[str, str | None], roots: list[recast.SavedRoot]
+    state: PyTree, params: Params, sources: dict[str, str | None], roots: list[recast.Root]
 ) -> list[str]:
     """Leaves whole an optimizer's history fresh where the checkpoint lacks a part; says which."""
     owners = recast.history_owners(state, params)
@@ -162,7 +157,7 @@ def _without_history(
     for root in roots:
         for name, part in root.names().items():
             if name in owners:
-                found[name], places[name] = part in root.parts, (root, part)
+                found[name], places[name] = part in root.saved, (root, part)
     lacking = {owners[name]: name for name, there in found.items() if not there}
     lines = []
     for name, there in found.items():
@@ -170,7 +165,7 @@ def _without_history(
             continue
         if name in places:
             root, part = places[name]
-            del root.parts[part]
+            del root.saved[part]
         else:
             sources.pop(name)
             sources[name] = None
@@ -187,7 +182,7 @@ def _mirrored(name: str) -> str | None:
 
 
 def _source(
-    name: str, leaf: Any, saved: Mapping[str, Any], masters: Mapping[str, str]
+    name: str, leaf: leaves.Leaf, saved: recast.Shapes, masters: Mapping[str, str]
 ) -> str | None:
     weight = _mirrored(name)
     if weight is not None and name not in saved:
@@ -200,8 +195,8 @@ def _source(
 
 def _require_matches(
     where: str,
-    fresh: Mapping[str, Any],
-    saved: Mapping[str, jax.ShapeDtypeStruct],
+    fresh: Mapping[str, leaves.Leaf],
+    saved: recast.Shapes,
     sources: Mapping[str, str | None],
 ) -> None:
     for name, source in sources.items():
@@ -230,7 +225,7 @@ def _require_matches(
             )
 
 
-def _cast(name: str, array: jax.Array, dtype: Any) -> jax.Array:
+def _cast(name: str, array: jax.Array, dtype: DType) -> jax.Array:
     if array.dtype == dtype:
         return array
     floating = [jnp.issubdtype(kind, jnp.floating) for kind in (array.dtype, dtype)]

@@ -8,14 +8,15 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo
 
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint import leaves
+from mpjax.typing import Json
 
 TEMPORARY = ocp.utils.TMP_DIR_SUFFIX  # ends the name of a step folder that is not committed
 META_FILE = "meta/meta.json"
@@ -58,7 +59,9 @@ class Keep:
     def __init__(self, choose: Callable[[list[int]], set[int]]) -> None:
         self._choose = choose
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: object
+    ) -> list[bool]:
         """Returns for each checkpoint, oldest first, whether it stays."""
         chosen = self._choose([checkpoint.step for checkpoint in checkpoints])
         return [checkpoint.step in chosen for checkpoint in checkpoints]
@@ -95,8 +98,8 @@ def open_writer(
 
 
 def make_page(
-    table: dict[str, Any], meta: Mapping[str, Any], metrics: Mapping[str, float]
-) -> dict[str, Any]:
+    table: Mapping[str, leaves.Leaf], meta: Mapping[str, Json], metrics: Mapping[str, float]
+) -> dict[str, Json]:
     """Returns what `meta.json` holds of a step, as of now: the file is written later.
 
     Raises:
@@ -111,7 +114,7 @@ def make_page(
 
 
 def write(
-    writer: ocp.CheckpointManager, step: int, table: dict[str, jax.Array], page: dict[str, Any]
+    writer: ocp.CheckpointManager, step: int, table: Mapping[str, jax.Array], page: dict[str, Json]
 ) -> None:
     """Starts the write of a step; returns when the arrays may be donated.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpjax.lazy import lazy_names
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mpjax.train.processes.agreement import code_hash, of_first, require_agreement
     from mpjax.train.processes.peers import end, initialize, watched
 
-# Imported at first use: orbax, progress bars and writers are no need of a train step.
+# Imported at first use: a train step needs neither orbax nor progress bars nor writers.
 _LAZY = {
     "code_hash": "agreement",
     "of_first": "agreement",
@@ -30,5 +30,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     return lazy_names(__name__, _LAZY)(name)

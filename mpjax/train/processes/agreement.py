@@ -1,4 +1,4 @@
-"""What several processes tell each other before they train together."""
+"""What processes compare before they train together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint.restore import flat_settings
+from mpjax.typing import Json
 
 _SHOWN = 8  # differences that an error names
 
@@ -42,7 +42,7 @@ def of_first(text: str) -> str:
     return exchange(text)[0]
 
 
-def require_agreement(page: Mapping[str, Any]) -> None:
+def require_agreement(page: Mapping[str, Json]) -> None:
     """Refuses to train where the processes were started differently; every process must call it.
 
     A hash is compared; only where it differs do the processes send each other the whole.

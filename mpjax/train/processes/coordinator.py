@@ -14,7 +14,6 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 _LONGEST = 60.0  # seconds that it outlives the first process
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
@@ -42,7 +41,7 @@ def connected(port: int) -> bool:
     return any(f[3] == _ESTABLISHED and f[1].endswith(f":{port:04X}") for f in rows if len(f) > 3)
 
 
-def serve(address: str, count: int, settings: dict[str, Any]) -> None:
+def serve(address: str, count: int, settings: dict[str, object]) -> None:
     """Runs the service until it is to end."""
     from jaxlib import _jax
 
@@ -57,7 +56,7 @@ def serve(address: str, count: int, settings: dict[str, Any]) -> None:
     begun = time.monotonic()
     while time.monotonic() - begun < _LONGEST and connected(port):
         time.sleep(0.5)
-    os._exit(0)  # a service with clients does not let go by itself
+    os._exit(0)  # a service with clients would wait for them
 
 
 def main() -> None:

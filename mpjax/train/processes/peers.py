@@ -1,4 +1,4 @@
-"""Processes that train together: each knows when another is lost, says who, and ends."""
+"""Processes that train together: each notices when another is lost, names it, and ends."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax._src import distributed  # the client that JAX's own multihost_utils use
 
 from mpjax.errors import printable
+from mpjax.typing import Json
+
+Page: TypeAlias = Mapping[str, Json]  # what a process says of itself
 
 SILENCE = 30.0  # seconds without a beat, after which a process is lost
 _BEAT, _GRACE, _STALL = 1.0, 3.0, 10.0
 _PREFIX = "mpjax/peers/"
 
 
-def initialize(*arguments: Any) -> None:
-    """`jax.distributed.initialize`, whose coordination service outlives the first process.
+def initialize(
+    address: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
+    """Calls `jax.distributed.initialize`; the coordination service outlives the first process.
 
     Args:
-      arguments: as JAX's.
+      address: of the coordinator, as JAX's; JAX finds out what is left out.
+      count: of processes.
+      index: of this process.
 
     Raises:
       RuntimeError: the service cannot start, such as on a port that is in use.
@@ -38,7 +45,7 @@ def initialize(*arguments: Any) -> None:
     service = module.get_distributed_runtime_service
     module.get_distributed_runtime_service = _Coordinator
     try:
-        jax.distributed.initialize(*arguments)
+        jax.distributed.initialize(address, count, index)
     finally:
         module.get_distributed_runtime_service = service
 
@@ -46,7 +53,7 @@ def initialize(*arguments: Any) -> None:
 class _Coordinator:
     """Stands in for jaxlib's service, which runs in a child."""
 
-    def __init__(self, address: str, count: int, **settings: Any) -> None:
+    def __init__(self, address: str, count: int, **settings: object) -> None:
         self._child = subprocess.Popen(
             [sys.executable, "-I", str(Path(__file__).with_name("coordinator.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -72,7 +79,7 @@ class _Coordinator:
 
 
 class Roll:
-    """What the processes last said of themselves, and which of them is lost.
+    """The last pages of the other processes, and which of them is lost.
 
     Args:
       index: of this process; it is never lost to itself.
@@ -82,12 +89,12 @@ class Roll:
 
     def __init__(self, index: int, count: int, now: float) -> None:
         self._others = [i for i in range(count) if i != index]
-        self._pages: dict[int, Mapping[str, Any]] = {}
+        self._pages: dict[int, Page] = {}
         self._beaten = dict.fromkeys(self._others, now)
         self._left: dict[int, float] = {}
         self._round = self._looked = now
 
-    def hear(self, pages: Mapping[int, Mapping[str, Any]], now: float) -> None:
+    def hear(self, pages: Mapping[int, Page], now: float) -> None:
         """Takes the pages of all processes, as one round of asking brought them."""
         for i in self._others:
             old, new = self._pages.get(i, {}), pages.get(i, {})
@@ -98,8 +105,8 @@ class Roll:
         self._pages, self._round = dict(pages), now
 
     def lost(self, now: float) -> str:
-        """Returns who is lost, and how it is known; empty while nobody is."""
-        if now - self._looked > _STALL:  # this process itself stood still: nobody could be heard
+        """Returns which process is lost and why; empty if none is."""
+        if now - self._looked > _STALL:  # this process itself was suspended
             self._beaten = dict.fromkeys(self._others, now)
             self._round = now
         self._looked = now
@@ -129,7 +136,7 @@ class Roll:
 
 
 class Peers:
-    """Tells the other processes that this one lives, and ends it when one of them is lost.
+    """Tells the other processes that this one runs, and ends it when one of them is lost.
 
     A thread writes and reads a page of each process in JAX's coordination service once a second;
     another looks at what came, so that a service that does not answer is noticed too. The end is
@@ -143,7 +150,7 @@ class Peers:
         self._client: Any = distributed.global_state.client
         self._index, self._count = jax.process_index(), jax.process_count()
         self._remedy = remedy
-        self._page: dict[str, Any] = {"host": socket.gethostname(), "beat": 0}
+        self._page: dict[str, Json] = {"host": socket.gethostname(), "beat": 0}
         self._roll = Roll(self._index, self._count, time.monotonic())
         self._stop, self._round = threading.Event(), threading.Condition()
         for run in (self._talk, self._look):
@@ -156,7 +163,7 @@ class Peers:
     def broken(self) -> None:
         """Waits for the watch to say who is lost, which would explain an error of this process.
 
-        Returns when nobody is, or when all have failed: then the error is its own.
+        Returns when no process is, or when all have failed: then the error is its own.
         """
         self._say(broken=True)
         end = time.monotonic() + SILENCE + 3 * _BEAT
@@ -164,12 +171,12 @@ class Peers:
             time.sleep(0.1)
 
     def finish(self) -> None:
-        """Waits for the others to come to their end too; afterwards nobody is watched."""
+        """Waits until the others have ended too; afterwards no process is watched."""
         self._say(done=True)
         jax.distributed.shutdown()
         self._stop.set()
 
-    def _say(self, **words: Any) -> None:
+    def _say(self, **words: Json) -> None:
         self._page |= words
         with self._round:
             for _ in range(2):  # the round that is under way may have begun before
@@ -214,7 +221,7 @@ def watched(remedy: str, own: tuple[type[BaseException], ...]) -> Iterator[None]
     Args:
       remedy: what to do when one is lost, for the line.
       own: errors that explain themselves: the others are told, and they are raised on. Any other
-        is taken for the consequence of a lost process until nobody is found lost. After an error,
+        is taken for the consequence of a lost process unless none is found lost. After an error,
         leave with `end`: Python's own end would wait for the others.
     """
     peers = Peers(remedy)

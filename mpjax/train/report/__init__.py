@@ -1,8 +1,8 @@
-"""What a run tells: metrics, progress, tensors, its manifest, and when it is to stop."""
+"""What a run reports: metrics, progress, tensors, its manifest, and requests to stop."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpjax.lazy import lazy_names
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mpjax.train.report.tensor_monitor import TensorWriter, watched
     from mpjax.train.report.terminal import steady_terminal
 
-# Imported at first use: orbax, progress bars and writers are no need of a train step.
+# Imported at first use: a train step needs neither orbax nor progress bars nor writers.
 _LAZY = {
     "require_same_environment": "environment",
     "Interrupt": "interrupt",
@@ -66,5 +66,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     return lazy_names(__name__, _LAZY)(name)

@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint.restore import differences
+from mpjax.typing import Json
 
 # Of jax.config; what only shows, checks, caches or places is left out.
 _JAX = (
@@ -31,14 +31,14 @@ _NO_NUMBERS = re.compile(
 )
 
 
-def environment() -> dict[str, Any]:
+def environment() -> dict[str, Json]:
     """Returns by name what a run's numbers depend on beside its settings, as JSON-able values.
 
     Example:
       >>> environment()["jax_enable_x64"]
       False
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Json] = {}
     for name in _JAX:
         if name in jax.config.values:  # versions of JAX differ in what they have
             # an attribute knows of a surrounding `with`, but not every setting is one
@@ -59,7 +59,7 @@ def xla_flags() -> dict[str, str]:
     return {n: value for n, value in sorted(flags.items()) if not _NO_NUMBERS.fullmatch(n)}
 
 
-def require_same_environment(saved: Mapping[str, Any]) -> None:
+def require_same_environment(saved: Mapping[str, Json]) -> None:
     """Refuses to resume where something outside of the settings changes the numbers.
 
     Args:

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 # Windows has no SIGHUP.
@@ -21,10 +21,9 @@ class Interrupt:
     The first signal sets `requested` and says so on stderr; the loop saves and leaves. A second
     SIGINT ends the process at once with status 130, without waiting for any thread. The others
     never count as a second one: `make` and job schedulers send SIGTERM along with Ctrl-C, and a
-    terminal that is closed sends SIGHUP. That one is left alone where it is ignored, which is what
-    `nohup` asks for. Signals
-    are also read from a wake-up socket by a thread of their own, so that the second Ctrl-C works
-    while the main thread is inside a compilation or a device computation.
+    terminal that is closed sends SIGHUP. SIGHUP is left alone where it is ignored, as under
+    `nohup`. Signals are also read from a wake-up socket by a thread, so that the second Ctrl-C
+    works while the main thread is inside a compilation or a device computation.
 
     Off the main thread Python allows no signal handlers: there the block does nothing and
     `requested` stays None.
@@ -62,12 +61,7 @@ class Interrupt:
         }
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if not self._previous:
             return
         for number, handler in self._previous.items():
@@ -84,12 +78,9 @@ class Interrupt:
             self._requested = signal.Signals(number).name
 
     def _watch(self) -> None:
-        presses = 0
-        announced = False
+        presses, announced = 0, False
         while block := self._reader.recv(16):
-            for number in block:
-                if number not in _SIGNALS:
-                    continue
+            for number in filter(_SIGNALS.__contains__, block):
                 presses += number == signal.SIGINT
                 if presses > 1:
                     os._exit(130)

@@ -12,13 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from mpjax.files import write_text
 from mpjax.precision import Precision, PrecisionSchedule
 from mpjax.train.report.environment import environment
+from mpjax.typing import Json, Settings
 
 MANIFEST = "manifest.json"
 _log = logging.getLogger("mpjax.train")
@@ -57,15 +57,15 @@ def _commit() -> str:
 
 def manifest(
     precision: Precision,
-    config: dict[str, Any],
+    config: Settings,
     paths: Iterable[str],
     products: dict[str, dict[str, str]],
     schedule: PrecisionSchedule | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Returns what a run's outcome depends on.
 
     Args:
-      precision: resolved; stands in it whole.
+      precision: resolved; the manifest holds all of it.
       config: every setting.
       paths: of the model; each one's policy is written out.
       products: recipe -> product -> what multiplies it here.
@@ -100,7 +100,7 @@ def manifest(
     }
 
 
-def write_manifest(out: str | Path, content: dict[str, Any]) -> None:
+def write_manifest(out: str | Path, content: dict[str, Json]) -> None:
     """Writes `manifest.json` in a run's folder, whole or not at all.
 
     One that is there and is damaged is moved to `manifest.json.damaged`, with one logged line.
@@ -113,7 +113,7 @@ def write_manifest(out: str | Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_manifest(out: str | Path) -> dict[str, Any] | None:
+def read_manifest(out: str | Path) -> dict[str, Json] | None:
     """Returns the manifest of a run's folder; None if it is damaged: cut off, or no JSON object.
 
     Raises:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections import Counter
 
 import jax
 
-from mpjax.formats import Quantized
+from mpjax.formats import is_quantized
 from mpjax.train.step import TrainState
 
 
-def _shards(leaf: Any) -> list[tuple[Any, int]]:
+def _shards(leaf: jax.Array) -> list[tuple[jax.Device, int]]:
     return [(shard.device, shard.data.nbytes) for shard in leaf.addressable_shards]
 
 
@@ -46,15 +46,15 @@ def state_bytes(state: TrainState) -> dict[str, int]:
         kind: sum(size for leaf in jax.tree.leaves(tree) for _, size in _shards(leaf))
         for kind, tree in kinds.items()
     }
-    devices: dict[Any, int] = {}
+    devices: Counter[jax.Device] = Counter()
     for leaf in jax.tree.leaves(state):
         for device, size in _shards(leaf):
-            devices[device] = devices.get(device, 0) + size
+            devices[device] += size
     return sizes | {"total": sum(sizes.values()), "device": max(devices.values())}
 
 
 def _weights(state: TrainState) -> int:
-    leaves = jax.tree.leaves(state.params, is_leaf=lambda x: isinstance(x, Quantized))
+    leaves = jax.tree.leaves(state.params, is_leaf=is_quantized)
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
@@ -64,8 +64,7 @@ def bytes_per_parameter(state: TrainState) -> float:
     $P$ weights, $M$ moments, $W$ master copies, $r$ scales and counters, $n$ weights counted once.
     float32 Adam is 4 + 8 + 0 = 12; on several devices, copies that they share count each time.
     """
-    count = _weights(state)
-    return state_bytes(state)["total"] / count
+    return state_bytes(state)["total"] / _weights(state)
 
 
 def formula(state: TrainState) -> str:
@@ -79,7 +78,6 @@ def formula(state: TrainState) -> str:
       >>> print(formula(state)[:35])
       (32960 params + 0 moments + 0 maste
     """
-    size = state_bytes(state)
-    count = _weights(state)
+    size, count = state_bytes(state), _weights(state)
     parts = " + ".join(f"{size[kind]} {kind}" for kind in ("params", "moments", "master", "rest"))
     return f"({parts}) bytes / {count} parameters = {size['total'] / count:.3f}"

@@ -8,12 +8,14 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TextIO
 
 import numpy as np
 
 from mpjax.errors import ConfigError, brief, need
 from mpjax.files import NO_FOLLOW, write_file
+from mpjax.typing import Json, Settings
 
 METRICS = "metrics.jsonl"
 _log = logging.getLogger("mpjax.train")
@@ -21,7 +23,7 @@ _log = logging.getLogger("mpjax.train")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
-def to_line(record: Mapping[str, Any]) -> str:
+def to_line(record: Mapping[str, Json]) -> str:
     """Returns a record as one line of valid JSON.
 
     A number that is not finite is written as "NaN", "Infinity" or "-Infinity", in quotes.
@@ -30,17 +32,12 @@ def to_line(record: Mapping[str, Any]) -> str:
       >>> to_line({"step": 3, "loss": math.nan, "grad_norm": math.inf})
       '{"step": 3, "loss": "NaN", "grad_norm": "Infinity"}'
     """
-    return json.dumps(
-        {
-            key: json.dumps(value)
-            if isinstance(value, float) and not math.isfinite(value)
-            else value
-            for key, value in record.items()
-        }
-    )
+    floats = {k: v for k, v in record.items() if isinstance(v, float)}
+    odd = {k: json.dumps(v) for k, v in floats.items() if not math.isfinite(v)}
+    return json.dumps({**record, **odd})
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path) -> list[Settings]:
     """Returns the records of a `metrics.jsonl`; lines that are none are left out.
 
     What `to_line` wrote as text because it is not finite is a float again.
@@ -54,7 +51,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [record for _, record in _lines(path) if record is not None]
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+def _lines(path: Path) -> Iterator[tuple[bytes, Settings | None]]:
     """Each line that is not blank, and its record; None if it is no JSON object."""
     with path.open("rb") as file:
         for line in file:
@@ -70,7 +67,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
                 yield line, None
 
 
-def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+def plain(record: Mapping[str, object]) -> Settings:
     """Returns a record as Python's own numbers and texts; scalars of JAX and NumPy are read.
 
     Raises:
@@ -104,14 +101,12 @@ def keep_until(path: Path, step: int) -> None:
     Lines that hold no record with a step go to `NAME.damaged` beside it, with one logged line. A
     last line that was cut off is what every kill leaves, and is dropped.
     """
-    lines: list[bytes] = []
-    damaged: list[bytes] = []
-    first = 0
+    lines, damaged, first = list[bytes](), list[bytes](), 0
     for number, (line, record) in enumerate(_lines(path), 1):
         if record is not None and type(record.get("step")) is int:
             if record["step"] <= step:
                 lines.append(line.rstrip(b"\r\n") + b"\n")
-        elif not _cut_off(line):
+        elif not (line.startswith(b"{") and line.isascii() and line.decode().isprintable()):
             first = first or number
             damaged.append(line)
     if damaged:
@@ -125,12 +120,15 @@ def keep_until(path: Path, step: int) -> None:
     write_file(path, lambda file: file.writelines(lines))
 
 
-def _cut_off(line: bytes) -> bool:
-    """Whether it is the beginning of a record, as a kill in the middle of a write leaves it."""
-    return line.startswith(b"{") and line.isascii() and line.decode().isprintable()
+def open_after(path: Path, step: int) -> TextIO:
+    """Returns a log to append to, without its records after a step; see `keep_until`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        keep_until(path, step)
+    return path.open("a")
 
 
-def import_wandb() -> Any:
+def import_wandb() -> ModuleType:
     """Returns the module wandb.
 
     Raises:
@@ -156,7 +154,7 @@ class MetricsWriter:
     def __init__(
         self,
         out: str | Path,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, object],
         *,
         start: int = 0,
         every: int = 10,
@@ -170,12 +168,8 @@ class MetricsWriter:
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.summary import hparams
 
-        path = Path(out) / METRICS
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            keep_until(path, start)
         self._every = every
-        self._file = path.open("a")
+        self._file = open_after(Path(out) / METRICS, start)
         # 10 s, not 120: what a kill may cost, and how late the curves are on the screen
         self._board = SummaryWriter(
             str(Path(out) / "tensorboard"), purge_step=start + 1, flush_secs=10
@@ -185,7 +179,7 @@ class MetricsWriter:
         for summary in hparams(shown, {"validation_loss": math.nan}):
             self._board.file_writer.add_summary(summary)
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: Mapping[str, object]) -> None:
         """Writes one record, numbers and texts by name; it holds at least `step`.
 
         Raises:
@@ -197,12 +191,8 @@ class MetricsWriter:
         step = record["step"]
         if step % self._every and "validation_loss" not in record:
             return
-        texts = {key for key, value in record.items() if isinstance(value, str)}
-        numbers = {
-            key: value
-            for key, value in record.items()
-            if key not in {"step", *texts} and value is not None
-        }
+        shown = ((k, v) for k, v in record.items() if k != "step")
+        numbers = {k: v for k, v in shown if v is not None and not isinstance(v, str)}
         # One event for all: `add_scalar` costs three times as much, and warns of each NaN.
         points = [self._summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]
         self._board.file_writer.add_summary(self._summary(value=points), step)

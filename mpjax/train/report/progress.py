@@ -6,16 +6,16 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mpjax.typing import Settings
+
 
 @contextlib.contextmanager
 def _shown() -> Iterator[None]:
-    """A drawing: a terminal that is closed, gone or lacks a character is no reason to stop."""
+    """Ignores what a terminal raises that is closed, gone or lacks a character."""
     try:
         yield
     except (OSError, ValueError):
@@ -25,7 +25,7 @@ def _shown() -> Iterator[None]:
             raise
 
 
-def describe(record: dict[str, Any]) -> str:
+def describe(record: Settings) -> str:
     """Returns one line about a step: loss, speed, loss scale, skips.
 
     Example:
@@ -76,7 +76,7 @@ class ProgressBar:
         # Drawn by `update`, once a second: a drawing costs milliseconds, and a thread of its own
         # takes them from the training step on a small machine.
         self._bar = Progress(*columns, console=self._console, auto_refresh=False)
-        self._last: dict[str, Any] | None = None
+        self._last: Settings | None = None
         self._drawn = -math.inf
         self._task = self._bar.add_task(label, total=steps, completed=start, line="compiling")
 
@@ -86,7 +86,7 @@ class ProgressBar:
                 self._bar.start()
         return self
 
-    def update(self, record: dict[str, Any]) -> None:
+    def update(self, record: Settings) -> None:
         """Shows a record."""
         if "loss" not in record:
             return
@@ -106,12 +106,7 @@ class ProgressBar:
                 self._bar.update(self._task, completed=step, line=line, refresh=True)
         self._drawn = time.monotonic()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._live:
             self._draw()  # the last step
             with _shown(), contextlib.suppress(IndexError):  # rich's, where it could not start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import numpy as np
 from mpjax.errors import ConfigError
 from mpjax.interpret.monitor.monitor import monitor
 from mpjax.interpret.monitor.report import KINDS, Monitored
-from mpjax.train.report.metrics_writer import keep_until, to_line
-from mpjax.train.step import TrainStep
+from mpjax.train.report.metrics_writer import open_after, to_line
+from mpjax.train.step import StepFn, TrainState, TrainStep
+from mpjax.typing import Batch, Metrics, Settings
 
 FILE = "monitor.jsonl"
 _LOWEST = -126  # exponent of the first bin of `Statistics.histogram`
@@ -35,8 +36,8 @@ def watched(
 
     Args:
       step: from `build` or `make_train_step`.
-      report: called with the number of the step that was measured and what was seen, on the
-        devices; that step is on its way by then, so that they need not wait for the host.
+      report: called with the number of the step that was measured and the measurement, on the
+        devices; that step is dispatched before, so that they need not wait for the host.
       every: steps between measurements; the run's first step is measured too.
       start: steps that were taken already.
       options: of `mpjax.interpret.monitor`: `where`, `what`, `formats`, `sample`.
@@ -47,22 +48,24 @@ def watched(
     if every < 1:
         raise ConfigError(f"monitor_every: {every} must be at least 1; leave it out to not measure")
     monitor(step.function, **options)  # refuses what it cannot measure before the run begins
-    looks: dict[Any, Any] = {}  # a program for each precision that the step runs in
+    programs: dict[
+        StepFn, Callable[[TrainState, Batch], Monitored]
+    ] = {}  # a program for each precision that the step runs in
     number = start
 
-    def look(state: Any, batch: Any) -> Monitored:
+    def measure(state: TrainState, batch: Batch) -> Monitored:
         taken, plain = step.active(state)
-        if taken.function not in looks:
+        if taken.function not in programs:
             function = monitor(taken.function, **options)
-            looks[taken.function] = jax.jit(lambda state, batch: function(state, batch)[1])
-        return looks[taken.function](plain, batch)
+            programs[taken.function] = jax.jit(lambda state, batch: function(state, batch)[1])
+        return programs[taken.function](plain, batch)
 
-    def compiled(state: Any, batch: Any) -> Any:
+    def compiled(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         nonlocal number
         number += 1
         monitored = None
         if number % every == 0 or number == start + 1:
-            monitored = look(state, batch)
+            monitored = measure(state, batch)
         out = step.compiled(state, batch)
         if monitored is not None:
             report(number, monitored)
@@ -71,22 +74,19 @@ def watched(
     return dataclasses.replace(step, compiled=compiled)
 
 
-def _trimmed(counts: np.ndarray) -> tuple[int, list[int]]:
-    """The exponent of the first number that there is, and the counts from there to the last."""
-    there = np.flatnonzero(counts)
-    if not there.size:
-        return 0, []
-    return _LOWEST + int(there[0]), counts[there[0] : there[-1] + 1].tolist()
-
-
 def _histograms(monitored: Monitored) -> Iterator[tuple[str, str, int | None, int, list[int]]]:
     """Kind, name, layer, exponent of the first count and counts of each tensor and layer."""
     for kind in KINDS:
         for name, found in getattr(monitored, kind).items():
             flat = np.asarray(found.histogram)
             flat = flat.reshape(-1, flat.shape[-1])
-            for layer, counts in enumerate(flat):
-                yield kind, name, layer if found.layers else None, *_trimmed(counts)
+            for index, counts in enumerate(flat):
+                layer = index if found.layers else None
+                if (there := np.flatnonzero(counts)).size:
+                    first, last = int(there[0]), int(there[-1])
+                    yield kind, name, layer, _LOWEST + first, counts[first : last + 1].tolist()
+                else:
+                    yield kind, name, layer, 0, []
 
 
 class TensorWriter:
@@ -108,13 +108,9 @@ class TensorWriter:
     def __init__(self, out: str | Path, *, start: int = 0) -> None:
         from tensorboardX import SummaryWriter  # here: 0.3 s that `--help` need not wait for
 
-        path = Path(out) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            keep_until(path, start)
-        self._file = path.open("a")
+        self._file = open_after(Path(out) / FILE, start)
         self._board = SummaryWriter(str(Path(out) / "tensorboard" / "tensors"), flush_secs=10)
-        self.last: list[dict[str, Any]] = []
+        self.last: list[Settings] = []
         self.last_step = start
 
     def write(self, step: int, monitored: Monitored) -> None:
@@ -133,7 +129,7 @@ class TensorWriter:
                 self._histogram(tag, first, np.array(counts), step)
         self._file.flush()
 
-    def _points(self, tag: str, row: Mapping[str, Any], step: int) -> None:
+    def _points(self, tag: str, row: Settings, step: int) -> None:
         for key, value in row.items():
             if key == "amax" or key.startswith("underflow/") or key == row["kind"]:
                 end = "" if key == row["kind"] else f"/{key.replace(' ', '_')}"

@@ -1,4 +1,4 @@
-"""A terminal that may be sick: what cannot be shown is lost, and training goes on."""
+"""Output streams that never raise: what cannot be written is dropped, and training goes on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TextIO
 
-# The reader has gone, and will not come back; a full disk behind a log file may.
+# The reader is gone for good; a full disk behind a log file may have room again.
 _GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF)
 
 
@@ -29,7 +29,7 @@ class SteadyStream:
       >>> _ = stream.write("1 ± 2"), stream.close(), stream.write("lost")
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -50,7 +50,7 @@ class SteadyStream:
         except (OSError, ValueError) as error:
             self._lose(error)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
     def _lose(self, error: OSError | ValueError) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,11 +20,19 @@ from jax.experimental import multihost_utils
 
 from mpjax.errors import ConfigError
 from mpjax.interpret.monitor.monitor import monitor
+from mpjax.interpret.monitor.report import Monitored
 from mpjax.precision import PrecisionSchedule
 from mpjax.precision.triggers import Evidence
 from mpjax.train.preflight import free_bytes
-from mpjax.train.schedule.switch_state import entered, plain_state, scheduled, updated
-from mpjax.train.step import TrainState, TrainStep, compile_step
+from mpjax.train.schedule.switch_state import (
+    entered,
+    plain_state,
+    scheduled,
+    switch_of,
+    updated,
+)
+from mpjax.train.step import StepFn, TrainState, TrainStep, compile_step
+from mpjax.typing import Array, Batch, Settings
 
 log = logging.getLogger("mpjax.train")
 
@@ -48,29 +56,22 @@ class SwitchingStep(TrainStep):
 
     def active(self, state: TrainState) -> tuple[TrainStep, TrainState]:
         """Returns the step of the precision that ran last, and the state as it sees it."""
-        index = int(state.switch.active)
+        index = int(switch_of(state).active)
         return self.steps[index], plain_state(state, index)
-
-
-class _Known(NamedTuple):
-    """What the host knows of the state that it returned last, without asking the devices."""
-
-    step: Any
-    active: Any
-    at: tuple[int, int]
 
 
 class _Chooser:
     """`chooser(state, batch)`: decides, then runs the program of the precision."""
 
     def __init__(
-        self, schedule: PrecisionSchedule, steps: Sequence[TrainStep], programs: Sequence[Any]
+        self, schedule: PrecisionSchedule, steps: Sequence[TrainStep], programs: Sequence[StepFn]
     ) -> None:
         self._schedule, self._steps, self._programs = schedule, steps, programs
         self._turn = schedule.turn if schedule.kind == "late" else 0
-        self._known: _Known | None = None
+        # Two arrays of the state that was returned last, and their values on the host.
+        self._known: tuple[Array, Array, tuple[int, int]] | None = None
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         number, index = self._where(state)
         before, reason = index, ""
         if self._turn:
@@ -83,28 +84,28 @@ class _Chooser:
             labels = self._schedule.labels
             text = f"{labels[before]} -> {labels[index]}: {reason}"
             log.info("step %d: %s", number + 1, text)
-            state = state._replace(switch=entered(state.switch, before, index, number))
+            state = state._replace(switch=entered(switch_of(state), before, index, number))
         state, metrics = self._programs[index](state, batch)
-        self._known = _Known(state.step, state.switch.active, (number + 1, index))
+        self._known = state.step, switch_of(state).active, (number + 1, index)
         return state, metrics | ({"switch": text} if text else {})
 
     def _where(self, state: TrainState) -> tuple[int, int]:
-        """Steps taken and the active precision; asks the devices only about a foreign state."""
-        known = self._known
-        if known and state.step is known.step and state.switch.active is known.active:
-            return known.at
-        number, index = jax.device_get((state.step, state.switch.active))
+        """Steps taken and the active precision; the devices are asked only about another state."""
+        known, active = self._known, switch_of(state).active
+        if known and state.step is known[0] and active is known[1]:
+            return known[2]
+        number, index = jax.device_get((state.step, active))
         return int(number), int(index)
 
     def _judge(
-        self, state: TrainState, batch: Any, number: int, index: int
+        self, state: TrainState, batch: Batch, number: int, index: int
     ) -> tuple[TrainState, int, str]:
         triggers = self._schedule.triggers
         assert triggers is not None
         underflow = self._underflow(state, batch, index)
-        switch = state.switch._replace(loss_scales=(), model_states=())
+        switch: Any = switch_of(state)._replace(loss_scales=(), model_states=())
         switch, skipped = jax.device_get((switch, state.opt_state.gate.skipped))
-        if number - int(switch.since) < triggers.window:  # a run that began within this one
+        if number - int(switch.since) < triggers.window:  # the run began within this window
             return state, index, ""
         # float64 on the host: the same bits wherever the state comes from
         losses = switch.losses[np.isfinite(switch.losses)].astype(np.float64)
@@ -121,16 +122,16 @@ class _Chooser:
             free=_free() if triggers.headroom else np.inf,
         )
         verdict = triggers.judge(evidence)
-        new: dict[str, Any] = {"skipped": skipped}
+        new: Settings = {"skipped": skipped}
         if loss < switch.best:
             new |= {"best": np.float32(loss), "spread": np.float32(spread)}
-        state = state._replace(switch=updated(state.switch, new))
+        state = state._replace(switch=updated(switch_of(state), new))
         if verdict.reason and not verdict.switch:
             log.info("step %d: %s", number + 1, verdict.reason)
         return state, 1 - index if verdict.switch else index, verdict.reason
 
     @functools.cached_property
-    def _looks(self) -> list[Any]:
+    def _monitors(self) -> list[Callable[[TrainState, Batch], Monitored]]:
         """For each precision, a program that measures its backward pass."""
         options: Any = {"what": ("activation_gradients",), "sample": _SAMPLE}
         functions = [
@@ -139,11 +140,11 @@ class _Chooser:
         ]
         return [jax.jit(lambda *args, f=f: f(*args)[1]) for f in functions]
 
-    def _underflow(self, state: TrainState, batch: Any, index: int) -> float:
+    def _underflow(self, state: TrainState, batch: Batch, index: int) -> float:
         format = self._schedule.measured
         if not format:
             return float("nan")
-        evidence = jax.device_get(self._looks[index](plain_state(state, index), batch))
+        evidence = jax.device_get(self._monitors[index](plain_state(state, index), batch))
         found = list(evidence.activation_gradients.values())
         count = sum(np.sum(s.size) for s in found)
         # What has underflowed already is a zero.
@@ -160,7 +161,7 @@ def _free() -> float:
 
 
 def make_switching_step(
-    schedule: PrecisionSchedule, steps: Sequence[TrainStep], shardings: Any = None
+    schedule: PrecisionSchedule, steps: Sequence[TrainStep], shardings: TrainState | None = None
 ) -> SwitchingStep:
     """Returns the step that runs one of several, as a schedule says.
 

@@ -1,11 +1,10 @@
-"""What a run keeps that changes its Precision, and what happens to it at a switch.
+"""The state of a run with a precision schedule, and how it changes at a switch.
 
 All precisions take the same state: weights, moments and counters are stored alike in all of them
-and simply go on. What belongs to one precision lies in `TrainState.switch`:
+and are not changed. What belongs to one precision is in `TrainState.switch`:
 
-  loss scale      each precision keeps its own; it rests while another precision runs, and goes on
-                  where it was left. float16 comes back to the scale that it could bear.
-  amax histories  are emptied when their precision comes back: magnitudes of long ago would make
+  loss scale      each precision keeps its own, which does not change while another one runs.
+  amax histories  are emptied when their precision becomes active again: old magnitudes would make
                   numbers saturate, and an empty history takes its scales from the current tensor.
   other state     of the model (running means) is carried over.
 """
@@ -23,8 +22,10 @@ from jaxtyping import Array, Float, Int
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import AmaxHistory, map_histories
 from mpjax.optim import LossScale, NoOpLossScale
+from mpjax.optim.tree_paths import leaves_with_names, path_name
 from mpjax.train.checkpoint.leaves import describe, named_leaves
-from mpjax.train.step import TrainState, TrainStep
+from mpjax.train.step import StepFn, TrainState, TrainStep
+from mpjax.typing import ArrayLike, Batch, Metrics, ModelState, PyTree, Settings
 
 
 class SwitchState(NamedTuple):
@@ -50,17 +51,23 @@ class SwitchState(NamedTuple):
     spread: Float[Array, ""]
     losses: Float[Array, " window"]
     loss_scales: tuple[LossScale, ...]
-    model_states: tuple[Any, ...]
+    model_states: tuple[ModelState, ...]
+
+
+def switch_of(state: TrainState) -> SwitchState:
+    """Returns what a schedule keeps in the state of its run."""
+    assert state.switch is not None, "the state of a run without a schedule"
+    return state.switch
 
 
 def whole_state(
-    plain: TrainState, window: int, loss_scales: Sequence[LossScale], model_states: Sequence[Any]
+    plain: TrainState, window: int, scales: Sequence[LossScale], models: Sequence[ModelState]
 ) -> TrainState:
     """Returns the state of a scheduled run before its first step, from that of one precision."""
     zero, unknown = jnp.int32(0), jnp.float32(jnp.inf)
     switch = SwitchState(
         zero, zero, zero, zero, unknown, jnp.float32(0), jnp.zeros(window, jnp.float32),
-        tuple(loss_scales), tuple(model_states),
+        tuple(scales), tuple(models),
     )  # fmt: skip
     opt_state = plain.opt_state._replace(loss_scale=NoOpLossScale())
     return plain._replace(opt_state=opt_state, model_state=None, switch=switch)
@@ -68,18 +75,18 @@ def whole_state(
 
 def plain_state(state: TrainState, index: int) -> TrainState:
     """Returns the state as the step of one precision sees it."""
-    switch = state.switch
+    switch = switch_of(state)
     opt_state = state.opt_state._replace(loss_scale=switch.loss_scales[index])
     model_state = switch.model_states[index]
     return state._replace(opt_state=opt_state, model_state=model_state, switch=None)
 
 
-def scheduled(step: TrainStep, index: int) -> Any:
+def scheduled(step: TrainStep, index: int) -> StepFn:
     """Returns the function of one precision's step, from and to the state of the whole run."""
 
-    def function(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
+    def function(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         plain, metrics = step.function(plain_state(state, index), batch)
-        switch = state.switch
+        switch = switch_of(state)
         scales, models = list(switch.loss_scales), list(switch.model_states)
         scales[index], models[index] = plain.opt_state.loss_scale, plain.model_state
         losses = switch.losses
@@ -95,10 +102,10 @@ def scheduled(step: TrainStep, index: int) -> Any:
     return function
 
 
-def updated(switch: SwitchState, new: dict[str, Any]) -> SwitchState:
+def updated(switch: SwitchState, new: Settings) -> SwitchState:
     """Returns the state with these numbers, where and as committed as those that they replace."""
 
-    def put(name: str, value: Any) -> Any:
+    def put(name: str, value: ArrayLike) -> Any:
         old = getattr(switch, name)
         value = np.asarray(value, old.dtype)
         # A committed array where there was none would make jit compile again.
@@ -113,40 +120,36 @@ def joined(state: TrainState) -> TrainState:
     Its windows begin here: losses and skips of before are not its own.
     """
     number, skipped = jax.device_get((state.step, state.opt_state.gate.skipped))
-    return state._replace(switch=updated(state.switch, {"since": number, "skipped": skipped}))
+    return state._replace(switch=updated(switch_of(state), {"since": number, "skipped": skipped}))
 
 
 def entered(switch: SwitchState, before: int, index: int, number: int) -> SwitchState:
     """Returns the state at the switch from one precision to another."""
     models = list(switch.model_states)
     known = _carried(models[before])
-    fresh = map_histories(lambda h: jax.tree.map(_zeros, h), models[index])
 
-    def carry(path: Any, leaf: Any) -> Any:
+    def zeros(x: Array) -> Array:
+        return jnp.zeros_like(x, device=x.sharding if x.committed else None)
+
+    fresh = map_histories(lambda h: jax.tree.map(zeros, h), models[index])
+
+    def carry(path: jax.tree_util.KeyPath, leaf: Array | AmaxHistory) -> Array | AmaxHistory:
         # A copy, because one buffer cannot be donated twice.
-        return leaf if isinstance(leaf, AmaxHistory) else jnp.copy(known[_name(path)])
+        return leaf if isinstance(leaf, AmaxHistory) else jnp.copy(known[path_name(path)])
 
     models[index] = jax.tree_util.tree_map_with_path(carry, fresh, is_leaf=_is_history)
     new = {"active": index, "since": number, "trips": int(switch.trips) + (index > before)}
     return updated(switch, new)._replace(model_states=tuple(models))
 
 
-def _zeros(x: Any) -> Any:
-    return jnp.zeros_like(x, device=x.sharding if x.committed else None)
-
-
-def _is_history(x: Any) -> bool:
+def _is_history(x: object) -> bool:
     return isinstance(x, AmaxHistory)
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _carried(model_state: Any) -> dict[str, Any]:
+def _carried(model_state: ModelState) -> dict[str, Array]:
     """What a model threads through itself besides amax histories, by path."""
-    leaves = jax.tree_util.tree_leaves_with_path(model_state, is_leaf=_is_history)
-    return {_name(path): leaf for path, leaf in leaves if not _is_history(leaf)}
+    leaves = leaves_with_names(model_state, _is_history)
+    return {path: leaf for path, leaf in leaves if not _is_history(leaf)}
 
 
 def require_alike(labels: Sequence[str], states: Sequence[TrainState]) -> None:
@@ -160,7 +163,7 @@ def require_alike(labels: Sequence[str], states: Sequence[TrainState]) -> None:
       ConfigError: a weight, a moment or an update rule's number is stored differently.
     """
 
-    def stored(state: TrainState) -> Any:
+    def stored(state: TrainState) -> tuple[PyTree, ...]:
         carried = _carried(state.model_state)
         carried_on = {"moments": state.opt_state.inner, "update": state.opt_state.update_state}
         return state.params, carried_on, carried

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from experiments.common.stablehlo import convolutions
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import observed_of, with_observed
 from mpjax.models import ResNet, resnet, resnet_config
 from mpjax.train import ShardActivations, parse_mesh
 from mpjax.train.sharding import partition
-from mpjax.train.stablehlo import convolutions
 from tests.models.shapes import FAST, stirred
 from tests.ops.test_conv import naive
 
