@@ -230,7 +230,7 @@ def train(
     """
     exact = loss_of(apply)
     loss_fn = exact if precision == EXACT else autocast(exact, precision, rules=rules)
-    value_and_grad = scaled_value_and_grad(loss_fn)
+    value_and_grad: Callable[..., tuple[Array, Params, Array]] = scaled_value_and_grad(loss_fn)
     warmup = work.steps // 10
     tx = make_optimizer("adamw", work.lr, schedule="linear", steps=work.steps, warmup=warmup)
 

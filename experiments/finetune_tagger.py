@@ -79,10 +79,10 @@ def main(config: Config) -> None:
     pieces, longest = start.pieces(), max(config.lengths)
     examples, held_out = (task.examples(pieces, side, longest=longest) for side in (train, test))
     model = finetune.check_arms(config, task, start, pieces.vocab_size)
-    if config.capitals and model.config.types < 2:
+    types = getattr(model.config, "types", 0)
+    if config.capitals and types < 2:
         raise ConfigError(
-            f"capitals: the checkpoint has {model.config.types} token types, two are needed;"
-            " add --no-capitals"
+            f"capitals: the checkpoint has {types} token types, two are needed; add --no-capitals"
         )
     launch.writable(config.out)
     guess = most_frequent_tags(train, test)

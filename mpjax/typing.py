@@ -25,6 +25,7 @@ __all__ = [
     "Json",
     "Key",
     "LossFn",
+    "LossModel",
     "Metrics",
     "Model",
     "ModelState",
@@ -75,8 +76,9 @@ class LossFn(Protocol):
 class Model(Protocol):
     """What `mpjax.train.build` asks of a model; those of `mpjax.models` have it.
 
-    A model that threads a state also has `init_state() -> ModelState`. A schedule of several
-    precisions makes copies with `dataclasses.replace(model, precision=...)`.
+    With `build`'s default objective it has a loss, see `LossModel`. A model that threads a state
+    also has `init_state() -> ModelState`. A schedule of several precisions makes copies with
+    `dataclasses.replace(model, precision=...)`.
 
     Example:
       >>> from mpjax.models import decoder
@@ -96,10 +98,14 @@ class Model(Protocol):
     def init(self, key: Key, /) -> Params:
         """Returns new parameters."""
 
+    def sharded(self, shard: Shard, /) -> Self:
+        """Returns the model with its activations constrained by `shard`."""
+
+
+class LossModel(Model, Protocol):
+    """A model with a loss of its own, which `mpjax.ops.Objective.of_model` takes."""
+
     def loss(
         self, params: Params, batch: Batch, /, *, state: ModelState, key: Key, train: bool
     ) -> tuple[Array, ModelState]:
         """Returns the mean loss over the targets of a batch, and the next state."""
-
-    def sharded(self, shard: Shard, /) -> Self:
-        """Returns the model with its activations constrained by `shard`."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import optax
 
-from mpjax.ops import rows_alike
+from mpjax.ops import Objective, rows_alike
 from mpjax.optim import wrap
 from mpjax.precision import get_precision
 from mpjax.train import build, make_train_step
@@ -40,6 +40,7 @@ class Model:
 
 
 build(Model(), optax.sgd(0.1))
+Objective.of_model(Model())
 make_train_step(Model().loss, wrap(optax.sgd(0.1), "fp32"), count=rows_alike)
 '''
 AXES = "axes: PyTree = None"
@@ -47,7 +48,11 @@ AXES = "axes: PyTree = None"
 PROGRAMS: dict[str, tuple[str, str, list[str]]] = {
     "whole": (AXES, "train", []),
     "no_axes": ("", "train", ['to "build" has incompatible type', "missing", "axes"]),
-    "other_loss": (AXES, "training", ['"build" has incompatible', '"make_train_step" has incomp']),
+    "other_loss": (
+        AXES,
+        "training",
+        ['"of_model" of "Objective" has incompatible', '"make_train_step" has incomp'],
+    ),
 }
 
 

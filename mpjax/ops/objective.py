@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 
-from mpjax.typing import Array, Batch, LossFn, Model, ModelState, Params
+from mpjax.typing import Array, Batch, LossFn, LossModel, ModelState, Params
 
 # batch -> number of targets, or of several losses name -> number; None if rows count alike
 Count: TypeAlias = Callable[[Batch], Array | dict[str, Array] | None]
@@ -45,7 +45,7 @@ class Objective:
     parts: Callable[..., tuple[dict[str, Array], ModelState]] | None = None
 
     @classmethod
-    def of_model(cls, model: Model) -> Objective:
+    def of_model(cls, model: LossModel) -> Objective:
         """Returns a model's own `loss`, a mean by a batch's `weights` if it has any."""
         return cls(model.loss, weight_sum)
 

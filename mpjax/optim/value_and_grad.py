@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import jax
 
@@ -23,7 +23,7 @@ from mpjax.optim.loss_scale.scalers import NoOpLossScale
 from mpjax.typing import Array, Grads, Params, PyTree
 
 Aux = TypeVar("Aux")
-Value: TypeAlias = Array | tuple[Array, Aux]  # a loss, or (loss, aux)
+Value = TypeVar("Value")  # a loss, or (loss, aux)
 
 
 def scaled_grad(
@@ -77,8 +77,8 @@ def scaled_grad(
 
 
 def scaled_value_and_grad(
-    loss_fn: Callable[..., Value[Aux]], *, has_aux: bool = False
-) -> Callable[..., tuple[Value[Aux], Grads, Array]]:
+    loss_fn: Callable[..., Value], *, has_aux: bool = False
+) -> Callable[..., tuple[Value, Grads, Array]]:
     r"""Transforms a loss into one that returns value, unscaled gradients and their finiteness.
 
     $$g = \frac{1}{s} \nabla_\theta\,(s\,L(\theta))$$ The product with $s$ is taken in float32, so
@@ -110,7 +110,7 @@ def scaled_value_and_grad(
 
     check_function(loss_fn)
 
-    def fn(loss_scale: Scales, params: Params, *args: object) -> tuple[Value[Aux], Grads, Array]:
+    def fn(loss_scale: Scales, params: Params, *args: object) -> tuple[Value, Grads, Array]:
         check_unowned(loss_scale)
         value, grads = value_and_scaled_grad(loss_fn, has_aux, loss_scale, params, args)
         grads = loss_scale.unscale(grads)
@@ -122,12 +122,12 @@ def scaled_value_and_grad(
 
 
 def value_and_scaled_grad(
-    loss_fn: Callable[..., Value[Aux]],
+    loss_fn: Callable[..., Value],
     has_aux: bool,
     loss_scale: Scales,
     params: Params,
     args: tuple[object, ...],
-) -> tuple[Value[Aux], Grads]:
+) -> tuple[Value, Grads]:
     """Returns the value of a loss in float32, with aux if it has one, and its scaled gradients."""
 
     def loss_and_out(params: Params) -> tuple[Array, tuple[Array, Any]]:
@@ -138,4 +138,5 @@ def value_and_scaled_grad(
 
     grads, (loss, aux) = scaled_grad(loss_scale, loss_and_out)(params)
     loss = loss.astype("float32")
-    return ((loss, aux) if has_aux else loss), grads
+    value: Any = (loss, aux) if has_aux else loss
+    return value, grads

@@ -24,7 +24,7 @@ from mpjax.optim.moments.low_moments import low_moments
 from mpjax.optim.per_layer.layer_stacks import LAYERS
 from mpjax.optim.per_layer.layer_view import each_layer
 from mpjax.optim.pruning.magnitude import Pruned
-from mpjax.optim.value_and_grad import Aux, Value, value_and_scaled_grad
+from mpjax.optim.value_and_grad import Value, value_and_scaled_grad
 from mpjax.precision import Precision, get_precision
 from mpjax.typing import ArrayLike, Grads, Metrics, Params, PyTree
 
@@ -122,8 +122,8 @@ class Optimizer:
         return new_params, updates, state, metrics
 
     def value_and_grad(
-        self, loss_fn: Callable[..., Value[Aux]], *, has_aux: bool = False
-    ) -> Callable[..., tuple[Value[Aux], ScaledGradients]]:
+        self, loss_fn: Callable[..., Value], *, has_aux: bool = False
+    ) -> Callable[..., tuple[Value, ScaledGradients]]:
         r"""Transforms a loss into one that returns its value and the gradients that `step` takes.
 
         $$L(\theta),\quad \nabla_\theta\,(s\,L(\theta))$$ with the loss scale $s$ of the state.
@@ -152,9 +152,7 @@ class Optimizer:
         """
         check_function(loss_fn)
 
-        def fn(
-            state: OptState, params: Params, *args: object
-        ) -> tuple[Value[Aux], ScaledGradients]:
+        def fn(state: OptState, params: Params, *args: object) -> tuple[Value, ScaledGradients]:
             if not isinstance(state, OptState):
                 raise ConfigError(
                     f"loss: the optimizer's state is {brief(state)}; write"

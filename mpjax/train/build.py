@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -42,7 +42,7 @@ def build(
     gate: bool = True,
     patience: int = 50,
     accumulate: int = 1,
-    objective: Callable[[Model], LossFn | Objective] = Objective.of_model,
+    objective: Callable[[Any], LossFn | Objective] = Objective.of_model,
     schedule: PrecisionSchedule | str | Settings | None = None,
 ) -> tuple[TrainState, TrainStep]:
     """Initialises a model on a mesh and compiles its train step.

@@ -128,12 +128,12 @@ def cast_rules(
     if isinstance(value, Precision):
         precision = value
     else:
+        other: Any = value  # of any type, for `get_precision` to refuse
         try:
-            dtype = parse_dtype(value, "autocast")
+            dtype = parse_dtype(other, "autocast")
         except (ConfigError, TypeError):
             dtype = None
         if dtype is None:  # not in the handler: a mistake in it is no consequence of the other
-            other: Any = value  # of any type, for `get_precision` to refuse
             precision = get_precision(other)
         else:
             if dtype not in _COMPUTE:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from mpjax.models.hf.encoder_fields import pooling_files
 from mpjax.models.hf.leaf_tensors import joined, named_leaves
 from mpjax.models.hf.tensor_names import Weight
 from mpjax.precision import parse_dtype
-from mpjax.typing import Array, DType, Params
+from mpjax.typing import Array, DTypeLike, Params
 
 _INDEX = "model.safetensors.index.json"
 
@@ -71,7 +72,7 @@ def save_checkpoint(
     assert kind.write is not None  # `architecture_name` returns only architectures that have it
     own = {"model_type": model_type, "architectures": [kind.title(model.config)]}
     config = kind.write(model.config)
-    if getattr(model.config, "classes", 0) == 1 and model.config.head == "class":
+    if [getattr(model.config, name, 0) for name in ("classes", "head")] == [1, "class"]:
         own["problem_type"] = "regression"
     config |= dict(metadata.config) | own
     files = _checked(target, metadata.files)
@@ -117,15 +118,16 @@ def _checked(target: Path, files: Mapping[str, bytes | str]) -> dict[str, bytes]
 
 def _write_tensors(
     folder: Path, model: Network, leaves: dict[str, Array], kind: Architecture,
-    package: ModuleType, wanted: DType | None, shard_bytes: int,
+    package: ModuleType, wanted: DTypeLike | None, shard_bytes: int,
 ) -> set[str]:  # fmt: skip
     """Writes a shard as soon as it is full; returns the names of the dtypes."""
+    shape: Any = model.config  # of a kind that has tied weights and layers
     tensors: dict[str, list[tuple[Array, Weight]]] = {}
     for name, weight in kind.table.items():  # the table's order: embedding first
         if name in leaves:
             tensors.setdefault(weight.name, []).append((leaves[name], weight))
     for copy, original in kind.copies.items():  # of an untied head
-        if not model.config.tied and original in tensors and copy not in tensors:
+        if not shape.tied and original in tensors and copy not in tensors:
             ((leaf, weight),) = tensors[original]
             tensors[copy] = [(leaf, dataclasses.replace(weight, name=copy))]
     shards: list[list[str]] = []
@@ -144,7 +146,7 @@ def _write_tensors(
 
     for found in tensors.values():
         parts, weights = zip(*found, strict=True)
-        for layer, name in enumerate(weights[0].names(model.config.layers)):
+        for layer, name in enumerate(weights[0].names(shape.layers)):
             x = joined(list(parts), list(weights), layer, wanted or parts[0].dtype)
             if shard and size + x.nbytes > shard_bytes:
                 flush()

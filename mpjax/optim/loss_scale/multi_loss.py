@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,7 @@ from mpjax.optim.loss_scale.scaled import mark_unscaled
 from mpjax.optim.loss_scale.scalers import LossScale
 from mpjax.typing import Grads, Params
 
-Aux = TypeVar("Aux")
-Losses: TypeAlias = Sequence[Array]
-Values: TypeAlias = Losses | tuple[Losses, Aux]  # the losses, or (losses, aux)
+Values = TypeVar("Values")  # the losses, or (losses, aux)
 
 
 class MultiLossScale:
@@ -111,8 +109,8 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def scaled_value_and_grads(
-    loss_fn: Callable[..., Values[Aux]], *, has_aux: bool = False
-) -> Callable[..., tuple[Values[Aux], Grads, Bool[Array, " losses"]]]:
+    loss_fn: Callable[..., Values], *, has_aux: bool = False
+) -> Callable[..., tuple[Values, Grads, Bool[Array, " losses"]]]:
     r"""Transforms a function with several losses into their sum's unscaled gradients.
 
     $$g = \sum_i \frac{1}{s_i} \nabla_\theta\,(s_i L_i(\theta))$$ Each loss has a backward pass of
@@ -149,7 +147,7 @@ def scaled_value_and_grads(
 
     def fn(
         scale: MultiLossScale, params: Params, *args: object
-    ) -> tuple[Values[Aux], Grads, Bool[Array, " losses"]]:
+    ) -> tuple[Values, Grads, Bool[Array, " losses"]]:
         if not isinstance(scale, MultiLossScale):
             raise ConfigError(
                 f"losses: the scale is {brief(scale)}; pass MultiLossScale([DynamicLossScale()] *"
@@ -180,6 +178,7 @@ def scaled_value_and_grads(
             total = grads if index == 0 else jax.tree.map(lambda t, g: t + g, total, grads)
         losses = tuple(as_loss(loss).astype(jnp.float32) for loss in (out[0] if has_aux else out))
         total = mark_unscaled(total)
-        return ((losses, out[1]) if has_aux else losses), total, jnp.stack(finite)
+        values: Any = (losses, out[1]) if has_aux else losses
+        return values, total, jnp.stack(finite)
 
     return fn
