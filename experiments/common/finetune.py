@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from common import (
     finished,
@@ -23,7 +23,7 @@ from common.finetune_report import Arm
 from mpjax.data import Batch, WordPiece, bucket_batches, parse_wordpiece, train_wordpiece
 from mpjax.data.buckets import Example
 from mpjax.errors import ConfigError
-from mpjax.models import Decoder, Encoder, EncoderConfig, Seq2Seq, encoder
+from mpjax.models import EncoderConfig, encoder
 from mpjax.models.hf import load_checkpoint, open_checkpoint
 from mpjax.ops import Objective
 from mpjax.optim import make_optimizer
@@ -33,7 +33,7 @@ from mpjax.train import build, bytes_per_parameter, fit, manifest
 from mpjax.typing import Params, Settings
 
 console = Console(stderr=True)
-Network = Decoder | Encoder | Seq2Seq
+Network: TypeAlias = Any  # a Decoder, an Encoder or a Seq2Seq, whichever the task is of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mpjax.data.buckets import IGNORE
 from mpjax.data.labelled import LabelledTexts
 from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
+from mpjax.models import Encoder
 from mpjax.tasks.labels import check_labels, label_objective
 from mpjax.tasks.metrics import calibration_error, class_scores
 from mpjax.tasks.predict import Predict, predictor, softmax
@@ -57,17 +58,17 @@ class TextClassification:
         found = pieces.encode(texts.texts, texts.seconds, longest=longest)
         return [e | {"labels": np.int32(y)} for e, y in zip(found, texts.labels, strict=True)]
 
-    def objective(self, model: Any) -> ops.Objective:
+    def objective(self, model: Encoder) -> ops.Objective:
         """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
         check_labels(model, self.classes, "classes")
         return label_objective(model, self.output, self.loss)
 
-    def predictor(self, model: Any, **settings: Any) -> Predict:
+    def predictor(self, model: Encoder, **settings: Any) -> Predict:
         """Returns a function (params, examples) -> logits (C,) of each; see `predictor`."""
         check_labels(model, self.classes, "classes")
         return predictor(model, self.output, **settings)
 
-    def correct(self, logits: Sequence[Any], examples: Sequence[Example]) -> np.ndarray:
+    def correct(self, logits: Sequence[np.ndarray], examples: Sequence[Example]) -> np.ndarray:
         """Returns for each example whether its most likely class is right, (N,) bool."""
         labels = np.array([e["labels"] for e in examples])
         if (wrong := np.flatnonzero((labels < 0) | (labels >= len(self.classes)))).size:
@@ -77,7 +78,9 @@ class TextClassification:
             )
         return np.argmax(np.stack(logits), -1) == labels
 
-    def evaluate(self, logits: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+    def evaluate(
+        self, logits: Sequence[np.ndarray], examples: Sequence[Example]
+    ) -> dict[str, float]:
         """Returns accuracy, F1, cross-entropy in nats and calibration error (15 bins).
 
         Examples whose label is `IGNORE` count for nothing, as in the loss.

@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, C classes.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import jax.numpy as jnp
 import jmp
@@ -15,14 +14,16 @@ from mpjax import ops
 from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import as_array
+from mpjax.models import Encoder
 from mpjax.models.core.checks import field, keep_of
 from mpjax.models.core.metadata import NONE
 from mpjax.ops.cross_entropy import check_targets
+from mpjax.typing import Array, Batch, Key, ModelState, Params
 
 logger = logging.getLogger("mpjax.tasks")
 
 
-def encoder_inputs(batch: Any) -> dict[str, Any]:
+def encoder_inputs(batch: Batch) -> dict[str, Array]:
     """Returns the part of a batch that an encoder reads; labels stay out of its sight.
 
     Raises:
@@ -33,7 +34,7 @@ def encoder_inputs(batch: Any) -> dict[str, Any]:
     return inputs | {name: value for name, value in own.items() if value is not None}
 
 
-def target_weight(labels: Any, weights: Any = None) -> Any:
+def target_weight(labels: Array, weights: Array | None = None) -> Array:
     """Returns the sum of the weights of labels that are targets, float32; each is 1 by default."""
     known = jnp.asarray(labels) != IGNORE
     if weights is None:
@@ -41,7 +42,7 @@ def target_weight(labels: Any, weights: Any = None) -> Any:
     return jnp.sum(jnp.where(known, jnp.asarray(weights).astype(jnp.float32), 0.0))
 
 
-def check_labels(model: Any, names: tuple[str, ...], what: str) -> None:
+def check_labels(model: Encoder, names: tuple[str, ...], what: str) -> None:
     """Checks that a task numbers its classes as a model does.
 
     Args:
@@ -81,7 +82,9 @@ def check_labels(model: Any, names: tuple[str, ...], what: str) -> None:
         )  # fmt: skip
 
 
-def label_loss(logits: Any, labels: Any, policy: jmp.Policy, weights: Any = None) -> Any:
+def label_loss(
+    logits: Array, labels: Array, policy: jmp.Policy, weights: Array | None = None
+) -> Array:
     r"""Mean over targets of $\log \sum_c e^{l_c} - l_y$; a batch without a target has loss 0.
 
     Args:
@@ -121,7 +124,7 @@ def label_loss(logits: Any, labels: Any, policy: jmp.Policy, weights: Any = None
     )
 
 
-def label_objective(model: Any, output: str, path: str) -> ops.Objective:
+def label_objective(model: Encoder, output: str, path: str) -> ops.Objective:
     """Returns the objective of a batch's `labels` under one output of an encoder.
 
     `weights` of the labels, of their shape, say which count more than others.
@@ -133,12 +136,17 @@ def label_objective(model: Any, output: str, path: str) -> ops.Objective:
     """
     policy = model.precision.policy(path)
 
-    def count(batch: Any) -> Any:
+    def count(batch: Batch) -> Array:
         return target_weight(field(batch, "labels", path), batch.get("weights"))
 
     def loss_fn(
-        params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
-    ) -> tuple[Any, Any]:
+        params: Params,
+        batch: Batch,
+        *,
+        state: ModelState = None,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[Array, ModelState]:
         labels = field(batch, "labels", path)
         inputs = encoder_inputs(batch)
         outputs, state = model.apply(params, inputs, state=state, key=key, train=train)

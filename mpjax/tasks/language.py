@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,8 +11,10 @@ import numpy as np
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
+from mpjax.models import Decoder, Recurrent, Seq2Seq
 from mpjax.models.core.checks import each_batch, field
 from mpjax.models.inference.perplexity import exp
+from mpjax.typing import Batch, ModelState, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +26,11 @@ class Language:
     encoder-decoder reads its source too.
     """
 
-    def objective(self, model: Any) -> ops.Objective:
+    def objective(self, model: Decoder | Recurrent | Seq2Seq) -> ops.Objective:
         """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
         return ops.Objective.of_model(model)
 
-    def judge(self, model: Any) -> Callable[..., dict[str, float]]:
+    def judge(self, model: Decoder | Recurrent | Seq2Seq) -> Callable[..., dict[str, float]]:
         r"""Returns a function (params, batches) -> `loss` in nats a token and `perplexity`.
 
         $$\mathrm{perplexity} = \exp\Big(\sum_b n_b L_b \Big/ \sum_b n_b\Big)$$ with $n_b$ the
@@ -37,7 +38,9 @@ class Language:
         """
         one = jax.jit(lambda params, batch, state: model.loss(params, batch, state=state)[0])
 
-        def evaluate(params: Any, batches: Iterable[Any], state: Any = None) -> dict[str, float]:
+        def evaluate(
+            params: Params, batches: Iterable[Batch], state: ModelState = None
+        ) -> dict[str, float]:
             total, count = 0.0, 0.0
             for batch in each_batch(batches, "judge"):
                 batch_rows(batch, "judge")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from mpjax.errors import ConfigError, need
+from mpjax.typing import ArrayLike
 
 
-def class_scores(labels: Any, predicted: Any, classes: Sequence[str]) -> dict[str, float]:
+def class_scores(
+    labels: ArrayLike, predicted: ArrayLike, classes: Sequence[str]
+) -> dict[str, float]:
     """Returns accuracy, macro F1 and the F1 of each class, in 0 ... 1, by scikit-learn.
 
     Args:
@@ -35,7 +37,7 @@ def class_scores(labels: Any, predicted: Any, classes: Sequence[str]) -> dict[st
     return scores | {f"f1 {name}": float(f1) for name, f1 in zip(classes, each, strict=True)}
 
 
-def _labels(values: Any, classes: int) -> np.ndarray:
+def _labels(values: ArrayLike, classes: int) -> np.ndarray:
     found = np.asarray(values)
     if not found.size:
         raise ConfigError("labels: none to score; name more held-out data")
@@ -45,7 +47,7 @@ def _labels(values: Any, classes: int) -> np.ndarray:
     return found
 
 
-def calibration_error(probabilities: Any, labels: Any, bins: int = 15) -> float:
+def calibration_error(probabilities: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
     r"""Returns the expected calibration error, how far confidence is from accuracy.
 
     $$\sum_b \frac{n_b}{N} \lvert \mathrm{acc}_b - \mathrm{conf}_b \rvert$$ over equal bins.

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from mpjax.data.buckets import eval_batches
 from mpjax.data.tokenizers.wordpiece import Example
+from mpjax.models import Encoder
 from mpjax.tasks.labels import encoder_inputs
+from mpjax.typing import ArrayLike, ModelState, Params
 
 Predict = Callable[..., list[np.ndarray]]
 
 
 def predictor(
-    model: Any, output: str, *, batch: int, lengths: Sequence[int], padding: int = 0
+    model: Encoder, output: str, *, batch: int, lengths: Sequence[int], padding: int = 0
 ) -> Predict:
     """Returns a function from (params, examples) to the logits of each example.
 
@@ -32,7 +33,9 @@ def predictor(
     """
     run = jax.jit(lambda params, inputs, state: model.apply(params, inputs, state=state)[0][output])
 
-    def predict(params: Any, examples: Sequence[Example], state: Any = None) -> list[np.ndarray]:
+    def predict(
+        params: Params, examples: Sequence[Example], state: ModelState = None
+    ) -> list[np.ndarray]:
         found: list[np.ndarray] = [np.zeros(0)] * len(examples)
         batches = eval_batches(examples, batch=batch, lengths=lengths, padding={"ids": padding})
         for rows, inputs in batches:
@@ -45,7 +48,7 @@ def predictor(
     return predict
 
 
-def softmax(logits: Any) -> np.ndarray:
+def softmax(logits: ArrayLike) -> np.ndarray:
     """Returns probabilities in float64."""
     shifted = np.asarray(logits, np.float64)
     powers = np.exp(shifted - shifted.max(-1, keepdims=True))

@@ -15,8 +15,10 @@ from mpjax import ops
 from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
+from mpjax.models import Encoder
 from mpjax.models.core.checks import each_batch, field
 from mpjax.tasks.labels import encoder_inputs, label_loss, target_weight
+from mpjax.typing import Array, Batch, Grads, Key, ModelState, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +62,19 @@ class MaskedLanguage:
 
     _labels: ClassVar[dict[str, str]] = {"masked": "labels", "next": "next"}
 
-    def _pairs(self, model: Any) -> Callable[..., tuple[dict[str, tuple[Any, Any]], Any]]:
+    def _pairs(
+        self, model: Encoder
+    ) -> Callable[..., tuple[dict[str, tuple[Array, Array]], ModelState]]:
         outputs = dict(zip(self._labels, self.outputs, strict=True))
 
         def pairs_fn(
-            params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
-        ) -> tuple[dict[str, tuple[Any, Any]], Any]:
+            params: Params,
+            batch: Batch,
+            *,
+            state: ModelState = None,
+            key: Key | None = None,
+            train: bool = False,
+        ) -> tuple[dict[str, tuple[Array, Array]], ModelState]:
             found, state = model.apply(
                 params, encoder_inputs(batch), state=state, key=key, train=train
             )
@@ -77,37 +86,42 @@ class MaskedLanguage:
 
         return pairs_fn
 
-    def losses(self, model: Any) -> Callable[..., tuple[dict[str, Any], Any]]:
+    def losses(self, model: Encoder) -> Callable[..., tuple[dict[str, Array], ModelState]]:
         """Returns a function to the loss of each task, by name and without its weight."""
         policy, pairs_fn = model.precision.policy(self.loss), self._pairs(model)
 
-        def losses_fn(*args: Any, **options: Any) -> tuple[dict[str, Any], Any]:
+        def losses_fn(*args: PyTree, **options: PyTree) -> tuple[dict[str, Array], ModelState]:
             found, state = pairs_fn(*args, **options)
             return {name: label_loss(*pair, policy) for name, pair in found.items()}, state
 
         return losses_fn
 
-    def objective(self, model: Any) -> ops.Objective:
+    def objective(self, model: Encoder) -> ops.Objective:
         """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
         losses_fn = self.losses(model)
 
-        def count(batch: Any) -> dict[str, Any]:
+        def count(batch: Batch) -> dict[str, Array]:
             names = self.weights
             return {
                 name: target_weight(field(batch, self._labels[name], self.loss)) for name in names
             }
 
-        def parts(params: Any, batch: Any, **options: Any) -> tuple[dict[str, Any], Any]:
+        def parts(
+            params: Params, batch: Batch, **options: PyTree
+        ) -> tuple[dict[str, Array], ModelState]:
             losses, state = losses_fn(params, batch, **options)
             return {name: weight * losses[name] for name, weight in self.weights.items()}, state
 
-        def loss_fn(params: Any, batch: Any, **options: Any) -> tuple[Any, Any]:
+        def loss_fn(params: Params, batch: Batch, **options: PyTree) -> tuple[Array, ModelState]:
             losses, state = parts(params, batch, **options)
-            return sum(losses.values()), state
+            loss: Any = sum(losses.values())
+            return loss, state
 
         return ops.Objective(loss_fn, count, parts)
 
-    def judge(self, model: Any) -> Callable[..., tuple[dict[str, float], dict[str, np.ndarray]]]:
+    def judge(
+        self, model: Encoder
+    ) -> Callable[..., tuple[dict[str, float], dict[str, np.ndarray]]]:
         """Returns a function (params, batches) -> scores, and which targets are right.
 
         Scores are by target, whatever batch it is in: `masked` and `next` are the mean losses,
@@ -117,7 +131,7 @@ class MaskedLanguage:
         policy, pairs_fn = model.precision.policy(self.loss), self._pairs(model)
 
         @jax.jit
-        def measure(params: Any, batch: Any) -> dict[str, tuple[Any, Any, Any]]:
+        def measure(params: Params, batch: Batch) -> dict[str, tuple[Array, Array, Array]]:
             return {
                 name: (
                     label_loss(logits, labels, policy),
@@ -128,7 +142,7 @@ class MaskedLanguage:
             }
 
         def evaluate(
-            params: Any, batches: Sequence[Any]
+            params: Params, batches: Sequence[Batch]
         ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
             batches = list(each_batch(batches, "judge"))
             if not batches:
@@ -155,7 +169,7 @@ class MaskedLanguage:
 
         return evaluate
 
-    def gradient_shares(self, model: Any) -> Callable[..., dict[str, float]]:
+    def gradient_shares(self, model: Encoder) -> Callable[..., dict[str, float]]:
         r"""Returns a function (params, batch) -> what each task adds to the gradient.
 
         The share of task $i$ is $\|w_i g_i\| / \sum_j \|w_j g_j\|$ over the parameters that all
@@ -164,11 +178,11 @@ class MaskedLanguage:
         """
         losses_fn = self.losses(model)
 
-        def gradient(name: str) -> Callable[[Any, Any], Any]:
+        def gradient(name: str) -> Callable[[Params, Batch], Grads]:
             return jax.grad(lambda p, batch: self.weights[name] * losses_fn(p, batch)[0][name])
 
         @jax.jit
-        def measure(params: Any, batch: Any) -> tuple[Any, Any]:
+        def measure(params: Params, batch: Batch) -> tuple[Array, ModelState]:
             grads = [jax.tree.leaves(gradient(name)(params, batch)) for name in self.weights]
             # Heads of one task have no gradient of the other: they are left out.
             wide = [[g.astype(jnp.float32) for g in leaves] for leaves in grads]
@@ -180,7 +194,7 @@ class MaskedLanguage:
             norms = [jnp.sqrt(dot(g, g)) for g in wide]
             return jnp.stack(norms), dot(wide[0], wide[-1])
 
-        def shares(params: Any, batch: Any) -> dict[str, float]:
+        def shares(params: Params, batch: Batch) -> dict[str, float]:
             norms, product = jax.device_get(measure(params, batch))
             total = float(norms.sum()) or 1.0
             found = {name: float(n) / total for name, n in zip(self.weights, norms, strict=True)}

@@ -12,8 +12,10 @@ import numpy as np
 from mpjax import ops
 from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
+from mpjax.models import Encoder
 from mpjax.tasks.labels import encoder_inputs
 from mpjax.tasks.predict import Predict, predictor
+from mpjax.typing import Array, Batch, Key, ModelState, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class TextRegression:
         encoded = pieces.encode(texts, seconds, longest=longest)
         return [e | {"values": np.float32(y)} for e, y in zip(encoded, found, strict=True)]
 
-    def objective(self, model: Any) -> ops.Objective:
+    def objective(self, model: Encoder) -> ops.Objective:
         """Returns the objective of a model, for `mpjax.train.build(objective=...)`.
 
         Raises:
@@ -77,8 +79,13 @@ class TextRegression:
         policy = model.precision.policy(self.loss)
 
         def loss_fn(
-            params: Any, batch: Any, *, state: Any = None, key: Any = None, train: bool = False
-        ) -> tuple[Any, Any]:
+            params: Params,
+            batch: Batch,
+            *,
+            state: ModelState = None,
+            key: Key | None = None,
+            train: bool = False,
+        ) -> tuple[Array, ModelState]:
             inputs = encoder_inputs(batch)
             outputs, state = model.apply(params, inputs, state=state, key=key, train=train)
             found = outputs[self.output][:, 0].astype(policy.compute_dtype)
@@ -89,12 +96,14 @@ class TextRegression:
 
         return ops.Objective(loss_fn, lambda batch: jnp.float32(batch["values"].shape[0]))
 
-    def predictor(self, model: Any, **settings: Any) -> Predict:
+    def predictor(self, model: Encoder, **settings: Any) -> Predict:
         """Returns a function (params, examples) -> the number (1,) of each; see `predictor`."""
         self._check(model)
         return predictor(model, self.output, **settings)
 
-    def evaluate(self, predicted: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+    def evaluate(
+        self, predicted: Sequence[np.ndarray], examples: Sequence[Example]
+    ) -> dict[str, float]:
         """Returns the mean squared error as `loss`, and Pearson's correlation, in float64."""
         right = np.array([e["values"] for e in examples], np.float64)
         found = np.stack(list(predicted)).astype(np.float64)[:, 0]
@@ -104,7 +113,7 @@ class TextRegression:
             "pearson": float(np.corrcoef(found, right)[0, 1]) if varies else 0.0,
         }
 
-    def _check(self, model: Any) -> None:
+    def _check(self, model: Encoder) -> None:
         outputs = getattr(getattr(model, "config", None), "classes", 1)
         if outputs != 1:
             raise ConfigError(

@@ -13,6 +13,7 @@ from mpjax.data.buckets import IGNORE
 from mpjax.data.tagged import TaggedSentences
 from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
+from mpjax.models import Encoder
 from mpjax.tasks.labels import check_labels, label_objective
 from mpjax.tasks.metrics import class_scores, entity_scores
 from mpjax.tasks.predict import Predict, predictor
@@ -61,23 +62,23 @@ class TokenClassification:
             examples.append(example | {"labels": labels})
         return examples
 
-    def objective(self, model: Any) -> ops.Objective:
+    def objective(self, model: Encoder) -> ops.Objective:
         """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
         check_labels(model, self.names, "tags")
         return label_objective(model, self.output, self.loss)
 
-    def predictor(self, model: Any, **settings: Any) -> Predict:
+    def predictor(self, model: Encoder, **settings: Any) -> Predict:
         """Returns a function (params, examples) -> logits (T, C) of each; see `predictor`."""
         check_labels(model, self.names, "tags")
         return predictor(model, self.output, **settings)
 
-    def tags(self, logits: Sequence[Any], examples: Sequence[Example]) -> list[np.ndarray]:
+    def tags(self, logits: Sequence[np.ndarray], examples: Sequence[Example]) -> list[np.ndarray]:
         """Returns the most likely tag of each word."""
         pairs = zip(logits, examples, strict=True)
         return [np.argmax(one[e["labels"] != IGNORE], -1) for one, e in pairs]
 
     def evaluate(
-        self, predicted: Sequence[Any], sentences: TaggedSentences, *, entities: bool = False
+        self, predicted: Sequence[np.ndarray], sentences: TaggedSentences, *, entities: bool = False
     ) -> dict[str, float]:
         """Returns the scores of predicted tags.
 

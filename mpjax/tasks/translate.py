@@ -18,10 +18,12 @@ from mpjax import ops
 from mpjax.data.buckets import Example, eval_batches
 from mpjax.data.pairs import Pair
 from mpjax.errors import ConfigError
+from mpjax.models import Seq2Seq
 from mpjax.models.inference.beam import check_beams
 from mpjax.models.inference.generate import beam_search, generate
 from mpjax.models.inference.settings import CacheStorage, Count, as_cache
 from mpjax.tasks.language import Language
+from mpjax.typing import ModelState, Params
 
 logger = logging.getLogger("mpjax.tasks")
 
@@ -35,7 +37,7 @@ class Tokens(Protocol):
         """The ids of each text."""
         ...
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids."""
         ...
 
@@ -50,7 +52,7 @@ def _plain(tokens: Tokens, texts: Sequence[str]) -> list[np.ndarray]:
 class _Continued:
     """An encoder-decoder that has read its source, as `generate` continues any model."""
 
-    model: Any
+    model: Seq2Seq
 
     @property
     def config(self) -> Any:
@@ -60,7 +62,7 @@ class _Continued:
         del batch, length  # `start` has made it
         return {}
 
-    def apply(self, params: Any, ids: Any, *, state: Any) -> Any:
+    def apply(self, params: Params, ids: Any, *, state: ModelState) -> Any:
         return self.model.apply(params, ids, state=state)
 
 
@@ -131,17 +133,17 @@ class Translation:
             )
         return found
 
-    def objective(self, model: Any) -> ops.Objective:
+    def objective(self, model: Seq2Seq) -> ops.Objective:
         """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
         return Language().objective(model)
 
     def judge(
-        self, model: Any, *, batch: int, lengths: Sequence[int]
-    ) -> Callable[[Any, Sequence[Example]], dict[str, float]]:
+        self, model: Seq2Seq, *, batch: int, lengths: Sequence[int]
+    ) -> Callable[[Params, Sequence[Example]], dict[str, float]]:
         """Returns a function (params, examples) -> `loss` in nats a token and `perplexity`."""
         evaluate = Language().judge(model)
 
-        def judged(params: Any, examples: Sequence[Example]) -> dict[str, float]:
+        def judged(params: Params, examples: Sequence[Example]) -> dict[str, float]:
             batches = []
             for rows, padded in eval_batches(examples, batch=batch, lengths=lengths):
                 padded["weights"][len(rows) :] = 0  # rows that only fill the batch up
@@ -152,13 +154,13 @@ class Translation:
 
     def translator(
         self,
-        model: Any,
+        model: Seq2Seq,
         *,
         batch: int,
         lengths: Sequence[int],
         beams: Count = 1,
         cache: CacheStorage = "",
-    ) -> Callable[[Any, Sequence[str]], list[str]]:
+    ) -> Callable[[Params, Sequence[str]], list[str]]:
         """Returns a function (params, texts) -> their translations, of at most max(lengths) tokens.
 
         Args:
@@ -180,7 +182,7 @@ class Translation:
             )
         )
 
-        def translate(params: Any, texts: Sequence[str]) -> list[str]:
+        def translate(params: Params, texts: Sequence[str]) -> list[str]:
             found = [""] * len(texts)
             for rows, padded in eval_batches(self._sources(texts), batch=batch, lengths=lengths):
                 state = read(params, padded["source"], padded["source_keep"])
