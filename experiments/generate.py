@@ -18,6 +18,7 @@ from common.lm import CHECKPOINTS, Shape, continuation, lm_model, prompt_ids, ro
 from mpjax.data import Tokenizer
 from mpjax.errors import ConfigError
 from mpjax.models import Sampling, Storage, beam_search, cache_storage, quantize_weights
+from mpjax.paths import leaves_with_names
 from mpjax.precision import get_precision
 from mpjax.train import CheckpointReader
 
@@ -99,10 +100,7 @@ def main(config: Config) -> None:
         },
         jax.random.key(0),
     )
-    names = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
-    }
+    names = dict(leaves_with_names(shapes))
     leaves = reader.read(names, step)
     tree = jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in names])
     params, state = tree["params"], None if config.precision else tree["model_state"]

@@ -27,6 +27,7 @@ from mpjax.data import load_corpus
 from mpjax.errors import ConfigError
 from mpjax.models import Decoder
 from mpjax.ops import how_it_runs
+from mpjax.paths import path_name
 from mpjax.precision import get_precision, get_recipe
 from mpjax.report import Outcome, gaps, interval, plot_loss, rich_table, save_plot, write_report
 
@@ -81,7 +82,7 @@ def quantised_share(model: Decoder, seq: int) -> float:
     c = model.config
     shapes = jax.eval_shape(model.init, jax.random.key(0))["decoder"]
     kernels = {
-        jax.tree_util.keystr(path[:-1], simple=True, separator="/"): leaf.size
+        path_name(path[:-1]): leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["layers"])
         if path[-1].key == "kernel"
     }

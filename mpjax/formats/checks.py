@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax.errors import ConfigError, brief
+from mpjax.paths import path_name
 from mpjax.typing import Array, Batch
 
 ROUNDED = (jnp.float32, jnp.bfloat16, jnp.float16)  # what is rounded and quantised
@@ -84,7 +85,7 @@ def batch_rows(batch: Batch, where: str) -> set[int]:
 
 def _leaf(path: jax.tree_util.KeyPath, leaf: object) -> str:
     what = "an array of no axes" if getattr(leaf, "shape", None) == () else brief(leaf)
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    name = path_name(path)
     return f"{name} of the batch is {what}" if name else f"the batch is {what}"
 
 

@@ -10,7 +10,7 @@ import optax
 
 from mpjax.errors import ConfigError, brief
 from mpjax.optim.checks import is_number
-from mpjax.optim.tree_paths import path_name
+from mpjax.paths import path_name
 from mpjax.typing import Params, PyTree
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")

@@ -12,7 +12,7 @@ import optax
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import is_quantized
-from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.paths import leaves_with_names
 from mpjax.typing import Grads, Params, PyTree, Shape
 
 

@@ -27,7 +27,7 @@ from mpjax.optim.loss_scale.scalers import (
     StaticLossScale,
 )
 from mpjax.optim.moments.blockwise import Blockwise
-from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.paths import leaves_with_names
 from mpjax.typing import Array
 
 MODULE = "flax.serialization"

@@ -19,7 +19,7 @@ from mpjax.formats.format_table import FormatLike
 from mpjax.formats.quantize import scaled_values
 from mpjax.formats.scaling import to_scale
 from mpjax.formats.tiles import amax_of
-from mpjax.optim.tree_paths import path_name
+from mpjax.paths import path_name
 from mpjax.precision import Precision, matches
 from mpjax.precision.rule import nearest
 from mpjax.typing import Array, Key, Params

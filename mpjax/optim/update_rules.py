@@ -15,7 +15,7 @@ from mpjax.optim.checks import check_like, check_seed, check_weights
 from mpjax.optim.fp8_weights import Weight, compensation, rewrite
 from mpjax.optim.gate import bits, choose
 from mpjax.optim.loss_scale.scaled import check_plain
-from mpjax.optim.tree_paths import key_at
+from mpjax.paths import key_at
 from mpjax.precision import dtype_name
 from mpjax.typing import Array, ArrayLike, Grads, Key, Params, PyTree, Tree
 

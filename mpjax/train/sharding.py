@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized, is_quantized
 from mpjax.optim import Blockwise
-from mpjax.optim.tree_paths import leaves_with_names, path_name
+from mpjax.paths import leaves_with_names, path_name
 from mpjax.typing import Array, Axes, PyTree, Shape
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax.errors import ConfigError, brief, listed
-from mpjax.formats import Quantized, is_quantized, weight_view
+from mpjax.formats import is_quantized, weight_view
 from mpjax.formats.checks import as_array
 from mpjax.ops.cross_entropy import check_targets
+from mpjax.paths import leaves_with_names
 from mpjax.typing import Array, ArrayLike, Batch, Key, Params, PyTree, Shape
 
 Ids: TypeAlias = ArrayLike | Sequence[Sequence[int]]
@@ -211,10 +212,9 @@ def _shapes(model: Initializable) -> dict[str, Shape]:
     return {name: leaf.shape for name, leaf in named_leaves(tree).items()}
 
 
-def named_leaves(tree: PyTree) -> dict[str, Array | Quantized]:
+def named_leaves(tree: PyTree) -> dict[str, PyTree]:
     """Returns path, such as `up/kernel`, -> leaf of a tree; a Quantized is a leaf."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in found}
+    return dict(leaves_with_names(tree, is_quantized))
 
 
 def check_params(model: Initializable, params: Params, where: str) -> None:

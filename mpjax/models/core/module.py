@@ -14,6 +14,7 @@ from flax import linen as nn
 from mpjax import ops
 from mpjax.formats import Quantized, quantize
 from mpjax.formats.delayed import AmaxHistory
+from mpjax.paths import path_name
 from mpjax.precision import Precision, Recipe, dtype_name, is_fp8
 from mpjax.typing import Array, Axes, DTypeLike, Key, Params, PyTree, Shape, Shard
 
@@ -88,7 +89,7 @@ def stored(params: Params, precision: Precision) -> Params:
     """Returns drawn weights as stored: those of an fp8 rule as Quantized, a scale for each row."""
 
     def leaf(path: jax.tree_util.KeyPath, w: Array) -> Array | Quantized:
-        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        parts = path_name(path).split("/")
         if parts[1] == "layers":
             parts.insert(2, "0")  # all layers are stored alike
         dtype = precision.policy("/".join(parts)).param_dtype

@@ -10,18 +10,11 @@ import numpy as np
 from jax.sharding import Sharding
 
 from mpjax.errors import ConfigError
-from mpjax.formats import is_quantized
 from mpjax.models.hf.tensor_files import Tensors
 from mpjax.models.hf.tensor_names import Weight
-from mpjax.typing import Array, DType, DTypeLike, PyTree, Shape
+from mpjax.typing import Array, DType, DTypeLike, Shape
 
 _ALIGNED = 64  # bytes; JAX on CPU uses an array of this alignment without a copy
-
-
-def named_leaves(tree: PyTree) -> dict[str, PyTree]:
-    """Returns path -> array, or its shape, or Quantized."""
-    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in found}
 
 
 def tensor_shape(shape: Shape, weight: Weight) -> Shape:

@@ -13,12 +13,13 @@ from jax.sharding import Sharding
 
 from mpjax.errors import ConfigError, listed
 from mpjax.formats import Quantized, is_quantized
+from mpjax.models.core.checks import named_leaves
 from mpjax.models.core.module import stored
 from mpjax.models.hf.architecture import Architecture, Transformer, architecture_of
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.encoder_fields import pools_mean
 from mpjax.models.hf.fields import FREE, Fields
-from mpjax.models.hf.leaf_tensors import filled, named_leaves, tensor_shape
+from mpjax.models.hf.leaf_tensors import filled, tensor_shape
 from mpjax.models.hf.tensor_files import Tensors
 from mpjax.precision import Precision
 from mpjax.typing import Axes, Json, Key, Params, PyTree, Settings, Shape

@@ -15,13 +15,13 @@ import numpy as np
 
 from mpjax.errors import ConfigError, need
 from mpjax.formats import weight_view
-from mpjax.models.core.checks import check_params
+from mpjax.models.core.checks import check_params, named_leaves
 from mpjax.models.core.metadata import Metadata
 from mpjax.models.core.network import Network
 from mpjax.models.hf.architecture import ARCHITECTURES, Architecture, architecture_name
 from mpjax.models.hf.checkpoint import CONFIG
 from mpjax.models.hf.encoder_fields import pooling_files
-from mpjax.models.hf.leaf_tensors import joined, named_leaves
+from mpjax.models.hf.leaf_tensors import joined
 from mpjax.models.hf.tensor_names import Weight
 from mpjax.precision import parse_dtype
 from mpjax.typing import Array, DTypeLike, Params

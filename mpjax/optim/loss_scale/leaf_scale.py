@@ -36,7 +36,7 @@ from mpjax.optim.loss_scale.scalers import (
     rebuild,
     step_dynamic,
 )
-from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.paths import leaves_with_names
 from mpjax.precision import LossScaleSettings, matches
 from mpjax.typing import ArrayLike, Grads, Metrics, Params, PyTree, Tree
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import is_quantized
-from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.paths import leaves_with_names
 from mpjax.typing import Array, ArrayLike, Params, Tree
 
 _PROTOCOL = ("scale", "unscale", "adjust")

@@ -17,7 +17,7 @@ from mpjax.optim.moments.low_moments import (
     moment_of,
     widen,
 )
-from mpjax.optim.tree_paths import key_at, path_name
+from mpjax.paths import key_at, path_name
 from mpjax.precision.moments import MomentFormat
 from mpjax.typing import Array, PyTree
 

@@ -15,7 +15,7 @@ from mpjax.errors import ConfigError
 from mpjax.optim.checks import as_transformation
 from mpjax.optim.moments.blockwise import Blockwise, stored
 from mpjax.optim.moments.dither import dither_key
-from mpjax.optim.tree_paths import child_at, key_at, path_name
+from mpjax.paths import child_at, key_at, path_name
 from mpjax.precision import Moments, matches
 from mpjax.precision.moments import MomentFormat
 from mpjax.precision.rule import nearest

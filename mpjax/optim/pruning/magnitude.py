@@ -18,7 +18,7 @@ from mpjax.formats import Quantized, is_quantized
 from mpjax.optim.checks import as_transformation, is_number
 from mpjax.optim.fp8_weights import Weight
 from mpjax.optim.per_layer.layer_view import each_layer
-from mpjax.optim.tree_paths import leaves_with_names, path_name
+from mpjax.paths import leaves_with_names, path_name
 from mpjax.precision import matches
 from mpjax.precision.rule import nearest
 from mpjax.typing import Array, ArrayLike, Grads, Params, PyTree, Tree

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.optim.tree_paths import leaves_with_names
+from mpjax.paths import leaves_with_names
 from mpjax.typing import DType, DTypeLike, PyTree
 
 Leaf: TypeAlias = jax.Array | jax.ShapeDtypeStruct

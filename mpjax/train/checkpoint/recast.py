@@ -20,7 +20,7 @@ from mpjax.optim.moments.convert import (
     recast_moments,
 )
 from mpjax.optim.moments.low_moments import MomentState, moment_of, types_of
-from mpjax.optim.tree_paths import child_at, leaves_with_names, path_name
+from mpjax.paths import child_at, leaves_with_names, path_name
 from mpjax.train.checkpoint import leaves
 from mpjax.typing import Array, Params, PyTree
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from mpjax.errors import ConfigError
 from mpjax.formats.delayed import AmaxHistory, map_histories
 from mpjax.optim import LossScale, NoOpLossScale
-from mpjax.optim.tree_paths import leaves_with_names, path_name
+from mpjax.paths import leaves_with_names, path_name
 from mpjax.train.checkpoint.leaves import describe, named_leaves
 from mpjax.train.step import StepFn, TrainState, TrainStep
 from mpjax.typing import ArrayLike, Batch, Metrics, ModelState, PyTree, Settings
