@@ -1,1 +1,1 @@
-"""What every model is made of: modules that know their path, layers, storage, parameters."""
+"""The base of all models: configurations, modules, layers, storage and checks."""

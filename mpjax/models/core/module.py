@@ -30,7 +30,7 @@ def unsharded(x: Array, axes: Axes) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The Precision as one part of a model sees it.
+    """The Precision and the path of one part of a model.
 
     Args:
       precision: the model's Precision.

@@ -249,9 +249,8 @@ class LanguageModel(NextToken):
           params: from `init`.
           ids_BT: token ids.
           keep: (B, T) bool, False where there is padding, on either side; None is all True.
-            Logits at padding mean nothing.
-          state: a cache from `init_cache` or an earlier call, amax histories from `init_state`, or
-            None.
+            Logits at padding are undefined.
+          state: from `init_cache`, an earlier call or `init_state` (amax histories), or None.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.
         """

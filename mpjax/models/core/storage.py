@@ -90,7 +90,7 @@ class Storage:
 
         Args:
           x: float32, bfloat16 or float16.
-          axis: the axis, or axes, that a product sums over; rows and blocks lie along it.
+          axis: the axis, or axes, that a product sums over, along which rows and blocks extend.
         """
         if self.scaling is None:
             return x.astype(self.format.dtype)  # what was asked for

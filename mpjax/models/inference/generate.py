@@ -90,15 +90,11 @@ def generate(
       key: of the draws; may be left out when temperature is 0.
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: draws among the k likeliest tokens; 0 or None among all.
-      top_p: draws among the fewest likeliest tokens that together have probability p; 1 or None
-        among all.
-      end: token that ends a row, or several, as of a loaded model `model.metadata.ends`; what
-        follows it is filled with it. Stops when all rows have ended.
+      top_p: draws among the fewest likeliest tokens of probability p; 1 or None among all.
+      end: token that ends a row, or several, such as `model.metadata.ends`; it fills the rest.
       lengths: how many tokens at the end of each row are its prompt; by default all.
-      cache: storage of keys and values, such as `int8` or a dtype; by default the products'
-        compute dtype.
-      state: amax histories of a training with delayed scaling; without them the current tensors
-        decide.
+      cache: storage of keys and values, such as `int8`; by default the compute dtype.
+      state: amax histories of delayed scaling; without them scales are of current tensors.
 
     Returns:
       The new token ids.
@@ -207,13 +203,11 @@ def beam_search(
       params: its weights.
       prompt: token ids, at least one a row; see `left_pad` for rows of different lengths.
       new: N, tokens to add at most.
-      beams: K, how many are kept at a time; 1 is the greedy continuation, or one that ended
-        on its way and is likelier.
+      beams: K of each prompt; 1 is greedy, or returns a likelier one that ended earlier.
       length_penalty: $\alpha$, 0 or above; larger ones favour longer continuations.
       end: token that ends a continuation, or several; what follows it is filled with it.
       lengths: how many tokens at the end of each row are its prompt; by default all.
-      cache: storage of keys and values, such as `int8` or a dtype; by default the products'
-        compute dtype.
+      cache: storage of keys and values, such as `int8`; by default the compute dtype.
       state: amax histories, as in `generate`.
 
     Returns:

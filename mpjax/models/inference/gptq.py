@@ -158,13 +158,13 @@ def _clipped(w_DF: Array, q: Quantized, weight_D: Array) -> Quantized:
         offsets = None if q.offsets is None else q.offsets + (1 - share) * centre * q.scales
         return q.scales * share, offsets
 
-    def lost(share: Array) -> Array:
+    def error(share: Array) -> Array:
         scales, offsets = narrowed(share)
         scale_DF, start_DF = _spread(dataclasses.replace(q, scales=scales, offsets=offsets))
         back_DF = round_to((w_DF - start_DF) / scale_DF, q.format) * scale_DF + start_DF
         return sum_of(jnp.square(w_DF - back_DF) * weight_D[:, None], q.tile)
 
-    best = jnp.argmin(lax.map(lost, shares), axis=0)  # a loop: each needs a whole array
+    best = jnp.argmin(lax.map(error, shares), axis=0)  # a loop: each needs a whole array
     scales, offsets = narrowed(shares[best])
     return dataclasses.replace(q, scales=scales, offsets=offsets)
 

@@ -87,8 +87,7 @@ def judge(
       batches: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there is
         padding, which may be called `attention_mask`, and `weights` (B, T) of the targets, if they
         are not all alike. A target that is no token gives NaN unless it weighs nothing.
-      cache: storage of keys and values, which are then read back from it as in `generate`; by
-        default there is no cache.
+      cache: storage of keys and values, as in `generate`; by default there is no cache.
 
     Raises:
       ConfigError: no batch, one that is something else, or `keep` beside a cache.

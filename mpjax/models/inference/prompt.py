@@ -41,8 +41,7 @@ def left_pad(
       length: T; 0 takes the longest prompt's. A few fixed lengths spare compilations.
 
     Raises:
-      ConfigError: no prompt, one that is empty or not made of integers, or one that is longer than
-        `length`.
+      ConfigError: no prompt, or one that is empty, not integers, or longer than `length`.
 
     Example:
       >>> left_pad([[5], [6, 7]])[0].tolist(), left_pad([[5], [6, 7]])[1].tolist()

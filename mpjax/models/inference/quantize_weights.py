@@ -116,7 +116,7 @@ def quantize_weights(
       rules: `PATTERN=STORAGE` or `PATTERN=keep` in order, the first match wins; patterns as in a
         Precision, of paths without layer index, such as `decoder/layers/mlp/down/kernel`.
       moments: of the inputs of kernels, from `input_moments`: these are then rounded so that their
-        products change least (GPTQ), and clipped where that loses less; others to nearest.
+        products change least (GPTQ), with scales that may clip; others to nearest.
 
     Returns:
       The same tree with Quantized leaves.
@@ -186,7 +186,7 @@ class Stored(NamedTuple):
       path: of the weight.
       storage: `int8@row`, `float32`, ...
       bytes: that it takes, scales included.
-      sqnr: in dB against the weight that it was; inf where nothing was lost.
+      sqnr: in dB against the original weight; inf if they are equal.
     """
 
     path: str

@@ -25,8 +25,7 @@ class Sampling:
     Args:
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: draws among the k likeliest tokens; 0 or None among all.
-      top_p: draws among the fewest likeliest tokens whose probabilities add up to at least p; 1 or
-        None among all.
+      top_p: draws among the fewest likeliest tokens of probability p; 1 or None among all.
 
     Raises:
       ConfigError: a setting out of range, or a filter beside temperature 0, which does not draw.

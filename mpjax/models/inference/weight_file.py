@@ -68,7 +68,7 @@ def unpack(packed: np.ndarray, dtype: DTypeLike, shape: Shape) -> np.ndarray:
 
 
 def save_weights(params: Params, path: str | Path) -> int:
-    """Writes weights, quantised or not, to one file, whole or not at all.
+    """Writes weights, quantised or not, to one file, atomically.
 
     Args:
       params: a tree of dicts.
@@ -118,8 +118,7 @@ def load_weights(path: str | Path) -> Params:
       path: of the file.
 
     Raises:
-      ConfigError: safetensors is not installed, there is no such file, or it is damaged or of
-        another kind.
+      ConfigError: safetensors is not installed, or the file is missing, damaged or another kind.
 
     Example:
       >>> import tempfile

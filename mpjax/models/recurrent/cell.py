@@ -74,7 +74,7 @@ class Cell(Layer):
 
     References:
       Hochreiter and Schmidhuber 1997; Jozefowicz et al. 2015 (forget bias 1); Cho et al. 2014 (GRU,
-      its reset behind the product as in cuDNN).
+      its reset gate after the product, as in cuDNN).
     """
 
     kind: str

@@ -81,13 +81,14 @@ class Recurrent(LanguageModel):
         ends, histories = [], []
         for layer in range(c.layers):
             pick = lambda a: a[layer]  # noqa: B023, E731
+            own = jax.tree.map(pick, p["layers"]["cell"])
+            history = jax.tree.map(pick, amax.get("cell"))
             rngs = {}
             if key is not None and self.rounds:
                 rngs = {"rounding": jax.random.fold_in(part_key(key, "layers"), layer)}
             (x_TBD, end), history = run_module(
-                self._cell(self.at, layer), jax.tree.map(pick, p["layers"]["cell"]), x_TBD,
-                jax.tree.map(pick, carried), keep_TB, history=jax.tree.map(pick, amax.get("cell")),
-                rngs=rngs,
+                self._cell(self.at, layer), own, x_TBD, jax.tree.map(pick, carried), keep_TB,
+                history=history, rngs=rngs,
             )  # fmt: skip
             x_TBD = self.shard(drop(x_TBD, str(layer)), ("length", "batch", None))
             ends.append(end)

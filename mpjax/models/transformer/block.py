@@ -88,8 +88,7 @@ class Attention(Layer):
         Args:
           x_BTD: the tokens; None makes only the keys and values of the source.
           context: positions of the tokens and what they attend to.
-          cache: keys and values, to which those of the tokens are added; of cross-attention those
-            of the source, if they are known.
+          cache: keys and values, joined by those of the tokens; across, those of the source.
         """
         c = self.config
         source = context.source_BSD if self.across else x_BTD

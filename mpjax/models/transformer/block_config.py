@@ -35,11 +35,11 @@ class BlockConfig(ModelConfig):
       norm_embed: whether the sum of all embeddings is normalised.
       dropout: rate on embeddings and on each branch before it joins the residual stream.
       qk_norm: whether queries and keys are RMS-normalised per head.
-      window: a query sees the last `window` tokens, its own included; 0 is all.
+      window: a query attends to the last `window` tokens, its own included; 0 is all.
       rope_theta: base of the rotary frequencies.
       rope_scaling: how they are stretched for a longer context: `none`, `linear` or `llama3`.
       rope_factor: by how much.
-      rope_low: llama3: waves longer than rope_context / rope_low are stretched whole.
+      rope_low: llama3: waves longer than rope_context / rope_low are stretched by rope_factor.
       rope_high: llama3: waves shorter than rope_context / rope_high are not.
       rope_context: llama3: context before the stretching.
       epsilon: of the norms.

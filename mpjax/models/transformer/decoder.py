@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks in segments of equal precision, head and loss.
 
-Parameters are one canonical tree whatever the Precision: the weights of all blocks are stacked
-along a leading layer axis. Shapes: B batch, T tokens, D width, L layers, V vocabulary.
+Parameters are the same tree under every Precision: the weights of all blocks are stacked along a
+leading layer axis. Shapes: B batch, T tokens, D width, L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Decoder(TransformerNetwork, LanguageModel):
         Args:
           batch: B.
           length: tokens that it can hold, padding included.
-          storage: of keys and values, such as `bf16`, `int8` or `e4m3` with a scale for each token
-            and head; by default the products' compute dtype.
+          storage: of keys and values, such as `bf16`, or `int8` with a scale for each token and
+            head; by default the compute dtype.
           pads: (B,) tokens of padding on the left of each row; None is none.
         """
         state = empty_cache(self.config, self.precision, batch, length, storage)

@@ -1,7 +1,7 @@
 """The bidirectional encoder (BERT) with its heads.
 
-Parameters are one canonical tree whatever the Precision: the weights of all blocks are stacked
-along a leading layer axis. Shapes: B batch, T tokens, D width, V vocabulary, C classes.
+Parameters are the same tree under every Precision: the weights of all blocks are stacked along a
+leading layer axis. Shapes: B batch, T tokens, D width, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Encoder(TransformerNetwork):
         Returns:
           `features` (B, T, D); `pooled` (B, D) for heads `none`, `pretrain` and `class`; logits:
           `masked` (B, T, V) for `masked` and `pretrain`, `next` (B, 2; 0 is the next sentence) for
-          `pretrain`, `class` (B, C), `token` (B, T, C). What stands at padding means nothing.
+          `pretrain`, `class` (B, C), `token` (B, T, C). Outputs at padding are undefined.
         """
         c, p, fields = self.config, below(weight_view(params), "encoder"), self._inputs(inputs)
         histories = (state or {}).get("amax", {})

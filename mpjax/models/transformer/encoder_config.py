@@ -20,12 +20,10 @@ class EncoderConfig(BlockConfig):
       types: number of token types; 0 is no such embedding.
       head: `none` (features and pooled), `masked` (tokens), `pretrain` (tokens, and whether the
         second sentence is the next), `class` (of a text or a pair) or `token` (of each token).
-      classes: of the heads `class` and `token`; 1 is a number instead of classes (regression, the
-        score of a pair), which `mpjax.tasks.TextRegression` trains.
-      labels: names of the classes in the order of the logits, as the checkpoint has them; empty
-        where they have none.
-      pool: what the heads `none`, `pretrain` and `class` take of a text: the `first` token through
-        BERT's pooler, or the `mean` of all tokens that are no padding.
+      classes: of the heads `class` and `token`; 1 is regression, see `mpjax.tasks.TextRegression`.
+      labels: names of the classes in the order of the logits; empty if they have none.
+      pool: input of the heads `none`, `pretrain` and `class`: the `first` token through BERT's
+        pooler, or the `mean` of all tokens that are no padding.
 
     Raises:
       ConfigError: a value outside its range or choices.
@@ -50,7 +48,7 @@ class EncoderConfig(BlockConfig):
     types: int = 2
     head: str = "none"
     classes: int = 2
-    labels: Sequence[str] = ()  # kept as a tuple
+    labels: Sequence[str] = ()  # stored as a tuple
     pool: str = "first"
 
     def __post_init__(self) -> None:
@@ -60,7 +58,7 @@ class EncoderConfig(BlockConfig):
                 f"model: labels={self.labels!r}; give the name of each class, such as"
                 " labels=('negative', 'positive')"
             )
-        object.__setattr__(self, "labels", tuple(self.labels))  # a list where JSON kept it
+        object.__setattr__(self, "labels", tuple(self.labels))  # a list if it was read from JSON
         if self.labels and self.head not in ("class", "token"):
             raise ConfigError(
                 f"model: head={self.head!r} has no classes that labels could name; leave them out,"

@@ -90,8 +90,8 @@ def take_rows(state: ModelState, rows_B: Array) -> ModelState:
     """Returns a state with rows copied from others, as beam search reorders them.
 
     Args:
-      state: of a model that decodes: the leaves of `layers` have their rows on axis 1, the other
-        arrays on axis 0; numbers and amax histories are shared by all rows.
+      state: rows are axis 1 of the leaves of `layers`, axis 0 of other arrays; numbers and amax
+        histories are shared by all rows.
       rows_B: for each new row, the row to copy.
     """
 

@@ -187,7 +187,7 @@ class Seq2Seq(TransformerNetwork, NextToken):
           source: token ids (B, S).
           length: tokens of the target that it can hold.
           source_keep: (B, S), True or 1 where there is no padding; None is all.
-          storage: of the target's keys and values; by default the products' compute dtype.
+          storage: of the target's keys and values; by default the compute dtype.
           state: amax histories of a training with delayed scaling.
         """
         p = weight_view(params)

@@ -152,7 +152,7 @@ class Transformer:
         Args:
           p: weights below the name.
           ids_BT: token ids.
-          attention_context: where they stand and what they attend to.
+          attention_context: their positions and what they attend to.
           kinds_BT: token types; None is all 0.
           cache: keys and values along a leading layer axis.
           amax: histories of delayed scaling of the blocks, likewise, or None.
