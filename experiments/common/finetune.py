@@ -222,7 +222,7 @@ def page_of(
 
 def run_arm(
     label: str, config: Any, task: Task, start: Beginning, examples: Sequence[Example],
-    vocabulary: int,    judge: Judge, out: Path, keep: Keep = lambda *_: None,
+    vocabulary: int, judge: Judge, out: Path, keep: Keep = lambda *_: None,
     change: Change = lambda batch, draw: batch, again: Again = lambda *_: False,
 ) -> Arm:  # fmt: skip
     """Trains one arm under each seed; its step is compiled once for each length.
