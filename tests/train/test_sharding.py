@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -222,3 +222,22 @@ def test_params_without_axes_stay_whole() -> None:
     state = init_state({"w": jnp.ones((8, 8))}, step.optimizer)
     shardings = state_shardings(state, None, parse_mesh("fsdp=8"))
     assert {s.spec for s in jax.tree.leaves(shardings)} == {P()}
+
+
+def test_codes_are_cut_by_their_type_and_not_by_their_name() -> None:
+    from mpjax.optim import quantize_blocks
+    from mpjax.train import state_shardings
+
+    class State(NamedTuple):
+        params: Any
+        moment: Any
+        named: Any
+
+    w, mesh = jnp.ones((16, 8)), parse_mesh("fsdp=8")
+    moment = quantize_blocks(w, "int8@8", signed=True)
+    alike = {"codes": moment.codes, "absmax": moment.absmax}
+    state = State({"w": w}, {"w": moment}, {"w": alike})
+    cut = state_shardings(state, {"w": ("embed", None)}, mesh)
+    assert cut.moment["w"].codes.spec == cut.moment["w"].absmax.spec == P("fsdp", None)
+    assert cut.named["w"]["codes"].spec == cut.named["w"]["absmax"].spec == P()
+    assert jax.device_put(state, cut).moment["w"].codes.addressable_shards[0].data.shape == (2, 8)
