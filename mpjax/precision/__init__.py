@@ -1,6 +1,5 @@
 """Who gets which format: policies, rules and the Precision that holds them."""
 
-from mpjax.formats import widest as wider
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
 from mpjax.precision.policy import (
@@ -54,5 +53,4 @@ __all__ = [
     "register_preset",
     "register_recipe",
     "sum_dtype",
-    "wider",
 ]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.precision import dtype_name, parse_dtype, wider
+from mpjax.formats import widest
+from mpjax.precision import dtype_name, parse_dtype
 
 JMP = ["full", "f32", "float32", "f16", "float16", "bf16", "bfloat16", "half"]
 OURS = {"fp32": jnp.float32, "single": jnp.float32, "fp16": jnp.float16}
@@ -71,13 +72,13 @@ def test_a_dtype_that_no_policy_holds_has_no_name() -> None:
 
 def test_wider_holds_every_value_of_both() -> None:
     for a, b in itertools.product(DTYPES, repeat=2):
-        both = wider(a, b)
-        assert both == wider(b, a)
+        both = widest(a, b)
+        assert both == widest(b, a)
         for dtype in (a, b):
             info = jnp.finfo(dtype)
             edge = np.array([info.max, info.smallest_subnormal, 1 + info.eps]).astype(dtype)
             assert (edge.astype(both).astype(dtype) == edge).all()
-    assert wider(jnp.bfloat16, jnp.bfloat16) == jnp.bfloat16  # not wider than it must be
+    assert widest(jnp.bfloat16, jnp.bfloat16) == jnp.bfloat16  # not wider than it must be
     # The control: neither 16-bit format holds the other.
     assert np.float32(1 + 2.0**-10).astype(jnp.bfloat16) == 1
     assert float(jnp.finfo(jnp.bfloat16).max) > float(jnp.finfo(jnp.float16).max)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mpjax import ops
+from mpjax.formats import widest
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.models.core.layers import Linear
 from mpjax.models.core.module import Layer, quantization
 from mpjax.models.recurrent.config import CELLS
-from mpjax.precision import wider
 from mpjax.typing import Array
 
 State: TypeAlias = dict[str, Array]
@@ -41,7 +41,7 @@ class Hidden(Layer):
         # Gathered once, not at every time step. The cast is before the scan, which sums the
         # gradient over time in the dtype that the kernel has in it.
         kernel = self.context.shard(kernel, (None, None))
-        kernel = kernel.astype(wider(kernel.dtype, self.gradient_dtype))
+        kernel = kernel.astype(widest(kernel.dtype, self.gradient_dtype))
         policy, gradient_dtype = self.policy(), self.gradient_dtype
         recipe, key, amax = quantization(self)
         where = self.context.full(self.path)

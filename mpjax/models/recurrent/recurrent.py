@@ -21,7 +21,7 @@ from mpjax.models.core.network import LanguageModel
 from mpjax.models.core.sizes import FieldValue
 from mpjax.models.recurrent.cell import Cell
 from mpjax.models.recurrent.config import RecurrentConfig, recurrent_config
-from mpjax.precision import Precision, get_precision, wider
+from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
 from mpjax.typing import Array, ArrayLike, Key, ModelState, Params
 

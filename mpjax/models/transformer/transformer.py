@@ -25,7 +25,7 @@ from mpjax.models.transformer.block import Attention, AttentionContext, Block
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.models.transformer.kv_cache import Cache, cache_storage, empty
 from mpjax.ops.rotary import sinusoid
-from mpjax.precision import Precision, Recipe, dtype_name, wider
+from mpjax.precision import Precision, Recipe, dtype_name
 from mpjax.typing import Array, ArrayLike, Key, ModelState, Params, PyTree, Tree
 
 # Name -> module, examples of its inputs.
