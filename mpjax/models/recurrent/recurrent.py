@@ -114,7 +114,7 @@ class Recurrent(LanguageModel):
         c = self.config
         cells = [f"recurrent/layers/{i}/cell" for i in range(c.layers)]
         paths = [*cells, *(f"{cell}/state" for cell in cells)]
-        dtype = functools.reduce(wider, (self.precision.policy(p).output_dtype for p in paths))
+        dtype = functools.reduce(widest, (self.precision.policy(p).output_dtype for p in paths))
         names = ("hidden", "cell") if c.cell == "lstm" else ("hidden",)
         return {"layers": {name: jnp.zeros((c.layers, batch, c.width), dtype) for name in names}}
 

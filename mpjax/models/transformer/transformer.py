@@ -319,7 +319,7 @@ def empty_cache(
             " fewer tokens"
         )
     attention = [f"decoder/layers/{i}/attention" for i in range(c.layers)]
-    dtype = functools.reduce(wider, (precision.policy(path).compute_dtype for path in attention))
+    dtype = functools.reduce(widest, (precision.policy(path).compute_dtype for path in attention))
     shape = (c.layers, batch, length, c.groups, c.per_head)
     form = cache_storage(storage or dtype_name(dtype))
     return {
