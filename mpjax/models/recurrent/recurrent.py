@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mpjax.formats import weight_view
+from mpjax.formats import weight_view, widest
 from mpjax.models.core.checks import Ids, as_ids, below
 from mpjax.models.core.layers import Embed, dropout
 from mpjax.models.core.module import At, init_layers, part_key, run_module

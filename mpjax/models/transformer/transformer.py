@@ -16,7 +16,7 @@ import jmp
 from flax import linen as nn
 
 from mpjax.errors import ConfigError
-from mpjax.formats import weight_view
+from mpjax.formats import weight_view, widest
 from mpjax.models.core.layers import Embed, Norm, dropout
 from mpjax.models.core.module import At, init_layers, part_key, run_module
 from mpjax.models.core.network import Network
