@@ -106,9 +106,7 @@ def near_misses(pattern: str, paths: Iterable[str], count: int = 4) -> list[str]
     return list(dict.fromkeys([*best, *others]))[:count] or bare[:count]
 
 
-def _align(
-    pattern: tuple[str, ...], path: tuple[str, ...]
-) -> tuple[float, tuple[str, ...]] | None:
+def _align(pattern: tuple[str, ...], path: tuple[str, ...]) -> tuple[float, tuple[str, ...]] | None:
     """The similarity of a pattern to the beginning of a path, 0 to 1, and the corrected pattern.
 
     None if a component of the pattern has no counterpart in the path.
