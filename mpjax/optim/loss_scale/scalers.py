@@ -117,8 +117,8 @@ class LossScale:
         return rebuild(type(self), self.settings, self.state, owned=True)
 
     @property
-    def value(self) -> Float[Array, ""]:
-        """The current scale, float32."""
+    def value(self) -> Any:  # NumPy's in a state on the host
+        """The current scale, float32; of NumPy in a state that was fetched to the host."""
         return jnp.float32(1)
 
     def scale(self, tree: Tree) -> Tree:
@@ -186,7 +186,7 @@ class StaticLossScale(LossScale):
         return (jnp.float32(settings.init),)
 
     @property
-    def value(self) -> Float[Array, ""]:
+    def value(self) -> Any:  # NumPy's in a state on the host
         return self.state[0]
 
     def scale(self, tree: Tree) -> Tree:
