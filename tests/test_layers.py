@@ -235,6 +235,19 @@ def test_folders_show_what_is_in_them() -> None:
     assert namesakes(["mpjax/a/x.py", "mpjax/b/x.py", "mpjax/a/config.py"]) == ["x"]
 
 
+def missing(page: str) -> list[str]:
+    """The files that a page of docs names and that are not in the package."""
+    named = re.findall(r"\b[\w/]+/\w+\.py\b", page)
+    return [name for name in named if not (ROOT / "mpjax" / name).exists()]
+
+
+def test_the_ways_are_through_files_that_exist() -> None:
+    page = (ROOT / "docs/how/walks.md").read_text()
+    assert page.count(".py") > 50
+    assert missing(page) == []
+    assert missing("optim/gone.py and `train/step.py`") == ["optim/gone.py"]
+
+
 def test_modules_are_short() -> None:
     assert MODULES
     assert [_relative(p) for p in MODULES if len(p.read_text().splitlines()) > 500] == []

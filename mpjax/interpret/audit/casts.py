@@ -13,7 +13,7 @@ from mpjax.interpret.core.op_lists import SHAPE
 from mpjax.interpret.core.retrace import is_float
 
 # They add up in the dtype of their operand (a psum on the wire).
-_SUMS = frozenset(
+_SUMS_LIKE_OPERAND = frozenset(
     {
         *("reduce_sum", "reduce_prod", "cumsum", "cumprod", "cumlogsumexp", "reduce_window_sum"),
         *("scatter-add", "scatter-mul", "psum", "psum2", "psum_invariant", "reduce_scatter"),
@@ -61,7 +61,7 @@ def _counted(find: Callable[[Flow], Iterator[tuple[str, Step]]]) -> Find:
 def low_reductions(flow: Flow) -> Iterator[tuple[str, Step]]:
     """Returns sums and products over an axis whose operand and result are low."""
     for step in flow.steps:
-        if step.name in _SUMS and step.outs and step.ins[0].low and step.outs[0].low:
+        if step.name in _SUMS_LIKE_OPERAND and step.outs and step.ins[0].low and step.outs[0].low:
             yield f"{step.name} in {step.outs[0].aval.dtype}", step
 
 

@@ -26,7 +26,7 @@ MOVES = frozenset(
         *("pvary", "settled", "with_derivative"),
     }
 )
-_SUMS = frozenset(
+_REDUCTIONS = frozenset(
     {
         *("reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce", "argmax", "argmin"),
         *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"),
@@ -73,7 +73,7 @@ def operations(eqn: JaxprEqn) -> int:
     size = math.prod(floats[0])
     if name in PRODUCTS:
         return 2 * size * contracted(eqn) // _groups(eqn)
-    if name in _SUMS:
+    if name in _REDUCTIONS:
         return math.prod(_shape(eqn.invars[0]))
     return size
 

@@ -16,7 +16,7 @@ from mpjax.formats import widest
 from mpjax.interpret.autocast.float32_consumers import float32_consumers
 from mpjax.interpret.autocast.products import Sides, add_bias, biases, product, sides
 from mpjax.interpret.autocast.rules import UNCHANGED, CastPolicy, CastRules
-from mpjax.interpret.autocast.weak import Weak, is_number
+from mpjax.interpret.autocast.weak import Weak, is_known_number
 from mpjax.interpret.core import custom_rules, op_lists
 from mpjax.interpret.core.control_flow import REBUILT, Rebind
 from mpjax.interpret.core.location import OPAQUE, Location, location_of
@@ -265,8 +265,10 @@ class CastScope:
         if not is_float(x):
             if x.dtype == jnp.bool_:
                 self.weak.mark(eqn.outvars[0], 1.0)
-            elif is_number(x) or getattr(atom.aval, "weak_type", False):
-                self.weak.mark(eqn.outvars[0], abs(float(x)) if is_number(x) else float("inf"))
+            elif is_known_number(x) or getattr(atom.aval, "weak_type", False):
+                self.weak.mark(
+                    eqn.outvars[0], abs(float(x)) if is_known_number(x) else float("inf")
+                )
             return bind(eqn, args)
         if self.weak.bound(atom) is not None:
             self.weak.follow(eqn, args)

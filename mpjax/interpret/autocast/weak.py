@@ -24,7 +24,7 @@ _KEEPS_BOUND = frozenset(
         *("stop_gradient", "pvary", "rev", "gather", "dynamic_slice"),
     }
 )
-_SUMS = frozenset({"reduce_sum", "cumsum"})
+_WEAK_SUMS = frozenset({"reduce_sum", "cumsum"})
 _HALF = float(jnp.finfo(jnp.float16).max)
 
 
@@ -64,10 +64,10 @@ class Weak:
         if not bounds or None in bounds:
             return
         name = eqn.primitive.name
-        if name == "broadcast_in_dim" and is_number(args[0]):
+        if name == "broadcast_in_dim" and is_known_number(args[0]):
             self._filled[eqn.outvars[0]] = eqn, args[0]
         most = max(bound or 0.0 for bound in bounds)
-        if name in _SUMS:  # weak while it fits into float16
+        if name in _WEAK_SUMS:  # weak while it fits into float16
             axes = eqn.params["axes"] if name == "reduce_sum" else (eqn.params["axis"],)
             most *= math.prod(args[0].shape[axis] for axis in axes)
             if most <= _HALF:
@@ -81,7 +81,7 @@ class Weak:
         bound = self.bound(atom)
         if bound is None:
             return None
-        if is_number(x):
+        if is_known_number(x):
             return _constant(x, dtype)
         if atom in self._filled:  # broadcast again instead of cast
             eqn, number = self._filled[atom]
@@ -99,6 +99,6 @@ def _constant(x: Array, dtype: DType) -> Any:
     return np.asarray(np.clip(number, -limit, limit) if np.isfinite(number) else number, dtype)
 
 
-def is_number(x: object) -> bool:
+def is_known_number(x: object) -> bool:
     """Returns whether a value is a number that is known while tracing."""
     return isinstance(x, np.ndarray | np.generic | float | int) and not np.ndim(x)

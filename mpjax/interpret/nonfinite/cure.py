@@ -15,7 +15,7 @@ import numpy as np
 from mpjax.interpret.core.location import Location
 from mpjax.interpret.core.retrace import aval_of
 from mpjax.interpret.core.trace import Program
-from mpjax.interpret.nonfinite.fault import is_number
+from mpjax.interpret.nonfinite.fault import is_inexact
 from mpjax.interpret.nonfinite.first_fault import FirstFault
 from mpjax.interpret.nonfinite.instrument import InstrumentedProgram, Wide, any_low, is_low
 from mpjax.interpret.nonfinite.propagation import Propagation
@@ -89,7 +89,7 @@ def _may_fit(first_fault: FirstFault, exact: float | None) -> bool:
 
 def _dtypes(first_fault: FirstFault) -> list[DType]:
     """The dtypes of the operation's results."""
-    return [aval_of(var).dtype for var in first_fault.site.eqn.outvars if is_number(var.aval)]
+    return [aval_of(var).dtype for var in first_fault.site.eqn.outvars if is_inexact(var.aval)]
 
 
 def _of_this_value(

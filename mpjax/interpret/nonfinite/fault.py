@@ -46,7 +46,7 @@ _BY_VALUE = (ELEMENTWISE | FULL_CUDA | {"convert_element_type"}) - {
 }
 
 
-def is_number(x: object) -> bool:
+def is_inexact(x: object) -> bool:
     """Returns whether a value or aval is an array of floating-point or complex numbers."""
     if "Ref" in type(x).__name__ or "Ref" in type(getattr(x, "aval", None)).__name__:
         return False  # a reference to an array
@@ -57,12 +57,12 @@ def can_make(eqn: JaxprEqn) -> bool:
     """Returns whether an operation could make an infinity or a NaN at all."""
     if eqn.primitive.name in _MOVES:
         return False
-    return any(is_number(var.aval) and getattr(var.aval, "size", 0) for var in eqn.outvars)
+    return any(is_inexact(var.aval) and getattr(var.aval, "size", 0) for var in eqn.outvars)
 
 
 def can_stop(eqn: JaxprEqn) -> bool:
     """Returns whether an operation makes none but may leave one behind, such as `where`."""
-    return eqn.primitive.name in _STOPS and any(is_number(var.aval) for var in eqn.outvars)
+    return eqn.primitive.name in _STOPS and any(is_inexact(var.aval) for var in eqn.outvars)
 
 
 def _exact(x: Array) -> Array:
@@ -93,7 +93,7 @@ def faults(eqn: JaxprEqn, args: Sequence[Array], out: Array) -> tuple[Array, Arr
       shape of the values that are at fault.
     """
     out = _exact(out)
-    numbers = [_exact(x) for x in args if is_number(x)]
+    numbers = [_exact(x) for x in args if is_inexact(x)]
     is_nan, is_inf = jnp.isnan(out), jnp.isinf(out)
     aligned = all(jnp.shape(x) in ((), out.shape) for x in numbers)
     no, shape = jnp.zeros((), jnp.bool_), out.shape

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from mpjax.interpret.core.retrace import Records
-from mpjax.interpret.nonfinite.fault import can_make, is_number
+from mpjax.interpret.nonfinite.fault import can_make, is_inexact
 from mpjax.interpret.nonfinite.instrument import Digests, InstrumentedProgram
 from mpjax.interpret.nonfinite.propagation import Propagation
 from mpjax.interpret.nonfinite.sites import SEEN, Found, Key, Site
@@ -94,7 +94,7 @@ def find_first_fault(closed: ClosedJaxpr, args: Sequence[Array], shards: bool) -
     if not found:
         return None
     records, outputs = instrumented(args)
-    nan_among_inputs = any(is_number(x) and bool(jnp.any(jnp.isnan(x))) for x in args)
+    nan_among_inputs = any(is_inexact(x) and bool(jnp.any(jnp.isnan(x))) for x in args)
     if outputs == healthy and (nan_among_inputs or not any(nan for _, nan in outputs)):
         return None
     # no fault alone affects an output, together they do

@@ -33,7 +33,7 @@ from mpjax.interpret.core.retrace import RecordKey, Records, Result, aval_of, ca
 from mpjax.interpret.core.shard_map import agreed
 from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
 from mpjax.interpret.nonfinite import fault, sites
-from mpjax.interpret.nonfinite.fault import FINE, all_finite, is_number
+from mpjax.interpret.nonfinite.fault import FINE, all_finite, is_inexact
 from mpjax.interpret.nonfinite.sites import SEEN, Found, Key, Site, packed
 from mpjax.interpret.nonfinite.summaries import among, digest, has_nan, range_of
 from mpjax.typing import Array, DType, DTypeLike
@@ -126,7 +126,7 @@ class InstrumentedProgram:
             if self.wide is not None:
                 (x,), lost = self._narrowed([x], [getattr(aval, "dtype", None)])
                 codes += [] if lost is None else [lost]
-            if self.only is not None and is_number(x) and jnp.size(x):
+            if self.only is not None and is_inexact(x) and jnp.size(x):
                 codes.append(jnp.where(all_finite(x), jnp.int32(FINE), jnp.int32(SEEN)))
             if codes:
                 key = sites.output_key(self.closed, number)
@@ -208,7 +208,7 @@ class InstrumentedProgram:
             return Result(outs, records)
         fine = [jnp.all(out) for out in outs] if asks else []
         if makes:
-            fine = [all_finite(out) for out in outs if is_number(out) and out.size]
+            fine = [all_finite(out) for out in outs if is_inexact(out) and out.size]
         code = functools.reduce(operator.and_, fine) if fine else jnp.ones((), jnp.bool_)
         if lost is not None:
             code = jnp.where(code, jnp.int32(FINE), jnp.int32(SEEN))
@@ -225,7 +225,7 @@ class InstrumentedProgram:
         wide = widened(eqn, args) or outs
         least, most = jnp.float32(jnp.inf), jnp.float32(-jnp.inf)  # in float32, where it broke
         for out, exact in zip(outs, wide, strict=True):
-            if is_number(out) and out.size:
+            if is_inexact(out) and out.size:
                 found, nonfinite = fault.faults(eqn, args, out)
                 code = jnp.where(found > FINE, found, code)
                 least, most = among(exact, nonfinite, least, most)

@@ -16,7 +16,7 @@ from mpjax.interpret.core.retrace import aval_of
 from mpjax.interpret.core.trace import Program, trace
 from mpjax.interpret.nonfinite.cure import NONE, find_cure
 from mpjax.interpret.nonfinite.direction import direction
-from mpjax.interpret.nonfinite.fault import KINDS, is_number
+from mpjax.interpret.nonfinite.fault import KINDS, is_inexact
 from mpjax.interpret.nonfinite.first_fault import FirstFault, find_first_fault
 from mpjax.interpret.nonfinite.instrument import InstrumentedProgram, runs_wide
 from mpjax.interpret.nonfinite.sites import MASK, RANGES, location_at
@@ -149,7 +149,7 @@ def _given(program: Program) -> Nonfinite | None:
     """A NaN among the arguments, or what the function closes over, that reaches an output."""
     closed = [(f"a closed-over array of {jnp.shape(x)}", x) for x in program.closed.consts]
     for name, x in [*zip(program.names, program.args, strict=True), *closed]:
-        if is_number(x) and bool(jnp.any(jnp.isnan(x))):
+        if is_inexact(x) and bool(jnp.any(jnp.isnan(x))):
             _, outs = InstrumentedProgram(program.closed)(program.args)
             if not any(is_nan for _, is_nan in outs):
                 return None
@@ -190,7 +190,7 @@ def _measured(
     ranges = tuple(
         Range(aval.dtype.name, tuple(aval.shape), *map(float, three))
         for aval, three in zip(map(aval_of, eqn.invars), values.reshape(-1, 3), strict=True)
-        if is_number(aval)
+        if is_inexact(aval)
     )
     exact = None
     if runs_wide(eqn):

@@ -13,7 +13,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 from mpjax.interpret.core.walk import scan_sizes
 from mpjax.interpret.nonfinite.direction import held_jaxprs
-from mpjax.interpret.nonfinite.fault import is_number
+from mpjax.interpret.nonfinite.fault import is_inexact
 from mpjax.interpret.nonfinite.sites import Key
 
 
@@ -52,7 +52,7 @@ class Propagation:
                 broken |= {
                     var
                     for var, is_nonfinite in zip(eqn.outvars, outs, strict=True)
-                    if is_nonfinite and is_number(var.aval)
+                    if is_nonfinite and is_inexact(var.aval)
                 }
         return [isinstance(atom, Var) and atom in broken for atom in jaxpr.outvars]
 

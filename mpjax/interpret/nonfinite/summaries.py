@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 from mpjax.interpret.core.retrace import aval_of, is_float
-from mpjax.interpret.nonfinite.fault import is_number
+from mpjax.interpret.nonfinite.fault import is_inexact
 from mpjax.typing import Array, Shape
 
 
@@ -33,7 +33,7 @@ def digest(x: Array) -> Array:
 
 def has_nan(x: Array) -> Array:
     """Returns whether an array holds a NaN, as a bool scalar."""
-    return jnp.any(jnp.isnan(x)) if is_number(x) else jnp.zeros((), jnp.bool_)
+    return jnp.any(jnp.isnan(x)) if is_inexact(x) else jnp.zeros((), jnp.bool_)
 
 
 def _real(x: Array) -> Array:
@@ -44,7 +44,7 @@ def _real(x: Array) -> Array:
 
 def range_of(x: Array) -> Array:
     """Returns smallest, largest and largest finite magnitude, without NaN, as float32."""
-    if not is_number(x) or not jnp.size(x):
+    if not is_inexact(x) or not jnp.size(x):
         return jnp.zeros(3, jnp.float32)
     x, inf = _real(x), jnp.float32(jnp.inf)
     nan = jnp.isnan(x)
@@ -101,7 +101,7 @@ class Range:
         return f"{self.dtype}{size}: {self.min:.4g} to {self.max:.4g}{more}"
 
 
-_SUMS = {
+_MAY_OVERFLOW = {
     *("dot_general", "conv_general_dilated", "reduce_sum", "cumsum", "reduce_prod", "cumprod"),
     *("scatter-add", "psum", "psum_invariant", "add", "add_any", "sub", "mul", "square", "exp"),
     *("exp2", "expm1", "integer_pow", "pow", "sinh", "cosh", "reduce_scatter"),
@@ -138,6 +138,6 @@ def reason(eqn: JaxprEqn, kind: str, ranges: Sequence[Range]) -> str:
     largest = f"the largest {dtype.name} is {float(jnp.finfo(dtype).max):.6g}"
     if name == "convert_element_type":
         return f"the value does not fit; {largest}"
-    if kind == "inf" or name in _SUMS:
+    if kind == "inf" or name in _MAY_OVERFLOW:
         return f"overflow; {largest}"
     return f"{name} is not defined there"
