@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -266,9 +267,8 @@ class CastScope:
             if x.dtype == jnp.bool_:
                 self.weak.mark(eqn.outvars[0], 1.0)
             elif is_known_number(x) or getattr(atom.aval, "weak_type", False):
-                self.weak.mark(
-                    eqn.outvars[0], abs(float(x)) if is_known_number(x) else float("inf")
-                )
+                largest = abs(float(x)) if is_known_number(x) else math.inf
+                self.weak.mark(eqn.outvars[0], largest)
             return bind(eqn, args)
         if self.weak.bound(atom) is not None:
             self.weak.follow(eqn, args)
