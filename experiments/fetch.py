@@ -7,6 +7,7 @@ Expected:  the folder of each, in the cache: $MPJAX_CACHE, else mpjax in the XDG
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from common.datasets.asset_table import TABLE
@@ -31,4 +32,8 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="one of the table; none lists it")
+    sys.exit(main(parser.parse_args().names))
