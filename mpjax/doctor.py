@@ -49,6 +49,8 @@ EXTRAS = {
     "dev": ("pytest", "xdist", "hypothesis", "beartype", "ruff", "mypy", "pre_commit",
             "nbclient", "ipykernel", "nbformat", "equinox", "haiku", "diffrax", "optimistix",
             "sklearn", "seqeval", "sacrebleu", "jinja2", "safetensors", "gguf", "rdata"),
+    "docs": ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx_design", "sphinx_copybutton",
+             "sphinx_math_dollar", "sphinx-mathjax-offline"),
 }  # fmt: skip
 PACKAGES = (
     "mpjax jax jaxlib flax optax jmp orbax-checkpoint grain tokenizers numpy ml_dtypes".split()

@@ -29,6 +29,9 @@ quantized = jax.jit(
 )
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 def quantize(x: Any, *args: Any, **options: Any) -> Any:
     return quantized(jnp.asarray(x), *args, **options)
 

@@ -43,6 +43,9 @@ SPECIAL = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 def make(name: str, update: str, low: bool, clip: float | None = 1.0) -> Optimizer:
     moments = MOMENTS[name] if low else "f32"
     rules = [] if update == "none" else ["**=bfloat16"]

@@ -21,6 +21,9 @@ N = 2**20
 ULP = 2.0**-7  # of bfloat16 in [1, 2)
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 def make(update: str = "stochastic", tx: Any = None, **options: Any) -> Any:
     precision = get_precision("bf16", rules=["**=bfloat16"], update=update)
     return wrap(optax.sgd(1.0) if tx is None else tx, precision, **options)

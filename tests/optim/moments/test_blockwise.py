@@ -23,6 +23,9 @@ BOOKS = list(itertools.product(("int8", "int4", "int8-linear"), (True, False)))
 FORMATS = ("int8@256", "int4@128", "e4m3@256", "e5m2@256", "int8-linear", "int8@7", "int4@3")
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 def by_pattern(bits: int, signed: bool) -> list[float]:
     """Dettmers' dynamic tree, bit by bit: sign, zeros, an indicator bit, a linear fraction."""
     width = bits - 1 if signed else bits
