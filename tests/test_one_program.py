@@ -20,6 +20,9 @@ from mpjax.ops import dot_general
 DIMS = (((1,), (0,)), ((), ()))
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 def matrix(rows: int, columns: int) -> Any:
     """Numbers in a shape that no other test has: nothing of it has been compiled."""
     return jnp.asarray(np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32))

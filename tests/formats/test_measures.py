@@ -12,6 +12,9 @@ from mpjax.formats import max_error, quantize, saturation_rate, sqnr, underflow_
 X = (np.random.default_rng(0).standard_normal((16, 200)) * 3).astype(np.float32)
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 def decibels(x: np.ndarray, q: np.ndarray) -> float:
     x, q = x.astype(np.float64), q.astype(np.float64)
     return float(10 * np.log10((x**2).sum() / ((x - q) ** 2).sum()))

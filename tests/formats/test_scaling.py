@@ -18,6 +18,9 @@ NAMES = ["none", "tensor", "row", "block(1x128)", "block(128x128)", "mx(32)", "n
 TOPS = {"e4m3": 448, "e5m2": 57344, "e2m1": 6, "e3m2": 28, "int8": 127, "int4": 7, "int2": 1}
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_reads_back(name: str) -> None:
     scaling = Scaling.parse(name)

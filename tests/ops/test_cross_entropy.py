@@ -22,6 +22,9 @@ X, W = RNG.normal(size=(B, T, D)) * 3, RNG.normal(size=(D, V)) * 2
 Y = RNG.integers(0, V, (B, T))
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 def oracle(x: Any, w: Any, z_loss: float = 0.0, cap: float = 0.0) -> Any:
     logits = x @ w
     logits = cap * np.tanh(logits / cap) if cap else logits

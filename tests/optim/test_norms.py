@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mpjax.optim import LeafLossScale, LogMaxLossScale, global_norm, wrap
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 def tree(size: float, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)

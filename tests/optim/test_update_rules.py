@@ -21,6 +21,9 @@ SHAPES = {"a": (3, 4), "b": (5,)}
 DTYPES = {"a": jnp.bfloat16, "b": jnp.float16}
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 def params(seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     return {k: jnp.asarray(rng.normal(size=s), DTYPES[k]) for k, s in SHAPES.items()}

@@ -20,6 +20,9 @@ W = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
 G = [jax.tree.map(lambda w, n=n: w * (0.3 + n) + 0.1, W) for n in range(3)]
 
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
 def dtypes(state: Any) -> dict[str, str]:
     """Dtypes of the floating-point leaves by the name of the state's field."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
