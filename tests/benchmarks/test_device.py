@@ -64,7 +64,7 @@ def test_killed_on_its_way_it_leaves_whole_results(already: int, tmp_path: Path)
     give_up = time.monotonic() + 120
 
     def done() -> int:
-        if not (tmp_path / "device.json").exists():
+        if not (tmp_path / "device.md").exists():  # written after device.json
             return -1
         return sum(cell["state"] == "done" for cell in read(tmp_path)["cells"])
 
