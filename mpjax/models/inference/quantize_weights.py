@@ -19,6 +19,7 @@ from mpjax.formats import Quantized, is_quantized, sqnr
 from mpjax.models.core.checks import named_leaves
 from mpjax.models.core.storage import Storage, stored_bytes
 from mpjax.models.inference.gptq import store_weighed
+from mpjax.paths import path_name
 from mpjax.precision import matches
 from mpjax.precision.rule import nearest
 from mpjax.typing import Array, Params
@@ -208,11 +209,13 @@ def weight_report(before: Params, after: Params) -> list[Stored]:
       Stored(path='up/kernel', storage='bfloat16', bytes=512, sqnr=inf)
     """
 
-    rows, old = [], named_leaves(before)
-    for name, new in named_leaves(after).items():
+    def row(path: jax.tree_util.KeyPath, new: Array | Quantized, old: Array) -> Stored:
         text = np.dtype(new.dtype).name
         if isinstance(new, Quantized):
             offset = "" if new.offsets is None else "+offset"
             text = f"{new.format.name}@{'x'.join(map(str, new.tile))}{offset}"
-        rows.append(Stored(name, text, stored_bytes(new), float(jax.jit(sqnr)(old[name], new))))
-    return rows
+        return Stored(path_name(path), text, stored_bytes(new), float(jax.jit(sqnr)(old, new)))
+
+    # Both trees together: a weight of one that is not in the other raises.
+    rows = jax.tree_util.tree_map_with_path(row, after, before, is_leaf=is_quantized)
+    return jax.tree.leaves(rows, is_leaf=lambda x: isinstance(x, Stored))

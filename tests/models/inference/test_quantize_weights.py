@@ -179,6 +179,16 @@ def test_a_wrong_setting_is_one_line(storage: str, rules: list[str], message: st
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("lost", ["before", "after"])
+def test_a_report_leaves_no_weight_out(lost: str) -> None:
+    both = {"before": {"a": jnp.ones((4, 4)), "b": jnp.ones(4)}}
+    both["after"] = dict(both["before"])
+    assert [row.path for row in weight_report(**both)] == ["a", "b"]
+    del both[lost]["b"]
+    with pytest.raises(ValueError, match="b"):
+        weight_report(**both)
+
+
 def test_weights_are_not_quantised_twice() -> None:
     with pytest.raises(ConfigError, match="is stored in int8 already"):
         quantize_weights(quantize_weights(stirred(small())))
