@@ -4,6 +4,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
+# Every worker and every script that a test starts would compile the sources again.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3
 VENV ?= .venv
 GPU_VENV ?= .venv-gpu
@@ -33,7 +36,7 @@ demo: $(INSTALLED)  ## train one model under several precisions; table and plots
 	$(PY) experiments/compare_precisions.py --out runs/demo --fresh
 
 test: $(INSTALLED_DEV)  ## run the tests and the examples in the docstrings
-	$(PY) -m pytest -n $$(($(WORKERS) + 1)) --dist loadfile -m "not notebook and not smoke"
+	$(PY) -m pytest -n $$(($(WORKERS) + 1)) --dist loadfile --no-loadscope-reorder -m "not notebook and not smoke"
 
 quick: $(INSTALLED_DEV)  ## the tests of the modules that differ from the last commit, and the rules of imports
 	$(PY) -m pytest -n $(WORKERS) -m "not notebook and not smoke" $$($(PY) tests/quick.py)

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import shutil
 import sys
+from collections import _tuplegetter
 from collections.abc import Container
 from pathlib import Path
 from types import FunctionType, GenericAlias, ModuleType
@@ -31,10 +32,12 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-html_theme, html_title, html_static_path = "sphinx_book_theme", "mpjax", []
+html_theme, html_title, html_static_path = "sphinx_book_theme", "mpjax", ["site.css"]
+html_css_files = ["site.css"]
 html_extra_path = ["llms.txt"]
 html_theme_options = {"show_toc_level": 2, "home_page_in_toc": True, "navbar_persistent": []}
 exclude_patterns = ["_build"]
+highlight_language = "none"  # of a block that names no language: a diagram, an output
 default_role = "code"  # docstrings are written with Markdown's backticks
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
@@ -127,6 +130,13 @@ def undocumented(described: Container[str]) -> list[str]:
     return [names[0] for names in places.values() if not any(n in described for n in names)]
 
 
+def skip_field(
+    app: Sphinx, kind: str, name: str, value: object, skip: bool, options: object
+) -> bool | None:
+    """Leaves the fields of a NamedTuple to the Args of its class."""
+    return isinstance(value, _tuplegetter) or None
+
+
 def check_names(app: Sphinx, exception: Exception | None) -> None:
     """Fails the build where a public name has no entry."""
     if exception is None and (missing := undocumented(app.env.domains["py"].objects)):
@@ -136,6 +146,7 @@ def check_names(app: Sphinx, exception: Exception | None) -> None:
 def setup(app: Sphinx) -> None:
     """Writes the API's pages, and copies the notebooks."""
     app.connect("build-finished", check_names)
+    app.connect("autodoc-skip-member", skip_field)
     write_api(HERE / "api")
     shutil.rmtree(HERE / "notebooks", ignore_errors=True)
     shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks")

@@ -113,7 +113,7 @@ def main(config: Config) -> None:
         f"{arms[0].label} is {lead} points above {best} (95 % interval over {config.seeds} seeds).",
         f"{len(train)} training and {len(test)} held-out texts, {config.steps} steps of"
         f" {config.batch}, at most {longest} tokens, judged in {config.eval_precision}.",
-        f"* marks a slice whose whole 95 % interval over examples is below zero. Took"
+        f"A slice with * has its whole 95 % interval over examples below zero. Took"
         f" {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]
     finetune_report.write(config.out, found, counted, arms, notes, "nats/text")

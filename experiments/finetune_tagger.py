@@ -124,7 +124,7 @@ def main(config: Config) -> None:
         f" (95 % interval over {config.seeds} seeds).",
         f"{len(train)} training sentences, {test.word_count} words in {len(test)} held-out ones,"
         f" {config.steps} steps of {config.batch}, judged in {config.eval_precision}.",
-        f"* marks a slice whose whole 95 % interval over words is below zero. Took"
+        f"A slice with * has its whole 95 % interval over words below zero. Took"
         f" {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]
     finetune_report.write(config.out, found, counted, arms, notes, "nats/word")

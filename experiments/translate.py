@@ -209,7 +209,7 @@ def main(config: Config) -> None:
         f"{len(train)} training and {len(test)} held-out pairs, {config.steps} steps of"
         f" {config.batch}, {task.vocabulary} ids, judged in {config.eval_precision} with"
         f" {config.beams} beam(s).",
-        f"* marks a slice whose whole 95 % interval over pairs is below zero. Took"
+        f"A slice with * has its whole 95 % interval over pairs below zero. Took"
         f" {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]
     finetune_report.write(config.out, found, counted, arms, notes, "nats/token")

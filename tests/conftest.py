@@ -81,16 +81,56 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+# What takes longest begins first, so that no worker is left with it at the end.
+SLOW = [
+    "train/processes/test_peers.py",  # waits more than it computes
+    "interpret/monitor/test_monitor.py",
+    "ops/test_dot_general.py",
+    "optim/per_layer/test_layer_view.py",
+    "formats/test_rounding.py",
+    "train/test_sharding.py",
+    "optim/moments/test_use.py",
+    "ops/test_recipe_accuracy.py",
+    "formats/test_quantize.py",
+    "optim/test_fp8_weights.py",
+    "models/inference/test_gptq.py",
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a run train it once: `--dist loadgroup` gives them to one worker."""
+    """Orders files; tests that share a run are for one worker, which trains it once."""
+    ranks = {ROOT / "tests" / name: -len(SLOW) + i for i, name in enumerate(SLOW)}
+    assert all(path.exists() for path in ranks), "SLOW names a file that is no more"
+    items.sort(key=lambda item: ranks.get(item.path, 0))
     for item in items:
         for shared in {"trained", "run"}.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(shared))
 
 
+MOST = 2 << 30  # bytes; with what one module adds a worker stays below 5 GB
+
+
+def _resident() -> int:
+    """Bytes that this process holds; where the system does not say, too many."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return MOST
+
+
+def _compiling(item: pytest.Item) -> str:
+    """How the programs of a test are compiled."""
+    if ROOT / "mpjax" in item.path.parents:
+        return "fast_compile"
+    names = getattr(item, "fixturenames", ())
+    return next((name for name in ("fast_compile", "unoptimized") if name in names), "")
+
+
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Programs of a module that has ended go: a worker would keep 6 GB of them."""
+    """Between modules, programs go that are compiled otherwise than the next ones, or too many."""
     if nextitem is None or nextitem.path != item.path:
+        if nextitem and _compiling(item) == _compiling(nextitem) and _resident() < MOST:
+            return
         jax.clear_caches()
         gc.collect()
 

@@ -6,6 +6,8 @@ Shapes: B batch, T tokens, C classes.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax.numpy as jnp
 import jmp
@@ -21,6 +23,9 @@ from mpjax.ops.cross_entropy import check_targets
 from mpjax.typing import Array, Batch, Key, ModelState, Params
 
 logger = logging.getLogger("mpjax.tasks")
+
+Outputs = dict[str, Array]  # of an encoder, by name
+T = TypeVar("T")
 
 
 def encoder_inputs(batch: Batch) -> dict[str, Array]:
@@ -124,6 +129,31 @@ def label_loss(
     )
 
 
+def encoder_fn(
+    model: Encoder, value: Callable[[Outputs, Batch], T]
+) -> Callable[..., tuple[T, ModelState]]:
+    """Returns a function (params, batch, *, state, key, train) -> a value of the outputs, state.
+
+    Args:
+      model: with `apply(params, inputs, *, state, key, train) -> outputs, state`.
+      value: function (outputs, batch) -> what is wanted of them, such as a loss.
+    """
+
+    def run(
+        params: Params,
+        batch: Batch,
+        *,
+        state: ModelState = None,
+        key: Key | None = None,
+        train: bool = False,
+    ) -> tuple[T, ModelState]:
+        inputs = encoder_inputs(batch)
+        outputs, state = model.apply(params, inputs, state=state, key=key, train=train)
+        return value(outputs, batch), state
+
+    return run
+
+
 def label_objective(model: Encoder, output: str, path: str) -> ops.Objective:
     """Returns the objective of a batch's `labels` under one output of an encoder.
 
@@ -136,20 +166,11 @@ def label_objective(model: Encoder, output: str, path: str) -> ops.Objective:
     """
     policy = model.precision.policy(path)
 
-    def count(batch: Batch) -> Array:
-        return target_weight(field(batch, "labels", path), batch.get("weights"))
+    def labels_of(batch: Batch) -> tuple[Array, Array | None]:
+        return field(batch, "labels", path), batch.get("weights")
 
-    def loss_fn(
-        params: Params,
-        batch: Batch,
-        *,
-        state: ModelState = None,
-        key: Key | None = None,
-        train: bool = False,
-    ) -> tuple[Array, ModelState]:
-        labels = field(batch, "labels", path)
-        inputs = encoder_inputs(batch)
-        outputs, state = model.apply(params, inputs, state=state, key=key, train=train)
-        return label_loss(outputs[output], labels, policy, batch.get("weights")), state
+    def loss(outputs: Outputs, batch: Batch) -> Array:
+        labels, weights = labels_of(batch)
+        return label_loss(outputs[output], labels, policy, weights)
 
-    return ops.Objective(loss_fn, count)
+    return ops.Objective(encoder_fn(model, loss), lambda batch: target_weight(*labels_of(batch)))

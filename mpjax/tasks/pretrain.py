@@ -17,8 +17,8 @@ from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
 from mpjax.models import Encoder
 from mpjax.models.core.checks import each_batch, field
-from mpjax.tasks.labels import encoder_inputs, label_loss, target_weight
-from mpjax.typing import Array, Batch, Grads, Key, ModelState, Params, PyTree
+from mpjax.tasks.labels import Outputs, encoder_fn, label_loss, target_weight
+from mpjax.typing import Array, Batch, Grads, ModelState, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,24 +67,13 @@ class MaskedLanguage:
     ) -> Callable[..., tuple[dict[str, tuple[Array, Array]], ModelState]]:
         outputs = dict(zip(self._labels, self.outputs, strict=True))
 
-        def pairs_fn(
-            params: Params,
-            batch: Batch,
-            *,
-            state: ModelState = None,
-            key: Key | None = None,
-            train: bool = False,
-        ) -> tuple[dict[str, tuple[Array, Array]], ModelState]:
-            found, state = model.apply(
-                params, encoder_inputs(batch), state=state, key=key, train=train
-            )
-            names = self.weights
+        def pairs(found: Outputs, batch: Batch) -> dict[str, tuple[Array, Array]]:
             return {
                 name: (found[outputs[name]], field(batch, self._labels[name], self.loss))
-                for name in names
-            }, state
+                for name in self.weights
+            }
 
-        return pairs_fn
+        return encoder_fn(model, pairs)
 
     def losses(self, model: Encoder) -> Callable[..., tuple[dict[str, Array], ModelState]]:
         """Returns a function to the loss of each task, by name and without its weight."""

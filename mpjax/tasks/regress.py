@@ -13,9 +13,10 @@ from mpjax import ops
 from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
 from mpjax.models import Encoder
-from mpjax.tasks.labels import encoder_inputs
+from mpjax.models.core.checks import field
+from mpjax.tasks.labels import Outputs, encoder_fn
 from mpjax.tasks.predict import Predict, predictor
-from mpjax.typing import Array, Batch, Key, ModelState, Params
+from mpjax.typing import Array, Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +79,17 @@ class TextRegression:
         self._check(model)
         policy = model.precision.policy(self.loss)
 
-        def loss_fn(
-            params: Params,
-            batch: Batch,
-            *,
-            state: ModelState = None,
-            key: Key | None = None,
-            train: bool = False,
-        ) -> tuple[Array, ModelState]:
-            inputs = encoder_inputs(batch)
-            outputs, state = model.apply(params, inputs, state=state, key=key, train=train)
-            found = outputs[self.output][:, 0].astype(policy.compute_dtype)
-            error = found - jnp.asarray(batch["values"]).astype(policy.compute_dtype)
+        def loss(outputs: Outputs, batch: Batch) -> Array:
+            right = jnp.asarray(field(batch, "values", self.loss)).astype(policy.compute_dtype)
+            error = outputs[self.output][:, 0].astype(policy.compute_dtype) - right
             # A sum over the batch, and squares that leave float16 beyond 256.
             squares = jnp.square(error.astype(jnp.float32))
-            return jnp.mean(squares).astype(policy.output_dtype), state
+            return jnp.mean(squares).astype(policy.output_dtype)
 
-        return ops.Objective(loss_fn, lambda batch: jnp.float32(batch["values"].shape[0]))
+        def count(batch: Batch) -> Array:
+            return jnp.float32(field(batch, "values", self.loss).shape[0])
+
+        return ops.Objective(encoder_fn(model, loss), count)
 
     def predictor(self, model: Encoder, **settings: Any) -> Predict:
         """Returns a function (params, examples) -> the number (1,) of each; see `predictor`."""

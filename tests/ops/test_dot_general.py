@@ -34,10 +34,13 @@ def dequantised(x: Any, operand: Operand | None, axis: int) -> np.ndarray:
     """What an operand becomes, by `quantize`, which has its own oracle in tests/formats."""
     if operand is None:
         return np.asarray(x, np.float64)
-    q = quantize(
-        x, operand.format, operand.scaling, axis=axis, scale_rounding=operand.scales_rounded
-    )
-    return np.asarray(q.dequantize(jnp.float32), np.float64)
+
+    @jax.jit
+    def held(x: Any) -> Any:
+        f, s, rounding = operand.format, operand.scaling, operand.scales_rounded
+        return quantize(x, f, s, axis=axis, scale_rounding=rounding).dequantize(jnp.float32)
+
+    return np.asarray(held(x), np.float64)
 
 
 def expected(recipe: Recipe, x: Any, w: Any, dy: Any) -> tuple[np.ndarray, ...]:
@@ -103,7 +106,7 @@ def test_any_dimension_numbers(shapes: Any, dims: Any, name: str) -> None:
     if name == "int8":
         a, b = a / 448 * 127, b / 448 * 127
     plain = lambda a, b: jax.lax.dot_general(a, b, dims, precision="highest")  # noqa: E731
-    y, pull = jax.vjp(plain, a, b)
+    y, pull = jax.vjp(jax.jit(plain), a, b)
     dy = jnp.sign(y) * (127.0 if name == "int8" else 57344.0 if name == "fp8" else 448.0)
     key = jax.random.key(0)
     got = run(a, b, dy, name, dims, **({"key": key} if get_recipe(name).uses_key else {}))
@@ -120,7 +123,8 @@ def test_operands_of_scaled_formats_hold_few_values() -> None:
     x = operands(m=256, k=256)[0]
     for name in ("int8", "fp8", "mxfp4"):
         operand = get_recipe(name).fprop[0]
-        values = np.unique(np.asarray(quantize_operand(x, operand, (1,), None, jnp.float32).values))
+        held = jax.jit(lambda x, o=operand: quantize_operand(x, o, (1,), None, jnp.float32).values)
+        values = np.unique(np.asarray(held(x)))
         assert operand is not None and 8 <= len(values) <= 2 ** {"mxfp4": 4}.get(name, 8)
     assert len(np.unique(np.asarray(x))) > 2**15  # what is not quantised holds many
 

@@ -117,7 +117,7 @@ def test_a_sample_holds_the_extremes_and_estimates_the_rest(broken: float | None
 
 def test_a_sample_meets_all_channels() -> None:
     channels = np.broadcast_to(np.arange(64, dtype=np.float32), (512, 64))
-    ((counts, reals),) = measure([(jnp.asarray(channels), False)], (), [1024])
+    ((counts, reals),) = jax.jit(lambda x: measure([(x, False)], (), [1024]))(channels)
     assert int(counts[:256].sum()) < 1100
     # 4 sigma of one draw from each 32 channels; a stride of 32 would give 16
     assert abs(float(reals[2]) - 31.5) < 4 * 32 / np.sqrt(12 * 1024)
@@ -462,6 +462,6 @@ def test_gradients_in_linens_collection_are_no_new_weights() -> None:
         return jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
 
     for fn, updates in ((jax.grad(loss), []), (step, ["w"])):
-        _, stats = monitor(fn)(params, jnp.ones((4, 3)))
+        _, stats = jax.jit(monitor(fn))(params, jnp.ones((4, 3)))
         assert list(stats.updates) == updates
         assert list(stats.gradients) == ["w"]

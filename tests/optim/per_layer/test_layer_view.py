@@ -119,7 +119,7 @@ def test_a_stack_is_its_layers(name: str) -> None:
 @pytest.mark.parametrize("name", ["muon", "clip, lamb"])
 def test_a_wrapped_optimizer_sees_layers(name: str) -> None:
     opt, params = wrap(CASES[name][0](), "fp32"), drawn()
-    state, step = opt.init(params), jax.jit(opt.step)
+    state, step = jax.jit(opt.init)(params), jax.jit(opt.step)
     for seed in (1, 2, 3):
         params, state = step(drawn(seed), state, params)
     right = _advance(CASES[name][0](), unstacked)
@@ -202,9 +202,9 @@ def test_masks_by_path_mean_what_they_mean_on_the_stacked_tree(mask: Any, clippe
         return
     shown = each_layer(tx)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        state = shown.init(params)
+        state = jax.jit(shown.init)(params)
         zeros = jax.tree.map(jnp.zeros_like, params)
-        updates, _ = shown.update(zeros, state, params)
+        updates, _ = jax.jit(shown.update)(zeros, state, params)
     moved = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, x in jax.tree_util.tree_leaves_with_path(updates)
@@ -218,8 +218,8 @@ def test_a_mask_as_a_tree_of_the_stacks_structure_fits() -> None:
     for parts in ((), (optax.clip_by_global_norm(1.0),)):
         tx = optax.chain(*parts, optax.lamb(1e-2, weight_decay=0.5, mask=mask))
         opt = wrap(tx, "fp32")
-        state = opt.init(drawn())
-        new, _ = opt.step(drawn(1), state, drawn())
+        state = jax.jit(opt.init)(drawn())
+        new, _ = jax.jit(opt.step)(drawn(1), state, drawn())
         assert jax.tree.structure(new) == jax.tree.structure(drawn())
 
 
@@ -294,7 +294,7 @@ def test_a_skipped_step_leaves_all_bits(name: str, text: str) -> None:
     params = jax.tree.map(lambda x: x.astype(dtypes.get(text, jnp.float32)), drawn())
     opt = wrap(CASES[name][0](), text)
     step = jax.jit(opt.step, donate_argnums=(1, 2))
-    state = opt.init(params)
+    state = jax.jit(opt.init)(params)
     scale = state.loss_scale.value
     params, state = step(jax.tree.map(lambda g: g * scale, drawn(1)), state, params)
     before = jax.device_get((params, state.inner, state.update_state))
