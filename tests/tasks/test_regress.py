@@ -82,3 +82,7 @@ def test_mistakes_are_one_line():
     number = encoder("bert-tiny", head="class", classes=1, **small)
     with pytest.raises(ConfigError, match="the task has 2, the model 1 output.s.; make the model"):
         TextClassification(("a", "b")).objective(number)
+    objective, params = TextRegression().objective(number), number.init(jax.random.key(0))
+    for call in (objective.count, lambda batch: objective.loss(params, batch)):
+        with pytest.raises(ConfigError, match="the batch holds ids and no 'values'; add it"):
+            call({"ids": np.ones((1, 4), np.int32)})
