@@ -46,7 +46,7 @@ lint: $(INSTALLED_DEV)  ## ruff: rules and formatting
 	$(PY) -m ruff format --check .
 
 types: $(INSTALLED_DEV)  ## mypy
-	$(PY) -m mypy mpjax experiments
+	$(PY) -m mypy mpjax experiments benchmarks
 
 docs: $(INSTALLED_DOCS)  ## build the site, warnings are errors; open docs/_build/html/index.html
 	$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build/html

@@ -37,11 +37,11 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.common.page import ROOT, table, write
-from benchmarks.numerics import layouts
 from mpjax.files import write_text
 from mpjax.ops.dot import dot
 from mpjax.precision import recipe_names
 from tests.compiling import plain_code
+from tests.ops import layouts
 
 TOGETHER = 30  # orders in one program
 ROUNDS = 88

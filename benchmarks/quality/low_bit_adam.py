@@ -23,9 +23,8 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import low_bit_adam as experiment  # sets XLA flags before JAX starts
 import sweep
-
-from benchmarks.quality import low_bit_adam  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
 import jax.numpy as jnp
@@ -57,9 +56,9 @@ def train(out: Path) -> tuple[list[tuple[Outcome, Outcome]], bool]:
     """Each arm with its reference; and whether the bars of the training are met."""
     found: dict[str, tuple[Outcome, Outcome]] = {}
     for seeds in SEEDS:
-        config = low_bit_adam.Config(seeds=seeds, out=out / str(seeds))
-        arms = [a for a in low_bit_adam.adam(config) if seeds == SEEDS[0] or "int8@" in a.label
-                or a.label == low_bit_adam.REFERENCE]  # fmt: skip
+        config = experiment.Config(seeds=seeds, out=out / str(seeds))
+        arms = [a for a in experiment.adam(config) if seeds == SEEDS[0] or "int8@" in a.label
+                or a.label == experiment.REFERENCE]  # fmt: skip
         outcomes = {o.label: o for o in sweep.run_arms(arms, config, seeds, config.out)}
         found |= {label: (o, outcomes[o.reference]) for label, o in outcomes.items()}
         _, low, high = interval(*found[BLOCKWISE])
@@ -152,7 +151,7 @@ def main() -> bool:
     coded = ("int8@256", "fp8", "int4@128")
     coded = (*coded, *(f"{name},rounding=nearest" for name in coded))
     met = trained and state <= STATE and near
-    config = low_bit_adam.Config()
+    config = experiment.Config()
     head = ("arm", "validation loss", "seeds", "gap", "90 % interval", "bytes of state a parameter")
     text = (
         f"{config.layers} layers of width {config.width}, {config.steps} steps of {config.batch} x"
