@@ -32,6 +32,14 @@ def _started() -> str:
     return f"python -m {spec.name}" if spec else " ".join(["python", *sys.argv[:1]])
 
 
+def commit() -> str:
+    """Returns the commit that is checked out, marked where files differ from it."""
+    found = _git("rev-parse", "--short", "HEAD")
+    if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/evidence"):
+        found += "-dirty"  # by more than the pages that were written before this one
+    return found or "unknown"
+
+
 def write(script: str, title: str, body: str, command: str = "") -> Path:
     """Writes `docs/evidence/SCRIPT.md` and prints it.
 
@@ -43,16 +51,13 @@ def write(script: str, title: str, body: str, command: str = "") -> Path:
     """
     written = f"`{command}`" if command else f"`{_started()}` (`make evidence` runs all of them)"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    commit = _git("rev-parse", "--short", "HEAD")
-    if _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs/evidence"):
-        commit += "-dirty"  # by more than the pages that were written before this one
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     now = datetime.datetime.now(datetime.UTC)
     text = f"""# {title}
 
 Written by {written}; do not edit.
 
-- date: {now:%Y-%m-%d %H:%M} UTC; commit: {commit or "unknown"}
+- date: {now:%Y-%m-%d %H:%M} UTC; commit: {commit()}
 - machine: {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB, CPU \
 only; load average {os.getloadavg()[0]:.1f} at the end
 - Python {platform.python_version()}, {versions}

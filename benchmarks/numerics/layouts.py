@@ -1,6 +1,6 @@
 """Products of two arrays in all orders of their dimensions, under every recipe, on a CPU.
 
-Run:       python -m benchmarks.numerics.layouts [--minutes 60] [--jobs 2] [--cache FILE]
+Run:       python -m benchmarks.numerics.layouts [--minutes 60] [--jobs 2] [--fresh]
 Expected:  nothing crashes; bfloat16 products within 1 % of float64, recipes within their formats'
            error (3 % int8 and 16 bits, 15 % fp8, 50 to 60 % fp4).
 
@@ -10,15 +10,17 @@ product that recipes emulate in (bfloat16, where the CPU's gaps are), and under 
 transforms jit, vmap (over the last axis of the right operand), vmap of vmap (the outer over both
 operands, the inner over the left) and grad (both gradients). What LLVM does is left out, and what
 XLA puts around a product is in its older, simpler code where this jaxlib has that; neither touches
-products. All of it takes five hours of a core, nearly all of them to trace and to compile. Results
-are kept in the cache as they come, and a later run goes on:
-first the product in bfloat16, then 88 rounds, in each of which a recipe takes every 88th order, its
-neighbour the next ones, so that eight rounds meet every order under one recipe or another.
+products. All of it takes five hours of a core, nearly all of them to trace and to compile. What
+has been run stands in layouts.json beside the page, and a later run goes on (`--fresh` begins
+anew): first the product in bfloat16, then 88 rounds, in each of which a recipe takes every 88th
+order, its neighbour the next ones, so that eight rounds meet every order under one recipe or
+another.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -36,7 +38,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, commit, table, write
 from mpjax.files import write_text
 from mpjax.ops.dot import dot
 from mpjax.precision import recipe_names
@@ -47,6 +49,7 @@ TOGETHER = 30  # orders in one program
 ROUNDS = 88
 PLAIN = "bfloat16"
 RECIPES = (*recipe_names(), "fixed-q8.8")
+STORE = ROOT / "docs" / "evidence" / "layouts.json"
 
 
 def product(name: str) -> Any:
@@ -116,59 +119,96 @@ class Child:
         return self.measured(name, pairs[:half]) + self.measured(name, pairs[half:])
 
 
-def run(cache: Path, minutes: float, jobs: int) -> dict[str, dict[str, float | str]]:
-    """Measures what the cache lacks; product -> order -> result."""
-    kept: dict[str, dict[str, float | str]] = {}
-    if cache.exists():
-        kept = json.loads(cache.read_text())
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    end, taken, lock = time.monotonic() + 60 * minutes, lacking(kept), threading.Lock()
+@dataclasses.dataclass
+class Record:
+    """What has been run of a product.
+
+    Args:
+      done: bit i is order i of `layouts.orders(4)`.
+      largest: error of those that ran.
+      missed: order -> its error beyond the bar, or what became of it.
+    """
+
+    done: int = 0
+    largest: float = 0.0
+    missed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, orders: dict[int, Any], found: list[float | str], bar: float) -> None:
+        """Notes results of orders by their number."""
+        for (number, pair), error in zip(orders.items(), found, strict=True):
+            self.done |= 1 << number
+            if isinstance(error, str):
+                self.missed[layouts.spelled(pair)] = error
+                continue
+            self.largest = max(self.largest, error)
+            if not error <= bar:
+                self.missed[layouts.spelled(pair)] = f"{error:.2g}"
+
+
+def read(path: Path) -> tuple[dict[str, Record], list[str]]:
+    """The records of all products, and at which commits they were run."""
+    records = {name: Record() for name in (PLAIN, *RECIPES)}
+    if not path.exists():
+        return records, []
+    stored = json.loads(path.read_text())
+    for name, one in stored["products"].items():
+        records[name] = Record(int(one["done"], 16), one["largest"], one["missed"])
+    return records, stored["commits"]
+
+
+def text(records: dict[str, Record], commits: list[str]) -> str:
+    """What `read` reads."""
+    products = {
+        name: {"done": f"{one.done:x}", "largest": one.largest, "missed": one.missed}
+        for name, one in records.items()
+    }
+    return json.dumps({"commits": commits, "products": products}, indent=1) + "\n"
+
+
+def run(records: dict[str, Record], commits: list[str], minutes: float, jobs: int) -> None:
+    """Measures what the records lack."""
+    end, taken, lock = time.monotonic() + 60 * minutes, lacking(records), threading.Lock()
 
     def work(_: int) -> None:
         with Child() as child:
             while time.monotonic() < end:
                 with lock:
-                    name, some = next(taken, (PLAIN, []))
+                    name, some = next(taken, (PLAIN, {}))
                 if not some:
                     return
-                found = child.measured(name, some)
+                found = child.measured(name, list(some.values()))
                 with lock:
-                    kept[name].update(zip(map(layouts.spelled, some), found, strict=True))
-                    write_text(cache, json.dumps(kept))  # a run that is stopped loses nothing
-                    print(name, len(kept[name]), file=sys.stderr, flush=True)
+                    records[name].add(some, found, bar(name))
+                    write_text(STORE, text(records, commits))  # a run that is stopped loses nothing
+                    print(name, records[name].done.bit_count(), file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, range(jobs)))
-    return kept
 
 
-def lacking(kept: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """What is left to measure, in programs of a few orders."""
-    for name, pairs in rounds(layouts.orders(4)):
-        done = kept.setdefault(name, {})
-        left = [pair for pair in pairs if layouts.spelled(pair) not in done]
+def lacking(records: dict[str, Record]) -> Iterator[tuple[str, dict[int, Any]]]:
+    """What is left to measure, number -> order, in programs of a few."""
+    for name, orders in rounds(list(enumerate(layouts.orders(4)))):
+        left = [(i, order) for i, order in orders if not records[name].done >> i & 1]
         for start in range(0, len(left), TOGETHER):
-            yield name, left[start : start + TOGETHER]
+            yield name, dict(left[start : start + TOGETHER])
 
 
-def page(kept: dict[str, dict[str, float | str]]) -> bool:
+def page(records: dict[str, Record], commits: list[str]) -> bool:
     """Writes the page; whether every bar is met."""
     rows, missed, whole = [], [], len(layouts.orders(4))
-    for name in (PLAIN, *RECIPES):
-        found = kept.get(name, {})
-        bad = {o: e for o, e in found.items() if isinstance(e, str) or not e <= bar(name)}
-        errors = [e for e in found.values() if not isinstance(e, str)]
-        worst = f"{max(errors):.1e}" if errors else ""
+    for name, one in records.items():
+        count = one.done.bit_count()
         rows.append(
-            [name, f"{len(found)} of {whole}", len(transforms(name)) * len(found), worst,
-             f"{bar(name):g}", len(bad)]
+            [name, f"{count} of {whole}", len(transforms(name)) * count,
+             f"{one.largest:.1e}" if count else "", f"{bar(name):g}", len(one.missed)]
         )  # fmt: skip
-        missed += [f"{name} {o}: {e if isinstance(e, str) else f'{e:.2g}'}" for o, e in bad.items()]
-    count = sum(len(kept.get(name, {})) for name in RECIPES)
+        missed += [f"{name} {order}: {what}" for order, what in one.missed.items()]
+    count = sum(records[name].done.bit_count() for name in RECIPES)
     body = (__doc__ or "").split("\n\nRun:")[0] + "\n\n" + (__doc__ or "").split("fp4).\n\n")[1]
     body += (
         f"\nSo far {count} of {whole * len(RECIPES)} pairs of an order and a recipe, each under all"
-        f" {len(layouts.TRANSFORMS)} transforms.\n\n"
+        f" {len(layouts.TRANSFORMS)} transforms, run at {', '.join(commits)}.\n\n"
     )
     body += table(["product", "orders", "runs", "largest error", "bar", "missed"], rows)
     body += "\n\n" + ("Missed:\n\n- " + "\n- ".join(missed) if missed else "No run misses its bar.")
@@ -181,9 +221,14 @@ def main() -> bool:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "layouts.json")
+    parser.add_argument("--fresh", action="store_true", help="run again what has been run")
     options = parser.parse_args()
-    return page(run(options.cache, options.minutes, options.jobs))
+    if options.fresh:
+        STORE.unlink(missing_ok=True)
+    records, commits = read(STORE)
+    commits = list(dict.fromkeys([*commits, commit()]))
+    run(records, commits, options.minutes, options.jobs)
+    return page(records, commits)
 
 
 if __name__ == "__main__":
