@@ -42,6 +42,7 @@ from common.datasets.assets import fetch
 from mpjax.data import Tokenizer
 from mpjax.files import write_text
 from mpjax.models import (
+    Decoder,
     decoder,
     encoder,
     generate,
@@ -57,7 +58,7 @@ from mpjax.tasks import TextClassification
 from mpjax.train import build
 from tests.interpret.audit.clean import CLEAN
 from tests.interpret.audit.leaky import PLANTS
-from tests.interpret.nonfinite.planted import grid
+from tests.interpret.nonfinite.planted import Fault, grid
 
 STEPS, N, T, V = 5, 8, 16, 64
 SMALL = dict(vocabulary=V, layers=2, width=32, heads=4, context=T)
@@ -98,8 +99,8 @@ def _images(seed: int) -> dict[str, Any]:
 
 
 def _gpt(precision: Any) -> Any:
-    kind = dict(norm="layer", position="learned", activation="gelu", bias=True, tied=True)
-    return decoder("tiny", precision, **SMALL, **kind, dropout=0.1)
+    kind = dict(norm="layer", position="learned", activation="gelu")
+    return decoder("tiny", precision, **SMALL, **kind, bias=True, tied=True, dropout=0.1)
 
 
 FAMILIES: dict[str, tuple[Any, Any]] = {
@@ -224,17 +225,22 @@ def jaxprs() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def audits() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yields what the audit says of functions."""
+
+    def entry(fn: Any, args: tuple[Any, ...]) -> list[str]:
+        return plain(str(mpjax.audit(fn, *args)))
+
     for name, fn, args in functions():
-        yield name, lambda fn=fn, args=args: plain(str(mpjax.audit(fn, *args)))
+        yield name, functools.partial(entry, fn, args)
 
 
 def nonfinite() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yields what trace_nonfinite says of planted faults."""
+
+    def entry(fault: Fault) -> list[str]:
+        return plain(str(mpjax.trace_nonfinite(fault.step, *fault.arguments())))
+
     for fault in list(grid())[::4]:
-        yield (
-            fault.name,
-            lambda f=fault: plain(str(mpjax.trace_nonfinite(f.step, *f.arguments()))),
-        )
+        yield fault.name, functools.partial(entry, fault)
 
 
 def greedy() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -244,6 +250,7 @@ def greedy() -> Iterator[tuple[str, Callable[[], Any]]]:
         source = fetch("smollm2")
         tokenizer = Tokenizer.from_text(open_checkpoint(source).tokenizer_json() or "")
         model, params = load_checkpoint(source, get_precision(precision), loop="scan")
+        assert isinstance(model, Decoder)
         if weights:
             params = quantize_weights(params, weights)
         texts = []

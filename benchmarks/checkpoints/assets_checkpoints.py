@@ -160,7 +160,7 @@ def measure(folder: str, precision: str) -> None:
 
 def memory() -> tuple[list[list[str]], bool]:
     """Rows of the peak while a generated checkpoint of float32 loads."""
-    shape = dict(vocabulary=16384, width=512, heads=8, context=64)
+    shape: dict[str, Any] = dict(vocabulary=16384, width=512, heads=8, context=64)
     rows, good = [], True
     with tempfile.TemporaryDirectory() as temporary:
         for name, layers in (("warm", 1), ("large", 16)):

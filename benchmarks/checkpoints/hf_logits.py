@@ -86,7 +86,8 @@ def equal(a: Any, b: Any) -> bool:
     """Whether two trees are bit for bit the same."""
     same = jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(),
                         *(jax.tree.map(np.asarray, tree) for tree in (a, b)))  # fmt: skip
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(same))
+    structure: Any = jax.tree.structure(a)
+    return structure == jax.tree.structure(b) and all(jax.tree.leaves(same))
 
 
 def short(x: np.ndarray) -> Any:

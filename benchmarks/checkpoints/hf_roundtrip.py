@@ -32,7 +32,7 @@ from benchmarks.common.page import ROOT, table, write
 from mpjax.data import Tokenizer
 from mpjax.data.chat.chat_template import ChatTemplate
 from mpjax.errors import ConfigError
-from mpjax.models import generate
+from mpjax.models import Decoder, Encoder, generate
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 from tests.models.hf import cases, ours, text_cases
 
@@ -42,7 +42,7 @@ SAYS = {True: "yes", False: "**no**"}
 LABELS = {0: "neutral", 1: "positive", 2: "negative"}
 # Fields of config.json that an export may change: they say who wrote it, or what the sizes say.
 OWN = {"transformers_version", "_name_or_path", "dtype", "id2label", "label2id"}
-BERTS = {
+BERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert, classes": ("BertForSequenceClassification", dict(id2label=LABELS)),
     "bert, one number": ("BertForSequenceClassification", dict(num_labels=1)),
     "bert, tags": ("BertForTokenClassification", dict(id2label=LABELS)),
@@ -134,6 +134,7 @@ def decoder(name: str, folder: Path) -> tuple[list[str], bool]:
     tokenizer.save_pretrained(folder / "theirs")
     want = model.generate(prompt, **greedy)[0, 4:].tolist()
     mine, params = load_checkpoint(folder / "theirs")
+    assert isinstance(mine, Decoder)
     save_checkpoint(folder / "ours", mine, params)
     again = hf_logits.load(folder / "ours")
     got = again.generate(prompt, **greedy)[0, 4:].tolist()
@@ -150,7 +151,7 @@ def decoder(name: str, folder: Path) -> tuple[list[str], bool]:
         got == want and len(want) < NEW,
         np.asarray(own)[0].tolist() == want + [want[-1]] * (NEW - stop),
     ]
-    return [name, *map(SAYS.get, checks), f"{ends}: {want}"], all(checks)
+    return [name, *(SAYS[holds] for holds in checks), f"{ends}: {want}"], all(checks)
 
 
 def encoder(name: str, folder: Path, kept: dict[str, Any]) -> tuple[list[str], bool]:
@@ -167,6 +168,7 @@ def encoder(name: str, folder: Path, kept: dict[str, Any]) -> tuple[list[str], b
     with torch.no_grad():
         want = _first(model(**INPUTS))
     mine, params = load_checkpoint(folder / "theirs")
+    assert isinstance(mine, Encoder)
     given = {"ids": cases.ids("bert"), "types": cases.token_types(), "keep": cases.keep()}
     found = np.asarray(mine.apply(params, given)[0][output])
     keep = cases.keep() if found.ndim == 3 else slice(None)
@@ -194,7 +196,7 @@ def encoder(name: str, folder: Path, kept: dict[str, Any]) -> tuple[list[str], b
         again.config.id2label == model.config.id2label
         and (output == "features" or mine.config.labels == labels),
     ]
-    return [name, *map(SAYS.get, checks)], all(checks)
+    return [name, *(SAYS[holds] for holds in checks)], all(checks)
 
 
 def _first(out: Any) -> np.ndarray:

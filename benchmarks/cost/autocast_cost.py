@@ -13,6 +13,7 @@ import gc
 import os
 import sys
 import time
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -30,7 +31,8 @@ def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
     """Median of the paired ratios and its 95 % bootstrap interval."""
     pairs = np.array(ours) / np.array(theirs)
     draws = np.median(np.random.default_rng(0).choice(pairs, (4000, len(pairs))), axis=1)
-    return float(np.median(pairs)), *map(float, np.percentile(draws, [2.5, 97.5]))
+    low, high = map(float, np.percentile(draws, [2.5, 97.5]))
+    return float(np.median(pairs)), low, high
 
 
 def read_again(size: twins.Size) -> object:
@@ -71,7 +73,8 @@ def main() -> bool:
         jax.jit(jax.value_and_grad(f)).lower(params, ids).compile()
         for f in (autocast(twins.plain(real), "bf16"), twins.by_hand(real))
     ]
-    memory = [step.memory_analysis().temp_size_in_bytes for step in steps]
+    analyses: list[Any] = [step.memory_analysis() for step in steps]
+    memory = [found.temp_size_in_bytes for found in analyses]
     counted = [
         twins.counts(jax.grad(f), params, ids)
         for f in (autocast(twins.plain(real), "bf16"), twins.by_hand(real))

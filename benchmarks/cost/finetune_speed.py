@@ -169,6 +169,7 @@ def memory() -> str:
             )
             compiled = jax.jit(step.function, donate_argnums=0).lower(*shapes).compile()
             found = compiled.memory_analysis()
+            assert found is not None
             kept, work = found.argument_size_in_bytes, found.temp_size_in_bytes
             new = found.output_size_in_bytes - found.alias_size_in_bytes
             row += [f"{n / 1e6:.0f}" for n in (kept, work + new, kept + work + new)]

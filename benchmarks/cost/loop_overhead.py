@@ -50,7 +50,7 @@ SIZES = {
 Times = tuple[float, float]  # milliseconds a step: of the wall clock, of the host's processor
 
 
-def host_times() -> dict[int, int]:
+def host_times() -> dict[int | None, int]:
     """Processor time in ns of each Python thread, as Linux counts it; not XLA's."""
     found = {}
     for thread in threading.enumerate():

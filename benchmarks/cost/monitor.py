@@ -49,14 +49,14 @@ def batch_of(batch: int, seq: int, seed: int) -> Any:
     return {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
 
 
-def cost(size: str, sample: int) -> tuple[list[object], float, Any]:
+def cost(size: str, sample: int) -> tuple[list[str], float, Any]:
     """The row of a size, the share of the step time, and what was seen."""
     width, layers, batch, seq, steps, rounds = SIZES[size]
     model = decoder("tiny", "bf16", width=width, layers=layers, heads=width // 32, context=seq)
     state, step = build(model, optax.adam(1e-3), clip=1.0)
     data = batch_of(batch, seq, 0)
     function = monitor(step.function, formats=FORMATS, sample=sample)
-    look = jax.jit(lambda state, batch: function(state, batch)[1])
+    look: Any = jax.jit(lambda state, batch: function(state, batch)[1])
     began = time.perf_counter()
     seen = jax.block_until_ready(look(state, data))
     first = time.perf_counter() - began

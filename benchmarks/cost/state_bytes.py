@@ -50,7 +50,7 @@ ARMS: dict[str, tuple[str, dict[str, str], str, tuple[int, int, int], tuple[int,
 }
 # On one device: the weights of pure-bf16-sr and Adam's moments in codes with a float32 absmax for
 # each block of 256. Label -> precision, its options, most bytes a parameter that are promised.
-SMALL = {
+SMALL: dict[str, tuple[str, dict[str, Any], float | None]] = {
     "pure-bf16-sr, moments=int8@256": ("pure-bf16-sr", {"moments": "int8@256"}, 4.1),
     "pure-bf16-sr, embeddings' moments in float32": (
         "pure-bf16-sr", {"moments": "int8@256,keep=**/embed"}, None,

@@ -109,7 +109,7 @@ def _gguf() -> Files:
     from tests.models.hf.test_gguf import write
 
     tokens = ["<end>", *map(chr, range(33, 127)), "ab", "abc"]
-    add = dict(
+    add: dict[str, Any] = dict(
         add_tokenizer_model=("gpt2",), add_tokenizer_pre=("smollm",), add_token_list=(tokens,),
         add_token_types=([3] + [1] * (len(tokens) - 1),), add_token_merges=(["a b", "ab c"],),
         add_bos_token_id=(0,), add_eos_token_id=(0,), add_add_bos_token=(True,),

@@ -140,7 +140,7 @@ def _views() -> dict[str, Any]:
     return found
 
 
-def _zip(data: bytes, compression: int = 0, **more: bytes) -> bytes:
+def _zip(data: bytes, compression: int = 0, /, **more: bytes) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression) as archive:
         archive.writestr("archive/data.pkl", data)

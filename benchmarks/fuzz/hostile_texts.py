@@ -92,8 +92,9 @@ def tokenizers(good: Files) -> dict[str, Files]:
             found[f"fine {times} {kind}s of bytes"] = fields | {kind: chain_of}
     found["no model"] = {k: v for k, v in fields.items() if k != "model"}
     found["no tokens"] = fields | {"model": model | {"vocab": {}}, "added_tokens": []}
+    odds: tuple[Any, ...] = (None, HUGE, "", "\x1b[2J", [], {}, ["x"] * 300, -1)
     for path in _paths(fields):
-        for i, odd in enumerate((None, HUGE, "", "\x1b[2J", [], {}, ["x"] * 300, -1)):
+        for i, odd in enumerate(odds):
             found[f"fine {'/'.join(map(str, path))} odd {i}"] = _with(fields, path, odd)
     return {title: tokenizer_files(one) for title, one in found.items()}
 

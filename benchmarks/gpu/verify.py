@@ -43,7 +43,10 @@ LINEARS = {
     "attention/out": (D, D), "mlp/gate": (D, F), "mlp/up": (D, F), "mlp/down": (F, D),
 }  # fmt: skip
 WAYS = ("fprop", "dgrad", "wgrad")
-OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+OPTIONS: dict[str, Any] = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
 # label -> preset, its rules, kernel of attention
 ARMS: dict[str, tuple[str, list[str], str]] = {
     "bf16": ("bf16", [], "auto"),
@@ -72,7 +75,9 @@ def compiled(preset: str, rules: list[str], kernel: str, device: Any) -> str:
     # The host has no GPU, so what is chosen by the host's backend is told that it is one.
     with mock.patch("jax.default_backend", return_value="gpu"):
         lowered = jax.jit(step.function, donate_argnums=0).lower(*args)
-    return lowered.compile(compiler_options=OPTIONS).as_text()
+    text = lowered.compile(compiler_options=OPTIONS).as_text()
+    assert text is not None
+    return text
 
 
 def role(product: Product) -> tuple[str, str] | None:
@@ -92,7 +97,7 @@ def main() -> bool:
         "1x1x8", platform="cuda", target_config=(HERE / "h100.txtpb").read_text(),
         topology="1x1x8",
     )  # fmt: skip
-    device = topology.devices[0]
+    device: Any = topology.devices[0]
     eight: dict[str, Counter[Any]] = {}
     rows, texts = [], {}
     for label, (preset, rules, kernel) in ARMS.items():

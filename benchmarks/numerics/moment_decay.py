@@ -76,7 +76,8 @@ def main() -> bool:
     v, step = exact()
     mean, spread, steps = run("")
     met = abs(mean / v - 1) < 1e-3 and abs(steps[-1] / step - 1) < 1e-3
-    rows = [("float64, NumPy", f"{v:.3e}", "", *("",) * 3, f"{step:.4f}", "")]
+    rows: list[tuple[str, ...]] = []
+    rows.append(("float64, NumPy", f"{v:.3e}", "", *("",) * 3, f"{step:.4f}", ""))
     rows.append(("f32", f"{mean:.3e}", "", *(f"{s:.4f}" for s in steps), ""))
     for text, bars in BARS.items():
         for rounding in ("stochastic", "nearest"):

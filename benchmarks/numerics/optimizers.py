@@ -135,7 +135,8 @@ def made(name: str, value: Callable[..., Any]) -> Any:
     """An optimizer with the arguments that it cannot do without."""
     if name.startswith("inject_"):
         return value(optax.adam)(learning_rate=1e-2)
-    args, options = [], {}
+    args: list[Any] = []
+    options: dict[str, Any] = {}
     for parameter in inspect.signature(value).parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
             args += GIVEN["args"]() if name == "chain" else []

@@ -69,7 +69,7 @@ def means(name: str) -> tuple[int, float, float, int]:
     low, high = KNOWN[name].neighbours(x.astype(np.float64))
     for i, value in enumerate(x):
         y = rounded(np.full(DRAWS, value), name, "stochastic", jax.random.key(i))
-        ends = np.float32([low[i], high[i]])
+        ends = np.array([low[i], high[i]], np.float32)
         # -0 below zero: the sign of x stays, but for fixed point
         if ends[1] == 0 and name != "q8.8":
             ends[1] = np.float32(-0.0)

@@ -74,7 +74,7 @@ def bars(data: dict[str, Any] | None) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, float | None, float, bool, str]] = [
         ("bf16, tokens/s over compiled torch's", against and against[0], 1.0, True,
          against[1] if against else ""),
-        ("bf16, MFU", bf16 and bf16["mfu"], 0.45, True, ""),
+        ("bf16, MFU", bf16["mfu"] if bf16 else None, 0.45, True, ""),
         ("fp8, tokens/s over our bf16's", None, 1.2, True, ""),
         ("fp8, peak memory over our bf16's", None, 1.0, False, ""),
     ]  # fmt: skip
@@ -137,7 +137,7 @@ def text(data: dict[str, Any] | None) -> str:
         parts.append(f"**{NOT_MEASURED[0].upper()}{NOT_MEASURED[1:]}.** No speed is claimed.")
     parts.append(table(("bar", "value", ""), bars(data)))
     if data is None:
-        rows = [(PARTS[c.part], c.name, f"{c.full:.0f}") for c in CELLS]
+        rows: list[tuple[object, ...]] = [(PARTS[c.part], c.name, f"{c.full:.0f}") for c in CELLS]
         parts += [
             f"What `{COMMAND}` measures, in this order, with the seconds that each is expected to"
             " take (judged from the work):",

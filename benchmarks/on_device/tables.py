@@ -53,7 +53,7 @@ def fast(cells: list[dict[str, Any]]) -> str:
     parts = []
     if products:
         side = products[0]["result"]["side"]
-        rows = [
+        rows: list[tuple[object, ...]] = [
             (c["name"].removeprefix("product "), spread(c["result"]["tflops"], 2)) for c in products
         ]
         parts += [

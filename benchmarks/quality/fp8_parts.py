@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 import low_bit_products as experiment
 import sweep
@@ -24,7 +25,7 @@ from mpjax.report import gaps
 SEEDS = 32
 OUT = ROOT / "runs" / "evidence" / "fp8_parts"
 FP8, BF16, E4M3 = get_recipe("fp8"), (None, None), Operand("e4m3")
-PARTS = {
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fwd": ("forward in e4m3, backward in bf16", {"dgrad": BF16, "wgrad": BF16}),
     "bwd": ("forward in bf16, gradients in e5m2", {"fprop": BF16}),
     "e4m3": ("all of it in e4m3", {"dgrad": (E4M3, E4M3), "wgrad": (E4M3, E4M3)}),

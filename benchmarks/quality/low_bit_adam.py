@@ -144,11 +144,11 @@ def main() -> bool:
         loss = f"{np.mean(outcome.validation_loss):.4f}"
         seeds = len(outcome.validation_loss)
         rows.append((outcome.label, loss, seeds, *gap, f"{bytes_of_state:.4f}"))
-    names = ("int8@256", "int8-linear", "fp8", "int4@128", "first=bf16")
+    names: tuple[str, ...] = ("int8@256", "int8-linear", "fp8", "int4@128", "first=bf16")
     names = (*names, *(f"{name},rounding=nearest" for name in names))
     errors = {name: (weights(name, False), weights(name, True)) for name in names}
     near = errors["int8@256"][1] < WEIGHTS
-    coded = ("int8@256", "fp8", "int4@128")
+    coded: tuple[str, ...] = ("int8@256", "fp8", "int4@128")
     coded = (*coded, *(f"{name},rounding=nearest" for name in coded))
     met = trained and state <= STATE and near
     config = experiment.Config()

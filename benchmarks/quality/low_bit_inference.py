@@ -33,6 +33,7 @@ from common import launch  # noqa: F401  # sets XLA flags before JAX starts
 from common.datasets.assets import fetch
 from mpjax.data import Tokenizer, validation_batches
 from mpjax.models import (
+    Decoder,
     Variant,
     compare,
     input_moments,
@@ -95,7 +96,7 @@ PRUNINGS = ((0.1, "global"), (0.2, "global"), (0.3, "global"), (0.3, "layer"), (
 
 def pruned_rows(model: Any, params: Any, batches: list[Any], dense: float) -> list[tuple[str, ...]]:
     """What the smallest weights are worth: perplexity without them, in float32 and int8."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for share, scope in PRUNINGS:
         thin = prune_weights(params, share, scope=scope, keep=["**/embed"])
         found = compare(model, thin, batches, [Variant("f32"), Variant("int8")])
@@ -121,6 +122,7 @@ def main() -> bool:
     """Measures and writes the page; whether every bar is met."""
     source = fetch("smollm2")
     model, params = load_checkpoint(source, "fp32", loop="scan")
+    assert isinstance(model, Decoder)
     tokenizer = Tokenizer.from_text(open_checkpoint(source).tokenizer_json() or "")
     ids = tokenizer.encode(text(MODULES))
     batches = list(validation_batches(ids, batch=1, seq=SEQ, limit=BATCHES))

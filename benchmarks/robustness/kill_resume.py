@@ -175,7 +175,8 @@ def experiment(work: Path) -> tuple[list[Trial], dict[str, Any]]:
         "expected": expected,
         "too late": 0,
     }
-    moments, trials = random.Random(SEED), []
+    moments = random.Random(SEED)
+    trials: list[Trial] = []
     control: Run | None = None
     while len(trials) < TRIALS:
         moment = moments.uniform(0, expected)

@@ -73,9 +73,9 @@ def main() -> None:
         clean.append((name, len(report.products), share, len(report.leaks), len(report.minor),
                       f"{seconds:.2f}"))  # fmt: skip
     head = ("model", "products", "product FLOPs", "leaks", "minor", "seconds, with tracing")
-    forward = sum(not plant.gradient for plant in PLANTS.values())
+    leaking = sum(not plant.gradient for plant in PLANTS.values())
     mechanisms = len({plant.mechanism for plant in PLANTS.values()})
-    body = f"""{right[0]} of {forward} planted leaks are found in the forward pass and {right[1]} \
+    body = f"""{right[0]} of {leaking} planted leaks are found in the forward pass and {right[1]} \
 of {len(PLANTS)} in the gradient, with the right source line and mechanism ({mechanisms} \
 mechanisms) and nothing else reported beside them. The line is that of the statement where a low \
 value becomes wide; the plants are in `tests/interpret/audit/leaky.py`.

@@ -43,7 +43,9 @@ def chosen(fault: Fault) -> bool:
 def main() -> bool:
     """Plants them; whether enough are found."""
     faults = [fault for fault in grid() if chosen(fault)]
-    missed, cures, places = [], collections.Counter(), collections.Counter()
+    missed = []
+    cures: collections.Counter[str] = collections.Counter()
+    places: collections.Counter[tuple[str, str]] = collections.Counter()
     for fault in faults:
         report = trace_nonfinite(fault.step, *fault.arguments())
         wrong = fault.misses(report)

@@ -96,7 +96,7 @@ def flat(tree: Any) -> np.ndarray:
 def distance(found: Any, exact: Any) -> float:
     """Norm of the difference over norm."""
     a, b = flat(found), flat(exact)
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
+    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-30))
 
 
 def attempt(call: Callable[[], Any]) -> tuple[str, Any]:

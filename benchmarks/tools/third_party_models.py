@@ -103,7 +103,7 @@ def load(path: Path) -> Any:
             if text.lstrip().startswith(("%", "!")):
                 continue
             kept = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef)
-            body = [node for node in ast.parse(text).body if isinstance(node, kept)]
+            body: list[ast.stmt] = [node for node in ast.parse(text).body if isinstance(node, kept)]
             # Annotations stay texts: some name what newer versions of a library do not have.
             flags = __future__.annotations.compiler_flag
             code = compile(ast.Module(body, []), str(path), "exec", flags, dont_inherit=True)
@@ -163,10 +163,10 @@ def haiku(fn: Callable[..., Any], *inputs: Any, judge: Any = _squared) -> Built:
 
 def _mnist(at: Path) -> Built:
     model = load(at / "flax/examples/mnist/train.py").CNN(nnx.Rngs(0))
-    graph, weights, rest = nnx.split(model, nnx.Param, ...)
+    graph, weights, *rest = nnx.split(model, nnx.Param, ...)
 
     def loss(weights: Any, batch: Any) -> Any:
-        return _crossed(nnx.merge(graph, weights, rest, copy=True)(batch, nnx.Rngs(1)))
+        return _crossed(nnx.merge(graph, weights, *rest, copy=True)(batch, nnx.Rngs(1)))
 
     return Built(loss, weights, _normal(2, 28, 28, 1))
 
@@ -332,7 +332,7 @@ def _hk_mnist(at: Path) -> Built:
 
 def _hk_resnet(at: Path) -> Built:
     def fn(x: Any) -> Any:
-        widths = dict(channels_per_group=(8, 8, 16, 16), bottleneck=False)
+        widths: dict[str, Any] = dict(channels_per_group=(8, 8, 16, 16), bottleneck=False)
         net = hk.nets.ResNet((1, 1, 1, 1), 10, resnet_v2=True, **widths)
         return net(x, is_training=True)
 
@@ -390,7 +390,7 @@ def _equilibrium(at: Path) -> Built:
         def residual(z: Any, x: Any) -> Any:
             return z - jnp.tanh(0.3 * model(z) + x)
 
-        solver = optimistix.Newton(1e-3, 1e-3)
+        solver: optimistix.Newton[Any, Any, Any] = optimistix.Newton(1e-3, 1e-3)
         root = lambda x: optimistix.root_find(residual, solver, x, args=x, throw=False).value  # noqa: E731
         return jax.vmap(root)(x)
 
@@ -403,11 +403,11 @@ def _least_squares(at: Path) -> Built:
     model = eqx.nn.MLP(4, 6, 16, 1, key=KEY)
 
     def call(model: Any, x: Any) -> Any:
-        solver = optimistix.GaussNewton(1e-3, 1e-3)
+        solver: optimistix.GaussNewton[Any, Any, Any] = optimistix.GaussNewton(1e-3, 1e-3)
 
         def one(x: Any) -> Any:
             wanted = jnp.concatenate([x, x[:2]])
-            found = optimistix.least_squares(
+            found: optimistix.Solution[Any, Any] = optimistix.least_squares(
                 lambda z, _: jnp.concatenate([z, z[:2]]) + 0.2 * model(z) - wanted, solver, x,
                 throw=False, max_steps=8,
             )  # fmt: skip

@@ -68,7 +68,8 @@ def measure(library: str, corpus: Corpus) -> tuple[list[tuple[object, ...]], boo
     built = [module.build(shape, seed) for seed in range(SEEDS)]
     starts, apply = [weights for weights, _ in built], built[0][1]
     batch = validation_batches(corpus.validation, batch=WORK.batch, seq=WORK.seq, limit=1)[0]
-    rows, met, exact = [], True, None
+    rows: list[tuple[object, ...]] = []
+    met, exact = True, None
     for precision in ("fp32", ROUNDED, "bf16", "fp16"):
         control = precision == ROUNDED
         dtype = "fp32" if control else precision

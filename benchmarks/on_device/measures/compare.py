@@ -50,7 +50,7 @@ def differ(a: Any, b: Any) -> int:
 def distance(a: Any, b: Any) -> float:
     """The norm of the difference of two arrays over that of the second."""
     a, b = (np.asarray(x).astype(np.float64) for x in (a, b))
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
+    return float(np.linalg.norm(a - b) / max(float(np.linalg.norm(b)), 1e-300))
 
 
 def on_cpu() -> bool:

@@ -61,9 +61,9 @@ def monitoring(size: Any) -> dict[str, Any]:
     batch = fast.batch_of(size)
     model = decoder("tiny", "bf16", **_quarter(size))
     state, step = build(model, optax.adamw(fast.LR), clip=fast.CLIP)
-    watch = jax.jit(lambda *args: mpjax.monitor(step.function, sample=SAMPLE)(*args)[1])
+    program = jax.jit(lambda *args: mpjax.monitor(step.function, sample=SAMPLE)(*args)[1])
     start = time.perf_counter()
-    watch = watch.lower(state, batch).compile()
+    watch = program.lower(state, batch).compile()
     compile_s = time.perf_counter() - start
     measured = clock.interleaved(
         {"": lambda: jax.block_until_ready(watch(state, batch))}, size.seconds

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, N = B T, D width, H heads, G key and value heads, K h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def make_loss(config: Any) -> Any:
     c = config
     H, G, K, D = c.heads, c.groups, c.per_head, c.width
     multiply, unembed = linear(LOW), linear(jnp.float32)
-    fused = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    fused: Literal["cudnn", "xla"] = "cudnn" if jax.default_backend() == "gpu" else "xla"
 
     def loss(params: Any, batch: Any) -> Any:
         p, ids = params["decoder"], batch["inputs"]
