@@ -55,6 +55,7 @@ TITLES = {
     "mpjax.precision": "Policies, rules, Precision, schedules",
     "mpjax.ops": "Operations",
     "mpjax.optim": "Optimizers and loss scales",
+    "mpjax.optim.annealing": "Simulated annealing",
     "mpjax.interpret": "autocast, audit, monitor, trace_nonfinite",
     "mpjax.models": "Models",
     "mpjax.models.hf": "Checkpoints of others",

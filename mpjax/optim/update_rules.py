@@ -29,7 +29,7 @@ _STATE: dict[str, set[str]] = {
     "stochastic": {"draws", "key"},
     "kahan": {"kahan"},
 }
-_PRNG = "threefry2x32"  # its bits do not depend on how an array is cut over devices
+PRNG = "threefry2x32"  # its bits do not depend on how an array is cut over devices
 
 
 def is_low(leaf: Weight) -> bool:
@@ -84,7 +84,7 @@ def init_update_state(params: Params, update: str, seed: ArrayLike = 0) -> Updat
     if update == "kahan":
         return {"kahan": map_weights(lambda p: compensation(p) if is_low(p) else None, params)}
     if update == "stochastic":
-        key = jax.random.fold_in(jax.random.key(seed, impl=_PRNG), zlib.crc32(b"update"))
+        key = jax.random.fold_in(jax.random.key(seed, impl=PRNG), zlib.crc32(b"update"))
         return {"draws": jnp.int32(0), "key": jax.random.key_data(key)}
     return {}
 
@@ -160,7 +160,7 @@ def apply_update_rule(
         return stored, {"kahan": map_weights(lambda _, pair: pair[1], params, pairs)}
     new = jax.tree.map(lambda w, u: w + u, full, updates)
     if update == "stochastic":
-        key = jax.random.wrap_key_data(update_state["key"], impl=_PRNG)
+        key = jax.random.wrap_key_data(update_state["key"], impl=PRNG)
         key = jax.random.fold_in(key, update_state["draws"])
 
         def draw(path: jax.tree_util.KeyPath, p: Weight, f: Array) -> Weight:

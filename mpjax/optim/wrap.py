@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import optax
 from mpjax.errors import ConfigError, TrainingStopped, brief
 from mpjax.formats import is_quantized, weight_view
 from mpjax.optim import checks, update_rules
+from mpjax.optim.annealing.annealing import Annealing, Evaluate
 from mpjax.optim.buffers import distinct
 from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, select
 from mpjax.optim.gradient_norm import global_norm
@@ -26,7 +27,7 @@ from mpjax.optim.per_layer.layer_view import each_layer
 from mpjax.optim.pruning.magnitude import Pruned
 from mpjax.optim.value_and_grad import Value, value_and_scaled_grad
 from mpjax.precision import Precision, get_precision
-from mpjax.typing import ArrayLike, Grads, Metrics, Params, PyTree
+from mpjax.typing import Array, ArrayLike, Grads, Metrics, Params, PyTree
 
 
 class OptState(NamedTuple):
@@ -49,7 +50,7 @@ class OptState(NamedTuple):
 class Optimizer:
     """What `wrap` returns; see there."""
 
-    inner: optax.GradientTransformation
+    inner: optax.GradientTransformation | Annealing
     precision: Precision
     clip: float | None
     gate: bool
@@ -69,7 +70,11 @@ class Optimizer:
         """
         seed = self.seed if seed is None else seed
         update_state = update_rules.init_update_state(params, self.precision.update, seed)
-        inner = self.inner.init(update_rules.float32_view(params, update_state))
+        full = update_rules.float32_view(params, update_state)
+        if isinstance(self.inner, Annealing):
+            inner: PyTree = self.inner.init(params, full, seed)
+        else:
+            inner = self.inner.init(full)
         nodes = jax.tree.leaves(inner, is_leaf=lambda x: isinstance(x, OptState))
         if any(isinstance(x, OptState) for x in nodes):
             raise ConfigError(
@@ -90,36 +95,85 @@ class Optimizer:
             check_scaled(scaled)
         checks.check_like("gradients", scaled, params)
         metrics: Metrics = {}
-        grads = unscaled = state.loss_scale.unscale(scaled)
-        finite_leaves = finite_by_leaf(grads) if self.gate else None
+        unscaled = state.loss_scale.unscale(scaled)
+        finite_leaves = finite_by_leaf(unscaled) if self.gate else None
+        grads = unscaled
         if self.clip is not None:
-            norm = global_norm(grads)
-            metrics["grad_norm"] = norm
-            factor = jnp.minimum(jnp.float32(1), self.clip / norm)
-            grads = jax.tree.map(lambda g: g * factor, grads)
+            grads, metrics["grad_norm"], factor = self._clipped(unscaled)
             if finite_leaves is not None:  # the norm is too large for a factor in float32: skip
                 finite_leaves &= ~(jnp.all(finite_leaves) & (factor < 2.0**-126))
-        full = update_rules.float32_view(params, state.update_state)
-        # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
-        # refuses; it is relaxed around this one call.
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            extra = {"grad": grads, **extra}
-            updates, inner = checks.update(self.inner, grads, state.inner, full, extra)
-        new_params, update_state = update_rules.apply_update_rule(
-            updates, full, params, state.update_state, self.precision.update
-        )
-        new = (new_params, updates, inner, update_state)
+        new, found = self._moved(grads, state, params, extra)
+        metrics |= found
         if finite_leaves is not None:
             finite = jnp.all(finite_leaves)
             # -0.0 is the update that leaves every weight's bits alone, -0.0 included.
-            nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
+            nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), new[1])
             new = select(finite, new, (params, nothing, state.inner, state.update_state))
             gate = record(state.gate, finite_leaves, state.loss_scale.at_minimum(unscaled))
-            state = state._replace(gate=gate, loss_scale=state.loss_scale.adjust(finite, unscaled))
+            scale = state.loss_scale.adjust(finite, unscaled)
+            if (reads := self.reads_gradient(state)) is not True:  # zeros in its place say nothing
+                scale = select(jnp.asarray(reads), scale, state.loss_scale)
+            state = state._replace(gate=gate, loss_scale=scale)
             metrics["finite"] = finite
         new_params, updates, inner, update_state = new
         state = state._replace(inner=inner, update_state=update_state)
         return new_params, updates, state, metrics
+
+    def _clipped(self, grads: Grads) -> tuple[Grads, Array, Array]:
+        """Gradients of at most the norm `clip`, the norm before, and their ratio."""
+        norm = global_norm(grads)
+        assert self.clip is not None
+        factor = jnp.minimum(jnp.float32(1), self.clip / norm)
+        return jax.tree.map(lambda g: g * factor, grads), norm, factor
+
+    def _moved(
+        self, grads: Grads, state: OptState, params: Params, extra: Mapping[str, object]
+    ) -> tuple[tuple[Params, Grads, PyTree, update_rules.UpdateState], Metrics]:
+        """New weights, updates, inner state and the update rule's, as if all were finite."""
+        full = update_rules.float32_view(params, state.update_state)
+        extra = {"grad": grads, **extra}
+        evaluate: Any = extra.pop("evaluate", None)
+
+        def write(updates: Grads) -> tuple[Params, update_rules.UpdateState]:
+            return update_rules.apply_update_rule(
+                updates, full, params, state.update_state, self.precision.update
+            )
+
+        # optax mixes float32 with weak Python scalars and int32 counts, which strict promotion
+        # refuses; it is relaxed around this one call.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            if not isinstance(self.inner, Annealing):
+                updates, inner = checks.update(self.inner, grads, state.inner, full, extra)
+                new, rule = write(updates)
+                return (new, updates, inner, rule), {}
+            judged = None if evaluate is None else self._judged(evaluate, state.loss_scale)
+            new, updates, inner, rule, metrics = self.inner.advance(
+                grads, state.inner, full, params, state.update_state, write,
+                update_rules.float32_view, judged, extra,
+            )  # fmt: skip
+            return (new, updates, inner, rule), metrics
+
+    def _judged(self, evaluate: Callable[..., Any], scale: LossScale) -> Evaluate:
+        """The same with gradients that are unscaled and clipped, as those of the step are."""
+
+        def judged(params: Params, with_gradient: bool) -> tuple[Array, Grads | None]:
+            loss, grads = evaluate(params, with_gradient)
+            if grads is None:
+                return loss, None
+            grads = scale.unscale(bare(grads))
+            return loss, grads if self.clip is None else self._clipped(grads)[0]
+
+        return judged
+
+    def reads_gradient(self, state: OptState) -> bool | Array:
+        """Returns whether the next step uses gradients; proposals of annealing may do without.
+
+        Args:
+          state: current state.
+        """
+        if isinstance(self.inner, Annealing):
+            return self.inner.reads_gradient(state.inner)
+        return True
 
     def value_and_grad(
         self, loss_fn: Callable[..., Value], *, has_aux: bool = False
@@ -204,6 +258,11 @@ class Optimizer:
         sum. Under `master` such a difference is gone at the next step.
         """
 
+        if isinstance(self.inner, Annealing):
+            raise ConfigError(
+                "as_optax: annealing judges new weights as they are stored; use Optimizer.step"
+            )
+
         def update(
             grads: Grads, state: OptState, params: Params = None, **extra: object
         ) -> tuple[Grads, OptState]:
@@ -249,7 +308,7 @@ class Wrapped(optax.GradientTransformationExtraArgs):
 
 
 def wrap(
-    optimizer: optax.GradientTransformation | optax.MultiSteps | Optimizer,
+    optimizer: optax.GradientTransformation | optax.MultiSteps | Annealing | Optimizer,
     precision: str | Precision,
     *,
     clip: int | float | None = None,
@@ -265,7 +324,7 @@ def wrap(
     the weights, and the update rule writes them in their storage dtype.
 
     Args:
-      optimizer: a raw optax optimizer, schedule included.
+      optimizer: a raw optax optimizer, schedule included, or `mpjax.optim.annealing`.
       precision: a Precision, or what `get_precision` reads, such as `bf16`; its loss scale, update
         rule and moments are used.
       clip: largest global gradient norm $c$, or None.
@@ -312,8 +371,17 @@ def wrap(
             f"gate: a {precision.loss_scale.kind} loss scale needs the finite gate; leave gate on"
             " or set loss_scale=static:SCALE"
         )
-    optimizer = checks.as_transformation(optimizer)
-    if not isinstance(optimizer, Pruned):  # which applies each_layer to the optimizer inside it
-        optimizer = each_layer(optimizer, stacked)
-    inner = low_moments(optimizer, precision.moments)
-    return Optimizer(inner, precision, clip, gate, patience, seed)
+
+    def lowered(
+        optimizer: optax.GradientTransformation | optax.MultiSteps,
+    ) -> optax.GradientTransformation:
+        optimizer = checks.as_transformation(optimizer)
+        if not isinstance(optimizer, Pruned):  # which applies each_layer to the optimizer inside it
+            optimizer = each_layer(optimizer, stacked)
+        return low_moments(optimizer, precision.moments)
+
+    if not isinstance(optimizer, Annealing):
+        return Optimizer(lowered(optimizer), precision, clip, gate, patience, seed)
+    if optimizer.descent is not None:
+        optimizer = dataclasses.replace(optimizer, descent=lowered(optimizer.descent))
+    return Optimizer(optimizer, precision, clip, gate, patience, seed)

@@ -14,9 +14,9 @@ from jaxtyping import Array, Int, UInt
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
-from mpjax.optim import Optimizer, OptState, copied, select, without_repeats
+from mpjax.optim import Optimizer, OptState, copied, select, weight_view, without_repeats
 from mpjax.train.gradients import gradients, loss_at
-from mpjax.typing import ArrayLike, Batch, Metrics, ModelState, Params
+from mpjax.typing import ArrayLike, Batch, Grads, Metrics, ModelState, Params
 
 if TYPE_CHECKING:
     from mpjax.train.schedule.switch_state import SwitchState
@@ -212,14 +212,36 @@ def make_train_step(
     objective = _objective(loss_fn, count, accumulate)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, loss, model_state = gradients(objective, state, batch, accumulate)
+        def with_gradients() -> tuple[Grads, Array, ModelState]:
+            return gradients(objective, state, batch, accumulate)
+
+        def loss_alone() -> tuple[Grads, Array, ModelState]:
+            like, loss, _ = jax.eval_shape(with_gradients)
+            zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), like)
+            judged = loss_of(weight_view(state.params)).astype(loss.dtype)
+            return zeros, judged, state.model_state
+
+        def evaluate(params: Params, with_gradient: bool) -> tuple[Array, Grads | None]:
+            if not with_gradient:
+                return loss_of(weight_view(params)), None
+            moved = state._replace(params=params)
+            grads, loss, _ = gradients(objective, moved, batch, accumulate)
+            return loss, grads
+
+        loss_of = loss_at(objective, state, batch, accumulate)
+        reads = optimizer.reads_gradient(state.opt_state)
+        if isinstance(reads, bool):
+            grads, loss, model_state = with_gradients() if reads else loss_alone()
+        else:
+            grads, loss, model_state = jax.lax.cond(reads, with_gradients, loss_alone)
         loss = loss.astype(jnp.float32)
         params, opt_state, metrics = optimizer.step_with_metrics(
             grads,
             state.opt_state,
             state.params,
             value=loss,
-            value_fn=loss_at(objective, state, batch, accumulate),
+            value_fn=loss_of,
+            evaluate=evaluate,
         )
         if "finite" in metrics and state.model_state is not None:
             model_state = select(metrics["finite"], model_state, state.model_state)
