@@ -50,7 +50,7 @@ def _size(name: str, value: float) -> float:
     return float(value)
 
 
-def gaussian(scale: float, *, least: float = 0.01) -> Proposal:
+def gaussian(scale: float, *, share: float = 1.0, least: float = 0.01) -> Proposal:
     r"""Returns the proposal $\theta'_i = \theta_i + \alpha\,\sigma_i\,\xi$, without gradients.
 
     $\sigma_i$ is the root mean square of leaf $i$ of the first weights, so that the proposal is
@@ -58,6 +58,8 @@ def gaussian(scale: float, *, least: float = 0.01) -> Proposal:
 
     Args:
       scale: $\alpha$, relative to a leaf's size.
+      share: of the numbers that move, each drawn by itself; the others stay. Few large moves pass
+        barriers that a move of all numbers does not.
       least: $\sigma_i$ of leaves that begin smaller, such as biases of 0.
 
     Raises:
@@ -69,7 +71,9 @@ def gaussian(scale: float, *, least: float = 0.01) -> Proposal:
       >>> proposal.init(weights)["w"].item()
       2.0
     """
-    factor, least = _size("scale", scale), _size("least", least)
+    factor, least, share = _size("scale", scale), _size("least", least), _size("share", share)
+    if share > 1:
+        raise ConfigError(f"proposal: share={share:g} is above 1; 1 moves all numbers")
 
     def init(params: Params) -> PyTree:
         def size(w: Array) -> Array:
@@ -82,7 +86,15 @@ def gaussian(scale: float, *, least: float = 0.01) -> Proposal:
         extra: dict[str, object],
     ) -> tuple[Grads, PyTree]:  # fmt: skip
         del grads, temperature, extra
-        noise = _noise(key, params)
+        drawn, chosen = jax.random.split(key)
+        noise = _noise(drawn, params)
+        if share < 1:
+            noise = jax.tree_util.tree_map_with_path(
+                lambda path, n: jnp.where(
+                    jax.random.bernoulli(key_at(chosen, path), share, n.shape), n, 0.0
+                ),
+                noise,
+            )
         return jax.tree.map(lambda s, n: jnp.float32(factor) * s * n, state, noise), state
 
     return Proposal(init, draw, gradient=False)
