@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
-from mpjax.typing import Array, Batch, LossFn, LossModel, ModelState, Params
+from mpjax.typing import Array, Batch, LossFn, LossModel, ModelState, Params, PyTree
 
 # batch -> number of targets, or of several losses name -> number; None if rows count alike
 Count: TypeAlias = Callable[[Batch], Array | dict[str, Array] | None]
@@ -29,6 +30,9 @@ class Objective:
         With `parts`, name -> number.
       parts: takes what `loss` takes; returns the parts whose sum is the loss, name -> loss, and the
         state.
+      frozen: arrays that the loss reads and that are not trained, such as a teacher's weights;
+        `loss` and `parts` then take `frozen=` too. The compiled step has them as an argument, not
+        as constants of its program.
 
     Example:
       >>> def loss(params, batch, *, state=None, key=None, train=False):
@@ -43,15 +47,24 @@ class Objective:
     loss: LossFn
     count: Count
     parts: Callable[..., tuple[dict[str, Array], ModelState]] | None = None
+    frozen: PyTree = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
     def of_model(cls, model: LossModel) -> Objective:
         """Returns a model's own `loss`, a mean by a batch's `weights` if it has any."""
         return cls(model.loss, weight_sum)
 
+    def bound(self, frozen: PyTree) -> Objective:
+        """Returns the objective with its frozen arrays in place, those that are given."""
+        if self.frozen is None:
+            return self
+        loss: Any = self.loss  # which takes frozen too
+        parts = self.parts and functools.partial(self.parts, frozen=frozen)
+        return Objective(functools.partial(loss, frozen=frozen), self.count, parts)
+
     def __call__(self, params: Params, batch: Batch, **options: object) -> tuple[Array, ModelState]:
         """Returns the loss and the state."""
-        return self.loss(params, batch, **options)  # type: ignore[arg-type]
+        return self.bound(self.frozen).loss(params, batch, **options)  # type: ignore[arg-type]
 
 
 def weight_sum(batch: Batch) -> Array | None:

@@ -1,6 +1,8 @@
 """Objectives: how a batch becomes a loss, and predictions become metrics."""
 
 from mpjax.tasks.classify import TextClassification
+from mpjax.tasks.distillation import Distillation
+from mpjax.tasks.divergence import divergence
 from mpjax.tasks.labels import label_loss
 from mpjax.tasks.language import Language
 from mpjax.tasks.metrics import calibration_error, class_scores, entity_scores, text_scores
@@ -11,6 +13,7 @@ from mpjax.tasks.tag import TokenClassification
 from mpjax.tasks.translate import Translation
 
 __all__ = [
+    "Distillation",
     "Language",
     "MaskedLanguage",
     "TextClassification",
@@ -19,6 +22,7 @@ __all__ = [
     "Translation",
     "calibration_error",
     "class_scores",
+    "divergence",
     "entity_scores",
     "label_loss",
     "predictor",

@@ -16,7 +16,7 @@ from mpjax.formats.checks import batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
 from mpjax.optim import Optimizer, OptState, copied, select, weight_view, without_repeats
 from mpjax.train.gradients import gradients, loss_at
-from mpjax.typing import ArrayLike, Batch, Grads, Metrics, ModelState, Params
+from mpjax.typing import ArrayLike, Batch, Grads, Metrics, ModelState, Params, PyTree
 
 if TYPE_CHECKING:
     from mpjax.train.schedule.switch_state import SwitchState
@@ -87,15 +87,18 @@ class TrainStep:
       shardings: of the state, or None on one device.
       accumulate: microbatches a step.
       init: `init(seed)`, a fresh state on the mesh; None when the step was not made by `build`.
+      frozen: arrays that the objective reads and no step changes, None without any; `function`
+        takes others as a third argument.
     """
 
-    function: StepFn
+    function: Callable[..., tuple[TrainState, Metrics]]
     compiled: Any  # a StepFn with the methods of `jax.jit`, or one that chooses among several
     optimizer: Optimizer
     mesh: Mesh | None
     shardings: TrainState | None
     accumulate: int
     init: Callable[[ArrayLike], TrainState] | None = None
+    frozen: PyTree = None
 
     def place(self, batch: Batch) -> Batch:
         """Puts this process's part of a global batch on its devices.
@@ -134,17 +137,65 @@ class TrainStep:
         return self.compiled(without_repeats(state), self.place(batch))
 
 
-def compile_step(function: StepFn, mesh: Mesh | None, shardings: TrainState | None) -> StepFn:
-    """Returns `jax.jit` of `function(state, batch) -> (state, metrics)`; the state is donated."""
+class WithFrozen:
+    """A compiled step that also takes arrays which no step changes.
+
+    Args:
+      jitted: `jax.jit` of `function(state, batch, frozen) -> (state, metrics)`.
+      frozen: the arrays.
+    """
+
+    def __init__(self, jitted: Any, frozen: PyTree) -> None:
+        self._jitted, self._frozen = jitted, frozen
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return self._jitted(state, batch, self._frozen)
+
+    def lower(self, state: TrainState, batch: Batch) -> Any:
+        """See `jax.stages.Wrapped`."""
+        return self._jitted.lower(state, batch, self._frozen)
+
+    def _cache_size(self) -> int:
+        return self._jitted._cache_size()
+
+
+def compile_step(
+    function: Callable[..., tuple[TrainState, Metrics]],
+    mesh: Mesh | None,
+    shardings: TrainState | None,
+    frozen: PyTree = None,
+) -> StepFn:
+    """Returns `jax.jit` of `function(state, batch) -> (state, metrics)`; the state is donated.
+
+    Args:
+      function: takes `frozen` too, if there is some.
+      mesh: devices; None is one.
+      shardings: of the state.
+      frozen: arrays on the mesh that no step changes.
+    """
+    more = () if frozen is None else (jax.tree.map(lambda x: x.sharding, frozen),)
     if mesh is None:
-        return jax.jit(function, donate_argnums=0)
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        function,
-        donate_argnums=0,
-        in_shardings=(shardings, NamedSharding(mesh, PartitionSpec(("data", "fsdp")))),
-        out_shardings=(shardings, whole),
-    )
+        jitted = jax.jit(function, donate_argnums=0)
+    else:
+        jitted = jax.jit(
+            function,
+            donate_argnums=0,
+            in_shardings=(shardings, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), *more),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        )
+    return jitted if frozen is None else WithFrozen(jitted, frozen)
+
+
+def _on(mesh: Mesh | None, frozen: PyTree) -> PyTree:
+    """Arrays on the devices of a mesh: as they are cut on it, or whole on each of its devices."""
+
+    def place(x: ArrayLike) -> Array:
+        x = jnp.asarray(x)
+        if mesh is None or x.sharding.device_set == set(mesh.devices.flat):
+            return x
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(place, frozen)
 
 
 def _objective(loss_fn: LossFn | Objective, count: Count | None, accumulate: int) -> Objective:
@@ -209,9 +260,12 @@ def make_train_step(
     """
     if accumulate < 1:
         raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")
-    objective = _objective(loss_fn, count, accumulate)
+    whole = _objective(loss_fn, count, accumulate)
+    held = _on(mesh, whole.frozen)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, frozen: PyTree = held) -> tuple[TrainState, Metrics]:
+        objective = whole.bound(frozen)
+
         def with_gradients() -> tuple[Grads, Array, ModelState]:
             return gradients(objective, state, batch, accumulate)
 
@@ -254,5 +308,5 @@ def make_train_step(
         }
         return TrainState(state.step + 1, params, opt_state, model_state, state.key), metrics
 
-    compiled = compile_step(step, mesh, shardings)
-    return TrainStep(step, compiled, optimizer, mesh, shardings, accumulate)
+    compiled = compile_step(step, mesh, shardings, held)
+    return TrainStep(step, compiled, optimizer, mesh, shardings, accumulate, frozen=held)

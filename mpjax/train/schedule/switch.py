@@ -187,9 +187,11 @@ def make_switching_step(
                 f" of {window} steps can promote it; raise patience to {2 * window} or lower window"
             )
     functions = [scheduled(step, index) for index, step in enumerate(steps)]
-    programs = [compile_step(function, first.mesh, shardings) for function in functions]
+    programs = [
+        compile_step(function, first.mesh, shardings, first.frozen) for function in functions
+    ]
     # Uncompiled, it decides likewise.
     return SwitchingStep(
         _Chooser(schedule, steps, functions), _Chooser(schedule, steps, programs), first.optimizer,
-        first.mesh, shardings, first.accumulate, None, schedule, tuple(steps),
+        first.mesh, shardings, first.accumulate, None, first.frozen, schedule, tuple(steps),
     )  # fmt: skip

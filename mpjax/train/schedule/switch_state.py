@@ -84,8 +84,8 @@ def plain_state(state: TrainState, index: int) -> TrainState:
 def scheduled(step: TrainStep, index: int) -> StepFn:
     """Returns the function of one precision's step, from and to the state of the whole run."""
 
-    def function(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        plain, metrics = step.function(plain_state(state, index), batch)
+    def function(state: TrainState, batch: Batch, *frozen: PyTree) -> tuple[TrainState, Metrics]:
+        plain, metrics = step.function(plain_state(state, index), batch, *frozen)
         switch = switch_of(state)
         scales, models = list(switch.loss_scales), list(switch.model_states)
         scales[index], models[index] = plain.opt_state.loss_scale, plain.model_state
