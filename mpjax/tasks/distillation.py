@@ -94,9 +94,11 @@ class Distillation:
         self._check("teacher", self.teacher)
 
     def _check(self, who: str, model: object) -> None:
-        wanted: Any = (LanguageModel, Seq2Seq) if isinstance(self.task, Language) else Encoder
-        if not isinstance(model, wanted):
-            taken = "an encoder" if wanted is Encoder else "a language model"
+        speaks = isinstance(model, LanguageModel | Seq2Seq)
+        if speaks != isinstance(self.task, Language) or not hasattr(model, "apply"):
+            taken = "an encoder" if speaks else "a language model"
+            if not hasattr(model, "apply"):
+                taken = "a model"
             raise ConfigError(
                 f"distillation: the {who} is {brief(type(model).__name__)}, and"
                 f" {type(self.task).__name__} takes {taken}"

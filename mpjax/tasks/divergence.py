@@ -86,6 +86,8 @@ def divergence(
     elif kind == "reverse":
         found = relative(log_q, log_p)
     else:
-        log_m = jnp.logaddexp(log_p + math.log(mix), log_q + math.log1p(-mix))
+        neither = (log_p == -jnp.inf) & (log_q == -jnp.inf)  # whose derivative would be NaN
+        a, b = (jnp.where(neither, 0.0, x) for x in (log_p, log_q))
+        log_m = jnp.logaddexp(a + math.log(mix), b + math.log1p(-mix))
         found = mix * relative(log_p, log_m) + (1 - mix) * relative(log_q, log_m)
     return jnp.float32(temperature**2) * found
