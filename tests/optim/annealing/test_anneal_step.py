@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +22,13 @@ from mpjax.optim.annealing import (
     langevin,
     random_rate,
 )
-from mpjax.train import build, init_state, make_train_step
+from mpjax.train import (
+    Checkpointer,
+    CheckpointReader,
+    build,
+    init_state,
+    make_train_step,
+)
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -123,8 +130,8 @@ def test_weights_are_judged_as_they_are_stored() -> None:
 
 
 def test_decisions_in_bfloat16_would_be_others() -> None:
-    """Losses near 5 that differ by thousandths, at a temperature of a thousandth."""
-    opt, w = wrap(annealed(gaussian(1e-3), affine(1e-3, 1.0)), "fp32"), jnp.ones(64)
+    """Losses near 5 that differ by some ten-thousandths, and a temperature of one."""
+    opt, w = wrap(annealed(gaussian(1e-3), affine(1e-4, 1.0)), "fp32"), jnp.ones(64)
     first = opt.init(w)
 
     def decisions(rounded: Any) -> np.ndarray:
@@ -221,3 +228,22 @@ def test_a_decoder_anneals(precision: str, mesh: str | None) -> None:
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
     assert step.compiled._cache_size() == 1
     assert int(state.opt_state.inner.proposed) == 6
+
+
+def test_a_run_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path: Path) -> None:
+    opt = wrap(alternate(optax.adam(1e-2), annealed(gaussian(0.1), affine(0.1, 0.9), reheat=2),
+                         descend=1, anneal=2), "pure-bf16-sr moments=int8@256")  # fmt: skip
+    step = make_train_step(loss_fn, opt)
+
+    def run(state: Any, seeds: range) -> Any:
+        for seed in seeds:
+            state, _ = step(state, data(seed))
+        return state
+
+    start = lambda: init_state(weights(jnp.bfloat16), opt)  # noqa: E731
+    whole = run(start(), range(8))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(5, run(start(), range(5)), {})
+    half, _, _ = CheckpointReader(tmp_path).restore(start())
+    assert bytes_of(run(half, range(5, 8))) == bytes_of(whole)
+    assert int(whole.opt_state.inner.accepted) > 0
