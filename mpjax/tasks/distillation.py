@@ -30,10 +30,10 @@ Task = TextClassification | TokenClassification | Language
 class Distillation:
     r"""The task of a student whose soft targets are a teacher's.
 
-    $$L = w_s\,\tau^2 D(p_\tau, q_\tau) + w_h L_h$$ with the teacher's distribution $p_\tau$ and the
-    student's $q_\tau$ at temperature $\tau$ (see `divergence`), and the task's own loss $L_h$. Each
-    is the mean over targets of its own. The teacher runs in the same compiled step, under its own
-    Precision, without dropout and without gradients; its weights may be quantised.
+    $$L = w_s\,\tau^2 D(p, q) + w_h L_h$$ with the teacher's distribution $p$ and the student's $q$
+    at temperature $\tau$ (see `divergence`), and the task's own loss $L_h$. Each is the mean over
+    targets of its own. The teacher runs in the same compiled step, under its own Precision,
+    without dropout and without gradients; its weights may be quantised.
 
     Args:
       task: `TextClassification`, `TokenClassification` or `Language` (decoders and
