@@ -137,6 +137,10 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            leaves = [file.schema.column(i) for i in range(len(file.schema))]
+            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        # As dictionaries, so that a value that the file holds once is unpacked once.
+        with parquet.ParquetFile(path, read_dictionary=texts) as file:
             names = file.schema_arrow.names
             if twice := [name for name in columns if names.count(name) > 1]:
                 raise ConfigError(f"{path}: the column {twice[0]!r} twice; rename one")
@@ -179,7 +183,13 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 def _text_bytes(column: Any) -> int:
     """Bytes of a column once each row has its own value, which in Arrow may be one for all."""
     if not hasattr(column, "dictionary"):
-        return int(column.nbytes)
+        if hasattr(column, "items"):  # a map, whose keys and items may be those of more rows
+            first, last = column.offsets[0].as_py(), column.offsets[-1].as_py()
+            parts = [x.slice(first, last - first) for x in (column.keys, column.items)]
+        else:
+            parts = column.flatten() if hasattr(column, "flatten") else []
+            parts = parts if isinstance(parts, list) else [parts]
+        return int(column.nbytes) + sum(map(_text_bytes, parts))
     compute = need("pyarrow.compute", "parquet", "a column of repeated values")
     lengths = compute.binary_length(column.dictionary).take(column.indices)
     return int(compute.sum(lengths).as_py() or 0)

@@ -6,7 +6,7 @@ import io
 import json
 import lzma
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,19 @@ def test_a_million_empty_lines_take_little(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_parquet_files_that_grow(tmp_path: Path) -> None:
+@pytest.fixture
+def system_pool() -> Iterator[None]:
+    """Arrow keeps no memory of an earlier test, which would hide what a file takes."""
     pyarrow = pytest.importorskip("pyarrow", reason="the extra parquet is not installed")
+    usual = pyarrow.default_memory_pool()
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+    yield
+    pyarrow.set_memory_pool(usual)
+
+
+@pytest.mark.usefixtures("system_pool")
+def test_parquet_files_that_grow(tmp_path: Path) -> None:
+    import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "t.parquet"
@@ -96,6 +107,15 @@ def test_parquet_files_that_grow(tmp_path: Path) -> None:
     write(pyarrow.array(["a" * 10**5] * 1000).dictionary_encode())  # and one in memory
     with refused(path, "row .*: more than 16 times the file's bytes once unpacked"):
         read_table(path, "t", None)
+    texts, pairs = pyarrow.string(), pyarrow.map_(pyarrow.string(), pyarrow.string())
+    for cell, kind in (
+        (["a" * 10**5], pyarrow.list_(texts)),
+        ({"k": "a" * 10**5}, pyarrow.struct({"k": texts})),
+        ([("k", "a" * 10**5)], pairs),
+    ):
+        write(pyarrow.array([cell] * 1000, kind))
+        with refused(path, "row .*: more than 16 times the file's bytes once unpacked"):
+            read_table(path, "t", None)
     write(pyarrow.array(["a", "b", None] * 10).dictionary_encode())
     assert [value for _, value in read_table(path, "t", None)] == ["a", "b", None] * 10
     write([f"text {i}" for i in range(1000)], compression="none", use_dictionary=False)
