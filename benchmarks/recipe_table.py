@@ -5,10 +5,11 @@ Run:  python -m benchmarks.recipe_table > docs/recipes.md
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 
+from mpjax.markdown import table
 from mpjax.ops.quantized_operand import how_it_runs
 from mpjax.precision import (
     Moments,
@@ -96,11 +97,6 @@ model = mpjax.models.decoder("tiny", precision)
 dot length and with outlier channels: `python experiments/formats.py --recipe NAME`."""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _operand(operand: Operand | None) -> str:
     return "compute dtype" if operand is None else str(operand)
 
@@ -159,13 +155,13 @@ def preset_row(precision: Precision) -> tuple[str, ...]:
 def recipe_page() -> str:
     """Returns the whole page in Markdown, of what is registered now."""
     recipes = [get_recipe(name) for name in (*recipe_names(), *_GENERIC)]
-    first = _table(
+    first = table(
         ("recipe", "product", "left", "right", *PLATFORMS),
         [row for recipe in recipes for row in product_rows(recipe)],
     )
-    second = _table(("recipe", "sums in", "besides", "source"), [about(r) for r in recipes])
+    second = table(("recipe", "sums in", "besides", "source"), [about(r) for r in recipes])
     presets = [get_precision(name) for name in preset_names()]
-    third = _table(
+    third = table(
         ("preset", "weights", "update", "moments", "products", "loss scale"),
         [preset_row(p) for p in presets if _stored(p)],
     )

@@ -280,7 +280,7 @@ def main(config: Config) -> None:
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             steps, states, batch = programs(config, precision)
             lowered = {name: step.lower(states[name], batch) for name, step in steps.items()}
-        counts = {name: products_and_casts(text.as_text()) for name, text in lowered.items()}
+        counts = {name: products_and_casts(program) for name, program in lowered.items()}
         ours, careful = counts["ours"], counts["careful"]
         console.print(
             f"\n[bold]{precision}[/bold]: {sum(n for k, n in ours.items() if 'dot' in k)} products"

@@ -38,10 +38,11 @@ from common.product_error import (
     hadamard_error,
     with_outliers,
 )
-from common.tables import markdown, terminal
+from common.tables import terminal
 from mpjax.errors import ConfigError
 from mpjax.files import write_text
 from mpjax.formats import Format
+from mpjax.markdown import table
 from mpjax.precision import parse_dtype, recipe_names
 from mpjax.report import interval, plot_distinct, plot_sqnr, save_plot
 from mpjax.typing import Settings
@@ -168,8 +169,8 @@ class Section:
 
     def markdown(self) -> str:
         """Returns it in Markdown."""
-        table = markdown(self.head, self.rows)
-        return "\n\n".join(filter(None, [f"## {self.title}", self.text, table]))
+        parts = [f"## {self.title}", self.text, table(self.head, self.rows)]
+        return "\n\n".join(filter(None, parts))
 
 
 def sections(lengths: Records, counts: Records, outliers: Records, config: Config) -> list[Section]:

@@ -32,9 +32,10 @@ from rich.console import Console
 
 from common.datasets.sources import IMAGES
 from common.stablehlo import convolutions
-from common.tables import markdown, terminal
+from common.tables import terminal
 from mpjax.data import Images, image_batches, load_images
 from mpjax.files import write_text
+from mpjax.markdown import table
 from mpjax.models import ResNet, resnet
 from mpjax.optim import make_optimizer, wrap
 from mpjax.precision import get_precision
@@ -168,7 +169,7 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
     first = next(image_batches(images.train, batch=config.batch, seed=0))
     state, step = build(model, optimizer(config))
     assert step.init is not None
-    dtypes = convolutions(step.compiled.lower(state, first).as_text())
+    dtypes = convolutions(step.compiled.lower(state, first))
     judge, pixels = evaluate(model, images), first["inputs"][0].size
     exact = evaluate(dataclasses.replace(model, precision=get_precision("fp32")), images)
     losses, accuracy, records = [], [], []
@@ -254,7 +255,7 @@ def compare(config: Config) -> list[Arm]:
         notes.insert(0, f"{bar} missed by {', '.join(low)}." if low else f"{bar} met by all arms.")
     launch.wide().print("\n".join(notes))
     save_plot(plot_loss([arm.outcome for arm in arms], unit="nats/image"), config.out / "loss.png")
-    text = "\n\n".join([f"# {title}", markdown(HEAD, rows(arms)), *notes])
+    text = "\n\n".join([f"# {title}", table(HEAD, rows(arms)), *notes])
     write_text(config.out / "report.md", text + "\n\n![loss](loss.png)\n")
     launch.wide().print(f"report: {config.out / 'report.md'}")
     return arms

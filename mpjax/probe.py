@@ -15,8 +15,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 OPS = {
     "storage": "device buffer",
@@ -29,8 +29,59 @@ _HLO_NAMES = {
     "s16": "int16", "s8": "int8", "s4": "int4", "f8e4m3fn": "float8_e4m3fn",
     "f8e5m2": "float8_e5m2", "f4e2m1fn": "float4_e2m1fn",
 }  # fmt: skip
-_INSTRUCTION = re.compile(r"%([\w.\-]+) = \(?(\w+)\[.*?\s([\w\-]+)\((.*)")
+_INSTRUCTION = re.compile(r"%?([\w.\-]+) = (\(?)(\w+)\[([\d,]*)\].*?\s([\w\-]+)\((.*)")
 _LIBRARY = re.compile(r'custom_call_target="([^"]*(?:matmul|gemm|dot|conv|cublas)[^"]*)"')
+
+
+class Instruction(NamedTuple):
+    """One instruction of an optimised XLA program.
+
+    Args:
+      dtype: of its result, in XLA's words; of several the first's.
+      shape: of its result.
+      several: whether it has several results.
+      opcode: such as `dot`.
+      operands: their dtypes, `?` where it is not known.
+      rest: of the line, behind the opcode.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    several: bool
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a dot, a convolution, or a library's call for one."""
+        library = self.opcode == "custom-call" and _LIBRARY.search(self.rest)
+        return bool(library) or self.opcode in ("dot", "convolution")
+
+
+def instructions(hlo: str) -> Iterator[Instruction]:
+    r"""Yields the instructions of an optimised XLA program, those of a loop once.
+
+    Args:
+      hlo: text of the program, `compiled.as_text()`.
+
+    Example:
+      >>> found = instructions("  %a = f32[8,4]{1,0} parameter(0)\n  ROOT %b = f32[8] negate(%a)")
+      >>> [(i.opcode, i.operands, i.shape) for i in found]
+      [('parameter', (), (8, 4)), ('negate', ('f32',), (8,))]
+    """
+    dtypes: dict[str, str] = {}
+    for line in hlo.splitlines():
+        if line.endswith("{"):
+            dtypes.clear()  # names are only sure to be unique within one computation
+        if not (match := _INSTRUCTION.search(line)):
+            continue
+        name, several, dtype, shape, opcode, rest = match.groups()
+        dtypes[name] = dtype
+        names = re.findall(r"%([\w.\-]+)", re.split(r"\)(?:,|$)", rest)[0])
+        sizes = tuple(int(size) for size in shape.split(",") if size)
+        operands = tuple(dtypes.get(operand, "?") for operand in names)
+        yield Instruction(dtype, sizes, bool(several), opcode, operands, rest)
 
 
 def computed_in(hlo: str, op: str) -> list[tuple[str, ...]]:
@@ -51,25 +102,11 @@ def computed_in(hlo: str, op: str) -> list[tuple[str, ...]]:
       ... }''', "matmul")
       [('float32', 'float32')]
     """
-    dtypes: dict[str, str] = {}
-    found = []
-    for line in hlo.splitlines():
-        if line.endswith("{"):
-            dtypes.clear()  # names are only sure to be unique within one computation
-        match = _INSTRUCTION.search(line)
-        if not match:
-            continue
-        name, dtype, opcode, rest = match.groups()
-        dtypes[name] = _HLO_NAMES.get(dtype, dtype)
-        if op == "elementwise":
-            wanted = opcode == "multiply"
-        else:
-            library = opcode == "custom-call" and _LIBRARY.search(rest)
-            wanted = bool(library) or opcode in ("dot", "convolution")
-        if wanted:
-            operands = re.findall(r"%([\w.\-]+)", re.split(r"\)(?:,|$)", rest)[0])
-            found.append(tuple(dtypes.get(operand, "unknown") for operand in operands[:2]))
-    return found
+    multiplies = op == "elementwise"
+    found = instructions(hlo)
+    wanted = [i for i in found if (i.opcode == "multiply" if multiplies else i.is_product)]
+    names = {**_HLO_NAMES, "?": "unknown"}
+    return [tuple(names.get(dtype, dtype) for dtype in i.operands[:2]) for i in wanted]
 
 
 def cycles(hlo: str) -> int:

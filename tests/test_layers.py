@@ -20,19 +20,20 @@ MODULES = sorted((ROOT / "mpjax").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "experiments").rglob("*.py"))
 
 # What reads nobody else's state and says what is wrong: every part may import it.
-COMMON = {"errors", "json_text", "lazy", "paths", "plain_pickle", "typing"}
+COMMON = {"errors", "json_text", "lazy", "markdown", "paths", "plain_pickle", "typing"}
 # part -> the parts of mpjax that it may import, besides itself and COMMON (CONTRIBUTING.md).
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
     "json_text": set(),
     "lazy": set(),
+    "markdown": set(),
     "paths": set(),
     "plain_pickle": set(),
     "typing": {"precision"},  # for a type checker only
     "formats": set(),
     "precision": {"formats"},
-    "interpret": {"formats", "precision", "ops"},
+    "interpret": {"formats", "precision", "ops", "probe"},
     "ops": {"formats", "precision"},
     "optim": {"formats", "precision"},
     "models": {"formats", "precision", "ops", "files"},

@@ -26,8 +26,9 @@ import jax
 import numpy as np
 import tokenizers
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from common.datasets.assets import fetch
+from mpjax.markdown import table
 from mpjax.models import decoder, quantize_weights
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 

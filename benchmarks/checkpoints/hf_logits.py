@@ -25,7 +25,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
+from mpjax.markdown import table
 from mpjax.models.hf import load_checkpoint, save_checkpoint
 from tests.models.hf import cases, ours
 

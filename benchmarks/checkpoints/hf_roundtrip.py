@@ -28,10 +28,11 @@ import torch
 import transformers
 
 from benchmarks.checkpoints import hf_logits
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
 from mpjax.data import Tokenizer
 from mpjax.data.chat.chat_template import ChatTemplate
 from mpjax.errors import ConfigError
+from mpjax.markdown import table
 from mpjax.models import Decoder, Encoder, generate
 from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 from tests.models.hf import cases, ours, text_cases

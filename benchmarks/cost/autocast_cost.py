@@ -20,8 +20,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from mpjax.interpret import autocast
+from mpjax.markdown import table
 from tests.interpret.autocast import twins
 
 ROUNDS = 60

@@ -29,7 +29,8 @@ from common import launch  # noqa: F401  # sets XLA flags before JAX starts
 import jax  # isort: skip
 import numpy as np
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
+from mpjax.markdown import table
 from mpjax.models import encoder
 from mpjax.models.hf import save_checkpoint
 from mpjax.optim import make_optimizer

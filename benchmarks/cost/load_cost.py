@@ -19,8 +19,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
 from common.datasets.assets import fetch
+from mpjax.markdown import table
 
 NAMES, BAR = ("smollm2", "minilm"), 1.05
 CHILD = """

@@ -33,8 +33,9 @@ import optax
 from rich.console import Console
 from scipy import stats
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from mpjax.data import batches, load_corpus
+from mpjax.markdown import table
 from mpjax.models import decoder
 from mpjax.train import build
 from mpjax.train.loop import fit

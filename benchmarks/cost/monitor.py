@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from mpjax.interpret.monitor.measure import candidates
 from mpjax.interpret.monitor.monitor import monitor
 from mpjax.interpret.monitor.report import KINDS
 from mpjax.interpret.monitor.statistics import statistics
+from mpjax.markdown import table
 from mpjax.models import decoder
 from mpjax.train import build
 from mpjax.train.report.tensor_monitor import watched

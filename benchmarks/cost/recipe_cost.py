@@ -10,7 +10,8 @@ import sys
 
 from bench_recipes import Config, measure
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
+from mpjax.markdown import table
 
 
 def main() -> bool:

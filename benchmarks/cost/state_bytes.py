@@ -24,7 +24,8 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 import jax
 import numpy as np
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
+from mpjax.markdown import table
 from mpjax.models import decoder
 from mpjax.optim import make_optimizer
 from mpjax.precision import get_precision

@@ -30,8 +30,9 @@ import optax  # noqa: E402
 from jax.experimental.topologies import get_topology_desc  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
-from benchmarks.common.page import table, write  # noqa: E402
+from benchmarks.common.page import write  # noqa: E402  # noqa: E402
 from benchmarks.gpu.hlo import FLOAT8, Product, fused_attention, products  # noqa: E402
+from mpjax.markdown import table  # noqa: E402
 from mpjax.models import decoder  # noqa: E402
 from mpjax.optim import wrap  # noqa: E402
 from mpjax.precision import get_precision  # noqa: E402

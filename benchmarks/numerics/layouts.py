@@ -38,8 +38,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 
-from benchmarks.common.page import ROOT, commit, table, write
+from benchmarks.common.page import ROOT, commit, write
 from mpjax.files import write_text
+from mpjax.markdown import table
 from mpjax.ops.dot import dot
 from mpjax.precision import recipe_names
 from tests.compiling import plain_code

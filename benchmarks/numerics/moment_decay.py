@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
+from mpjax.markdown import table
 from mpjax.optim.moments.low_moments import MomentState, low_moments, widen
 from mpjax.precision import Moments
 

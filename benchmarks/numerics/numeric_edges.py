@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from mpjax.errors import ConfigError
+from mpjax.markdown import table
 from mpjax.ops import norm
 from mpjax.optim import global_norm
 from mpjax.precision import parse_policy

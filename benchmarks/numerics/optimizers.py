@@ -34,8 +34,9 @@ import numpy as np
 import optax
 import optax.contrib
 
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
 from mpjax.errors import ConfigError
+from mpjax.markdown import table
 from mpjax.models import decoder
 from mpjax.optim import ScaledGradients, wrap
 from mpjax.optim.per_layer.layer_view import LayerView

@@ -21,8 +21,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import formats  # sets XLA flags before JAX starts
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from common.product_error import Outliers, with_outliers
+from mpjax.markdown import table
 from mpjax.precision import parse_dtype
 
 PAIRS = ("int8-tensor", "int8-block", "e4m3-tensor", "e4m3-block")

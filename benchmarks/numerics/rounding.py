@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from mpjax.formats import Format, round_to
+from mpjax.markdown import table
 from tests.formats.oracle import DTYPES, KNOWN, NO_NAN, cast, patterns, same
 
 PATTERNS, DRAWS, CHUNK = 10_000_000, 1_000_000, 1_000_000

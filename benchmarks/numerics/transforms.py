@@ -21,7 +21,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
+from mpjax.markdown import table
 from mpjax.precision import get_recipe, recipe_names
 from tests.ops import straight_through
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.common.page import table
 from benchmarks.on_device.clock import PEAK_SOURCE, PEAKS
+from mpjax.markdown import table
 
 
 def spread(found: dict[str, float] | None, digits: int = 0) -> str:

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
+from mpjax.markdown import table
 from mpjax.optim import wrap
 from mpjax.optim.annealing import Annealing, affine, alternate, annealed, gaussian
 from tests.optim.annealing.test_boltzmann import sampled

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
 from common.finetune_report import above
+from mpjax.markdown import table
 from mpjax.report import interval
 
 OUT = ROOT / "runs" / "evidence" / "finetune"

@@ -18,7 +18,8 @@ import low_bit_products as experiment
 import sweep
 
 from benchmarks.common.arms import losses
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
+from mpjax.markdown import table
 from mpjax.precision import Operand, Precision, Recipe, get_precision, get_recipe
 from mpjax.report import gaps
 

@@ -12,7 +12,8 @@ import sys
 import image_cnn as experiment
 import numpy as np
 
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
+from mpjax.markdown import table
 
 OUT = ROOT / "runs" / "evidence" / "image_cnn"
 RUNS = (

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from mpjax import report
+from mpjax.markdown import table
 from mpjax.optim import quantize_blocks
 from mpjax.optim.moments.dither import dither_key
 from mpjax.optim.moments.low_moments import low_moments

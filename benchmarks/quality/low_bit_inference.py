@@ -28,10 +28,11 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from common import launch  # noqa: F401  # sets XLA flags before JAX starts
 from common.datasets.assets import fetch
 from mpjax.data import Tokenizer, validation_batches
+from mpjax.markdown import table
 from mpjax.models import (
     Decoder,
     Variant,
@@ -42,7 +43,7 @@ from mpjax.models import (
 )
 from mpjax.models.core.storage import stored_bytes
 from mpjax.models.hf import load_checkpoint, open_checkpoint
-from mpjax.models.inference.perplexity import markdown
+from mpjax.models.inference.perplexity import as_markdown
 from mpjax.optim import prune_weights
 
 BATCHES, SEQ = 16, 256
@@ -149,7 +150,7 @@ def main() -> bool:
     body = [
         about + f"\n{tokens} tokens in windows of {SEQ}, of {len(ids)} there are; calibrated:"
         f" by the inputs of {len(calibration) * SEQ} others.",
-        *["\n".join(bars), markdown(rows)],
+        *["\n".join(bars), as_markdown(rows)],
         "MB of a file of `save_weights`, and in a program: " + ", ".join(sizes) + ".",
         "A cache is written and read back for the whole window, so each query sees keys and values"
         " as `generate` would. Weights leave embeddings, norms and the head in float32 unless a"

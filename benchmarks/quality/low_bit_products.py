@@ -18,9 +18,10 @@ import sys
 import low_bit_products as experiment
 
 from benchmarks.common.arms import losses
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
 from common.datasets.sources import DOCUMENTS
 from mpjax.data import load_corpus
+from mpjax.markdown import table
 from mpjax.precision import get_precision
 from mpjax.report import gaps
 

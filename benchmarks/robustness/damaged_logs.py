@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from benchmarks.fuzz import mutants
 from benchmarks.robustness.kill_resume import Run
+from mpjax.markdown import table
 
 SEED, HALF, STEPS = 0, 6, 12
 SETTINGS = (

@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
+from mpjax.markdown import table
 
 SEED = 0
 SETTINGS = (

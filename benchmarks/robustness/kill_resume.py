@@ -29,7 +29,8 @@ os.environ.pop("XLA_FLAGS", None)  # one device, whatever the caller's tests run
 
 import numpy as np
 
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
+from mpjax.markdown import table
 from mpjax.train.checkpoint import digest, leaves, store
 from mpjax.train.checkpoint.reader import CheckpointReader
 from mpjax.train.report.metrics_writer import read_metrics

@@ -24,8 +24,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
 from benchmarks.robustness.kill_resume import Bits, Run, different
+from mpjax.markdown import table
 
 STEPS, SEED, BAR = 40, 0, 60.0
 SETTINGS = (

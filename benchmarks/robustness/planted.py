@@ -28,8 +28,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import flax.linen  # noqa: F401  (for the forks)
 import jax  # noqa: F401
 
-from benchmarks.common.page import ROOT, table, write
+from benchmarks.common.page import ROOT, write
 from benchmarks.robustness.planted_readers import PLANTED, Planted
+from mpjax.markdown import table
 
 COPIED = ("mpjax", "tests", "benchmarks", "experiments", "pyproject.toml", "constraints.txt")
 LONGEST = 600  # seconds of one run of pytest: a test that hangs is no test that fails

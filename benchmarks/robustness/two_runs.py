@@ -18,8 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from benchmarks.robustness.kill_resume import Bits, Run, different
+from mpjax.markdown import table
 
 STEPS, SEED = 40, 0
 SETTINGS = (

@@ -21,9 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from mpjax.interpret.audit.audit import audit
 from mpjax.interpret.audit.report import short
+from mpjax.markdown import table
 from tests.interpret.audit.clean import CLEAN
 from tests.interpret.audit.leaky import PLANTS, Plant, line_of
 

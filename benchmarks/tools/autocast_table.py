@@ -19,7 +19,8 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
+from mpjax.markdown import table
 from tests.interpret.autocast import test_table as test
 from tests.interpret.autocast.autocast_table import DEVIATES, FLOAT32_INSIDE, ROWS
 

@@ -15,7 +15,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
+from mpjax.markdown import table
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -44,8 +44,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import mpjax
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from benchmarks.tools.third_party_models import COMMITS, MODELS, Built, Decoder
+from mpjax.markdown import table
 
 # Of each arm: rules, format and scaling of the control, unit roundoff of an operand and of a
 # cotangent (e5m2 in fp8). int8 by row: half a step of 1/127 of the largest of a row, which is about

@@ -29,9 +29,10 @@ import jax  # isort: skip
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common.page import table, write
+from benchmarks.common.page import write
 from mpjax.data import Corpus, load_corpus, validation_batches
 from mpjax.interpret.autocast.autocast import autocast
+from mpjax.markdown import table
 from mpjax.report import gaps, interval
 from tests.interpret.audit.stablehlo import low_share, product_flops
 

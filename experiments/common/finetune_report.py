@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from common import launch  # sets XLA flags before JAX starts
-from common.tables import markdown, terminal
+from common.tables import terminal
 from mpjax.files import write_text
+from mpjax.markdown import table
 from mpjax.report import Outcome, interval, plot_loss, save_plot, slice_cells, slice_gaps
 
 
@@ -107,7 +108,7 @@ def write(
     parts: list[str] = []
     for title, head, rows in found:
         shown.print(terminal(title, head, rows))
-        parts.append(f"{'#' if not parts else '##'} {title}\n\n{markdown(head, rows)}")
+        parts.append(f"{'#' if not parts else '##'} {title}\n\n{table(head, rows)}")
         if len(parts) == 1:
             parts.append("\n".join(f"- {note}" for note in notes))
     shown.print("\n".join(notes), highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Tables of a report: in Markdown and for a terminal."""
+"""Tables for a terminal."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from rich.table import Table
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns a table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def terminal(

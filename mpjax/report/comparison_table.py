@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from mpjax import markdown
 from mpjax.files import write_text
 from mpjax.report.results import Outcome, check_outcomes, gap, interval
 
@@ -70,8 +71,7 @@ def rich_table(outcomes: Sequence[Outcome], title: str) -> Table:
 
 def markdown_table(outcomes: Sequence[Outcome]) -> str:
     """Returns the table in Markdown."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows(outcomes)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown.table(COLUMNS, rows(outcomes))
 
 
 def write_report(

@@ -80,7 +80,7 @@ def test_killed_on_its_way_it_leaves_whole_results(already: int, tmp_path: Path)
 
 
 def test_what_does_not_fit_is_skipped_and_named(tmp_path: Path) -> None:
-    process = start("--minutes", 0.3, "--out", tmp_path, "--only", "b", "stochastic")
+    process = start("--minutes", 0.1, "--out", tmp_path, "--only", "b", "stochastic")
     out, err = process.communicate(timeout=120)
     skipped = [c for c in read(tmp_path)["cells"] if c["state"] == "skipped"]
     assert skipped, out + err

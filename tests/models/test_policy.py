@@ -11,7 +11,7 @@ import pytest
 from experiments.common.stablehlo import products_and_casts
 from mpjax.models import Decoder
 from mpjax.precision import get_precision
-from tests.models.shapes import BATCH, small, stablehlo
+from tests.models.shapes import BATCH, lowered, small
 from tests.ops.jaxprs import dtypes
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -32,7 +32,7 @@ PRODUCTS = {
 def _operands(model: Decoder) -> dict[str, int]:
     """How many products have operands of each dtype; mixed ones count as `f32+bf16`."""
     found: dict[str, int] = {}
-    for key, count in products_and_casts(stablehlo(model)).items():
+    for key, count in products_and_casts(lowered(model)).items():
         if key.startswith("dot"):
             inputs = re.findall(r"(b?f\d+)>", key.split(" -> ")[0])
             name = "+".join(dict.fromkeys(inputs))
@@ -118,6 +118,6 @@ def test_a_rule_on_an_operation_changes_its_dtype(path: str, primitive: str) -> 
 def test_the_residual_stream_has_its_own_rule() -> None:
     rule = get_precision("bf16", rules=["**/residual=fp32", "decoder/embed=p=f32,c=f32,o=f32"])
     model, plain = small(rule, layers=1), small("bf16", layers=1)
-    text = [stablehlo(m) for m in (plain, model)]
+    text = [lowered(m).as_text() for m in (plain, model)]
     adds = [len(re.findall(r"stablehlo\.add .*tensor<2x8x16xf32>", t)) for t in text]
     assert adds[1] > adds[0]

@@ -68,8 +68,8 @@ def _weight_product(fn: Any, low: str) -> str:
     """Dtype of the wgrad product, the one of inputs x outputs, read from StableHLO."""
     x, w = jnp.ones((6, 5), NUMPY[low]), jnp.ones((5, 3))
     grad = jax.grad(lambda w, x: jnp.sum(fn(x, w).astype(jnp.float32)))
-    text = jax.jit(grad).lower(w, x).as_text()
-    dots = [key for key in products_and_casts(text) if key.startswith("dot")]
+    lowered = jax.jit(grad).lower(w, x)
+    dots = [key for key in products_and_casts(lowered) if key.startswith("dot")]
     found = [d for d in dots if "-> tensor<5x3x" in d or "-> tensor<3x5x" in d]
     assert len(found) == 1, dots
     return found[0].rpartition("x")[2].rstrip(">")

@@ -9,9 +9,8 @@ import dataclasses
 import re
 from collections import Counter
 
-_INSTRUCTION = re.compile(r"%?([\w.\-]+) = (\w+)\[[\d,]*\]\S* ([\w\-]+)\((.*)")
-_CALLED = re.compile(r'custom_call_target="([^"]*(?:matmul|gemm|dot|conv|cublas)[^"]*)"')
-_OPERAND = re.compile(r"%([\w.\-]+)")
+from mpjax.probe import instructions
+
 _FLOATS = re.compile(r"^(?:bf|f)\d")
 
 
@@ -50,20 +49,12 @@ def read(text: str, backend: str) -> Optimised:
     products: Counter[str] = Counter()
     converts: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
-    known: dict[str, str] = {}
-    for line in text.splitlines():
-        if line.endswith("{"):
-            known.clear()  # names are only sure to be unique within one computation
-        match = _INSTRUCTION.search(line)
-        if not match:
+    for one in instructions(text):
+        if one.several:
             continue
-        name, dtype, opcode, rest = match.groups()
-        known[name] = dtype
-        dtypes[dtype] += 1
-        operands = [known.get(o, "?") for o in _OPERAND.findall(re.split(r"\)(?:,|$)", rest)[0])]
-        library = opcode == "custom-call" and _CALLED.search(rest)
-        if opcode in ("dot", "convolution") or library:
-            products[f"{' x '.join(operands[:2])} -> {dtype}"] += 1
-        elif opcode == "convert" and all(_FLOATS.match(d) for d in (operands[0], dtype)):
-            converts[f"{operands[0]} -> {dtype}"] += 1
+        dtypes[one.dtype] += 1
+        if one.is_product:
+            products[f"{' x '.join(one.operands[:2])} -> {one.dtype}"] += 1
+        elif one.opcode == "convert" and all(map(_FLOATS.match, (one.operands[0], one.dtype))):
+            converts[f"{one.operands[0]} -> {one.dtype}"] += 1
     return Optimised(backend, dict(products), dict(converts), dict(dtypes))

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mpjax import markdown
 from mpjax.interpret.audit.casts import Finding
 from mpjax.interpret.audit.donation import Undonated
 from mpjax.interpret.audit.hlo import Optimised
@@ -310,9 +311,8 @@ def as_markdown(sections: Sequence[Section], head: Sequence[str]) -> str:
     """Returns the sections in Markdown."""
     parts = list(head)
     for section in sections:
-        cells = [section.columns, ("---",) * len(section.columns), *section.visible]
-        lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
-        parts.append(f"## {section.caption}\n\n" + "\n".join(lines))
+        cells = markdown.table(section.columns, section.visible)
+        parts.append(f"## {section.caption}\n\n{cells}")
     return "\n\n".join(parts)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
+from mpjax.markdown import table
 from mpjax.models.core.checks import each_batch, language_inputs, targets_of
 from mpjax.models.core.storage import Storage, stored_bytes
 from mpjax.models.inference.quantize_weights import has_scales, quantize_weights
@@ -219,14 +220,17 @@ def compare(
     return rows
 
 
-def markdown(rows: Sequence[Compared]) -> str:
+def as_markdown(rows: Sequence[Compared]) -> str:
     """Returns a table of `compare`'s rows."""
-    head = "| variant | perplexity | change | accuracy | weights, MB | cache, bytes a token |"
-    lines = [head, "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row.variant} | {row.judged.perplexity:.4f} | {row.change:+.3f} %"
-        f" | {100 * row.judged.accuracy:.2f} % | {row.weight_bytes / 1e6:.1f}"
-        f" | {row.cache_bytes:,.0f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    head = ("variant", "perplexity", "change", "accuracy", "weights, MB", "cache, bytes a token")
+    return table(
+        head,
+        [
+            (
+                row.variant, f"{row.judged.perplexity:.4f}", f"{row.change:+.3f} %",
+                f"{100 * row.judged.accuracy:.2f} %", f"{row.weight_bytes / 1e6:.1f}",
+                f"{row.cache_bytes:,.0f}",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from mpjax.errors import ConfigError
 from mpjax.models import Variant, compare, judge
-from mpjax.models.inference.perplexity import markdown
+from mpjax.models.inference.perplexity import as_markdown
 from tests.models.shapes import BATCH, judged, logits, small, stirred
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -34,6 +34,6 @@ def test_variants_are_compared_with_the_first() -> None:
     assert whole.change == 0 and abs(eight.change) < 1 < abs(two.change)
     assert whole.weight_bytes == two.weight_bytes > eight.weight_bytes
     assert whole.cache_bytes == 2 * 2 * 4 * 4 > eight.cache_bytes > two.cache_bytes
-    table = markdown([whole, eight, two]).splitlines()
+    table = as_markdown([whole, eight, two]).splitlines()
     assert len(table) == 5 and "| int8 weights, int8 cache |" in table[3]
     assert all(line.count("|") == 7 for line in table)

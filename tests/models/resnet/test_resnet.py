@@ -32,10 +32,10 @@ def small(precision: Any = "fp32", **changes: Any) -> ResNet:
     return resnet("tiny", precision, **(SIZE | changes))
 
 
-def stablehlo(model: ResNet) -> str:
+def lowered(model: ResNet) -> Any:
     params = jax.eval_shape(model.init, jax.random.key(0))
     step = jax.value_and_grad(lambda p: model.loss(p, BATCH, key=jax.random.key(1))[0])
-    return jax.jit(step).lower(params).as_text()
+    return jax.jit(step).lower(params)
 
 
 def loss_of(model: ResNet, params: Any, batch: Any) -> float:
@@ -92,15 +92,15 @@ def test_logits_and_loss_are_those_of_loops_in_float64() -> None:
 )
 def test_both_modes_are_in_the_program(precision: str, forward: str) -> None:
     operand = forward.split()[0]
-    text = stablehlo(small(precision))
+    program = lowered(small(precision))
     # weight gradients, the only other kind, always leave in float32
-    assert set(convolutions(text)) == {forward, f"{operand} * {operand} -> f32"}
-    between = re.findall(r"stablehlo\.maximum .*<(?:\d+x){4}(b?f\d+)>", text)
+    assert set(convolutions(program)) == {forward, f"{operand} * {operand} -> f32"}
+    between = re.findall(r"stablehlo\.maximum .*<(?:\d+x){4}(b?f\d+)>", program.as_text())
     assert between and set(between) == {forward.split()[-1]}
 
 
 def test_a_rule_on_one_convolution_acts_there_only() -> None:
-    text = stablehlo(small("fp32 rule:resnet/stage1/block0/conv1=p=f32,c=bf16,o=f32"))
+    text = lowered(small("fp32 rule:resnet/stage1/block0/conv1=p=f32,c=bf16,o=f32")).as_text()
     lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
     low = [line for line in lines if "bf16" in line]
     assert len(low) == 3 and len(lines) == 3 * 6 - 1  # no gradient of the images
