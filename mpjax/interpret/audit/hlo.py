@@ -9,8 +9,6 @@ import dataclasses
 import re
 from collections import Counter
 
-from mpjax.probe import instructions
-
 _FLOATS = re.compile(r"^(?:bf|f)\d")
 
 
@@ -46,6 +44,8 @@ def read(text: str, backend: str) -> Optimised:
       ... }''', "cpu").products
       {'f32 x f32 -> f32': 1}
     """
+    from mpjax.probe import instructions  # a command, which no package loads before it runs
+
     products: Counter[str] = Counter()
     converts: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
