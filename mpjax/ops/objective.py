@@ -14,6 +14,9 @@ from mpjax.typing import Array, Batch, LossFn, LossModel, ModelState, Params, Py
 # batch -> number of targets, or of several losses name -> number; None if rows count alike
 Count: TypeAlias = Callable[[Batch], Array | dict[str, Array] | None]
 
+# what a loss function takes -> the parts of the loss, name -> loss, and the model's state
+Parts: TypeAlias = Callable[..., tuple[dict[str, Array], ModelState]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -46,13 +49,24 @@ class Objective:
 
     loss: LossFn
     count: Count
-    parts: Callable[..., tuple[dict[str, Array], ModelState]] | None = None
+    parts: Parts | None = None
     frozen: PyTree = dataclasses.field(default=None, compare=False, repr=False)
 
     @classmethod
     def of_model(cls, model: LossModel) -> Objective:
         """Returns a model's own `loss`, a mean by a batch's `weights` if it has any."""
         return cls(model.loss, weight_sum)
+
+    @classmethod
+    def of_parts(cls, parts: Parts, count: Count, frozen: PyTree = None) -> Objective:
+        """Returns the objective whose loss is the sum of its parts."""
+
+        def loss(params: Params, batch: Batch, **options: PyTree) -> tuple[Array, ModelState]:
+            found, state = parts(params, batch, **options)
+            total: Any = sum(found.values())
+            return total, state
+
+        return cls(loss, count, parts, frozen)
 
     def bound(self, frozen: PyTree) -> Objective:
         """Returns the objective with its frozen arrays in place, those that are given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -136,6 +137,28 @@ def check_seed(seed: object) -> None:
     dtype = getattr(seed, "dtype", None) or np.dtype(type(seed))
     if not jnp.issubdtype(dtype, np.integer) or getattr(seed, "shape", ()) != ():
         raise ConfigError(f"seed: {brief(seed)} is not a whole number; write seed=0")
+
+
+def check_positive(where: str, name: str, value: float) -> None:
+    """Checks a setting.
+
+    Raises:
+      ConfigError: it is not a finite number above 0.
+    """
+    if not (is_number(value) and 0 < value < math.inf):
+        raise ConfigError(f"{where}: {name}={brief(value)} is not a positive number; give one")
+
+
+def check_whole(where: str, name: str, value: object, least: int) -> None:
+    """Checks a setting.
+
+    Raises:
+      ConfigError: it is not a whole number of `least` or above.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(
+            f"{where}: {name}={brief(value)} is not a whole number of {least} or above"
+        )
 
 
 def update(

@@ -66,6 +66,11 @@ def select(finite: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
     return jax.tree.map(functools.partial(choose, finite), new, old)
 
 
+def no_update(updates: Tree) -> Tree:
+    """Returns the update that leaves every weight's bits alone, -0.0 included: -0.0."""
+    return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
+
+
 def record(
     state: GateState, finite_leaves: Bool[Array, " leaves"], at_minimum: Bool[Array, ""]
 ) -> GateState:

@@ -15,7 +15,7 @@ from mpjax.formats import is_quantized, weight_view
 from mpjax.optim import checks, update_rules
 from mpjax.optim.annealing.annealing import Annealing, Evaluate
 from mpjax.optim.buffers import distinct
-from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, record, select
+from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, no_update, record, select
 from mpjax.optim.gradient_norm import global_norm
 from mpjax.optim.loss_scale.from_settings import make_loss_scale
 from mpjax.optim.loss_scale.loss_checks import check_function
@@ -106,9 +106,8 @@ class Optimizer:
         metrics |= found
         if finite_leaves is not None:
             finite = jnp.all(finite_leaves)
-            # -0.0 is the update that leaves every weight's bits alone, -0.0 included.
-            nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), new[1])
-            new = select(finite, new, (params, nothing, state.inner, state.update_state))
+            still = (params, no_update(new[1]), state.inner, state.update_state)
+            new = select(finite, new, still)
             gate = record(state.gate, finite_leaves, state.loss_scale.at_minimum(unscaled))
             scale = state.loss_scale.adjust(finite, unscaled)
             if (reads := self.reads_gradient(state)) is not True:  # zeros in its place say nothing
@@ -148,9 +147,8 @@ class Optimizer:
                 return (new, updates, inner, rule), {}
             judged = None if evaluate is None else self._judged(evaluate, state.loss_scale)
             new, updates, inner, rule, metrics = self.inner.advance(
-                grads, state.inner, full, params, state.update_state, write,
-                update_rules.float32_view, judged, extra,
-            )  # fmt: skip
+                grads, state.inner, full, params, state.update_state, write, judged, extra
+            )
             return (new, updates, inner, rule), metrics
 
     def _judged(self, evaluate: Callable[..., Any], scale: LossScale) -> Evaluate:

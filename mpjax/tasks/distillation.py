@@ -94,15 +94,14 @@ class Distillation:
         self._check("teacher", self.teacher)
 
     def _check(self, who: str, model: object) -> None:
-        speaks = isinstance(model, LanguageModel | Seq2Seq)
-        if speaks != isinstance(self.task, Language) or not hasattr(model, "apply"):
-            taken = "an encoder" if speaks else "a language model"
-            if not hasattr(model, "apply"):
-                taken = "a model"
-            raise ConfigError(
-                f"distillation: the {who} is {brief(type(model).__name__)}, and"
-                f" {type(self.task).__name__} takes {taken}"
-            )
+        speaks, wanted = isinstance(model, LanguageModel | Seq2Seq), isinstance(self.task, Language)
+        if speaks == wanted and hasattr(model, "apply"):
+            return
+        taken = "a model" if speaks == wanted else "a language model" if wanted else "an encoder"
+        raise ConfigError(
+            f"distillation: the {who} is {brief(type(model).__name__)}, and"
+            f" {type(self.task).__name__} takes {taken}"
+        )
 
     def _logits(
         self, model: Any, params: Params, batch: Batch, **options: Any
@@ -158,11 +157,6 @@ class Distillation:
                 found["hard"] = self.hard * self._hard(model, logits, batch, policy, train)
             return {name: x.astype(policy.output_dtype) for name, x in found.items()}, state
 
-        def loss(params: Params, batch: Batch, **options: Any) -> tuple[Array, ModelState]:
-            found, state = parts(params, batch, **options)
-            total: Any = sum(found.values())
-            return total, state
-
         def count(batch: Batch) -> dict[str, Array]:
             shape = self._positions(batch)
             found = {"soft": jnp.sum(self._weights(batch, shape))}
@@ -171,7 +165,7 @@ class Distillation:
                 found["hard"] = jnp.float32(math.prod(shape)) if number is None else number
             return found
 
-        return ops.Objective(loss, count, parts, self.params)
+        return ops.Objective.of_parts(parts, count, self.params)
 
     def _path(self, model: Any) -> str:
         """Whose policy the loss takes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -101,12 +101,7 @@ class MaskedLanguage:
             losses, state = losses_fn(params, batch, **options)
             return {name: weight * losses[name] for name, weight in self.weights.items()}, state
 
-        def loss_fn(params: Params, batch: Batch, **options: PyTree) -> tuple[Array, ModelState]:
-            losses, state = parts(params, batch, **options)
-            loss: Any = sum(losses.values())
-            return loss, state
-
-        return ops.Objective(loss_fn, count, parts)
+        return ops.Objective.of_parts(parts, count)
 
     def judge(
         self, model: Encoder

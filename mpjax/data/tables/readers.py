@@ -136,11 +136,11 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     pyarrow, parquet = (need(m, "parquet", str(path)) for m in ("pyarrow", "pyarrow.parquet"))
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
-            leaves = [file.schema.column(i) for i in range(len(file.schema))]
-            texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+        metadata = parquet.read_metadata(path)
+        leaves = map(metadata.schema.column, range(metadata.num_columns))
+        texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
         # As dictionaries, so that a value that the file holds once is unpacked once.
-        with parquet.ParquetFile(path, read_dictionary=texts) as file:
+        with parquet.ParquetFile(path, metadata=metadata, read_dictionary=texts) as file:
             names = file.schema_arrow.names
             if twice := [name for name in columns if names.count(name) > 1]:
                 raise ConfigError(f"{path}: the column {twice[0]!r} twice; rename one")

@@ -14,15 +14,13 @@ from mpjax.errors import ConfigError, brief
 from mpjax.optim import checks
 from mpjax.optim.annealing.cooling import Cooling
 from mpjax.optim.annealing.proposals import Proposal, updates_of
-from mpjax.optim.gate import select
+from mpjax.optim.gate import no_update, select
 from mpjax.optim.pruning.magnitude import Pruned
-from mpjax.optim.update_rules import PRNG
+from mpjax.optim.update_rules import PRNG, float32_view
 from mpjax.typing import Array, ArrayLike, Grads, Metrics, Params, PyTree
 
 # updates -> the weights as stored, and the update rule's state
 Write = Callable[[Grads], tuple[Params, PyTree]]
-# (weights as stored, update state) -> their float32 view
-View = Callable[[Params, PyTree], Params]
 # (weights as stored, whether gradients too) -> loss, gradients as `Write` takes them or None
 Evaluate = Callable[[Params, bool], tuple[Array, Grads | None]]
 
@@ -55,6 +53,11 @@ class AnnealState(NamedTuple):
     key: Array
 
 
+def _always(step: Array) -> Array:
+    del step
+    return jnp.bool_(True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Annealing:
     """What `annealed`, `alternate` and `anneal_then_descend` return; `wrap` and `build` take it."""
@@ -66,7 +69,7 @@ class Annealing:
     keep_best: bool
     seed: int
     descent: optax.GradientTransformation | None = None
-    anneals: Callable[[Array], Array] | None = None  # step -> whether it is a proposal
+    anneals: Callable[[Array], Array] = _always  # step -> whether it is a proposal
 
     def init(self, params: Params, full: Params, seed: ArrayLike) -> AnnealState:
         """Returns the state before the first step.
@@ -95,14 +98,11 @@ class Annealing:
         """Returns whether this step uses the gradients that it is given."""
         if self.proposal.gradient or self.descent is None:
             return self.proposal.gradient
-        return ~self._anneals(state)
-
-    def _anneals(self, state: AnnealState) -> Array:
-        return jnp.bool_(True) if self.anneals is None else self.anneals(state.step)
+        return ~self.anneals(state.step)
 
     def advance(
         self, grads: Grads, state: AnnealState, full: Params, params: Params, update_state: PyTree,
-        write: Write, view: View, evaluate: Evaluate | None, extra: dict[str, Any],
+        write: Write, evaluate: Evaluate | None, extra: dict[str, Any],
     ) -> tuple[Params, Grads, AnnealState, PyTree, Metrics]:  # fmt: skip
         r"""Takes one step: a proposal that is accepted or not, or one of the descent.
 
@@ -118,7 +118,6 @@ class Annealing:
           params: the weights as stored.
           update_state: of the update rule.
           write: stores updates by the update rule.
-          view: float32 view of stored weights.
           evaluate: judges stored weights.
           extra: `value`, the loss; the rest is the optimizer's.
 
@@ -150,17 +149,16 @@ class Annealing:
                 loss = loss.astype(jnp.float32)
                 ratio = (value - loss) / jnp.maximum(temperature, jnp.float32(1e-30))
                 if density is not None:
-                    there = view(new, rule)
+                    there = float32_view(new, rule)
                     ratio += density(there, full, other, temperature)
                     ratio -= density(full, there, grads, temperature)
                 # log of a number in (0, 1]: a ratio of 0 is always accepted
                 threshold = jnp.log1p(-jax.random.uniform(decides))
                 accepted = jnp.isfinite(loss) & (threshold <= ratio)
-                nothing = jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
                 new, updates, proposal, rule = select(
                     accepted,
                     (new, updates, proposal, rule),
-                    (params, nothing, state.proposal, update_state),
+                    (params, no_update(updates), state.proposal, update_state),
                 )
             rejected = jnp.where(accepted, 0, state.rejected + 1)
             again = (rejected >= self.reheat) if self.reheat else jnp.bool_(False)
@@ -183,7 +181,7 @@ class Annealing:
         if self.descent is None:
             found = propose()
         else:
-            found = jax.lax.cond(self._anneals(state), propose, descend)
+            found = jax.lax.cond(self.anneals(state.step), propose, descend)
         new, updates, rule, moved, won, loss = found
         better = loss < state.best_loss
         best = state.best
@@ -255,12 +253,6 @@ def annealed(
     return Annealing(proposal, cooling, bool(metropolis), reheat, bool(keep_best), seed)
 
 
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"annealing: {name}={brief(value)} is not a whole number of 1 or above")
-    return value
-
-
 def _hybrid(
     annealing: Annealing,
     optimizer: optax.GradientTransformation | optax.MultiSteps,
@@ -305,8 +297,9 @@ def alternate(
       >>> [bool(both.anneals(jnp.int32(step))) for step in range(5)]
       [False, False, False, True, False]
     """
-    first, second = _count("descend", descend), _count("anneal", anneal)
-    return _hybrid(annealing, optimizer, lambda step: step % (first + second) >= first)
+    for name, value in (("descend", descend), ("anneal", anneal)):
+        checks.check_whole("annealing", name, value, 1)
+    return _hybrid(annealing, optimizer, lambda step: step % (descend + anneal) >= descend)
 
 
 def anneal_then_descend(
@@ -332,5 +325,5 @@ def anneal_then_descend(
       >>> [bool(both.anneals(jnp.int32(step))) for step in range(4)]
       [True, True, False, False]
     """
-    count = _count("after", after)
-    return _hybrid(annealing, optimizer, lambda step: step < count)
+    checks.check_whole("annealing", "after", after, 1)
+    return _hybrid(annealing, optimizer, lambda step: step < after)

@@ -9,17 +9,11 @@ from typing import TypeAlias
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError, brief
-from mpjax.optim.checks import is_number
+from mpjax.optim.checks import check_positive, check_whole, is_number
 from mpjax.typing import Array, ArrayLike
 
 # proposals since the start or the last reheating -> temperature, in units of the loss
 Cooling: TypeAlias = Callable[[ArrayLike], Array]
-
-
-def _positive(name: str, value: float) -> float:
-    if not (is_number(value) and 0 < value < math.inf):
-        raise ConfigError(f"cooling: {name}={brief(value)} is not a positive number; give one")
-    return float(value)
 
 
 def affine(start: float, factor: float, plus: float = 0.0) -> Cooling:
@@ -43,7 +37,7 @@ def affine(start: float, factor: float, plus: float = 0.0) -> Cooling:
     References:
       Kirkpatrick et al. 1983, Optimization by Simulated Annealing.
     """
-    first = _positive("start", start)
+    check_positive("cooling", "start", start)
     if not (is_number(factor) and 0 < factor <= 1):
         raise ConfigError(
             f"cooling: factor={brief(factor)} is not in 0 to 1; give 0.999 to cool, 1 to stay"
@@ -54,12 +48,12 @@ def affine(start: float, factor: float, plus: float = 0.0) -> Cooling:
         raise ConfigError(
             f"cooling: factor=1 with plus={plus:g} heats without end; give a factor below 1"
         )
-    limit = plus / (1 - factor) if factor < 1 else first
+    limit = plus / (1 - factor) if factor < 1 else start
     rate = math.log(factor)  # of float64: float32 would keep a thousandth of 1 - a
 
     def temperature(age: ArrayLike) -> Array:
         power = jnp.exp(jnp.asarray(age, jnp.float32) * jnp.float32(rate))
-        return jnp.float32(first - limit) * power + jnp.float32(limit)
+        return jnp.float32(start - limit) * power + jnp.float32(limit)
 
     return temperature
 
@@ -81,10 +75,10 @@ def logarithmic(start: float) -> Cooling:
       Geman and Geman 1984, Stochastic Relaxation, Gibbs Distributions, and the Bayesian
       Restoration of Images, section XII.
     """
-    first = _positive("start", start)
+    check_positive("cooling", "start", start)
 
     def temperature(age: ArrayLike) -> Array:
-        return jnp.float32(first * math.log(2)) / jnp.log(jnp.asarray(age, jnp.float32) + 2)
+        return jnp.float32(start * math.log(2)) / jnp.log(jnp.asarray(age, jnp.float32) + 2)
 
     return temperature
 
@@ -106,15 +100,14 @@ def cosine(start: float, steps: int, end: float = 0.0) -> Cooling:
       >>> [round(float(cosine(1.0, 100)(t)), 3) for t in (0, 50, 100, 200)]
       [1.0, 0.5, 0.0, 0.0]
     """
-    first = _positive("start", start)
+    check_positive("cooling", "start", start)
     if not (is_number(end) and 0 <= end < math.inf):
         raise ConfigError(f"cooling: end={brief(end)} is not 0 or a positive number")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"cooling: steps={brief(steps)} is not a whole number of 1 or above")
+    check_whole("cooling", "steps", steps, 1)
 
     def temperature(age: ArrayLike) -> Array:
         share = jnp.minimum(jnp.asarray(age, jnp.float32) / jnp.float32(steps), 1)
-        half = jnp.float32((first - end) / 2)
+        half = jnp.float32((start - end) / 2)
         return jnp.float32(end) + half * (1 + jnp.cos(jnp.float32(math.pi) * share))
 
     return temperature

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from mpjax.errors import ConfigError, brief
-from mpjax.optim.checks import as_transformation, is_number, update
+from mpjax.optim.checks import as_transformation, check_positive, update
 from mpjax.optim.per_layer.layer_view import each_layer
 from mpjax.paths import key_at
 from mpjax.typing import Array, Grads, Key, Params, PyTree
@@ -44,12 +43,6 @@ def _noise(key: Key, like: PyTree) -> PyTree:
     )
 
 
-def _size(name: str, value: float) -> float:
-    if not (is_number(value) and 0 < value < math.inf):
-        raise ConfigError(f"proposal: {name}={brief(value)} is not a positive number; give one")
-    return float(value)
-
-
 def gaussian(scale: float, *, share: float = 1.0, least: float = 0.01) -> Proposal:
     r"""Returns the proposal $\theta'_i = \theta_i + \alpha\,\sigma_i\,\xi$, without gradients.
 
@@ -71,7 +64,8 @@ def gaussian(scale: float, *, share: float = 1.0, least: float = 0.01) -> Propos
       >>> proposal.init(weights)["w"].item()
       2.0
     """
-    factor, least, share = _size("scale", scale), _size("least", least), _size("share", share)
+    for name, value in (("scale", scale), ("least", least), ("share", share)):
+        check_positive("proposal", name, value)
     if share > 1:
         raise ConfigError(f"proposal: share={share:g} is above 1; 1 moves all numbers")
 
@@ -95,7 +89,7 @@ def gaussian(scale: float, *, share: float = 1.0, least: float = 0.01) -> Propos
                 ),
                 noise,
             )
-        return jax.tree.map(lambda s, n: jnp.float32(factor) * s * n, state, noise), state
+        return jax.tree.map(lambda s, n: jnp.float32(scale) * s * n, state, noise), state
 
     return Proposal(init, draw, gradient=False)
 
@@ -122,25 +116,25 @@ def langevin(learning_rate: float) -> Proposal:
       Roberts and Tweedie 1996, Exponential Convergence of Langevin Distributions; Welling and Teh
       2011, Bayesian Learning via Stochastic Gradient Langevin Dynamics.
     """
-    rate = _size("learning_rate", learning_rate)
+    check_positive("proposal", "learning_rate", learning_rate)
 
     def draw(
         grads: Grads, state: PyTree, params: Params, key: Key, temperature: Array,
         extra: dict[str, object],
     ) -> tuple[Grads, PyTree]:  # fmt: skip
         del extra
-        spread = jnp.sqrt(jnp.float32(2 * rate) * temperature)
+        spread = jnp.sqrt(jnp.float32(2 * learning_rate) * temperature)
         noise = _noise(key, params)
-        step = jnp.float32(rate)
+        step = jnp.float32(learning_rate)
         return jax.tree.map(lambda g, n: spread * n - step * g, grads, noise), state
 
     def log_density(here: Params, there: Params, grads: Grads, temperature: Array) -> Array:
         def squares(a: Array, b: Array, g: Array) -> Array:
-            return jnp.sum(jnp.square(b - a + jnp.float32(rate) * g))
+            return jnp.sum(jnp.square(b - a + jnp.float32(learning_rate) * g))
 
         total = sum(jax.tree.leaves(jax.tree.map(squares, here, there, grads)), jnp.float32(0))
         # At temperature 0 both densities are a point; their ratio is left at 1.
-        return -total / jnp.maximum(jnp.float32(4 * rate) * temperature, 1e-30)
+        return -total / jnp.maximum(jnp.float32(4 * learning_rate) * temperature, 1e-30)
 
     return Proposal(lambda params: (), draw, gradient=True, log_density=log_density)
 
@@ -163,7 +157,9 @@ def random_rate(rates: Sequence[float]) -> Proposal:
     """
     if isinstance(rates, str) or not isinstance(rates, Sequence) or not rates:
         raise ConfigError(f"proposal: rates={brief(rates)} is no list of learning rates; give some")
-    listed = jnp.asarray([_size("rates", rate) for rate in rates], jnp.float32)
+    for rate in rates:
+        check_positive("proposal", "rates", rate)
+    listed = jnp.asarray(rates, jnp.float32)
 
     def draw(
         grads: Grads, state: PyTree, params: Params, key: Key, temperature: Array,

@@ -15,7 +15,7 @@ from jax.tree_util import KeyPath
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import Quantized, is_quantized
-from mpjax.optim.checks import as_transformation, is_number
+from mpjax.optim.checks import as_transformation, check_whole, is_number
 from mpjax.optim.fp8_weights import Weight
 from mpjax.optim.per_layer.layer_view import each_layer
 from mpjax.paths import leaves_with_names, path_name
@@ -221,8 +221,7 @@ def pruned(
             " begin with less"
         )
     for name, value, low in (("begin", begin, 0), ("end", end, begin), ("every", every, 1)):
-        if not isinstance(value, int) or value < low:
-            raise ConfigError(f"prune: {name}={value!r} is not a whole number of {low} or above")
+        check_whole("prune", name, value, low)
 
     def init(params: Params) -> PruneState:
         chosen = _chosen(params, keep)
