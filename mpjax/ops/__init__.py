@@ -7,7 +7,7 @@ from mpjax.ops.dot_general import dot_general
 from mpjax.ops.hadamard import hadamard
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import group_norm, norm
-from mpjax.ops.objective import LossFn, Objective, rows_alike, weight_sum
+from mpjax.ops.objective import LossFn, Objective, Terms, rows_alike, weight_sum
 from mpjax.ops.quantized_operand import how_it_runs
 from mpjax.ops.rotary import rotary
 
@@ -19,6 +19,7 @@ __all__ = [
     "convolution",
     "LossFn",
     "Objective",
+    "Terms",
     "cross_entropy",
     "dot_general",
     "group_norm",

@@ -5,17 +5,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
-from mpjax.typing import Array, Batch, LossFn, LossModel, ModelState, Params, PyTree
+from mpjax.typing import Array, Batch, Key, LossFn, LossModel, ModelState, Params, PyTree
 
 # batch -> number of targets, or of several losses name -> number; None if rows count alike
 Count: TypeAlias = Callable[[Batch], Array | dict[str, Array] | None]
 
-# what a loss function takes -> the parts of the loss, name -> loss, and the model's state
-Parts: TypeAlias = Callable[..., tuple[dict[str, Array], ModelState]]
+
+class Terms(NamedTuple):
+    """What a loss is the sum of.
+
+    Args:
+      losses: name -> loss; the loss is their sum.
+      state: of the model.
+      metrics: name -> float32 scalar that a step reports beside each loss of several; of
+        microbatches the mean.
+    """
+
+    losses: dict[str, Array]
+    state: ModelState
+    metrics: dict[str, Array] = {}  # never changed
+
+
+TermsFn: TypeAlias = Callable[..., Terms]  # takes what a loss function takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +45,16 @@ class Objective:
     Args:
       loss: `loss(params, batch, *, state, key, train) -> (loss, state)`.
       count: batch -> the number of targets, or the sum of their weights; None if rows count alike.
-        With `parts`, name -> number.
-      parts: takes what `loss` takes; returns the parts whose sum is the loss, name -> loss, and the
-        state.
+        With `terms`, name -> number.
+      terms: takes what `loss` takes; returns the `Terms` whose sum is the loss.
       frozen: arrays that the loss reads and that are not trained, such as a teacher's weights;
-        `loss` and `parts` then take `frozen=` too. The compiled step has them as an argument, not
+        `loss` and `terms` then take `frozen=` too. The compiled step has them as an argument, not
         as constants of its program.
+      init: key -> weights of the objective's own, such as projections, a dict of names that the
+        model's weights do not have; `mpjax.train.build` trains them, in float32, beside the
+        model's. None without any.
+      takes_scale: whether `loss` and `terms` take `loss_scale=` too, the float32 scalar by which
+        gradients that they take themselves are to be scaled.
 
     Example:
       >>> def loss(params, batch, *, state=None, key=None, train=False):
@@ -49,8 +68,10 @@ class Objective:
 
     loss: LossFn
     count: Count
-    parts: Parts | None = None
+    terms: TermsFn | None = None
     frozen: PyTree = dataclasses.field(default=None, compare=False, repr=False)
+    init: Callable[[Key], Params] | None = None
+    takes_scale: bool = False
 
     @classmethod
     def of_model(cls, model: LossModel) -> Objective:
@@ -58,23 +79,32 @@ class Objective:
         return cls(model.loss, weight_sum)
 
     @classmethod
-    def of_parts(cls, parts: Parts, count: Count, frozen: PyTree = None) -> Objective:
-        """Returns the objective whose loss is the sum of its parts."""
+    def of_terms(
+        cls,
+        terms: TermsFn,
+        count: Count,
+        *,
+        frozen: PyTree = None,
+        init: Callable[[Key], Params] | None = None,
+        takes_scale: bool = False,
+    ) -> Objective:
+        """Returns the objective whose loss is the sum of its terms."""
 
         def loss(params: Params, batch: Batch, **options: PyTree) -> tuple[Array, ModelState]:
-            found, state = parts(params, batch, **options)
-            total: Any = sum(found.values())
-            return total, state
+            found = terms(params, batch, **options)
+            total: Any = sum(found.losses.values())
+            return total, found.state
 
-        return cls(loss, count, parts, frozen)
+        return cls(loss, count, terms, frozen, init, takes_scale)
 
     def bound(self, frozen: PyTree) -> Objective:
         """Returns the objective with its frozen arrays in place, those that are given."""
         if self.frozen is None:
             return self
         loss: Any = self.loss  # which takes frozen too
-        parts = self.parts and functools.partial(self.parts, frozen=frozen)
-        return Objective(functools.partial(loss, frozen=frozen), self.count, parts)
+        terms = self.terms and functools.partial(self.terms, frozen=frozen)
+        bound = functools.partial(loss, frozen=frozen)
+        return dataclasses.replace(self, loss=bound, terms=terms, frozen=None)
 
     def __call__(self, params: Params, batch: Batch, **options: object) -> tuple[Array, ModelState]:
         """Returns the loss and the state."""

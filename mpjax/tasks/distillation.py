@@ -136,7 +136,7 @@ class Distillation:
         own = self.task.objective(model)  # type: ignore[arg-type]  # checked above
         policy = model.precision.policy(self._path(model))
 
-        def parts(
+        def terms(
             params: Params,
             batch: Batch,
             *,
@@ -144,7 +144,7 @@ class Distillation:
             state: ModelState = None,
             key: Key | None = None,
             train: bool = False,
-        ) -> tuple[dict[str, Array], ModelState]:
+        ) -> ops.Terms:
             answers, _ = self._logits(self.teacher, frozen, batch)
             logits, state = self._logits(model, params, batch, state=state, key=key, train=train)
             if logits.shape[-1] != answers.shape[-1]:
@@ -155,7 +155,8 @@ class Distillation:
             found = {"soft": self.soft * self._soft(logits, answers, batch)}
             if self.hard:
                 found["hard"] = self.hard * self._hard(model, logits, batch, policy, train)
-            return {name: x.astype(policy.output_dtype) for name, x in found.items()}, state
+            losses = {name: x.astype(policy.output_dtype) for name, x in found.items()}
+            return ops.Terms(losses, state)
 
         def count(batch: Batch) -> dict[str, Array]:
             shape = self._positions(batch)
@@ -165,7 +166,7 @@ class Distillation:
                 found["hard"] = jnp.float32(math.prod(shape)) if number is None else number
             return found
 
-        return ops.Objective.of_parts(parts, count, self.params)
+        return ops.Objective.of_terms(terms, count, frozen=self.params)
 
     def _path(self, model: Any) -> str:
         """Whose policy the loss takes."""

@@ -95,13 +95,12 @@ class MaskedLanguage:
                 name: target_weight(field(batch, self._labels[name], self.loss)) for name in names
             }
 
-        def parts(
-            params: Params, batch: Batch, **options: PyTree
-        ) -> tuple[dict[str, Array], ModelState]:
+        def terms(params: Params, batch: Batch, **options: PyTree) -> ops.Terms:
             losses, state = losses_fn(params, batch, **options)
-            return {name: weight * losses[name] for name, weight in self.weights.items()}, state
+            weighted = {name: weight * losses[name] for name, weight in self.weights.items()}
+            return ops.Terms(weighted, state)
 
-        return ops.Objective.of_parts(parts, count)
+        return ops.Objective.of_terms(terms, count)
 
     def judge(
         self, model: Encoder

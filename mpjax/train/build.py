@@ -10,14 +10,14 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.ops import LossFn, Objective
 from mpjax.optim import make_loss_scale, wrap
 from mpjax.precision import PrecisionSchedule, get_schedule
 from mpjax.train.preflight import require_room
 from mpjax.train.schedule.switch import make_switching_step
 from mpjax.train.schedule.switch_state import require_alike, whole_state
-from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings
+from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings, whole
 from mpjax.train.step import TrainState, TrainStep, init_state, make_train_step
 from mpjax.typing import ArrayLike, Model, ModelState, Params, PyTree, Settings
 
@@ -30,6 +30,7 @@ class _Part(NamedTuple):
     start: Callable[[Params, ArrayLike], TrainState]  # weights, seed -> state
     first: Callable[[], ModelState]  # the model's own state
     abstract: TrainState
+    axes: PyTree
 
 
 def build(
@@ -87,20 +88,26 @@ def build(
     def part(model: Model) -> _Part:
         wrapped = wrap(optimizer, model.precision, clip=clip, gate=gate, patience=patience)
         first = getattr(model, "init_state", lambda: None)
+        trained = objective(model)
+        own = trained.init if isinstance(trained, Objective) else None
 
         def draw(seed: ArrayLike) -> Params:
-            return model.init(jax.random.key(seed))
+            key = jax.random.key(seed)
+            return model.init(key) if own is None else _joined(model.init(key), own(key))
 
         def start(params: Params, seed: ArrayLike) -> TrainState:
             return init_state(params, wrapped, seed=seed, model_state=first())
 
         abstract = jax.eval_shape(lambda seed: start(draw(seed), seed), seed)
-        shardings = None if mesh is None else state_shardings(abstract, model.axes, mesh)
+        axes = model.axes
+        if own is not None and axes is not None:
+            axes = axes | whole(jax.eval_shape(own, jax.random.key(0)))
+        shardings = None if mesh is None else state_shardings(abstract, axes, mesh)
         require_room(abstract, shardings)
         step = make_train_step(
-            objective(model), wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
+            trained, wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
         )
-        return _Part(step, draw, start, first, abstract)
+        return _Part(step, draw, start, first, abstract, axes)
 
     begin = part(model)
     step, start = begin.step, begin.start
@@ -116,7 +123,7 @@ def build(
                 dataclasses.replace(model, precision=p)  # type: ignore[type-var]  # see Model
                 for p in schedule.precisions[1:]
             ]
-            step, start = _switching(schedule, [begin, *map(part, others)], model.axes)
+            step, start = _switching(schedule, [begin, *map(part, others)])
     cut = step.shardings
     # Two programs: whatever the optimizer, the weights of a model are drawn by the same one, which
     # takes longest to compile.
@@ -129,8 +136,19 @@ def build(
     return init(seed), dataclasses.replace(step, init=init)
 
 
+def _joined(params: Params, own: Params) -> Params:
+    """The weights of a model and those of its objective, as one tree."""
+    if not isinstance(params, dict) or (shared := sorted(set(params) & set(own))):
+        found = f"the names {shared} too" if isinstance(params, dict) else brief(params)
+        raise ConfigError(
+            f"objective: it has weights {sorted(own)} of its own, which stand beside the model's,"
+            f" and the model has {found}; give a model whose weights are a dict without them"
+        )
+    return params | own
+
+
 def _switching(
-    schedule: PrecisionSchedule, parts: list[_Part], axes: PyTree
+    schedule: PrecisionSchedule, parts: list[_Part]
 ) -> tuple[TrainStep, Callable[[Params, ArrayLike], TrainState]]:
     """Returns the step of all precisions, and what makes the first state from its weights."""
     require_alike(schedule.labels, [part.abstract for part in parts])
@@ -143,5 +161,5 @@ def _switching(
 
     mesh = steps[0].mesh
     abstract = jax.eval_shape(start, parts[0].abstract.params, 0)
-    shardings = None if mesh is None else state_shardings(abstract, axes, mesh)
+    shardings = None if mesh is None else state_shardings(abstract, parts[0].axes, mesh)
     return make_switching_step(schedule, steps, shardings), start

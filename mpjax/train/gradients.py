@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,28 @@ import jax.numpy as jnp
 from mpjax.formats.delayed import begin_step, end_step, observed_of, with_observed
 from mpjax.ops import Objective
 from mpjax.optim import scaled_grad, weight_view
-from mpjax.typing import Array, Batch, Grads, Key, ModelState, Params, PyTree
+from mpjax.typing import Array, Batch, Grads, Key, Metrics, ModelState, Params, PyTree
 
 if TYPE_CHECKING:
     from mpjax.train.step import TrainState
 
 Shares: TypeAlias = dict[str, Array] | None  # of several losses, the weight of each
 
+TERM = "loss/"  # begins the metric of one loss of several
+
+
+class Judged(NamedTuple):
+    """A mean loss, the metrics of its terms and the model's next state."""
+
+    loss: Array
+    metrics: Metrics
+    state: ModelState
+
 
 def gradients(
     objective: Objective, state: TrainState, batch: Batch, accumulate: int
-) -> tuple[Grads, Array, ModelState]:
-    """Returns scaled gradients, mean loss and model state; microbatches are summed in float32.
+) -> tuple[Grads, Judged]:
+    """Returns scaled gradients, and what was judged; microbatches are summed in float32.
 
     Each weighs by its share of the targets; of several losses each by its own (see
     `mpjax.ops.Objective`).
@@ -34,51 +44,65 @@ def gradients(
 
     def loss_of(
         params: Params, amax: list[Array], micro: Batch, state: ModelState, key: Key, shares: Shares
-    ) -> tuple[Array, tuple[Array, ModelState]]:
-        loss, state = _loss(objective, params, micro, with_observed(state, amax), key, shares)
-        return loss, (loss, state)
+    ) -> tuple[Array, Judged]:
+        observed = with_observed(state, amax)
+        judged = _judge(objective, params, micro, observed, key, shares, scale.value)
+        return judged.loss, judged
 
     # The amax of gradients is the cotangent of the observed amax; an empty list costs nothing.
     grad = scaled_grad(scale, loss_of, argnums=(0, 1))
     if accumulate == 1:
-        (grads, amax), (loss, model_state) = grad(
-            weights, observed_of(begun), batch, begun, key, None
-        )
-        return grads, loss, end_step(model_state, state.model_state, amax, scale.value)
+        (grads, amax), judged = grad(weights, observed_of(begun), batch, begun, key, None)
+        model_state = end_step(judged.state, state.model_state, amax, scale.value)
+        return grads, judged._replace(state=model_state)
 
-    def body(carry: PyTree, part: PyTree) -> tuple[PyTree, None]:
+    def body(carry: PyTree, part: PyTree) -> tuple[PyTree, Metrics]:
         total, total_loss, largest, model_state = carry
         index, micro, share, several = part
-        (grads, amax), (loss, model_state) = grad(
+        (grads, amax), judged = grad(
             weights, observed_of(model_state), micro, model_state, jax.random.fold_in(key, index),
             several,
         )  # fmt: skip
 
-        def add(total: Array, x: Array) -> Array:
+        def weighed(x: Array) -> Array:
             x = x.astype(jnp.float32)
-            return total + (x if share is None else share * x)
+            return x if share is None else share * x
 
-        total, total_loss = jax.tree.map(add, (total, total_loss), (grads, loss))
+        sums = (total, total_loss), (grads, judged.loss)
+        total, total_loss = jax.tree.map(lambda total, x: total + weighed(x), *sums)
         largest = jax.tree.map(jnp.maximum, largest, amax)  # gradients add up, magnitudes do not
-        return (total, total_loss, largest, model_state), None
+        terms = judged.metrics
+        terms |= {name: weighed(x) for name, x in terms.items() if name.startswith(TERM)}
+        return (total, total_loss, largest, judged.state), terms
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
     carry = (zeros, jnp.float32(0), jax.tree.map(jnp.zeros_like, observed_of(begun)), begun)
     parts = (jnp.arange(accumulate), *_microbatches(objective, batch, accumulate))
-    (grads, loss, amax, model_state), _ = jax.lax.scan(body, carry, parts)
+    (grads, loss, amax, model_state), metrics = jax.lax.scan(body, carry, parts)
     model_state = end_step(model_state, state.model_state, amax, scale.value)
-    return jax.tree.map(lambda g: g / accumulate, grads), loss / accumulate, model_state
+    metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
+    return jax.tree.map(lambda g: g / accumulate, grads), Judged(
+        loss / accumulate, metrics, model_state
+    )
 
 
-def _loss(
-    objective: Objective, params: Params, batch: Batch, state: ModelState, key: Key, shares: Shares
-) -> tuple[Array, ModelState]:
-    """The loss of a (micro)batch and the state; of several losses their sum by `shares`."""
-    run: Any = objective.loss if shares is None else objective.parts
-    loss, state = run(params, batch, state=state, key=key, train=True)
+def _judge(
+    objective: Objective, params: Params, batch: Batch, state: ModelState, key: Key,
+    shares: Shares, scale: Array,
+) -> Judged:  # fmt: skip
+    """The loss of a (micro)batch, of several losses their sum by `shares`."""
+    options: Any = dict(state=state, key=key, train=True)
+    options |= {"loss_scale": scale} if objective.takes_scale else {}
+    if objective.terms is None:
+        loss, state = objective.loss(params, batch, **options)
+        return Judged(loss, {}, state)
+    losses, state, metrics = objective.terms(params, batch, **options)
     if shares is not None:
-        loss = sum(shares[name] * part.astype(jnp.float32) for name, part in loss.items())
-    return loss, state
+        losses = {name: shares[name] * x.astype(jnp.float32) for name, x in losses.items()}
+    if len(losses) > 1:
+        metrics = metrics | {TERM + name: x.astype(jnp.float32) for name, x in losses.items()}
+    total: Any = sum(losses.values())
+    return Judged(total, metrics, state)
 
 
 def _microbatches(
@@ -102,27 +126,32 @@ def _microbatches(
 
 def loss_at(
     objective: Objective, state: TrainState, batch: Batch, accumulate: int
-) -> Callable[[Params], Array]:
-    """Returns the loss of a batch as a function of weights, for searches along a line.
+) -> Callable[[Params], tuple[Array, Metrics]]:
+    """Returns the loss of a batch and its metrics as a function of weights, without gradients.
 
     The model's state and key are those of the step.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    scale = state.opt_state.loss_scale.value
 
-    def value(full: Params) -> Array:
+    def value(full: Params) -> tuple[Array, Metrics]:
         stored = weight_view(state.params)
         # A weight that is stored low is tried as it would be stored.
         params = jax.tree.map(lambda w, p: w.astype(p.dtype), full, stored)
 
-        def of(part: PyTree) -> Array:
+        def of(part: PyTree) -> tuple[Array, Metrics]:
             key, micro, share, several = part
             model_state = begin_step(state.model_state, jnp.float32(1))
-            loss, _ = _loss(objective, params, micro, model_state, key, several)
-            return loss.astype(jnp.float32) * (1 if share is None else share)
+            judged = _judge(objective, params, micro, model_state, key, several, scale)
+            weight = 1 if share is None else share
+            terms = judged.metrics
+            terms |= {name: weight * x for name, x in terms.items() if name.startswith(TERM)}
+            return judged.loss.astype(jnp.float32) * weight, terms
 
         if accumulate == 1:
             return of((key, batch, None, None))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(accumulate))
-        return jnp.mean(jax.lax.map(of, (keys, *_microbatches(objective, batch, accumulate))))
+        each = jax.lax.map(of, (keys, *_microbatches(objective, batch, accumulate)))
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), each)
 
     return value

@@ -16,7 +16,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats import Quantized, is_quantized
 from mpjax.optim import Blockwise
 from mpjax.paths import leaves_with_names, path_name
-from mpjax.typing import Array, Axes, PyTree, Shape
+from mpjax.typing import Array, Axes, Params, PyTree, Shape
 
 if TYPE_CHECKING:
     from mpjax.train.step import TrainState
@@ -124,6 +124,11 @@ def _fitted(spec: PartitionSpec, shape: Shape, mesh: Mesh) -> PartitionSpec:
                     cuts[d].append(name)
                     break
     return PartitionSpec(*(tuple(c) if len(c) > 1 else c[0] if c else None for c in cuts))
+
+
+def whole(params: Params) -> PyTree:
+    """Returns the logical axes of weights that no device cuts."""
+    return jax.tree.map(lambda p: (None,) * len(p.shape), params)
 
 
 def state_shardings(state: TrainState, axes: PyTree, mesh: Mesh) -> TrainState:

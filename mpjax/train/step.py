@@ -15,7 +15,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
 from mpjax.optim import Optimizer, OptState, copied, select, weight_view, without_repeats
-from mpjax.train.gradients import gradients, loss_at
+from mpjax.train.gradients import Judged, gradients, loss_at
 from mpjax.typing import ArrayLike, Batch, Grads, Metrics, ModelState, Params, PyTree
 
 if TYPE_CHECKING:
@@ -239,7 +239,8 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> (state, metrics)`; metrics are scalars on the device: `loss`,
-      `loss_scale`, `skipped`, `stuck`, and `grad_norm` when the optimizer clips.
+      `loss_scale`, `skipped`, `stuck`, `grad_norm` when the optimizer clips, `loss/NAME` of each
+      loss where there are several, and the objective's own.
 
     Raises:
       ConfigError: accumulate below 1, or above it without a count.
@@ -266,41 +267,42 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, frozen: PyTree = held) -> tuple[TrainState, Metrics]:
         objective = whole.bound(frozen)
 
-        def with_gradients() -> tuple[Grads, Array, ModelState]:
+        def with_gradients() -> tuple[Grads, Judged]:
             return gradients(objective, state, batch, accumulate)
 
-        def loss_alone() -> tuple[Grads, Array, ModelState]:
-            like, loss, _ = jax.eval_shape(with_gradients)
+        def loss_alone() -> tuple[Grads, Judged]:
+            like, told = jax.eval_shape(with_gradients)
             zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), like)
-            judged = loss_of(weight_view(state.params)).astype(loss.dtype)
-            return zeros, judged, state.model_state
+            loss, metrics = judge(weight_view(state.params))
+            return zeros, Judged(loss.astype(told.loss.dtype), metrics, state.model_state)
 
         def evaluate(params: Params, with_gradient: bool) -> tuple[Array, Grads | None]:
             if not with_gradient:
-                return loss_of(weight_view(params)), None
+                return judge(weight_view(params))[0], None
             moved = state._replace(params=params)
-            grads, loss, _ = gradients(objective, moved, batch, accumulate)
-            return loss, grads
+            grads, judged = gradients(objective, moved, batch, accumulate)
+            return judged.loss, grads
 
-        loss_of = loss_at(objective, state, batch, accumulate)
+        judge = loss_at(objective, state, batch, accumulate)
         reads = optimizer.reads_gradient(state.opt_state)
         if isinstance(reads, bool):
-            grads, loss, model_state = with_gradients() if reads else loss_alone()
+            grads, judged = with_gradients() if reads else loss_alone()
         else:
-            grads, loss, model_state = jax.lax.cond(reads, with_gradients, loss_alone)
-        loss = loss.astype(jnp.float32)
+            grads, judged = jax.lax.cond(reads, with_gradients, loss_alone)
+        loss, model_state = judged.loss.astype(jnp.float32), judged.state
         params, opt_state, metrics = optimizer.step_with_metrics(
             grads,
             state.opt_state,
             state.params,
             value=loss,
-            value_fn=loss_of,
+            value_fn=lambda params: judge(params)[0],
             evaluate=evaluate,
         )
         if "finite" in metrics and state.model_state is not None:
             model_state = select(metrics["finite"], model_state, state.model_state)
         metrics = {
             "loss": loss,
+            **judged.metrics,
             **state.opt_state.loss_scale.metrics(),
             "skipped": opt_state.gate.skipped,
             "stuck": opt_state.gate.stuck,
