@@ -43,6 +43,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the outputs are those that the notebooks were committed with
 autodoc_member_order, autodoc_typehints = "groupwise", "none"
+autodoc_preserve_defaults = True  # as the source has them
 autodoc_default_options = {"members": True, "imported-members": True}
 napoleon_numpy_docstring, napoleon_use_rtype = False, False
 suppress_warnings = ["mystnb.unknown_mime_type", "config.cache"]

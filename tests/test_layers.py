@@ -270,6 +270,27 @@ def test_modules_say_what_they_are() -> None:
     assert silent == []
 
 
+def misread(source: str) -> list[str]:
+    """What the site would not show as it is meant: a text before a colon in the first line of a
+    property is its type there, and `name: X.` a list that is lettered.
+    """
+    found = re.findall(r"^ +\w+: [A-Z]\.$", source, re.M)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            marks = {ast.unparse(mark).rpartition(".")[2] for mark in node.decorator_list}
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            if marks & {"property", "cached_property"} and ": " in first:
+                found.append(first)
+    return found
+
+
+def test_docstrings_are_read_as_they_are_meant() -> None:
+    assert [(_relative(p), found) for p in MODULES if (found := misread(p.read_text()))] == []
+    assert misread('def f():\n    """Of.\n\n    Args:\n      batch: B.\n    """\n')
+    assert misread('@property\ndef f():\n    """Its size: of both."""\n')
+    assert not misread('def f():\n    """Its size: of both."""\n')
+
+
 # Written in pieces, so that this file does not hold what it forbids.
 _PLACES = re.compile(
     "|".join(

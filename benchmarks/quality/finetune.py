@@ -105,7 +105,7 @@ def part(name: str) -> tuple[str, bool] | None:
     report = (folder / "report.md").read_text().replace("![loss](loss.png)", "")
     lines = [f"#{line}" if line.startswith("#") else line for line in report.splitlines()]
     command = " ".join(["python", *RUNS[name]])
-    text = f"## {name}: `{command}`\n\n{verdicts}\n\n" + "\n".join(lines).strip()
+    text = f"## {name}\n\n`{command}`\n\n{verdicts}\n\n" + "\n".join(lines).strip()
     return text, all(met is not False for _, _, met in bars)
 
 

@@ -44,7 +44,7 @@ class Document:
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of the text as UTF-8: the identity of the content, whatever its name."""
+        """SHA-256 of the text as UTF-8, the identity of the content whatever its name."""
         return hashlib.sha256(self.text.encode()).digest()
 
 

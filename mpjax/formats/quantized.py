@@ -51,12 +51,12 @@ class Quantized:
 
     @property
     def is_stack(self) -> bool:
-        """Whether it was made under `vmap`: a stack of arrays, whose tiles are those of one."""
+        """Whether it was made under `vmap`, a stack of arrays whose tiles are those of one."""
         return self.values.ndim > len(self.tile)
 
     @property
     def full_scales(self) -> Array:
-        """What the values of each tile are multiplied by: the scales, times nv's second one."""
+        """What the values of each tile are multiplied by, the scales, times nv's second one."""
         return self.scales if self.tensor_scale is None else self.scales * self.tensor_scale
 
     def dequantize(self, dtype: DTypeLike | None = None) -> Array:

@@ -92,17 +92,17 @@ class Scaling:
 
     @property
     def scale_bits(self) -> int:
-        """Bits of a scale: of float32, of e8m0 (mx), of e4m3 (nv); 0 without scales."""
+        """Bits of a scale, which is float32, e8m0 (mx) or e4m3 (nv); 0 without scales."""
         return {"none": 0, "mx": 8, "nv": 8}.get(self.kind, 32)
 
     @property
     def least(self) -> float:
-        """Smallest scale: of mx that of e8m0, else the smallest normal float32."""
+        """Smallest scale, of mx that of e8m0, else the smallest normal float32."""
         return 2.0**-127 if self.kind == "mx" else _TINY
 
     @property
     def default_rounding(self) -> str:
-        """How its scales are rounded unless told otherwise: `up` to a power of two for mx."""
+        """How its scales are rounded by default, `up` to a power of two for mx."""
         return "up" if self.kind == "mx" else "none"
 
     def tiles(self, shape: Shape, axes: tuple[int, ...]) -> Shape:

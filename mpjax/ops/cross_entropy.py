@@ -25,9 +25,9 @@ def chunk_length(batch: int, tokens: int, vocabulary: int, chunk: int = 0) -> in
     """Returns how many of T tokens are taken at a time: all, or the largest divisor that fits.
 
     Args:
-      batch: B.
-      tokens: T.
-      vocabulary: V.
+      batch: rows B.
+      tokens: T, tokens of a row.
+      vocabulary: size V.
       chunk: tokens a chunk; 0 takes the largest divisor of T with B * chunk * V <= 2^24.
 
     Raises:

@@ -139,7 +139,7 @@ class PrecisionSchedule:
 
     @property
     def turn(self) -> int:
-        """Of `late`: steps of the run before the switch.
+        """Steps of the run before the switch of `late`.
 
         Raises:
           ConfigError: the length of the run is not known, or too short to have two parts.

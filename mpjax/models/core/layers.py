@@ -69,7 +69,7 @@ class Embed(Layer):
 
     Args:
       rows: number of ids.
-      width: D.
+      width: of a vector, D.
       axes: logical axes of the table.
       deviation: of the initial numbers.
     """

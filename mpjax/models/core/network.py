@@ -137,7 +137,7 @@ class Network:
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
-        """All paths that take a policy: modules, operations and parameters."""
+        """All paths that take a policy, of modules, operations and parameters."""
         return tuple(self._outline.sites)
 
     @functools.cached_property

@@ -68,8 +68,8 @@ def search(
       step: (tokens (R, 1), state) -> (logits (R, V), state).
       last_BV: logits after the prompts.
       state: after the prompts; see `kv_cache.take_rows`.
-      beams: K.
-      new: N.
+      beams: their number K.
+      new: number N of new tokens.
       end: the token that ends a continuation, several, or None.
       penalty: exponent of the length.
     """

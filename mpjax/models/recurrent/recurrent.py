@@ -107,7 +107,7 @@ class Recurrent(LanguageModel):
         """Returns a zero state of all cells, in the widest dtype among theirs.
 
         Args:
-          batch: B.
+          batch: rows B.
           length: not used; a decoder's cache grows with it.
         """
         del length

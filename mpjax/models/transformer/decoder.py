@@ -78,7 +78,7 @@ class Decoder(TransformerNetwork, LanguageModel):
         """Returns an empty key/value cache.
 
         Args:
-          batch: B.
+          batch: rows B.
           length: tokens that it can hold, padding included.
           storage: of keys and values, such as `bf16`, or `int8` with a scale for each token and
             head; by default the compute dtype.

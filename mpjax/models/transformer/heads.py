@@ -72,7 +72,7 @@ class ClassHead(Layer):
     """Logits of classes, with dropout before.
 
     Args:
-      classes: C.
+      classes: their number C.
       dropout: rate.
     """
 

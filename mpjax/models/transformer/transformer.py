@@ -56,7 +56,7 @@ class TransformerNetwork(Network):
 
     @property
     def segments(self) -> Segments | dict[str, Segments]:
-        """Ranges of consecutive layers of equal precision: (start, stop); of two, by name."""
+        """Ranges (start, stop) of consecutive layers of equal precision; of two, by name."""
         return self.named_segments[self.root] if self.root else self.named_segments
 
     @functools.cached_property
@@ -282,7 +282,7 @@ def attention_context_of(
     """Returns the positions of a decoder's tokens and their mask.
 
     Args:
-      tokens: T.
+      tokens: their number T.
       keep_BT: what is no padding, bool or 0 and 1; None is all.
       state: `position`, `layers` and perhaps `pads` of a cache, or without them.
 

@@ -62,7 +62,11 @@ class MultiLossScale:
 
     @property
     def settings(self) -> NoReturn:
-        """Raises ConfigError: a Precision holds the scale of one loss."""
+        """A Precision holds the scale of one loss.
+
+        Raises:
+          ConfigError: always.
+        """
         raise ConfigError(
             "loss scale: a Precision trains one loss; give it loss_scale=none and take"
             " MultiLossScale with scaled_value_and_grads"
