@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax.errors import ConfigError, brief
-from mpjax.typing import DType
+from mpjax.typing import DType, Shape
 
-Example = Mapping[str, Any]  # name -> one number, or an array with an entry a token
+Example = Mapping[str, Any]  # name -> one number, or an array with an entry (or array) a token
 Batch = dict[str, np.ndarray]
 
 IGNORE = -100  # label of tokens that are no target, and the padding of labels
@@ -23,11 +23,13 @@ class Field(NamedTuple):
 
     Args:
         dtype: holds the numbers of each.
-        ndim: 0 of numbers, 1 of arrays.
+        ndim: 0 of numbers, 1 of arrays, more where a token has an array.
+        tail: shape of what a token has, () of a number.
     """
 
     dtype: DType
     ndim: int
+    tail: Shape = ()
 
 
 def fields_of(examples: Sequence[Example]) -> dict[str, Field]:
@@ -42,6 +44,7 @@ def fields_of(examples: Sequence[Example]) -> dict[str, Field]:
         'float64'
     """
     axes: dict[str, int] = {}
+    tails: dict[str, Shape] = {}
     dtypes: dict[str, set[DType]] = {}
     for number, example in enumerate(examples):
         where = f"examples[{number}]"
@@ -52,8 +55,18 @@ def fields_of(examples: Sequence[Example]) -> dict[str, Field]:
             raise ConfigError(
                 f"{where}: {there} the field {odd[0]!r}, unlike examples[0]; give all the same"
             )
-        for name, value in example.items():
-            array = _numbers(value, f"{where}: {name}")
+        arrays = {name: _numbers(value, f"{where}: {name}") for name, value in example.items()}
+        tokens = {len(array) for array in arrays.values() if array.ndim == 1}
+        for name, array in arrays.items():
+            if array.ndim > 1 and not (tokens and len(array) in tokens | {1}):
+                raise ConfigError(
+                    f"{where}: {name} is {brief(example[name])}; give a number, or an entry a token"
+                )
+            if tails.setdefault(name, array.shape[1:]) != array.shape[1:]:
+                raise ConfigError(
+                    f"{where}: {name} has {array.shape[1:]} a token, in examples[0] {tails[name]};"
+                    " give all the same"
+                )
             if axes.setdefault(name, array.ndim) != array.ndim:
                 raise ConfigError(
                     f"{where}: {name} has {array.ndim} axes, in examples[0] {axes[name]}; give"
@@ -66,7 +79,7 @@ def fields_of(examples: Sequence[Example]) -> dict[str, Field]:
         raise ConfigError("examples: none; name more data")
     try:
         return {
-            name: Field(np.result_type(*dtypes[name] or [np.int32]), ndim)
+            name: Field(np.result_type(*dtypes[name] or [np.int32]), ndim, tails[name])
             for name, ndim in axes.items()
         }
     except TypeError as error:
@@ -81,7 +94,7 @@ def _numbers(value: object, where: str) -> np.ndarray:
     except (TypeError, ValueError):  # typed JAX keys, ragged lists
         array = np.empty(0, object)
     # Kind V: bfloat16 and other dtypes of ml_dtypes.
-    if array.dtype.kind not in "biufV" or array.dtype.fields or array.ndim > 1:
+    if array.dtype.kind not in "biufV" or array.dtype.fields:
         raise ConfigError(f"{where} is {brief(value)}; give a number, or one a token")
     return array
 
@@ -101,7 +114,7 @@ def pad(
         fields: of all examples that these are some of, from `fields_of`; else of these alone.
 
     Returns:
-        Name -> array of shape (examples, length) or (examples,), of a dtype that holds all.
+        Name -> array of shape (examples, length, ...) or (examples,), of a dtype that holds all.
 
     Raises:
         ConfigError: an example is longer, or what `fields_of` raises.
@@ -111,7 +124,7 @@ def pad(
         {'ids': array([[5, 6, 0]]), 'labels': array([1])}
     """
     batch: Batch = {}
-    for name, (dtype, ndim) in (fields or fields_of(examples)).items():
+    for name, (dtype, ndim, tail) in (fields or fields_of(examples)).items():
         parts = [np.asarray(example[name]) for example in examples]
         if ndim == 0:
             batch[name] = np.array(parts, dtype)
@@ -121,7 +134,7 @@ def pad(
         fill = (_PADDING | dict(padding)).get(name, 0)
         if dtype.kind in "biu" and fill != np.asarray(fill).astype(dtype):  # unsigned labels
             dtype = np.promote_types(dtype, np.min_scalar_type(fill))
-        batch[name] = np.full((len(parts), length), fill, dtype)
+        batch[name] = np.full((len(parts), length, *tail), fill, dtype)
         for row, part in zip(batch[name], parts, strict=True):
             row[: len(part)] = part
     return batch
@@ -129,7 +142,8 @@ def pad(
 
 def _sizes(examples: Sequence[Example]) -> np.ndarray:
     return np.array(
-        [max(np.size(value) for value in example.values()) for example in examples], np.int64
+        [max(len(np.atleast_1d(value)) for value in example.values()) for example in examples],
+        np.int64,
     )
 
 

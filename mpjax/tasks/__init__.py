@@ -1,8 +1,7 @@
 """Objectives: how a batch becomes a loss, and predictions become metrics."""
 
 from mpjax.tasks.classify import TextClassification
-from mpjax.tasks.distillation import Distillation
-from mpjax.tasks.divergence import divergence
+from mpjax.tasks.distill import Distillation, divergence
 from mpjax.tasks.labels import label_loss
 from mpjax.tasks.language import Language
 from mpjax.tasks.metrics import calibration_error, class_scores, entity_scores, text_scores

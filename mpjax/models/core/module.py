@@ -103,9 +103,25 @@ def run_module(
     rngs: dict[str, Key] | None = None,
 ) -> tuple[PyTree, PyTree]:  # fmt: skip
     """Returns a module's output and its new amax histories; {} if it has none."""
-    variables = {"params": p} | ({"amax": history} if history else {})
-    out, updated = module.apply(variables, *args, rngs=rngs, mutable=["amax"])
+    out, updated = _applied(module, p, args, history, rngs, ["amax"])
     return out, updated.get("amax", {})
+
+
+def run_collecting(
+    module: nn.Module, p: Params, *args: object, history: PyTree = None,
+    rngs: dict[str, Key] | None = None,
+) -> tuple[PyTree, PyTree, PyTree]:  # fmt: skip
+    """Returns what `run_module` does, and what the module and its parts keep by `Layer.keep`."""
+    out, updated = _applied(module, p, args, history, rngs, ["amax", "intermediates"])
+    return out, updated.get("amax", {}), updated.get("intermediates", {})
+
+
+def _applied(
+    module: nn.Module, p: Params, args: tuple[object, ...], history: PyTree,
+    rngs: dict[str, Key] | None, mutable: list[str],
+) -> tuple[PyTree, PyTree]:  # fmt: skip
+    variables = {"params": p} | ({"amax": history} if history else {})
+    return module.apply(variables, *args, rngs=rngs, mutable=mutable)
 
 
 class Layer(nn.Module):
@@ -146,6 +162,10 @@ class Layer(nn.Module):
             out, amax = out
             self.put_variable("amax", "kernel", amax)
         return out
+
+    def keep(self, name: str, x: Array) -> None:
+        """Keeps an intermediate where `run_collecting` runs the module; else it does nothing."""
+        self.sow("intermediates", name, x, reduce_fn=lambda _, x: x, init_fn=lambda: None)
 
     @property
     def gradient_dtype(self) -> DTypeLike:

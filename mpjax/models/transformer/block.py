@@ -21,6 +21,9 @@ from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.models.transformer.kv_cache import Cache, read, write
 from mpjax.typing import Array
 
+# a part of attention -> the name of what it gives, see `TransformerNetwork.collect`
+_PROJECTIONS = {"query": "queries", "key": "keys", "value": "values"}
+
 _LINEAR = 16.0  # from here on GELU is the identity in float16
 
 
@@ -96,6 +99,7 @@ class Attention(Layer):
         def project(x: Array, name: str, heads: int, axis: str) -> Array:
             bias = c.bias or c.qkv_bias
             y = Linear(self.context, heads * c.per_head, ("embed", axis), bias, name=name)(x)
+            self.keep(_PROJECTIONS[name], y)
             return y.reshape(*x.shape[:2], heads, c.per_head)
 
         q = None if x_BTD is None else project(x_BTD, "query", c.heads, "heads")
@@ -204,4 +208,5 @@ class Block(Layer):
             x_BTD = join(name, x_BTD, branch)
         mlp = MLP(self.context, c, name="mlp")
         x_BTD = join("mlp", x_BTD, mlp(norm("mlp", x_BTD, c.norm_first)))
+        self.keep("hidden", x_BTD)
         return x_BTD, own + known

@@ -60,7 +60,7 @@ class Decoder(TransformerNetwork, LanguageModel):
         """Returns the features after the last norm (B, T, D) and the new state, as `apply`."""
         state, ids = state or {}, as_ids(ids_BT, "decoder")
         T = ids.shape[1]
-        x, cache, amax = self.transformer(self.at)(
+        x, cache, amax, found = self.transformer(self.at)(
             below(slice_view(params), "decoder"), ids, attention_context_of(T, keep, state),
             cache=state.get("layers", ()), amax=state.get("amax", {}).get("layers"), key=key,
             train=train,
@@ -70,6 +70,8 @@ class Decoder(TransformerNetwork, LanguageModel):
             new |= {"layers": cache, "position": state["position"] + T}
         if amax:
             new["amax"] = state["amax"] | {"layers": amax}
+        if found:
+            new["collected"] = {"decoder": found}
         return x, new or None
 
     def init_cache(

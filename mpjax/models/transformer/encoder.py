@@ -118,7 +118,7 @@ class Encoder(TransformerNetwork):
         keep = jnp.asarray(fields["keep"]).astype(bool) if "keep" in fields else None
         ids = as_ids(fields["ids"], "encoder")
         transformer = self.transformer(self.at)
-        x, _, amax = transformer(
+        x, _, amax, found = transformer(
             p, ids, AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep),
             kinds_BT=fields.get("types"), amax=histories.get("layers"), key=key, train=train,
         )  # fmt: skip
@@ -140,7 +140,9 @@ class Encoder(TransformerNetwork):
         takes = {"next": (pooled,), "class": (pooled, train), "token": (x, train)}
         takes["masked"] = (x, p["embed"]["table"])
         out |= {name: run(name, *takes[name]) for name in parts if name != "pooler"}
-        return out, ((state or {}) | {"amax": new} if new else state)
+        if new:
+            state = (state or {}) | {"amax": new}
+        return out, ((state or {}) | {"collected": {"encoder": found}} if found else state)
 
 
 def encoder(

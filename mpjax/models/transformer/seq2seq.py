@@ -85,12 +85,14 @@ class Seq2Seq(TransformerNetwork, NextToken):
     ) -> tuple[Array, Cache, ModelState]:  # fmt: skip
         """Features, cache and the state with this half's new amax histories."""
         histories = state.get("amax", {})
-        x, cache, amax = self.transformer(self.at, half)(
+        x, cache, amax, found = self.transformer(self.at, half)(
             p, ids, context, cache=cache, amax=histories.get(half, {}).get("layers"), key=key,
             train=train,
         )  # fmt: skip
         if amax:
             state = state | {"amax": histories | {half: {"layers": amax}}}
+        if found:
+            state = state | {"collected": state.get("collected", {}) | {half: found}}
         return x, cache, state
 
     def _read(

@@ -8,17 +8,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import jmp
 from flax import linen as nn
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats import weight_view, widest
 from mpjax.models.core.layers import Embed, Norm, dropout
-from mpjax.models.core.module import At, init_layers, part_key, run_module
+from mpjax.models.core.module import At, init_layers, part_key, run_collecting, run_module
 from mpjax.models.core.network import Network
 from mpjax.models.core.storage import Storage
 from mpjax.models.transformer.block import Attention, AttentionContext, Block
@@ -33,6 +33,8 @@ Parts: TypeAlias = dict[str, tuple[nn.Module, tuple[Array, ...]]]
 Step: TypeAlias = Callable[[Array, PyTree], tuple[Array, PyTree]]  # one block, as scan calls it
 Segments: TypeAlias = tuple[tuple[int, int], ...]  # ranges of consecutive layers: (start, stop)
 
+COLLECTED = ("hidden", "queries", "keys", "values")
+
 _REMAT = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -42,13 +44,37 @@ _REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class TransformerNetwork(Network):
-    """A model of one or two Transformers, whose names begin its paths."""
+    """A model of one or two Transformers, whose names begin its paths.
+
+    Args:
+      collect: see `collecting`.
+    """
 
     config: BlockConfig
+    collect: tuple[str, ...] = ()
 
     def transformer(self, at: At, name: str) -> Transformer:
         """Returns one of the Transformers."""
         raise NotImplementedError
+
+    def collecting(self, *names: str) -> Self:
+        """Returns the model whose calls leave intermediates of all blocks in the state.
+
+        They are `state["collected"][TRANSFORMER][NAME]`, (L, B, T, features), with the first part
+        of the Transformer's paths. Take them out before the state is given to another call.
+
+        Args:
+          names: `hidden`, the features behind a block; `queries`, `keys`, `values`, what
+            self-attention projects, before its norms and rotary positions.
+
+        Raises:
+          ConfigError: another name.
+        """
+        for name in names:
+            if name not in COLLECTED:
+                known = " ".join(COLLECTED)
+                raise ConfigError(f"collecting: unknown {brief(name)}; known: {known}")
+        return dataclasses.replace(self, collect=names)
 
     def init_with_axes(self, at: At, key: Key) -> Params:
         """See `Network`; blocks are stacked."""
@@ -146,8 +172,8 @@ class Transformer:
         self, p: Params, ids_BT: Array, attention_context: AttentionContext, *,
         kinds_BT: Array | None = None, cache: Cache = (), amax: PyTree = None,
         key: Key | None = None, train: bool = False,
-    ) -> tuple[Array, Cache, PyTree]:  # fmt: skip
-        """Returns the features (B, T, D), the new cache and the new amax histories.
+    ) -> tuple[Array, Cache, PyTree, PyTree]:  # fmt: skip
+        """Returns the features (B, T, D), new cache, new amax histories and what is collected.
 
         Args:
           p: weights below the name.
@@ -169,8 +195,8 @@ class Transformer:
         for segment in self.model.named_segments[self.name]:
             x, out = self._run_segment(segment, x, weights, attention_context, key, dropping)
             outputs.append(out)
-        cache, amax = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
-        return (self._run("norm", p, x) if c.norm_first else x), cache, amax
+        cache, amax, found = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
+        return (self._run("norm", p, x) if c.norm_first else x), cache, amax, found
 
     def _run(self, name: str, p: Params, x: Array) -> Array:
         return run_module(self.parts[name][0], p[name], x)[0]
@@ -233,11 +259,14 @@ class Transformer:
         def run(x: Array, one: PyTree, name: str) -> tuple[Array, PyTree]:
             params, cached, history, layer = one
             own = None if key is None else jax.random.fold_in(key, layer)
-            (x, cached), history = run_module(
-                self._block(start, name), weight_view(params), x, attention_context, cached,
-                dropping, history=history, rngs=self.model.rngs(own, dropping),
-            )  # fmt: skip
-            return x, (cached, history)
+            args = self._block(start, name), weight_view(params), x, attention_context, cached
+            options: Any = dict(history=history, rngs=self.model.rngs(own, dropping))
+            if not self.model.collect:
+                (x, cached), history = run_module(*args, dropping, **options)
+                return x, (cached, history, {})
+            (x, cached), history, found = run_collecting(*args, dropping, **options)
+            found = found["attention"] | found
+            return x, (cached, history, {name: found[name] for name in self.model.collect})
 
         return run
 

@@ -75,6 +75,18 @@ def divergence(
     cool = jnp.float32(1 / temperature)
     log_q = jax.nn.log_softmax(student.astype(jnp.float32) * cool)
     log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32) * cool)
+    return jnp.float32(temperature**2) * between(log_q, log_p, kind, mix)
+
+
+def between(log_q: Array, log_p: Array, kind: str, mix: float) -> Array:
+    """Returns the divergence of distributions that are given as logarithms, (..., V) -> (...).
+
+    Args:
+      log_q: the student's, float32; -inf leaves a class out.
+      log_p: the teacher's.
+      kind: which divergence.
+      mix: of `jensen-shannon`.
+    """
 
     def relative(log_a: Array, log_b: Array) -> Array:
         a = jnp.exp(log_a)
@@ -82,12 +94,10 @@ def divergence(
         return jnp.sum(a * jnp.where(a > 0, log_a - log_b, 0.0), axis=-1)
 
     if kind == "forward":
-        found = relative(log_p, log_q)
-    elif kind == "reverse":
-        found = relative(log_q, log_p)
-    else:
-        neither = (log_p == -jnp.inf) & (log_q == -jnp.inf)  # whose derivative would be NaN
-        a, b = (jnp.where(neither, 0.0, x) for x in (log_p, log_q))
-        log_m = jnp.logaddexp(a + math.log(mix), b + math.log1p(-mix))
-        found = mix * relative(log_p, log_m) + (1 - mix) * relative(log_q, log_m)
-    return jnp.float32(temperature**2) * found
+        return relative(log_p, log_q)
+    if kind == "reverse":
+        return relative(log_q, log_p)
+    neither = (log_p == -jnp.inf) & (log_q == -jnp.inf)  # whose derivative would be NaN
+    a, b = (jnp.where(neither, 0.0, x) for x in (log_p, log_q))
+    log_m = jnp.logaddexp(a + math.log(mix), b + math.log1p(-mix))
+    return mix * relative(log_p, log_m) + (1 - mix) * relative(log_q, log_m)

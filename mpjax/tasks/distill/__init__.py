@@ -1,0 +1,7 @@
+"""A student that learns what a teacher answers."""
+
+from mpjax.tasks.distill.answers import Answers
+from mpjax.tasks.distill.distillation import Distillation
+from mpjax.tasks.distill.divergence import divergence
+
+__all__ = ["Answers", "Distillation", "divergence"]
