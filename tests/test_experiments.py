@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
-    "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger", "translate",
+    "image_cnn", "rnn_lm", "distil", "finetune_classifier", "finetune_tagger", "translate",
     "pretrain_bert", "chat",
 )  # fmt: skip
 FLAGS = (
@@ -521,6 +521,38 @@ def test_a_classifier_is_compared_by_precision_and_slice(tmp_path):
         _, err = run("finetune_classifier", *args, *bad, "--out", tmp_path / "none", code=2)
         assert err.splitlines()[-1].startswith(message), err
         assert not (tmp_path / "none").exists()
+
+
+def test_a_student_is_compared_alone_and_distilled(tmp_path):
+    draw, words = random.Random(0), ("tasty fresh lovely great", "stale awful bitter poor")
+    path, out_folder = tmp_path / "a.tsv", tmp_path / "out"
+    rows = [
+        f"{('good', 'bad')[i % 2]}\t{' '.join(draw.choices(words[i % 2].split(), k=5))} n{i}\n"
+        for i in range(96)
+    ]
+    path.write_text("".join(rows))
+    args = [*FRESH, "--data", path, *"--lengths 16 --steps 6 --warmup 1 --seeds 1".split()]
+    args += ["--precision", "fp32", "--teacher-weights", "int8", "--student-layers", 1]
+    run("distil", *args, "--hidden", 1, "--relations", 1, "--out", out_folder)
+    require_report(out_folder, ("loss.png",), ("alone", "fp32 of int8"))
+    assert "| teacher, int8 |" in (out_folder / "report.md").read_text()
+    for bad, message in (
+        (["--teacher-weights", "int9"], "error: teacher_weights: 'int9'"),
+        (["--temperature", "0"], "error: temperature: 0"),
+        (["--student-layers", "7"], "error: distillation: the student has 7 layers, the teacher 1"),
+        (["--soft", "0"], "error: distillation: soft=0 leaves the teacher out"),
+    ):
+        _, err = run("distil", *args, *bad, "--out", tmp_path / "none", code=2)
+        assert err.splitlines()[-1].startswith(message), err
+        assert not (tmp_path / "none").exists()
+
+
+def test_a_student_of_language_learns_from_stored_answers(text, tmp_path):
+    args = [*FRESH, "--task", "lm", "--data", text, "--batch", 4, "--lengths", 16, "--steps", 4]
+    args += "--vocabulary 300 --warmup 1 --seeds 1 --precision fp32 --teacher-weights f32 --top 8".split()
+    run("distil", *args, "--student-width", 16, "--out", tmp_path / "a")
+    arms = ("alone", "fp32 of f32", "fp32 of stored top 8")
+    require_report(tmp_path / "a", ("loss.png",), arms)
 
 
 def test_a_tagger_is_compared_with_the_most_frequent_tag(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -214,7 +215,7 @@ def page_of(
     again: Again = lambda *_: False,
 ) -> tuple[Path, Settings]:  # fmt: skip
     """Returns the folder of a run and its manifest."""
-    folder = out / label.replace(":", "_").replace("/", "_") / f"seed{seed}"
+    folder = out / re.sub("[:/ ]", "_", label) / f"seed{seed}"
     settings = launch.settings(config, seed=seed, fresh=config.fresh or again(label, seed))
     products = launch.products(model, config.batch * max(config.lengths))
     return folder, manifest(schedule.first, settings, model.paths, products, schedule=schedule)
@@ -223,7 +224,8 @@ def page_of(
 def run_arm(
     label: str, config: Any, task: Task, start: Beginning, examples: Sequence[Example],
     vocabulary: int, judge: Judge, out: Path, keep: Keep = lambda *_: None,
-    change: Change = lambda batch, draw: batch, again: Again = lambda *_: False,
+    change: Change = lambda batch, draw: batch, again: Again = lambda *_: False, name: str = "",
+    reference: str = "",
 ) -> Arm:  # fmt: skip
     """Trains one arm under each seed; its step is compiled once for each length.
 
@@ -240,7 +242,10 @@ def run_arm(
       change: of each batch, as `bucket_batches` takes it, such as masking.
       again: (label, seed) -> whether a run that has ended is trained again, because `keep` or
         `judge` leaves more of it than its scores.
+      name: of the arm, if another than its label.
+      reference: the arm that it is compared with, if another than the first Precision.
     """
+    name = name or label
     schedule = read_schedule(label, config.steps)
     model = start.model(schedule.first, vocabulary)
     _, step = build(
@@ -249,23 +254,23 @@ def run_arm(
     assert step.init is not None
     scores, correct, records, bytes_each = [], [], [], 0.0
     for seed in range(config.seeds):
-        folder, page = page_of(label, config, schedule, model, seed, out, again)
+        folder, page = page_of(name, config, schedule, model, seed, out, again)
         if ended := finished.begin(folder, page, CHOOSING, console):
             found, history = ended
             right = np.array(found.pop("correct"))
         else:
-            params = start.params(model, seed)
             state = step.init(seed)
+            params = state.params | start.params(model, seed)  # the objective's own weights stay
             state = state._replace(params=params, opt_state=step.optimizer.init(params, seed))
             with finished.recording(
-                folder, page, label, f"{label}, seed {seed}", config.steps, console
+                folder, page, name, f"{name}, seed {seed}", config.steps, console
             ) as (writer, report, history):
                 data = bucket_batches(
                     examples, batch=config.batch, seed=seed, lengths=config.lengths, change=change
                 )
                 state = fit(state, step, data, steps=config.steps, report=report)
             found, right = judge(state.params)
-            keep(label, seed, model, state.params)
+            keep(name, seed, model, state.params)
             writer.write({"step": config.steps, "validation_loss": found["loss"]} | found)
             writer.close()
             found = found | {"bytes_per_parameter": bytes_per_parameter(state)}
@@ -275,8 +280,10 @@ def run_arm(
         correct.append(right)
         records.append(history)
     losses = [found["loss"] for found in scores]
-    outcome = finished.outcome_of(label, config.precision[0], losses, records, bytes_each)
-    return Arm(label, tuple(scores), np.stack(correct), outcome)
+    outcome = finished.outcome_of(
+        name, reference or config.precision[0], losses, records, bytes_each
+    )
+    return Arm(name, tuple(scores), np.stack(correct), outcome)
 
 
 def raw_optimizer(config: Any) -> optax.GradientTransformation:

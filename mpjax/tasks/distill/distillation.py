@@ -420,6 +420,12 @@ def _hidden(
     pairs: Layers,
     keep: Array,
 ) -> Array:
+    if OWN not in params:
+        raise ConfigError(
+            f"distillation: the weights have no {OWN!r}, the projections of hidden states; train"
+            f" the params of mpjax.train.build, and where other weights take the model's place, keep"
+            f" them: params = state.params | other"
+        )
     weights, total = keep.astype(jnp.float32), jnp.float32(0)
     for one, other in pairs:
         projection = params[OWN][f"layer_{one}"]

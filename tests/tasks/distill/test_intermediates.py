@@ -205,6 +205,8 @@ def test_mistakes_are_one_line() -> None:
          "the student has 4 layers, the teacher 2; name the pairs"),
         (lambda: Distillation(Language(), speaks, speaks.init(jax.random.key(0)), hidden=1.0)
          .objective(network), "is a recurrent network"),
+        (lambda: own.objective(student)(student.init(jax.random.key(0)), texts()),
+         "the weights have no 'distillation'"),
         (lambda: student.collecting("query"), "unknown 'query'; known: hidden queries"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message) as caught:
