@@ -68,7 +68,7 @@ class Config(finetune.Tuning):
     teacher_weights: tuple[str, ...] = ("f32", "int8", "int4@32")
     """How the teacher's weights are stored; the first one teaches every student."""
     student_layers: int = 0
-    """Blocks of the student; 0 is half of the teacher's."""
+    """Blocks of the student; 0: half of the teacher's, or --layers beside a checkpoint of `lm`."""
     student_width: int = 256
     """Width of a student of language; a classifier takes weights of the teacher's own layers."""
     temperature: float = 2.0
@@ -151,6 +151,14 @@ class Course:
     score: str
 
 
+def distilled(config: Config, task: Any, teacher: Any, params: Params) -> Distillation:
+    """The task of a student beside a teacher."""
+    return Distillation(
+        task, teacher, params, config.temperature, config.soft, config.hard,
+        hidden=config.hidden, relations=config.relations, relation_heads=teacher.config.heads,
+    )  # fmt: skip
+
+
 def trained(
     config: Config, task: Any, start: finetune.Beginning, examples: Sequence[Example],
     vocabulary: int, judge: finetune.Judge,
@@ -188,9 +196,11 @@ def classify(config: Config) -> Course:
         return judged
 
     half = Half(start, config.student_layers)
+    whole, student = (one.model("fp32", pieces.vocab_size) for one in (start, half))
+    even_layers(student.config.layers, whole.config.layers)
+    distilled(config, task, whole, {}).objective(student)  # before the teacher is trained
     finetune.check_arms(config, task, half, pieces.vocab_size)
     launch.writable(config.out)
-    whole = start.model("fp32", pieces.vocab_size)
     teacher = trained(config, task, start, examples, pieces.vocab_size, judge(whole))
     return Course(task, half, teacher, examples, pieces.vocab_size, judge, "accuracy")
 
@@ -232,16 +242,16 @@ def speak(config: Config) -> Course:
 
         return judged
 
-    vocabulary = corpus.tokenizer.vocab_size
+    large = Speaker(config.layers, config.width, config)
+    model = teacher[0] if teacher else large.model("fp32", corpus.tokenizer.vocab_size)
+    vocabulary = model.config.vocabulary
+    layers = config.student_layers or (config.layers if teacher else max(1, config.layers // 2))
+    student = Speaker(layers, min(config.student_width, model.config.width), config)
+    finetune.check_arms(config, task, student, vocabulary)
+    distilled(config, task, model, {}).objective(student.model("fp32", vocabulary))
     if teacher is None:
-        large = Speaker(config.layers, config.width, config)
-        model = large.model("fp32", vocabulary)
         teacher = trained(config, task, large, examples, vocabulary, judge(model))
-    layers = config.student_layers or max(1, teacher[0].config.layers // 2)
-    width = min(config.student_width, teacher[0].config.width)
-    student = Speaker(layers if name == "none" else config.layers, width, config)
-    finetune.check_arms(config, task, student, teacher[0].config.vocabulary)
-    return Course(task, student, teacher, examples, teacher[0].config.vocabulary, judge, "loss")
+    return Course(task, student, teacher, examples, vocabulary, judge, "loss")
 
 
 def run(config: Config, course: Course) -> tuple[list[finetune_report.Arm], dict[str, float]]:
@@ -258,15 +268,13 @@ def run(config: Config, course: Course) -> tuple[list[finetune_report.Arm], dict
             config.out, name=name, reference="alone",
         )  # fmt: skip
 
-    def distilled(weights: str) -> Distillation:
-        held = params if weights == "f32" else quantize_weights(params, weights)
-        return Distillation(
-            course.task, model, held, config.temperature, config.soft, config.hard,
-            hidden=config.hidden, relations=config.relations,
-            relation_heads=judging.config.heads,
-        )  # fmt: skip
-
-    teachers = {weights: distilled(weights) for weights in config.teacher_weights}
+    teachers = {
+        weights: distilled(
+            config, course.task, model,
+            params if weights == "f32" else quantize_weights(params, weights),
+        )
+        for weights in config.teacher_weights
+    }  # fmt: skip
     scores = {
         weights: course.judge(model)(task.params)[0][course.score]
         for weights, task in teachers.items()

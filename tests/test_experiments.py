@@ -549,8 +549,9 @@ def test_a_student_is_compared_alone_and_distilled(tmp_path):
 
 def test_a_student_of_language_learns_from_stored_answers(text, tmp_path):
     args = [*FRESH, "--task", "lm", "--data", text, "--batch", 4, "--lengths", 16, "--steps", 4]
-    args += "--vocabulary 300 --warmup 1 --seeds 1 --precision fp32 --teacher-weights f32 --top 8".split()
-    run("distil", *args, "--student-width", 16, "--out", tmp_path / "a")
+    args += "--vocabulary 300 --warmup 1 --seeds 1 --precision fp32".split()
+    args += "--teacher-weights f32 --top 8 --student-width 16".split()
+    run("distil", *args, "--out", tmp_path / "a")
     arms = ("alone", "fp32 of f32", "fp32 of stored top 8")
     require_report(tmp_path / "a", ("loss.png",), arms)
 

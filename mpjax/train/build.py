@@ -90,6 +90,7 @@ def build(
         first = getattr(model, "init_state", lambda: None)
         trained = objective(model)
         own = trained.init if isinstance(trained, Objective) else None
+        frozen = trained.frozen if isinstance(trained, Objective) else None
 
         def draw(seed: ArrayLike) -> Params:
             key = jax.random.key(seed)
@@ -103,7 +104,7 @@ def build(
         if own is not None and axes is not None:
             axes = axes | whole(jax.eval_shape(own, jax.random.key(0)))
         shardings = None if mesh is None else state_shardings(abstract, axes, mesh)
-        require_room(abstract, shardings)
+        require_room(abstract, shardings, frozen)
         step = make_train_step(
             trained, wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
         )

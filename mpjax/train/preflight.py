@@ -28,12 +28,15 @@ def free_bytes(device: jax.Device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def require_room(state: TrainState, shardings: TrainState | None = None) -> int:
+def require_room(
+    state: TrainState, shardings: TrainState | None = None, frozen: PyTree = None
+) -> int:
     """Checks that weights, optimizer state and gradients fit, without activations.
 
     Args:
       state: an abstract TrainState.
       shardings: of its leaves, or None on one device.
+      frozen: arrays that the step reads; those that are not on its devices are copied to each.
 
     Returns:
       Bytes needed on each device (hosts' CPU devices share one memory, and count together).
@@ -65,6 +68,10 @@ def require_room(state: TrainState, shardings: TrainState | None = None) -> int:
     need = size(state, shardings)
     need += size(state.params, None if shardings is None else shardings.params)  # gradients
     devices = jax.devices() if shardings is None else list(jax.tree.leaves(shardings)[0].device_set)
+    there = set(devices[:1] if shardings is None else devices)
+    for x in jax.tree.leaves(frozen):
+        if not isinstance(x, jax.Array) or (shardings is not None and x.devices() != there):
+            need += x.nbytes
     local = [d for d in devices if d.process_index == jax.process_index()]
     if local[0].platform == "cpu" and shardings is not None:
         need *= len(local)
@@ -73,7 +80,7 @@ def require_room(state: TrainState, shardings: TrainState | None = None) -> int:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
         raise ConfigError(
             f"memory: {count:.3g} parameters need {need / 1e9:.1f} GB for weights, optimizer state"
-            f" and gradients, {free / 1e9:.1f} GB is free on {local[0].device_kind}; choose a"
+            f"{', frozen arrays' if frozen is not None else ''} and gradients, {free / 1e9:.1f} GB is free on {local[0].device_kind}; choose a"
             " smaller model, cut it with --mesh fsdp=N over more devices, or store less"
             " (pure-bf16, moments=bf16)"
         )

@@ -423,8 +423,8 @@ def _hidden(
     if OWN not in params:
         raise ConfigError(
             f"distillation: the weights have no {OWN!r}, the projections of hidden states; train"
-            f" the params of mpjax.train.build, and where other weights take the model's place, keep"
-            f" them: params = state.params | other"
+            " the params of mpjax.train.build, and where other weights take the model's place, keep"
+            " them: params = state.params | other"
         )
     weights, total = keep.astype(jnp.float32), jnp.float32(0)
     for one, other in pairs:
