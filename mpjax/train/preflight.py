@@ -78,10 +78,11 @@ def require_room(
     free = free_bytes(local[0])
     if need > free:
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+        other = "" if frozen is None else ", frozen arrays"
         raise ConfigError(
             f"memory: {count:.3g} parameters need {need / 1e9:.1f} GB for weights, optimizer state"
-            f"{', frozen arrays' if frozen is not None else ''} and gradients, {free / 1e9:.1f} GB is free on {local[0].device_kind}; choose a"
-            " smaller model, cut it with --mesh fsdp=N over more devices, or store less"
+            f"{other} and gradients, {free / 1e9:.1f} GB is free on {local[0].device_kind}; choose"
+            " a smaller model, cut it with --mesh fsdp=N over more devices, or store less"
             " (pure-bf16, moments=bf16)"
         )
     return need
