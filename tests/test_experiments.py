@@ -24,7 +24,7 @@ SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger", "translate",
-    "pretrain_bert", "chat",
+    "pretrain_bert", "chat", "stages",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -603,6 +603,102 @@ def test_an_encoder_decoder_is_compared_with_a_lexicon(tmp_path):
         _, err = run("translate", *args, *bad, "--out", tmp_path / "none", code=2)
         assert err.splitlines()[-1].startswith(message), err
         assert not (tmp_path / "none").exists()
+
+
+PLAN = """
+[model]
+family = "encoder"
+size = "bert-tiny"
+layers = 2
+width = 16
+heads = 2
+
+[[stage]]
+name = "pretrain"
+kind = "masked"
+data = "{texts}"
+tokenizer = "wordpiece:90"
+precision = "bf16"
+steps = 4
+batch = 4
+lengths = [16]
+lines = 10
+
+[[stage]]
+name = "continue"
+kind = "masked"
+data = "{texts}"
+take = "weights+moments"
+steps = 4
+batch = 4
+lengths = [16]
+lines = 10
+
+[[stage]]
+name = "tune"
+kind = "classify"
+data = "{labelled}"
+precision = "fp16"
+steps = 6
+batch = 8
+lengths = [16]
+
+[[stage]]
+name = "half"
+kind = "layers"
+layers = [1]
+
+[[stage]]
+name = "student"
+kind = "distil"
+teacher = "tune"
+precision = "late:fp8:bf16:0.5"
+steps = 4
+batch = 8
+
+[[stage]]
+name = "sparse"
+kind = "prune"
+sparsity = 0.5
+steps = 8
+batch = 8
+
+[[stage]]
+name = "int8"
+kind = "quantise"
+"""
+
+
+def test_a_plan_of_stages_is_run_and_taken_as_it_is_the_next_time(tmp_path):
+    draw, texts, labelled = random.Random(0), tmp_path / "texts", tmp_path / "a.tsv"
+    texts.mkdir()
+    for i in range(8):
+        own = [f"{c}{i % 4}" for c in "abcdefghij"]
+        lines = "".join(f"{' '.join(draw.choices(own, k=5))}\n" for _ in range(30))
+        (texts / f"{i}.txt").write_text(lines)
+    labelled.write_text("".join(f"{'xy'[i % 2]}\ta{i % 4} b{i % 2} c{i}\n" for i in range(80)))
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN.format(texts=texts, labelled=labelled))
+    out = tmp_path / "out"
+    shown, err = run("stages", "--plan", plan, "--out", out, "--save-every", 3)
+    names = ("pretrain", "continue", "tune", "half", "student", "sparse", "int8")
+    require_report(out, ("loss.png",), names)
+    found = json.loads((out / "results.json").read_text())
+    assert all(0 < one["validation_loss"] < 20 for one in found.values())
+    assert 0 <= found["int8"]["accuracy"] <= 1 and "masked_accuracy" in found["pretrain"]
+    kinds = {path: what for path, what, _ in found["tune"]["taken"]}
+    assert kinds["encoder/layers"] == "taken" and kinds["encoder/masked"] == "dropped"
+    assert kinds["encoder/class"] == "anew"
+    assert "| moments | taken |" in err and "| encoder/class | anew |" in err
+    for name, steps in zip(names, (4, 4, 6, 0, 4, 8, 0), strict=True):
+        numbers = [r["step"] for r in read(out / name) if "loss" in r]
+        assert numbers == list(range(1, steps + 1))
+    before = {path: path.read_bytes() for path in out.rglob("done.json")}
+    changed = plan.read_text().replace("sparsity = 0.5", "sparsity = 0.6")
+    plan.write_text(changed)
+    _, err = run("stages", "--plan", plan, "--out", out, code=2)
+    assert "error: stages: " in err and "sparse.sparsity was 0.5 at the save, is 0.6 now" in err
+    assert {path: path.read_bytes() for path in out.rglob("done.json")} == before
 
 
 @pytest.fixture(scope="module")

@@ -178,12 +178,19 @@ def _require_moments(
 ) -> None:
     found = match_leaves(part, saved, nodes)
     lacking = [n for n, s in found.sources.items() if n.startswith(_MOMENTS) and s is None]
+    used = {name for name in found.sources.values() if name}
     for root in found.roots:
-        lacking += [f"{root.path}/{part}" for part in root.parts() if part not in root.saved]
-    if lacking:
+        lacking += [f"{root.path}/{name}" for name in root.parts() if name not in root.saved]
+        used |= {name for name, _ in root.saved.values()} | {f"{root.path}/draws"}
+    more = [
+        n for n in saved
+        if n.startswith(_MOMENTS) and not used & {n, n.rpartition("/")[0]}  # codes, absmax below it
+    ]  # fmt: skip
+    if lacking or more:
+        what = f"has no {lacking[0]}" if lacking else f"has {more[0]}, which is not here"
         raise ConfigError(
-            f"{where}: the optimizer states do not fit, {source!r} has no"
-            f" {lacking[0]}; set take=weights, or give both stages one optimizer and model"
+            f"{where}: the optimizer states do not fit, {source!r} {what}; set take=weights, or give"
+            " both stages one optimizer and model"
         )
 
 
