@@ -53,7 +53,7 @@ class Config:
 
 def rows(parts: list[Part], ended: dict[str, Finished]) -> list[tuple[str, ...]]:
     """A line of the report for each stage that has ended."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for part in parts[: len(ended)]:
         stage, done = part.stage, ended[part.stage.name]
         take = f"{getattr(stage, 'take', '') or 'weights'} of {stage.source}"

@@ -128,10 +128,9 @@ class Part:
             heads = [one.work.model for one in (self, self.source)]
             if heads[0] != heads[1] and heads[0].get("head") == heads[1].get("head"):
                 new = ("encoder/class",)  # of other classes, however many
+        reads: tuple[str, ...] = () if self.trains else (stage.source,)
         if isinstance(stage, Distil):
             reads = (stage.teacher,)
-        else:
-            reads = () if self.trains else (stage.source,)
         return Stage(
             stage.name, self.make, getattr(stage, "take", "") if taken else "nothing",
             stage.source if taken else "", reads, new, settings,

@@ -31,7 +31,7 @@ from mpjax.data import (
     train_wordpiece,
     validation_batches,
 )
-from mpjax.data.chat.instructions import instruction_examples
+from mpjax.data.chat import instruction_examples
 from mpjax.data.masking import masking
 from mpjax.errors import ConfigError, need
 from mpjax.tasks import Language, MaskedLanguage, TextClassification

@@ -177,7 +177,7 @@ UNFIT = {
     "moments that do not fit": ("steps = 6", 'steps = 6\noptimizer = "lion"', "do not fit, 'lm'"),
     "another width": ("steps = 6", "steps = 6\nmodel = { width = 32 }", "stage 'more': decoder/"),
     "a temperature of 0": ('teacher = "answer"', 'teacher = "answer"\ntemperature = 0',
-                           "stage 'student': distillation: temperature=0"),
+                           "stage 'student': divergence: temperature=0.0"),
     "an unknown storage": (INT8, f'{INT8}\nstorage = "int5"', "stage 'int8': weights: 'int5'"),
     "a sparsity of all": (SPARSE, "sparsity = 1.5", "stage 'sparse': prune: sparsity=1.5"),
     "layers that are not": (INT8, 'name = "int8"\nkind = "layers"\nlayers = [2]',

@@ -64,13 +64,27 @@ class Finished:
     taken: TakeOver | None
     params: Params = dataclasses.field(repr=False, compare=False)
 
+    def checkpoint(self) -> CheckpointReader:
+        """Returns the checkpoints of the stage, whose newest is that at its end.
+
+        Raises:
+          ConfigError: that at the end is damaged.
+        """
+        reader = CheckpointReader(self.folder / CHECKPOINTS)
+        if _newest_good(reader, self.name, self.folder) != self.steps:
+            raise ConfigError(
+                f"stage {self.name!r}: the checkpoint at its end is damaged; remove"
+                f" {self.folder / DONE}, and its last steps are trained again to the same results"
+            )
+        return reader
+
     def weights(self) -> Params:
         """Reads the weights at the end, as stored, onto the first device.
 
         Raises:
           ConfigError: the checkpoint is damaged, or holds other weights than the plan makes.
         """
-        reader = CheckpointReader(self.folder / CHECKPOINTS)
+        reader = self.checkpoint()
         tree = {"params": self.params}
         wanted = leaves.named_leaves(tree)
         saved = {n: leaves.describe(x) for n, x in reader.read_leaves(self.steps).items()}
@@ -134,7 +148,7 @@ def run_stages(
         raise ConfigError(
             f"stages: {jax.process_count()} processes are joined, and a plan runs in one; start one"
         )
-    folder = Path(folder)
+    stages, folder = tuple(stages), Path(folder)
     outlines = check_stages(stages)
     _begin(stages, folder)
     ended: dict[str, Finished] = {}
@@ -210,6 +224,16 @@ def _scores(own: Path) -> dict[str, float] | None:
     return {name: value for name, value in records[0].items() if name != "steps"}
 
 
+def _newest_good(reader: CheckpointReader, name: str, own: Path) -> int:
+    try:
+        return reader.newest_good()
+    except ConfigError:
+        raise ConfigError(
+            f"stage {name!r}: no checkpoint in {reader.directory} is whole; remove {own}, and the"
+            " stage begins anew with the same results"
+        ) from None
+
+
 def _judged(judge: Judge | None, params: Params) -> dict[str, float]:
     return {} if judge is None else {name: float(x) for name, x in judge(params).items()}
 
@@ -248,7 +272,9 @@ class _Run:
             saver = stack.enter_context(Checkpointer(self.own / CHECKPOINTS, keep=self.keep))
             start, scores = 0, dict[str, float]()
             if saver.steps():
-                state, meta, start = saver.restore(made.state, step=self._newest(saver))
+                state, meta, start = saver.restore(
+                    made.state, step=_newest_good(saver, name, self.own)
+                )
                 data.set_state(meta["data"])
                 scores = meta["scores"]
                 log.info("stage %s: goes on from step %d of %d", name, start, steps)
@@ -257,7 +283,7 @@ class _Run:
             else:
                 assert self.outline.taken is not None
                 log.info("stage %s\n%s", name, self.outline.taken)
-                where = self.source.folder / CHECKPOINTS
+                where = self.source.checkpoint().directory
                 state = take_over(self.stage, made, self.outline.taken, where)
             step, judge = made.step, made.judge
             del made  # and with it a state that may not be the one that is trained
@@ -288,12 +314,3 @@ class _Run:
             self.report(self.stage.name, record)
 
         return report
-
-    def _newest(self, saver: Checkpointer) -> int:
-        try:
-            return saver.newest_good()
-        except ConfigError:
-            raise ConfigError(
-                f"stage {self.stage.name!r}: no checkpoint in {saver.directory} is whole; remove"
-                f" {self.own}, and the stage begins anew with the same results"
-            ) from None

@@ -87,9 +87,9 @@ class Stage:
       make: weights of the stages in `reads`, by name -> the `Training` or `Edit`. It is called
         once without numbers, so that all stages are checked before the first begins, and once
         when the stage's turn comes.
-      take: what a training starts with: `nothing` of others, `weights`, or `weights+moments`, the
-        state of the optimizer and its counts too, and the loss scale where its settings are the
-        same.
+      take: what a training starts with: `nothing` of others, `weights` and what the model threads
+        through itself, or `weights+moments`, the state of the optimizer and its counts too, and the
+        loss scale where its settings are the same.
       source: the earlier stage that it is taken from.
       reads: earlier stages whose weights `make` reads, such as a teacher's.
       new: patterns of weights that begin anew although the source has them, such as a head for

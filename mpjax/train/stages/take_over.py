@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,7 +22,7 @@ from mpjax.train.stages.stage import Stage, Training
 from mpjax.train.step import TrainState
 from mpjax.typing import PyTree
 
-_WEIGHTS, _MOMENTS = "params/", "opt_state/inner"
+_WEIGHTS, _THREADED, _MOMENTS = "params/", "model_state/", "opt_state/inner"
 
 
 class TakeOver(NamedTuple):
@@ -55,7 +55,8 @@ class TakeOver(NamedTuple):
     def __str__(self) -> str:
         rows = [(path, kind, f"{count:,}") for path, kind, count in self.rows()]
         rows.append(("moments", "taken" if self.moments else "anew", ""))
-        rows.append(("loss scale", "taken" if self.loss_scale else "anew", ""))
+        if self.loss_scale:
+            rows.append(("loss scale", "taken", ""))
         return table(("weights", f"of {self.source}", "numbers"), rows)
 
 
@@ -84,23 +85,25 @@ class _Source(CheckpointReader):
 
 
 def _without(saved: Shapes, new: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    def begins_anew(name: str) -> bool:
-        parts = name.split("/")
-        tails = ["/".join(parts[start:]) for start in range(1, len(parts))]
-        return any(matches(pattern, tail) for pattern in new for tail in tails)
+    return {name: leaf for name, leaf in saved.items() if not _begins_anew(name, new)}
 
-    return {name: leaf for name, leaf in saved.items() if not begins_anew(name)}
+
+def _begins_anew(name: str, new: tuple[str, ...]) -> bool:
+    """Whether a pattern matches a leaf's path, or the weight's in that of a copy of it."""
+    parts = name.split("/")
+    tails = ["/".join(parts[start:]) for start in range(1, len(parts))]
+    return any(matches(pattern, tail) for pattern in new for tail in tails)
 
 
 def _part(state: TrainState, moments: bool, loss_scale: bool) -> dict[str, PyTree]:
     """What of a fresh state is taken over, under the paths that a checkpoint has."""
     own = state.opt_state
-    carried = {"update_state": own.update_state}
+    carried: dict[str, PyTree] = {"update_state": own.update_state}
     if moments:
         carried["inner"] = own.inner
     if loss_scale:
         carried["loss_scale"] = own.loss_scale
-    part = {"params": state.params, "opt_state": carried}
+    part: dict[str, PyTree] = {"params": state.params, "opt_state": carried}
     return part if state.model_state is None else part | {"model_state": state.model_state}
 
 
@@ -122,21 +125,20 @@ def match(stage: Stage, fresh: TrainState, source: PyTree) -> TakeOver:
         raise ConfigError(
             f"{where}: {stage.source!r} trains nothing and has no moments; set take=weights"
         )
-    scale = moments and jax.tree.structure(source.opt_state.loss_scale) == jax.tree.structure(
-        fresh.opt_state.loss_scale
-    )
+    scale = moments and _same_scale(fresh, source)
     part, held = _part(fresh, moments, scale), named_leaves(source)
-    own = {n: leaf for n, leaf in named_leaves(part).items() if n.startswith(_WEIGHTS)}
+    named = {n: x for n, x in named_leaves(part).items() if n.startswith((_WEIGHTS, _THREADED))}
+    own = {name: leaf for name, leaf in named.items() if name.startswith(_WEIGHTS)}
     paths = [name.removeprefix(_WEIGHTS) for name in own]
     for pattern in stage.new:
-        if not any(matches(pattern, path) for path in paths):
+        if not any(_begins_anew(name, (pattern,)) for name in named):
             parents = {path.rpartition("/")[0] for path in paths} - {""}
             raise ConfigError(
                 f"{where}: new={pattern} matches no weight; {nearest(pattern, [*parents, *paths])}"
             )
     saved = _without(held, stage.new)
-    for name, leaf in own.items():
-        path = name.removeprefix(_WEIGHTS)
+    for name, leaf in named.items():
+        path = name.removeprefix(_WEIGHTS).removeprefix(_THREADED)
         if f"{name}/values" in saved:
             raise ConfigError(
                 f"{where}: {path} is quantised in {stage.source!r}, which cannot be trained on;"
@@ -173,6 +175,15 @@ def _counts(named: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
     }
 
 
+def _same_scale(fresh: TrainState, source: TrainState) -> bool:
+    """Whether both have a loss scale of the same settings, which a schedule keeps elsewhere."""
+    if fresh.switch is not None or source.switch is not None:
+        return False
+    scales = [state.opt_state.loss_scale for state in (fresh, source)]
+    kinds: list[Any] = [jax.tree.structure(scale) for scale in scales]
+    return kinds[0] == kinds[1] and bool(jax.tree.leaves(scales))
+
+
 def _require_moments(
     where: str, source: str, part: PyTree, saved: Shapes, nodes: Mapping[str, str]
 ) -> None:
@@ -189,8 +200,8 @@ def _require_moments(
     if lacking or more:
         what = f"has no {lacking[0]}" if lacking else f"has {more[0]}, which is not here"
         raise ConfigError(
-            f"{where}: the optimizer states do not fit, {source!r} {what}; set take=weights, or give"
-            " both stages one optimizer and model"
+            f"{where}: the optimizer states do not fit, {source!r} {what}; set take=weights, or"
+            " give both stages one optimizer and model"
         )
 
 
@@ -202,10 +213,16 @@ def take_over(stage: Stage, made: Training, taken: TakeOver, directory: Path) ->
       made: what it trains.
       taken: what `match` returned.
       directory: checkpoints of the source.
+
+    Raises:
+      ConfigError: a number overflows the dtype that it is stored in here.
     """
     state = made.state
     part = _part(state, taken.moments, taken.loss_scale)
-    part, _ = restore_into(part, _Source(directory, stage.new))
+    try:
+        part, _ = restore_into(part, _Source(directory, stage.new))
+    except ConfigError as error:
+        raise ConfigError(f"stage {stage.name!r}: {error}") from None
     carried = part["opt_state"]
     if not taken.moments:  # some optimizers begin with copies of the weights
         shardings = made.step.shardings

@@ -38,7 +38,7 @@ def kill_at(name: str, step: int) -> Any:
 
 
 def test_each_stage_is_logged_once_and_skips_are_among_its_steps(whole):
-    for name in ("first", "then", "last"):
+    for name in ("first", "then"):
         records = [json.loads(line) for line in whole[1][f"{name} log"]]
         assert [r["step"] for r in records] == [*range(1, STEPS + 1), STEPS]
         assert "validation_loss" in records[-1] and "loss" not in records[-1]
@@ -49,7 +49,7 @@ def test_each_stage_is_logged_once_and_skips_are_among_its_steps(whole):
 
 
 @pytest.mark.parametrize(
-    ("name", "step"), [("first", 1), ("first", 5), ("then", 3), ("small", 0), ("last", STEPS)]
+    ("name", "step"), [("first", 1), ("first", 5), ("small", 0), ("then", STEPS)]
 )
 def test_a_killed_plan_goes_on_to_the_same_bits(whole, tmp_path, name, step):
     with pytest.raises(Killed):
@@ -77,12 +77,12 @@ def test_a_kill_between_the_last_save_and_the_marker_loses_nothing(whole, tmp_pa
 
 def test_a_position_that_is_lost_is_noticed(whole, tmp_path):
     with pytest.raises(Killed):
-        run(tmp_path, report=kill_at("last", 5))
+        run(tmp_path, report=kill_at("then", 5))
     with mock.patch.object(Data, "set_state", lambda self, state: None):
         run(tmp_path)
     found = bits(tmp_path)
     odd = {key.split("/")[0].split()[0] for key in found if found[key] != whole[1][key]}
-    assert odd == {"last"}
+    assert odd == {"then"}
 
 
 def test_a_plan_stops_when_asked_and_is_taken_as_it_is_when_it_has_ended(whole, tmp_path):
@@ -92,7 +92,7 @@ def test_a_plan_stops_when_asked_and_is_taken_as_it_is_when_it_has_ended(whole, 
         asked.append(1)
         return "SIGTERM" if len(asked) == STEPS + 3 else None
 
-    assert list(run(tmp_path, stop=stop)) == ["first"]
+    assert list(run(tmp_path, stop=stop)) == ["first", "small"]
     ended = run(tmp_path)
     assert bits(tmp_path) == whole[1]
     with mock.patch.object(Data, "__next__", None):  # nothing is trained again
@@ -110,15 +110,15 @@ def test_stages_can_be_added_behind_and_nothing_else_changed(whole, tmp_path):
         "first.lr was 0.01 at the save, is 0.1 now": dataclasses.replace(
             first, settings={"lr": 0.1}
         ),
-        "the stages were first then small last and are second then": dataclasses.replace(
+        "the stages were first small then and are second small": dataclasses.replace(
             first, name="second"
         ),
     }
     for part, stage in other.items():
-        rest = [dataclasses.replace(PLAN[1], source=stage.name), *PLAN[2:]]
+        rest = [dataclasses.replace(PLAN[1], reads=(stage.name,)), PLAN[2]]
         with pytest.raises(ConfigError, match=part):
             run(tmp_path, [stage, *rest])
-    with pytest.raises(ConfigError, match="the stages were first then small last and are first"):
+    with pytest.raises(ConfigError, match="the stages were first small then and are first"):
         run(tmp_path, PLAN[:1])
     saved = json.loads(before)
     saved["environment"]["jax_enable_x64"] = True
@@ -143,6 +143,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_named_where_none_is_whole(whole
         run(tmp_path / "b", report=kill_at("first", 5))
     for path in tmp_path.glob("b/first/checkpoints/*/digest.json"):
         path.unlink()
+    with pytest.raises(ConfigError, match="'first': the checkpoint at its end is damaged; remove"):
+        (tmp_path / "first/checkpoints/6/digest.json").unlink()
+        run(tmp_path)["first"].weights()
     with pytest.raises(ConfigError, match="no checkpoint in .* is whole; remove .*first, and"):
         run(tmp_path / "b")
 
