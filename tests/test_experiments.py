@@ -609,7 +609,7 @@ PLAN = """
 [model]
 family = "encoder"
 size = "bert-tiny"
-layers = 2
+layers = 1
 width = 16
 heads = 2
 
@@ -625,16 +625,6 @@ lengths = [16]
 lines = 10
 
 [[stage]]
-name = "continue"
-kind = "masked"
-data = "{texts}"
-take = "weights+moments"
-steps = 4
-batch = 4
-lengths = [16]
-lines = 10
-
-[[stage]]
 name = "tune"
 kind = "classify"
 data = "{labelled}"
@@ -642,26 +632,6 @@ precision = "fp16"
 steps = 6
 batch = 8
 lengths = [16]
-
-[[stage]]
-name = "half"
-kind = "layers"
-layers = [1]
-
-[[stage]]
-name = "student"
-kind = "distil"
-teacher = "tune"
-precision = "late:fp8:bf16:0.5"
-steps = 4
-batch = 8
-
-[[stage]]
-name = "sparse"
-kind = "prune"
-sparsity = 0.5
-steps = 8
-batch = 8
 
 [[stage]]
 name = "int8"
@@ -680,24 +650,24 @@ def test_a_plan_of_stages_is_run_and_taken_as_it_is_the_next_time(tmp_path):
     plan = tmp_path / "plan.toml"
     plan.write_text(PLAN.format(texts=texts, labelled=labelled))
     out = tmp_path / "out"
-    shown, err = run("stages", "--plan", plan, "--out", out, "--save-every", 3)
-    names = ("pretrain", "continue", "tune", "half", "student", "sparse", "int8")
-    require_report(out, ("loss.png",), names)
+    _, err = run("stages", "--plan", plan, "--out", out, "--save-every", 3)
+    report = (out / "report.md").read_text()
+    assert "| tune | classify | weights of pretrain | fp16 | 6 |" in report
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((out / "results.json").read_text())
     assert all(0 < one["validation_loss"] < 20 for one in found.values())
     assert 0 <= found["int8"]["accuracy"] <= 1 and "masked_accuracy" in found["pretrain"]
     kinds = {path: what for path, what, _ in found["tune"]["taken"]}
     assert kinds["encoder/layers"] == "taken" and kinds["encoder/masked"] == "dropped"
     assert kinds["encoder/class"] == "anew"
-    assert "| moments | taken |" in err and "| encoder/class | anew |" in err
-    for name, steps in zip(names, (4, 4, 6, 0, 4, 8, 0), strict=True):
+    assert "| encoder/class | anew |" in err and "| moments | anew |" in err
+    for name, steps in (("pretrain", 4), ("tune", 6), ("int8", 0)):
         numbers = [r["step"] for r in read(out / name) if "loss" in r]
         assert numbers == list(range(1, steps + 1))
     before = {path: path.read_bytes() for path in out.rglob("done.json")}
-    changed = plan.read_text().replace("sparsity = 0.5", "sparsity = 0.6")
-    plan.write_text(changed)
+    plan.write_text(plan.read_text().replace("steps = 6", "steps = 7"))
     _, err = run("stages", "--plan", plan, "--out", out, code=2)
-    assert "error: stages: " in err and "sparse.sparsity was 0.5 at the save, is 0.6 now" in err
+    assert "error: stages: " in err and "tune.steps was 6 at the save, is 7 now" in err
     assert {path: path.read_bytes() for path in out.rglob("done.json")} == before
 
 
