@@ -172,6 +172,11 @@ def parts_of(plan: Plan) -> list[Part]:
         sizes = (source.sizes if source else plan.model) | getattr(stage, "model", {})
         if isinstance(stage, Layers):
             sizes = sizes | {"layers": len(stage.layers)}
+        if sizes.get("context", context) < context:
+            raise ConfigError(
+                f"stage {stage.name!r}: context = {sizes['context']} and a sequence of {context}"
+                " tokens; raise it, or leave it out"
+            )
         if source and getattr(stage, "take", "") == "weights+moments":
             before = source.steps_before + getattr(source.stage, "steps", 0)
         found[stage.name] = Part(plan, stage, work, sizes, before, context, source, teacher)

@@ -198,30 +198,32 @@ def read_plan(path: Path) -> Plan:
     tables, model = content.pop("stage"), content["model"]
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):
         raise ConfigError(f"{where}: stage is {brief(tables)}; write [[stage]] above each stage")
-    settings = _checked(content | {"stages": ()}, Plan, where, hidden=("stages",))
+    settings = _checked(content, Plan, where, hidden=("stages",))
     if (family := model.get("family")) not in FAMILIES:
         near = did_you_mean(str(family), FAMILIES)
         raise ConfigError(
             f"{where}: model: unknown family {family!r}; {near}known: {' '.join(FAMILIES)}"
         )
+    if own := sorted(model.keys() & {"head", "classes", "labels", "vocabulary"}):
+        raise ConfigError(f"{where}: model: {own[0]} is what its stages' data say; leave it out")
     if not isinstance(model.get("size"), str):
         raise ConfigError(f"{where}: model: no size; give one, such as bert-tiny or tiny")
     stages: list[Named] = []
     for number, one in enumerate(tables, 1):
         stages.append(_stage(one, stages, f"{where}: stage {one.get('name', number)!r}"))
-    plan = Plan(**settings | {"stages": tuple(stages)})
+    plan = Plan(tuple(stages), **settings)
     launch.not_negative(plan, "seed")
     launch.positive(plan, "eval_batches")
     return plan
 
 
-def _stage(given_keys: Mapping[str, Json], before: list[Named], where: str) -> Named:
+def _stage(table: Mapping[str, Json], before: list[Named], where: str) -> Named:
     """The settings of one `[[stage]]`."""
-    kind = given_keys.get("kind")
+    kind = table.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         near = did_you_mean(str(kind), KINDS)
         raise ConfigError(f"{where}: unknown kind {brief(kind)}; {near}known: {' '.join(KINDS)}")
-    found = _checked(given_keys, KINDS[kind], where, f" of {kind}")
+    found = _checked(table, KINDS[kind], where, f" of {kind}")
     stage = KINDS[kind](**found)
     names = [one.name for one in before]
     if stage.name in names:
@@ -292,18 +294,19 @@ def _checked(
 ) -> Settings:
     """A TOML table as arguments of a dataclass."""
     types = typing.get_type_hints(kind)
-    fields = {_KEYS.get(f.name, f.name): f for f in dataclasses.fields(kind)}
-    known = [key for key in fields if key not in hidden]
+    fields = {
+        _KEYS.get(f.name, f.name): f for f in dataclasses.fields(kind) if f.name not in hidden
+    }
     found: Settings = {}
     for key, value in table.items():
         if key not in fields:
-            near = did_you_mean(key, known)
-            raise ConfigError(f"{where}: unknown key {key!r}; {near}keys{of}: {' '.join(known)}")
+            near = did_you_mean(key, fields)
+            raise ConfigError(f"{where}: unknown key {key!r}; {near}keys{of}: {' '.join(fields)}")
         name = fields[key].name
         found[name] = _value(value, types[name], f"{where}: {key}")
     required = [f.name for f in fields.values() if _needed(f)] + [*getattr(kind, "required", ())]
     for name in required:
-        if found.get(name) in (None, "", []) and name not in hidden:
+        if found.get(name) in (None, "", ()):
             raise ConfigError(f"{where}: no {name}; give one")
     return found
 
@@ -316,14 +319,12 @@ def _value(value: Json, kind: Any, where: str) -> Any:
     """A value of TOML as a field has it."""
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
-        if inner is Named or not isinstance(value, list):
-            if value == ():
-                return value
+        if not isinstance(value, list):
             raise ConfigError(f"{where} is {brief(value)}; write a list, such as [64]")
         return tuple(_value(one, inner, where) for one in value)
     if typing.get_origin(kind) is dict:
         kind = dict
-    if kind == int | None:
+    if kind == int | None:  # which a file cannot say
         kind = int
     if kind is float and type(value) is int:
         return float(value)

@@ -156,6 +156,7 @@ MISTAKES = {
     "no placeholder": ("lengths = [40]", 'lengths = [40]\nprompt = "Q"', "write {} once"),
     "unknown family": ('"decoder"', '"decodr"', "unknown family 'decodr'; did you mean decoder"),
     "no size": ('size = "tiny"\n', "", "model: no size; give one"),
+    "a head": ("heads = 2", 'heads = 2\nhead = "class"', "model: head is what its stages' data"),
     "no model": ("[model]", "[modle]", "has no model; did you mean modle?"),
     "one stage alone": ("[[stage]]", "[stage]", "is no TOML"),
 }
@@ -172,6 +173,7 @@ UNFIT = {
     "another family": ('"decoder"', '"encoder"', "'lm': language trains a model of the family dec"),
     "no such data": ('data = "', 'data = "/none', "stage 'lm': data '/none"),
     "an unknown size": ('size = "tiny"', 'size = "tyni"', "stage 'lm': model: unknown size 'tyni'"),
+    "a short context": ("heads = 2", "heads = 2\ncontext = 8", "'lm': context = 8 and a seq"),
     "an unknown field": ("heads = 2", "heads = 2\nhaeds = 2", "'haeds'"),
     "an unknown precision": ("steps = 6", 'steps = 6\nprecision = "bf61"', "'more': precision: u"),
     "moments that do not fit": ("steps = 6", 'steps = 6\noptimizer = "lion"', "do not fit, 'lm'"),

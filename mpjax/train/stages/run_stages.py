@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from mpjax.errors import ConfigError
 from mpjax.files import is_temporary, write_text
 from mpjax.json_text import parse_json
+from mpjax.optim.checks import check_whole
 from mpjax.train.checkpoint import leaves
 from mpjax.train.checkpoint.checkpointer import Checkpointer
 from mpjax.train.checkpoint.lock import LOCK
@@ -112,7 +113,7 @@ def run_stages(
       stages: in their order. A folder that holds the beginning of the plan goes on with stages that
         were added behind it.
       folder: of the run, for one process at a time.
-      save_every: steps between checkpoints; each stage saves at its end.
+      save_every: steps between checkpoints; each stage saves at its end, with 0 there alone.
       keep: newest checkpoints of a stage to keep.
       report: called with a stage's name and each record, as it is logged.
       stop: asked after each step, as of `fit`; a reason saves and ends the run early.
@@ -148,6 +149,8 @@ def run_stages(
         raise ConfigError(
             f"stages: {jax.process_count()} processes are joined, and a plan runs in one; start one"
         )
+    check_whole("stages", "save_every", save_every, 0)
+    check_whole("stages", "keep", keep, 1)
     stages, folder = tuple(stages), Path(folder)
     outlines = check_stages(stages)
     _begin(stages, folder)

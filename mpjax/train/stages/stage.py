@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias
@@ -132,6 +133,12 @@ class Stage:
                 raise ConfigError(
                     f"{where}: {name}={getattr(self, name)!r} is one text; give a tuple of them"
                 )
+        try:
+            json.dumps(self.settings)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{where}: settings are no JSON ({error}); give texts, numbers and lists of them"
+            ) from None
         if self.take == "nothing":
             for name in ("source", "new"):
                 if getattr(self, name):
@@ -145,6 +152,6 @@ class Stage:
     def page(self) -> dict[str, Json]:
         """Returns what a resume compares, as JSON-able values."""
         return {
-            "take": self.take, "source": self.source, "reads": list(self.reads),
-            "new": list(self.new), **self.settings,
+            **self.settings, "take": self.take, "source": self.source, "reads": list(self.reads),
+            "new": list(self.new),
         }  # fmt: skip

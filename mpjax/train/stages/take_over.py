@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,8 +62,9 @@ class TakeOver(NamedTuple):
 def _rows(leaves: list[tuple[list[str], str, int]], depth: int = 0) -> list[tuple[str, str, int]]:
     kinds = {kind for _, kind, _ in leaves}
     if len(kinds) == 1:
-        common = os.path.commonprefix([path for path, _, _ in leaves])
-        return [("/".join(common) or "all", kinds.pop(), sum(count for _, _, count in leaves))]
+        prefixes = {"/".join(path[: max(depth, 1)]) for path, _, _ in leaves}
+        name = prefixes.pop() if len(prefixes) == 1 else "all"
+        return [(name, kinds.pop(), sum(count for _, _, count in leaves))]
     parts = dict.fromkeys(path[depth] for path, _, _ in leaves)
     return [
         row

@@ -44,8 +44,8 @@ def test_weights_are_taken_by_path_and_another_head_begins_anew(tmp_path):
     np.testing.assert_array_equal(found[SECOND], fresh[SECOND])
     taken = run(tmp_path, stages)["then"].taken
     assert taken.rows() == [
-        ("net/first/kernel", "dropped", 4 * WIDTH), (SECOND, "anew", 4 * WIDTH),
-        (TRUNK, "taken", WIDTH**2),
+        ("net/first", "dropped", 4 * WIDTH), ("net/second", "anew", 4 * WIDTH),
+        ("net/trunk", "taken", WIDTH**2),
     ]  # fmt: skip
     assert not taken.moments and "| moments | anew |" in str(taken)
 
@@ -262,6 +262,7 @@ def test_a_wrong_plan_is_one_line(stages, message):
         ({"take": "weights"}, "takes weights, and no source says of which stage"),
         ({"source": "a"}, "take=nothing does not read source='a'"),
         ({"new": ("a",)}, "take=nothing does not read new="),
+        ({"settings": {"a": {1}}}, "settings are no JSON .*; give texts, numbers"),
         ({"reads": "teacher"}, "reads='teacher' is one text; give a tuple"),
     ],
 )
