@@ -35,7 +35,7 @@ from mpjax.train.checkpoint import digest, leaves, store
 from mpjax.train.checkpoint.reader import CheckpointReader
 from mpjax.train.report.metrics_writer import read_metrics
 
-SEED, STEPS = 0, 30
+SEED, STEPS = 0, 24
 PLAN = """
 seed = 3
 eval_batches = 2
@@ -43,7 +43,7 @@ eval_batches = 2
 [model]
 family = "decoder"
 size = "tiny"
-layers = 2
+layers = 1
 width = 128
 heads = 4
 dropout = 0.1
@@ -212,7 +212,8 @@ def experiment(work: Path, count: int) -> tuple[list[Trial], dict[str, object]]:
     moments, trials, late = random.Random(SEED), list[Trial](), 0
     control: Run | None = None
     while len(trials) < count:
-        moment = moments.uniform(0, expected)
+        # one in each tenth of the time, or no stage is sure to be hit
+        moment = expected * (len(trials) + moments.random()) / count
         run = Run(work, plan, work / f"trial{len(trials)}-{late}")
         process = run.start()
         begun = run.wait_for(process, "pretrain/metrics.jsonl")
@@ -275,9 +276,9 @@ def report(trials: list[Trial], facts: dict[str, object]) -> bool:
     ]  # fmt: skip
     text = (
         "`python experiments/stages.py --plan PLAN --save-every 2 --out ...` is killed with SIGKILL"
-        f" at {count} moments, drawn by `random.Random({SEED})` uniformly between the start of the"
-        " first stage (its `metrics.jsonl` appears; tracing and loading of the compiled step"
-        f" follow) and the end of the last, measured once: {facts['expected']:.1f} s. The same"
+        f" at {count} moments, drawn by `random.Random({SEED})`, one in each of as many equal parts"
+        " of the time between the start of the first stage (its `metrics.jsonl` appears; tracing"
+        f" and loading of the compiled step follow) and the end of the last, measured once: {facts['expected']:.1f} s. The same"
         f" command is given again. Moments at which it had ended already: {facts['too late']}."
         f" Three trainings of {STEPS} steps: bf16; fp16 with the moments of the first and a dynamic"
         f" loss scale, {facts['skipped']} of whose steps are skipped; a schedule from fp8 with"
