@@ -121,7 +121,7 @@ class Part:
             settings["model"] = dataclasses.asdict(self.model(self.plan.eval_precision).config)
             if isinstance(stage, Trained) and self.trains:
                 schedule = finetune.read_schedule(stage.precision, stage.steps)
-                settings["precision"] = schedule.to_dict()
+                settings["precision_resolved"] = schedule.to_dict()
         except ConfigError as error:
             raise ConfigError(f"stage {stage.name!r}: {error}") from None
         if taken and self.source is not None:

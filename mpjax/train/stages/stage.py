@@ -15,7 +15,7 @@ from mpjax.train.step import TrainState, TrainStep
 from mpjax.typing import Batch, Json, Params
 
 TAKES = ("nothing", "weights", "weights+moments")
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,99}")
+_NAME = re.compile(r"[A-Za-z0-9][\w+-]{0,99}")
 
 Judge: TypeAlias = Callable[[Params], Mapping[str, float]]  # weights as stored -> scores by name
 
@@ -118,7 +118,7 @@ class Stage:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
             raise ConfigError(
                 f"stage {brief(self.name)}: the name is that of a folder; write letters, digits and"
-                " . _ + -, a letter or digit first"
+                " _ + -, a letter or digit first"
             )
         where = f"stage {self.name!r}"
         if not callable(self.make):
