@@ -64,6 +64,7 @@ TITLES = {
     "mpjax.data": "Data",
     "mpjax.data.chat": "Conversations",
     "mpjax.train": "Training",
+    "mpjax.train.stages": "Stages of a plan",
     "mpjax.train.checkpoint": "Checkpoints",
     "mpjax.train.processes": "Several processes",
     "mpjax.train.report": "What a run tells",

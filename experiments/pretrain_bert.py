@@ -30,14 +30,12 @@ from common import (
     launch,
 )
 from common.datasets.sources import DOCUMENTS
+from common.segments import pairs, pieces_of
 from mpjax.data import (
     Batch,
-    Document,
     Example,
-    WordPiece,
     eval_batches,
     read_documents,
-    segment_pairs,
     split_documents,
 )
 from mpjax.data.buckets import IGNORE
@@ -90,26 +88,6 @@ class Config(finetune.Tuning):
     """New folder for each arm's first weights and tokenizer, which `--checkpoint` reads."""
     out: Path = Path("runs/pretrain_bert")
     """Folder of the report and of all runs."""
-
-
-def pieces_of(documents: Sequence[Document], config: Config) -> list[list[str]]:
-    """Documents as lines, long ones cut, in an order that depends on nothing but their number."""
-    cut = []
-    for document in documents:
-        lines = [line.strip() for line in document.text.splitlines() if line.strip()]
-        cut += [lines[i : i + config.lines] for i in range(0, len(lines), config.lines)]
-    order = np.random.default_rng(0).permutation(len(cut))
-    return [cut[i] for i in order[: config.documents]]
-
-
-def pairs(
-    side: str, documents: Sequence[Sequence[str]], pieces: WordPiece, config: Config
-) -> list[Example]:
-    """Pairs of segments of one side of the split."""
-    try:
-        return segment_pairs(documents, pieces, longest=max(config.lengths), seed=0)
-    except ConfigError as error:
-        raise ConfigError(f"data {config.data!r}: {side}: {error}, or lines") from None
 
 
 def shared(examples: Sequence[Example]) -> np.ndarray:

@@ -37,7 +37,25 @@ BASE = {
     "compare_precisions": TINY | {"seeds": "1"},
     "generate": {"run": "{run}", "tokens": "4", "prompt": "line"},
     "bench_step": {},
+    "stages": {"plan": "{files}/plan.toml", "out": "{out}"},
 }
+PLAN = """
+[model]
+family = "decoder"
+size = "tiny"
+layers = 1
+width = 16
+heads = 2
+
+[[stage]]
+name = "pretrain"
+kind = "language"
+data = "{files}/text.txt"
+tokenizer = "bytes"
+steps = 2
+seq = 16
+batch = 4
+"""
 
 
 class Done(NamedTuple):
@@ -124,6 +142,15 @@ def files(tmp_path_factory):
         "other.json": '{"a": 1}',
         "odd.json": '{"model": {"type": "Nope"}}',
     }
+    plan = PLAN.replace("{files}", str(root))
+    content |= {
+        "plan.toml": plan,
+        "needs.toml": f'{plan}[[stage]]\nname = "b"\nkind = "quantise"\nfrom = "pretrian"\n',
+        "steps.toml": plan.replace("steps = 2", "stpes = 2"),
+        "wide.toml": plan + f'[[stage]]\nname = "b"\n{plan[plan.index("kind"):]}'.replace(
+            'tokenizer = "bytes"', "model = { width = 32 }"
+        ),
+    }  # fmt: skip
     for name, text in content.items():
         (root / name).write_text(text)
     (root / "binary.bin").write_bytes(bytes(range(256)) * 10)
@@ -302,6 +329,14 @@ CASES = [
      "prompt", "36 tokens", "shorten it"),
     ("prompt", "train_lm", "--sample 5 --prompt ''", "prompt", "''", "give some text"),
     ("wandb", "train_lm", "--wandb mine", "wandb", "not installed", "pip install"),
+    ("plan", "stages", "--plan {files}/none.toml", "plan", "none.toml", "experiments/plans/bert"),
+    ("plan", "stages", "--plan {files}/text.txt", "plan", "text.txt", "no TOML", "mend the file"),
+    ("plan", "stages", "--plan {files}/needs.toml", "stage 'b'", "from = 'pretrian'",
+     "did you mean pretrain"),
+    ("plan", "stages", "--plan {files}/steps.toml", "'pretrain'", "'stpes'", "did you mean steps"),
+    ("plan", "stages", "--plan {files}/wide.toml", "stage 'b'", "shape (256, 16)", "(256, 32)",
+     "begin it anew"),
+    ("plan", "stages", "--save-every 0", "save_every: 0", "above 0"),
     ("no run", "generate", "--run {files}", "run", "{files}", "give a folder of train_lm.py"),
     ("no run", "generate", "--run {files}/text.txt", "text.txt", "give a folder of train_lm.py"),
     ("command line", "train_lm", "--stesp 3", "--stesp", "see --steps INT"),

@@ -24,7 +24,7 @@ SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "distil", "finetune_classifier", "finetune_tagger", "translate",
-    "pretrain_bert", "chat",
+    "pretrain_bert", "chat", "stages",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -636,6 +636,67 @@ def test_an_encoder_decoder_is_compared_with_a_lexicon(tmp_path):
         _, err = run("translate", *args, *bad, "--out", tmp_path / "none", code=2)
         assert err.splitlines()[-1].startswith(message), err
         assert not (tmp_path / "none").exists()
+
+
+PLAN = """
+[model]
+family = "encoder"
+size = "bert-tiny"
+layers = 1
+width = 16
+heads = 2
+
+[[stage]]
+name = "pretrain"
+kind = "masked"
+data = "{texts}"
+tokenizer = "wordpiece:90"
+precision = "bf16"
+steps = 4
+batch = 4
+lengths = [16]
+lines = 10
+
+[[stage]]
+name = "tune"
+kind = "classify"
+data = "{labelled}"
+precision = "fp16"
+steps = 6
+batch = 8
+lengths = [16]
+
+[[stage]]
+name = "int8"
+kind = "quantise"
+"""
+
+
+def test_a_plan_of_stages_writes_its_report(tmp_path):
+    draw, texts, labelled = random.Random(0), tmp_path / "texts", tmp_path / "a.tsv"
+    texts.mkdir()
+    for i in range(8):
+        own = [f"{c}{i % 4}" for c in "abcdefghij"]
+        lines = "".join(f"{' '.join(draw.choices(own, k=5))}\n" for _ in range(30))
+        (texts / f"{i}.txt").write_text(lines)
+    labelled.write_text("".join(f"{'xy'[i % 2]}\ta{i % 4} b{i % 2} c{i}\n" for i in range(80)))
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN.format(texts=texts, labelled=labelled))
+    out = tmp_path / "out"
+    _, err = run("stages", "--plan", plan, "--out", out, "--save-every", 3)
+    report = (out / "report.md").read_text()
+    assert "| tune | classify | weights of pretrain | fp16 | 6 |" in report
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((out / "results.json").read_text())
+    assert all(0 < one["validation_loss"] < 20 for one in found.values())
+    assert 0 <= found["int8"]["accuracy"] <= 1 and "masked_accuracy" in found["pretrain"]
+    kinds = {path: what for path, what, _ in found["tune"]["taken"]}
+    assert kinds["encoder/layers"] == "taken" and kinds["encoder/masked"] == "dropped"
+    assert kinds["encoder/class"] == "anew"
+    assert "| encoder/class | anew |" in err and "| moments | anew |" in err
+    for name, steps in (("pretrain", 4), ("tune", 6), ("int8", 0)):
+        numbers = [r["step"] for r in read(out / name) if "loss" in r]
+        assert numbers == list(range(1, steps + 1))
 
 
 @pytest.fixture(scope="module")

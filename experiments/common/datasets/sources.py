@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import gzip
 import html
@@ -19,6 +20,7 @@ from mpjax.data.images import Labelled
 from mpjax.data.labelled import Rows
 from mpjax.data.pairs import Pair
 from mpjax.data.tagged import Sentence, read_sentences
+from mpjax.data.text import read_documents
 from mpjax.typing import Sources
 
 _PARAGRAPH = re.compile(r'<p id="(par_id\w+)"[^>]*>(.*?)</p>', re.DOTALL)
@@ -98,6 +100,20 @@ def _paragraphs(folder: Path) -> dict[tuple[str, str], str]:
     return found
 
 
+def _docstrings() -> list[Pair]:
+    """Names of the standard library's public functions and classes, and what they are for."""
+    found: dict[str, str] = {}
+    for document in read_documents("stdlib"):
+        if not document.name.endswith(".py"):
+            continue
+        module = document.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for node in ast.parse(document.text).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+                first = (ast.get_docstring(node) or "").strip().partition("\n")[0]
+                found[f"What is {module}.{node.name}?"] = first
+    return [(question, answer) for question, answer in found.items() if answer]
+
+
 def _fashion() -> tuple[Labelled, Labelled]:
     """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 images of 28 x 28."""
     folder = fetch("fashion-mnist")
@@ -124,5 +140,9 @@ LABELLED: Sources[tuple[Rows, Rows]] = {
     "bbc": _news,
 }
 TAGGED: Sources[list[Sentence]] = {"pos-oanc": _parts_of_speech, "ner-tweets": _entities}
-PAIRS: Sources[list[Pair]] = {"names": _names, "libreoffice-help": _help}
+PAIRS: Sources[list[Pair]] = {
+    "names": _names,
+    "libreoffice-help": _help,
+    "docstrings": _docstrings,
+}
 IMAGES: Sources[tuple[Labelled, Labelled]] = {"fashion-mnist": _fashion}

@@ -2,5 +2,6 @@
 
 from mpjax.data.chat.chat import Chat, Message
 from mpjax.data.chat.chat_template import ChatTemplate
+from mpjax.data.chat.instructions import instruction_examples
 
-__all__ = ["Chat", "ChatTemplate", "Message"]
+__all__ = ["Chat", "ChatTemplate", "Message", "instruction_examples"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,40 @@ def flat_settings(settings: Mapping[str, Json], prefix: str = "") -> dict[str, s
     return table
 
 
+class LeafMatch(NamedTuple):
+    """Where each leaf of a new state comes from.
+
+    Args:
+      fresh: path -> leaf of the new state.
+      sources: path -> path in the checkpoint, None where it has none; without what `roots` hold.
+      roots: optimizer states with low moments, now or in the checkpoint.
+      lines: what begins anew although it is there.
+    """
+
+    fresh: dict[str, leaves.Leaf]
+    sources: dict[str, str | None]
+    roots: list[recast.Root]
+    lines: list[str]
+
+
+def match_leaves(state: PyTree, saved: recast.Shapes, nodes: Mapping[str, str]) -> LeafMatch:
+    """Matches the leaves of a new state with those of a checkpoint, as `restore_into` does.
+
+    Args:
+      state: of the new Precision, abstract or real.
+      saved: path -> shape and dtype in the checkpoint.
+      nodes: what `describe_nodes` said at the save.
+    """
+    fresh, params = leaves.named_leaves(state), _params_of(state)
+    masters = {path: name for name in saved if (path := _mirrored(name)) is not None}
+    sources = {name: _source(name, leaf, saved, masters) for name, leaf in fresh.items()}
+    roots = recast.find_roots(state, saved, nodes)
+    for root in roots:  # low moments, now or then, are read as whole states
+        for name in root.below(fresh):
+            del sources[name]
+    return LeafMatch(fresh, sources, roots, _without_history(state, params, sources, roots))
+
+
 def restore_into(
     state: Tree, checkpointer: CheckpointReader, step: int | None = None
 ) -> tuple[Tree, list[str]]:
@@ -101,15 +136,7 @@ def restore_into(
         kinds or overflows, or a leaf is neither saved nor fresh.
     """
     saved, nodes = checkpointer.read_leaves(step), checkpointer.read_nodes(step)
-    fresh = leaves.named_leaves(state)
-    masters = {path: name for name in saved if (path := _mirrored(name)) is not None}
-    sources = {name: _source(name, leaf, saved, masters) for name, leaf in fresh.items()}
-    params = state.get("params") if isinstance(state, dict) else getattr(state, "params", None)
-    roots = recast.find_roots(state, saved, nodes)
-    for root in roots:  # low moments, now or then, are read as whole states
-        for name in root.below(fresh):
-            del sources[name]
-    lines = _without_history(state, params, sources, roots)
+    fresh, sources, roots, lines = match_leaves(state, saved, nodes)
     where = f"{checkpointer.directory}"
     if not any(sources.values()) and not any(root.saved for root in roots):
         raise ConfigError(
@@ -127,7 +154,7 @@ def restore_into(
     read = checkpointer.read(wanted, step)
     restored: dict[str, leaves.Leaf] = {}
     for root in roots:
-        found, said = root.recast(read, params)
+        found, said = root.recast(read, _params_of(state))
         restored |= found
         lines += said
     for name, source in sources.items():
@@ -145,6 +172,10 @@ def restore_into(
     lines += [f"{name}: only in the checkpoint, dropped" for name in saved if name not in known]
     values = [restored[name] for name in fresh]
     return jax.tree.unflatten(jax.tree.structure(state), values), lines
+
+
+def _params_of(state: PyTree) -> Params:
+    return state.get("params") if isinstance(state, dict) else getattr(state, "params", None)
 
 
 def _without_history(

@@ -59,6 +59,19 @@ def xla_flags() -> dict[str, str]:
     return {n: value for n, value in sorted(flags.items()) if not _NO_NUMBERS.fullmatch(n)}
 
 
+def environment_differences(saved: Mapping[str, Json]) -> list[str]:
+    """Returns what outside of the settings changes the numbers and differs: a text for each.
+
+    Args:
+      saved: what `environment` returned at the save.
+    """
+    now = environment()
+    # A setting that the other version of JAX has not is no difference.
+    known = [n for n in saved.keys() | now if not n.startswith("jax_") or (n in saved and n in now)]
+    before, after = ({n: side[n] for n in known if n in side} for side in (saved, now))
+    return differences(before, after, ())
+
+
 def require_same_environment(saved: Mapping[str, Json]) -> None:
     """Refuses to resume where something outside of the settings changes the numbers.
 
@@ -73,11 +86,7 @@ def require_same_environment(saved: Mapping[str, Json]) -> None:
       Traceback (most recent call last):
       mpjax.errors.ConfigError: resume: jax_enable_x64 was true at the save, is false now; set ...
     """
-    now = environment()
-    # A setting that the other version of JAX has not is no difference.
-    known = [n for n in saved.keys() | now if not n.startswith("jax_") or (n in saved and n in now)]
-    before, after = ({n: side[n] for n in known if n in side} for side in (saved, now))
-    if found := differences(before, after, ()):
+    if found := environment_differences(saved):
         raise ConfigError(
             f"resume: {'; '.join(found)}; set the environment as it was, or start a new run of"
             " these weights with --init-from and another --out"
