@@ -236,7 +236,10 @@ class WorkerBatches(Iterator[Batch]):
 
     def _start(self) -> Any:
         import grain  # here, because it takes half a second
+        from absl import flags
 
+        if not flags.FLAGS.is_parsed():  # grain asks for one, and only absl's programs parse them
+            flags.FLAGS.mark_as_parsed()
         left = grain.MapDataset.source(self._source).slice(slice(self._position, None))
         options = grain.MultiprocessingOptions(num_workers=self._workers)
         threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)

@@ -88,4 +88,4 @@ class OneOf:
     def __call__(self, record: Any, draw: np.random.Generator) -> Any:
         if draw.random() >= self.share:
             return record
-        return self.transforms[draw.integers(len(self.transforms))](record, draw)
+        return self.transforms[int(draw.integers(len(self.transforms)))](record, draw)

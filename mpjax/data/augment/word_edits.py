@@ -196,7 +196,7 @@ class SynonymReplacement:
 
 @dataclass(frozen=True)
 class RandomInsertion:
-    r"""A synonym of a word comes in at a random place, $n = \max(1, \lfloor \alpha l \rfloor)$ times.
+    r"""A synonym of a word comes to a random place, $n = \max(1, \lfloor \alpha l \rfloor)$ times.
 
     In a tagged sentence it gets the tag O, and never stands inside an entity. A text without a word
     of the list stays as it is.
@@ -234,8 +234,8 @@ class RandomInsertion:
         known = [core for core in cores if core in self.synonyms]
         outside = OUTSIDE if pairs[0][1] else ""
         for _ in range(count if known else 0):
-            core = known[draw.integers(len(known))]
-            new = self.synonyms[core][draw.integers(len(self.synonyms[core]))]
+            core = _drawn(known, draw)
+            new = _drawn(self.synonyms[core], draw)
             after = [tag for _, tag in pairs[1:]] + [outside]
             places = [0, *(i for i, tag in enumerate(after, 1) if not tag.startswith("I-"))]
             pairs.insert(places[draw.integers(len(places))], (new, outside))
@@ -243,7 +243,7 @@ class RandomInsertion:
 
 
 def eda(synonyms: Synonyms, rate: float = 0.1, share: float = 1.0) -> OneOf:
-    """Returns easy data augmentation: one of synonyms, insertion, swap and deletion for each record.
+    """Returns easy data augmentation: synonyms, insertion, swap or deletion for each record.
 
     Args:
         synonyms: as of `SynonymReplacement`.
@@ -269,6 +269,10 @@ def eda(synonyms: Synonyms, rate: float = 0.1, share: float = 1.0) -> OneOf:
     return OneOf(edits, share)
 
 
+def _drawn(words: Sequence[str], draw: np.random.Generator) -> str:
+    return words[int(draw.integers(len(words)))]
+
+
 def _parts(word: str) -> tuple[str, str, str]:
     """Punctuation before a word, the word in lower case, and punctuation after it."""
     match = _AROUND.fullmatch(word)
@@ -278,7 +282,7 @@ def _parts(word: str) -> tuple[str, str, str]:
 
 def _synonym(word: str, synonyms: Synonyms, draw: np.random.Generator) -> str:
     before, core, after = _parts(word)
-    new = synonyms[core][draw.integers(len(synonyms[core]))]
+    new = _drawn(synonyms[core], draw)
     own = word[len(before) : len(word) - len(after)]
     if own[:1].isupper():
         new = new.upper() if own.isupper() and len(own) > 1 else new[:1].upper() + new[1:]
