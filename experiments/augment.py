@@ -98,7 +98,7 @@ class Config(finetune.Tuning):
     """What the head takes of a text: the mean of its tokens, or the first through BERT's pooler."""
     lengths: tuple[int, ...] = (16, 32, 64)
     """Tokens that texts are padded to; a step is compiled for each. Longer texts are cut."""
-    steps: int = 240
+    steps: int = 120
     """Steps a run."""
     lr: float = 1e-3
     """Peak learning rate."""
