@@ -88,7 +88,7 @@ class Mixup:
             )
             labels = jnp.asarray(field(batch, "labels", task.loss))
             weights = batch.get("weights")
-            # Two logits near each other, rounded again in bfloat16, would be equal.
+            # A mixture of bfloat16 logits, rounded again, would lose a difference as large as it.
             logits = outputs[task.output].astype(jnp.float32)
             # The model folds the names of its parts into the key; this number is none of theirs.
             drawn = jax.random.beta(
