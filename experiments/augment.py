@@ -48,7 +48,6 @@ from mpjax.data.augment import (
     eda,
     read_synonyms,
 )
-from mpjax.data.augment.transform import Transform, check_rate
 from mpjax.data.buckets import Augment, Example
 from mpjax.data.masking import masking
 from mpjax.errors import ConfigError, need
@@ -114,7 +113,8 @@ def check(config: Config) -> None:
     launch.positive(config, "texts", "share", "alpha")
     launch.not_empty(config, "augment")
     launch.distinct(config, "augment")
-    check_rate("augment", "rate", config.rate)
+    if not 0 <= config.rate < 1:
+        raise ConfigError(f"rate: {config.rate}; give a share of 0 or above and below 1, as 0.1")
     if config.share > 1:
         raise ConfigError(f"share: {config.share} is above 1; give a share of the texts, as 0.5")
     for name in config.augment:
@@ -181,7 +181,7 @@ def rewritten(config: Config, pieces: WordPiece) -> Callable[[Side, int], list[E
 
 def transforms(config: Config, pieces: WordPiece, synonyms: dict[str, Any]) -> dict[str, Any]:
     """Returns what changes a text or its tokens, by arm."""
-    of: dict[str, Callable[[], Transform]] = {
+    of: dict[str, Callable[[], Callable[..., Any]]] = {
         "swap": lambda: RandomSwap(config.rate),
         "delete": lambda: RandomDeletion(config.rate),
         "insert": lambda: RandomInsertion(config.rate, synonyms),

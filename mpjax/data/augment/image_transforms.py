@@ -31,6 +31,15 @@ def _dm_pix() -> Any:
     return need("dm_pix", "images", "image transforms")
 
 
+def _cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:  # JAX_PLATFORMS names others only
+        raise ConfigError(
+            f"image transforms: JAX has no CPU here ({error}); add it, as JAX_PLATFORMS=cuda,cpu"
+        ) from None
+
+
 def _changed(
     change: Change, transform: Any, image: np.ndarray, draw: np.random.Generator
 ) -> np.ndarray:
@@ -41,7 +50,7 @@ def _changed(
         )
     # dm-pix mixes whole numbers and floats, and ranks, in its rotation.
     with (
-        jax.default_device(jax.local_devices(backend="cpu")[0]),
+        jax.default_device(_cpu()),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):

@@ -7,7 +7,6 @@ it, O is outside).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
@@ -23,7 +22,6 @@ Record = TypeVar("Record", str, Sentence)
 Pairs = list[tuple[str, str]]  # words and their tags; those of a text are ""
 
 OUTSIDE = "O"  # tag of words that are of no entity
-_AROUND = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)  # punctuation around a word
 
 
 def words_of(record: str | Sentence) -> Pairs:
@@ -275,9 +273,11 @@ def _drawn(words: Sequence[str], draw: np.random.Generator) -> str:
 
 def _parts(word: str) -> tuple[str, str, str]:
     """Punctuation before a word, the word in lower case, and punctuation after it."""
-    match = _AROUND.fullmatch(word)
-    assert match is not None  # it matches anything
-    return match[1], match[2].casefold(), match[3]
+    inner = [i for i, letter in enumerate(word) if letter.isalnum()]
+    if not inner:
+        return word, "", ""
+    first, end = inner[0], inner[-1] + 1
+    return word[:first], word[first:end].casefold(), word[end:]
 
 
 def _synonym(word: str, synonyms: Synonyms, draw: np.random.Generator) -> str:
