@@ -330,7 +330,7 @@ CASES = [
     ("augmentation", "augment", "--texts 999", "texts: 999", "lower it"),
     ("augmentation", "augment", "--texts 1", "texts: 1", "of one class", "give more"),
     ("augmentation", "augment", "--synonyms {files}/empty.txt", "empty.txt", "word: synonym"),
-    ("augmentation", "augment", "--synonyms {files}/text.txt", "text.txt", "line 1", "word: synonym"),
+    ("augmentation", "augment", "--synonyms {files}/text.txt", "line 1", "word: synonym"),
     ("augmentation", "augment", "--synonyms wordnte", "wordnte", "no such file", "word: synonym"),
     ("command line", "train_lm", "--stesp 3", "--stesp", "see --steps INT"),
     ("command line", "train_lm", "--lr fast", "--lr", "'fast'", "see --lr FLOAT"),
