@@ -62,6 +62,7 @@ TITLES = {
     "mpjax.models.hf": "Checkpoints of others",
     "mpjax.tasks": "Objectives and metrics",
     "mpjax.data": "Data",
+    "mpjax.data.augment": "Augmentation",
     "mpjax.data.chat": "Conversations",
     "mpjax.train": "Training",
     "mpjax.train.stages": "Stages of a plan",

@@ -45,10 +45,11 @@ EXTRAS = {
     "chat": ("jinja2",),
     "parquet": ("pyarrow",),
     "novels": ("rdata",),
+    "images": ("dm_pix",),
     "wandb": ("wandb",),
     "dev": ("pytest", "xdist", "hypothesis", "beartype", "ruff", "mypy", "pre_commit",
             "nbclient", "ipykernel", "nbformat", "equinox", "haiku", "diffrax", "optimistix",
-            "sklearn", "seqeval", "sacrebleu", "jinja2", "safetensors", "gguf", "rdata"),
+            "sklearn", "seqeval", "sacrebleu", "jinja2", "safetensors", "gguf", "rdata", "dm_pix"),
     "docs": ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx_design", "sphinx_copybutton",
              "sphinx_math_dollar", "sphinx-mathjax-offline"),
 }  # fmt: skip

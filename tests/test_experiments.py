@@ -24,7 +24,7 @@ SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "distil", "finetune_classifier", "finetune_tagger", "translate",
-    "pretrain_bert", "chat", "stages",
+    "pretrain_bert", "chat", "stages", "augment",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -554,6 +554,27 @@ def test_a_student_of_language_learns_from_stored_answers(text, tmp_path):
     run("distil", *args, "--out", tmp_path / "a")
     arms = ("alone", "fp32 of f32", "fp32 of stored top 8")
     require_report(tmp_path / "a", ("loss.png",), arms)
+
+
+def test_augmentations_are_compared_with_none(tmp_path):
+    draw, words = random.Random(0), ("tasty fresh lovely great", "stale awful bitter poor")
+    rows = [
+        f"{('good', 'bad')[i % 2]}\t{' '.join(draw.choices(words[i % 2].split(), k=5))} n{i}\n"
+        for i in range(120)
+    ]
+    path, list_of_words = tmp_path / "a.tsv", tmp_path / "words.txt"
+    path.write_text("".join(rows))
+    list_of_words.write_text("tasty: lovely, fresh\nawful: bitter\n")
+    args = [*FRESH, "--data", path, "--synonyms", list_of_words, "--texts", 40]
+    args += "--lengths 16 --steps 6 --warmup 1 --seeds 2 --dropout 0".split()
+    names = ("eda", "contextual", "mixup")
+    out, _ = run("augment", *args, "--augment", *names, "--out", tmp_path / "out")
+    require_report(tmp_path / "out", ("gain.png",), ("none", *names))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
+    assert set(found) == {"none", *names} and len({s[0]["loss"] for s in found.values()}) == 4
+    assert "40 training and" in out and "Intervals of 90% hold" in " ".join(out.split())
+    pages = [json.loads(p.read_text()) for p in tmp_path.glob("out/*/seed1/manifest.json")]
+    assert len(pages) == 4 and all(page["config"]["seed"] == 1 for page in pages)
 
 
 def test_a_tagger_is_compared_with_the_most_frequent_tag(tmp_path):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -30,7 +31,7 @@ from mpjax.ops import Objective
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision, PrecisionSchedule, fixed, get_precision, get_schedule
 from mpjax.precision.schedule import KINDS
-from mpjax.train import build, bytes_per_parameter, fit, manifest
+from mpjax.train import SwitchingStep, TrainStep, build, bytes_per_parameter, fit, manifest
 from mpjax.typing import Params, Settings
 
 console = Console(stderr=True)
@@ -207,7 +208,14 @@ Again = Callable[[str, int], bool]
 Change = Callable[[Batch, np.random.Generator], Batch]
 
 
-CHOOSING = ("seeds", "precision", "export")  # settings that change no run
+CHOOSING = (
+    "seeds",
+    "precision",
+    "export",
+    "augment",
+    "teacher_weights",
+    "top",
+)  # settings that change no run
 
 
 def page_of(
@@ -251,11 +259,46 @@ def run_arm(
     _, step = build(
         model, raw_optimizer(config), clip=config.clip, objective=task.objective, schedule=schedule
     )
+
+    def data(seed: int) -> Iterator[Batch]:
+        return bucket_batches(
+            examples, batch=config.batch, seed=seed, lengths=config.lengths, change=change
+        )
+
+    def page(seed: int) -> tuple[Path, Settings]:
+        return page_of(name, config, schedule, model, seed, out, again)
+
+    return run_seeds(
+        name, reference or config.precision[0], config, step, model, start, data, judge, page,
+        functools.partial(keep, name),
+    )  # fmt: skip
+
+
+def run_seeds(
+    label: str, reference: str, config: Any, step: TrainStep | SwitchingStep, model: Network,
+    start: Beginning, data: Callable[[int], Iterator[Batch]], judge: Judge,
+    page: Callable[[int], tuple[Path, Settings]],
+    keep: Callable[[int, Network, Params], None] = lambda *_: None,
+) -> Arm:  # fmt: skip
+    """Trains one arm under each seed with a step that is built.
+
+    Args:
+      label: of the arm.
+      reference: label of the arm that it is compared with.
+      config: the settings.
+      step: of `mpjax.train.build`.
+      model: that it trains.
+      start: where every run starts.
+      data: seed -> the batches of a run; called where it is trained.
+      judge: parameters -> scores with `loss`, and which held-out examples are right.
+      page: seed -> folder of a run and its manifest.
+      keep: called with (seed, model, parameters) at the end of each run.
+    """
     assert step.init is not None
     scores, correct, records, bytes_each = [], [], [], 0.0
     for seed in range(config.seeds):
-        folder, page = page_of(name, config, schedule, model, seed, out, again)
-        if ended := finished.begin(folder, page, CHOOSING, console):
+        folder, manifest_page = page(seed)
+        if ended := finished.begin(folder, manifest_page, CHOOSING, console):
             found, history = ended
             right = np.array(found.pop("correct"))
         else:
@@ -263,14 +306,11 @@ def run_arm(
             params = state.params | start.params(model, seed)  # the objective's own weights stay
             state = state._replace(params=params, opt_state=step.optimizer.init(params, seed))
             with finished.recording(
-                folder, page, name, f"{name}, seed {seed}", config.steps, console
+                folder, manifest_page, label, f"{label}, seed {seed}", config.steps, console
             ) as (writer, report, history):
-                data = bucket_batches(
-                    examples, batch=config.batch, seed=seed, lengths=config.lengths, change=change
-                )
-                state = fit(state, step, data, steps=config.steps, report=report)
+                state = fit(state, step, data(seed), steps=config.steps, report=report)
             found, right = judge(state.params)
-            keep(name, seed, model, state.params)
+            keep(seed, model, state.params)
             writer.write({"step": config.steps, "validation_loss": found["loss"]} | found)
             writer.close()
             found = found | {"bytes_per_parameter": bytes_per_parameter(state)}
@@ -280,10 +320,8 @@ def run_arm(
         correct.append(right)
         records.append(history)
     losses = [found["loss"] for found in scores]
-    outcome = finished.outcome_of(
-        name, reference or config.precision[0], losses, records, bytes_each
-    )
-    return Arm(name, tuple(scores), np.stack(correct), outcome)
+    outcome = finished.outcome_of(label, reference, losses, records, bytes_each)
+    return Arm(label, tuple(scores), np.stack(correct), outcome)
 
 
 def raw_optimizer(config: Any) -> optax.GradientTransformation:

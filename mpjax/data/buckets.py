@@ -13,6 +13,7 @@ from mpjax.typing import DType, Shape
 
 Example = Mapping[str, Any]  # name -> one number, or an array with an entry (or array) a token
 Batch = dict[str, np.ndarray]
+Augment = Callable[[int, np.random.Generator], Example]  # place of an example -> that one anew
 
 IGNORE = -100  # label of tokens that are no target, and the padding of labels
 _PADDING: dict[str, int] = {"labels": IGNORE}  # other fields are padded with 0
@@ -174,10 +175,11 @@ class _Epochs:
         lengths: Sequence[int],
         change: Callable[[Batch, np.random.Generator], Batch],
         padding: Mapping[str, int],
+        augment: Augment | None,
     ):
-        self._examples, self._batch, self._seed = examples, batch, seed
+        self._examples, self._batch, self._seed, self._lengths = examples, batch, seed, lengths
         self._change, self._padding, self._fields = change, padding, fields_of(examples)
-        self._of = _buckets(_sizes(examples), lengths)
+        self._augment, self._of = augment, _buckets(_sizes(examples), lengths)
         self._count = -(-len(examples) // batch)
         self._planned: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
 
@@ -204,8 +206,101 @@ class _Epochs:
     def __getitem__(self, index: int) -> Batch:
         epoch, place = divmod(index, self._count)
         length, rows = self._plan(epoch)[place]
-        batch = pad([self._examples[row] for row in rows], length, self._padding, self._fields)
+        if self._augment is None:
+            chosen = [self._examples[row] for row in rows]
+        else:
+            chosen = [self._anew(self._augment, epoch, int(row)) for row in rows]
+            length = int(_buckets(_sizes(chosen), self._lengths).max())
+        batch = pad(chosen, length, self._padding, self._fields)
         return self._change(batch, np.random.default_rng((self._seed, index, 1)))
+
+    def _anew(self, augment: Augment, epoch: int, row: int) -> Example:
+        example = augment(row, record_generator(self._seed, epoch, row))
+        if not isinstance(example, Mapping) or example.keys() != self._fields.keys():
+            raise ConfigError(
+                f"augment: example {row} becomes {brief(example)}; give a dict of"
+                f" {' '.join(self._fields)}, as it was"
+            )
+        return example
+
+
+def record_generator(seed: int, epoch: int, record: int) -> np.random.Generator:
+    """Returns the random generator of one record in one epoch, whoever asks and in which order."""
+    return np.random.default_rng((seed, epoch, record, 2))  # an order and a change have others
+
+
+class WorkerBatches(Iterator[Batch]):
+    """Batches that processes make ahead; the same as without, and so is the position.
+
+    Args:
+        source: batch by number, for grain.
+        workers: how many processes.
+    """
+
+    def __init__(self, source: Any, workers: int):
+        self._source, self._workers, self._position = source, workers, 0
+        self._batches: Any = None
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = self._start()
+        batch = next(self._batches)
+        self._position += 1
+        return batch
+
+    def _start(self) -> Any:
+        import grain  # here, because it takes half a second
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # grain asks for one, and only absl's programs parse them
+            flags.FLAGS.mark_as_parsed()
+        left = grain.MapDataset.source(self._source).slice(slice(self._position, None))
+        options = grain.MultiprocessingOptions(num_workers=self._workers)
+        threads = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        dataset = left.to_iter_dataset(threads)
+        return iter(dataset.mp_prefetch(options, worker_init_fn=_stay_on_cpu))
+
+    def get_state(self) -> dict[str, int]:
+        """How many batches have been handed out, as ``{"next_index": count}``."""
+        return {"next_index": self._position}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Continues at a position, of a run with any number of workers."""
+        self.close()
+        self._position = int(state["next_index"])
+
+    def close(self) -> None:
+        """Ends the processes; the next batch starts them again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+
+def _stay_on_cpu(worker: int, workers: int) -> None:
+    """Keeps a worker that calls JAX from the accelerators, which are the training's."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def batches_of(source: Any, workers: int) -> Iterator[Batch]:
+    """Returns an iterator over a source of whole batches, with `get_state` and `set_state`.
+
+    Args:
+        source: batch by number, for grain.
+        workers: processes that make them ahead; 0 makes them in this one, when asked for.
+
+    Raises:
+        ConfigError: a number of workers below 0.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise ConfigError(f"workers={brief(workers)}: expected a whole number of 0 or above")
+    if workers:
+        return WorkerBatches(source, workers)
+    import grain  # here, because it takes half a second
+
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
 def bucket_batches(
@@ -216,6 +311,8 @@ def bucket_batches(
     lengths: Sequence[int],
     change: Callable[[Batch, np.random.Generator], Batch] = lambda batch, draw: batch,
     padding: Mapping[str, int] = {},
+    augment: Augment | None = None,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Endless training batches of examples of similar length, in an order fixed by the seed.
 
@@ -226,13 +323,18 @@ def bucket_batches(
         lengths: what examples may be padded to; a step is compiled for each that occurs.
         change: batch, random generator -> batch; such as masking, drawn anew in every epoch.
         padding: name -> what fills it up, as `pad` takes it.
+        augment: place of an example, random generator -> that example anew, as those of
+            `mpjax.data.augment`; called for each example in each epoch, with a generator of seed,
+            epoch and place alone. What it makes longer goes to the next length.
+        workers: processes that make batches ahead, for an `augment` that takes time; 0 is none.
+            The batches are the same, and a position may be continued with another number.
 
     Returns:
-        grain's iterator of batches, with ``get_state()`` and ``set_state()``.
+        An iterator of batches, with ``get_state()`` and ``set_state()``.
 
     Raises:
         ConfigError: no examples, one that is too long, a batch or length below 1, fields that
-            differ.
+            differ, workers below 0.
 
     Example:
         >>> examples = [{"ids": np.arange(n)} for n in (3, 2, 7, 4)]
@@ -240,15 +342,11 @@ def bucket_batches(
         >>> sorted(next(batches)["ids"].shape for _ in range(2))
         [(2, 4), (2, 8)]
     """
-    import grain  # here, because it takes half a second
-
     if batch < 1:
         raise ConfigError(f"batch={batch}: expected at least 1 row")
     if seed < 0:
         raise ConfigError(f"seed={seed}: expected 0 or above")
-    source = _Epochs(examples, batch, seed, lengths, change, padding)
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    return batches_of(_Epochs(examples, batch, seed, lengths, change, padding, augment), workers)
 
 
 def eval_batches(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from mpjax.data.buckets import batches_of, record_generator
 from mpjax.errors import ConfigError, need
 from mpjax.typing import Sources
 
 Batch = dict[str, np.ndarray]
 Labelled = tuple[np.ndarray, np.ndarray]  # images (N, H, W[, C]) and labels (N,)
+Transform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,39 @@ def load_images(
     return Images(batch(*train), batch(*test), classes)
 
 
-def image_batches(data: Batch, *, batch: int, seed: int) -> Iterator[Batch]:
+class _ImageEpochs:
+    """A grain source whose elements are whole batches of images, one epoch after the other."""
+
+    def __init__(self, data: Batch, batch: int, seed: int, transforms: Sequence[Transform]):
+        self._data, self._batch, self._seed, self._transforms = data, batch, seed, transforms
+        self._images = len(data["targets"])
+        self._count = self._images // batch
+        self._ordered: tuple[int, np.ndarray] = (-1, np.zeros(0, int))
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._batch  # endless
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, place = divmod(index, self._count)
+        if self._ordered[0] != epoch:
+            order = np.random.default_rng((self._seed, epoch)).permutation(self._images)
+            self._ordered = (epoch, order)
+        rows = self._ordered[1][place * self._batch : (place + 1) * self._batch]
+        batch = {name: array[rows] for name, array in self._data.items()}
+        if self._transforms:
+            batch["inputs"] = np.stack([self._anew(epoch, int(row)) for row in rows])
+        return batch
+
+    def _anew(self, epoch: int, row: int) -> np.ndarray:
+        image, draw = self._data["inputs"][row], record_generator(self._seed, epoch, row)
+        for transform in self._transforms:
+            image = transform(image, draw)
+        return image
+
+
+def image_batches(
+    data: Batch, *, batch: int, seed: int, transforms: Sequence[Transform] = (), workers: int = 0
+) -> Iterator[Batch]:
     """Endless batches of training images; every epoch has an order of its own, fixed by the seed.
 
     The rest of an epoch that fills no batch is left out of it.
@@ -95,9 +130,15 @@ def image_batches(data: Batch, *, batch: int, seed: int) -> Iterator[Batch]:
         data: `Images.train`.
         batch: images a batch.
         seed: 0 or above.
+        transforms: of each image, one after the other: (H, W, C), random generator -> (H, W, C), as
+            those of `mpjax.data.augment`; the generator is one of seed, epoch and image alone.
+        workers: processes that make batches ahead, as of `bucket_batches`.
+
+    Returns:
+        An iterator of batches, with ``get_state()`` and ``set_state()``.
 
     Raises:
-        ConfigError: a batch larger than the data.
+        ConfigError: a batch larger than the data, workers below 0.
 
     Example:
         >>> data = {"inputs": np.zeros((5, 2, 2, 1), np.float32), "targets": np.arange(5)}
@@ -107,17 +148,7 @@ def image_batches(data: Batch, *, batch: int, seed: int) -> Iterator[Batch]:
     count = len(data["targets"])
     if not 0 < batch <= count:
         raise ConfigError(f"batch: {batch} is not in 1 .. {count}, the number of images; change it")
-
-    def endless() -> Iterator[Batch]:
-        epoch = 0
-        while True:
-            order = np.random.default_rng((seed, epoch)).permutation(count)
-            for first in range(0, count - batch + 1, batch):
-                part = order[first : first + batch]
-                yield {name: array[part] for name, array in data.items()}
-            epoch += 1
-
-    return endless()
+    return batches_of(_ImageEpochs(data, batch, seed, tuple(transforms)), workers)
 
 
 def _digits() -> Labelled:

@@ -5,6 +5,7 @@ from mpjax.tasks.distill import Distillation, divergence
 from mpjax.tasks.labels import label_loss
 from mpjax.tasks.language import Language
 from mpjax.tasks.metrics import calibration_error, class_scores, entity_scores, text_scores
+from mpjax.tasks.mixup import Mixup
 from mpjax.tasks.predict import predictor, softmax
 from mpjax.tasks.pretrain import MaskedLanguage
 from mpjax.tasks.regress import TextRegression
@@ -15,6 +16,7 @@ __all__ = [
     "Distillation",
     "Language",
     "MaskedLanguage",
+    "Mixup",
     "TextClassification",
     "TextRegression",
     "TokenClassification",

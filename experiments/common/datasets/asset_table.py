@@ -123,6 +123,13 @@ TABLE: tuple[Asset, ...] = (
         content="51e85aa7e69346552137e5be33f71fffe33fef545da7d58b30a3a641750499c6",
     ),
     Asset(
+        "wordnet", "WordNet 3.0, synonyms of English words", "WordNet 3.0",
+        "deb", "wordnet-base", "1:3.0-37",
+        "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752", 6.5,
+        "usr/share/wordnet", ("data.*",),
+        content="8025c9f03bd7909325334b30ae95610c49bf883cb8e62aebbfeeef74ccb36c08",
+    ),
+    Asset(
         "names", "64,201 Arabic names and their romanisation", "CC0 (Wikidata); package MIT",
         "wheel", "arabic-name-romanizer", "0.2.0",
         "f70b89614d9b5866dcf911d098c5e45d2b1f559461f238e8c5259b731fcf2a7e", 17.5,

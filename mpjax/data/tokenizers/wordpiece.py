@@ -83,7 +83,12 @@ class WordPiece:
             return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode(
-        self, texts: Sequence[str], seconds: Sequence[str] = (), *, longest: int
+        self,
+        texts: Sequence[str],
+        seconds: Sequence[str] = (),
+        *,
+        longest: int,
+        quiet: bool = False,
     ) -> list[Example]:
         """Encodes texts or pairs; the longer part of one that is too long is cut, which is logged.
 
@@ -91,6 +96,7 @@ class WordPiece:
             texts: the texts.
             seconds: the second text of each pair, or empty.
             longest: tokens at most, special ones included.
+            quiet: whether cutting is not logged, of texts that are encoded again and again.
 
         Returns:
             ``{"ids", "types", "keep"}`` of each: int32, int32 (0 in the first text) and bool.
@@ -109,7 +115,9 @@ class WordPiece:
         with tokenizer_errors(self._where):
             encoded = self._backend.encode_batch(rows)
         if too_long := sum(len(one.ids) > longest for one in encoded):
-            logger.warning("%d of %d texts are cut to %d tokens", too_long, len(encoded), longest)
+            level = logging.DEBUG if quiet else logging.WARNING
+            said = "%d of %d texts are cut to %d tokens"
+            logger.log(level, said, too_long, len(encoded), longest)
             with tokenizer_errors(self._where):
                 self._backend.enable_truncation(longest, strategy="longest_first")
                 encoded = self._backend.encode_batch(rows)

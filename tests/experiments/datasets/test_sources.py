@@ -10,6 +10,7 @@ import pytest
 from common import lexicon
 from common.datasets import assets, sources
 from common.datasets.sources import DOCUMENTS, IMAGES, LABELLED, PAIRS, TAGGED
+from common.datasets.wordnet import read_wordnet
 from mpjax.data import (
     load_images,
     load_labelled,
@@ -121,3 +122,19 @@ def test_fashion_mnist_is_read_as_its_files_say(
     wide = pixels.astype(np.float64)
     want = (wide - wide[:4].mean()) / wide[:4].std()
     np.testing.assert_allclose(images.held_out["inputs"][..., 0], want[4:], rtol=1e-6)
+
+
+def test_wordnets_synonyms_are_the_words_of_a_synset(tmp_path, monkeypatch):
+    licence = "  1 This software and database is being provided to you\n"
+    for part in ("noun", "verb", "adj", "adv"):
+        (tmp_path / f"data.{part}").write_text(licence)
+    with (tmp_path / "data.noun").open("a") as file:
+        file.write("06613686 10 n 03 movie 0 film 0 moving_picture 0 001 @ 07 n 0000 | a form\n")
+        file.write("00000001 10 n 02 Paris 0 city_of_light 0 000 | no common word\n")
+    with (tmp_path / "data.adj").open("a") as file:
+        file.write("00000002 00 a 0b " + " ".join(f"w{i}(p) 0" for i in range(11)) + " 000 | x\n")
+    monkeypatch.setattr("common.datasets.wordnet.fetch", lambda name: tmp_path)
+    found = read_wordnet(without={"film"})
+    assert found["movie"] == ["film", "moving picture"] and "film" not in found
+    assert found["w3"] == [f"w{i}" for i in range(11) if i != 3], "eleven words, in hexadecimal"
+    assert set(found) == {"movie", *(f"w{i}" for i in range(11))}
