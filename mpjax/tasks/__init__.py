@@ -5,9 +5,18 @@ from mpjax.tasks.distillation import Distillation
 from mpjax.tasks.divergence import divergence
 from mpjax.tasks.labels import label_loss
 from mpjax.tasks.language import Language
-from mpjax.tasks.metrics import calibration_error, class_scores, entity_scores, text_scores
+from mpjax.tasks.metrics import (
+    calibration_error,
+    class_scores,
+    entity_scores,
+    ranking_gains,
+    ranking_scores,
+    target_ranks,
+    text_scores,
+)
 from mpjax.tasks.predict import predictor, softmax
 from mpjax.tasks.pretrain import MaskedLanguage
+from mpjax.tasks.rank import Ranking
 from mpjax.tasks.regress import TextRegression
 from mpjax.tasks.tag import TokenClassification
 from mpjax.tasks.translate import Translation
@@ -16,6 +25,7 @@ __all__ = [
     "Distillation",
     "Language",
     "MaskedLanguage",
+    "Ranking",
     "TextClassification",
     "TextRegression",
     "TokenClassification",
@@ -26,6 +36,9 @@ __all__ = [
     "entity_scores",
     "label_loss",
     "predictor",
+    "ranking_gains",
+    "ranking_scores",
     "softmax",
+    "target_ranks",
     "text_scores",
 ]

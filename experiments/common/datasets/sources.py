@@ -16,6 +16,7 @@ from common.datasets.assets import fetch
 from common.datasets.frame import read_frame
 from common.datasets.novels import read_novels
 from mpjax.data.images import Labelled
+from mpjax.data.interactions import Interaction
 from mpjax.data.labelled import Rows
 from mpjax.data.pairs import Pair
 from mpjax.data.tagged import Sentence, read_sentences
@@ -52,6 +53,17 @@ def _news() -> tuple[Rows, Rows]:
     """BBC articles by topic."""
     paths = sorted(fetch("bbc").glob("*/*.txt"))
     return [[path.parent.name, path.read_text("latin-1").strip()] for path in paths], []
+
+
+def _films() -> list[Interaction]:
+    """Films that users rated 4 or 5 stars of 5; the few without a title are left out."""
+    frame = read_frame(fetch("movielens") / "movielens.pkl.compress")
+    columns = [frame[name] for name in ("userId", "title", "year", "genres", "rating", "timestamp")]
+    return [
+        (str(user), f"{title} {year:.0f} {' '.join(genres.split('|'))}", float(time))
+        for user, title, year, genres, rating, time in zip(*columns, strict=True)
+        if rating >= 4 and isinstance(title, str)
+    ]
 
 
 def _parts_of_speech() -> list[Sentence]:
@@ -126,3 +138,4 @@ LABELLED: Sources[tuple[Rows, Rows]] = {
 TAGGED: Sources[list[Sentence]] = {"pos-oanc": _parts_of_speech, "ner-tweets": _entities}
 PAIRS: Sources[list[Pair]] = {"names": _names, "libreoffice-help": _help}
 IMAGES: Sources[tuple[Labelled, Labelled]] = {"fashion-mnist": _fashion}
+INTERACTIONS: Sources[list[Interaction]] = {"movielens": _films}
