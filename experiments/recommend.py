@@ -198,7 +198,7 @@ def main(config: Config) -> None:
         " had not liked before; equal scores count against it. All numbers are in %.",
         f"{len(examples)} training histories of at most {config.history} items,"
         f" {config.steps} steps of {config.batch}, loss {config.kind}, vocabulary"
-        f" {pieces.vocab_size}, judged in {config.eval_precision}; held-out loss is over all items.",
+        f" {pieces.vocab_size}; judged in {config.eval_precision}, the loss over all items.",
         f"Slices are of NDCG@{AT}. Took {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]
     finetune_report.write(config.out, found, counted, arms, notes, "nats/item")

@@ -15,7 +15,7 @@ from mpjax.data.masking import segment_pairs
 from mpjax.data.pairs import load_pairs
 from mpjax.data.pipeline import ValidationBatches, batches, validation_batches
 from mpjax.data.split import split_documents
-from mpjax.data.tagged import load_tagged, most_frequent_tags
+from mpjax.data.tagged import TaggedSentences, load_tagged, most_frequent_tags
 from mpjax.data.text import Document, read_documents
 from mpjax.data.tokenizers.characters import Characters
 from mpjax.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
@@ -36,6 +36,7 @@ __all__ = [
     "Images",
     "Interactions",
     "LabelledTexts",
+    "TaggedSentences",
     "Tokenizer",
     "ValidationBatches",
     "WordPiece",

