@@ -34,7 +34,7 @@ from mpjax.data import (
     leave_one_out,
     load_interactions,
 )
-from mpjax.errors import need
+from mpjax.errors import ConfigError, need
 from mpjax.report import interval, length_slices
 from mpjax.tasks import Ranking, ranking_gains, ranking_scores, target_ranks
 from mpjax.typing import Params
@@ -136,6 +136,10 @@ def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     finetune.check(config)
     launch.positive(config, "history", "negatives", "temperature", "item_length")
+    if config.item_length < 4:
+        raise ConfigError(
+            f"item_length: {config.item_length} has no room for text; give at least 4 tokens"
+        )
     begun = time.perf_counter()
     task = Ranking(config.kind, config.temperature)
     data = load_interactions(config.data, sources=INTERACTIONS)

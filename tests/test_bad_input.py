@@ -37,7 +37,14 @@ BASE = {
     "compare_precisions": TINY | {"seeds": "1"},
     "generate": {"run": "{run}", "tokens": "4", "prompt": "line"},
     "bench_step": {},
-}
+    "recommend": {
+        "data": "{files}/likes.tsv", "steps": "4", "lengths": "16", "seeds": "1",
+        "precision": "fp32", "out": "{out}",
+    },
+    "finetune_tagger": {
+        "data": "{files}/tags.txt", "task": "chinese", "checkpoint": "none", "out": "{out}",
+    },
+}  # fmt: skip
 
 
 class Done(NamedTuple):
@@ -113,6 +120,10 @@ def files(tmp_path_factory):
     text = "".join(f"line {i}: the quick brown fox and number {i * i}\n" for i in range(400))
     content = {
         "text.txt": text,
+        "likes.tsv": "".join(f"u{i // 4}\tfilm {i % 7}\t{i % 4}\n" for i in range(40)),
+        "late.tsv": "a\tx\tnoon\n",
+        "once.tsv": "a\tx\t1\na\ty\t2\n",
+        "tags.txt": "".join(f"c{i}\tn\nd\tB-n\n\n" for i in range(40)),
         "empty.txt": "",
         "short.txt": "ab\ncd\n",
         "one.txt": "x",
@@ -304,6 +315,17 @@ CASES = [
     ("wandb", "train_lm", "--wandb mine", "wandb", "not installed", "pip install"),
     ("no run", "generate", "--run {files}", "run", "{files}", "give a folder of train_lm.py"),
     ("no run", "generate", "--run {files}/text.txt", "text.txt", "give a folder of train_lm.py"),
+    ("recommender", "recommend", "--data movielen", "data", "'movielen'", "expected movielens"),
+    ("recommender", "recommend", "--data {files}/late.tsv", "late.tsv", "'noon'", "give one"),
+    ("recommender", "recommend", "--data {files}/once.tsv", "no user", "three", "more data"),
+    ("recommender", "recommend", "--data {files}/tags.txt", "tags.txt", "user<TAB>text<TAB>time"),
+    ("recommender", "recommend", "--kind triplet", "--kind", "triplet", "softmax"),
+    ("recommender", "recommend", "--temperature 0", "temperature: 0.0", "above 0"),
+    ("recommender", "recommend", "--negatives 0", "negatives: 0", "above 0"),
+    ("recommender", "recommend", "--history -1", "history: -1", "above 0"),
+    ("recommender", "recommend", "--item-length 3", "item_length: 3", "at least 4"),
+    ("recommender", "recommend", "--precision fp32 bf61", "precision", "'bf61'", "mean bf16"),
+    ("tags of characters", "finetune_tagger", "", "tags.txt", "tag 'n'", "--task pos"),
     ("command line", "train_lm", "--stesp 3", "--stesp", "see --steps INT"),
     ("command line", "train_lm", "--lr fast", "--lr", "'fast'", "see --lr FLOAT"),
     ("command line", "train_lm", "--batch 2.5", "--batch", "'2.5'", "see --batch INT"),
