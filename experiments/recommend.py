@@ -181,10 +181,10 @@ def main(config: Config) -> None:
         for label in config.precision
     ]  # fmt: skip
     slices = {
-        "likes of the film in training": length_slices(
+        "likes of the item in training": length_slices(
             train.counts()[test.items].tolist(), unit="likes"
         ),
-        "length of history": length_slices([len(h) for h in sides[1][0]], unit="films"),
+        "length of history": length_slices([len(h) for h in sides[1][0]], unit="items"),
     }
     title = f"{config.data}: the next item by precision"
     found = finetune_report.tables(

@@ -29,12 +29,31 @@ class Interactions:
         items: int32, shape (interactions,), indices into `texts`.
         times: float64, shape (interactions,), in any unit.
         texts: of all items.
+
+    Raises:
+        ConfigError: arrays of different shapes, another order, or an item without a text.
     """
 
     users: np.ndarray
     items: np.ndarray
     times: np.ndarray
     texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        shapes = {np.shape(x) for x in (self.users, self.items, self.times)}
+        if len(shapes) > 1 or len(np.shape(self.users)) != 1:
+            raise ConfigError(
+                f"interactions: arrays of shapes {sorted(shapes)}; give one axis each"
+            )
+        later = np.diff(self.times) >= 0
+        step = np.diff(self.users)
+        if not ((step > 0) | ((step == 0) & later)).all():
+            raise ConfigError("interactions: not in order; sort them by user, then by time")
+        if len(self) and not 0 <= self.items.min() <= self.items.max() < len(self.texts):
+            raise ConfigError(
+                f"interactions: items {self.items.min()} to {self.items.max()} of"
+                f" {len(self.texts)} texts; give a text for each"
+            )
 
     def __len__(self) -> int:
         return len(self.users)
@@ -134,8 +153,9 @@ def leave_one_out(data: Interactions) -> tuple[Interactions, Interactions, Inter
         [[0], [2], [3]]
     """
     sides = np.zeros((3, len(data)), bool)
-    for user in np.unique(data.users):
-        rows = np.flatnonzero(data.users == user)
+    starts = np.unique(data.users, return_index=True)[1]
+    for start, stop in zip(starts, [*starts[1:], len(data)], strict=True):
+        rows = np.arange(start, stop)
         times = data.times[rows]
         moments = np.unique(times)
         if len(moments) < 3:

@@ -114,6 +114,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ("", lambda: candidates(one, [1], 1, length=2), "give a count for each"),
         ("", lambda: candidates(one, [0, 0], 1, length=2), "give a count for each"),
         ("", lambda: candidates(one, [1, 1], 0, length=2), "negatives: 0; expected at least 1"),
+        ("", lambda: Interactions(*np.array([[0, 0], [0, 1], [2, 1]]), ("a", "b")), "sort them by"),
+        ("", lambda: Interactions(*np.array([[0, 0], [0, 2], [1, 2]]), ("a", "b")), "0 to 2 of 2"),
+        ("", lambda: Interactions(*np.ones((2, 2)), np.ones(3), ("a",)), "give one axis each"),
         (
             "",
             lambda: leave_one_out(data.take(data.times < 2)),
