@@ -8,8 +8,8 @@ popularity and matrix factorisation.
 Run:       python experiments/recommend.py
            python experiments/recommend.py --kind bpr
            python experiments/recommend.py --data FILE.tsv
-Expected:  NDCG@10 of 4.2 % in fp32 against 2.6 % of popularity and 3.9 % of matrix factorisation, bf16
-           and fp16 within the noise of three seeds (docs/evidence/recommend.md). A run of one seed
+Expected:  NDCG@10 of 4.2 % in fp32 against 2.6 % of popularity and 3.9 % of matrix factorisation,
+           bf16 within the noise of three seeds (docs/evidence/recommend.md). A run of one seed
            takes a minute of one core.
 """
 

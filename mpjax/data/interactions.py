@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +13,6 @@ from mpjax.data.buckets import Batch, Example, pad
 from mpjax.data.tables.rows import one_of_sources, read_rows, say_counts
 from mpjax.errors import ConfigError
 from mpjax.typing import ArrayLike, Sources
-
-logger = logging.getLogger("mpjax.data")
 
 Interaction = tuple[str, str, float]  # user, text of the item, time
 

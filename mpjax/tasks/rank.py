@@ -37,14 +37,15 @@ class Ranking:
     \tau)$. A row's candidate 0 is its target $t$. `softmax` is the mean over rows of
     $\log \sum_{i \in P} e^{s_i - \log q_i} - (s_t - \log q_t)$, where the pool $P$ holds the
     candidates of all rows but copies of $t$; with `accumulate=n` a microbatch is a pool. `bpr` is
-    the mean over rows and their own other candidates of $\log (1 + e^{s_i - s_t})$. Norms, sums and
-    scores are float32 whatever the Precision.
+    the mean over rows and their own other candidates of $\log (1 + e^{s_i - s_t})$. Norms and sums
+    are float32 whatever the Precision.
 
     Args:
       kind: `softmax` or `bpr`.
       temperature: $\tau$.
       output: name of the model's output that holds the vectors (B, D).
-      loss: path whose policy the loss takes; vectors enter their product in its compute dtype.
+      loss: path whose policy the loss takes; unit vectors enter their product, and scores the
+        loss, in its compute dtype.
 
     Raises:
       ConfigError: an unknown kind, or a temperature that is not positive.
