@@ -7,6 +7,7 @@ Run:       python experiments/finetune_classifier.py
            python experiments/finetune_classifier.py --precision fp32 late:fp8:bf16:0.2 \
                dynamic:fp16:fp32 mixed:fp8:attention=bf16 fp8
            python experiments/finetune_classifier.py --data FILE.tsv --checkpoint none
+           python experiments/finetune_classifier.py --data chinese-reviews --checkpoint none
 Expected:  fp32 4 points above the better baseline; bf16, fp16 and fp8 within 0.1 points of fp32
            (3 seeds, docs/evidence/finetune.md). The tables by class and length mark with * whom a
            precision hurts. A run of one seed takes 4 to 6 minutes on two cores.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -39,15 +41,25 @@ class Config(finetune.Tuning):
     """Fine-tune a text classifier in several precisions."""
 
     data: str = "reviews"
-    """`reviews`, `movie-snippets`, `bbc`, or a file: label<TAB>text lines, .csv or .jsonl."""
+    """`reviews`, `movie-snippets`, `bbc`, `chinese-reviews`, or a file: label<TAB>text lines, .csv
+    or .jsonl."""
     pool: Literal["mean", "first"] = "mean"
     """What the head takes of a text: the mean of its tokens, or the first through BERT's pooler."""
     out: Path = Path("runs/finetune_classifier")
     """Folder of the report and of all runs."""
 
 
+def without_spaces(texts: Sequence[str]) -> bool:
+    """Whether most characters are of a script that sets no spaces between words: Chinese, kana."""
+    count = sum("\u3040" <= c <= "\u9fff" for text in texts for c in text)
+    return 2 * count > sum(map(len, texts))
+
+
 def baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[str, float]]:
-    """Scores of classifiers that count words, trained on the whole texts."""
+    """Scores of classifiers that count words, or where these have no spaces characters.
+
+    They are trained on the whole texts.
+    """
     text = need("sklearn.feature_extraction.text", "tasks", "metrics")
     bayes = need("sklearn.naive_bayes", "tasks", "metrics").MultinomialNB()
     logistic = need("sklearn.linear_model", "tasks", "metrics").LogisticRegression
@@ -55,10 +67,11 @@ def baselines(train: LabelledTexts, test: LabelledTexts) -> dict[str, dict[str, 
     join = need("sklearn.pipeline", "tasks", "metrics").make_pipeline
     # The strength of the regularisation is chosen on the training side.
     tuned = search(logistic(max_iter=2000), {"C": [3.0, 10.0, 30.0]}, cv=3)
-    words = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2)
+    unit = "char" if without_spaces(train.texts) else "word"
+    parts = text.TfidfVectorizer(analyzer=unit, ngram_range=(1, 2), sublinear_tf=True, min_df=2)
     models = {
-        "naive Bayes": join(text.CountVectorizer(), bayes),
-        "TF-IDF logistic regression": join(words, tuned),
+        "naive Bayes": join(text.CountVectorizer(analyzer=unit), bayes),
+        "TF-IDF logistic regression": join(parts, tuned),
     }
     sides = [
         [" ".join(pair) for pair in zip(side.texts, side.seconds or side.texts, strict=True)]

@@ -1,14 +1,17 @@
-"""Does a low precision cost a tagger accuracy? Parts of speech, or named entities, with MiniLM.
+"""Does a low precision cost a tagger accuracy? Parts of speech, entities, or Chinese words.
 
 A pre-trained encoder with a new head tags words, in several precisions, against the tag that each
-word had most often in training.
+word had most often in training. Chinese has no spaces between words: there the encoder tags
+characters, and a tag says whether a word begins there and what part of speech it is.
 
 Run:       python experiments/finetune_tagger.py
            python experiments/finetune_tagger.py --task ner --steps 300
            python experiments/finetune_tagger.py --data FILE --checkpoint none
+           python experiments/finetune_tagger.py --task chinese --checkpoint none --vocabulary 6000
 Expected:  parts of speech: fp32 6.1 points above the baseline (4.3 with --no-capitals, one seed),
            bf16 within 0.1 points of it; named entities: F1 of 51 % against the baseline's 30 %,
-           bf16 within the noise of three seeds, which is wide (docs/evidence/finetune.md). A run
+           bf16 within the noise of three seeds, which is wide (docs/evidence/finetune.md); Chinese
+           without a checkpoint: 6.7 points in 400 steps of 32 (docs/evidence/recommend.md). A run
            of one seed takes 5 to 7 minutes on two cores, of the entities 2.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -27,10 +31,10 @@ from common import (
     launch,
 )
 from common.datasets.sources import TAGGED
-from mpjax.data import load_tagged, most_frequent_tags
+from mpjax.data import TaggedSentences, load_tagged, most_frequent_tags
 from mpjax.errors import ConfigError, need
 from mpjax.report import length_slices
-from mpjax.tasks import TokenClassification, softmax
+from mpjax.tasks import TokenClassification, entity_scores, softmax
 from mpjax.typing import Params
 
 
@@ -38,8 +42,9 @@ from mpjax.typing import Params
 class Config(finetune.Tuning):
     """Fine-tune a tagger in several precisions."""
 
-    task: Literal["pos", "ner"] = "pos"
-    """Parts of speech, or named entities in BIO tags, which are scored whole too."""
+    task: Literal["pos", "ner", "chinese"] = "pos"
+    """Parts of speech; named entities in BIO tags, which are scored whole too; or characters with
+    the part of speech of their word in such tags, for which whole words are scored."""
     data: str = ""
     """A file of word<TAB>tag lines; by default the task's own data, fetched at first use."""
     precision: tuple[str, ...] = ("fp32", "bf16")
@@ -61,15 +66,27 @@ class Config(finetune.Tuning):
     """Folder of the report and of all runs."""
 
 
-SOURCES = {"pos": "pos-oanc", "ner": "ner-tweets"}
+SOURCES = {"pos": "pos-oanc", "ner": "ner-tweets", "chinese": "peoples-daily"}
+
+
+def word_f1(task: TokenClassification, tags: Sequence[np.ndarray], test: TaggedSentences) -> float:
+    """F1 of words that are cut out right, whatever their part of speech."""
+    sides = [[[task.names[t][:1] + "-word" for t in s] for s in side] for side in (test.tags, tags)]
+    return entity_scores(sides[0], sides[1])["f1"]
 
 
 def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     finetune.check(config)
     begun = time.perf_counter()
-    source, entities = config.data or SOURCES[config.task], config.task == "ner"
+    source, entities = config.data or SOURCES[config.task], config.task != "pos"
+    chinese = config.task == "chinese"
     train, test = load_tagged(source, sources=TAGGED)
+    if chinese and (odd := [name for name in train.names if name[:2] not in ("B-", "I-")]):
+        raise ConfigError(
+            f"data {source!r}: tag {odd[0]!r} of a character; expected B-TAG where a word begins"
+            " and I-TAG inside it, or set --task pos"
+        )
     need("sklearn.metrics", "tasks", "metrics")
     if entities:
         need("seqeval.metrics", "tasks", "metrics")
@@ -86,7 +103,12 @@ def main(config: Config) -> None:
         )
     launch.writable(config.out)
     guess = most_frequent_tags(train, test)
-    counted = {"most frequent tag": task.evaluate(guess, test, entities=entities)}
+
+    def evaluated(tags: Sequence[np.ndarray]) -> dict[str, float]:
+        scores = task.evaluate(tags, test, entities=entities)
+        return scores | ({"word f1": word_f1(task, tags, test)} if chinese else {})
+
+    counted = {"most frequent tag": evaluated(guess)}
     predict = task.predictor(model, batch=config.batch, lengths=config.lengths)
     right = np.concatenate(test.tags)
 
@@ -97,8 +119,7 @@ def main(config: Config) -> None:
             [one[e["labels"] >= 0] for one, e in zip(logits, held_out, strict=True)]
         )
         loss = float(-np.log(softmax(words)[np.arange(len(right)), right]).mean())
-        scores = task.evaluate(tags, test, entities=entities) | {"loss": loss}
-        return scores, np.concatenate(tags) == right
+        return evaluated(tags) | {"loss": loss}, np.concatenate(tags) == right
 
     arms = [
         finetune.run_arm(label, config, task, start, examples, pieces.vocab_size, judge, config.out)
@@ -114,9 +135,9 @@ def main(config: Config) -> None:
             size for size, words in zip(sizes, test.words, strict=True) for _ in words
         ],
     }
-    extra = ("macro f1", *(("entity f1",) if entities else ()))
+    extra = ("macro f1", *(("entity f1",) if entities else ()), *(("word f1",) if chinese else ()))
     found = finetune_report.tables(f"{source} by precision", counted, arms, extra, slices)
-    name = "entity f1" if entities else "accuracy"
+    name = "entity f1" if config.task == "ner" else "accuracy"
     best = counted["most frequent tag"][name]
     lead = finetune_report.above([100 * (a - best) for a in arms[0].score(name)])
     notes = [
@@ -124,6 +145,7 @@ def main(config: Config) -> None:
         f" (95 % interval over {config.seeds} seeds).",
         f"{len(train)} training sentences, {test.word_count} words in {len(test)} held-out ones,"
         f" {config.steps} steps of {config.batch}, judged in {config.eval_precision}.",
+        *(["Entity F1 is of words with their part of speech."] if chinese else []),
         f"A slice with * has its whole 95 % interval over words below zero. Took"
         f" {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]

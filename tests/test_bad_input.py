@@ -39,20 +39,18 @@ BASE = {
     "bench_step": {},
     "stages": {"plan": "{files}/plan.toml", "out": "{out}"},
     "augment": {
-        "data": "{files}/labels.tsv",
-        "synonyms": "{files}/words.txt",
-        "texts": "20",
-        "seeds": "1",
-        "steps": "4",
-        "layers": "1",
-        "width": "16",
-        "heads": "2",
-        "vocabulary": "90",
-        "lengths": "16",
-        "augment": "eda",
-        "out": "{out}",
+        "data": "{files}/labels.tsv", "synonyms": "{files}/words.txt", "texts": "20", "seeds": "1",
+        "steps": "4", "layers": "1", "width": "16", "heads": "2", "vocabulary": "90",
+        "lengths": "16", "augment": "eda", "out": "{out}",
     },
-}
+    "recommend": {
+        "data": "{files}/likes.tsv", "steps": "4", "lengths": "16", "seeds": "1",
+        "precision": "fp32", "out": "{out}",
+    },
+    "finetune_tagger": {
+        "data": "{files}/tags.txt", "task": "chinese", "checkpoint": "none", "out": "{out}",
+    },
+}  # fmt: skip
 PLAN = """
 [model]
 family = "decoder"
@@ -145,6 +143,10 @@ def files(tmp_path_factory):
     text = "".join(f"line {i}: the quick brown fox and number {i * i}\n" for i in range(400))
     content = {
         "text.txt": text,
+        "likes.tsv": "".join(f"u{i // 4}\tfilm {i % 7}\t{i % 4}\n" for i in range(40)),
+        "late.tsv": "a\tx\tnoon\n",
+        "once.tsv": "a\tx\t1\na\ty\t2\n",
+        "tags.txt": "".join(f"c{i}\tn\nd\tB-n\n\n" for i in range(40)),
         "empty.txt": "",
         "labels.tsv": "".join(f"{'ab'[i % 2]}\tword {i} is good\n" for i in range(60)),
         "words.txt": "good: fine, great\n",
@@ -367,6 +369,17 @@ CASES = [
     ("augmentation", "augment", "--synonyms {files}/empty.txt", "empty.txt", "word: synonym"),
     ("augmentation", "augment", "--synonyms {files}/text.txt", "line 1", "word: synonym"),
     ("augmentation", "augment", "--synonyms wordnte", "wordnte", "no such file", "word: synonym"),
+    ("recommender", "recommend", "--data movielen", "data", "'movielen'", "expected movielens"),
+    ("recommender", "recommend", "--data {files}/late.tsv", "late.tsv", "'noon'", "give one"),
+    ("recommender", "recommend", "--data {files}/once.tsv", "no user", "three", "more data"),
+    ("recommender", "recommend", "--data {files}/tags.txt", "tags.txt", "user<TAB>text<TAB>time"),
+    ("recommender", "recommend", "--kind triplet", "--kind", "triplet", "softmax"),
+    ("recommender", "recommend", "--temperature 0", "temperature: 0.0", "above 0"),
+    ("recommender", "recommend", "--negatives 0", "negatives: 0", "above 0"),
+    ("recommender", "recommend", "--history -1", "history: -1", "above 0"),
+    ("recommender", "recommend", "--item-length 3", "item_length: 3", "at least 4"),
+    ("recommender", "recommend", "--precision fp32 bf61", "precision", "'bf61'", "mean bf16"),
+    ("tags of characters", "finetune_tagger", "", "tags.txt", "tag 'n'", "--task pos"),
     ("command line", "train_lm", "--stesp 3", "--stesp", "see --steps INT"),
     ("command line", "train_lm", "--lr fast", "--lr", "'fast'", "see --lr FLOAT"),
     ("command line", "train_lm", "--batch 2.5", "--batch", "'2.5'", "see --batch INT"),

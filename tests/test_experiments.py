@@ -24,7 +24,7 @@ SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "distil", "finetune_classifier", "finetune_tagger", "translate",
-    "pretrain_bert", "chat", "stages", "augment",
+    "pretrain_bert", "chat", "stages", "augment", "recommend",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -595,6 +595,43 @@ def test_a_tagger_is_compared_with_the_most_frequent_tag(tmp_path):
     path.write_text("word without a tag\n")
     _, err = run("finetune_tagger", *args, "--out", tmp_path / "none", code=2)
     assert "line 1: 'word without a tag'; expected word<TAB>tag" in err
+
+
+def test_chinese_words_are_scored_whole(tmp_path):
+    draw, path = random.Random(0), tmp_path / "a.txt"
+    words = (("我们", "r"), ("喜欢", "v"), ("书", "n"), ("书店", "n"))
+    lines = []
+    for i in range(120):
+        for word, tag in [*draw.choices(words, k=draw.randint(2, 4)), (chr(0x4E00 + i), "x")]:
+            lines += [f"{c}\t{'I' if n else 'B'}-{tag}\n" for n, c in enumerate(word)]
+        lines.append("\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    args = [*FRESH, "--data", path, "--task", "chinese", *"--lengths 16 --steps 12".split()]
+    args += "--warmup 1 --seeds 1 --precision fp32 --lr 3e-2 --dropout 0".split()
+    run("finetune_tagger", *args, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    for scores in (*found["arms"]["fp32"], found["baselines"]["most frequent tag"]):
+        assert 1 >= scores["word f1"] >= scores["entity f1"] > 0.3
+
+
+def test_a_recommender_is_compared_with_popularity(tmp_path):
+    draw, path = random.Random(0), tmp_path / "a.tsv"
+    rows = [
+        f"u{user}\t{'war love'.split()[user % 2]} film{2 * film + user % 2}\t{time}\n"
+        for user in range(24)
+        for time, film in enumerate(draw.sample(range(12), 6))
+    ]
+    path.write_text("".join(rows))
+    args = [*FRESH, "--data", path, *"--lengths 24 --steps 30 --warmup 1 --seeds 1".split()]
+    args += "--precision fp32 fp16 --lr 3e-2 --item-length 8 --history 3".split()
+    out, _ = run("recommend", *args, "--out", tmp_path / "out")
+    require_report(tmp_path / "out", ("loss.png",), ("fp32", "fp16"))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    (scores,), popularity = found["arms"]["fp32"], found["baselines"]["popularity"]
+    assert scores["hr@10"] > popularity["hr@10"] and len(found["baselines"]) == 2
+    assert "points of NDCG@10 above popularity (95 % interval over 24 users)" in out
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "## fp16 by length of history" in report and "| truncated SVD" in report
 
 
 def test_bert_learns_both_tasks_and_is_exported(tmp_path):

@@ -15,6 +15,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,11 @@ def judged(name: str, found: dict[str, Any]) -> list[Bar]:
     return counted + stated + [within(found, arm, m, None) for arm in arms for m in measures]
 
 
-def part(name: str) -> tuple[str, bool] | None:
+def part(
+    name: str, command: Sequence[str], folder: Path,
+    judged: Callable[[str, dict[str, Any]], list[Bar]] = judged,
+) -> tuple[str, bool] | None:  # fmt: skip
     """The section of an experiment, and whether its bars are met; None if it has no run."""
-    folder = OUT / name
     if not (folder / "results.json").exists():
         return None
     bars = judged(name, json.loads((folder / "results.json").read_text()))
@@ -104,8 +107,15 @@ def part(name: str) -> tuple[str, bool] | None:
     verdicts = table(["bar", "figure", ""], [(c, f, said[met]) for c, f, met in bars])
     report = (folder / "report.md").read_text().replace("![loss](loss.png)", "")
     lines = [f"#{line}" if line.startswith("#") else line for line in report.splitlines()]
-    command = " ".join(["python", *RUNS[name]])
-    text = f"## {name}\n\n`{command}`\n\n{verdicts}\n\n" + "\n".join(lines).strip()
+    run = " ".join(["python", *command])
+    text = f"## {name}
+
+`{run}`
+
+{verdicts}
+
+" + "
+".join(lines).strip()
     return text, all(met is not False for _, _, met in bars)
 
 
@@ -123,7 +133,8 @@ def main() -> bool:
                 "--fresh",
             ]
             subprocess.run(line, cwd=ROOT, check=True)
-    parts = [found for name in RUNS if (found := part(name)) is not None]
+    tried = [part(name, command, OUT / name) for name, command in RUNS.items()]
+    parts = [found for found in tried if found is not None]
     about = (
         "Differences are paired by seed; ± is the 95 % interval over seeds. All arms are judged in"
         " float32. Speeds say nothing: a CPU emulates 16 and 8 bits in float32, and other work may"

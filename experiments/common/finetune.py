@@ -191,7 +191,7 @@ class Start:
             if any(name.startswith(theirs) for name in checkpoint.tensors)
         }
         wanted = tuple(_PRETRAINED) if self.head == "pretrain" else (self.head,)
-        new = [head for head in wanted if head not in held]
+        new = [head for head in wanted if head not in held and head != "none"]
         unused = [f"{theirs}*" for own, theirs in held.items() if own not in wanted]
         pooler = self.pool == "first" and EncoderConfig(head=self.head).pools
         if not pooler and fnmatch.filter(checkpoint.tensors, _POOLER):

@@ -4,10 +4,19 @@ from mpjax.tasks.classify import TextClassification
 from mpjax.tasks.distill import Distillation, divergence
 from mpjax.tasks.labels import label_loss
 from mpjax.tasks.language import Language
-from mpjax.tasks.metrics import calibration_error, class_scores, entity_scores, text_scores
+from mpjax.tasks.metrics import (
+    calibration_error,
+    class_scores,
+    entity_scores,
+    ranking_gains,
+    ranking_scores,
+    target_ranks,
+    text_scores,
+)
 from mpjax.tasks.mixup import Mixup
 from mpjax.tasks.predict import predictor, softmax
 from mpjax.tasks.pretrain import MaskedLanguage
+from mpjax.tasks.rank import Ranking
 from mpjax.tasks.regress import TextRegression
 from mpjax.tasks.tag import TokenClassification
 from mpjax.tasks.translate import Translation
@@ -17,6 +26,7 @@ __all__ = [
     "Language",
     "MaskedLanguage",
     "Mixup",
+    "Ranking",
     "TextClassification",
     "TextRegression",
     "TokenClassification",
@@ -27,6 +37,9 @@ __all__ = [
     "entity_scores",
     "label_loss",
     "predictor",
+    "ranking_gains",
+    "ranking_scores",
     "softmax",
+    "target_ranks",
     "text_scores",
 ]

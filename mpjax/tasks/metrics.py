@@ -1,4 +1,4 @@
-"""What predictions are worth: accuracy, F1, calibration, entities, texts."""
+"""What predictions are worth: accuracy, F1, calibration, entities, ranks, texts."""
 
 from __future__ import annotations
 
@@ -98,6 +98,86 @@ def entity_scores(
         name: float(getattr(module, function)(*rows, zero_division=0))
         for name, function in names.items()
     }
+
+
+def target_ranks(
+    scores: ArrayLike, targets: ArrayLike, *, known: ArrayLike | None = None
+) -> np.ndarray:
+    """Returns the rank of each row's right item among the candidates, 1 is the best, (N,) int64.
+
+    Of equal scores the right item comes last, so that constant scores earn nothing; one that is
+    not a number ranks behind all numbers.
+
+    Args:
+      scores: (N, C) of all items.
+      targets: (N,) numbers of the right ones.
+      known: (N, C) bool, items that are no candidates; None is none.
+
+    Raises:
+      ConfigError: shapes that do not pair, or a right item that is none or no candidate.
+
+    Example:
+      >>> target_ranks([[0.1, 0.9, 0.5], [0.3, 0.3, 0.3]], [2, 0]).tolist()
+      [2, 3]
+    """
+    s, right = np.array(scores, np.float64), np.asarray(targets)
+    if s.ndim != 2 or right.shape != s.shape[:1] or right.dtype.kind not in "iu" or not s.size:
+        raise ConfigError(
+            f"ranks: scores of shape {s.shape} and targets of shape {right.shape}; give (N, C) and"
+            " the number of an item for each row"
+        )
+    if right.min() < 0 or right.max() >= s.shape[1]:
+        raise ConfigError(
+            f"ranks: targets {right.min()} to {right.max()}; expected 0 to {s.shape[1] - 1}"
+        )
+    out = np.zeros(s.shape, bool) if known is None else np.asarray(known)
+    rows = np.arange(len(s))
+    if out.shape != s.shape or out[rows, right].any():
+        raise ConfigError(
+            f"ranks: known has shape {out.shape}, scores {s.shape}; give one for each score, and"
+            " leave the right items in"
+        )
+    s[np.isnan(s)] = -np.inf
+    return ((s >= s[rows, right][:, None]) & ~out).sum(1)
+
+
+def ranking_scores(
+    scores: ArrayLike, targets: ArrayLike, *, at: int = 10, known: ArrayLike | None = None
+) -> dict[str, float]:
+    r"""Returns how high one right item ranks in each row, means over rows in 0 ... 1.
+
+    Of ranks $r$: the hit rate `hr@10` counts $r \le 10$, `ndcg@10` is $1 / \log_2 (1 + r)$ where
+    $r \le 10$ and 0 elsewhere, `mrr` is $1 / r$. All items are ranked: means over a sample of
+    candidates need not order methods as those over all do.
+
+    Args:
+      scores: as of `target_ranks`, as are targets and known.
+      at: the 10 of the above.
+
+    Raises:
+      ConfigError: as `target_ranks`.
+
+    Example:
+      >>> ranking_scores([[0.1, 0.9, 0.5]], [2], at=1)
+      {'hr@1': 0.0, 'ndcg@1': 0.0, 'mrr': 0.5}
+
+    References:
+      Krichene and Rendle 2020, On Sampled Metrics for Item Recommendation, section 2.
+    """
+    if at < 1:
+        raise ConfigError(f"ranks: at={at}; expected at least 1")
+    ranks = target_ranks(scores, targets, known=known)
+    gains = ranking_gains(ranks, at)
+    return {
+        f"hr@{at}": float((ranks <= at).mean()),
+        f"ndcg@{at}": float(gains.mean()),
+        "mrr": float((1 / ranks).mean()),
+    }
+
+
+def ranking_gains(ranks: np.ndarray, at: int = 10) -> np.ndarray:
+    r"""Returns the NDCG of each rank, $1 / \log_2 (1 + r)$ where $r \le$ `at`, else 0."""
+    return np.where(ranks <= at, 1 / np.log2(1 + np.asarray(ranks, np.float64)), 0.0)
 
 
 def text_scores(references: Sequence[str], texts: Sequence[str]) -> dict[str, float]:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.tasks.metrics import calibration_error, class_scores, entity_scores, text_scores
+from mpjax.tasks.metrics import (
+    calibration_error,
+    class_scores,
+    entity_scores,
+    ranking_gains,
+    ranking_scores,
+    target_ranks,
+    text_scores,
+)
 
 for name in ("sklearn", "seqeval", "sacrebleu"):
     pytest.importorskip(name, reason="the extra `tasks` is not installed")
@@ -51,6 +59,50 @@ def test_an_entity_counts_whole_or_not_at_all():
     assert entity_scores(tags, [["O"] * 4, ["O"] * 2])["f1"] == 0
     with pytest.raises(ConfigError, match="sentence 1: 2 tags and 1 predictions"):
         entity_scores(tags, [cut[0], ["O"]])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ranks_are_scored_as_scikit_learn_does(masked):
+    metrics = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(0)
+    scores, targets = draw.normal(size=(50, 40)), draw.integers(0, 40, 50)
+    known = (draw.random((50, 40)) < 0.3) & (np.arange(40) != targets[:, None]) & masked
+    found = ranking_scores(scores, targets, known=known if masked else None)
+    right = np.arange(40) == targets[:, None]
+    left = np.where(known, -1e9, scores)
+    assert found["ndcg@10"] == pytest.approx(metrics.ndcg_score(right, left, k=10))
+    assert found["mrr"] == pytest.approx(metrics.label_ranking_average_precision_score(right, left))
+    hits = metrics.top_k_accuracy_score(targets, left, k=10, labels=np.arange(40))
+    assert found["hr@10"] == pytest.approx(hits) and 0 < hits < 1
+    gains = ranking_gains(target_ranks(scores, targets, known=known))
+    assert gains.mean() == pytest.approx(found["ndcg@10"])
+    if masked:
+        assert found["mrr"] > ranking_scores(scores, targets)["mrr"]
+
+
+def test_equal_scores_and_nan_earn_nothing():
+    constant = ranking_scores(np.zeros((3, 20)), [0, 5, 19])
+    assert constant == {"hr@10": 0, "ndcg@10": 0, "mrr": pytest.approx(1 / 20)}
+    # Control: numpy's sort would put the first item first, and earn.
+    assert np.argsort(-np.zeros(20), kind="stable")[0] == 0
+    broken = np.full((2, 20), np.nan)
+    assert target_ranks(broken, [0, 1]).tolist() == [20, 20]
+    broken[1, 1] = 0.0
+    assert target_ranks(broken, [0, 1]).tolist() == [20, 1]
+
+
+def test_ranks_of_wrong_shapes_are_one_line():
+    s = np.zeros((2, 3))
+    for call, message in (
+        (lambda: target_ranks(s, [0]), "shape .2, 3. and targets of shape .1,"),
+        (lambda: target_ranks(s, [0, 3]), "targets 0 to 3; expected 0 to 2"),
+        (lambda: target_ranks(s, [0.0, 1.0]), "give .N, C. and the number of an item"),
+        (lambda: target_ranks(s, [0, 1], known=np.ones((2, 3), bool)), "leave the right items in"),
+        (lambda: target_ranks(s, [0, 1], known=np.zeros((2, 2), bool)), "one for each score"),
+        (lambda: ranking_scores(s, [0, 1], at=0), "at=0; expected at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
 
 
 def test_texts_are_scored_by_edits_and_by_sacrebleu():

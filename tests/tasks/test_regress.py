@@ -64,7 +64,47 @@ def test_it_learns_a_number():
     after = task.evaluate(predict(state.params, examples), examples)
     assert after["loss"] < 0.05 < before["loss"] and after["pearson"] > 0.95
     constant = [np.array([0.5], np.float32)] * 48
-    assert task.evaluate(constant, examples) == {"loss": pytest.approx(1.0), "pearson": 0.0}
+    assert task.evaluate(constant, examples) == {
+        "loss": pytest.approx(1.0), "pearson": 0.0, "spearman": 0.0
+    }  # fmt: skip
+
+
+def test_correlations_are_numpys_of_values_and_of_ranks():
+    draw = np.random.default_rng(0)
+    right = draw.integers(0, 6, 60).astype(np.float32)  # ties, as of graded similarity
+    found = np.exp(right + draw.normal(size=60)).astype(np.float32)
+    scores = TextRegression().evaluate(found[:, None], [{"values": y} for y in right])
+    assert scores["pearson"] == pytest.approx(np.corrcoef(found, right)[0, 1])
+
+    def ranks(x):
+        return np.array([(x < a).sum() + ((x == a).sum() + 1) / 2 for a in x])
+
+    assert scores["spearman"] == pytest.approx(np.corrcoef(ranks(found), ranks(right))[0, 1])
+    monotone = TextRegression().evaluate(np.exp(right)[:, None], [{"values": y} for y in right])
+    assert monotone["spearman"] == pytest.approx(1) and monotone["pearson"] < 0.9
+
+
+def test_a_pair_is_scored_as_a_pair():
+    """The number says whether both texts are of one kind: neither text alone tells it."""
+    draw, kinds = np.random.default_rng(0), (("red", "blue"), ("one", "two"))
+    sides = draw.integers(0, 2, (2, 64))
+    firsts, seconds = (tuple(kinds[k][draw.integers(2)] for k in side) for side in sides)
+    values = (sides[0] == sides[1]).astype(np.float32)
+    task, pieces = TextRegression(), train_wordpiece(["red blue one two"] * 3, 60)
+    examples = task.examples(pieces, firsts, values, seconds, longest=8)
+    model = encoder(
+        "bert-tiny", layers=1, width=32, heads=2, head="class", classes=1, pool="mean",
+        vocabulary=pieces.vocab_size, context=8,
+    )  # fmt: skip
+    state, step = build(model, optax.adam(1e-2), objective=task.objective)
+    data = bucket_batches(examples, batch=32, seed=0, lengths=(8,))
+    for batch in itertools.islice(data, 80):
+        state, _ = step(state, batch)
+    predict = task.predictor(model, batch=32, lengths=(8,))
+    scores = task.evaluate(predict(state.params, examples), examples)
+    assert scores["spearman"] > 0.8
+    alone = task.examples(pieces, firsts, values, longest=8)
+    assert task.evaluate(predict(state.params, alone), alone)["spearman"] < 0.5
 
 
 def test_mistakes_are_one_line():

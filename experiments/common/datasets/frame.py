@@ -16,7 +16,7 @@ from mpjax.errors import ConfigError, printable
 from mpjax.plain_pickle import Maker, read_pickle
 from mpjax.typing import Json
 
-_MOST_GROWN, _LEAST = 6, 2**20  # text unpacks to 3 or 4 times its size
+_MOST_GROWN, _LEAST = 10, 2**20  # text unpacks to 3 or 4 times its size, numbers that repeat to 8
 _MEMORY = 2**27  # of the decompressor; the largest preset of xz takes 65 MB
 _DTYPE = re.compile("[iuf][1248]|b1|O8")
 

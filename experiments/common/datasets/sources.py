@@ -17,6 +17,7 @@ from common.datasets.assets import fetch
 from common.datasets.frame import read_frame
 from common.datasets.novels import read_novels
 from mpjax.data.images import Labelled
+from mpjax.data.interactions import Interaction
 from mpjax.data.labelled import Rows
 from mpjax.data.pairs import Pair
 from mpjax.data.tagged import Sentence, read_sentences
@@ -56,6 +57,27 @@ def _news() -> tuple[Rows, Rows]:
     return [[path.parent.name, path.read_text("latin-1").strip()] for path in paths], []
 
 
+def _chinese_reviews() -> tuple[Rows, Rows]:
+    """Chinese reviews of shops, good and bad; half of the lines repeat an earlier one."""
+    folder = fetch("chinese-reviews")
+    rows: Rows = []
+    for label, name in (("good", "pos.txt"), ("bad", "neg.txt")):
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+        rows += [[label, line.strip()] for line in lines if line.strip()]
+    return rows, []
+
+
+def _films() -> list[Interaction]:
+    """Films that users rated 4 or 5 stars of 5; the few without a title are left out."""
+    frame = read_frame(fetch("movielens") / "movielens.pkl.compress")
+    columns = [frame[name] for name in ("userId", "title", "year", "genres", "rating", "timestamp")]
+    return [
+        (str(user), f"{title} {year:.0f} {' '.join(genres.split('|'))}", float(time))
+        for user, title, year, genres, rating, time in zip(*columns, strict=True)
+        if rating >= 4 and isinstance(title, str)
+    ]
+
+
 def _parts_of_speech() -> list[Sentence]:
     """Lines of word/tag; a slash in a word is written &slash;."""
     text = (fetch("pos-oanc") / "tagged-en-oanc.txt").read_text(encoding="utf-8-sig")
@@ -64,6 +86,24 @@ def _parts_of_speech() -> list[Sentence]:
         for line in text.splitlines()
         if line.strip()
     ]
+
+
+def _chinese_words() -> list[Sentence]:
+    """Characters of the People's Daily, tagged B-POS where a word begins and I-POS inside it.
+
+    So one tag says where words are and what they are. A line is cut behind 。！？ and ；,
+    behind other punctuation once it has 100 characters, and behind any word once it has 120.
+    """
+    sentences, current = [], list[tuple[str, str]]()
+    for line in (fetch("peoples-daily") / "199801.txt").read_text(encoding="utf-8").splitlines():
+        for token in [*line.split(), ""]:  # a line ends a sentence
+            word, _, tag = token.rpartition("/")
+            current += [(c, f"{'I' if place else 'B'}-{tag}") for place, c in enumerate(word)]
+            ends = not token or word in "。！？；" or len(current) >= (100 if tag == "w" else 120)
+            if current and ends:
+                sentences.append(tuple(current))
+                current = []
+    return sentences
 
 
 def _entities() -> list[Sentence]:
@@ -138,11 +178,17 @@ LABELLED: Sources[tuple[Rows, Rows]] = {
     "reviews": _reviews,
     "movie-snippets": _snippets,
     "bbc": _news,
+    "chinese-reviews": _chinese_reviews,
 }
-TAGGED: Sources[list[Sentence]] = {"pos-oanc": _parts_of_speech, "ner-tweets": _entities}
+TAGGED: Sources[list[Sentence]] = {
+    "pos-oanc": _parts_of_speech,
+    "ner-tweets": _entities,
+    "peoples-daily": _chinese_words,
+}
 PAIRS: Sources[list[Pair]] = {
     "names": _names,
     "libreoffice-help": _help,
     "docstrings": _docstrings,
 }
 IMAGES: Sources[tuple[Labelled, Labelled]] = {"fashion-mnist": _fashion}
+INTERACTIONS: Sources[list[Interaction]] = {"movielens": _films}

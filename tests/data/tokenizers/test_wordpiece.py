@@ -28,6 +28,22 @@ def test_pairs_have_types_and_specials(pieces):
     assert pieces.encode(["[MASK] dog"], longest=9)[0]["ids"].max() < pieces.vocab_size
 
 
+def test_chinese_is_split_into_characters():
+    texts = ["我喜欢这本书", "书很好，hello 世界", "这书不好"] * 3
+    pieces = train_wordpiece(texts, 120)
+    assert pieces.tokens(pieces.pieces("世界我喜欢")) == list("世界我喜欢")
+    assert pieces.tokens(pieces.pieces("hello书")) == ["hello", "书"]
+    assert pieces.unknown not in pieces.pieces("很好这界")
+    examples, starts = pieces.encode_words([list("这本书好")], longest=8)
+    assert pieces.tokens(examples[0]["ids"]) == ["[CLS]", *"这本书好", "[SEP]"]
+    assert starts[0].tolist() == [1, 2, 3, 4]
+    # Control: without it a clause is one word, and its pieces are continuations.
+    whole = json.loads(pieces.to_text())
+    whole["normalizer"]["handle_chinese_chars"] = False
+    backend = tokenizers.Tokenizer.from_str(json.dumps(whole))
+    assert WordPiece(backend).pieces("世界我喜欢").tolist() == [pieces.unknown]
+
+
 def test_what_is_too_long_is_cut_and_said(pieces, caplog):
     examples = pieces.encode(["dog " * 20, "a dog"], ["fox " * 3] * 2, longest=12)
     assert [len(e["ids"]) for e in examples] == [12, 8]

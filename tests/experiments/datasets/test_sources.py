@@ -9,10 +9,12 @@ import pytest
 
 from common import lexicon
 from common.datasets import assets, sources
-from common.datasets.sources import DOCUMENTS, IMAGES, LABELLED, PAIRS, TAGGED
+from common.datasets.sources import DOCUMENTS, IMAGES, INTERACTIONS, LABELLED, PAIRS, TAGGED
 from common.datasets.wordnet import read_wordnet
 from mpjax.data import (
+    leave_one_out,
     load_images,
+    load_interactions,
     load_labelled,
     load_pairs,
     load_tagged,
@@ -29,9 +31,10 @@ from tests.assets import CACHE, asset
         (
             load_labelled,
             LABELLED,
-            "expected reviews movie-snippets bbc or a file of label<TAB>text",
+            "expected reviews movie-snippets bbc chinese-reviews or a file of label<TAB>text",
         ),
-        (load_tagged, TAGGED, "expected pos-oanc ner-tweets or a file of word<TAB>tag"),
+        (load_tagged, TAGGED, "expected pos-oanc ner-tweets peoples-daily or a file of"),
+        (load_interactions, INTERACTIONS, "expected movielens or a file of user<TAB>text<TAB>time"),
         (load_pairs, PAIRS, "expected names libreoffice-help or a file of source<TAB>target"),
         (load_images, IMAGES, "give digits, fashion-mnist, or FILE.npz with"),
         (read_documents, DOCUMENTS, "expected stdlib, janeausten, a file, a directory"),
@@ -54,6 +57,7 @@ def test_the_examples_are_right(module):
         ("reviews", (3973, 1000), 0.658),
         ("movie-snippets", (8473, 2093), None),
         ("bbc", (1697, 430), None),
+        ("chinese-reviews", (13925, 3486), None),
     ],
 )
 def test_labelled_assets_are_read(monkeypatch, source, sizes, share):
@@ -67,7 +71,8 @@ def test_labelled_assets_are_read(monkeypatch, source, sizes, share):
 
 
 @pytest.mark.parametrize(
-    ("source", "words", "tags"), [("pos-oanc", 355_217, 48), ("ner-tweets", 44_486, 21)]
+    ("source", "words", "tags"),
+    [("pos-oanc", 355_217, 48), ("ner-tweets", 44_486, 21), ("peoples-daily", 1, 2)],
 )
 def test_tagged_assets_are_read(monkeypatch, source, words, tags):
     asset(source)
@@ -80,6 +85,40 @@ def test_tagged_assets_are_read(monkeypatch, source, words, tags):
         assert slashes, "a slash that is a word"
     guess = np.concatenate(most_frequent_tags(train, test))
     assert 0.85 < (guess == np.concatenate(test.tags)).mean() < 0.97
+
+
+def test_chinese_words_are_tags_of_characters(tmp_path, monkeypatch):
+    text = "我们/r  喜欢/v  书/n  。/w  ／/w  好/a  。/w\n\n书/n\n"
+    (tmp_path / "199801.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sources, "fetch", lambda name: tmp_path)
+    first, second, third = TAGGED["peoples-daily"]()
+    assert "".join(c for c, _ in first) == "我们喜欢书。"
+    assert [t for _, t in first] == ["B-r", "I-r", "B-v", "I-v", "B-n", "B-w"]
+    assert second == (("／", "B-w"), ("好", "B-a"), ("。", "B-w")) and third == (("书", "B-n"),)
+
+
+def test_films_are_those_that_were_liked(tmp_path, monkeypatch):
+    frame = {
+        "userId": np.array([1, 1, 2, 2]),
+        "title": np.array(["Heat", "Alien", "Heat", np.nan], object),
+        "year": np.array([1995.0, 1979.0, 1995.0, np.nan]),
+        "genres": np.array(["Action|Crime", "Horror", "Action|Crime", "Drama"], object),
+        "rating": np.array([4.0, 3.5, 5.0, 5.0]),
+        "timestamp": np.array([30, 10, 20, 40]),
+    }
+    monkeypatch.setattr(sources, "fetch", lambda name: tmp_path)
+    monkeypatch.setattr(sources, "read_frame", lambda path: frame)
+    heat = "Heat 1995 Action Crime"
+    assert INTERACTIONS["movielens"]() == [("1", heat, 30.0), ("2", heat, 20.0)]
+
+
+def test_movielens_is_read(monkeypatch):
+    asset("movielens")
+    monkeypatch.setattr(sources, "fetch", lambda name: asset(name))
+    data = load_interactions("movielens", sources=INTERACTIONS)
+    assert (len(data), len(data.texts), len(set(data.users))) == (51_564, 6_167, 671)
+    train, validation, test = leave_one_out(data)
+    assert len(validation) == len(test) == 665 and len(train) < len(data)
 
 
 def test_help_pages_are_joined_by_paragraph(tmp_path, monkeypatch):
