@@ -108,14 +108,7 @@ def part(
     report = (folder / "report.md").read_text().replace("![loss](loss.png)", "")
     lines = [f"#{line}" if line.startswith("#") else line for line in report.splitlines()]
     run = " ".join(["python", *command])
-    text = f"## {name}
-
-`{run}`
-
-{verdicts}
-
-" + "
-".join(lines).strip()
+    text = f"## {name}\n\n`{run}`\n\n{verdicts}\n\n" + "\n".join(lines).strip()
     return text, all(met is not False for _, _, met in bars)
 
 
