@@ -1,5 +1,6 @@
 """Objectives: how a batch becomes a loss, and predictions become metrics."""
 
+from mpjax.tasks.adversarial.adversarial import Adversarial
 from mpjax.tasks.classify import TextClassification
 from mpjax.tasks.distillation import Distillation
 from mpjax.tasks.divergence import divergence
@@ -13,6 +14,7 @@ from mpjax.tasks.tag import TokenClassification
 from mpjax.tasks.translate import Translation
 
 __all__ = [
+    "Adversarial",
     "Distillation",
     "Language",
     "MaskedLanguage",
