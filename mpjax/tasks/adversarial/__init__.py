@@ -11,6 +11,7 @@ from mpjax.tasks.adversarial.methods import (
     Method,
     RDrop,
 )
+from mpjax.tasks.adversarial.robustness import attacker, evaluate_robust
 
 __all__ = [
     "FGM",
@@ -22,5 +23,7 @@ __all__ = [
     "FreeLB",
     "Method",
     "RDrop",
+    "attacker",
+    "evaluate_robust",
     "symmetric_divergence",
 ]
