@@ -24,7 +24,7 @@ SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger", "translate",
-    "pretrain_bert", "chat",
+    "pretrain_bert", "chat", "adversarial",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -520,6 +520,34 @@ def test_a_classifier_is_compared_by_precision_and_slice(tmp_path):
     ):
         _, err = run("finetune_classifier", *args, *bad, "--out", tmp_path / "none", code=2)
         assert err.splitlines()[-1].startswith(message), err
+        assert not (tmp_path / "none").exists()
+
+
+def test_methods_are_compared_clean_and_under_attack(tmp_path):
+    draw, words = random.Random(0), ("tasty fresh lovely great", "stale awful bitter poor")
+    path = tmp_path / "a.tsv"
+    rows = [
+        f"{('good', 'bad')[i % 2]}\t{' '.join(draw.choices(words[i % 2].split(), k=5))} n{i}\n"
+        for i in range(120)
+    ]
+    path.write_text("".join(rows))
+    args = [*FRESH, "--data", path, *"--lengths 16 --steps 20 --warmup 1 --seeds 1".split()]
+    args += ["--lr", "1e-2", "--texts", 64, "--attack-steps", 2, "--copies", 1]
+    out, _ = run("adversarial", *args, "--method", "none", "fgm", "--out", tmp_path / "a")
+    report = (tmp_path / "a" / "report.md").read_text()
+    assert "| none fp32 |" in report and "| fgm fp32 |" in report and "fgm 2.67" in out
+    found = json.loads((tmp_path / "a" / "results.json").read_text())["arms"]
+    for (scores,) in found.values():
+        assert 0 <= scores["pgd accuracy"] <= scores["accuracy"] <= 1
+        assert scores["accuracy"] > 0.8 and not scores["pgd nonfinite"]
+    for bad, message in (
+        (["--method", "none", "fgsm"], "error: method: unknown 'fgsm'; known: none longer fgm"),
+        (["--epsilon", 0], "error: epsilon: 0.0 is out of range; give a finite number above 0"),
+        (["--method", "r-drop", "--dropout", 0], "error: dropout: 0 leaves r-drop two equal"),
+        (["--texts", 5000], "error: texts: 5000, the data has "),
+    ):
+        _, err = run("adversarial", *args, *bad, "--out", tmp_path / "none", code=2)
+        assert err.startswith(message) and len(err.splitlines()) == 1, err
         assert not (tmp_path / "none").exists()
 
 

@@ -3,7 +3,6 @@
 from mpjax.tasks.adversarial.adversarial import Adversarial, symmetric_divergence
 from mpjax.tasks.adversarial.methods import (
     FGM,
-    METHODS,
     PGD,
     SMART,
     VAT,
@@ -15,7 +14,6 @@ from mpjax.tasks.adversarial.robustness import attacker, evaluate_robust
 
 __all__ = [
     "FGM",
-    "METHODS",
     "PGD",
     "SMART",
     "VAT",

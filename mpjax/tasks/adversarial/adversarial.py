@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from mpjax.models import Encoder, Seq2Seq
 from mpjax.models.core.checks import as_ids, field, keep_of
 from mpjax.models.core.module import part_key
 from mpjax.models.core.network import LanguageModel
-from mpjax.tasks.adversarial.methods import METHODS, SMART, VAT, FreeLB, Method, RDrop
+from mpjax.tasks.adversarial.methods import SMART, VAT, FreeLB, Method, RDrop
 from mpjax.tasks.adversarial.perturbation import drawn, sizes, slope, unit
 from mpjax.tasks.classify import TextClassification
 from mpjax.tasks.divergence import divergence
@@ -138,7 +138,7 @@ class Adversarial:
         if not isinstance(self.task, Task):
             raise ConfigError(f"adversarial: the task is {brief(self.task)}; give {_TASKS}")
         if not isinstance(self.method, Method):
-            known = " ".join(kind.__name__ for kind in METHODS.values())
+            known = " ".join(kind.__name__ for kind in get_args(Method))
             raise ConfigError(
                 f"adversarial: unknown method {brief(self.method)}; give one of {known}, as"
                 " PGD(epsilon=0.5)"

@@ -235,6 +235,3 @@ class RDrop:
 
 Ascent: TypeAlias = FGM | PGD | FreeLB  # of the task's own loss
 Method: TypeAlias = Ascent | SMART | VAT | RDrop
-METHODS: dict[str, type[Method]] = {
-    "fgm": FGM, "pgd": PGD, "freelb": FreeLB, "smart": SMART, "vat": VAT, "r-drop": RDrop,
-}  # fmt: skip

@@ -19,7 +19,8 @@ from tests.tasks.adversarial.mean import Exact, batch_of, climbed, mean_encoder
 pytestmark = pytest.mark.usefixtures("fast_compile")
 TASK = TextClassification(tuple("abc"))
 TEXTS = [
-    " ".join(w) for w in zip(*[iter("aaab baaa abba bbbb abab baba aabb bbaa bbab".split())] * 3)
+    " ".join(w)
+    for w in zip(*[iter("aaab baaa abba bbbb abab baba aabb bbaa bbab".split())] * 3, strict=True)
 ]
 
 
