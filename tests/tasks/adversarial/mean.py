@@ -30,7 +30,8 @@ class Mean(Encoder):
         offset = inputs.get("offset", jnp.zeros_like(x))
         keep = inputs["keep"][..., None]
         count = jnp.sum(keep, 1).astype(jnp.float32)
-        m = jnp.sum(jnp.where(keep, shifted(x, offset, "mean"), 0.0), 1) / count
+        x = shifted(x, offset, "mean")
+        m = jnp.sum(jnp.where(keep, x, 0.0), 1) / count
         h = jnp.tanh(m)
         if train and key is not None:
             h = h * dropped(key, h.shape)
@@ -40,7 +41,8 @@ class Mean(Encoder):
 
     def init(self, key: Any) -> Any:
         draw = jax.random.split(key)
-        embed, head = jax.random.normal(draw[0], (V, D)), jax.random.normal(draw[1], (D, C))
+        embed = jax.random.normal(draw[0], (V, D))
+        head = jax.random.normal(draw[1], (D, self.config.classes))
         return {"embed": embed / 2, "head": 2 * head}
 
 
@@ -50,7 +52,7 @@ def dropped(key: Any, shape: tuple[int, ...]) -> Any:
 
 def mean_encoder(**changes: Any) -> Mean:
     shape = dict(layers=1, width=D, heads=1, vocabulary=V, head="class", classes=C)
-    return Mean(encoder_config("bert-tiny", **shape, **changes), get_precision("fp32"))
+    return Mean(encoder_config("bert-tiny", **(shape | changes)), get_precision("fp32"))
 
 
 def batch_of(rows: int = 6, length: int = 5, seed: int = 0) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,9 +60,10 @@ def test_it_trains_under_any_precision_in_one_program(
     task = Adversarial(TASK, method, SPECIAL)
     state, step = build(classifier(precision), optax.adam(1e-2), mesh, objective=task.objective)
     batch = batch_of(8)
-    losses = []
+    losses, skipped = [], 0
     for _ in range(20):
         state, metrics = step(state, batch)
+        skipped = int(metrics["skipped"])  # until the loss scale fits
         losses.append(float(metrics["loss"]))
         assert not float(metrics["adversarial/nonfinite"])
     assert np.isfinite(losses).all() and losses[-1] < 0.9 * losses[0]
@@ -69,7 +71,7 @@ def test_it_trains_under_any_precision_in_one_program(
     before = bits((state.params, state.opt_state.inner, state.model_state))
     broken = batch | {"ids": batch["ids"].at[0, 1].set(99)}
     state, metrics = step(state, broken)
-    assert int(metrics["skipped"]) == 1 and float(metrics["adversarial/nonfinite"]) >= 1
+    assert int(metrics["skipped"]) == skipped + 1 and float(metrics["adversarial/nonfinite"]) >= 1
     assert bits((state.params, state.opt_state.inner, state.model_state)) == before
     assert step.compiled._cache_size() == 1
 
@@ -85,7 +87,7 @@ def offset_slopes(precision: str) -> Callable[[float], np.ndarray]:
         logits = model.apply(params, inputs | {"offset": offset})[0]["class"]
         # so small that float16 loses it without a scale
         policy = get_precision("fp32").policy("encoder/loss")
-        return label_loss(logits, batch["labels"], policy) * jnp.float32(2.0**-12)
+        return label_loss(logits, batch["labels"], policy) * jnp.float32(2.0**-18)
 
     found = jax.jit(lambda scale: slope(loss, jnp.zeros((8, 5, 16)), chosen, scale).gradient_BTD)
     return lambda scale: np.asarray(found(jnp.float32(scale)))
@@ -93,7 +95,7 @@ def offset_slopes(precision: str) -> Callable[[float], np.ndarray]:
 
 def test_a_scaled_inner_gradient_in_float16_is_that_of_float32() -> None:
     half = offset_slopes("fp16")
-    exact, scaled = offset_slopes("fp32")(1.0), half(2.0**18)
+    exact, scaled = offset_slopes("fp32")(1.0), half(2.0**24)
     # the forward and backward pass round some ten times by 2^-11
     np.testing.assert_allclose(size(scaled), size(exact), rtol=5e-3)
     cosine = (scaled * exact).sum((1, 2)) / (size(scaled) * size(exact)).ravel()
@@ -102,7 +104,7 @@ def test_a_scaled_inner_gradient_in_float16_is_that_of_float32() -> None:
     lost = size(half(1.0)) / size(exact)
     assert np.abs(np.log2(np.maximum(lost, 1e-9))).max() > 1
     # normed before the unscaling, in float16, the sum of squares is not finite
-    early = (exact * 2.0**28).astype(np.float16)
+    early = (exact * 2.0**34).astype(np.float16)
     with np.errstate(over="ignore"):
         assert not np.isfinite(np.sqrt((early * early).sum((1, 2), dtype=np.float16))).any()
 
@@ -110,12 +112,14 @@ def test_a_scaled_inner_gradient_in_float16_is_that_of_float32() -> None:
 def test_norms_under_float16_are_those_of_float32() -> None:
     norms = []
     for precision in ("fp32", "fp16"):
-        task = Adversarial(TASK, PGD(0.2, 0.03, 3, clean=0.0), SPECIAL)  # inside of the ball
+        task = Adversarial(TASK, PGD(0.2, 0.03, 2, clean=0.0), SPECIAL)  # inside of the ball
         model = classifier(precision)
-        terms = jax.jit(task.objective(model).terms)
-        found = terms(model.init(jax.random.key(0)), batch_of(8), loss_scale=jnp.float32(2.0**12))
-        norms.append(float(found.metrics["adversarial/norm"]))
-    assert norms[1] == pytest.approx(norms[0], rel=1e-3) and norms[0] < 0.19
+        terms: Any = functools.partial(task.objective(model).terms, loss_scale=2.0**12)  # type: ignore[arg-type]
+        metrics = jax.jit(lambda p, b, terms=terms: terms(p, b).metrics)
+        found = metrics(model.init(jax.random.key(0)), batch_of(8))
+        norms.append(float(found["adversarial/norm"]))
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    assert 0.03 < norms[0] < 0.06  # two steps that do not quite agree
 
 
 def test_an_example_without_a_finite_gradient_is_not_moved_and_is_counted() -> None:
@@ -133,27 +137,22 @@ def test_an_example_without_a_finite_gradient_is_not_moved_and_is_counted() -> N
     assert float(found.metrics["adversarial/norm"]) == pytest.approx(0.7 * 5 / 6, rel=1e-5)
 
 
-@pytest.mark.parametrize("method", [FGM(0.5), SMART(0.1, 0.05, 0.1)], ids=["fgm", "smart"])
-def test_microbatches_weigh_by_their_targets(method: Method) -> None:
+def test_microbatches_weigh_by_their_targets() -> None:
     model, batch = mean_encoder(), batch_of(8)
     batch["labels"] = batch["labels"].at[:3].set(IGNORE)
-    objective: Any = Adversarial(TASK, method, SPECIAL).objective(model)
-    terms, ends = jax.jit(objective.terms), []
-    params = model.init(jax.random.key(0))
+    objective: Any = Adversarial(TASK, FGM(0.5), SPECIAL).objective(model)
+    terms, params, ends = jax.jit(objective.terms), model.init(jax.random.key(0)), []
     for accumulate in (1, 2):
         parts = [{n: x[i::accumulate] for n, x in batch.items()} for i in range(accumulate)]
-        found = [terms(params, part, key=jax.random.key(0)) for part in parts]
+        found = [terms(params, part).losses for part in parts]
         counts = [objective.count(part) for part in parts]
-        total = {
-            name: sum(float(c[name] * f.losses[name]) for c, f in zip(counts, found, strict=True))
+        assert set(counts[0]) == {"clean", "adversarial"}
+        ends.append({
+            name: sum(float(c[name] * f[name]) for c, f in zip(counts, found, strict=True))
             / sum(float(c[name]) for c in counts)
-            for name in found[0].losses
-        }
-        ends.append(total)
-    names = ("clean", "adversarial") if isinstance(method, FGM) else ("clean",)
-    for name in names:  # the noise of the smoothness is that of its microbatch
-        assert ends[0][name] == pytest.approx(ends[1][name], rel=1e-5)
-    assert set(objective.count(batch)) == set(found[0].losses)
+            for name in counts[0]
+        })  # fmt: skip
+    assert ends[0] == pytest.approx(ends[1], rel=1e-5)
 
 
 def tokens(shape: tuple[int, int] = (4, 5), seed: int = 0) -> Any:
@@ -168,9 +167,9 @@ def others() -> dict[str, tuple[Any, Any, Any, Method]]:
     read = {"ids": ids, "keep": keep}
     ahead = {"inputs": ids, "targets": tokens(seed=1)}
     return {
-        "token": (TokenClassification(tuple("abc")), small(head="token", classes=3),
+        "token": (TokenClassification(tuple("abc")), mean_encoder(),
                   read | {"labels": tags}, FGM(0.3)),
-        "number": (TextRegression(), small(head="class", classes=1),
+        "number": (TextRegression(), mean_encoder(classes=1),
                    read | {"values": jnp.arange(4.0)}, SMART()),
         "masked": (MaskedLanguage(), small(head="pretrain"),
                    read | {"labels": jnp.where(ids % 2 == 0, ids, IGNORE), "next": ids[:, 0] % 2},
@@ -186,10 +185,14 @@ def test_every_task_has_an_adversary(kind: str) -> None:
     task, model, batch, method = others()[kind]
     objective: Any = Adversarial(task, method, SPECIAL).objective(model)
     params = model.init(jax.random.key(0))
-    found = jax.jit(objective.terms)(params, batch, key=jax.random.key(1))
     own = task.objective(model)
     terms = own.terms or (lambda *args: Terms({"": own(*args)[0]}, None))
-    alone = jax.jit(terms)(params, batch).losses
+
+    @jax.jit
+    def both(params: Any, batch: Any) -> Any:
+        return objective.terms(params, batch, key=jax.random.key(1)), terms(params, batch)
+
+    found, (alone, *_) = both(params, batch)
     clean = {name: float(x) for name, x in found.losses.items() if name.startswith("clean")}
     wanted = {f"clean/{n}" if n else "clean": float(x) for n, x in alone.items()}
     assert clean == pytest.approx(wanted, rel=1e-5)
