@@ -158,9 +158,9 @@ def steps(found: dict[str, dict[str, Any]]) -> tuple[str, bool]:
                 said.append(drop if ok or not one else f"**{drop}: {one}**")
             rows.append([method, precision, *said, f"{own[0]['norm']:.5f}" if own[0] else "–"])
     for method in METHODS:
-        pair = [found.get(f"{method} | {p} | ") for p in ("fp32", "fp16")]
-        if all(pair) and pair[0]["norm"]:
-            good = good and abs(pair[1]["norm"] / pair[0]["norm"] - 1) < 1e-3
+        norms = [found.get(f"{method} | {p} | ", {}).get("norm", 0.0) for p in ("fp32", "fp16")]
+        if all(norms):
+            good = good and abs(norms[1] / norms[0] - 1) < 1e-3
     head = ["method", "precision", "loss, one device", f"loss, {MESHES[1]}", "first norm"]
     return table(head, rows), good
 

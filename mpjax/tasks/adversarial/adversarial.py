@@ -226,7 +226,7 @@ class Adversarial:
             inputs = encoder_inputs(batch) | ({} if offset is None else {"offset": offset})
             outputs, state = model.apply(params, inputs, **options)
             if judge.terms is None:
-                found: Losses = {"": judge.loss(outputs, batch)[0]}
+                found: Losses = {"": judge(outputs, batch)[0]}
             else:
                 found = judge.terms(outputs, batch).losses
             # Terms of several dtypes are summed.
