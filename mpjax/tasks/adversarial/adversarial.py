@@ -236,17 +236,11 @@ class Adversarial:
 
     def _room(self, batch: Batch) -> Array:
         """Which tokens may be moved, (B, T)."""
-        names = ("ids", "keep", "attention_mask")
+        tokens, keep = "ids", "keep"
         if isinstance(self.task, Language):
-            source = "source" in batch
-            names = (
-                "source" if source else "inputs",
-                "source_keep" if source else "keep",
-                names[2],
-            )
-        ids = as_ids(field(batch, names[0], "adversarial"), "adversarial")
-        keep = keep_of(batch, "adversarial", keep=names[1], mask=names[2])
-        return room(ids, keep, self.special)
+            tokens, keep = ("source", "source_keep") if "source" in batch else ("inputs", "keep")
+        ids = as_ids(field(batch, tokens, "adversarial"), "adversarial")
+        return room(ids, keep_of(batch, "adversarial", keep=keep), self.special)
 
     def _ascent(
         self, outer: Callable[..., Pass], inner: Callable[[Array], Pass], state: ModelState,
@@ -341,8 +335,9 @@ class Adversarial:
             chosen = jnp.ones(ids.shape) if chosen is None else jnp.asarray(chosen)
         else:
             chosen = jnp.ones(ids.shape[:1])
-        weights = batch.get("weights")
         chosen = chosen.astype(jnp.float32)
+        weighs = isinstance(self.task, TextClassification | TokenClassification)
+        weights = batch.get("weights") if weighs else None  # as in the task's own loss
         return chosen if weights is None else chosen * jnp.asarray(weights).astype(jnp.float32)
 
     def _count(self, own: ops.Objective) -> Callable[[Batch], Losses]:

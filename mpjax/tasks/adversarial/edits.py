@@ -22,7 +22,7 @@ def edit_characters(text: str, count: int, draw: np.random.Generator) -> str:
 
     Example:
       >>> edit_characters("a lovely taste", 1, np.random.default_rng(0))
-      'a lovely tatse'
+      'a lovely tate'
     """
     words = text.split(" ")
     long = [place for place, word in enumerate(words) if len(word) >= 4]
@@ -49,7 +49,7 @@ def edit_words(text: str, count: int, draw: np.random.Generator) -> str:
 
     Example:
       >>> edit_words("not bad at all", 1, np.random.default_rng(0))
-      'not bad all at'
+      'not bad all'
     """
     words = text.split(" ")
     for _ in range(count):

@@ -31,8 +31,8 @@ def sizes(x_BTD: Array, norm: str = "l2") -> Array:
     """Returns the norm of each example over its tokens, (B,) float32.
 
     Example:
-      >>> sizes(jnp.array([[[3e-30, 4e-30]]])).item() / 5e-30  # no square vanishes
-      1.0
+      >>> round(sizes(jnp.array([[[3e-30, 4e-30]]])).item() * 1e30, 3)  # no square vanishes
+      5.0
     """
     x_BTD = x_BTD.astype(jnp.float32)  # a 16-bit sum of squares overflows or vanishes
     amax_B = jnp.max(jnp.abs(x_BTD), axis=(1, 2))
@@ -61,8 +61,9 @@ def projected(x_BTD: Array, epsilon: float, norm: str = "l2") -> Array:
     """Returns each example moved into the ball of a radius, if it is outside.
 
     Example:
-      >>> projected(jnp.array([[[3.0, 4.0]], [[0.3, 0.4]]]), 1.0).round(2).tolist()
-      [[[0.6, 0.8]], [[0.3, 0.4]]]
+      >>> found = projected(jnp.array([[[3.0, 4.0]], [[0.0, 0.5]]]), 1.0)
+      >>> sizes(found).round(3).tolist()
+      [1.0, 0.5]
     """
     if norm == "linf":
         return jnp.clip(x_BTD, -epsilon, epsilon)
