@@ -61,6 +61,7 @@ TITLES = {
     "mpjax.models": "Models",
     "mpjax.models.hf": "Checkpoints of others",
     "mpjax.tasks": "Objectives and metrics",
+    "mpjax.tasks.adversarial": "Adversarial training",
     "mpjax.data": "Data",
     "mpjax.data.augment": "Augmentation",
     "mpjax.data.chat": "Conversations",

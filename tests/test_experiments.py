@@ -25,6 +25,7 @@ SCRIPTS = (
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "distil", "finetune_classifier", "finetune_tagger", "translate",
     "pretrain_bert", "chat", "stages", "augment", "recommend",
+    "adversarial",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -575,6 +576,28 @@ def test_augmentations_are_compared_with_none(tmp_path):
     assert "40 training and" in out and "Intervals of 90% hold" in " ".join(out.split())
     pages = [json.loads(p.read_text()) for p in tmp_path.glob("out/*/seed1/manifest.json")]
     assert len(pages) == 4 and all(page["config"]["seed"] == 1 for page in pages)
+
+
+def test_methods_are_compared_clean_and_under_attack(tmp_path):
+    draw, words = random.Random(0), ("tasty fresh lovely great", "stale awful bitter poor")
+    path = tmp_path / "a.tsv"
+    rows = [
+        f"{('good', 'bad')[i % 2]}\t{' '.join(draw.choices(words[i % 2].split(), k=5))} n{i}\n"
+        for i in range(120)
+    ]
+    path.write_text("".join(rows))
+    args = [*FRESH, "--data", path, *"--lengths 16 --steps 20 --warmup 1 --seeds 1".split()]
+    args += ["--lr", "1e-2", "--texts", 64, "--attack-steps", 2, "--copies", 1]
+    out, _ = run("adversarial", *args, "--method", "none", "fgm", "--out", tmp_path / "a")
+    report = (tmp_path / "a" / "report.md").read_text()
+    assert "| none fp32 |" in report and "| fgm fp32 |" in report and "fgm 2.67" in out
+    found = json.loads((tmp_path / "a" / "results.json").read_text())["arms"]
+    for (scores,) in found.values():
+        assert 0 <= scores["pgd accuracy"] <= scores["accuracy"] <= 1
+        assert scores["accuracy"] > 0.8 and not scores["pgd nonfinite"]
+    _, err = run("adversarial", *args, "--method", "fgsm", "--out", tmp_path / "none", code=2)
+    assert err.startswith("error: method: unknown 'fgsm'; known: none longer fgm pgd freelb")
+    assert len(err.splitlines()) == 1 and not (tmp_path / "none").exists()
 
 
 def test_a_tagger_is_compared_with_the_most_frequent_tag(tmp_path):

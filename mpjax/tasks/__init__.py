@@ -1,5 +1,6 @@
 """Objectives: how a batch becomes a loss, and predictions become metrics."""
 
+from mpjax.tasks.adversarial.adversarial import Adversarial
 from mpjax.tasks.classify import TextClassification
 from mpjax.tasks.distill import Distillation, divergence
 from mpjax.tasks.labels import label_loss
@@ -22,6 +23,7 @@ from mpjax.tasks.tag import TokenClassification
 from mpjax.tasks.translate import Translation
 
 __all__ = [
+    "Adversarial",
     "Distillation",
     "Language",
     "MaskedLanguage",

@@ -57,6 +57,11 @@ class WordPiece:
             )
         self._backend, self._where = backend, where
 
+    @property
+    def special(self) -> tuple[int, ...]:
+        """The ids of the special tokens but the unknown one, which stands for a word."""
+        return self.pad, self.first, self.separator, self.mask
+
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """The token of each id.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from mpjax import ops
 from mpjax.errors import ConfigError
+from mpjax.formats.checks import as_array
 from mpjax.models.core.module import Context, Layer, part_key, run_module
-from mpjax.typing import Array, Key, Params
+from mpjax.typing import Array, ArrayLike, Key, Params
 
 
 class Linear(Layer):
@@ -86,6 +88,24 @@ class Embed(Layer):
         # Gathered over fsdp before it is read: rows cut by width would be repartitioned by batch.
         table = self.context.shard(table, (self.axes[0], None))
         return ops.look_up(table, ids, self.policy().output_dtype, self.gradient_dtype)
+
+
+def shifted(x: Array, offset: ArrayLike, where: str) -> Array:
+    """Returns rows of a table plus an offset of their shape, in float32.
+
+    16-bit rows lie on the grid of their dtype, and would take an offset below half a unit of it
+    away again; in float32 it is there until the embedding is passed on.
+
+    Raises:
+      ConfigError: an offset of another shape.
+    """
+    offset = as_array(offset, f"{where}: offset")
+    if offset.shape != x.shape:
+        raise ConfigError(
+            f"{where}: offset has shape {offset.shape}, the embeddings {x.shape}; give a vector for"
+            " each token"
+        )
+    return x.astype(jnp.float32) + offset.astype(jnp.float32)
 
 
 def dropout(x: Array, rate: float, key: Key | None, name: str) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from mpjax.formats import weight_view, widest
 from mpjax.models.core.checks import Ids, as_ids, below
-from mpjax.models.core.layers import Embed, dropout
+from mpjax.models.core.layers import Embed, dropout, shifted
 from mpjax.models.core.module import At, init_layers, part_key, run_module
 from mpjax.models.core.network import LanguageModel
 from mpjax.models.core.sizes import FieldValue
@@ -64,7 +64,8 @@ class Recurrent(LanguageModel):
     @jax.named_scope(CARRIED)
     def features(
         self, params: Params, ids_BT: Ids, *, keep: ArrayLike | None = None,
-        state: ModelState = None, key: Key | None = None, train: bool = False,
+        offset: ArrayLike | None = None, state: ModelState = None, key: Key | None = None,
+        train: bool = False,
     ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the last cell's outputs (B, T, D) and the new state, as `apply`."""
         keep_TB = None if keep is None else jnp.asarray(keep).astype(bool).T
@@ -76,6 +77,9 @@ class Recurrent(LanguageModel):
 
         # Time is the first axis, as the scan needs it.
         x_TBD, _ = run_module(self._embed(self.at), p["embed"], ids.T)
+        if offset is not None:
+            x_BTD = shifted(x_TBD.swapaxes(0, 1), offset, "recurrent")
+            x_TBD = x_BTD.swapaxes(0, 1).astype(x_TBD.dtype)  # as it is without
         x_TBD = self.shard(drop(x_TBD, "embed"), ("length", "batch", None))
         carried, amax = state.get("layers"), state.get("amax", {}).get("layers", {})
         ends, histories = [], []

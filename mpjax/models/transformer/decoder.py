@@ -55,15 +55,16 @@ class Decoder(TransformerNetwork, LanguageModel):
     @jax.named_scope(CARRIED)
     def features(
         self, params: Params, ids_BT: Ids, *, keep: ArrayLike | None = None,
-        state: ModelState = None, key: Key | None = None, train: bool = False,
+        offset: ArrayLike | None = None, state: ModelState = None, key: Key | None = None,
+        train: bool = False,
     ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the features after the last norm (B, T, D) and the new state, as `apply`."""
         state, ids = state or {}, as_ids(ids_BT, "decoder")
         T = ids.shape[1]
         x, cache, amax, found = self.transformer(self.at)(
             below(slice_view(params), "decoder"), ids, attention_context_of(T, keep, state),
-            cache=state.get("layers", ()), amax=state.get("amax", {}).get("layers"), key=key,
-            train=train,
+            offset_BTD=offset, cache=state.get("layers", ()),
+            amax=state.get("amax", {}).get("layers"), key=key, train=train,
         )  # fmt: skip
         new = dict(state)
         if "layers" in state:

@@ -27,7 +27,7 @@ from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
 from mpjax.typing import Array, ArrayLike, Key, ModelState, Params
 
-_INPUTS = ("ids", "keep", "types")
+_INPUTS = ("ids", "keep", "types", "offset")
 
 
 def _head_parts(c: EncoderConfig, at: At) -> Parts:
@@ -85,7 +85,7 @@ class Encoder(TransformerNetwork):
                 "encoder: token types are given and types=0; leave them out, or set types=2"
             )
         for name, value in fields.items():
-            if jnp.shape(value) != jnp.shape(fields["ids"]):
+            if name != "offset" and jnp.shape(value) != jnp.shape(fields["ids"]):
                 raise ConfigError(
                     f"encoder: {name} has shape {jnp.shape(value)}, ids"
                     f" {jnp.shape(fields['ids'])}; give one for each token"
@@ -102,8 +102,8 @@ class Encoder(TransformerNetwork):
         Args:
           params: from `init`.
           inputs: token ids (B, T), or a dict of `ids`, `keep` (B, T; True or 1 where there is no
-            padding; `attention_mask` is another name for it) and `types` (B, T; 0 or 1 for the two
-            texts of a pair).
+            padding; `attention_mask` is another name for it), `types` (B, T; 0 or 1 for the two
+            texts of a pair) and `offset` (B, T, D; added to the token embeddings, in float32).
           state: amax histories from `init_state`, or None.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.
@@ -120,7 +120,8 @@ class Encoder(TransformerNetwork):
         transformer = self.transformer(self.at)
         x, _, amax, found = transformer(
             p, ids, AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep),
-            kinds_BT=fields.get("types"), amax=histories.get("layers"), key=key, train=train,
+            kinds_BT=fields.get("types"), offset_BTD=fields.get("offset"),
+            amax=histories.get("layers"), key=key, train=train,
         )  # fmt: skip
         new = dict(histories) | ({"layers": amax} if amax else {})
         parts, out = transformer.heads, {"features": x}

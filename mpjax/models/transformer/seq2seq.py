@@ -81,13 +81,13 @@ class Seq2Seq(TransformerNetwork, NextToken):
 
     def _run(
         self, half: str, p: Params, ids: Array, context: AttentionContext, state: ModelState,
-        key: Key | None, train: bool, cache: Cache = (),
+        key: Key | None, train: bool, offset: ArrayLike | None = None, cache: Cache = (),
     ) -> tuple[Array, Cache, ModelState]:  # fmt: skip
         """Features, cache and the state with this half's new amax histories."""
         histories = state.get("amax", {})
         x, cache, amax, found = self.transformer(self.at, half)(
-            p, ids, context, cache=cache, amax=histories.get(half, {}).get("layers"), key=key,
-            train=train,
+            p, ids, context, offset_BTD=offset, cache=cache,
+            amax=histories.get(half, {}).get("layers"), key=key, train=train,
         )  # fmt: skip
         if amax:
             state = state | {"amax": histories | {half: {"layers": amax}}}
@@ -97,7 +97,7 @@ class Seq2Seq(TransformerNetwork, NextToken):
 
     def _read(
         self, p: Params, source: Ids, keep: ArrayLike | None, state: ModelState, key: Key | None,
-        train: bool,
+        train: bool, offset: ArrayLike | None = None,
     ) -> tuple[Array, Array | None, ModelState]:  # fmt: skip
         """The encoder's features, which of them are no padding, and the new state."""
         own = below(p, "encoder")
@@ -112,7 +112,7 @@ class Seq2Seq(TransformerNetwork, NextToken):
             )
         key = None if key is None else part_key(key, "source")
         context = AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep_BS)
-        x, _, state = self._run("encoder", own, ids, context, state, key, train)
+        x, _, state = self._run("encoder", own, ids, context, state, key, train, offset)
         return x, keep_BS, state
 
     @jax.named_scope(CARRIED)
@@ -121,7 +121,7 @@ class Seq2Seq(TransformerNetwork, NextToken):
         key: Key | None = None, train: bool = False,
     ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the decoder's features (B, T, D) and the new state, as `apply`."""
-        state, p = state or {}, weight_view(params)
+        state, p, offset = state or {}, weight_view(params), None
         if "position" in state:
             ids, keep, own, source = as_ids(inputs, "seq2seq"), state.get("source_keep"), None, None
         else:
@@ -132,12 +132,17 @@ class Seq2Seq(TransformerNetwork, NextToken):
                 )
             ids = as_ids(inputs["inputs"], "seq2seq: inputs")
             source_keep = keep_of(inputs, "seq2seq", keep="source_keep")
-            source, keep, state = self._read(p, inputs["source"], source_keep, state, key, train)
+            source, keep, state = self._read(
+                p, inputs["source"], source_keep, state, key, train, inputs.get("source_offset")
+            )
+            offset = inputs.get("offset")
             own = keep_of(inputs, "seq2seq", mask="decoder_attention_mask")
         context = attention_context_of(ids.shape[1], own, state)
         context = context._replace(source_BSD=source, keep_source_BS=keep)
         cached = state.get("layers", ())
-        x, cache, new = self._run("decoder", p["decoder"], ids, context, state, key, train, cached)
+        x, cache, new = self._run(
+            "decoder", p["decoder"], ids, context, state, key, train, offset, cached
+        )
         if "layers" in state:
             new = new | {"layers": cache, "position": state["position"] + ids.shape[1]}
         return x, new or None
@@ -152,8 +157,9 @@ class Seq2Seq(TransformerNetwork, NextToken):
           params: from `init`.
           inputs: a dict of `source` (B, S) and `inputs` (B, T) token ids, and of `source_keep`
             (B, S) and `keep` (B, T), True or 1 where there is no padding, which may be called
-            `attention_mask` and `decoder_attention_mask`; with a state from `start`, the next token
-            ids of the target alone.
+            `attention_mask` and `decoder_attention_mask`, and of `source_offset` (B, S, D) and
+            `offset` (B, T, D), added to the token embeddings, in float32; with a state from
+            `start`, the next token ids of the target alone.
           state: from `start`, amax histories from `init_state`, or None.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.

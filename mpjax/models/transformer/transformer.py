@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import weight_view, widest
-from mpjax.models.core.layers import Embed, Norm, dropout
+from mpjax.models.core.layers import Embed, Norm, dropout, shifted
 from mpjax.models.core.module import At, init_layers, part_key, run_collecting, run_module
 from mpjax.models.core.network import Network
 from mpjax.models.core.storage import Storage
@@ -170,8 +170,8 @@ class Transformer:
 
     def __call__(
         self, p: Params, ids_BT: Array, attention_context: AttentionContext, *,
-        kinds_BT: Array | None = None, cache: Cache = (), amax: PyTree = None,
-        key: Key | None = None, train: bool = False,
+        kinds_BT: Array | None = None, offset_BTD: ArrayLike | None = None, cache: Cache = (),
+        amax: PyTree = None, key: Key | None = None, train: bool = False,
     ) -> tuple[Array, Cache, PyTree, PyTree]:  # fmt: skip
         """Returns the features (B, T, D), new cache, new amax histories and what is collected.
 
@@ -180,13 +180,15 @@ class Transformer:
           ids_BT: token ids.
           attention_context: their positions and what they attend to.
           kinds_BT: token types; None is all 0.
+          offset_BTD: added to the rows of the token table, in float32, before they are scaled;
+            None adds nothing.
           cache: keys and values along a leading layer axis.
           amax: histories of delayed scaling of the blocks, likewise, or None.
           key: of dropout and of recipes that draw, or None.
           train: whether dropout is on.
         """
         c = self.config
-        x = self._embedded(p, ids_BT, kinds_BT, attention_context, checked=not cache)
+        x = self._embedded(p, ids_BT, kinds_BT, offset_BTD, attention_context, checked=not cache)
         x = self.model.shard(x, ("batch", "length", "embed"))
         dropping = train and c.dropout > 0
         if dropping:
@@ -202,13 +204,16 @@ class Transformer:
         return run_module(self.parts[name][0], p[name], x)[0]
 
     def _embedded(
-        self, p: Params, ids_BT: Array, kinds_BT: Array | None, context: AttentionContext,
-        checked: bool,
+        self, p: Params, ids_BT: Array, kinds_BT: Array | None, offset_BTD: ArrayLike | None,
+        context: AttentionContext, checked: bool,
     ) -> Array:  # fmt: skip
         """The embeddings of tokens, of their positions and of their types."""
         c, positions = self.config, context.positions
         assert positions is not None
         x = self._run("embed", p, ids_BT)
+        dtype = x.dtype
+        if offset_BTD is not None:
+            x = shifted(x, offset_BTD, self.name)
         if c.scale_embed:
             x = x * jnp.asarray(c.width**0.5, x.dtype)
         if c.position != "rotary":
@@ -225,7 +230,8 @@ class Transformer:
         if self.types:
             kinds_BT = jnp.zeros_like(ids_BT) if kinds_BT is None else kinds_BT
             x = x + self._run("token_type", p, kinds_BT).astype(x.dtype)
-        return self._run("norm_embed", p, x) if c.norm_embed else x
+        # With an offset all of this was float32.
+        return self._run("norm_embed", p, x) if c.norm_embed else x.astype(dtype)
 
     def _run_segment(
         self, segment: tuple[int, int], x: Array, stacked: PyTree, context: AttentionContext,
