@@ -360,7 +360,7 @@ class _Start(NamedTuple):
 
     Args:
       room_BT: which tokens may be moved.
-      width: D.
+      width: features D.
       key: of the draw, or None.
       loss_scale: of inner gradients.
     """
