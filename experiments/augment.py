@@ -8,7 +8,7 @@ Run:       python experiments/augment.py
            python experiments/augment.py --augment swap eda --rate 0.2 --synonyms FILE
            python experiments/augment.py --checkpoint minilm --precision fp32 bf16
 Expected:  a table of gains in points with their 90 % intervals over the seeds, the same as a plot;
-           most intervals hold 0 (docs/evidence/augment.md).
+           all intervals hold 0, and held-out losses fall (docs/evidence/augment.md).
 """
 
 from __future__ import annotations
