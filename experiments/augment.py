@@ -274,9 +274,8 @@ def main(config: Config) -> None:
         f"{config.texts} training and {len(test)} held-out texts, {config.seeds} seeds,"
         f" {config.steps} steps of {config.batch}; a rate of {config.rate:g} in a share of"
         f" {config.share:g} of the texts.",
-        f"Intervals of {CONFIDENCE:.0%} hold the true gain of that many arms: of"
-        f" {len(config.augment)} arms without any, {(1 - CONFIDENCE) * len(config.augment):.1f} lie"
-        " beside 0 by chance.",
+        f"Of the {CONFIDENCE:.0%} intervals of {len(config.augment)} arms without any gain,"
+        f" {(1 - CONFIDENCE) * len(config.augment):.1f} leave 0 out by chance.",
         f"Took {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]
     report(config, arms, counted, notes)

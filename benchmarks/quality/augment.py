@@ -34,7 +34,7 @@ def main() -> bool:
     about = (
         "Gains are paired by seed; ± is the 90 % interval over seeds, `null` where it holds 0. In"
         " all arms of a seed the texts, the first weights, the order and the dropout are the same."
-        f" Held-out texts are never changed. Trained at commit {manifest['commit']}."
+        f" Held-out texts are never changed. Trained at commit {manifest['commit'][:7]}."
     )
     body = f"{about}\n\n## {title.removeprefix('# ')}: `python {SCRIPT}`\n{body.rstrip()}"
     write("augment", "What augmentation gains a classifier of few texts", body)
