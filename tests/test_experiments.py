@@ -573,7 +573,7 @@ def test_augmentations_are_compared_with_none(tmp_path):
     require_report(tmp_path / "out", ("gain.png",), ("none", *names))
     found = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
     assert set(found) == {"none", *names} and len({s[0]["loss"] for s in found.values()}) == 4
-    assert "40 training and" in out and "Intervals of 90% hold" in " ".join(out.split())
+    assert "40 training and" in out and "Of the 90% intervals of 3 arms" in " ".join(out.split())
     pages = [json.loads(p.read_text()) for p in tmp_path.glob("out/*/seed1/manifest.json")]
     assert len(pages) == 4 and all(page["config"]["seed"] == 1 for page in pages)
 

@@ -9,6 +9,7 @@ the page is written from the run that lies there.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -28,11 +29,12 @@ def main() -> bool:
     if not (path := OUT / "report.md").exists():
         print(f"{path}: no report; run without --page", file=sys.stderr)
         return False
+    manifest = json.loads((OUT / "none" / "seed0" / "manifest.json").read_text())
     title, _, body = path.read_text().replace("![gain](gain.png)", "").partition("\n")
     about = (
         "Gains are paired by seed; ± is the 90 % interval over seeds, `null` where it holds 0. In"
         " all arms of a seed the texts, the first weights, the order and the dropout are the same."
-        " Held-out texts are never changed."
+        f" Held-out texts are never changed. Trained at commit {manifest['commit'][:7]}."
     )
     body = f"{about}\n\n## {title.removeprefix('# ')}: `python {SCRIPT}`\n{body.rstrip()}"
     write("augment", "What augmentation gains a classifier of few texts", body)
