@@ -654,7 +654,7 @@ def test_a_recommender_is_compared_with_popularity(tmp_path):
     assert scores["hr@10"] > popularity["hr@10"] and len(found["baselines"]) == 2
     assert "points of NDCG@10 above popularity (95 % interval over 24 users)" in out
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "## fp16 by length of history" in report and "| truncated SVD" in report
+    assert "## fp16 by likes of the user" in report and "| truncated SVD" in report
 
 
 def test_bert_learns_both_tasks_and_is_exported(tmp_path):
