@@ -4,7 +4,7 @@ A text classifier is trained plainly and by each method, in several precisions, 
 are judged clean, under PGD on their embeddings, and under edits of characters and words. A plain
 arm trained for as many passes as the dearest method takes stands beside them.
 
-Run:       python experiments/adversarial.py --checkpoint none --lr 1e-3 --epsilon 0.05
+Run:       python experiments/adversarial.py --checkpoint none --lr 1e-3 --epsilon 0.02
            python experiments/adversarial.py --method none fgm freelb --precision fp32 fp16
            python experiments/adversarial.py --data FILE.tsv --checkpoint none --texts 500
 Expected:  a row for each method and precision: accuracy, accuracy under PGD, each with its gap to

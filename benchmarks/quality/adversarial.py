@@ -45,8 +45,8 @@ CELLS = OUT / "cells.json"
 TEXTS = (500, 0)  # 0 is all 3,973
 BARS = ("fgm", "pgd", "freelb")
 SETTINGS = (
-    "--checkpoint none --vocabulary 1000 --lengths 32 64 --steps 250 --lr 1e-3 --batch 32"
-    " --epsilon 0.05 --copies 2 --method none longer fgm pgd freelb"
+    "--checkpoint none --vocabulary 1000 --lengths 32 64 --steps 400 --lr 1e-3 --batch 32"
+    " --epsilon 0.02 --copies 2 --method none longer fgm pgd freelb"
 ).split()
 METHODS: dict[str, Any] = {
     "FGM": FGM(0.5), "PGD-3": PGD(0.5, 0.1, 3), "FreeLB-3": FreeLB(0.5, 0.25, 3),
