@@ -127,14 +127,19 @@ def pad(
     return batch
 
 
-def _sizes(examples: Sequence[Example]) -> np.ndarray:
+def sizes_of(examples: Sequence[Example]) -> np.ndarray:
+    """Returns the tokens of each example."""
     return np.array(
         [max(np.size(value) for value in example.values()) for example in examples], np.int64
     )
 
 
-def _buckets(sizes: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-    """The length that each example is padded to."""
+def bucket_lengths(sizes: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """Returns the length that each example is padded to.
+
+    Raises:
+        ConfigError: no length, or an example that is longer than all.
+    """
     ladder = np.array(sorted(set(lengths)))
     if not len(ladder) or ladder[0] < 1:
         raise ConfigError(f"lengths={tuple(lengths)}: expected at least one positive length")
@@ -163,7 +168,7 @@ class _Epochs:
     ):
         self._examples, self._batch, self._seed = examples, batch, seed
         self._change, self._padding, self._fields = change, padding, fields_of(examples)
-        self._of = _buckets(_sizes(examples), lengths)
+        self._of = bucket_lengths(sizes_of(examples), lengths)
         self._count = -(-len(examples) // batch)
         self._planned: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
 
@@ -262,7 +267,7 @@ def eval_batches(
     if batch < 1:
         raise ConfigError(f"batch={batch}: expected at least 1 row")
     fields = fields_of(examples)
-    of = _buckets(_sizes(examples), lengths)
+    of = bucket_lengths(sizes_of(examples), lengths)
     found = []
     for length in np.unique(of):
         rows = np.flatnonzero(of == length)

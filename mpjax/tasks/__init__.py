@@ -6,6 +6,8 @@ from mpjax.tasks.divergence import divergence
 from mpjax.tasks.labels import label_loss
 from mpjax.tasks.language import Language
 from mpjax.tasks.metrics import calibration_error, class_scores, entity_scores, text_scores
+from mpjax.tasks.mixture.mixture import Mixture
+from mpjax.tasks.mixture.task_gradients import GradNorm, gradient_shares, pcgrad
 from mpjax.tasks.predict import predictor, softmax
 from mpjax.tasks.pretrain import MaskedLanguage
 from mpjax.tasks.regress import TextRegression
@@ -14,8 +16,10 @@ from mpjax.tasks.translate import Translation
 
 __all__ = [
     "Distillation",
+    "GradNorm",
     "Language",
     "MaskedLanguage",
+    "Mixture",
     "TextClassification",
     "TextRegression",
     "TokenClassification",
@@ -24,7 +28,9 @@ __all__ = [
     "class_scores",
     "divergence",
     "entity_scores",
+    "gradient_shares",
     "label_loss",
+    "pcgrad",
     "predictor",
     "softmax",
     "text_scores",
