@@ -264,6 +264,8 @@ def mixed_batches(
         raise ConfigError(f"batch={batch}: expected at least 1 row")
     if seed < 0:
         raise ConfigError(f"seed={seed}: expected 0 or above")
+    if not isinstance(examples, Mapping):
+        raise ConfigError(f"mixing: examples={brief(examples)}; give a dict of task -> examples")
     shares = mixing_weights(
         {name: len(part) for name, part in examples.items()},
         temperature=temperature, weights=weights,

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
-from mpjax.formats.delayed import begin_step, end_step, observed_of, with_observed
+from mpjax.formats.delayed import (
+    AmaxHistory,
+    begin_step,
+    end_step,
+    observed_of,
+    with_observed,
+)
 from mpjax.ops import Combine, Objective
 from mpjax.optim import all_finite, scaled_grad, scaled_grads, weight_view
 from mpjax.typing import Array, Batch, Grads, Key, Metrics, ModelState, Params, PyTree
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
 Shares: TypeAlias = dict[str, Array] | None  # of several losses, the weight of each
 
 TERM = "loss/"  # begins the metric of one loss of several
+COMBINED = 2**31 - 1  # of the key of combined gradients; no microbatch has this number
 
 
 class Judged(NamedTuple):
@@ -73,8 +80,7 @@ def gradients(
         judged = judged._replace(state=model_state)
         if combine is None:
             return grads, judged
-        # microbatches have keys of the numbers below
-        return _combined(combine, state, grads, judged, jax.random.fold_in(key, accumulate))
+        return _combined(combine, state, grads, judged, jax.random.fold_in(key, COMBINED))
 
     if accumulate == 1:
         (grads, amax), judged = grad(weights, observed_of(begun), batch, begun, key, None)
@@ -120,7 +126,8 @@ def check_combine(objective: Objective, model_state: ModelState) -> None:
     """
     if objective.combine is None or not objective.combine.own_scales:
         return
-    if observed_of(model_state):
+    leaves = jax.tree.leaves(model_state, is_leaf=lambda x: isinstance(x, AmaxHistory))
+    if any(isinstance(x, AmaxHistory) for x in leaves):
         raise ConfigError(
             "own_scales: each loss has its own loss scale, and delayed scaling keeps the amax of"
             " gradients at one; take a recipe with current scaling, such as fp8, or one loss scale"
