@@ -24,7 +24,7 @@ SCRIPTS = (
     "train_lm", "generate", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "finetune_classifier", "finetune_tagger", "translate",
-    "pretrain_bert", "chat",
+    "pretrain_bert", "chat", "multitask",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -520,6 +520,41 @@ def test_a_classifier_is_compared_by_precision_and_slice(tmp_path):
     ):
         _, err = run("finetune_classifier", *args, *bad, "--out", tmp_path / "none", code=2)
         assert err.splitlines()[-1].startswith(message), err
+        assert not (tmp_path / "none").exists()
+
+
+def test_several_tasks_are_compared_with_each_alone(tmp_path):
+    draw, kinds = random.Random(0), {"cat": "N", "dog": "N", "runs": "V", "red": "J", "the": "D"}
+    words, texts = tmp_path / "words.tsv", tmp_path / "texts.tsv"
+    sentences = [draw.choices(list(kinds), k=4) + [f"n{i}"] for i in range(80)]
+    tagged = ["".join(f"{w}\t{kinds.get(w, 'X')}\n" for w in s) for s in sentences]
+    words.write_text("\n".join(tagged))
+    texts.write_text("".join(
+        f"{('good', 'bad')[i % 2]}\t{('fine', 'poor')[i % 2]} {' '.join(s)}\n"
+        for i, s in enumerate(sentences)
+    ))  # fmt: skip
+    args = ["--tasks", f"tags=token:{words}", f"mood=class:{texts}"]
+    args += "--layers 1 --width 16 --heads 2 --vocabulary 90 --batch 16 --lengths 16".split()
+    args += "--steps 40 --warmup 1 --seeds 1 --lr 1e-2 --dropout 0 --methods fixed".split()
+    out = tmp_path / "out"
+    run("multitask", *args, "--out", out)
+    arms, report = ("single, fp32", "fixed, fp32"), (out / "report.md").read_text()
+    assert (out / "loss.png").stat().st_size > 10_000
+    assert all(f"| {arm} |" in report for arm in (*arms, "most frequent"))
+    found = json.loads((out / "results.json").read_text())
+    for arm in arms:
+        assert all(one["tags"] > 0.8 and one["mood"] > 0.6 for one in found["arms"][arm])
+    assert {"gradient, tags", "gradient, cosine"} <= found["arms"]["fixed, fp32"][0].keys()
+    steps = [len(curve(out / name / "fp32" / "seed0")) for name in ("single-tags", "single-mood")]
+    assert sum(steps) == len(curve(out / "fixed" / "fp32" / "seed0")) == 40
+    for bad, message in (
+        (["--tasks", f"tags=token:{words}"], "alone is no mixture; give two or more"),
+        (["--tasks", "pos", f"tags=token:{words}"], "error: tasks: 'pos'; known: pos-oanc"),
+        (["--tasks", f"a=token:{words}", f"a=class:{texts}"], "two tasks are named 'a'"),
+        (["--temperature", "0"], "error: temperature"),
+    ):
+        _, err = run("multitask", *args, *bad, "--out", tmp_path / "none", code=2)
+        assert message in err.splitlines()[-1], err
         assert not (tmp_path / "none").exists()
 
 

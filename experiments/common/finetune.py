@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -134,6 +134,7 @@ class Start:
       texts: on which a tokenizer is trained where there is no checkpoint.
       pool: what a head of whole texts takes of them, as of EncoderConfig.
       labels: names of the classes, which an export of the model writes.
+      task_heads: new heads of several tasks, as of EncoderConfig.
     """
 
     config: Any
@@ -142,6 +143,7 @@ class Start:
     texts: Sequence[str]
     pool: str = "first"
     labels: tuple[str, ...] = ()
+    task_heads: tuple[str, ...] = ()
 
     @property
     def source(self) -> str | Path | None:
@@ -178,7 +180,7 @@ class Start:
     def _changes(self) -> Settings:
         return {
             "head": self.head, "classes": self.classes, "dropout": self.config.dropout,
-            "pool": self.pool, "labels": self.labels,
+            "pool": self.pool, "labels": self.labels, "task_heads": self.task_heads,
         }  # fmt: skip
 
     def _loaded(self, precision: str | Precision, seed: int) -> tuple[Network, Params]:
@@ -189,7 +191,8 @@ class Start:
             if any(name.startswith(theirs) for name in checkpoint.tensors)
         }
         wanted = tuple(_PRETRAINED) if self.head == "pretrain" else (self.head,)
-        new = [head for head in wanted if head not in held]
+        new = [head for head in wanted if head not in held and head != "none"]
+        new += ["task_heads"] if self.task_heads else []
         unused = [f"{theirs}*" for own, theirs in held.items() if own not in wanted]
         pooler = self.pool == "first" and EncoderConfig(head=self.head).pools
         if not pooler and fnmatch.filter(checkpoint.tensors, _POOLER):
@@ -204,9 +207,10 @@ Judge = Callable[[Params], tuple[dict[str, float], np.ndarray]]  # params -> sco
 Keep = Callable[[str, int, Network, Params], None]
 Again = Callable[[str, int], bool]
 Change = Callable[[Batch, np.random.Generator], Batch]
+Batches = Callable[[int], Iterator[Batch]]
 
 
-CHOOSING = ("seeds", "precision", "export")  # settings that change no run
+CHOOSING = ("seeds", "precision", "methods", "export")  # settings that change no run
 
 
 def page_of(
@@ -224,6 +228,7 @@ def run_arm(
     label: str, config: Any, task: Task, start: Beginning, examples: Sequence[Example],
     vocabulary: int, judge: Judge, out: Path, keep: Keep = lambda *_: None,
     change: Change = lambda batch, draw: batch, again: Again = lambda *_: False,
+    batches: Batches | None = None,
 ) -> Arm:  # fmt: skip
     """Trains one arm under each seed; its step is compiled once for each length.
 
@@ -238,6 +243,7 @@ def run_arm(
       out: folder in which each run gets its own.
       keep: called with (label, seed, model, parameters) at the end of each run.
       change: of each batch, as `bucket_batches` takes it, such as masking.
+      batches: seed -> batches, in place of those of the examples.
       again: (label, seed) -> whether a run that has ended is trained again, because `keep` or
         `judge` leaves more of it than its scores.
     """
@@ -260,9 +266,9 @@ def run_arm(
             with finished.recording(
                 folder, page, label, f"{label}, seed {seed}", config.steps, console
             ) as (writer, report, history):
-                data = bucket_batches(
+                data = batches(seed) if batches else bucket_batches(
                     examples, batch=config.batch, seed=seed, lengths=config.lengths, change=change
-                )
+                )  # fmt: skip
                 state = fit(state, step, data, steps=config.steps, report=report)
             found, right = judge(state.params)
             keep(label, seed, model, state.params)

@@ -117,13 +117,11 @@ class Optimizer:
             finite = jnp.all(finite_leaves)
             still = (params, no_update(new[1]), state.inner, state.update_state)
             new = select(finite, new, still)
-            if each is None:
-                lowest = state.loss_scale.at_minimum(unscaled)
-                scale = state.loss_scale.adjust(finite, unscaled)
-            else:  # where each is finite and not their sum, all scales are too large
-                each = jnp.where(jnp.all(each), finite, each)
-                lowest, scale = state.loss_scale.at_minimum(each), state.loss_scale.adjust(each)
-            gate = record(state.gate, finite_leaves, lowest)
+            told: Any = (finite, unscaled)
+            if each is not None:  # where each is finite and not their sum, all scales are too large
+                told = (jnp.where(jnp.all(each), finite, each),)
+            gate = record(state.gate, finite_leaves, state.loss_scale.at_minimum(told[-1]))
+            scale = state.loss_scale.adjust(*told)
             if (reads := self.reads_gradient(state)) is not True:  # zeros in its place say nothing
                 scale = select(jnp.asarray(reads), scale, state.loss_scale)
             state = state._replace(gate=gate, loss_scale=scale)

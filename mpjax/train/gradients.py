@@ -75,16 +75,15 @@ def gradients(
     else:
         grad = scaled_grads(scale, loss_of, len(combine.names))
 
-    def ended(grads: PyTree, amax: list[Array], judged: Judged) -> tuple[Grads, Judged]:
-        model_state = end_step(judged.state, state.model_state, amax, scale.value)
-        judged = judged._replace(state=model_state)
+    def one(grads: PyTree, judged: Judged) -> tuple[Grads, Judged]:
         if combine is None:
             return grads, judged
         return _combined(combine, state, grads, judged, jax.random.fold_in(key, COMBINED))
 
     if accumulate == 1:
         (grads, amax), judged = grad(weights, observed_of(begun), batch, begun, key, None)
-        return ended(grads, amax, judged)
+        model_state = end_step(judged.state, state.model_state, amax, scale.value)
+        return one(grads, judged._replace(state=model_state))
 
     def body(carry: PyTree, part: PyTree) -> tuple[PyTree, Metrics]:
         total, total_loss, largest, model_state = carry
@@ -112,9 +111,10 @@ def gradients(
     carry = (zeros, none, jax.tree.map(jnp.zeros_like, observed_of(begun)), begun)
     parts = (jnp.arange(accumulate), *_microbatches(objective, batch, accumulate))
     (grads, loss, amax, model_state), metrics = jax.lax.scan(body, carry, parts)
+    model_state = end_step(model_state, state.model_state, amax, scale.value)
     metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
     grads = jax.tree.map(lambda g: g / accumulate, grads)
-    return ended(grads, amax, Judged(loss / accumulate, metrics, model_state))
+    return one(grads, Judged(loss / accumulate, metrics, model_state))
 
 
 def check_combine(objective: Objective, model_state: ModelState) -> None:

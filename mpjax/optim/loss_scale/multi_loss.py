@@ -133,7 +133,8 @@ def scaled_grads(
 ) -> Callable[..., tuple[tuple[list[Grads], Any], Any]]:
     """Returns the function that gives the scaled gradients of each of several losses.
 
-    One forward pass serves all; each loss has a backward pass of its own.
+    One forward pass serves all; each loss has a backward pass of its own, in which it does not meet
+    another's overflow. Where a loss is NaN already, so are the gradients of all.
 
     Args:
       loss_scale: of this step; one for all losses, or a `MultiLossScale`.

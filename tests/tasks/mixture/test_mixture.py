@@ -175,14 +175,15 @@ def test_a_small_loss_learns_with_a_scale_of_its_own(own_scales: bool) -> None:
     tasks = {name: TASKS[name] for name in weights}
     objective = Mixture(tasks, weights, own_scales=own_scales).objective
     state, step = build(model, optax.adam(0.03), objective=objective)
-    losses = []
+    losses, head = [], np.asarray(state.params["token"])
     for _ in range(30):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss/tags"]) * 2**12)
     # the large loss has less than 1 of scale, in both arms
     assert float(metrics["loss_scale"]) < 1 and float(metrics["skipped"]) < 12
-    assert (losses[-1] < 0.6 * losses[0]) == own_scales
-    assert own_scales or losses[-1] > 0.95 * losses[0]
+    assert losses[-1] < 0.6 * losses[0] if own_scales else losses[-1] > 0.8 * losses[0]
+    # what still moves the loss is the embedding, which the other task trains
+    assert np.array_equal(state.params["token"], head) == (not own_scales)
     if own_scales:
         told = [float(metrics[f"loss_scale/{n}"]) for n in weights]
         assert told[0] > 8 > 1 > told[1] == float(metrics["loss_scale"])
@@ -190,10 +191,10 @@ def test_a_small_loss_learns_with_a_scale_of_its_own(own_scales: bool) -> None:
 
 @functools.cache
 def trained(mesh: str | None) -> tuple[Any, list[Any]]:
-    """Two steps, one with a number that is not finite, and one more; states on the host."""
+    """Two steps, one whose second loss overflows, and one more; states on the host."""
     model = encoder(
-        "bert-tiny", get_precision("fp16", loss_scale="dynamic:init=256"), layers=1, width=16, heads=2, vocabulary=24, context=8,
-        task_heads=("mood=class:2", "tags=token:4"),
+        "bert-tiny", get_precision("fp16", loss_scale="dynamic:init=256"), layers=1, width=16,
+        heads=2, vocabulary=24, context=8, task_heads=("mood=class:2", "tags=token:4"),
     )  # fmt: skip
     tasks = {
         "mood": TextClassification(("bad", "good"), output="mood"),
@@ -203,11 +204,14 @@ def trained(mesh: str | None) -> tuple[Any, list[Any]]:
         model, optax.adam(0.01), mesh, objective=Mixture(tasks, **EVERYTHING).objective
     )
     good = {n: x[:8] for n, x in BATCH.items() if not n.startswith("score")}
-    good["tags/weights"] = np.ones((8, T), np.float32)
-    bad = good | {"tags/weights": np.full((8, T), np.nan, np.float32)}
     states = []
-    for batch in (good, good, bad, good):
-        state, metrics = step(state, batch)
+    for number in range(4):
+        if number > 1:  # the second scale leaves float16, and comes back
+            leaves, structure = jax.tree.flatten(state.opt_state.loss_scale)
+            leaves[3] = leaves[3] * 2.0 ** (16 if number == 2 else -15)
+            scale = jax.tree.unflatten(structure, leaves)
+            state = state._replace(opt_state=state.opt_state._replace(loss_scale=scale))
+        state, metrics = step(state, good)
         states.append((host(state), host(metrics)))
     return step, states
 
@@ -225,7 +229,7 @@ def test_a_skipped_step_changes_the_scale_of_the_loss_at_fault_and_nothing_else(
     ):
         assert a.tobytes() == b.tobytes()
     scales = [s.opt_state.loss_scale.value.tolist() for s in (before, after)]
-    assert scales[1] == [scales[0][0], scales[0][1] / 2]
+    assert scales == [[256, 256], [256, 2**23]]
     moved = [np.abs(a - b).max() for a, b in zip(last.combine, after.combine, strict=True)]
     assert moved[0] > 0, "or what a skip must not move does not move at all"
     assert step.compiled._cache_size() == 1
@@ -234,7 +238,7 @@ def test_a_skipped_step_changes_the_scale_of_the_loss_at_fault_and_nothing_else(
 def test_a_mesh_gives_what_one_device_gives() -> None:
     (_, one), (step, many) = trained(None), trained("data=2,fsdp=2,tensor=2")
     assert step.compiled._cache_size() == 1
-    for (a, told), (b, also) in zip(one, many, strict=True):
+    for (a, told), (b, also) in zip(one[:3], many[:3], strict=True):
         assert float(told["loss"]) == pytest.approx(float(also["loss"]), rel=2e-3, nan_ok=True)
         np.testing.assert_allclose(a.combine.weights, b.combine.weights, rtol=1e-2)
         np.testing.assert_array_equal(a.opt_state.loss_scale.value, b.opt_state.loss_scale.value)
