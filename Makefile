@@ -92,6 +92,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; p
 	$(PY) -m benchmarks.quality.rnn_lm
 	$(PY) -m benchmarks.quality.low_bit_inference
 	$(PY) -m benchmarks.quality.annealing
+	$(PY) -m benchmarks.quality.multitask
 	$(PY) -m benchmarks.quality.finetune
 	$(PY) experiments/bench_step.py
 	$(PY) experiments/low_bit_weights.py --out runs/evidence/low_bit_weights --fresh

@@ -10,7 +10,7 @@ Run:       python experiments/multitask.py
            python experiments/multitask.py --tasks tags=token:WORDS.tsv mood=class:TEXTS.tsv
 Expected:  a table of the accuracy of each task by method, with its gap to the single-task runs in
            points, seed paired with seed; the share of each task in the shared gradient and the
-           cosines between tasks. docs/evidence/multitask.md has figures, where they were measured.
+           cosines between tasks. What it says is not known beforehand.
 """
 
 from __future__ import annotations
