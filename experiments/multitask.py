@@ -218,15 +218,13 @@ class Together:
 
 
 def joined(label: str, arms: Sequence[finetune_report.Arm]) -> finetune_report.Arm:
-    """The runs of all tasks alone as one arm; its curve is that of the longest."""
+    """The runs of all tasks alone as one arm."""
     scores = []
     for seeds in zip(*(arm.scores for arm in arms), strict=True):
         loss = float(np.mean([one["loss"] for one in seeds]))
         scores.append({name: x for one in seeds for name, x in one.items()} | {"loss": loss})
-    longest = max(arms, key=lambda arm: len(arm.outcome.records[0]))
-    outcome = dataclasses.replace(longest.outcome, label=label)
     correct = np.concatenate([arm.correct for arm in arms], 1)
-    return finetune_report.Arm(label, tuple(scores), correct, outcome)
+    return finetune_report.Arm(label, tuple(scores), correct, arms[0].outcome)
 
 
 def main(config: Config) -> None:
@@ -265,16 +263,15 @@ def main(config: Config) -> None:
     for one in singles:
         one.check("fixed")
     launch.writable(config.out)
-    arms = []
+    arms, mixtures = [], []
     for label in config.precision:
         arms.append(joined(f"single, {label}", [one.run("fixed", label) for one in singles]))
         for method, one in every.items():
             arm, name = one.run(method, label), f"{method}, {label}"
-            outcome = dataclasses.replace(arm.outcome, label=name, reference=arms[0].label)
-            arms.append(dataclasses.replace(arm, label=name, outcome=outcome))
-    arms[0] = dataclasses.replace(
-        arms[0], outcome=dataclasses.replace(arms[0].outcome, reference=arms[0].label)
-    )
+            first = mixtures[0].label if mixtures else name
+            outcome = dataclasses.replace(arm.outcome, label=name, reference=first)
+            mixtures.append(dataclasses.replace(arm, label=name, outcome=outcome))
+            arms.append(mixtures[-1])
     common = {}
     for name, sides in examples.items():
         labels = [
@@ -301,9 +298,8 @@ def main(config: Config) -> None:
         f" {max(config.lengths)} tokens, judged in {config.eval_precision}. Took"
         f" {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]
-    finetune_report.write(
-        config.out, found, {"most frequent": common}, arms, notes, "nats, all tasks"
-    )
+    baseline, unit = {"most frequent": common}, "nats, all tasks"
+    finetune_report.write(config.out, found, baseline, arms, notes, unit, mixtures)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def trains(way: str, precision: str, mesh: str) -> dict[str, Any]:
 
 def main() -> bool:
     """Measures what is not measured yet and writes the page; whether every bar is met."""
+    OUT.mkdir(parents=True, exist_ok=True)
     record, page = OUT / "cells.json", "--page" in sys.argv
     held = json.loads(record.read_text()) if record.exists() else {}
     cells: dict[str, dict[str, Any]] = held.get("cells", {})
