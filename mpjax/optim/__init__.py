@@ -10,11 +10,7 @@ from mpjax.optim.gradient_norm import global_norm
 from mpjax.optim.loss_scale.from_settings import make_loss_scale
 from mpjax.optim.loss_scale.leaf_scale import LeafLossScale, scale_gradient
 from mpjax.optim.loss_scale.logmax import LogMaxLossScale
-from mpjax.optim.loss_scale.multi_loss import (
-    MultiLossScale,
-    scaled_grads,
-    scaled_value_and_grads,
-)
+from mpjax.optim.loss_scale.multi_loss import MultiLossScale, scaled_value_and_grads
 from mpjax.optim.loss_scale.scaled import ScaledGradients
 from mpjax.optim.loss_scale.scalers import (
     DynamicLossScale,
@@ -67,7 +63,6 @@ __all__ = [
     "quantize_moments",
     "scale_gradient",
     "scaled_grad",
-    "scaled_grads",
     "scaled_value_and_grad",
     "scaled_value_and_grads",
     "select",

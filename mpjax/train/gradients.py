@@ -17,7 +17,8 @@ from mpjax.formats.delayed import (
     with_observed,
 )
 from mpjax.ops import Combine, Objective
-from mpjax.optim import all_finite, scaled_grad, scaled_grads, weight_view
+from mpjax.optim import all_finite, scaled_grad, weight_view
+from mpjax.optim.loss_scale.multi_loss import scaled_grads
 from mpjax.typing import Array, Batch, Grads, Key, Metrics, ModelState, Params, PyTree
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def gradients(
     else:
         grad = scaled_grads(scale, loss_of, len(combine.names))
 
-    def one(grads: PyTree, judged: Judged) -> tuple[Grads, Judged]:
+    def joined(grads: PyTree, judged: Judged) -> tuple[Grads, Judged]:
         if combine is None:
             return grads, judged
         return _combined(combine, state, grads, judged, jax.random.fold_in(key, COMBINED))
@@ -83,7 +84,7 @@ def gradients(
     if accumulate == 1:
         (grads, amax), judged = grad(weights, observed_of(begun), batch, begun, key, None)
         model_state = end_step(judged.state, state.model_state, amax, scale.value)
-        return one(grads, judged._replace(state=model_state))
+        return joined(grads, judged._replace(state=model_state))
 
     def body(carry: PyTree, part: PyTree) -> tuple[PyTree, Metrics]:
         total, total_loss, largest, model_state = carry
@@ -105,16 +106,16 @@ def gradients(
         return (total, total_loss, largest, judged.state), terms
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
-    none = jnp.float32(0)
+    no_loss = jnp.float32(0)
     if combine is not None:
-        zeros, none = [zeros] * len(combine.names), jnp.zeros(len(combine.names), jnp.float32)
-    carry = (zeros, none, jax.tree.map(jnp.zeros_like, observed_of(begun)), begun)
+        zeros, no_loss = [zeros] * len(combine.names), jnp.zeros(len(combine.names), jnp.float32)
+    carry = (zeros, no_loss, jax.tree.map(jnp.zeros_like, observed_of(begun)), begun)
     parts = (jnp.arange(accumulate), *_microbatches(objective, batch, accumulate))
     (grads, loss, amax, model_state), metrics = jax.lax.scan(body, carry, parts)
     model_state = end_step(model_state, state.model_state, amax, scale.value)
     metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
     grads = jax.tree.map(lambda g: g / accumulate, grads)
-    return one(grads, Judged(loss / accumulate, metrics, model_state))
+    return joined(grads, Judged(loss / accumulate, metrics, model_state))
 
 
 def check_combine(objective: Objective, model_state: ModelState) -> None:
@@ -144,6 +145,11 @@ def _combined(
 ) -> tuple[Grads, Judged]:
     """The gradients of several losses as one, at the loss scale that the optimizer expects."""
     scale, finite, told = state.opt_state.loss_scale, None, {}
+    if state.combine is None and combine.init() is not None:
+        raise ConfigError(
+            "state: the objective keeps a state to combine gradients; pass"
+            " combine=objective.combine.init() to init_state"
+        )
     if combine.own_scales:
         grads = [one.unscale(g) for one, g in zip(scale.scales, grads, strict=True)]
         finite = jnp.stack([all_finite(g) for g in grads])

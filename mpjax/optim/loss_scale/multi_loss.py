@@ -64,9 +64,8 @@ class MultiLossScale:
     def settings(self) -> NoReturn:
         """Raises ConfigError: a Precision holds the scale of one loss."""
         raise ConfigError(
-            "loss scale: a Precision says how one loss is scaled; take"
-            " mpjax.tasks.Mixture(own_scales=True), which scales each loss so, or give it"
-            " loss_scale=none and take MultiLossScale with scaled_value_and_grads"
+            "loss scale: a Precision trains one loss; take mpjax.tasks.Mixture(own_scales=True),"
+            " or give it loss_scale=none and take MultiLossScale with scaled_value_and_grads"
         )
 
     @property

@@ -238,7 +238,8 @@ class Combination:
         shared, gram = products(grads)
         own = jnp.ones(len(self.names), jnp.float32)
         metrics: Metrics = {}
-        if self.gradnorm is not None and state is not None:
+        if self.gradnorm is not None:
+            assert state is not None  # of `init`
             own = state.weights
             metrics = {f"weight/{n}": w for n, w in zip(self.names, own, strict=True)}
             state = self.gradnorm.advance(state, losses, jnp.sqrt(jnp.diagonal(gram)))

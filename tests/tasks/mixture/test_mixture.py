@@ -277,7 +277,7 @@ def test_a_head_that_cannot_be_is_one_line(heads: Any) -> None:
         encoder("bert-tiny", task_heads=heads)
 
 
-ALL = Mixture(TASKS, **EVERYTHING)
+ALL, PLAIN = Mixture(TASKS, **EVERYTHING), wrap(optax.sgd(0.1), "fp32")
 WRONG: dict[str, tuple[Any, str]] = {
     "none": (lambda: Mixture({}), "no task"),
     "twice": (lambda: Mixture([("a", TASKS["mood"])] * 2), "two tasks are named 'a'"),
@@ -320,6 +320,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "logmax": (
         lambda: build(Half("logmax"), optax.sgd(0.1), objective=ALL.objective),
         "logmax reads the gradients of one loss",
+    ),
+    "no state": (
+        lambda: make_train_step(Mixture(TASKS, weighting="gradnorm").objective(MODEL), PLAIN)(
+            init_state(MODEL.init(jax.random.key(0)), PLAIN), BATCH
+        ), "pass combine=objective.combine.init",
     ),
     "one scale": (
         lambda: make_train_step(
