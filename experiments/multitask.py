@@ -263,7 +263,8 @@ def main(config: Config) -> None:
     for one in singles:
         one.check("fixed")
     launch.writable(config.out)
-    arms, mixtures = [], []
+    arms: list[finetune_report.Arm] = []
+    mixtures: list[finetune_report.Arm] = []
     for label in config.precision:
         arms.append(joined(f"single, {label}", [one.run("fixed", label) for one in singles]))
         for method, one in every.items():

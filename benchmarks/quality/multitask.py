@@ -92,7 +92,7 @@ def proportions() -> list[list[str]]:
 
 def trains(way: str, precision: str, mesh: str) -> dict[str, Any]:
     """Twenty steps of one way to combine three tasks."""
-    tasks = {
+    tasks: dict[str, Any] = {
         "tags": TokenClassification(("N", "V", "X"), output="tags"),
         "mood": TextClassification(("bad", "good"), output="mood"),
         "score": TextRegression(output="score"),

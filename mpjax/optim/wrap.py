@@ -98,7 +98,8 @@ class Optimizer:
         self, scaled: Grads, state: OptState, params: Params, extra: Mapping[str, object]
     ) -> tuple[Params, Grads, OptState, Metrics]:
         checks.check_state(state, OptState)
-        scaled, each = bare(scaled), extra.get("finite_losses")
+        scaled = bare(scaled)
+        each: Any = extra.get("finite_losses")
         extra = {name: value for name, value in extra.items() if name != "finite_losses"}
         if self.precision.loss_scale.kind != "none":
             check_scaled(scaled)

@@ -164,7 +164,7 @@ def _switching(
 
     def start(params: Params, seed: ArrayLike) -> TrainState:
         plain = parts[0].start(params, seed)
-        scales = [step.optimizer.first_loss_scale(plain.params) for step in steps]
+        scales: Any = [step.optimizer.first_loss_scale(plain.params) for step in steps]
         return whole_state(plain, schedule.window, scales, [part.first() for part in parts])
 
     mesh = steps[0].mesh

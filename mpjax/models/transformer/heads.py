@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -101,7 +102,7 @@ class TaskHeads(Layer):
     def __call__(
         self, x_BTD: Array, pooled_BD: Array | None, train: bool = False
     ) -> dict[str, Array]:
-        of = {"token": x_BTD, "class": pooled_BD}
+        of: Any = {"token": x_BTD, "class": pooled_BD}  # None where no head reads it
         return {
             name: ClassHead(self.context, classes, self.dropout, name=name)(of[kind], train)
             for name, (kind, classes) in self.heads
