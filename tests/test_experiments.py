@@ -25,7 +25,7 @@ SCRIPTS = (
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "distil", "finetune_classifier", "finetune_tagger", "translate",
     "pretrain_bert", "chat", "stages", "augment", "recommend",
-    "adversarial",
+    "adversarial", "multitask",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -598,6 +598,42 @@ def test_methods_are_compared_clean_and_under_attack(tmp_path):
     _, err = run("adversarial", *args, "--method", "fgsm", "--out", tmp_path / "none", code=2)
     assert err.startswith("error: method: unknown 'fgsm'; known: none longer fgm pgd freelb")
     assert len(err.splitlines()) == 1 and not (tmp_path / "none").exists()
+
+
+def test_several_tasks_are_compared_with_each_alone(tmp_path):
+    draw, kinds = random.Random(0), {"cat": "N", "dog": "N", "runs": "V", "red": "J", "the": "D"}
+    words, texts = tmp_path / "words.tsv", tmp_path / "texts.tsv"
+    sentences = [draw.choices(list(kinds), k=4) + [f"n{i}"] for i in range(80)]
+    tagged = ["".join(f"{w}\t{kinds.get(w, 'X')}\n" for w in s) for s in sentences]
+    words.write_text("\n".join(tagged))
+    texts.write_text("".join(
+        f"{('good', 'bad')[i % 2]}\t{('fine', 'poor')[i % 2]} {' '.join(s)}\n"
+        for i, s in enumerate(sentences)
+    ))  # fmt: skip
+    args = ["--tasks", f"tags=token:{words}", f"mood=class:{texts}"]
+    args += "--layers 1 --width 16 --heads 2 --vocabulary 90 --batch 16 --lengths 16".split()
+    args += "--steps 40 --warmup 1 --seeds 1 --lr 1e-2 --dropout 0 --methods fixed".split()
+    out = tmp_path / "out"
+    run("multitask", *args, "--out", out)
+    arms, report = ("single, fp32", "fixed, fp32"), (out / "report.md").read_text()
+    assert (out / "loss.png").stat().st_size > 10_000
+    assert all(f"| {arm} |" in report for arm in (*arms, "most frequent"))
+    found = json.loads((out / "results.json").read_text())
+    for arm in arms:
+        assert all(one["tags"] > 0.8 and one["mood"] > 0.6 for one in found["arms"][arm])
+    assert {"gradient, tags", "gradient, cosine"} <= found["arms"]["fixed, fp32"][0].keys()
+    names = ("single-tags", "single-mood", "fixed")
+    # the last record is that of the held-out texts
+    steps = [len(curve(out / name / "fp32" / "seed0")) - 1 for name in names]
+    assert steps[0] + steps[1] == steps[2] == 40
+    for bad, message in (
+        (["--tasks", f"tags=token:{words}"], "alone is no mixture; give two or more"),
+        (["--tasks", "pos", f"tags=token:{words}"], "error: tasks: 'pos'; known: pos-oanc"),
+        (["--tasks", f"a=token:{words}", f"a=class:{texts}"], "two tasks are named 'a'"),
+    ):
+        _, err = run("multitask", *args, *bad, "--out", tmp_path / "none", code=2)
+        assert message in err.splitlines()[-1], err
+        assert not (tmp_path / "none").exists()
 
 
 def test_a_tagger_is_compared_with_the_most_frequent_tag(tmp_path):

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = (
     "train_lm", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "low_bit_products", "rnn_lm", "image_cnn", "finetune_classifier", "finetune_tagger",
-    "pretrain_bert", "translate", "formats", "adversarial",
+    "pretrain_bert", "translate", "formats", "adversarial", "multitask",
 )  # fmt: skip
 
 

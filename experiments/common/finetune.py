@@ -136,6 +136,7 @@ class Start:
       texts: on which a tokenizer is trained where there is no checkpoint.
       pool: what a head of whole texts takes of them, as of EncoderConfig.
       labels: names of the classes, which an export of the model writes.
+      task_heads: new heads of several tasks, as of EncoderConfig.
     """
 
     config: Any
@@ -144,6 +145,7 @@ class Start:
     texts: Sequence[str]
     pool: str = "first"
     labels: tuple[str, ...] = ()
+    task_heads: tuple[str, ...] = ()
 
     @property
     def source(self) -> str | Path | None:
@@ -180,7 +182,7 @@ class Start:
     def _changes(self) -> Settings:
         return {
             "head": self.head, "classes": self.classes, "dropout": self.config.dropout,
-            "pool": self.pool, "labels": self.labels,
+            "pool": self.pool, "labels": self.labels, "task_heads": self.task_heads,
         }  # fmt: skip
 
     def _loaded(self, precision: str | Precision, seed: int) -> tuple[Network, Params]:
@@ -192,6 +194,7 @@ class Start:
         }
         wanted = tuple(_PRETRAINED) if self.head == "pretrain" else (self.head,)
         new = [head for head in wanted if head not in held and head != "none"]
+        new += ["task_heads"] if self.task_heads else []
         unused = [f"{theirs}*" for own, theirs in held.items() if own not in wanted]
         pooler = self.pool == "first" and EncoderConfig(head=self.head).pools
         if not pooler and fnmatch.filter(checkpoint.tensors, _POOLER):
@@ -206,16 +209,11 @@ Judge = Callable[[Params], tuple[dict[str, float], np.ndarray]]  # params -> sco
 Keep = Callable[[str, int, Network, Params], None]
 Again = Callable[[str, int], bool]
 Change = Callable[[Batch, np.random.Generator], Batch]
+Batches = Callable[[int], Iterator[Batch]]
 
 
-CHOOSING = (
-    "seeds",
-    "precision",
-    "export",
-    "augment",
-    "teacher_weights",
-    "top",
-)  # settings that change no run
+# settings that change no run
+CHOOSING = ("seeds", "precision", "export", "augment", "methods", "teacher_weights", "top")
 
 
 def page_of(
@@ -232,8 +230,8 @@ def page_of(
 def run_arm(
     label: str, config: Any, task: Task, start: Beginning, examples: Sequence[Example],
     vocabulary: int, judge: Judge, out: Path, keep: Keep = lambda *_: None,
-    change: Change = lambda batch, draw: batch, again: Again = lambda *_: False, name: str = "",
-    reference: str = "",
+    change: Change = lambda batch, draw: batch, again: Again = lambda *_: False,
+    batches: Batches | None = None, name: str = "", reference: str = "",
 ) -> Arm:  # fmt: skip
     """Trains one arm under each seed; its step is compiled once for each length.
 
@@ -248,6 +246,7 @@ def run_arm(
       out: folder in which each run gets its own.
       keep: called with (label, seed, model, parameters) at the end of each run.
       change: of each batch, as `bucket_batches` takes it, such as masking.
+      batches: seed -> batches, in place of those of the examples.
       again: (label, seed) -> whether a run that has ended is trained again, because `keep` or
         `judge` leaves more of it than its scores.
       name: of the arm, if another than its label.
@@ -269,14 +268,14 @@ def run_arm(
         return page_of(name, config, schedule, model, seed, out, again)
 
     return run_seeds(
-        name, reference or config.precision[0], config, step, model, start, data, judge, page,
-        functools.partial(keep, name),
+        name, reference or config.precision[0], config, step, model, start, batches or data, judge,
+        page, functools.partial(keep, name),
     )  # fmt: skip
 
 
 def run_seeds(
     label: str, reference: str, config: Any, step: TrainStep | SwitchingStep, model: Network,
-    start: Beginning, data: Callable[[int], Iterator[Batch]], judge: Judge,
+    start: Beginning, data: Batches, judge: Judge,
     page: Callable[[int], tuple[Path, Settings]],
     keep: Callable[[int, Network, Params], None] = lambda *_: None,
 ) -> Arm:  # fmt: skip

@@ -99,10 +99,12 @@ def tables(
 def write(
     out: Path, found: Sequence[tuple[str, tuple[str, ...], list[tuple[str, ...]]]],
     baselines: dict[str, dict[str, float]], arms: Sequence[Arm], notes: Sequence[str], unit: str,
+    plotted: Sequence[Arm] = (),
 ) -> None:  # fmt: skip
     """Prints the tables, and writes report.md, results.json (all scores) and loss.png.
 
-    `unit` is that of the training loss.
+    `unit` is that of the training loss; of all arms or of those that are `plotted`, whose runs have
+    as many steps.
     """
     shown = launch.wide()
     parts: list[str] = []
@@ -112,7 +114,7 @@ def write(
         if len(parts) == 1:
             parts.append("\n".join(f"- {note}" for note in notes))
     shown.print("\n".join(notes), highlight=False, markup=False)
-    save_plot(plot_loss([arm.outcome for arm in arms], unit=unit), out / "loss.png")
+    save_plot(plot_loss([arm.outcome for arm in plotted or arms], unit=unit), out / "loss.png")
     parts.append("![loss](loss.png)")
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
     results = {"baselines": baselines, "arms": {arm.label: arm.scores for arm in arms}}

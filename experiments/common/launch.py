@@ -148,7 +148,8 @@ def data_checksum(data: str) -> str:
 def settings(config: Warming, **more: Json) -> Settings:
     """Returns all settings as JSON-able values, the steps of warm-up written out."""
     values = dataclasses.asdict(config) | {"warmup": warmup(config)} | more
-    if found := data_checksum(str(values["data"])):
+    files = [values["data"]] if "data" in values else [x.partition(":")[2] for x in values["tasks"]]
+    if found := " ".join(filter(None, (data_checksum(str(file)) for file in files))):
         values["data_checksum"] = found
     return json.loads(json.dumps(values, default=str))
 

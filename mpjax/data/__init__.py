@@ -12,6 +12,7 @@ from mpjax.data.interactions import (
 )
 from mpjax.data.labelled import LabelledTexts, load_labelled
 from mpjax.data.masking import segment_pairs
+from mpjax.data.mixing import mixed_batches, mixing_weights
 from mpjax.data.pairs import load_pairs
 from mpjax.data.pipeline import ValidationBatches, batches, validation_batches
 from mpjax.data.split import split_documents
@@ -55,6 +56,8 @@ __all__ = [
     "load_tagged",
     "load_wordpiece",
     "make_tokenizer",
+    "mixed_batches",
+    "mixing_weights",
     "most_frequent_tags",
     "parse_wordpiece",
     "read_documents",

@@ -141,15 +141,20 @@ def pad(
     return batch
 
 
-def _sizes(examples: Sequence[Example]) -> np.ndarray:
+def sizes_of(examples: Sequence[Example]) -> np.ndarray:
+    """Returns the tokens of each example."""
     return np.array(
         [max(len(np.atleast_1d(value)) for value in example.values()) for example in examples],
         np.int64,
     )
 
 
-def _buckets(sizes: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
-    """The length that each example is padded to."""
+def bucket_lengths(sizes: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """Returns the length that each example is padded to.
+
+    Raises:
+        ConfigError: no length, or an example that is longer than all.
+    """
     ladder = np.array(sorted(set(lengths)))
     if not len(ladder) or ladder[0] < 1:
         raise ConfigError(f"lengths={tuple(lengths)}: expected at least one positive length")
@@ -179,7 +184,7 @@ class _Epochs:
     ):
         self._examples, self._batch, self._seed, self._lengths = examples, batch, seed, lengths
         self._change, self._padding, self._fields = change, padding, fields_of(examples)
-        self._augment, self._of = augment, _buckets(_sizes(examples), lengths)
+        self._augment, self._of = augment, bucket_lengths(sizes_of(examples), lengths)
         self._count = -(-len(examples) // batch)
         self._planned: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
 
@@ -210,7 +215,7 @@ class _Epochs:
             chosen = [self._examples[row] for row in rows]
         else:
             chosen = [self._anew(self._augment, epoch, int(row)) for row in rows]
-            length = int(_buckets(_sizes(chosen), self._lengths).max())
+            length = int(bucket_lengths(sizes_of(chosen), self._lengths).max())
         batch = pad(chosen, length, self._padding, self._fields)
         return self._change(batch, np.random.default_rng((self._seed, index, 1)))
 
@@ -374,7 +379,7 @@ def eval_batches(
     if batch < 1:
         raise ConfigError(f"batch={batch}: expected at least 1 row")
     fields = fields_of(examples)
-    of = _buckets(_sizes(examples), lengths)
+    of = bucket_lengths(sizes_of(examples), lengths)
     found = []
     for length in np.unique(of):
         rows = np.flatnonzero(of == length)

@@ -7,11 +7,12 @@ from mpjax.ops.dot_general import dot_general
 from mpjax.ops.hadamard import hadamard
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import group_norm, norm
-from mpjax.ops.objective import LossFn, Objective, Terms, rows_alike, weight_sum
+from mpjax.ops.objective import Combine, LossFn, Objective, Terms, rows_alike, weight_sum
 from mpjax.ops.quantized_operand import how_it_runs
 from mpjax.ops.rotary import rotary
 
 __all__ = [
+    "Combine",
     "KERNELS",
     "attention",
     "chunk_length",

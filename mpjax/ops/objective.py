@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax.numpy as jnp
 
-from mpjax.typing import Array, Batch, Key, LossFn, LossModel, ModelState, Params, PyTree
+from mpjax.typing import (
+    Array,
+    Batch,
+    Grads,
+    Key,
+    LossFn,
+    LossModel,
+    Metrics,
+    ModelState,
+    Params,
+    PyTree,
+)
 
 # batch -> number of targets, or of several losses name -> number; None if rows count alike
 Count: TypeAlias = Callable[[Batch], Array | dict[str, Array] | None]
@@ -31,6 +42,37 @@ class Terms(NamedTuple):
 
 
 TermsFn: TypeAlias = Callable[..., Terms]  # takes what a loss function takes
+
+
+class Combine(Protocol):
+    """How the gradients of several losses become one, where that is not their sum.
+
+    The step then pulls the gradients of each loss apart: one forward pass, a backward pass for
+    each. They are float32, of all microbatches together and without a loss scale.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The losses, in the order in which `__call__` takes them."""
+
+    @property
+    def own_scales(self) -> bool:
+        """Whether each loss has a loss scale of its own."""
+
+    def init(self) -> PyTree:
+        """Returns the state before the first step, arrays; None without any."""
+
+    def __call__(
+        self, grads: Sequence[Grads], losses: Array, key: Key, state: PyTree, /
+    ) -> tuple[Grads, PyTree, Metrics]:
+        """Returns the gradients of the step, the next state and metrics.
+
+        Args:
+          grads: of each loss.
+          losses: their values, float32 (losses,).
+          key: for random choices.
+          state: of the last step; a skipped step leaves it as it was.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +97,7 @@ class Objective:
         model's. None without any.
       takes_scale: whether `loss` and `terms` take `loss_scale=` too, the float32 scalar by which
         gradients that they take themselves are to be scaled.
+      combine: how the gradients of the terms become one; None adds them, by one backward pass.
 
     Example:
       >>> def loss(params, batch, *, state=None, key=None, train=False):
@@ -72,6 +115,7 @@ class Objective:
     frozen: PyTree = dataclasses.field(default=None, compare=False, repr=False)
     init: Callable[[Key], Params] | None = None
     takes_scale: bool = False
+    combine: Combine | None = None
 
     @classmethod
     def of_model(cls, model: LossModel) -> Objective:
@@ -87,6 +131,7 @@ class Objective:
         frozen: PyTree = None,
         init: Callable[[Key], Params] | None = None,
         takes_scale: bool = False,
+        combine: Combine | None = None,
     ) -> Objective:
         """Returns the objective whose loss is the sum of its terms."""
 
@@ -95,7 +140,7 @@ class Objective:
             total: Any = sum(found.losses.values())
             return total, found.state
 
-        return cls(loss, count, terms, frozen, init, takes_scale)
+        return cls(loss, count, terms, frozen, init, takes_scale, combine)
 
     def bound(self, frozen: PyTree) -> Objective:
         """Returns the objective with its frozen arrays in place, those that are given."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mpjax.errors import ConfigError, TrainingStopped, brief
@@ -19,6 +20,7 @@ from mpjax.optim.gate import GateState, finite_by_leaf, leaf_path, no_update, re
 from mpjax.optim.gradient_norm import global_norm
 from mpjax.optim.loss_scale.from_settings import make_loss_scale
 from mpjax.optim.loss_scale.loss_checks import check_function
+from mpjax.optim.loss_scale.multi_loss import MultiLossScale
 from mpjax.optim.loss_scale.scaled import ScaledGradients, bare, check_scaled
 from mpjax.optim.loss_scale.scalers import LossScale
 from mpjax.optim.moments.low_moments import low_moments
@@ -36,13 +38,13 @@ class OptState(NamedTuple):
     Args:
       inner: the optax optimizer's state, moments in their storage dtypes.
       update_state: of the update rule: float32 copies, a count of draws, compensations, or empty.
-      loss_scale: the loss scale; its settings are static.
+      loss_scale: the loss scale, or a `MultiLossScale`; its settings are static.
       gate: skip counters.
     """
 
     inner: PyTree
     update_state: update_rules.UpdateState
-    loss_scale: LossScale
+    loss_scale: Any  # LossScale, or MultiLossScale with `wrap(..., losses=n)`
     gate: GateState
 
 
@@ -56,6 +58,12 @@ class Optimizer:
     gate: bool
     patience: int
     seed: int = 0
+    losses: int = 0
+
+    def first_loss_scale(self, params: Params) -> LossScale | MultiLossScale:
+        """Returns the loss scale before the first step, or those of several losses."""
+        scale = make_loss_scale(self.precision.loss_scale, params)
+        return (MultiLossScale([scale] * self.losses) if self.losses else scale).of_optimizer()
 
     def init(self, params: Params, seed: ArrayLike | None = None) -> OptState:
         """Returns the state for these weights.
@@ -81,7 +89,7 @@ class Optimizer:
                 "optimizer: a part of it is wrapped already; pass the raw optax optimizer, chained"
                 " first and wrapped once"
             )
-        scale = make_loss_scale(self.precision.loss_scale, params).of_optimizer()
+        scale = self.first_loss_scale(params)
         # Some optimizers keep the first weights: as arrays of their own, which may be donated.
         inner, update_state = distinct((inner, update_state), besides=params)
         return OptState(inner, update_state, scale, GateState.zero())
@@ -91,6 +99,8 @@ class Optimizer:
     ) -> tuple[Params, Grads, OptState, Metrics]:
         checks.check_state(state, OptState)
         scaled = bare(scaled)
+        each: Any = extra.get("finite_losses")
+        extra = {name: value for name, value in extra.items() if name != "finite_losses"}
         if self.precision.loss_scale.kind != "none":
             check_scaled(scaled)
         checks.check_like("gradients", scaled, params)
@@ -108,8 +118,11 @@ class Optimizer:
             finite = jnp.all(finite_leaves)
             still = (params, no_update(new[1]), state.inner, state.update_state)
             new = select(finite, new, still)
-            gate = record(state.gate, finite_leaves, state.loss_scale.at_minimum(unscaled))
-            scale = state.loss_scale.adjust(finite, unscaled)
+            told: Any = (finite, unscaled)
+            if each is not None:  # where each is finite and not their sum, all scales are too large
+                told = (jnp.where(jnp.all(each), finite, each),)
+            gate = record(state.gate, finite_leaves, state.loss_scale.at_minimum(told[-1]))
+            scale = state.loss_scale.adjust(*told)
             if (reads := self.reads_gradient(state)) is not True:  # zeros in its place say nothing
                 scale = select(jnp.asarray(reads), scale, state.loss_scale)
             state = state._replace(gate=gate, loss_scale=scale)
@@ -294,9 +307,10 @@ class Optimizer:
             path = leaf_path(
                 update_rules.map_weights(lambda _: 0, params), int(state.gate.bad_leaf)
             )
+            lowest = float(np.min(state.loss_scale.value))
             raise TrainingStopped(
                 f"{path}: gradient is not finite, {stuck} steps in a row, and the loss scale"
-                f" {float(state.loss_scale.value):g} cannot fall further; lower the learning rate"
+                f" {lowest:g} cannot fall further; lower the learning rate"
                 f" or give this path more range, such as --rule '**/{path.split('/')[-2:][0]}=fp32'"
             )
 
@@ -314,6 +328,7 @@ def wrap(
     patience: int = 50,
     seed: int = 0,
     stacked: str | Sequence[str] = LAYERS,
+    losses: int = 0,
 ) -> Optimizer:
     r"""Wraps an optax optimizer once: unscale -> finite gate -> clip -> optimizer -> weights.
 
@@ -332,6 +347,9 @@ def wrap(
       stacked: path patterns of subtrees whose arrays have a leading axis of layers, as below
         `layers` in our models. An optimizer that reads shapes (Muon, LAMB, a mask by `ndim`) sees
         each layer as weights of its own.
+      losses: how many losses have a loss scale each, of the Precision's kind; 0 is one scale for
+        all. `step` then takes the unscaled sum of their gradients, and `finite_losses=`, a bool for
+        each.
 
     Returns:
       An Optimizer: `init(params) -> state` and `step(grads, state, params) -> params, state`.
@@ -351,6 +369,7 @@ def wrap(
     """
     precision = get_precision(precision)
     checks.check_seed(seed)
+    checks.check_whole("optimizer", "losses", losses, 0)
     if isinstance(optimizer, Optimizer | Wrapped):
         raise ConfigError(
             "optimizer: it is wrapped already; pass the raw optax optimizer, it is wrapped once"
@@ -379,7 +398,7 @@ def wrap(
         return low_moments(optimizer, precision.moments)
 
     if not isinstance(optimizer, Annealing):
-        return Optimizer(lowered(optimizer), precision, clip, gate, patience, seed)
+        return Optimizer(lowered(optimizer), precision, clip, gate, patience, seed, losses)
     if optimizer.descent is not None:
         optimizer = dataclasses.replace(optimizer, descent=lowered(optimizer.descent))
-    return Optimizer(optimizer, precision, clip, gate, patience, seed)
+    return Optimizer(optimizer, precision, clip, gate, patience, seed, losses)

@@ -14,6 +14,8 @@ from mpjax.tasks.metrics import (
     target_ranks,
     text_scores,
 )
+from mpjax.tasks.mixture.mixture import Mixture
+from mpjax.tasks.mixture.task_gradients import GradNorm, gradient_shares, pcgrad
 from mpjax.tasks.mixup import Mixup
 from mpjax.tasks.predict import predictor, softmax
 from mpjax.tasks.pretrain import MaskedLanguage
@@ -25,8 +27,10 @@ from mpjax.tasks.translate import Translation
 __all__ = [
     "Adversarial",
     "Distillation",
+    "GradNorm",
     "Language",
     "MaskedLanguage",
+    "Mixture",
     "Mixup",
     "Ranking",
     "TextClassification",
@@ -37,7 +41,9 @@ __all__ = [
     "class_scores",
     "divergence",
     "entity_scores",
+    "gradient_shares",
     "label_loss",
+    "pcgrad",
     "predictor",
     "ranking_gains",
     "ranking_scores",

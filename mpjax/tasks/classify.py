@@ -60,12 +60,12 @@ class TextClassification:
 
     def objective(self, model: Encoder) -> ops.Objective:
         """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
-        check_labels(model, self.classes, "classes")
+        check_labels(model, self.classes, "classes", self.output)
         return label_objective(model, self.output, self.loss)
 
     def predictor(self, model: Encoder, **settings: Any) -> Predict:
         """Returns a function (params, examples) -> logits (C,) of each; see `predictor`."""
-        check_labels(model, self.classes, "classes")
+        check_labels(model, self.classes, "classes", self.output)
         return predictor(model, self.output, **settings)
 
     def correct(self, logits: Sequence[np.ndarray], examples: Sequence[Example]) -> np.ndarray:

@@ -5,9 +5,10 @@ Shapes: B batch, T tokens, C classes.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import jmp
@@ -47,19 +48,27 @@ def target_weight(labels: Array, weights: Array | None = None) -> Array:
     return jnp.sum(jnp.where(known, jnp.asarray(weights).astype(jnp.float32), 0.0))
 
 
-def check_labels(model: Encoder, names: tuple[str, ...], what: str) -> None:
+def check_labels(model: Encoder, names: tuple[str, ...], what: str, output: str) -> None:
     """Checks that a task numbers its classes as a model does.
 
     Args:
       model: whose config may have `labels`, as of a checkpoint.
       names: of the task's classes.
       what: what the task calls them.
+      output: which of the model's outputs the task reads.
 
     Raises:
       ConfigError: another order, other names, too few outputs, or a model that was trained for
         something else.
     """
     config = getattr(model, "config", None)
+    if (outputs := task_outputs(model, output)) is not None:
+        if outputs < len(names):
+            raise ConfigError(
+                f"{what}: the task has {len(names)}, the model's head {output!r} {outputs}; make"
+                " the model with as many"
+            )
+        return  # the head of a task names no classes
     labels = tuple(getattr(config, "labels", ()))
     problem = getattr(model, "metadata", NONE).config.get("problem_type")
     if problem not in (None, "single_label_classification"):
@@ -85,6 +94,12 @@ def check_labels(model: Encoder, names: tuple[str, ...], what: str) -> None:
             "%s: the checkpoint does not name its own; its outputs are taken for %s in this order"
             " (load_checkpoint(..., labels=...) names them)", what, " ".join(names),
         )  # fmt: skip
+
+
+def task_outputs(model: Encoder, output: str) -> int | None:
+    """Returns the classes of a model's task head, None if it has none of that name."""
+    shapes = getattr(getattr(model, "config", None), "task_shapes", {})
+    return shapes[output][1] if output in shapes else None
 
 
 def label_loss(
@@ -127,6 +142,29 @@ def label_loss(
     return ops.cross_entropy(
         logits, labels, lambda x: x, policy, chunk=labels.shape[1], weights_BT=chosen
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputsOf:
+    """Stands for an encoder that has run: `apply` returns its outputs, which are its weights here.
+
+    One forward pass then serves the objectives of several tasks, or a loss and what else is asked
+    of the outputs.
+
+    Args:
+      model: whose precision and config the tasks read.
+    """
+
+    model: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def apply(
+        self, params: Outputs, inputs: object, *, state: ModelState = None, **options: object
+    ) -> tuple[Outputs, ModelState]:
+        """Returns the outputs and the state."""
+        return params, state
 
 
 def encoder_fn(

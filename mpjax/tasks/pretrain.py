@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from mpjax.formats.checks import batch_rows
 from mpjax.models import Encoder
 from mpjax.models.core.checks import each_batch, field
 from mpjax.tasks.labels import Outputs, encoder_fn, label_loss, target_weight
-from mpjax.typing import Array, Batch, Grads, ModelState, Params, PyTree
+from mpjax.tasks.mixture.task_gradients import gradient_shares
+from mpjax.typing import Array, Batch, ModelState, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,37 +153,10 @@ class MaskedLanguage:
 
         return evaluate
 
-    def gradient_shares(self, model: Encoder) -> Callable[..., dict[str, float]]:
-        r"""Returns a function (params, batch) -> what each task adds to the gradient.
+    def gradient_shares(self, model: Encoder) -> Callable[[Params, Batch], dict[str, float]]:
+        """Returns a function (params, batch) -> what each task adds to the gradient.
 
-        The share of task $i$ is $\|w_i g_i\| / \sum_j \|w_j g_j\|$ over the parameters that all
-        tasks reach; `cosine` is that between the gradients of the two, -1 where they pull
-        against each other. Gradients are of the loss without dropout, with norms in float32.
+        Of the weighted losses, without dropout; see `mpjax.tasks.gradient_shares`.
         """
-        losses_fn = self.losses(model)
-
-        def gradient(name: str) -> Callable[[Params, Batch], Grads]:
-            return jax.grad(lambda p, batch: self.weights[name] * losses_fn(p, batch)[0][name])
-
-        @jax.jit
-        def measure(params: Params, batch: Batch) -> tuple[Array, ModelState]:
-            grads = [jax.tree.leaves(gradient(name)(params, batch)) for name in self.weights]
-            # Heads of one task have no gradient of the other: they are left out.
-            wide = [[g.astype(jnp.float32) for g in leaves] for leaves in grads]
-            shared = [
-                jnp.prod(jnp.stack([jnp.any(g != 0) for g in leaf])).astype(jnp.float32)
-                for leaf in zip(*wide, strict=True)
-            ]
-            dot = lambda a, b: sum(s * jnp.vdot(x, y) for s, x, y in zip(shared, a, b, strict=True))  # noqa: E731
-            norms = [jnp.sqrt(dot(g, g)) for g in wide]
-            return jnp.stack(norms), dot(wide[0], wide[-1])
-
-        def shares(params: Params, batch: Batch) -> dict[str, float]:
-            norms, product = jax.device_get(measure(params, batch))
-            total = float(norms.sum()) or 1.0
-            found = {name: float(n) / total for name, n in zip(self.weights, norms, strict=True)}
-            if len(found) > 1:
-                found["cosine"] = float(product) / (float(norms.prod()) or 1.0)
-            return found
-
-        return shares
+        terms: Any = self.objective(model).terms
+        return gradient_shares(lambda params, batch: terms(params, batch).losses)

@@ -14,7 +14,7 @@ from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
 from mpjax.models import Encoder
 from mpjax.models.core.checks import field
-from mpjax.tasks.labels import Outputs, encoder_fn
+from mpjax.tasks.labels import Outputs, encoder_fn, task_outputs
 from mpjax.tasks.predict import Predict, predictor
 from mpjax.typing import Array, Batch
 
@@ -24,7 +24,7 @@ class TextRegression:
     r"""One number for each text, or for each pair of texts.
 
     The loss is $\frac{1}{B} \sum_b (l_b - y_b)^2$ of the model's only output $l$, as transformers
-    has it where `problem_type` is `regression`.
+    has it where `problem_type` is `regression`; a mean by the batch's `weights` (B,) if it has any.
 
     Args:
       output: name of the model's output that holds the numbers, (B, 1).
@@ -84,9 +84,17 @@ class TextRegression:
             error = outputs[self.output][:, 0].astype(policy.compute_dtype) - right
             # A sum over the batch, and squares that leave float16 beyond 256.
             squares = jnp.square(error.astype(jnp.float32))
+            if (weights := batch.get("weights")) is not None:
+                weights = jnp.asarray(weights).astype(jnp.float32)
+                total = jnp.maximum(jnp.sum(weights), 1e-30)
+                # Not the product alone: numbers of rows without a target are undefined.
+                weighted = jnp.where(weights != 0, weights * squares, 0.0)
+                return (jnp.sum(weighted) / total).astype(policy.output_dtype)
             return jnp.mean(squares).astype(policy.output_dtype)
 
         def count(batch: Batch) -> Array:
+            if (weights := ops.weight_sum(batch)) is not None:
+                return weights
             return jnp.float32(field(batch, "values", self.loss).shape[0])
 
         return ops.Objective(encoder_fn(model, loss), count)
@@ -115,7 +123,9 @@ class TextRegression:
         }
 
     def _check(self, model: Encoder) -> None:
-        outputs = getattr(getattr(model, "config", None), "classes", 1)
+        outputs = task_outputs(model, self.output)
+        if outputs is None:
+            outputs = getattr(getattr(model, "config", None), "classes", 1)
         if outputs != 1:
             raise ConfigError(
                 f"regression: the model has {outputs} outputs, expected 1; make it with classes=1,"

@@ -64,12 +64,12 @@ class TokenClassification:
 
     def objective(self, model: Encoder) -> ops.Objective:
         """Returns the objective of a model, for `mpjax.train.build(objective=...)`."""
-        check_labels(model, self.names, "tags")
+        check_labels(model, self.names, "tags", self.output)
         return label_objective(model, self.output, self.loss)
 
     def predictor(self, model: Encoder, **settings: Any) -> Predict:
         """Returns a function (params, examples) -> logits (T, C) of each; see `predictor`."""
-        check_labels(model, self.names, "tags")
+        check_labels(model, self.names, "tags", self.output)
         return predictor(model, self.output, **settings)
 
     def tags(self, logits: Sequence[np.ndarray], examples: Sequence[Example]) -> list[np.ndarray]:

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from mpjax.errors import ConfigError, brief
 from mpjax.ops import LossFn, Objective
-from mpjax.optim import make_loss_scale, wrap
+from mpjax.optim import wrap
 from mpjax.precision import PrecisionSchedule, get_schedule
+from mpjax.train.gradients import check_combine
 from mpjax.train.preflight import require_room
 from mpjax.train.schedule.switch import make_switching_step
 from mpjax.train.schedule.switch_state import require_alike, whole_state
@@ -86,18 +87,24 @@ def build(
         model = model.sharded(ShardActivations(mesh))
 
     def part(model: Model) -> _Part:
-        wrapped = wrap(optimizer, model.precision, clip=clip, gate=gate, patience=patience)
         first = getattr(model, "init_state", lambda: None)
         trained = objective(model)
-        own = trained.init if isinstance(trained, Objective) else None
-        frozen = trained.frozen if isinstance(trained, Objective) else None
+        own, combine, frozen = None, None, None
+        if isinstance(trained, Objective):
+            own, combine, frozen = trained.init, trained.combine, trained.frozen
+            check_combine(trained, jax.eval_shape(first))
+        losses = len(combine.names) if combine is not None and combine.own_scales else 0
+        wrapped = wrap(
+            optimizer, model.precision, clip=clip, gate=gate, patience=patience, losses=losses
+        )
 
         def draw(seed: ArrayLike) -> Params:
             key = jax.random.key(seed)
             return model.init(key) if own is None else _joined(model.init(key), own(key))
 
         def start(params: Params, seed: ArrayLike) -> TrainState:
-            return init_state(params, wrapped, seed=seed, model_state=first())
+            held = None if combine is None else combine.init()
+            return init_state(params, wrapped, seed=seed, model_state=first(), combine=held)
 
         abstract = jax.eval_shape(lambda seed: start(draw(seed), seed), seed)
         axes = model.axes
@@ -157,7 +164,7 @@ def _switching(
 
     def start(params: Params, seed: ArrayLike) -> TrainState:
         plain = parts[0].start(params, seed)
-        scales = [make_loss_scale(p.loss_scale, plain.params) for p in schedule.precisions]
+        scales: Any = [step.optimizer.first_loss_scale(plain.params) for step in steps]
         return whole_state(plain, schedule.window, scales, [part.first() for part in parts])
 
     mesh = steps[0].mesh

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from mpjax.formats.delayed import begin_step, end_step, observed_of, with_observed
-from mpjax.ops import Objective
-from mpjax.optim import scaled_grad, weight_view
+from mpjax.errors import ConfigError
+from mpjax.formats.delayed import (
+    AmaxHistory,
+    begin_step,
+    end_step,
+    observed_of,
+    with_observed,
+)
+from mpjax.ops import Combine, Objective
+from mpjax.optim import all_finite, scaled_grad, weight_view
+from mpjax.optim.loss_scale.multi_loss import scaled_grads
 from mpjax.typing import Array, Batch, Grads, Key, Metrics, ModelState, Params, PyTree
 
 if TYPE_CHECKING:
@@ -19,14 +27,25 @@ if TYPE_CHECKING:
 Shares: TypeAlias = dict[str, Array] | None  # of several losses, the weight of each
 
 TERM = "loss/"  # begins the metric of one loss of several
+COMBINED = 2**31 - 1  # of the key of combined gradients; no microbatch has this number
 
 
 class Judged(NamedTuple):
-    """A mean loss, the metrics of its terms and the model's next state."""
+    """What a loss came to.
+
+    Args:
+      loss: the mean; inside of `gradients` each of several, where they are combined.
+      metrics: of its terms.
+      state: the model's next state.
+      combine: the next state of the objective's `combine`.
+      finite: whether the gradients of each loss are, where each has its own loss scale.
+    """
 
     loss: Array
     metrics: Metrics
     state: ModelState
+    combine: PyTree = None
+    finite: Array | None = None
 
 
 def gradients(
@@ -40,21 +59,32 @@ def gradients(
     scale, weights = state.opt_state.loss_scale, weight_view(state.params)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
+    combine = objective.combine
+    check_combine(objective, state.model_state)
     begun = begin_step(state.model_state, scale.value)
 
     def loss_of(
         params: Params, amax: list[Array], micro: Batch, state: ModelState, key: Key, shares: Shares
     ) -> tuple[Array, Judged]:
         observed = with_observed(state, amax)
-        judged = _judge(objective, params, micro, observed, key, shares, scale.value)
+        judged = _judge(objective, params, micro, observed, key, shares, scale.value, apart=True)
         return judged.loss, judged
 
     # The amax of gradients is the cotangent of the observed amax; an empty list costs nothing.
-    grad = scaled_grad(scale, loss_of, argnums=(0, 1))
+    if combine is None:
+        grad = scaled_grad(scale, loss_of, argnums=(0, 1))
+    else:
+        grad = scaled_grads(scale, loss_of, len(combine.names))
+
+    def joined(grads: PyTree, judged: Judged) -> tuple[Grads, Judged]:
+        if combine is None:
+            return grads, judged
+        return _combined(combine, state, grads, judged, jax.random.fold_in(key, COMBINED))
+
     if accumulate == 1:
         (grads, amax), judged = grad(weights, observed_of(begun), batch, begun, key, None)
         model_state = end_step(judged.state, state.model_state, amax, scale.value)
-        return grads, judged._replace(state=model_state)
+        return joined(grads, judged._replace(state=model_state))
 
     def body(carry: PyTree, part: PyTree) -> tuple[PyTree, Metrics]:
         total, total_loss, largest, model_state = carry
@@ -76,21 +106,68 @@ def gradients(
         return (total, total_loss, largest, judged.state), terms
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
-    carry = (zeros, jnp.float32(0), jax.tree.map(jnp.zeros_like, observed_of(begun)), begun)
+    no_loss = jnp.float32(0)
+    if combine is not None:
+        zeros, no_loss = [zeros] * len(combine.names), jnp.zeros(len(combine.names), jnp.float32)
+    carry = (zeros, no_loss, jax.tree.map(jnp.zeros_like, observed_of(begun)), begun)
     parts = (jnp.arange(accumulate), *_microbatches(objective, batch, accumulate))
     (grads, loss, amax, model_state), metrics = jax.lax.scan(body, carry, parts)
     model_state = end_step(model_state, state.model_state, amax, scale.value)
     metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
-    return jax.tree.map(lambda g: g / accumulate, grads), Judged(
-        loss / accumulate, metrics, model_state
-    )
+    grads = jax.tree.map(lambda g: g / accumulate, grads)
+    return joined(grads, Judged(loss / accumulate, metrics, model_state))
+
+
+def check_combine(objective: Objective, model_state: ModelState) -> None:
+    """Checks that the gradients of several losses can be taken apart.
+
+    Raises:
+      ConfigError: losses that have a loss scale each, with delayed scaling, whose magnitudes are
+        known at one, or in an objective that scales gradients of its own.
+    """
+    if objective.combine is None or not objective.combine.own_scales:
+        return
+    leaves = jax.tree.leaves(model_state, is_leaf=lambda x: isinstance(x, AmaxHistory))
+    if any(isinstance(x, AmaxHistory) for x in leaves):
+        raise ConfigError(
+            "own_scales: each loss has its own loss scale, and delayed scaling keeps the amax of"
+            " gradients at one; take a recipe with current scaling, such as fp8, or one loss scale"
+        )
+    if objective.takes_scale:
+        raise ConfigError(
+            "own_scales: each loss has its own loss scale, and the objective takes gradients of its"
+            " own at one; leave own_scales out"
+        )
+
+
+def _combined(
+    combine: Combine, state: TrainState, grads: list[Grads], judged: Judged, key: Key
+) -> tuple[Grads, Judged]:
+    """The gradients of several losses as one, at the loss scale that the optimizer expects."""
+    scale, finite, told = state.opt_state.loss_scale, None, {}
+    if state.combine is None and combine.init() is not None:
+        raise ConfigError(
+            "state: the objective keeps a state to combine gradients; pass"
+            " combine=objective.combine.init() to init_state"
+        )
+    if combine.own_scales:
+        grads = [one.unscale(g) for one, g in zip(scale.scales, grads, strict=True)]
+        finite = jnp.stack([all_finite(g) for g in grads])
+        told = {f"loss_scale/{n}": s for n, s in zip(combine.names, scale.value, strict=True)}
+    else:
+        grads = [scale.unscale(g) for g in grads]
+    total, new, metrics = combine(grads, judged.loss, key, state.combine)
+    if not combine.own_scales:  # exact where the scale is a power of two
+        total = scale.scale(total)
+    metrics = judged.metrics | metrics | told
+    return total, Judged(jnp.sum(judged.loss), metrics, judged.state, new, finite)
 
 
 def _judge(
     objective: Objective, params: Params, batch: Batch, state: ModelState, key: Key,
-    shares: Shares, scale: Array,
+    shares: Shares, scale: Array, apart: bool = False,
 ) -> Judged:  # fmt: skip
-    """The loss of a (micro)batch, of several losses their sum by `shares`."""
+    """The loss of a (micro)batch, of several losses their sum by `shares`, or each if combined."""
     options: Any = dict(state=state, key=key, train=True)
     options |= {"loss_scale": scale} if objective.takes_scale else {}
     if objective.terms is None:
@@ -101,6 +178,9 @@ def _judge(
         losses = {name: shares[name] * x.astype(jnp.float32) for name, x in losses.items()}
     if len(losses) > 1:
         metrics = metrics | {TERM + name: x.astype(jnp.float32) for name, x in losses.items()}
+    if apart and objective.combine is not None:
+        each = [losses[name].astype(jnp.float32) for name in objective.combine.names]
+        return Judged(jnp.stack(each), metrics, state)
     total: Any = sum(losses.values())
     return Judged(total, metrics, state)
 

@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
       model_state: what the model threads through itself (None for a decoder in training).
       key: raw key data; dropout folds in the step.
       switch: what a schedule of Precision keeps (`mpjax.train.schedule`), None without one.
+      combine: what an objective keeps that combines the gradients of several losses, or None.
     """
 
     step: Int[Array, ""]
@@ -40,10 +41,16 @@ class TrainState(NamedTuple):
     model_state: ModelState
     key: UInt[Array, " words"]
     switch: SwitchState | None = None
+    combine: PyTree = None
 
 
 def init_state(
-    params: Params, optimizer: Optimizer, *, seed: ArrayLike = 0, model_state: ModelState = None
+    params: Params,
+    optimizer: Optimizer,
+    *,
+    seed: ArrayLike = 0,
+    model_state: ModelState = None,
+    combine: PyTree = None,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -52,10 +59,12 @@ def init_state(
       optimizer: from `mpjax.optim.wrap`.
       seed: of dropout and of stochastic rounding.
       model_state: what the loss function takes and gives as `state`; None if it has none.
+      combine: `objective.combine.init()`, of an objective that has one.
     """
     key = jax.random.key_data(jax.random.key(seed))
     params, model_state = copied((params, model_state))
-    return TrainState(jnp.int32(0), params, optimizer.init(params, seed), model_state, key)
+    opt_state = optimizer.init(params, seed)
+    return TrainState(jnp.int32(0), params, opt_state, model_state, key, combine=combine)
 
 
 def check_batch(batch: int, accumulate: int, mesh: Mesh | None) -> None:
@@ -69,6 +78,22 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh | None) -> None:
         raise ConfigError(
             f"batch: {batch} is not a multiple of {parts} = accumulate {accumulate} x"
             f" data x fsdp devices; take {max(1, batch // parts) * parts}"
+        )
+
+
+def _check_losses(objective: Objective, optimizer: Optimizer) -> None:
+    """Checks that an optimizer has a loss scale for each loss that is to have its own."""
+    combine = objective.combine
+    losses = len(combine.names) if combine is not None and combine.own_scales else 0
+    if losses != optimizer.losses:
+        raise ConfigError(
+            f"loss scale: {losses} losses have one each and the optimizer has {optimizer.losses};"
+            f" write wrap(..., losses={losses}), or take mpjax.train.build"
+        )
+    if combine is not None and optimizer.precision.loss_scale.kind == "leaf":
+        raise ConfigError(
+            "loss scale: leaf scales groups of weights, and gradients of several losses are"
+            " combined; set loss_scale=dynamic"
         )
 
 
@@ -262,6 +287,7 @@ def make_train_step(
     if accumulate < 1:
         raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")
     whole = _objective(loss_fn, count, accumulate)
+    _check_losses(whole, optimizer)
     held = _on(mesh, whole.frozen)
 
     def step(state: TrainState, batch: Batch, frozen: PyTree = held) -> tuple[TrainState, Metrics]:
@@ -272,9 +298,11 @@ def make_train_step(
 
         def loss_alone() -> tuple[Grads, Judged]:
             like, told = jax.eval_shape(with_gradients)
-            zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), like)
+            zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), (like, told.metrics))
             loss, metrics = judge(weight_view(state.params))
-            return zeros, Judged(loss.astype(told.loss.dtype), metrics, state.model_state)
+            finite = None if told.finite is None else jnp.ones(told.finite.shape, jnp.bool_)
+            loss, metrics = loss.astype(told.loss.dtype), zeros[1] | metrics
+            return zeros[0], Judged(loss, metrics, state.model_state, state.combine, finite)
 
         def evaluate(params: Params, with_gradient: bool) -> tuple[Array, Grads | None]:
             if not with_gradient:
@@ -289,7 +317,8 @@ def make_train_step(
             grads, judged = with_gradients() if reads else loss_alone()
         else:
             grads, judged = jax.lax.cond(reads, with_gradients, loss_alone)
-        loss, model_state = judged.loss.astype(jnp.float32), judged.state
+        loss, model_state, combine = judged.loss.astype(jnp.float32), judged.state, judged.combine
+        more = {} if judged.finite is None else {"finite_losses": judged.finite}
         params, opt_state, metrics = optimizer.step_with_metrics(
             grads,
             state.opt_state,
@@ -297,9 +326,12 @@ def make_train_step(
             value=loss,
             value_fn=lambda params: judge(params)[0],
             evaluate=evaluate,
+            **more,
         )
         if "finite" in metrics and state.model_state is not None:
             model_state = select(metrics["finite"], model_state, state.model_state)
+        if "finite" in metrics and combine is not None:
+            combine = select(metrics["finite"], combine, state.combine)
         metrics = {
             "loss": loss,
             **judged.metrics,
@@ -308,7 +340,8 @@ def make_train_step(
             "stuck": opt_state.gate.stuck,
             **{key: value for key, value in metrics.items() if key != "finite"},
         }
-        return TrainState(state.step + 1, params, opt_state, model_state, state.key), metrics
+        new = TrainState(state.step + 1, params, opt_state, model_state, state.key, combine=combine)
+        return new, metrics
 
     compiled = compile_step(step, mesh, shardings, held)
     return TrainStep(step, compiled, optimizer, mesh, shardings, accumulate, frozen=held)

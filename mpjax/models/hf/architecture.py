@@ -133,6 +133,11 @@ def architecture_name(config: object, loaded: str = "") -> str:
     if isinstance(config, EncoderConfig):
         if is_bert(config):
             return "bert"
+        if config.task_heads:
+            raise ConfigError(
+                f"export: task_heads={config.task_heads}; BERT of transformers has one head; export"
+                " a model with task_heads=() and one head"
+            )
         if config.pool != "first":
             raise ConfigError(
                 f"export: pool={config.pool!r} of head={config.head!r}; BERT of transformers pools"

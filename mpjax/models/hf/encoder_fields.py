@@ -100,7 +100,7 @@ def bert_class(c: EncoderConfig) -> str:
 def is_bert(c: EncoderConfig) -> bool:
     """Returns whether a config has the shape of BERT."""
     mean = c.pool != "first" and c.head != "none"  # without a head `pooling_files` stores it
-    odd = (c.qk_norm, c.window, c.head_width, c.scale_embed, c.norm_first, mean)
+    odd = (c.qk_norm, c.window, c.head_width, c.scale_embed, c.norm_first, mean, c.task_heads)
     needed = (c.bias, c.norm_embed, c.groups == c.heads, c.types > 0, c.activation in GELU_BACK)
     return not any(odd) and all(needed) and (c.norm, c.position) == ("layer", "learned")
 

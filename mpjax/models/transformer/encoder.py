@@ -21,7 +21,7 @@ from mpjax.models.core.module import At, part_key, run_module
 from mpjax.models.core.sizes import FieldValue
 from mpjax.models.transformer.block import AttentionContext
 from mpjax.models.transformer.encoder_config import EncoderConfig, encoder_config
-from mpjax.models.transformer.heads import ClassHead, MaskedHead, MeanPooler, Pooler
+from mpjax.models.transformer.heads import ClassHead, MaskedHead, MeanPooler, Pooler, TaskHeads
 from mpjax.models.transformer.transformer import Parts, Transformer, TransformerNetwork
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
@@ -50,6 +50,11 @@ def _head_parts(c: EncoderConfig, at: At) -> Parts:
     if c.head in ("class", "token"):
         x = x_BD if c.head == "class" else x_BTD
         parts[c.head] = (classes(c.head, c.classes, c.dropout), (x,))
+    if c.task_heads:
+        several = TaskHeads(
+            at("task_heads"), tuple(c.task_shapes.items()), c.dropout, name=name("task_heads")
+        )
+        parts["task_heads"] = (several, (x_BTD, x_BD))
     return parts
 
 
@@ -111,7 +116,8 @@ class Encoder(TransformerNetwork):
         Returns:
           `features` (B, T, D); `pooled` (B, D) for heads `none`, `pretrain` and `class`; logits:
           `masked` (B, T, V) for `masked` and `pretrain`, `next` (B, 2; 0 is the next sentence) for
-          `pretrain`, `class` (B, C), `token` (B, T, C). Outputs at padding are undefined.
+          `pretrain`, `class` (B, C), `token` (B, T, C), and of each task head by its name. Outputs
+          at padding are undefined.
         """
         c, p, fields = self.config, below(weight_view(params), "encoder"), self._inputs(inputs)
         histories = (state or {}).get("amax", {})
@@ -126,7 +132,7 @@ class Encoder(TransformerNetwork):
         new = dict(histories) | ({"layers": amax} if amax else {})
         parts, out = transformer.heads, {"features": x}
 
-        def run(name: str, *args: object) -> Array:
+        def run(name: str, *args: object) -> Any:
             rngs = self.rngs(None if key is None else part_key(key, name), train)
             module, own = parts[name][0], p.get(name, {})
             y, history = run_module(module, own, *args, history=histories.get(name), rngs=rngs)
@@ -140,7 +146,9 @@ class Encoder(TransformerNetwork):
         takes: dict[str, tuple[object, ...]]
         takes = {"next": (pooled,), "class": (pooled, train), "token": (x, train)}
         takes["masked"] = (x, p["embed"]["table"])
-        out |= {name: run(name, *takes[name]) for name in parts if name != "pooler"}
+        out |= {name: run(name, *takes[name]) for name in parts if name in takes}
+        if "task_heads" in parts:
+            out |= run("task_heads", x, pooled, train)
         if new:
             state = (state or {}) | {"amax": new}
         return out, ((state or {}) | {"collected": {"encoder": found}} if found else state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -10,6 +11,9 @@ from mpjax.errors import ConfigError
 from mpjax.models.core.sizes import FieldValue, named_config
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.typing import Settings
+
+_TASK_HEAD = re.compile(r"(?P<name>[A-Za-z]\w*)=(?P<kind>token|class):(?P<classes>[1-9]\d{0,8})")
+_OUTPUTS = ("features", "pooled", "masked", "next", "class", "token")  # of every encoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,8 @@ class EncoderConfig(BlockConfig):
       labels: names of the classes in the order of the logits; empty if they have none.
       pool: input of the heads `none`, `pretrain` and `class`: the `first` token through BERT's
         pooler, or the `mean` of all tokens that are no padding.
+      task_heads: heads of several tasks beside `head`, as `NAME=token:CLASSES` (of each token) or
+        `NAME=class:CLASSES` (of a text or a pair); the output has the name.
 
     Raises:
       ConfigError: a value outside its range or choices.
@@ -50,9 +56,11 @@ class EncoderConfig(BlockConfig):
     classes: int = 2
     labels: Sequence[str] = ()  # stored as a tuple
     pool: str = "first"
+    task_heads: Sequence[str] = ()  # stored as a tuple
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_task_heads()
         if isinstance(self.labels, str) or not all(isinstance(x, str) for x in self.labels):
             raise ConfigError(
                 f"model: labels={self.labels!r}; give the name of each class, such as"
@@ -74,10 +82,33 @@ class EncoderConfig(BlockConfig):
                 f"model: head={self.head!r} pools nothing, pool={self.pool!r}; leave pool out"
             )
 
+    def _check_task_heads(self) -> None:
+        heads = self.task_heads
+        if isinstance(heads, str) or not all(isinstance(x, str) for x in heads):
+            raise ConfigError(f"model: task_heads={heads!r}; give such as ('tags=token:48',)")
+        object.__setattr__(self, "task_heads", tuple(heads))
+        found = [_TASK_HEAD.fullmatch(head) for head in heads]
+        for head, match in zip(heads, found, strict=True):
+            if match is None or match["name"] in _OUTPUTS:
+                raise ConfigError(
+                    f"model: task head {head!r}; give NAME=token:CLASSES or NAME=class:CLASSES with"
+                    f" a name of letters, digits and _ that is none of {' '.join(_OUTPUTS)}"
+                )
+        names = [match["name"] for match in found if match]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"model: two task heads are named {twice[0]!r}; rename one")
+
+    @property
+    def task_shapes(self) -> dict[str, tuple[str, int]]:
+        """Name of each task head -> `token` or `class`, and its classes."""
+        found = filter(None, map(_TASK_HEAD.fullmatch, self.task_heads))
+        return {match["name"]: (match["kind"], int(match["classes"])) for match in found}
+
     @property
     def pools(self) -> bool:
         """Whether the outputs hold `pooled`."""
-        return self.head in ("none", "pretrain", "class")
+        kinds = [kind for kind, _ in self.task_shapes.values()]
+        return self.head in ("none", "pretrain", "class") or "class" in kinds
 
 
 _SIZES: dict[str, Settings] = {

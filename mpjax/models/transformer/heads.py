@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -84,3 +85,25 @@ class ClassHead(Layer):
         if self.dropout:
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return Linear(self.context, self.classes, ("embed", None), True, name="head")(x)
+
+
+class TaskHeads(Layer):
+    """The logits of several tasks by name, each of a head of its own.
+
+    Args:
+      heads: name -> `token` or `class`, and the classes.
+      dropout: rate.
+    """
+
+    heads: tuple[tuple[str, tuple[str, int]], ...]
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, pooled_BD: Array | None, train: bool = False
+    ) -> dict[str, Array]:
+        of: Any = {"token": x_BTD, "class": pooled_BD}  # None where no head reads it
+        return {
+            name: ClassHead(self.context, classes, self.dropout, name=name)(of[kind], train)
+            for name, (kind, classes) in self.heads
+        }

@@ -20,13 +20,13 @@ from mpjax.optim.loss_scale.loss_checks import (
 )
 from mpjax.optim.loss_scale.scaled import mark_unscaled
 from mpjax.optim.loss_scale.scalers import LossScale
-from mpjax.typing import Grads, Params
+from mpjax.typing import Grads, Metrics, Params
 
 Values = TypeVar("Values")  # the losses, or (losses, aux)
 
 
 class MultiLossScale:
-    """One loss scale a loss, for `scaled_value_and_grads`.
+    """One loss scale a loss, for `scaled_value_and_grads` and for `wrap(..., losses=n)`.
 
     Args:
       scales: static, dynamic or no-op loss scales in the order of the losses; each is copied, so
@@ -68,8 +68,8 @@ class MultiLossScale:
           ConfigError: always.
         """
         raise ConfigError(
-            "loss scale: a Precision trains one loss; give it loss_scale=none and take"
-            " MultiLossScale with scaled_value_and_grads"
+            "loss scale: a Precision trains one loss; take mpjax.tasks.Mixture(own_scales=True),"
+            " or give it loss_scale=none and take MultiLossScale with scaled_value_and_grads"
         )
 
     @property
@@ -94,6 +94,23 @@ class MultiLossScale:
         each = zip(self.scales, finite, strict=True)
         return _of(tuple(scale.adjust(ok) for scale, ok in each))
 
+    def unscale(self, tree: Grads) -> Grads:
+        """Returns a sum of gradients that were unscaled before they were added, in float32."""
+        return jax.tree.map(lambda g: g.astype(jnp.float32), tree)
+
+    def at_minimum(self, finite: Bool[Array, " losses"]) -> Bool[Array, ""]:
+        """Returns whether no scale of a loss that is not finite can fall further."""
+        each = zip(self.scales, finite, strict=True)
+        return jnp.all(jnp.stack([ok | scale.at_minimum() for scale, ok in each]))
+
+    def of_optimizer(self) -> MultiLossScale:
+        """Returns the same as part of an optimizer's state."""
+        return _of(tuple(scale.of_optimizer() for scale in self.scales))
+
+    def metrics(self) -> Metrics:
+        """Returns `loss_scale`, the smallest of them."""
+        return {"loss_scale": jnp.min(self.value)}
+
     def __repr__(self) -> str:
         return f"MultiLossScale({list(self.scales)})"
 
@@ -110,6 +127,36 @@ jax.tree_util.register_pytree_with_keys(
     lambda _, scales: _of(tuple(scales)),
     lambda x: (x.scales, None),
 )
+
+
+def scaled_grads(
+    loss_scale: LossScale | MultiLossScale,
+    fn: Callable[..., tuple[Float[Array, " losses"], Any]],
+    count: int,
+) -> Callable[..., tuple[tuple[list[Grads], Any], Any]]:
+    """Returns the function that gives the scaled gradients of each of several losses.
+
+    One forward pass serves all; each loss has a backward pass of its own, in which it does not meet
+    another's overflow. Where a loss is NaN already, so are the gradients of all.
+
+    Args:
+      loss_scale: of this step; one for all losses, or a `MultiLossScale`.
+      fn: `fn(params, amax, *args) -> (losses, aux)`, losses float32 (losses,).
+      count: losses.
+
+    Returns:
+      `grads(params, amax, *args) -> ((gradients, amax), aux)`: the gradients of each loss, to be
+      unscaled by its scale, and the largest cotangent of any of them for the second argument.
+    """
+
+    def grads(params: Params, amax: Any, *args: object) -> tuple[tuple[list[Grads], Any], Any]:
+        check_differentiable(params)
+        _, pull, aux = jax.vjp(lambda p, a: fn(p, a, *args), params, amax, has_aux=True)
+        rows = jnp.diag(jnp.broadcast_to(loss_scale.value, (count,)))
+        each, largest = zip(*(pull(row) for row in rows), strict=True)
+        return (list(each), jax.tree.map(lambda *a: jnp.max(jnp.stack(a), 0), *largest)), aux
+
+    return grads
 
 
 def scaled_value_and_grads(

@@ -24,7 +24,7 @@ from mpjax.tasks.adversarial.methods import SMART, VAT, FreeLB, Method, RDrop
 from mpjax.tasks.adversarial.perturbation import drawn, sizes, slope, unit
 from mpjax.tasks.classify import TextClassification
 from mpjax.tasks.distill.divergence import divergence
-from mpjax.tasks.labels import Outputs, encoder_inputs
+from mpjax.tasks.labels import Outputs, OutputsOf, encoder_inputs
 from mpjax.tasks.language import Language
 from mpjax.tasks.pretrain import MaskedLanguage
 from mpjax.tasks.regress import TextRegression
@@ -37,24 +37,6 @@ Perturbed = Encoder | LanguageModel | Seq2Seq
 Losses = dict[str, Array]
 
 _TASKS = "TextClassification, TokenClassification, TextRegression, MaskedLanguage or Language"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Answered:
-    """An encoder that has read its batch: its weights are its outputs, of which a task has a loss.
-
-    So one forward pass gives a task's loss and the outputs that are compared with others.
-    """
-
-    model: Encoder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def apply(
-        self, params: Outputs, inputs: object, *, state: ModelState = None, **options: object
-    ) -> tuple[Outputs, ModelState]:
-        return params, state
 
 
 class Pass(NamedTuple):
@@ -220,7 +202,7 @@ class Adversarial:
                 return Pass({"": loss.astype(jnp.float32)}, {}, state)
 
             return own, speak
-        judge = self.task.objective(_Answered(model))  # type: ignore[arg-type]  # see there
+        judge = self.task.objective(OutputsOf(model))  # type: ignore[arg-type]  # see there
 
         def read(params: Params, batch: Batch, offset: Array | None, **options: Any) -> Pass:
             inputs = encoder_inputs(batch) | ({} if offset is None else {"offset": offset})

@@ -1,0 +1,1 @@
+"""Several tasks over one model: their losses, their gradients and what each pulls."""
