@@ -77,7 +77,7 @@ def drawn(key: Key, room_BT: Array, width: int, kind: str) -> Array:
     Args:
       key: of the draw.
       room_BT: which tokens may be moved.
-      width: D.
+      width: features D.
       kind: `normal`, of variance 1; or `uniform` in $(-1, 1) / \sqrt{N}$ with the $N$ numbers of an
         example that may be moved, whose norm is below 1.
     """
