@@ -44,8 +44,7 @@ from mpjax.models import (
 from mpjax.models.hf import load_checkpoint, open_checkpoint
 from mpjax.precision import Precision
 from mpjax.report import interval
-from mpjax.tasks import Distillation, Language, TextClassification
-from mpjax.tasks.distill import even_layers
+from mpjax.tasks import Distillation, Language, TextClassification, even_layers
 from mpjax.typing import Params
 
 _DATA = {"classify": "reviews", "lm": "stdlib"}

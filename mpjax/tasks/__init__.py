@@ -2,7 +2,10 @@
 
 from mpjax.tasks.adversarial.adversarial import Adversarial
 from mpjax.tasks.classify import TextClassification
-from mpjax.tasks.distill import Distillation, divergence
+from mpjax.tasks.distill.answers import Answers
+from mpjax.tasks.distill.distillation import Distillation
+from mpjax.tasks.distill.divergence import divergence
+from mpjax.tasks.distill.intermediates import even_layers
 from mpjax.tasks.labels import label_loss
 from mpjax.tasks.language import Language
 from mpjax.tasks.metrics import (
@@ -26,6 +29,7 @@ from mpjax.tasks.translate import Translation
 
 __all__ = [
     "Adversarial",
+    "Answers",
     "Distillation",
     "GradNorm",
     "Language",
@@ -41,6 +45,7 @@ __all__ = [
     "class_scores",
     "divergence",
     "entity_scores",
+    "even_layers",
     "gradient_shares",
     "label_loss",
     "pcgrad",
