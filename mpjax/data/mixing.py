@@ -20,6 +20,7 @@ from mpjax.data.buckets import (
     sizes_of,
 )
 from mpjax.errors import ConfigError, brief
+from mpjax.typing import Shape
 
 INPUTS = ("ids", "types", "keep", "attention_mask")  # what a model reads, of every task
 TASK = "task"  # the field that holds the number of each row's task
@@ -127,10 +128,18 @@ class _Order:
 
 
 class _Form(NamedTuple):
-    """What the field of a batch is: of all rows, or of one task's and filled in others'."""
+    """What the field of a batch is: of all rows, or of one task's and filled in others'.
+
+    Args:
+        dtype: of its numbers.
+        by_token: whether a row has an entry a token.
+        tail: shape of such an entry, () of a number.
+        fill: of rows of other tasks, and of padding.
+    """
 
     dtype: np.dtype
-    ndim: int
+    by_token: bool
+    tail: Shape
     fill: int
 
 
@@ -188,7 +197,7 @@ class _Mixed:
                 fill = IGNORE if own and np.issubdtype(x.dtype, np.signedinteger) else 0
                 fill = fill if own else self._padding.get(field, 0)
                 dtype = np.result_type(x.dtype, forms[field].dtype) if field in forms else x.dtype
-                forms[field] = _Form(dtype, x.ndim - 1, fill)
+                forms[field] = _Form(dtype, x.ndim > 1, x.shape[2:], fill)
         first = self._names[0]
         for name, found in inputs.items():
             if odd := sorted(found ^ inputs[first]):
@@ -203,8 +212,10 @@ class _Mixed:
         rows = [self._rows[index * self._batch + row] for row in range(self._batch)]
         length = max(int(self._lengths[task][place]) for task, place in rows)
         tasks = np.array([task for task, _ in rows], np.int32)
-        shapes = {n: (self._batch, *[length] * form.ndim) for n, form in self._forms.items()}
-        batch = {n: np.full(shapes[n], form.fill, form.dtype) for n, form in self._forms.items()}
+        batch = {}
+        for name, form in self._forms.items():
+            shape = (length, *form.tail) if form.by_token else ()
+            batch[name] = np.full((self._batch, *shape), form.fill, form.dtype)
         for task in np.unique(tasks).tolist():
             draw = np.random.default_rng((self._seed, index, 1, task))
             places = [place for one, place in rows if one == task]

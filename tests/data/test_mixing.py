@@ -94,6 +94,17 @@ def test_a_row_has_targets_of_its_own_task_alone() -> None:
     assert lengths == {4}
 
 
+def test_an_array_a_token_keeps_its_shape() -> None:
+    """Such as a teacher's answers, of one task alone."""
+    wide = [e | {"answers": np.repeat(e["ids"][:, None], 3, 1)} for e in examples(1, 9, words=True)]
+    data = {"mood": examples(0, 9), "tags": wide}
+    batch = next(mixed_batches(data, batch=8, seed=0, lengths=(4,)))
+    assert batch["tags/answers"].shape == (8, 4, 3)
+    own = batch["task"] == 1
+    assert (batch["tags/answers"][own] == batch["ids"][own][..., None]).all()
+    assert (batch["tags/answers"][~own] == IGNORE).all() and own.any() and not own.all()
+
+
 def test_a_run_that_is_resumed_draws_the_same_rows() -> None:
     data, again = drawn(), drawn()
     for _ in range(5):

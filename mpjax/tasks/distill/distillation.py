@@ -15,7 +15,7 @@ import jmp
 from mpjax import ops
 from mpjax.data.buckets import IGNORE, Example
 from mpjax.errors import ConfigError, brief
-from mpjax.models import Encoder, Recurrent, Seq2Seq
+from mpjax.models import Encoder, Seq2Seq
 from mpjax.models.core.checks import field, language_inputs, targets_of
 from mpjax.models.core.network import LanguageModel
 from mpjax.tasks.classify import TextClassification
@@ -145,10 +145,10 @@ class Distillation:
     def _check(self, who: str, model: object) -> None:
         speaks, wanted = isinstance(model, LanguageModel | Seq2Seq), isinstance(self.task, Language)
         if speaks == wanted and hasattr(model, "apply"):
-            if self._inside and isinstance(model, Recurrent):
+            if self._inside and not hasattr(type(model), "collecting"):
                 raise ConfigError(
-                    f"distillation: the {who} is a recurrent network, without the hidden states and"
-                    " relations of a Transformer; leave hidden and relations at 0"
+                    f"distillation: the {who} is {brief(type(model).__name__)}, without the hidden"
+                    " states and relations of a Transformer; leave hidden and relations at 0"
                 )
             return
         taken = "a model" if speaks == wanted else "a language model" if wanted else "an encoder"

@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 
 from mpjax.errors import ConfigError
 from mpjax.models import decoder, encoder, quantize_weights, recurrent, seq2seq
-from mpjax.tasks import Distillation, Language, TextClassification
+from mpjax.tasks import Distillation, Language, Mixture, TextClassification
 from mpjax.tasks.distill.intermediates import even_layers, hidden_loss, relation_loss
 from mpjax.train import build
 
@@ -204,7 +204,9 @@ def test_mistakes_are_one_line() -> None:
         (lambda: Distillation(TASK, student, held, hidden=1.0).objective(teacher),
          "the student has 4 layers, the teacher 2; name the pairs"),
         (lambda: Distillation(Language(), speaks, speaks.init(jax.random.key(0)), hidden=1.0)
-         .objective(network), "is a recurrent network"),
+         .objective(network), "is 'Recurrent', without the hidden"),
+        (lambda: Mixture({"a": dataclasses.replace(own, hidden=0.0, relations=1.0)}).objective(
+            student), "is 'OutputsOf', without the hidden"),
         (lambda: own.objective(student)(student.init(jax.random.key(0)), texts()),
          "the weights have no 'distillation'"),
         (lambda: student.collecting("query"), "unknown 'query'; known: hidden queries"),
