@@ -36,7 +36,7 @@ def main() -> bool:
         " all arms of a seed the texts, the first weights, the order and the dropout are the same."
         f" Held-out texts are never changed. Trained at commit {manifest['commit'][:7]}."
     )
-    body = f"{about}\n\n## {title.removeprefix('# ')}: `python {SCRIPT}`\n{body.rstrip()}"
+    body = f"{about}\n\n## {title.removeprefix('# ')}\n\n`python {SCRIPT}`\n{body.rstrip()}"
     write("augment", "What augmentation gains a classifier of few texts", body)
     return True
 
