@@ -34,6 +34,7 @@ from common.datasets.sources import DOCUMENTS, LABELLED
 from mpjax.data import load_corpus, load_labelled, validation_batches
 from mpjax.data.buckets import Example
 from mpjax.errors import ConfigError, need
+from mpjax.files import write_text
 from mpjax.models import (
     Storage,
     decoder,
@@ -216,7 +217,7 @@ def speak(config: Config) -> Course:
         launch.writable(config.out)
         path = config.out / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write_text(path, text)
         tokenizer, teacher = str(path), load_checkpoint(source, "fp32")
     corpus = load_corpus(config.data, tokenizer, sources=DOCUMENTS)
     wanted = config.windows or config.batch * config.steps

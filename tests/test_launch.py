@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = (
     "train_lm", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "low_bit_products", "rnn_lm", "image_cnn", "finetune_classifier", "finetune_tagger",
-    "pretrain_bert", "translate", "formats", "adversarial", "multitask",
+    "pretrain_bert", "translate", "formats", "adversarial", "augment", "distil", "multitask",
+    "recommend", "stages",
 )  # fmt: skip
 
 
@@ -91,7 +92,8 @@ def test_no_experiment_starts_in_a_folder_that_is_in_use(begin, scripts, tmp_pat
 
     config = getattr(scripts, script).Config
     with hold_folder(tmp_path):
-        code, err = begin(never, "--out", str(tmp_path), config=config)
+        typed = ["--plan", "plan.toml"] if script == "stages" else []  # which it cannot do without
+        code, err = begin(never, *typed, "--out", str(tmp_path), config=config)
         assert [p.name for p in tmp_path.iterdir()] == [LOCK]
     assert code == 2 and err.count("\n") == 1, err
     assert err.startswith(f"error: out: {tmp_path} is in use by pid {os.getpid()} on ")

@@ -53,6 +53,7 @@ class Mixture:
         an unknown weighting.
 
     Example:
+      >>> import jax
       >>> from mpjax.models import encoder
       >>> from mpjax.tasks import TextClassification, TokenClassification
       >>> mixture = Mixture({

@@ -35,7 +35,7 @@ from tests.assets import CACHE, asset
         ),
         (load_tagged, TAGGED, "expected pos-oanc ner-tweets peoples-daily or a file of"),
         (load_interactions, INTERACTIONS, "expected movielens or a file of user<TAB>text<TAB>time"),
-        (load_pairs, PAIRS, "expected names libreoffice-help or a file of source<TAB>target"),
+        (load_pairs, PAIRS, "expected names libreoffice-help docstrings or a file"),
         (load_images, IMAGES, "give digits, fashion-mnist, or FILE.npz with"),
         (read_documents, DOCUMENTS, "expected stdlib, janeausten, a file, a directory"),
     ],
