@@ -162,9 +162,13 @@ def test_the_teacher_is_an_argument_of_the_step_and_has_no_backward_pass() -> No
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("storage", ["", "int8", "int4@16"])
 @pytest.mark.parametrize(
-    ("precision", "mesh"), [("fp16", None), ("bf16", "data=2,fsdp=2,tensor=2")]
+    ("precision", "mesh", "storage"),
+    [
+        ("fp16", None, ""),
+        ("fp16", None, "int4@16"),
+        ("bf16", "data=2,fsdp=2,tensor=2", "int8"),
+    ],
 )
 def test_students_of_any_precision_learn_from_stored_teachers(
     precision: str, mesh: str | None, storage: str

@@ -97,7 +97,7 @@ def texts(rows: int = 8) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("precision", "mesh"),
-    [("fp32", None), ("fp16", "data=2,fsdp=2,tensor=2"), ("pure-bf16-sr", None), ("fp8", None)],
+    [("fp16", "data=2,fsdp=2,tensor=2"), ("pure-bf16-sr", None)],
 )
 def test_a_student_takes_what_is_inside(precision: str, mesh: str | None) -> None:
     teacher, held, student = pair(precision)
