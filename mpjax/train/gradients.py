@@ -101,9 +101,8 @@ def gradients(
         sums = (total, total_loss), (grads, judged.loss)
         total, total_loss = jax.tree.map(lambda total, x: total + weighed(x), *sums)
         largest = jax.tree.map(jnp.maximum, largest, amax)  # gradients add up, magnitudes do not
-        terms = judged.metrics
-        terms |= {name: weighed(x) for name, x in terms.items() if name.startswith(TERM)}
-        return (total, total_loss, largest, judged.state), terms
+        metrics = _weighed_terms(judged.metrics, weighed)
+        return (total, total_loss, largest, judged.state), metrics
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), weights)
     no_loss = jnp.float32(0)
@@ -185,6 +184,11 @@ def _judge(
     return Judged(total, metrics, state)
 
 
+def _weighed_terms(metrics: Metrics, weighed: Callable[[Array], Array]) -> Metrics:
+    """Metrics of a microbatch, in which each loss counts as the whole one does."""
+    return {n: weighed(x) if n.startswith(TERM) else x for n, x in metrics.items()}
+
+
 def _microbatches(
     objective: Objective, batch: Batch, accumulate: int
 ) -> tuple[Batch, Array | None, Shares]:
@@ -224,9 +228,8 @@ def loss_at(
             model_state = begin_step(state.model_state, jnp.float32(1))
             judged = _judge(objective, params, micro, model_state, key, several, scale)
             weight = 1 if share is None else share
-            terms = judged.metrics
-            terms |= {name: weight * x for name, x in terms.items() if name.startswith(TERM)}
-            return judged.loss.astype(jnp.float32) * weight, terms
+            metrics = _weighed_terms(judged.metrics, lambda x: weight * x)
+            return judged.loss.astype(jnp.float32) * weight, metrics
 
         if accumulate == 1:
             return of((key, batch, None, None))

@@ -24,6 +24,7 @@ from mpjax.tasks.adversarial.methods import SMART, VAT, FreeLB, Method, RDrop
 from mpjax.tasks.adversarial.perturbation import drawn, sizes, slope, unit
 from mpjax.tasks.classify import TextClassification
 from mpjax.tasks.distill.divergence import divergence
+from mpjax.tasks.distill.intermediates import weighted_mean
 from mpjax.tasks.labels import Outputs, OutputsOf, encoder_inputs
 from mpjax.tasks.language import Language
 from mpjax.tasks.pretrain import MaskedLanguage
@@ -303,10 +304,8 @@ class Adversarial:
         """The mean over targets of how far two predictions are apart, by name of the loss."""
         found = {}
         for name, output in self._outputs.items():
-            each, weights = self._each(a[output], b[output]), self._weights(name, batch)
-            # Not the product alone: predictions at padding are undefined.
-            total = jnp.sum(jnp.where(weights != 0, weights * each, 0.0))
-            found[name] = total / jnp.maximum(jnp.sum(weights), 1e-30)
+            each = self._each(a[output], b[output])
+            found[name] = weighted_mean(each, self._weights(name, batch))
         return found
 
     def _weights(self, name: str, batch: Batch) -> Array:

@@ -10,14 +10,14 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.data.buckets import Example, pad
+from mpjax.data.buckets import Example, bucket_lengths, eval_batches, sizes_of
 from mpjax.data.cache import Cache
 from mpjax.errors import ConfigError
 from mpjax.paths import leaves_with_names
@@ -25,7 +25,8 @@ from mpjax.typing import Array, Batch, Params
 
 logger = logging.getLogger("mpjax.tasks")
 
-FIELDS = ("teacher_ids", "teacher_logs", "teacher_rest")
+_FIELDS = ("ids", "logs", "rest")  # of a record
+FIELDS = tuple(f"teacher_{name}" for name in _FIELDS)  # of a batch
 _CHUNK = 512  # examples of a file
 
 
@@ -123,7 +124,7 @@ class Answers(Sequence[Example]):
         chunk, place = divmod(range(len(self))[index], _CHUNK)
         rows = self._chunks[chunk][slice(*self._starts[chunk][place : place + 2])]
         found = dict(self._examples[index])
-        names = zip(FIELDS, ("ids", "logs", "rest"), strict=True)
+        names = zip(FIELDS, _FIELDS, strict=True)
         return found | {field: rows[name] for field, name in names}
 
 
@@ -151,12 +152,7 @@ def store_answers(
     """
     if not len(examples):
         raise ConfigError("answers: no examples; name more data")
-    longest = max(len(np.atleast_1d(x)) for example in examples for x in example.values())
-    if longest > max(lengths):
-        raise ConfigError(
-            f"answers: an example has {longest} tokens, the longest of lengths is {max(lengths)};"
-            " raise it"
-        )
+    bucket_lengths(sizes_of(examples), lengths)  # before any is asked
     cache, run = Cache(folder), jax.jit(answer)
     whole = hashlib.sha256(f"{what}, top {top}".encode())
     for name, leaf in leaves_with_names(params):
@@ -171,7 +167,9 @@ def store_answers(
             own.update(np.asarray(x).tobytes())
         name = f"answers-{own.hexdigest()[:32]}.npy"
         if (path := cache.find(name)) is None:
-            found = _asked(run, params, part, sizes[first:], batch, lengths, top, padding)
+            found = _asked(
+                run, params, part, sizes[first : first + _CHUNK], batch, lengths, top, padding
+            )
             # Of a plain array there is nothing to pickle.
             cache.store(name, functools.partial(np.save, arr=found, allow_pickle=False))
             asked, path = asked + len(part), cache.find(name)
@@ -189,21 +187,10 @@ def _asked(
     batch: int, lengths: Sequence[int], top: int, padding: Mapping[str, int],
 ) -> np.ndarray:  # fmt: skip
     """The answers of some examples, one after the other."""
-    found: list[np.ndarray] = []
-
-    def batches() -> Iterator[tuple[int, Batch]]:
-        for first in range(0, len(part), batch):
-            rows = list(part[first : first + batch])
-            longest = max(len(np.atleast_1d(x)) for row in rows for x in row.values())
-            length = min(n for n in lengths if n >= longest)
-            filled = rows + rows[:1] * (batch - len(rows))  # no program for what is left over
-            yield first, pad(filled, length, padding)
-
-    for first, padded in batches():
+    found = [np.empty(size, _record(top)) for size in sizes]
+    for rows, padded in eval_batches(part, batch=batch, lengths=lengths, padding=padding):
         answers = jax.device_get(run(params, padded))
-        for row, size in enumerate(sizes[first : min(first + batch, len(part))]):
-            record = np.empty(size, _record(top))
-            for name, x in zip(("ids", "logs", "rest"), answers, strict=True):
-                record[name] = x[row, :size]  # to float16 what is kept in it
-            found.append(record)
+        for row, *one in zip(rows, *answers, strict=False):  # the rows behind them fill up
+            for name, x in zip(_FIELDS, one, strict=True):
+                found[row][name] = x[: sizes[row]]  # to float16 what is kept in it
     return np.concatenate(found)
