@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.data.buckets import IGNORE, Example, eval_batches
+from mpjax.data.buckets import IGNORE, eval_batches
 from mpjax.data.labelled import LabelledTexts
-from mpjax.data.tokenizers.wordpiece import WordPiece
+from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError, brief
 from mpjax.models import Encoder
 from mpjax.precision import parse_policy
@@ -135,14 +135,17 @@ def evaluate_robust(
     longest = max(lengths)
     predict = task.predictor(model, batch=batch, lengths=lengths, padding=pieces.pad)
 
-    def right(texts: LabelledTexts) -> np.ndarray:
-        examples = task.examples(pieces, texts, longest=longest)
+    def encoded(texts: LabelledTexts) -> list[Example]:
+        return task.examples(pieces, texts, longest=longest)
+
+    def right(examples: list[Example]) -> np.ndarray:
         return task.correct(predict(params, examples, state), examples)
 
-    clean = right(texts)
+    examples = encoded(texts)
+    clean = right(examples)
     attacked, lost = attacker(
         task, model, attack, pieces.special, batch=batch, lengths=lengths, padding=pieces.pad
-    )(params, task.examples(pieces, texts, longest=longest), state)
+    )(params, examples, state)
     scores = {"accuracy": clean, "pgd accuracy": clean & attacked}
     for kind, (name, edit) in enumerate(EDITS.items()):
         held = clean
@@ -151,6 +154,6 @@ def evaluate_robust(
             changed = tuple(
                 edit(t, edits, draw) for t, draw in zip(texts.texts, draws, strict=True)
             )
-            held = held & right(dataclasses.replace(texts, texts=changed))
+            held = held & right(encoded(dataclasses.replace(texts, texts=changed)))
         scores[f"{name} accuracy"] = held
     return {name: float(np.mean(x)) for name, x in scores.items()} | {"pgd nonfinite": float(lost)}
