@@ -182,7 +182,8 @@ def main(config: Config) -> None:
         f"A step costs, counted in plain ones: {costs}. Took {time.perf_counter() - begun:.0f} s on"
         f" {launch.machine()}.",
     ]
-    finetune_report.write(config.out, found, {}, arms, notes, "nats/text")
+    drawn = finetune_report.own_loss(arms, "clean")
+    finetune_report.write(config.out, found, {}, arms, notes, "nats/text, clean", drawn)
 
 
 if __name__ == "__main__":

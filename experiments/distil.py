@@ -357,6 +357,7 @@ def main(config: Config) -> None:
         config.out, [(title, head, rows)],
         {f"teacher, {name}": {score: x} for name, x in teachers.items()}, arms, notes,
         "nats/text" if config.task == "classify" else "nats/token",
+        finetune_report.own_loss(arms, "hard", config.hard),
     )  # fmt: skip
 
 

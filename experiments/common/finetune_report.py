@@ -37,6 +37,31 @@ class Arm:
         return [scores[name] for scores in self.scores]
 
 
+def own_loss(arms: Sequence[Arm], term: str, weight: float = 1.0) -> list[Arm]:
+    """The arms whose training loss can be drawn as that of the task alone.
+
+    Args:
+      arms: of which some have a loss of several terms, each beside it as `loss/NAME`.
+      term: that of the task.
+      weight: with which the loss has it.
+
+    Returns:
+      Arms with that term as their loss; those of several terms without it are left out.
+    """
+    found = []
+    for arm in arms:
+        records = arm.outcome.records
+        if any(name.startswith("loss/") for name in records[0][0]):
+            if f"loss/{term}" not in records[0][0]:
+                continue
+            records = tuple(
+                [one | {"loss": one[f"loss/{term}"] / weight} for one in seed] for seed in records
+            )
+        outcome = dataclasses.replace(arm.outcome, records=records)
+        found.append(dataclasses.replace(arm, outcome=outcome))
+    return found
+
+
 def points(values: Sequence[float]) -> str:
     """Percent with the half-width of the 95 % interval over seeds."""
     return _spread([100 * value for value in values], "")
