@@ -60,6 +60,8 @@ def plot_loss(outcomes: Sequence[Outcome], window: int = 20, unit: str = "nats/t
       window: steps of the running mean, at most half of the shortest run; each mean stands at the
         middle of its steps.
       unit: of the loss.
+
+    A gap ends with the shorter of its two arms.
     """
     check_outcomes(outcomes)
     compared = [o for o in outcomes if o.reference != o.label]
@@ -79,7 +81,8 @@ def plot_loss(outcomes: Sequence[Outcome], window: int = 20, unit: str = "nats/t
         )
         axes[0].plot(*_smooth(loss, window), label=o.label, **style)
         if o.reference != o.label:
-            reference = losses[o.reference]
+            both = min(len(loss), len(losses[o.reference]))  # an arm may have more steps
+            loss, reference = loss[:both], losses[o.reference][:both]
             loss = np.where(np.isfinite(reference), loss, np.nan)  # the same steps of both
             steps, own = _smooth(loss, window)
             _, other = _smooth(np.where(np.isfinite(loss), reference, np.nan), window)

@@ -55,6 +55,15 @@ def test_steps_that_only_one_run_has_are_no_gap():
     np.testing.assert_allclose(figure.axes[1].lines[0].get_ydata(), 0.0, atol=1e-9)
 
 
+def test_a_gap_ends_with_the_shorter_arm() -> None:
+    arms = [outcome("a", "a", [[2.0] * 40]), outcome("b", "a", [[3.0] * 60])]
+    for one, last in ((arms, 40), ([arms[1], arms[0]], 40)):
+        upper, lower = plot_loss(one, window=1).axes
+        assert {line.get_xdata()[-1] for line in upper.get_lines()} == {40, 60}
+        steps, gap = lower.get_lines()[0].get_data()
+        assert steps[-1] == last and set(gap) == {50.0}
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_a_run_shorter_than_the_window_has_gaps(steps: int):
     a, b = [[1.0] * steps], [[2.0] * steps]
