@@ -79,6 +79,11 @@ def build(
       >>> int(state.step), int(metrics["skipped"])
       (1, 0)
     """
+    if not callable(objective):
+        raise ConfigError(
+            f"objective: {brief(objective)} is not a function of the model; give a task's"
+            " `objective`, or leave it out for the model's own loss"
+        )
     if isinstance(mesh, str):
         mesh = parse_mesh(mesh)
     if mesh is not None and mesh.size == 1:
