@@ -16,6 +16,7 @@ Expected:  a table of the accuracy of each task by method, with its gap to the s
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from mpjax.errors import ConfigError
 from mpjax.tasks import Mixture, TextClassification, TokenClassification, softmax
 from mpjax.typing import Params, Settings
 
+log = logging.getLogger("mpjax.experiments")
 METHODS: dict[str, Settings] = {
     "fixed": {},
     "uncertainty": {"weighting": "uncertainty"},
@@ -102,12 +104,27 @@ class Part:
     def examples(self, pieces: WordPiece, config: Config) -> tuple[list[Example], list[Example]]:
         """Encoded texts of both sides, an even choice of at most as many as the settings say."""
         longest = max(config.lengths)
-        both = [self.task.examples(pieces, side, longest=longest) for side in self.sides]
+        both = [self._encoded(pieces, side, longest) for side in self.sides]
         chosen = [
             [part[i] for i in np.linspace(0, len(part) - 1, min(len(part), most)).astype(int)]
             for part, most in zip(both, (config.texts, config.held_out), strict=True)
         ]
         return chosen[0], chosen[1]
+
+    def _encoded(self, pieces: WordPiece, side: Any, longest: int) -> list[Example]:
+        """Texts are cut; sentences, each of whose words has a tag, are left out if too long."""
+        if self.kind == "class":
+            return self.task.examples(pieces, side, longest=longest)
+        every = self.task.examples(pieces, side, longest=launch.LARGEST)
+        found = [example for example in every if len(example["ids"]) <= longest]
+        if left := len(every) - len(found):
+            log.warning(
+                "%s: %d of %d sentences have more than %d tokens and are left out",
+                self.name, left, len(every), longest,
+            )  # fmt: skip
+        if not found:
+            raise ConfigError(f"lengths: {self.name} has no sentence of {longest} tokens; raise it")
+        return found
 
 
 def load(text: str) -> Part:

@@ -1,12 +1,12 @@
 """Several tasks at once: beside each alone, under every precision and on a mesh, as a page.
 
-Run:       python -m benchmarks.quality.multitask [--page]
+Run:       python -m benchmarks.quality.multitask [--page|--fresh]
 Expected:  mixing proportions within 1 % of the asked ones; every way to combine tasks trains 20
            steps in every precision, on one device and on eight, finite and as one program; two
            mixtures of three tasks with their gaps to single-task runs, whatever they are.
 
 What has been measured is kept in runs/evidence/multitask, and the same command goes on from there;
-another commit measures again. With `--page` nothing is trained.
+`--fresh` begins anew. With `--page` nothing is trained.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import numpy as np
 import optax
 
-from benchmarks.common.page import ROOT, commit, write
+from benchmarks.common.page import ROOT, write
 from mpjax.data import mixed_batches, mixing_weights
 from mpjax.files import write_text
 from mpjax.markdown import table
@@ -118,15 +118,13 @@ def main() -> bool:
     """Measures what is not measured yet and writes the page; whether every bar is met."""
     OUT.mkdir(parents=True, exist_ok=True)
     record, page = OUT / "cells.json", "--page" in sys.argv
-    held = json.loads(record.read_text()) if record.exists() else {}
+    held = json.loads(record.read_text()) if record.exists() and "--fresh" not in sys.argv else {}
     cells: dict[str, dict[str, Any]] = held.get("cells", {})
-    if not page and held.get("commit") != commit():
-        cells = {}
     for cell in itertools.product(WAYS, PRECISIONS, MESHES):
         name = " | ".join(cell)
         if name not in cells and not page:
             cells[name] = trains(*cell)
-            write_text(record, json.dumps({"commit": commit(), "cells": cells}, indent=1) + "\n")
+            write_text(record, json.dumps({"cells": cells}, indent=1) + "\n")
             print(name, cells[name], flush=True)
     for name, tasks in EXPERIMENTS.items():
         if not page:
