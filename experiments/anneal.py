@@ -229,7 +229,7 @@ def optimizer_of(method: str, config: Config) -> optax.GradientTransformation | 
 
 
 def run(
-    method: str, label: str, config: Config, work: Work, folder: str, first: int = 0
+    method: str, label: str, config: Config, work: Work, folder: str = "", first: int = 0
 ) -> finetune_report.Arm:
     """Trains one arm in one precision under each seed; its numbers are chosen.
 
@@ -314,7 +314,7 @@ def main(config: Config) -> None:
         lr, descent = None, None
         for method in config.methods:
             own = tuned(method, label, config, work, lr)
-            arm = run(method, label, own, work, "runs")
+            arm = run(method, label, own, work)
             if method == DESCENT:
                 lr, descent = own.lr[0], arm
             assert descent is not None

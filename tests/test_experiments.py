@@ -25,7 +25,7 @@ SCRIPTS = (
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "distil", "finetune_classifier", "finetune_tagger", "translate",
     "pretrain_bert", "chat", "stages", "augment", "recommend",
-    "adversarial", "multitask",
+    "adversarial", "multitask", "anneal",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -474,6 +474,30 @@ def test_a_network_tells_images_apart(tmp_path):
     assert len(err.splitlines()) == 1 and not (tmp_path / "b").exists()
 
 
+def test_annealing_is_compared_at_equal_operations(text, tmp_path):
+    args = [
+        "--data",
+        text,
+        *"--layers 1 --width 16 --heads 2 --seq 16 --batch 4 --steps 12".split(),
+    ]
+    args += "--lr 1e-3 1e-2 --scale 1e-3 --descend 3 --seeds 2 --methods descent alternate".split()
+    run("anneal", *args, "--out", tmp_path / "a")
+    require_report(tmp_path / "a", ("loss.png",), ("descent fp32", "alternate fp32"))
+    rows = [line.split(" | ") for line in (tmp_path / "a/report.md").read_text().splitlines()]
+    (first, second) = (row for row in rows if row[0][2:] in ("descent fp32", "alternate fp32"))
+    # 12 = 3 cycles of 3 gradient steps and a proposal, which costs two thirds of one, and a bit
+    assert first[2:4] == ["12", "0"] and second[2:4] == ["10", "3"]
+    assert first[5] == "–" and first[6] == "–" and second[6].endswith(" %")
+    steps = [len(curve(tmp_path / "a" / f"{n}_fp32" / "seed1")) for n in ("descent", "alternate")]
+    assert steps == [12, 13]
+    for bad, message in (
+        (["--methods", "alternate"], "methods: alternate is first"),
+        (["--methods", "descent", "sgdsa"], "methods: unknown 'sgdsa'; known: descent"),
+    ):
+        _, err = run("anneal", *args, *bad, "--out", tmp_path / "none", code=2)
+        assert message in err and len(err.splitlines()) == 1 and not (tmp_path / "none").exists()
+
+
 def test_recurrent_models_write_their_report(text, tmp_path):
     args = "--width 16 --seq 16 --batch 4 --steps 4 --eval-batches 2 --warmup 2 --seeds 2".split()
     args += ["--data", text]
@@ -605,7 +629,8 @@ def test_several_tasks_are_compared_with_each_alone(tmp_path):
     words, texts = tmp_path / "words.tsv", tmp_path / "texts.tsv"
     sentences = [draw.choices(list(kinds), k=4) + [f"n{i}"] for i in range(80)]
     tagged = ["".join(f"{w}\t{kinds.get(w, 'X')}\n" for w in s) for s in sentences]
-    words.write_text("\n".join(tagged))
+    long = "".join(f"word{i}\tN\n" for i in range(40))
+    words.write_text("\n".join([*tagged, long]))
     texts.write_text("".join(
         f"{('good', 'bad')[i % 2]}\t{('fine', 'poor')[i % 2]} {' '.join(s)}\n"
         for i, s in enumerate(sentences)
@@ -614,7 +639,8 @@ def test_several_tasks_are_compared_with_each_alone(tmp_path):
     args += "--layers 1 --width 16 --heads 2 --vocabulary 90 --batch 16 --lengths 16".split()
     args += "--steps 40 --warmup 1 --seeds 1 --lr 1e-2 --dropout 0 --methods fixed".split()
     out = tmp_path / "out"
-    run("multitask", *args, "--out", out)
+    _, err = run("multitask", *args, "--out", out)
+    assert "tags: 1 of " in err and "more than 16 tokens and are left out" in err
     arms, report = ("single, fp32", "fixed, fp32"), (out / "report.md").read_text()
     assert (out / "loss.png").stat().st_size > 10_000
     assert all(f"| {arm} |" in report for arm in (*arms, "most frequent"))
