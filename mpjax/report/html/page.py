@@ -1,0 +1,576 @@
+"""A report of runs as one page: nothing is fetched, and all of it is there without JavaScript."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpjax.errors import ConfigError
+from mpjax.report import runs
+from mpjax.report.curves import Curve, fitting, gap_curve, loss_curve, scale_path, table
+from mpjax.report.heatmap import KINDS, lost_shares, signed_log
+from mpjax.report.html.chart import curves_chart, intervals_chart, paths_chart, style
+from mpjax.report.results import Outcome, check_outcomes, gaps, interval
+
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, head, rows
+
+# What keeps a page small and readable, whatever the runs; where it cuts, the page says so.
+_POINTS = 24_000  # of all curves
+_MOST_POINTS = 400  # of one
+_MOST_ARMS = 48  # that are drawn
+_MOST_ROWS = 300  # of a table
+_MOST_CELLS = 12_000  # of the heatmap
+_MOST_CHANGES = 600  # of a path of the loss scale
+_LONGEST = 240  # characters of a setting
+_PICTURES = 1_200_000  # bytes of all
+_FORMATS = ("e4m3", "e5m2", "fp16", "bf16")
+
+
+def html_report(
+    outcomes: Sequence[Outcome], title: str, *, tables: Sequence[Table] = (),
+    notes: Sequence[str] = (), unit: str = "nats/token", window: int = 20,
+    folders: Mapping[str, Sequence[Path]] | None = None, pictures: Sequence[Path] = (),
+) -> str:  # fmt: skip
+    """Returns a report as one self-contained HTML page, below 3 MB however long the runs are.
+
+    It holds the tables, the training loss and its gap to the reference with the range of the
+    seeds, paired intervals, loss scales and skipped steps, and of the runs whose folders are known
+    their settings, environment, measured tensors and audit.
+
+    Args:
+      outcomes: arms; one alone is the report of a run.
+      title: heading.
+      tables: (title, head, rows) of the results, the first being the comparison and the others
+        slices.
+      notes: paragraphs below the first table.
+      unit: of the loss.
+      window: records of the running mean, as of `plot_loss`; more where a curve is thinned.
+      folders: label -> folders of its runs, for outcomes that do not know their own.
+      pictures: PNG files that are put into the page.
+
+    Raises:
+      ConfigError: outcomes that make no comparison.
+
+    Example:
+      >>> run = [{"step": n, "loss": 3.0 / n} for n in range(1, 9)]
+      >>> page = html_report([Outcome.from_records("<mine>", run)], "A run")
+      >>> "&lt;mine&gt;" in page, "<mine>" in page
+      (True, False)
+    """
+    by_label = check_outcomes(outcomes)
+    where = {o.label: tuple(o.folders or (folders or {}).get(o.label, ())) for o in outcomes}
+    manifests, problems = _manifests(where)
+    drawn = outcomes[:_MOST_ARMS]
+    data: dict[str, Any] = {"arms": [o.label for o in drawn]}
+    sections = [
+        ("results", "Results", _results(outcomes, tables[:1], notes)),
+        ("gaps", "Gaps", _gaps(drawn, by_label)),
+        ("curves", "Curves", _curves(drawn, len(outcomes), by_label, unit, window, data)),
+        ("scale", "Loss scale and skipped steps", _scales(drawn, data)),
+        ("slices", "Slices", "".join(map(_table, tables[1:]))),
+        ("formats", "What each format would lose", _found(where, _heatmap, problems)),
+        ("audit", "Audit", _found(where, _audit, problems)),
+        ("figures", "Figures", _pictures(pictures)),
+        ("settings", "Settings", _settings(manifests)),
+        ("environment", "Environment", _environment(manifests)),
+    ]
+    if problems:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in problems)
+        sections.append(("problems", "Files that could not be read", f"<ul>{lines}</ul>"))
+    sections = [section for section in sections if section[2]]
+    links = "".join(f'<li><a href="#{name}">{head}</a></li>' for name, head, _ in sections)
+    body = "".join(
+        f'<section id="{name}" aria-labelledby="{name}-head"><h2 id="{name}-head">{head}</h2>'
+        f"{content}</section>"
+        for name, head, content in sections
+    )
+    return _document(title, _lead(outcomes), links, body, data)
+
+
+def _document(title: str, lead: str, links: str, body: str, data: Mapping[str, Any]) -> str:
+    """The page; its policy forbids every request and every script but its own."""
+    css, script = (
+        resources.files("mpjax.report.html").joinpath(name).read_text("utf-8")
+        for name in ("page.css", "page.js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:;"
+        f" script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    )
+    # A </script> in the data would end it; as escapes these are the same JSON.
+    values = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        values = values.replace(character, f"\\u{ord(character):04x}")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n'
+        f"<style>\n{css}</style>\n</head>\n<body>\n"
+        f'<a class="skip" href="#results">Skip to the results</a>\n'
+        f"<header><h1>{escape(title)}</h1><p>{escape(lead)}</p>"
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n<main>\n{body}\n</main>\n'
+        "<footer>Written by mpjax. The page holds all of its data and fetches nothing.</footer>\n"
+        f'<script type="application/json" id="data">{values}</script>\n'
+        f"<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _lead(outcomes: Sequence[Outcome]) -> str:
+    """What was run, in a line."""
+    seeds = {len(o.records) for o in outcomes}
+    steps = {int(run[-1]["step"]) for o in outcomes for run in o.records if run}
+    parts = [_count(len(outcomes), "arm")] if len(outcomes) > 1 else []
+    parts.append(_range(seeds, "seed") + " each" * (len(outcomes) > 1))
+    return ", ".join([*parts, *([_range(steps, "step")] if steps else [])])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _range(numbers: set[int], noun: str) -> str:
+    low, high = min(numbers), max(numbers)
+    return _count(high, noun) if low == high else f"{low:,} to {_count(high, noun)}"
+
+
+def _table(given: Table) -> str:
+    """A table; its first column is the head of the row, columns of numbers are to the right."""
+    title, head, rows = given
+    right = [
+        i > 0 and all(str(row[i])[:1] in "+-−–0123456789" for row in rows) for i in range(len(head))
+    ]
+    lines = []
+    for row in rows[:_MOST_ROWS]:
+        cells = [
+            f'<t{"hd"[i > 0]}{" scope=row" * (i == 0)}{" class=n" * right[i]}>{_cell(value)}'
+            f'</t{"hd"[i > 0]}>'
+            for i, value in enumerate(row)
+        ]  # fmt: skip
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    heads = "".join(
+        f"<th scope=col{' class=n' * right[i]}>{escape(str(name))}</th>"
+        for i, name in enumerate(head)
+    )
+    more = len(rows) - _MOST_ROWS
+    said = f"<p class=note>The first {_MOST_ROWS} of {len(rows)} rows.</p>" if more > 0 else ""
+    return (
+        f'<div class=scroll role=region tabindex=0 aria-label="{escape(title)}"><table>'
+        f"<caption>{escape(title)}</caption><thead><tr>{heads}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>{said}"
+    )
+
+
+def _cell(value: object) -> str:
+    text = str(value)
+    return escape(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def _results(outcomes: Sequence[Outcome], tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Numbers of a run as tiles, or the table of a comparison; then the notes."""
+    content = _tiles(outcomes[0]) if len(outcomes) == 1 else ""
+    content += "".join(map(_table, tables))
+    return content + "".join(f"<p class=note>{escape(note)}</p>" for note in notes)
+
+
+def _tiles(outcome: Outcome) -> str:
+    """The numbers of a single arm."""
+    last = [run[-1] for run in outcome.records]
+    first = outcome.records[0][0]
+    measured = {"training loss, last step"}  # a NaN of these is one, of others it is no number
+    if len(table(outcome, "validation_loss")[0]):
+        measured.add("validation loss")
+    values = {
+        "validation loss": interval(outcome.validation_loss),
+        "training loss, last step": interval([record["loss"] for record in last]),
+        "tokens/s": (outcome.tokens_per_s, math.nan),
+        "bytes/parameter": (outcome.bytes_per_parameter, math.nan),
+        "steps": (last[0]["step"], math.nan),
+        "skipped steps": (float(np.mean(outcome.skipped)), math.nan),
+        "final loss scale": (float(np.mean(outcome.loss_scale)), math.nan),
+    }
+    for name in last[0]:  # what only the end has are scores
+        if name not in first and name != "validation_loss":
+            found = [record.get(name) for record in last]
+            if all(isinstance(value, int | float) for value in found):
+                values[name] = interval(found)  # type: ignore[arg-type]
+    shown = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{_number(mean)}"
+        f"{f'<small> ± {_number(half)}</small>' if math.isfinite(half) else ''}</dd></div>"
+        for name, (mean, half) in values.items()
+        if name in measured or not math.isnan(mean)
+    )
+    return f"<dl class=tiles>{shown}</dl>"
+
+
+def _number(value: float) -> str:
+    if math.isfinite(value) and (value == round(value) or abs(value) >= 1000):
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _gaps(outcomes: Sequence[Outcome], by_label: Mapping[str, Outcome]) -> str:
+    """The gap of each arm to its reference, with its paired interval."""
+    rows = []
+    for number, o in enumerate(outcomes):
+        if o.reference == o.label:
+            continue
+        each = gaps(o.validation_loss, by_label[o.reference].validation_loss)
+        mean, half = interval(each)
+        if math.isfinite(mean):
+            rows.append((number, f"{o.label} to {o.reference}", mean, half, each))
+    if not rows:
+        return ""
+    drawing = intervals_chart(rows, "gap of the validation loss (%)")
+    return (
+        f"<figure><div class=chart>{drawing}</div><figcaption>Gap of the validation loss to the"
+        " reference in percent, lower is better: the mean over paired seeds (same initial weights,"
+        " same batches), its 95 % confidence interval (Student's t), and each seed as a ring. An"
+        " interval that holds zero shows no difference.</figcaption></figure>"
+    )
+
+
+def _curves(
+    outcomes: Sequence[Outcome], all_arms: int, by_label: Mapping[str, Outcome], unit: str,
+    window: int, data: dict[str, Any],
+) -> str:  # fmt: skip
+    """Training loss and gap, thinned where there are many steps."""
+    records = max(len(run) for o in outcomes for run in o.records)
+    most = max(40, min(_MOST_POINTS, _POINTS // (2 * len(outcomes))))
+    stride = max(1, -(-records // most))
+    window = max(fitting(outcomes, window), stride)  # so that every record is in some point
+    loss = [(i, loss_curve(o, window).thinned(stride)) for i, o in enumerate(outcomes)]
+    gap = [
+        (i, gap_curve(o, by_label[o.reference], window).thinned(stride))
+        for i, o in enumerate(outcomes)
+        if o.reference != o.label
+    ]
+    judged = []
+    for i, o in enumerate(outcomes):
+        steps, values = table(o, "validation_loss")
+        if len(steps) > 1:  # a single one is in the table
+            fine = slice((len(steps) - 1) % (every := -(-len(steps) // most)), None, every)
+            judged.append((i, steps[fine], values.mean(0)[fine]))
+    said = (
+        f"Each point is the plain mean of {_count(window, 'record')} and of the seeds, at the"
+        " middle of its steps; the band reaches from the least to the greatest seed."
+    )
+    if stride > 1:
+        said += f" {len(loss[0][1].steps):,} of {records:,} points are drawn."
+    if judged:
+        said += " Dots are the validation loss."
+    if all_arms > len(outcomes):
+        said += f" The first {len(outcomes)} of {all_arms} arms are drawn."
+    charts = [("loss", f"training loss ({unit})", loss, judged, False)]
+    if gap:
+        charts.append(("gap", "gap to the reference (%)", gap, [], True))
+    figures = []
+    for name, label, curves, points, zero in charts:
+        data[name] = [_plain(number, curve) for number, curve in curves]
+        drawing = curves_chart(name, curves, label, points, zero)
+        figures.append(f"<figure><h3>{escape(label)}</h3><div class=chart>{drawing}</div></figure>")
+    names = enumerate(data["arms"])
+    legend = "".join(
+        f'<li><button type=button data-arm="{i}" aria-pressed=true disabled>'
+        f'<svg class="{style(i)}" viewBox="0 0 28 8" aria-hidden=true><path class=line d="M1 4H27"/>'
+        f"</svg>{escape(label)}</button></li>"
+        for i, label in names
+    )
+    return f"<ul class=legend>{legend}</ul>{''.join(figures)}<p class=note>{said}</p>"
+
+
+def _plain(number: int, curve: Curve) -> dict[str, Any]:
+    """A curve for the page's script, five digits a number."""
+    names = ("steps", "mean", "low", "high") if curve.seeds > 1 else ("steps", "mean")
+
+    def rounded(values: np.ndarray) -> list[float | None]:
+        return [float(f"{v:.5g}") if math.isfinite(v) else None for v in values]
+
+    arrays = {name: rounded(getattr(curve, name)) for name in names}
+    arrays["steps"] = [None if math.isnan(step) else round(step, 1) for step in curve.steps]
+    return {"arm": number, **arrays}
+
+
+def _scales(outcomes: Sequence[Outcome], data: dict[str, Any]) -> str:
+    """The path of each dynamic loss scale, and which steps were skipped."""
+    figures, rows, cut = [], [], False
+    for i, o in enumerate(outcomes):
+        paths = [scale_path(run) for run in o.records]
+        skips = [[step for step, _, skipped in path if skipped] for path in paths]
+        if any(len({scale for _, scale, _ in path}) > 1 for path in paths):
+            every = max(1, -(-sum(map(len, paths)) // _MOST_CHANGES))
+            cut |= every > 1
+            thin = [path[:-1:every] + path[-1:] for path in paths]
+            drawing = paths_chart(f"scale{i}", list(enumerate(thin)))
+            legend = "".join(
+                f'<li><svg class="{style(s)}" viewBox="0 0 28 8" aria-hidden=true>'
+                f'<path class=line d="M1 4H27"/></svg>seed {s}</li>'
+                for s in range(len(paths))
+            )
+            figures.append(
+                f"<figure><h3>{escape(o.label)}</h3><ul class=legend>{legend}</ul>"
+                f"<div class=chart>{drawing}</div></figure>"
+            )
+            # The stairs between two changes are level, so the script needs no other steps.
+            data[f"scale{i}"] = [
+                {"name": f"seed {s}", "steps": [p[0] for p in path], "mean": [p[1] for p in path]}
+                for s, path in enumerate(thin)
+            ]
+        for seed, (path, found) in enumerate(zip(paths, skips, strict=True)):
+            if found or len(figures) > 0:
+                shown = ", ".join(map(str, found[:12]))
+                more = f" and {len(found) - 12} more" if len(found) > 12 else ""
+                scales = [scale for _, scale, _ in path]
+                rows.append((
+                    o.label, str(seed), str(o.skipped[seed]), f"{shown}{more}" or "none",
+                    f"{min(scales):g}", f"{max(scales):g}", f"{scales[-1]:g}",
+                ))  # fmt: skip
+    if not rows:
+        return ""
+    head = ("arm", "seed", "skipped", "at steps", "least scale", "greatest", "final")
+    note = "A cross is a skipped step, which changes nothing but the scale."
+    note += " Changes are thinned." if cut else ""
+    return "".join(figures) + _table(("Skipped steps", head, rows)) + f"<p class=note>{note}</p>"
+
+
+def _found(
+    where: Mapping[str, Sequence[Path]], draw: Callable[[str, Sequence[Path]], str],
+    problems: list[str],
+) -> str:  # fmt: skip
+    """What the runs of each arm left, drawn; a damaged file is named and the others are drawn."""
+    parts = []
+    for label, folders in where.items():
+        try:
+            parts.append(draw(label, folders))
+        except ConfigError as error:
+            problems.append(str(error))
+    return "".join(parts)
+
+
+def _heatmap(label: str, folders: Sequence[Path]) -> str:
+    """Tensors by layers, a table for each format: the numbers of `plot_heatmap`."""
+    parts = []
+    for step, records in runs.measured(folders):
+        names = {
+            k.removeprefix("underflow/") for r in records for k in r if k.startswith("underfl")
+        }
+        plain = sorted(name for name in names if not name.endswith(" scaled"))
+        formats = [f for f in _FORMATS if f in names] or plain[:4]
+        rows, columns, values = lost_shares(records, formats)
+        if not rows:
+            continue
+        order = list(range(len(rows)))
+        room = max(1, _MOST_CELLS // (len(formats) * len(columns)))
+        if cut := len(order) > room:
+            worst = np.nan_to_num(np.abs(values)).max((0, 2))
+            order = sorted(np.argsort(-worst, kind="stable")[:room])
+        for f, shares in zip(formats, values, strict=True):
+            parts.append(_panel(f, [rows[i] for i in order], columns, shares[order]))
+        said = (
+            f"{label}, step {step}: share of each tensor's numbers, in percent, that a format would"
+            " make zero (blue) or that lie beyond its largest number (red); white is at most"
+            " 0.01 %, a dot no such tensor."
+        )
+        said += f" The {room} of {len(rows)} tensors that lose most are shown." if cut else ""
+        return f"<p class=note>{escape(said)}</p><div class=panels>{''.join(parts)}</div>"
+    return ""
+
+
+def _panel(
+    name: str, rows: Sequence[tuple[str, str]], columns: Sequence[int | None], shares: np.ndarray
+) -> str:
+    levels = np.round(8 * signed_log(shares))
+    head = "".join(f"<th scope=col>{'—' if c is None else c}</th>" for c in columns)
+    lines, group = [], ""
+    for (kind, tensor), row, level in zip(rows, shares, levels, strict=True):
+        if kind != group:
+            group = kind
+            lines.append(
+                f"<tr><th colspan={len(columns) + 1} scope=rowgroup>{KINDS[kind]}</th></tr>"
+            )
+        cells = []
+        for share, n in zip(row, level, strict=True):
+            if math.isnan(share):
+                cells.append("<td>·</td>")
+            elif n == 0:
+                cells.append("<td class=z></td>")
+            else:
+                percent = 100 * abs(share)
+                text = f"{percent:.0f}" if percent >= 0.95 else ""
+                lost = "beyond the largest" if share > 0 else "would become zero"
+                cells.append(
+                    f'<td class={"o" if n > 0 else "u"}{abs(int(n))} title="{percent:.2g} % {lost}">'
+                    f"{text}</td>"
+                )
+        lines.append(f"<tr><th scope=row>{_cell(tensor)}</th>{''.join(cells)}</tr>")
+    return (
+        f'<div class=scroll role=region tabindex=0 aria-label="{escape(name)}"><table class=heat>'
+        f"<caption>{escape(name)}</caption><thead><tr><th scope=col>layer</th>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _audit(label: str, folders: Sequence[Path]) -> str:
+    """What a run's program was found to run."""
+    for found in runs.audits(folders):
+        try:
+            costs = found["by_dtype"]
+            flops = max(1, sum(cost["products"] for cost in costs.values()))
+            rows = [
+                (dtype, f"{100 * cost['products'] / flops:.1f} %", f"{cost['products']:.3g}",
+                 f"{cost['others']:.3g}", f"{cost['bytes']:.3g}")
+                for dtype, cost in sorted(costs.items(), key=lambda i: -i[1]["products"])
+            ]  # fmt: skip
+            head = ("dtype", "share of product FLOPs", "product FLOPs", "other FLOPs", "bytes")
+            parts = [_table((f"{label}: FLOPs by dtype", head, rows))]
+            leaks = [
+                (x["line"], x["path"], x["mechanism"], x["dtype"], f"{100 * x['share']:.1f} %",
+                 x["remedy"])
+                for x in (*found["leaks"], *found["minor"])
+            ]  # fmt: skip
+            head = ("cause at", "path", "mechanism", "dtype", "share", "remedy")
+            parts += [_table(("Leaks: products that run wide", head, leaks))] if leaks else [
+                "<p class=note>No leak: no product runs wider than the Precision says.</p>"
+            ]  # fmt: skip
+            for name in ("double_casts", "dead_casts", "low_reductions"):
+                casts = [
+                    (f["what"], f["path"], f["direction"], f["line"], str(f["times"]))
+                    for f in found[name]
+                ]
+                title = name.replace("_", " ")
+                head = ("what", "path", "direction", "line", "times")
+                if casts:
+                    parts.append(_folded(f"{len(casts)} {title}", _table((title, head, casts))))
+            parts += [f"<p class=note>{escape(note)}</p>" for note in found["notes"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"audit: {runs.AUDIT} of {label} is not what Audit.to_dict gives ({error!r});"
+                " remove it"
+            ) from None
+        return "".join(parts)
+    return ""
+
+
+def _pictures(paths: Sequence[Path]) -> str:
+    """Pictures, as long as they fit."""
+    parts, room = [], _PICTURES
+    for path in paths:
+        name, content = escape(path.stem.replace("_", " ")), path.read_bytes()
+        if (room := room - len(content)) < 0:
+            parts.append(f"<p class=note>{escape(path.name)} is too large for this page.</p>")
+            continue
+        source = base64.b64encode(content).decode()
+        parts.append(
+            f'<figure><img alt="{name}" src="data:image/png;base64,{source}">'
+            f"<figcaption>{name}</figcaption></figure>"
+        )
+    return "".join(parts)
+
+
+def _manifests(
+    where: Mapping[str, Sequence[Path]],
+) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
+    """The manifest of each arm's first run, and what could not be read."""
+    found, problems = {}, []
+    for label, folders in where.items():
+        for folder in folders[:1]:
+            try:
+                if page := runs.read_manifest(folder):
+                    found[label] = page
+            except ConfigError as error:
+                problems.append(str(error))
+    return found, problems
+
+
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        parts = [_flat(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()]
+        return {k: v for part in parts for k, v in part.items()}
+    if isinstance(value, list):
+        return {name: " ".join(map(str, value)) or "none"}
+    return {name: "–" if value in ("", None) else str(value)}
+
+
+def _apart(
+    pages: Mapping[str, Mapping[str, str]],
+) -> tuple[list[str], dict[str, str]]:
+    """Names of what differs between arms, and what all of them share."""
+    names = list(dict.fromkeys(name for page in pages.values() for name in page))
+    differing = [n for n in names if len({page.get(n, "–") for page in pages.values()}) > 1]
+    first = next(iter(pages.values()))
+    return differing, {n: first[n] for n in names if n not in differing}
+
+
+def _settings(manifests: Mapping[str, Mapping[str, Any]]) -> str:
+    """Settings: those that differ as a table of arms, those that are shared below it."""
+    if not manifests:
+        return ""
+    pages = {
+        label: {"precision": str(page.get("precision_text", "–"))}
+        | {
+            name: value
+            for name, value in _flat(page.get("config", {})).items()
+            if name not in ("precision", "out", "fresh", "seed")
+        }
+        for label, page in manifests.items()
+    }
+    differing, shared = _apart(pages)
+    parts = []
+    if differing:
+        rows = [(label, *(page.get(n, "–") for n in differing)) for label, page in pages.items()]
+        parts.append(_table(("What differs between the arms", ("arm", *differing), rows)))
+    if shared:
+        whole = _table(("Settings of all arms" if len(pages) > 1 else "Settings",
+                        ("setting", "value"), list(shared.items())))  # fmt: skip
+        parts.append(_folded("Settings that all arms share", whole) if len(pages) > 1 else whole)
+    for label, page in manifests.items():
+        rows = list(_flat(page.get("policies", {})).items())
+        products = list(_flat(page.get("products", {})).items())
+        tables = [_table(("Policy by path", ("path", "policy"), rows))] if rows else []
+        if products:
+            tables.append(_table(("What multiplies here", ("product", "by"), products)))
+        if tables and len(parts) < _MOST_ARMS:
+            parts.append(_folded(f"{label}: the policy of every path", "".join(tables)))
+    return "".join(parts)
+
+
+def _environment(manifests: Mapping[str, Mapping[str, Any]]) -> str:
+    """Versions, devices and what else a number depends on."""
+    if not manifests:
+        return ""
+    names = ("device", "processes", "commit", "versions", "xla_flags", "environment", "command",
+             "started")  # fmt: skip
+    pages = {
+        label: _flat({name: page[name] for name in names if name in page})
+        for label, page in manifests.items()
+    }
+    differing, shared = _apart(pages)
+    rows = [
+        (name, "; ".join(f"{label}: {page.get(name, '–')}" for label, page in pages.items()))
+        if name in differing else (name, shared[name])
+        for name in dict.fromkeys(name for page in pages.values() for name in page)
+    ]  # fmt: skip
+    # JAX's own switches are many, and mostly at their defaults.
+    own = [row for row in rows if not row[0].startswith("environment.")]
+    jax = [(k.removeprefix("environment."), v) for k, v in rows if k.startswith("environment.")]
+    shown = _table(("Where it ran", ("what", "value"), own))
+    return shown + (
+        _folded("Switches of JAX and XLA", _table(("Switches", ("switch", "value"), jax)))
+        if jax
+        else ""
+    )

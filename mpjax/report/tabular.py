@@ -1,0 +1,98 @@
+"""Tables as CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+
+# One pass, so that what an escape writes is not escaped again.
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
+    "%": r"\%", "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "±": r"$\pm$", "×": r"$\times$", "–": "--", "≤": r"$\leq$", "≥": r"$\geq$", "−": "$-$",
+}  # fmt: skip
+_NUMBER = re.compile(r"[+-]?[\d.,]+(?: ± [\d.,]+)?(?: %)?(?: \*)?|–|nan|[+-]?inf")
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Returns a table as CSV (RFC 4180, with line feeds).
+
+    A column of `mean ± half` becomes two, the second named `half of NAME`, and numbers lose their
+    signs, commas and units, so that a reader of CSV sees numbers.
+
+    Args:
+      head: names of the columns.
+      rows: cells of each row.
+
+    Example:
+      >>> print(csv_text(["arm", "loss"], [["a, b", "2.50 ± 0.25"], ["c", "–"]]), end="")
+      arm,loss,half of loss
+      "a, b",2.50,0.25
+      c,,
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    number = [
+        all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*cells, strict=True)
+    ]
+    wide = [any(" ± " in row[i] for row in cells) and number[i] for i in range(len(number))]
+    names: list[str] = []
+    for name, two in zip(head, wide or [False] * len(head), strict=True):
+        names += [name, f"half of {name}"] if two else [name]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    for row in cells:
+        line: list[str] = []
+        for cell, plain, two in zip(row, number, wide, strict=True):
+            if plain:
+                mean, _, half = cell.strip("–").rstrip(" *%").replace(",", "").partition(" ± ")
+                line += [mean.removeprefix("+"), half] if two else [mean.removeprefix("+")]
+            else:
+                line.append(cell)
+        writer.writerow(line)
+    return out.getvalue()
+
+
+def latex_text(
+    head: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "", left: int = 1
+) -> str:
+    """Returns a table in LaTeX with the rules of booktabs; every character is escaped.
+
+    Args:
+      head: names of the columns.
+      rows: cells of each row.
+      caption: below it; without one it is a bare `tabular`.
+      left: columns that are aligned to the left; the others are to the right.
+
+    Example:
+      >>> print(latex_text(["arm", "gap"], [["a_1", "+2 %"]]))
+      % needs \\usepackage{booktabs}
+      \\begin{tabular}{lr}
+      \\toprule
+      arm & gap \\\\
+      \\midrule
+      a\\_1 & +2 \\% \\\\
+      \\bottomrule
+      \\end{tabular}
+    """
+    body = [" & ".join(_escaped(str(cell)) for cell in row) + r" \\" for row in rows]
+    columns = "l" * left + "r" * (len(head) - left)
+    lines = [
+        rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_escaped, head)) + r" \\",
+        r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+    ]  # fmt: skip
+    if caption:
+        lines = [
+            r"\begin{table}", r"\centering", *lines, rf"\caption{{{_escaped(caption)}}}",
+            r"\end{table}",
+        ]  # fmt: skip
+    return "\n".join([r"% needs \usepackage{booktabs}", *lines])
+
+
+def _escaped(text: str) -> str:
+    # A cell that begins with [ after \\ would be read as its argument.
+    text = "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    return "{[}" + text[1:] if text.startswith("[") else text
