@@ -87,11 +87,11 @@ def csv_table(outcomes: Sequence[Outcome]) -> str:
         "arm", "reference", "seeds", "validation_loss", "validation_loss_half", "gap_percent",
         "gap_percent_half", "tokens_per_s", "bytes_per_parameter", "skipped", "final_scale",
     )  # fmt: skip
-    cells = []
+    cells, none = [], (math.nan, math.nan)
     for o in outcomes:
         own = o.reference == o.label
         numbers = [
-            *interval(o.validation_loss), *((math.nan,) * 2 if own else gap(o, by_label[o.reference])),
+            *interval(o.validation_loss), *(none if own else gap(o, by_label[o.reference])),
             o.tokens_per_s, o.bytes_per_parameter,
         ]  # fmt: skip
         listed = (" ".join(map(str, each)) for each in (o.skipped, o.loss_scale))

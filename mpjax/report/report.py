@@ -12,7 +12,7 @@ from mpjax.files import write_text
 from mpjax.report.comparison_table import COLUMNS, csv_table, latex_table, markdown_table, rows
 from mpjax.report.html.page import html_report
 from mpjax.report.results import Outcome
-from mpjax.report.runs import arms_of, folders_in
+from mpjax.report.runs import arms_of, begun
 
 MEASURES = (
     "Loss in nats a token on held-out files, judged in float32. ± is the 95 % confidence"
@@ -53,7 +53,7 @@ def write_report(
     others = (path.with_name(plot) for plot in plots if plot not in _DRAWN)
     page = comparison_page(
         outcomes, title, notes=notes, pictures=[other for other in others if other.is_file()],
-        folders=folders_in(path.parent, [o.label for o in outcomes]),
+        out=path.parent,
     )  # fmt: skip
     write_text(path.with_name("report.html"), page)
     return path
@@ -90,7 +90,8 @@ def page_of_runs(
     Raises:
       ConfigError: as `Outcome.from_run`; a reference or folder that is not there.
     """
-    arms = [arm for folder in folders for arm in arms_of(Path(folder))]
+    # The arms of a comparison in the order in which they were trained, the reference first.
+    arms = [arm for one in folders for arm in sorted(arms_of(Path(one)), key=begun)]
     outcomes = [Outcome.from_run(arm) for arm in arms]
     labels = [o.label for o in outcomes]
     if len(set(labels)) < len(labels):  # runs/a/fp32 and runs/b/fp32

@@ -84,7 +84,8 @@ class Outcome:
                 " [{'step': 1, 'loss': 3.0}], or one such list a seed"
             )
         one = not records or isinstance(records[0], Mapping)
-        seeds = [runs.step_records(label, run) for run in ([records] if one else records)]
+        each: Sequence[Any] = [records] if one else records
+        seeds = [runs.step_records(label, run) for run in each]
         last = [run[-1] for run in seeds]
         speeds = [r["tokens_per_s"] for run in seeds for r in run[2:] or run if "tokens_per_s" in r]
         if validation_loss is None:
@@ -123,8 +124,10 @@ class Outcome:
           ConfigError: not the folder of a run, no records, damaged files, or runs that differ in
             more than their seed.
         """
-        several = not isinstance(folder, str | Path)
-        folders = list(map(Path, folder)) if several else runs.seeds_of(Path(folder))
+        if isinstance(folder, str | Path):
+            folders = runs.seeds_of(Path(folder))
+        else:
+            folders = [Path(each) for each in folder]
         if not folders:
             raise ConfigError("outcome: no folder of a run; give at least one")
         found = [runs.read_run(one) for one in folders]

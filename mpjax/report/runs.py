@@ -165,6 +165,15 @@ def arms_of(folder: Path) -> list[Path]:
     return sorted(arms) or [folder]
 
 
+def begun(folder: Path) -> str:
+    """Returns when the first run of an arm began; empty if its manifest does not say.
+
+    Raises:
+      ConfigError: the manifest is damaged.
+    """
+    return str(read_manifest(seeds_of(folder)[0]).get("started", ""))
+
+
 def label_of(folders: Sequence[Path]) -> str:
     """Returns what an arm is called: the name of its folder."""
     first = folders[0].resolve()

@@ -17,6 +17,24 @@ _LATEX = {
 _NUMBER = re.compile(r"[+-]?[\d.,]+(?: ± [\d.,]+)?(?: %)?(?: \*)?|–|nan|[+-]?inf")
 
 
+def numeric(rows: Sequence[Sequence[object]], count: int) -> list[bool]:
+    """Returns which columns hold numbers, which a table has to the right; never the first.
+
+    Args:
+      rows: cells of each row.
+      count: of columns.
+
+    Example:
+      >>> numeric([["a", "+1.0 %", "b", "2^16"], ["b", "–", "–", "–"]], 4)
+      [False, True, False, True]
+    """
+    cells = [[str(row[i]) for row in rows] for i in range(count)]
+    return [
+        i > 0 and all(cell[:1] in "+-−–0123456789" for cell in column)
+        for i, column in enumerate(cells)
+    ]
+
+
 def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Returns a table as CSV (RFC 4180, with line feeds).
 
@@ -56,16 +74,13 @@ def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return out.getvalue()
 
 
-def latex_text(
-    head: Sequence[str], rows: Iterable[Sequence[object]], caption: str = "", left: int = 1
-) -> str:
+def latex_text(head: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> str:
     """Returns a table in LaTeX with the rules of booktabs; every character is escaped.
 
     Args:
       head: names of the columns.
       rows: cells of each row.
       caption: below it; without one it is a bare `tabular`.
-      left: columns that are aligned to the left; the others are to the right.
 
     Example:
       >>> print(latex_text(["arm", "gap"], [["a_1", "+2 %"]]))
@@ -79,7 +94,7 @@ def latex_text(
       \\end{tabular}
     """
     body = [" & ".join(_escaped(str(cell)) for cell in row) + r" \\" for row in rows]
-    columns = "l" * left + "r" * (len(head) - left)
+    columns = "".join("lr"[right] for right in numeric(rows, len(head)))
     lines = [
         rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_escaped, head)) + r" \\",
         r"\midrule", *body, r"\bottomrule", r"\end{tabular}",

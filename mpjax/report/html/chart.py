@@ -10,8 +10,9 @@ import numpy as np
 
 from mpjax.report.curves import Curve
 
-WIDTH, HEIGHT = 640.0, 300.0  # of the drawing; the page scales it
+WIDTH, HEIGHT = 640.0, 280.0  # of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 56.0, 12.0, 10.0, 34.0
+Numbers = Sequence[float] | np.ndarray
 COLOURS = 8  # classes k0 ... of the style sheet
 
 
@@ -64,7 +65,7 @@ class Axes:
             parts.append(f'<path class="grid{" zero" * (value == 0 and not self.binary)}"'
                          f' d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>')  # fmt: skip
             text = f'2<tspan class="power" dy="-.35em">{value:g}</tspan>' if self.binary else (
-                f"{value:g}".replace("-", "−")
+                _short(value)
             )  # fmt: skip
             parts.append(f'<text class="end" x="{LEFT - 5:g}" y="{y:.1f}" dy=".32em">{text}</text>')
         for value in ticks(*self.x):
@@ -74,7 +75,7 @@ class Axes:
                          f' dy=".8em">{_short(value)}</text>')  # fmt: skip
         return "".join(parts)
 
-    def line(self, xs: Sequence[float], ys: Sequence[float]) -> str:
+    def line(self, xs: Numbers, ys: Numbers) -> str:
         """Returns the data of a path; a number that is not finite is a hole."""
         parts, pen = [], "M"
         for x, y in zip(xs, ys, strict=True):
@@ -116,10 +117,11 @@ def _open(low: float, high: float, margin: float) -> tuple[float, float]:
 
 
 def _short(value: float) -> str:
+    """A tick's number."""
     for unit, name in ((1e6, "M"), (1e3, "k")):
         if abs(value) >= 10 * unit or (unit == 1e6 and abs(value) >= unit):
-            return f"{value / unit:g}{name}"
-    return f"{value:g}"
+            return f"{value / unit:g}{name}".replace("-", "−")
+    return f"{value:g}".replace("-", "−")
 
 
 def style(number: int) -> str:
@@ -138,7 +140,7 @@ def limits(arrays: Sequence[np.ndarray], trim: float = 0.0) -> tuple[float, floa
 
 def curves_chart(
     name: str, curves: Sequence[tuple[int, Curve]], ylabel: str,
-    points: Sequence[tuple[int, Sequence[float], Sequence[float]]] = (), zero: bool = False,
+    points: Sequence[tuple[int, Numbers, Numbers]] = (), zero: bool = False,
 ) -> str:  # fmt: skip
     """Returns curves with their bands.
 
@@ -156,10 +158,12 @@ def curves_chart(
     # What shoots up by a hundred times the rest would leave a flat line of the rest.
     if (low := axes.y[0]) and axes.y[1] - low > 20 * ((cut := limits(ys, 0.02))[1] - cut[0]) > 0:
         axes.y = _open(*cut, 0.05)
-    body = []
+    body: list[str] = []
     for number, curve in curves:
         band = f'<path class="band" d="{axes.band(curve)}"/>' if curve.seeds > 1 else ""
-        line = f'<path class="line" d="{axes.line(curve.steps, curve.mean)}"/>'
+        path = axes.line(curve.steps, curve.mean)
+        wide = 1.8 + 2.4 * (len(curves) - 1 - len(body)) / len(curves)  # equal curves all show
+        line = f'<path class="line" d="{path}" stroke-width="{wide:.1f}"/>'
         body.append(f'<g class="{style(number)}" data-arm="{number}">{band}{line}</g>')
     for number, steps, values in points:
         dots = "".join(
@@ -204,44 +208,44 @@ def paths_chart(
     return axes.frame(name, "".join(body))
 
 
-def intervals_chart(
-    rows: Sequence[tuple[int, str, float, float, Sequence[float]]], xlabel: str
-) -> str:
+def intervals_chart(rows: Sequence[tuple[int, str, str, float, float, Sequence[float]]]) -> str:
     """Returns a row an arm: its mean, the interval about it, and each seed as a small ring.
 
     Args:
-      rows: (number of the arm, label, mean, half-width or NaN, values of the seeds).
-      xlabel: what x is.
+      rows: (number of the arm, its label, that of its reference, mean, half-width or NaN, values
+        of the seeds).
     """
-    ends = [[m - h, m + h] if math.isfinite(h) else [m, m] for _, _, m, h, _ in rows]
-    low, high = limits([np.array([*sum(ends, []), *(v for *_, vs in rows for v in vs), 0.0])])
-    x0, x1 = _open(low, high, 0.06)
-    height = 34 * len(rows) + BOTTOM + 8
+    ends = [x for *_, m, h, vs in rows for x in (m, m - h, m + h, *vs)]
+    x0, x1 = _open(*limits([np.array([*ends, 0.0])]), 0.06)
+    width, height = 400.0, 26.0
 
     def at(x: float) -> float:
-        return 12 + (x - x0) / (x1 - x0) * (WIDTH - 24)
+        return (x - x0) / (x1 - x0) * width
 
+    grid = "".join(
+        f'<path class="grid{" zero" * (value == 0)}" d="M{at(value):.1f} 0V{height:g}"/>'
+        for value in ticks(x0, x1)
+    )
+    numbers = "".join(
+        f'<text class="middle" x="{at(value):.1f}" y="4" dy=".8em">{_short(value)}</text>'
+        for value in ticks(x0, x1)
+        if 10 < at(value) < width - 10
+    )
     parts = []
-    for value in ticks(x0, x1):
-        zero = " zero" if value == 0 else ""
-        parts.append(f'<path class="grid{zero}" d="M{at(value):.1f} 4V{height - BOTTOM:g}"/>')
-        parts.append(f'<text class="middle" x="{at(value):.1f}" y="{height - BOTTOM + 5:g}"'
-                     f' dy=".8em">{f"{value:g}".replace("-", "−")}</text>')  # fmt: skip
-    for row, (number, label, mean, half, values) in enumerate(rows):
-        if not math.isfinite(mean):
-            continue
-        y = 34 * row + 26
-        said = f"{label}: {mean:+.3g}" + (f" ± {half:.2g}" if math.isfinite(half) else "")
-        parts.append(f'<g class="{style(number)}"><title>{escape(said)}</title>')
-        # The text stands above its mark, inside the picture on whichever side there is room.
-        side, x = ("start", at(mean)) if at(mean) < WIDTH / 2 else ("end", at(mean))
-        parts.append(f'<text class="{side} row" x="{x:.1f}" y="{y - 9:g}">{escape(said)}</text>')
+    for number, label, reference, mean, half, values in rows:
+        said = f"{mean:+.2f}" + (f" ± {half:.2f} %" if math.isfinite(half) else " %")
+        said = said.replace("-", "−")
+        marks, y = [], height / 2
         if math.isfinite(half):
-            parts.append(
-                f'<path class="whisker" d="M{at(mean - half):.1f} {y:g}H{at(mean + half):.1f}"/>'
-            )
-        rings = (v for v in values if math.isfinite(v))
-        parts += [f'<circle class="ring" cx="{at(v):.1f}" cy="{y:g}" r="2.5"/>' for v in rings]
-        parts.append(f'<circle cx="{at(mean):.1f}" cy="{y:g}" r="4"/></g>')
-    return (f'<svg viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(xlabel)}">'
-            f'{"".join(parts)}</svg>')  # fmt: skip
+            line = f"M{at(mean - half):.1f} {y:g}H{at(mean + half):.1f}"
+            marks.append(f'<path class="whisker" d="{line}"/>')
+        rings = (value for value in values if math.isfinite(value))
+        marks += [f'<circle class="ring" cx="{at(v):.1f}" cy="{y:g}" r="2.5"/>' for v in rings]
+        marks.append(f'<circle cx="{at(mean):.1f}" cy="{y:g}" r="4"/>')
+        parts.append(
+            f"<dt>{escape(label)} <span>against {escape(reference)}</span> <b>{said}</b></dt>"
+            f'<dd><svg viewBox="0 0 {width:g} {height:g}" aria-hidden="true">{grid}'
+            f'<g class="{style(number)}">{"".join(marks)}</g></svg></dd>'
+        )
+    axis = f'<svg viewBox="0 0 {width:g} 18" aria-hidden="true">{numbers}</svg>'
+    return f"<dl class=intervals>{''.join(parts)}<dt class=axis></dt><dd>{axis}</dd></dl>"

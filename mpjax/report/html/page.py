@@ -20,6 +20,7 @@ from mpjax.report.curves import Curve, fitting, gap_curve, loss_curve, scale_pat
 from mpjax.report.heatmap import KINDS, lost_shares, signed_log
 from mpjax.report.html.chart import curves_chart, intervals_chart, paths_chart, style
 from mpjax.report.results import Outcome, check_outcomes, gaps, interval
+from mpjax.report.tabular import numeric
 
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, head, rows
 
@@ -38,7 +39,7 @@ _FORMATS = ("e4m3", "e5m2", "fp16", "bf16")
 def html_report(
     outcomes: Sequence[Outcome], title: str, *, tables: Sequence[Table] = (),
     notes: Sequence[str] = (), unit: str = "nats/token", window: int = 20,
-    folders: Mapping[str, Sequence[Path]] | None = None, pictures: Sequence[Path] = (),
+    out: Path | None = None, pictures: Sequence[Path] = (),
 ) -> str:  # fmt: skip
     """Returns a report as one self-contained HTML page, below 3 MB however long the runs are.
 
@@ -54,7 +55,7 @@ def html_report(
       notes: paragraphs below the first table.
       unit: of the loss.
       window: records of the running mean, as of `plot_loss`; more where a curve is thinned.
-      folders: label -> folders of its runs, for outcomes that do not know their own.
+      out: folder in which the runs of an outcome without folders lie as `LABEL/seed0` ...
       pictures: PNG files that are put into the page.
 
     Raises:
@@ -67,7 +68,8 @@ def html_report(
       (True, False)
     """
     by_label = check_outcomes(outcomes)
-    where = {o.label: tuple(o.folders or (folders or {}).get(o.label, ())) for o in outcomes}
+    inside = runs.folders_in(out, list(by_label)) if out else {}
+    where = {o.label: o.folders or inside.get(o.label, ()) for o in outcomes}
     manifests, problems = _manifests(where)
     drawn = outcomes[:_MOST_ARMS]
     data: dict[str, Any] = {"arms": [o.label for o in drawn]}
@@ -148,13 +150,12 @@ def _range(numbers: set[int], noun: str) -> str:
 def _table(given: Table) -> str:
     """A table; its first column is the head of the row, columns of numbers are to the right."""
     title, head, rows = given
-    right = [
-        i > 0 and all(str(row[i])[:1] in "+-−–0123456789" for row in rows) for i in range(len(head))
-    ]
+    right = numeric(rows, len(head))
     lines = []
     for row in rows[:_MOST_ROWS]:
         cells = [
-            f'<t{"hd"[i > 0]}{" scope=row" * (i == 0)}{" class=n" * right[i]}>{_cell(value)}'
+            f'<t{"hd"[i > 0]}{" scope=row" * (i == 0)}'
+            f"{' class=n' * right[i] or ' class=w' * (len(str(value)) > 40)}>{_cell(value)}"
             f'</t{"hd"[i > 0]}>'
             for i, value in enumerate(row)
         ]  # fmt: skip
@@ -233,13 +234,12 @@ def _gaps(outcomes: Sequence[Outcome], by_label: Mapping[str, Outcome]) -> str:
         each = gaps(o.validation_loss, by_label[o.reference].validation_loss)
         mean, half = interval(each)
         if math.isfinite(mean):
-            rows.append((number, f"{o.label} to {o.reference}", mean, half, each))
+            rows.append((number, o.label, o.reference, mean, half, each))
     if not rows:
         return ""
-    drawing = intervals_chart(rows, "gap of the validation loss (%)")
     return (
-        f"<figure><div class=chart>{drawing}</div><figcaption>Gap of the validation loss to the"
-        " reference in percent, lower is better: the mean over paired seeds (same initial weights,"
+        f"<figure><div class=chart>{intervals_chart(rows)}</div>"
+        "<figcaption>Gap of the validation loss to the reference in percent, lower is better: the mean over paired seeds (same initial weights,"
         " same batches), its 95 % confidence interval (Student's t), and each seed as a ring. An"
         " interval that holds zero shows no difference.</figcaption></figure>"
     )
@@ -260,7 +260,7 @@ def _curves(
         for i, o in enumerate(outcomes)
         if o.reference != o.label
     ]
-    judged = []
+    judged: list[tuple[int, np.ndarray, np.ndarray]] = []
     for i, o in enumerate(outcomes):
         steps, values = table(o, "validation_loss")
         if len(steps) > 1:  # a single one is in the table
@@ -283,15 +283,24 @@ def _curves(
     for name, label, curves, points, zero in charts:
         data[name] = [_plain(number, curve) for number, curve in curves]
         drawing = curves_chart(name, curves, label, points, zero)
-        figures.append(f"<figure><h3>{escape(label)}</h3><div class=chart>{drawing}</div></figure>")
+        figures.append(
+            f"<figure><h3>{escape(label)} by step</h3><div class=chart>{drawing}</div></figure>"
+        )
     names = enumerate(data["arms"])
     legend = "".join(
         f'<li><button type=button data-arm="{i}" aria-pressed=true disabled>'
-        f'<svg class="{style(i)}" viewBox="0 0 28 8" aria-hidden=true><path class=line d="M1 4H27"/>'
-        f"</svg>{escape(label)}</button></li>"
+        f"{_swatch(i)}{escape(label)}</button></li>"
         for i, label in names
     )
     return f"<ul class=legend>{legend}</ul>{''.join(figures)}<p class=note>{said}</p>"
+
+
+def _swatch(number: int) -> str:
+    """A piece of an arm's line, for a legend."""
+    return (
+        f'<svg class="{style(number)}" viewBox="0 0 28 8" aria-hidden=true>'
+        '<path class=line d="M1 4H27"/></svg>'
+    )
 
 
 def _plain(number: int, curve: Curve) -> dict[str, Any]:
@@ -308,20 +317,19 @@ def _plain(number: int, curve: Curve) -> dict[str, Any]:
 
 def _scales(outcomes: Sequence[Outcome], data: dict[str, Any]) -> str:
     """The path of each dynamic loss scale, and which steps were skipped."""
-    figures, rows, cut = [], [], False
+    figures: list[str] = []
+    rows: list[tuple[str, ...]] = []
+    cut = False
     for i, o in enumerate(outcomes):
         paths = [scale_path(run) for run in o.records]
         skips = [[step for step, _, skipped in path if skipped] for path in paths]
-        if any(len({scale for _, scale, _ in path}) > 1 for path in paths):
+        moves = any(len({scale for _, scale, _ in path}) > 1 for path in paths)
+        if moves:
             every = max(1, -(-sum(map(len, paths)) // _MOST_CHANGES))
             cut |= every > 1
             thin = [path[:-1:every] + path[-1:] for path in paths]
             drawing = paths_chart(f"scale{i}", list(enumerate(thin)))
-            legend = "".join(
-                f'<li><svg class="{style(s)}" viewBox="0 0 28 8" aria-hidden=true>'
-                f'<path class=line d="M1 4H27"/></svg>seed {s}</li>'
-                for s in range(len(paths))
-            )
+            legend = "".join(f"<li>{_swatch(s)}seed {s}</li>" for s in range(len(paths)))
             figures.append(
                 f"<figure><h3>{escape(o.label)}</h3><ul class=legend>{legend}</ul>"
                 f"<div class=chart>{drawing}</div></figure>"
@@ -332,20 +340,26 @@ def _scales(outcomes: Sequence[Outcome], data: dict[str, Any]) -> str:
                 for s, path in enumerate(thin)
             ]
         for seed, (path, found) in enumerate(zip(paths, skips, strict=True)):
-            if found or len(figures) > 0:
+            if found or moves:
                 shown = ", ".join(map(str, found[:12]))
                 more = f" and {len(found) - 12} more" if len(found) > 12 else ""
                 scales = [scale for _, scale, _ in path]
                 rows.append((
                     o.label, str(seed), str(o.skipped[seed]), f"{shown}{more}" or "none",
-                    f"{min(scales):g}", f"{max(scales):g}", f"{scales[-1]:g}",
+                    *map(_scale, (min(scales), max(scales), scales[-1])),
                 ))  # fmt: skip
     if not rows:
         return ""
     head = ("arm", "seed", "skipped", "at steps", "least scale", "greatest", "final")
     note = "A cross is a skipped step, which changes nothing but the scale."
     note += " Changes are thinned." if cut else ""
-    return "".join(figures) + _table(("Skipped steps", head, rows)) + f"<p class=note>{note}</p>"
+    drawn = f"<div class=panels>{''.join(figures)}</div>"
+    return f"{drawn}{_table(('Skipped steps', head, rows))}<p class=note>{note}</p>"
+
+
+def _scale(value: float) -> str:
+    power = math.log2(value) if value > 0 else math.nan
+    return f"2^{power:.0f}" if power == round(power, 6) and power.is_integer() else f"{value:g}"
 
 
 def _found(
@@ -412,11 +426,9 @@ def _panel(
             else:
                 percent = 100 * abs(share)
                 text = f"{percent:.0f}" if percent >= 0.95 else ""
-                lost = "beyond the largest" if share > 0 else "would become zero"
-                cells.append(
-                    f'<td class={"o" if n > 0 else "u"}{abs(int(n))} title="{percent:.2g} % {lost}">'
-                    f"{text}</td>"
-                )
+                colour, lost = ("o", "beyond the largest") if n > 0 else ("u", "would become zero")
+                title = f"{percent:.2g} % {lost}"
+                cells.append(f'<td class={colour}{abs(int(n))} title="{title}">{text}</td>')
         lines.append(f"<tr><th scope=row>{_cell(tensor)}</th>{''.join(cells)}</tr>")
     return (
         f'<div class=scroll role=region tabindex=0 aria-label="{escape(name)}"><table class=heat>'
@@ -443,8 +455,8 @@ def _audit(label: str, folders: Sequence[Path]) -> str:
                  x["remedy"])
                 for x in (*found["leaks"], *found["minor"])
             ]  # fmt: skip
-            head = ("cause at", "path", "mechanism", "dtype", "share", "remedy")
-            parts += [_table(("Leaks: products that run wide", head, leaks))] if leaks else [
+            columns = ("cause at", "path", "mechanism", "dtype", "share", "remedy")
+            parts += [_table(("Leaks: products that run wide", columns, leaks))] if leaks else [
                 "<p class=note>No leak: no product runs wider than the Precision says.</p>"
             ]  # fmt: skip
             for name in ("double_casts", "dead_casts", "low_reductions"):
@@ -486,7 +498,8 @@ def _manifests(
     where: Mapping[str, Sequence[Path]],
 ) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
     """The manifest of each arm's first run, and what could not be read."""
-    found, problems = {}, []
+    found: dict[str, Mapping[str, Any]] = {}
+    problems: list[str] = []
     for label, folders in where.items():
         for folder in folders[:1]:
             try:
