@@ -151,7 +151,7 @@ def curves_chart(
       points: (number of the arm, steps, values) of dots.
       zero: whether zero is in the picture.
     """
-    xs = [curve.steps for _, curve in curves]
+    xs = [curve.steps for _, curve in curves] + [np.asarray(steps) for _, steps, _ in points]
     ys = [a for _, curve in curves for a in (curve.mean, curve.low, curve.high)]
     ys += [np.array(values) for _, _, values in points] + [np.zeros(1)] * zero
     axes = Axes(limits(xs), limits(ys), "step", ylabel)

@@ -193,12 +193,13 @@ def _tiles(outcome: Outcome) -> str:
     """The numbers of a single arm."""
     last = [run[-1] for run in outcome.records]
     first = outcome.records[0][0]
-    measured = {"training loss, last step"}  # a NaN of these is one, of others it is no number
+    trained = "training loss, last 20"
+    measured = {trained}  # a NaN of these is one, of others it is no number
     if len(table(outcome, "validation_loss")[0]):
         measured.add("validation loss")
     values = {
         "validation loss": interval(outcome.validation_loss),
-        "training loss, last step": interval([record["loss"] for record in last]),
+        trained: interval([np.mean([r["loss"] for r in run[-20:]]) for run in outcome.records]),
         "tokens/s": (outcome.tokens_per_s, math.nan),
         "bytes/parameter": (outcome.bytes_per_parameter, math.nan),
         "steps": (last[0]["step"], math.nan),
@@ -238,10 +239,10 @@ def _gaps(outcomes: Sequence[Outcome], by_label: Mapping[str, Outcome]) -> str:
     if not rows:
         return ""
     return (
-        f"<figure><div class=chart>{intervals_chart(rows)}</div>"
-        "<figcaption>Gap of the validation loss to the reference in percent, lower is better: the mean over paired seeds (same initial weights,"
-        " same batches), its 95 % confidence interval (Student's t), and each seed as a ring. An"
-        " interval that holds zero shows no difference.</figcaption></figure>"
+        f"<figure><div class=chart>{intervals_chart(rows)}</div><figcaption>Gap of the validation"
+        " loss to the reference in percent, lower is better: the mean over paired seeds (same"
+        " initial weights, same batches), its 95 % confidence interval (Student's t), and each seed"
+        " as a ring. An interval that holds zero shows no difference.</figcaption></figure>"
     )
 
 
@@ -267,9 +268,10 @@ def _curves(
             fine = slice((len(steps) - 1) % (every := -(-len(steps) // most)), None, every)
             judged.append((i, steps[fine], values.mean(0)[fine]))
     said = (
-        f"Each point is the plain mean of {_count(window, 'record')} and of the seeds, at the"
-        " middle of its steps; the band reaches from the least to the greatest seed."
+        f"Each point is the plain mean of {_count(window, 'record')}, at the middle of its steps."
     )
+    if any(curve.seeds > 1 for _, curve in loss):
+        said += " Curves are means of the seeds; a band reaches from the least to the greatest."
     if stride > 1:
         said += f" {len(loss[0][1].steps):,} of {records:,} points are drawn."
     if judged:
@@ -292,7 +294,8 @@ def _curves(
         f"{_swatch(i)}{escape(label)}</button></li>"
         for i, label in names
     )
-    return f"<ul class=legend>{legend}</ul>{''.join(figures)}<p class=note>{said}</p>"
+    shown = f"<ul class=legend>{legend}</ul>" if all_arms > 1 else ""
+    return f"{shown}{''.join(figures)}<p class=note>{said}</p>"
 
 
 def _swatch(number: int) -> str:
