@@ -330,8 +330,10 @@ def require_report(out: Path, plots: tuple[str, ...], arms: tuple[str, ...]) -> 
         assert f"({name})" in report
         data = (out / name).read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    page = (out / "report.html").read_text()
+    table = [row.split(",")[0] for row in (out / "results.csv").read_text().splitlines()]
     for arm in arms:
-        assert f"| {arm} |" in report
+        assert f"| {arm} |" in report and f">{arm}<" in page and arm in table
         runs = list((out / arm.replace(" ", "_")).iterdir())
         assert runs and all((r / "metrics.jsonl").exists() for r in runs)
         assert all((r / "manifest.json").exists() for r in runs)

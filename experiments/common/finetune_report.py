@@ -10,15 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from common import launch  # sets XLA flags before JAX starts
-from common.tables import terminal
+from common.tables import terminal, write_page
 from mpjax.files import write_text
 from mpjax.markdown import table
 from mpjax.report import (
     Outcome,
-    csv_text,
-    html_report,
     interval,
-    latex_text,
     plot_loss,
     save_plot,
     slice_cells,
@@ -153,11 +150,7 @@ def write(
     save_plot(plot_loss(outcomes, unit=unit), out / "loss.png")
     parts.append("![loss](loss.png)")
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
-    title, head, rows = found[0]
-    page = html_report(outcomes, title, tables=found, notes=notes, unit=unit, out=out)
-    write_text(out / "report.html", page)
-    write_text(out / "results.csv", csv_text(head, rows))
-    write_text(out / "results.tex", latex_text(head, rows, title) + "\n")
+    write_page(out, outcomes, found, notes, unit)
     results = {"baselines": baselines, "arms": {arm.label: arm.scores for arm in arms}}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     shown.print(f"report: {out / 'report.md'}", highlight=False)

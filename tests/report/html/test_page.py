@@ -73,10 +73,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for o in arms[:1]:
         run = out / o.label / "seed0"
         run.mkdir(parents=True)
-        config = {"lr": 0.1, "rule": [], "note": EVIL, "shape": {"layers": 2}, "long": "x" * 5000}
-        page = {"config": config, "precision_text": "fp32", "versions": {"jax": "1"},
-                "policies": {"decoder/mlp": "p=f32"}, "commit": "abc", "started": "2020"}  # fmt: skip
-        write_manifest(run, page)
+        page: dict[str, Any] = {"precision_text": "fp32", "versions": {"jax": "1"}, "commit": "abc"}
+        page["config"] = {"lr": 0.1, "rule": [], "note": EVIL, "shape": {"layers": 2}}
+        write_manifest(run, page | {"policies": {"decoder/mlp": "p=f32"}, "started": "2020"})
         (run / "metrics.jsonl").write_text("".join(to_line(r) + "\n" for r in o.records[0]))
         (run / "monitor.jsonl").write_text("".join(to_line(r) + "\n" for r in MONITOR))
         audit = mpjax.audit(lambda x: x @ x, np.ones((4, 4), np.float32))
