@@ -71,7 +71,7 @@ def comparison_page(
       options: of `html_report`.
     """
     return html_report(
-        outcomes, title, tables=[(title, COLUMNS, rows(outcomes))], notes=[MEASURES, *notes],
+        outcomes, title, tables=[("Comparison", COLUMNS, rows(outcomes))], notes=[MEASURES, *notes],
         **options,
     )  # fmt: skip
 

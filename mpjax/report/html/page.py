@@ -31,7 +31,7 @@ _MOST_ARMS = 48  # that are drawn
 _MOST_ROWS = 300  # of a table
 _MOST_CELLS = 12_000  # of the heatmap
 _MOST_CHANGES = 600  # of a path of the loss scale
-_LONGEST = 240  # characters of a setting
+_LONGEST = 600  # characters of a setting
 _PICTURES = 1_200_000  # bytes of all
 _FORMATS = ("e4m3", "e5m2", "fp16", "bf16")
 
