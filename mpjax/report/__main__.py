@@ -29,15 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--window", metavar="N", type=int, default=20, help="records of a mean; default: 20"
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        if given.window < 1:
-            raise ConfigError(f"window: {given.window} records make no mean; give at least 1")
-        out = Path(given.out)
+        if options.window < 1:
+            raise ConfigError(f"window: {options.window} records make no mean; give at least 1")
+        out = Path(options.out)
         if out.is_dir():
             raise ConfigError(f"out: {out} is a folder; name a file, such as {out / 'report.html'}")
         page = page_of_runs(
-            given.folders, given.title, reference=given.reference, window=given.window
+            options.folders, options.title, reference=options.reference, window=options.window
         )
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, page)

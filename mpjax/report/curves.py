@@ -37,7 +37,7 @@ class Curve:
         return dataclasses.replace(self, **arrays)
 
 
-def table(outcome: Outcome, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:
+def by_step(outcome: Outcome, name: str = "loss") -> tuple[np.ndarray, np.ndarray]:
     """Returns the steps at which a seed has a number, and the numbers.
 
     Returns:
@@ -59,7 +59,7 @@ def fitting(outcomes: Sequence[Outcome], window: int) -> int:
 
 def loss_curve(outcome: Outcome, window: int) -> Curve:
     """Returns the training loss of an arm; steps that a seed lacks are left out."""
-    steps, values = table(outcome)
+    steps, values = by_step(outcome)
     at, means = _running(steps, _shared(values), window)
     return _curve(outcome.label, at, means.mean(0), means)
 
@@ -70,8 +70,8 @@ def gap_curve(outcome: Outcome, reference: Outcome, window: int) -> Curve:
     Both are means over the same steps and the same seeds, and so are those of each pair of seeds
     that the band spans.
     """
-    steps, own = table(outcome)
-    other_steps, other = table(reference)
+    steps, own = by_step(outcome)
+    other_steps, other = by_step(reference)
     steps, first, second = np.intersect1d(steps, other_steps, return_indices=True)
     seeds = min(len(own), len(other))
     pair = _shared(np.stack([own[:seeds, first], other[:seeds, second]]))

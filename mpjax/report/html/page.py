@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -14,32 +14,34 @@ from typing import Any
 
 import numpy as np
 
-from mpjax.errors import ConfigError
 from mpjax.report import runs
-from mpjax.report.curves import Curve, fitting, gap_curve, loss_curve, scale_path, table
-from mpjax.report.heatmap import KINDS, lost_shares, signed_log
-from mpjax.report.html.chart import curves_chart, intervals_chart, paths_chart, style
+from mpjax.report.curves import Curve, by_step, fitting, gap_curve, loss_curve, scale_path
+from mpjax.report.html.chart import curves_chart, intervals_chart, paths_chart
+from mpjax.report.html.elements import MOST_ROWS, Table, swatch, table
+from mpjax.report.html.run_sections import (
+    audit,
+    environment,
+    found_in,
+    heatmap,
+    manifests,
+    settings,
+)
 from mpjax.report.results import Outcome, check_outcomes, gaps, interval
-from mpjax.report.tabular import numeric
-
-Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, head, rows
 
 # What keeps a page small and readable, whatever the runs; where it cuts, the page says so.
 _POINTS = 24_000  # of all curves
 _MOST_POINTS = 400  # of one
 _MOST_ARMS = 48  # that are drawn
-_MOST_ROWS = 300  # of a table
-_MOST_CELLS = 12_000  # of the heatmap
-_MOST_CHANGES = 600  # of a path of the loss scale
-_LONGEST = 600  # characters of a setting
-_PICTURES = 1_200_000  # bytes of all
-_FORMATS = ("e4m3", "e5m2", "fp16", "bf16")
+_CHANGES = 12_000  # of all loss scales
+_MOST_CHANGES = 600  # of one arm's
+_SLICES = 4_000  # rows of all tables of slices
+_PICTURES = 600_000  # bytes of all
 
 
 def html_report(
     outcomes: Sequence[Outcome], title: str, *, tables: Sequence[Table] = (),
     notes: Sequence[str] = (), unit: str = "nats/token", window: int = 20,
-    out: Path | None = None, pictures: Sequence[Path] = (),
+    out: str | Path | None = None, pictures: Sequence[Path] = (),
 ) -> str:  # fmt: skip
     """Returns a report as one self-contained HTML page, below 3 MB however long the runs are.
 
@@ -68,9 +70,9 @@ def html_report(
       (True, False)
     """
     by_label = check_outcomes(outcomes)
-    inside = runs.folders_in(out, list(by_label)) if out else {}
+    inside = runs.folders_in(Path(out), list(by_label)) if out else {}
     where = {o.label: o.folders or inside.get(o.label, ()) for o in outcomes}
-    manifests, problems = _manifests(where)
+    pages, problems = manifests(where)
     drawn = outcomes[:_MOST_ARMS]
     data: dict[str, Any] = {"arms": [o.label for o in drawn]}
     sections = [
@@ -78,12 +80,12 @@ def html_report(
         ("gaps", "Gaps", _gaps(drawn, by_label)),
         ("curves", "Curves", _curves(drawn, len(outcomes), by_label, unit, window, data)),
         ("scale", "Loss scale and skipped steps", _scales(drawn, data)),
-        ("slices", "Slices", "".join(map(_table, tables[1:]))),
-        ("formats", "What each format would lose", _found(where, _heatmap, problems)),
-        ("audit", "Audit", _found(where, _audit, problems)),
+        ("slices", "Slices", _slices(tables[1:])),
+        ("formats", "What each format would lose", found_in(where, heatmap, problems)),
+        ("audit", "Audit", found_in(where, audit, problems)),
         ("figures", "Figures", _pictures(pictures)),
-        ("settings", "Settings", _settings(manifests)),
-        ("environment", "Environment", _environment(manifests)),
+        ("settings", "Settings", settings(pages)),
+        ("environment", "Environment", environment(pages)),
     ]
     if problems:
         lines = "".join(f"<li>{escape(line)}</li>" for line in problems)
@@ -147,45 +149,10 @@ def _range(numbers: set[int], noun: str) -> str:
     return _count(high, noun) if low == high else f"{low:,} to {_count(high, noun)}"
 
 
-def _table(given: Table) -> str:
-    """A table; its first column is the head of the row, columns of numbers are to the right."""
-    title, head, rows = given
-    right = numeric(rows, len(head))
-    lines = []
-    for row in rows[:_MOST_ROWS]:
-        cells = [
-            f'<t{"hd"[i > 0]}{" scope=row" * (i == 0)}'
-            f"{' class=n' * right[i] or ' class=w' * (len(str(value)) > 40)}>{_cell(value)}"
-            f'</t{"hd"[i > 0]}>'
-            for i, value in enumerate(row)
-        ]  # fmt: skip
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    heads = "".join(
-        f"<th scope=col{' class=n' * right[i]}>{escape(str(name))}</th>"
-        for i, name in enumerate(head)
-    )
-    more = len(rows) - _MOST_ROWS
-    said = f"<p class=note>The first {_MOST_ROWS} of {len(rows)} rows.</p>" if more > 0 else ""
-    return (
-        f'<div class=scroll role=region tabindex=0 aria-label="{escape(title)}"><table>'
-        f"<caption>{escape(title)}</caption><thead><tr>{heads}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table></div>{said}"
-    )
-
-
-def _cell(value: object) -> str:
-    text = str(value)
-    return escape(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…")
-
-
-def _folded(summary: str, content: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
-
-
 def _results(outcomes: Sequence[Outcome], tables: Sequence[Table], notes: Sequence[str]) -> str:
     """Numbers of a run as tiles, or the table of a comparison; then the notes."""
     content = _tiles(outcomes[0]) if len(outcomes) == 1 else ""
-    content += "".join(map(_table, tables))
+    content += "".join(map(table, tables))
     return content + "".join(f"<p class=note>{escape(note)}</p>" for note in notes)
 
 
@@ -195,7 +162,7 @@ def _tiles(outcome: Outcome) -> str:
     first = outcome.records[0][0]
     trained = "training loss, last 20"
     measured = {trained}  # a NaN of these is one, of others it is no number
-    if len(table(outcome, "validation_loss")[0]):
+    if len(by_step(outcome, "validation_loss")[0]):
         measured.add("validation loss")
     values = {
         "validation loss": interval(outcome.validation_loss),
@@ -224,6 +191,15 @@ def _number(value: float) -> str:
     if math.isfinite(value) and (value == round(value) or abs(value) >= 1000):
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def _slices(tables: Sequence[Table]) -> str:
+    """The tables of slices, each with as many rows as all of them leave it."""
+    most = max(20, min(MOST_ROWS, _SLICES // max(1, len(tables))))
+    shown = tables[: _SLICES // most]
+    more = len(tables) - len(shown)
+    said = f"<p class=note>{_count(more, 'more table')} of slices is left out.</p>" * (more > 0)
+    return "".join(table(one, most) for one in shown) + said
 
 
 def _gaps(outcomes: Sequence[Outcome], by_label: Mapping[str, Outcome]) -> str:
@@ -263,7 +239,7 @@ def _curves(
     ]
     judged: list[tuple[int, np.ndarray, np.ndarray]] = []
     for i, o in enumerate(outcomes):
-        steps, values = table(o, "validation_loss")
+        steps, values = by_step(o, "validation_loss")
         if len(steps) > 1:  # a single one is in the table
             fine = slice((len(steps) - 1) % (every := -(-len(steps) // most)), None, every)
             judged.append((i, steps[fine], values.mean(0)[fine]))
@@ -291,19 +267,11 @@ def _curves(
     names = enumerate(data["arms"])
     legend = "".join(
         f'<li><button type=button data-arm="{i}" aria-pressed=true disabled>'
-        f"{_swatch(i)}{escape(label)}</button></li>"
+        f"{swatch(i)}{escape(label)}</button></li>"
         for i, label in names
     )
     shown = f"<ul class=legend>{legend}</ul>" if all_arms > 1 else ""
     return f"{shown}{''.join(figures)}<p class=note>{said}</p>"
-
-
-def _swatch(number: int) -> str:
-    """A piece of an arm's line, for a legend."""
-    return (
-        f'<svg class="{style(number)}" viewBox="0 0 28 8" aria-hidden=true>'
-        '<path class=line d="M1 4H27"/></svg>'
-    )
 
 
 def _plain(number: int, curve: Curve) -> dict[str, Any]:
@@ -328,11 +296,12 @@ def _scales(outcomes: Sequence[Outcome], data: dict[str, Any]) -> str:
         skips = [[step for step, _, skipped in path if skipped] for path in paths]
         moves = any(len({scale for _, scale, _ in path}) > 1 for path in paths)
         if moves:
-            every = max(1, -(-sum(map(len, paths)) // _MOST_CHANGES))
+            most = min(_MOST_CHANGES, _CHANGES // len(outcomes))
+            every = max(1, -(-sum(map(len, paths)) // most))
             cut |= every > 1
             thin = [path[:-1:every] + path[-1:] for path in paths]
             drawing = paths_chart(f"scale{i}", list(enumerate(thin)))
-            legend = "".join(f"<li>{_swatch(s)}seed {s}</li>" for s in range(len(paths)))
+            legend = "".join(f"<li>{swatch(s)}seed {s}</li>" for s in range(len(paths)))
             figures.append(
                 f"<figure><h3>{escape(o.label)}</h3><ul class=legend>{legend}</ul>"
                 f"<div class=chart>{drawing}</div></figure>"
@@ -357,128 +326,12 @@ def _scales(outcomes: Sequence[Outcome], data: dict[str, Any]) -> str:
     note = "A cross is a skipped step, which changes nothing but the scale."
     note += " Changes are thinned." if cut else ""
     drawn = f"<div class=panels>{''.join(figures)}</div>"
-    return f"{drawn}{_table(('Skipped steps', head, rows))}<p class=note>{note}</p>"
+    return f"{drawn}{table(('Skipped steps', head, rows))}<p class=note>{note}</p>"
 
 
 def _scale(value: float) -> str:
     power = math.log2(value) if value > 0 else math.nan
-    return f"2^{power:.0f}" if power == round(power, 6) and power.is_integer() else f"{value:g}"
-
-
-def _found(
-    where: Mapping[str, Sequence[Path]], draw: Callable[[str, Sequence[Path]], str],
-    problems: list[str],
-) -> str:  # fmt: skip
-    """What the runs of each arm left, drawn; a damaged file is named and the others are drawn."""
-    parts = []
-    for label, folders in where.items():
-        try:
-            parts.append(draw(label, folders))
-        except ConfigError as error:
-            problems.append(str(error))
-    return "".join(parts)
-
-
-def _heatmap(label: str, folders: Sequence[Path]) -> str:
-    """Tensors by layers, a table for each format: the numbers of `plot_heatmap`."""
-    parts = []
-    for step, records in runs.measured(folders):
-        names = {
-            k.removeprefix("underflow/") for r in records for k in r if k.startswith("underfl")
-        }
-        plain = sorted(name for name in names if not name.endswith(" scaled"))
-        formats = [f for f in _FORMATS if f in names] or plain[:4]
-        rows, columns, values = lost_shares(records, formats)
-        if not rows:
-            continue
-        order = list(range(len(rows)))
-        room = max(1, _MOST_CELLS // (len(formats) * len(columns)))
-        if cut := len(order) > room:
-            worst = np.nan_to_num(np.abs(values)).max((0, 2))
-            order = sorted(np.argsort(-worst, kind="stable")[:room])
-        for f, shares in zip(formats, values, strict=True):
-            parts.append(_panel(f, [rows[i] for i in order], columns, shares[order]))
-        said = (
-            f"{label}, step {step}: share of each tensor's numbers, in percent, that a format would"
-            " make zero (blue) or that lie beyond its largest number (red); white is at most"
-            " 0.01 %, a dot no such tensor."
-        )
-        said += f" The {room} of {len(rows)} tensors that lose most are shown." if cut else ""
-        return f"<p class=note>{escape(said)}</p><div class=panels>{''.join(parts)}</div>"
-    return ""
-
-
-def _panel(
-    name: str, rows: Sequence[tuple[str, str]], columns: Sequence[int | None], shares: np.ndarray
-) -> str:
-    levels = np.round(8 * signed_log(shares))
-    head = "".join(f"<th scope=col>{'—' if c is None else c}</th>" for c in columns)
-    lines, group = [], ""
-    for (kind, tensor), row, level in zip(rows, shares, levels, strict=True):
-        if kind != group:
-            group = kind
-            lines.append(
-                f"<tr><th colspan={len(columns) + 1} scope=rowgroup>{KINDS[kind]}</th></tr>"
-            )
-        cells = []
-        for share, n in zip(row, level, strict=True):
-            if math.isnan(share):
-                cells.append("<td>·</td>")
-            elif n == 0:
-                cells.append("<td class=z></td>")
-            else:
-                percent = 100 * abs(share)
-                text = f"{percent:.0f}" if percent >= 0.95 else ""
-                colour, lost = ("o", "beyond the largest") if n > 0 else ("u", "would become zero")
-                title = f"{percent:.2g} % {lost}"
-                cells.append(f'<td class={colour}{abs(int(n))} title="{title}">{text}</td>')
-        lines.append(f"<tr><th scope=row>{_cell(tensor)}</th>{''.join(cells)}</tr>")
-    return (
-        f'<div class=scroll role=region tabindex=0 aria-label="{escape(name)}"><table class=heat>'
-        f"<caption>{escape(name)}</caption><thead><tr><th scope=col>layer</th>{head}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def _audit(label: str, folders: Sequence[Path]) -> str:
-    """What a run's program was found to run."""
-    for found in runs.audits(folders):
-        try:
-            costs = found["by_dtype"]
-            flops = max(1, sum(cost["products"] for cost in costs.values()))
-            rows = [
-                (dtype, f"{100 * cost['products'] / flops:.1f} %", f"{cost['products']:.3g}",
-                 f"{cost['others']:.3g}", f"{cost['bytes']:.3g}")
-                for dtype, cost in sorted(costs.items(), key=lambda i: -i[1]["products"])
-            ]  # fmt: skip
-            head = ("dtype", "share of product FLOPs", "product FLOPs", "other FLOPs", "bytes")
-            parts = [_table((f"{label}: FLOPs by dtype", head, rows))]
-            leaks = [
-                (x["line"], x["path"], x["mechanism"], x["dtype"], f"{100 * x['share']:.1f} %",
-                 x["remedy"])
-                for x in (*found["leaks"], *found["minor"])
-            ]  # fmt: skip
-            columns = ("cause at", "path", "mechanism", "dtype", "share", "remedy")
-            parts += [_table(("Leaks: products that run wide", columns, leaks))] if leaks else [
-                "<p class=note>No leak: no product runs wider than the Precision says.</p>"
-            ]  # fmt: skip
-            for name in ("double_casts", "dead_casts", "low_reductions"):
-                casts = [
-                    (f["what"], f["path"], f["direction"], f["line"], str(f["times"]))
-                    for f in found[name]
-                ]
-                title = name.replace("_", " ")
-                head = ("what", "path", "direction", "line", "times")
-                if casts:
-                    parts.append(_folded(f"{len(casts)} {title}", _table((title, head, casts))))
-            parts += [f"<p class=note>{escape(note)}</p>" for note in found["notes"]]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"audit: {runs.AUDIT} of {label} is not what Audit.to_dict gives ({error!r});"
-                " remove it"
-            ) from None
-        return "".join(parts)
-    return ""
+    return f"2^{power:.0f}" if power.is_integer() else f"{value:g}"
 
 
 def _pictures(paths: Sequence[Path]) -> str:
@@ -495,98 +348,3 @@ def _pictures(paths: Sequence[Path]) -> str:
             f"<figcaption>{name}</figcaption></figure>"
         )
     return "".join(parts)
-
-
-def _manifests(
-    where: Mapping[str, Sequence[Path]],
-) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
-    """The manifest of each arm's first run, and what could not be read."""
-    found: dict[str, Mapping[str, Any]] = {}
-    problems: list[str] = []
-    for label, folders in where.items():
-        for folder in folders[:1]:
-            try:
-                if page := runs.read_manifest(folder):
-                    found[label] = page
-            except ConfigError as error:
-                problems.append(str(error))
-    return found, problems
-
-
-def _flat(value: Any, name: str = "") -> dict[str, str]:
-    if isinstance(value, dict) and value:
-        parts = [_flat(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()]
-        return {k: v for part in parts for k, v in part.items()}
-    if isinstance(value, list):
-        return {name: " ".join(map(str, value)) or "none"}
-    return {name: "–" if value in ("", None) else str(value)}
-
-
-def _apart(
-    pages: Mapping[str, Mapping[str, str]],
-) -> tuple[list[str], dict[str, str]]:
-    """Names of what differs between arms, and what all of them share."""
-    names = list(dict.fromkeys(name for page in pages.values() for name in page))
-    differing = [n for n in names if len({page.get(n, "–") for page in pages.values()}) > 1]
-    first = next(iter(pages.values()))
-    return differing, {n: first[n] for n in names if n not in differing}
-
-
-def _settings(manifests: Mapping[str, Mapping[str, Any]]) -> str:
-    """Settings: those that differ as a table of arms, those that are shared below it."""
-    if not manifests:
-        return ""
-    pages = {
-        label: {"precision": str(page.get("precision_text", "–"))}
-        | {
-            name: value
-            for name, value in _flat(page.get("config", {})).items()
-            if name not in ("precision", "out", "fresh", "seed")
-        }
-        for label, page in manifests.items()
-    }
-    differing, shared = _apart(pages)
-    parts = []
-    if differing:
-        rows = [(label, *(page.get(n, "–") for n in differing)) for label, page in pages.items()]
-        parts.append(_table(("What differs between the arms", ("arm", *differing), rows)))
-    if shared:
-        whole = _table(("Settings of all arms" if len(pages) > 1 else "Settings",
-                        ("setting", "value"), list(shared.items())))  # fmt: skip
-        parts.append(_folded("Settings that all arms share", whole) if len(pages) > 1 else whole)
-    for label, page in manifests.items():
-        rows = list(_flat(page.get("policies", {})).items())
-        products = list(_flat(page.get("products", {})).items())
-        tables = [_table(("Policy by path", ("path", "policy"), rows))] if rows else []
-        if products:
-            tables.append(_table(("What multiplies here", ("product", "by"), products)))
-        if tables and len(parts) < _MOST_ARMS:
-            parts.append(_folded(f"{label}: the policy of every path", "".join(tables)))
-    return "".join(parts)
-
-
-def _environment(manifests: Mapping[str, Mapping[str, Any]]) -> str:
-    """Versions, devices and what else a number depends on."""
-    if not manifests:
-        return ""
-    names = ("device", "processes", "commit", "versions", "xla_flags", "environment", "command",
-             "started")  # fmt: skip
-    pages = {
-        label: _flat({name: page[name] for name in names if name in page})
-        for label, page in manifests.items()
-    }
-    differing, shared = _apart(pages)
-    rows = [
-        (name, "; ".join(f"{label}: {page.get(name, '–')}" for label, page in pages.items()))
-        if name in differing else (name, shared[name])
-        for name in dict.fromkeys(name for page in pages.values() for name in page)
-    ]  # fmt: skip
-    # JAX's own switches are many, and mostly at their defaults.
-    own = [row for row in rows if not row[0].startswith("environment.")]
-    jax = [(k.removeprefix("environment."), v) for k, v in rows if k.startswith("environment.")]
-    shown = _table(("Where it ran", ("what", "value"), own))
-    return shown + (
-        _folded("Switches of JAX and XLA", _table(("Switches", ("switch", "value"), jax)))
-        if jax
-        else ""
-    )
