@@ -7,6 +7,8 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 
+from mpjax.errors import ConfigError, brief
+
 # One pass, so that what an escape writes is not escaped again.
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#",
@@ -14,7 +16,8 @@ _LATEX = {
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "±": r"$\pm$", "×": r"$\times$", "–": "--", "≤": r"$\leq$", "≥": r"$\geq$", "−": "$-$",
 }  # fmt: skip
-_NUMBER = re.compile(r"[+-]?[\d.,]+(?: ± [\d.,]+)?(?: %)?(?: \*)?|–|nan|[+-]?inf")
+_PLAIN = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[+-]?\d+)?|nan|inf"  # 1,5 and 1.2.3 are none
+_NUMBER = re.compile(rf"[+-]?(?:{_PLAIN})(?: ± (?:{_PLAIN}))?(?: %)?|–|")
 
 
 def numeric(rows: Sequence[Sequence[object]], count: int) -> list[bool]:
@@ -38,12 +41,15 @@ def numeric(rows: Sequence[Sequence[object]], count: int) -> list[bool]:
 def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Returns a table as CSV (RFC 4180, with line feeds).
 
-    A column of `mean ± half` becomes two, the second named `half of NAME`, and numbers lose their
-    signs, commas and units, so that a reader of CSV sees numbers.
+    A column of `mean ± half` becomes two, the second named `half of NAME`, and numbers lose
+    plus signs, commas and units, so that a reader of CSV sees numbers.
 
     Args:
       head: names of the columns.
       rows: cells of each row.
+
+    Raises:
+      ConfigError: a row of another length than the head.
 
     Example:
       >>> print(csv_text(["arm", "loss"], [["a, b", "2.50 ± 0.25"], ["c", "–"]]), end="")
@@ -51,7 +57,7 @@ def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
       "a, b",2.50,0.25
       c,,
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = _cells(head, rows)
     number = [
         all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*cells, strict=True)
     ]
@@ -66,7 +72,7 @@ def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         line: list[str] = []
         for cell, plain, two in zip(row, number, wide, strict=True):
             if plain:
-                mean, _, half = cell.strip("–").rstrip(" *%").replace(",", "").partition(" ± ")
+                mean, _, half = cell.strip("–").rstrip(" %").replace(",", "").partition(" ± ")
                 line += [mean.removeprefix("+"), half] if two else [mean.removeprefix("+")]
             else:
                 line.append(cell)
@@ -82,6 +88,9 @@ def latex_text(head: Sequence[str], rows: Sequence[Sequence[object]], caption: s
       rows: cells of each row.
       caption: below it; without one it is a bare `tabular`.
 
+    Raises:
+      ConfigError: as `csv_text`.
+
     Example:
       >>> print(latex_text(["arm", "gap"], [["a_1", "+2 %"]]))
       % needs \\usepackage{booktabs}
@@ -93,8 +102,9 @@ def latex_text(head: Sequence[str], rows: Sequence[Sequence[object]], caption: s
       \\bottomrule
       \\end{tabular}
     """
-    body = [" & ".join(_escaped(str(cell)) for cell in row) + r" \\" for row in rows]
-    columns = "".join("lr"[right] for right in numeric(rows, len(head)))
+    cells = _cells(head, rows)
+    body = [" & ".join(map(_escaped, row)) + r" \\" for row in cells]
+    columns = "".join("lr"[right] for right in numeric(cells, len(head)))
     lines = [
         rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_escaped, head)) + r" \\",
         r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
@@ -105,6 +115,18 @@ def latex_text(head: Sequence[str], rows: Sequence[Sequence[object]], caption: s
             r"\end{table}",
         ]  # fmt: skip
     return "\n".join([r"% needs \usepackage{booktabs}", *lines])
+
+
+def _cells(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[list[str]]:
+    """The cells as texts; a row of another length than the head is refused."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    for row in cells:
+        if len(row) != len(head):
+            raise ConfigError(
+                f"table: row {brief(row)} has {len(row)} cells, the head {len(head)}; give a cell a"
+                " column"
+            )
+    return cells
 
 
 def _escaped(text: str) -> str:

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from mpjax.errors import ConfigError
 from mpjax.report import Outcome, csv_table, csv_text, gap, interval, latex_table, latex_text
 
 HOSTILE = [
@@ -54,6 +55,18 @@ def test_csv_holds_what_the_cells_hold():
     assert read[0] == ["arm", "score", "half of score", "gap", "none"]
     assert [row[0] for row in read[1:]] == [row[0] for row in rows]
     assert all(row[1:] == ["1000.5", "0.5", "2.00", ""] for row in read[1:])
+
+
+@pytest.mark.parametrize("text", ["1,5", "1.2.3", "12,34", "0 0 1", "2^16", "1-2", "+", "a ± b"])
+def test_what_is_no_number_stays_as_it_is(text):
+    (_, row) = csv.reader(io.StringIO(csv_text(["arm", "x"], [["a", text]])))
+    assert row == ["a", text]
+
+
+@pytest.mark.parametrize("write", [csv_text, latex_text])
+def test_a_row_of_another_length_is_one_line(write):
+    with pytest.raises(ConfigError, match="has 1 cells, the head 2"):
+        write(["a", "b"], [["x", "y"], ["x"]])
 
 
 def test_the_csv_of_a_comparison_has_all_digits():
