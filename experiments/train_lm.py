@@ -370,7 +370,7 @@ def main(config: Config) -> None:
     loss, judged = run.judge.last, get_precision(config.judged_in()).name
     console.print(f"step {int(state.step)}: validation loss {loss:.4f} in {judged}")
     if jax.process_index() == 0:
-        write_text(config.out / "report.html", page_of_runs([config.out]))
+        write_text(config.out / "report.html", page_of_runs(config.out))
         console.print(f"report: {config.out / 'report.html'}", highlight=False)
     if signal:
         console.print(f"stopped by {signal}; the same command with --resume latest goes on")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mpjax.errors import ConfigError, listed
 from mpjax.files import write_text
@@ -51,33 +50,21 @@ def write_report(
     write_text(path.with_name("results.csv"), csv_table(outcomes))
     write_text(path.with_name("results.tex"), latex_table(outcomes, title) + "\n")
     others = (path.with_name(plot) for plot in plots if plot not in _DRAWN)
-    page = comparison_page(
-        outcomes, title, notes=notes, pictures=[other for other in others if other.is_file()],
+    page = html_report(
+        outcomes, title, tables=[("Comparison", COLUMNS, rows(outcomes))],
+        notes=[MEASURES, *notes], pictures=[other for other in others if other.is_file()],
         out=path.parent,
     )  # fmt: skip
     write_text(path.with_name("report.html"), page)
     return path
 
 
-def comparison_page(
-    outcomes: Sequence[Outcome], title: str, *, notes: Sequence[str] = (), **options: Any
-) -> str:
-    """Returns `html_report` with the table of a comparison.
-
-    Args:
-      outcomes: arms.
-      title: heading.
-      notes: paragraphs below the table.
-      options: of `html_report`.
-    """
-    return html_report(
-        outcomes, title, tables=[("Comparison", COLUMNS, rows(outcomes))], notes=[MEASURES, *notes],
-        **options,
-    )  # fmt: skip
-
-
 def page_of_runs(
-    folders: Sequence[str | Path], title: str = "", *, reference: str = "", window: int = 20
+    folders: str | Path | Sequence[str | Path],
+    title: str = "",
+    *,
+    reference: str = "",
+    window: int = 20,
 ) -> str:
     """Returns the page of finished runs: of one its own, of several their comparison.
 
@@ -90,6 +77,8 @@ def page_of_runs(
     Raises:
       ConfigError: as `Outcome.from_run`; a reference or folder that is not there.
     """
+    if isinstance(folders, str | Path):
+        folders = [folders]
     # The arms of a comparison in the order in which they were trained, the reference first.
     arms = [arm for one in folders for arm in sorted(arms_of(Path(one)), key=begun)]
     outcomes = [Outcome.from_run(arm) for arm in arms]
@@ -106,6 +95,11 @@ def page_of_runs(
         for o, label in zip(outcomes, labels, strict=True)
     ]
     title = title or (labels[0] if len(labels) == 1 else f"{len(labels)} arms")
-    if len(outcomes) == 1:
-        return html_report(outcomes, title, window=window, unit="nats")
-    return comparison_page(outcomes, title, window=window, unit="nats")
+    several = [("Comparison", COLUMNS, rows(outcomes))] if len(outcomes) > 1 else []
+    note = (
+        "± is the 95 % confidence interval over seeds (Student's t); the n-th seed of an arm is"
+        " paired with the n-th of its reference."
+    )
+    return html_report(
+        outcomes, title, tables=several, notes=[note] * len(several), unit="nats", window=window
+    )

@@ -127,9 +127,12 @@ class Outcome:
         if isinstance(folder, str | Path):
             folders = runs.seeds_of(Path(folder))
         else:
-            folders = [Path(each) for each in folder]
+            several = isinstance(folder, Sequence) and all(
+                isinstance(x, str | Path) for x in folder
+            )
+            folders = [Path(each) for each in folder] if several else []
         if not folders:
-            raise ConfigError("outcome: no folder of a run; give at least one")
+            raise ConfigError(f"outcome: {brief(folder)} is no folder of a run; give at least one")
         found = [runs.read_run(one) for one in folders]
         runs.check_alike(found)
         ended = {run.bytes_per_parameter for run in found}

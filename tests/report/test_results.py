@@ -92,6 +92,7 @@ def test_what_is_no_run_is_one_line(tmp_path):
         (damaged, ("manifest.json is damaged", "resume")),
         (two, ("no seeds of one arm", "lr 0.1 and 0.2")),
         ([], ("at least one",)),
+        (3, ("outcome: 3 is no folder",)),
     ]:
         with pytest.raises(ConfigError) as found:
             Outcome.from_run(folder)

@@ -175,7 +175,7 @@ def _apart(pages: Mapping[str, Mapping[str, str]]) -> tuple[list[str], dict[str,
     names = list(dict.fromkeys(name for page in pages.values() for name in page))
     differing = [n for n in names if len({page.get(n, "–") for page in pages.values()}) > 1]
     first = next(iter(pages.values()))
-    return differing, {n: first[n] for n in names if n not in differing}
+    return differing, {n: first.get(n, "–") for n in names if n not in differing}
 
 
 def settings(manifests: Mapping[str, Mapping[str, Any]]) -> str:

@@ -19,7 +19,7 @@ import mpjax
 from mpjax.errors import ConfigError
 from mpjax.report import Outcome, html_report, write_report
 from mpjax.report.__main__ import main
-from mpjax.train import write_manifest
+from mpjax.train import read_manifest, write_manifest
 from mpjax.train.report import to_line
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -188,8 +188,13 @@ def test_the_command_writes_a_page_of_runs(folder, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(out)
     assert "<h1>Mine</h1>" in out.read_text() and "class=tiles" in out.read_text()
     shutil.copytree(folder / "fp32", tmp_path / "b")
+    page = read_manifest(tmp_path / "b" / "seed0") or {}
+    # An older run lacks a setting; one that both have at nothing does not differ.
+    page["config"] = {"lr": 0.2, "note": EVIL, "shape": {"layers": 2}, "unset": ""}
+    write_manifest(tmp_path / "b" / "seed0", page)
     both = [str(folder / "fp32" / "seed0"), str(tmp_path / "b")]
     assert main([*both, "--out", str(out), "--reference", "b"]) == 0
+    assert "What differs between the arms" in out.read_text()
     assert "against b" not in out.read_text()  # they have no validation
     assert "gap to the reference" in out.read_text()
 
