@@ -29,12 +29,12 @@ from mpjax.report.html.run_sections import (
 from mpjax.report.results import Outcome, check_outcomes, gaps, interval
 
 # What keeps a page small and readable, whatever the runs; where it cuts, the page says so.
-_POINTS = 24_000  # of all curves
+_POINTS = 12_000  # of all curves
 _MOST_POINTS = 400  # of one
 _MOST_ARMS = 48  # that are drawn
-_CHANGES = 12_000  # of all loss scales
+_CHANGES = 6_000  # of all loss scales
 _MOST_CHANGES = 600  # of one arm's
-_SLICES = 4_000  # rows of all tables of slices
+_SLICES = 3_000  # rows of all tables of slices
 _PICTURES = 600_000  # bytes of all
 
 
@@ -65,8 +65,8 @@ def html_report(
 
     Example:
       >>> run = [{"step": n, "loss": 3.0 / n} for n in range(1, 9)]
-      >>> page = html_report([Outcome.from_records("<mine>", run)], "A run")
-      >>> "&lt;mine&gt;" in page, "<mine>" in page
+      >>> page = html_report([Outcome.from_records("mine", run)], "<A run>")
+      >>> "&lt;A run&gt;" in page, "<A run>" in page
       (True, False)
     """
     by_label = check_outcomes(outcomes)

@@ -15,9 +15,10 @@ from mpjax.report import runs
 from mpjax.report.heatmap import KINDS, lost_shares, signed_log
 from mpjax.report.html.elements import cell, folded, table
 
-MOST_CELLS = 6_000  # of a heatmap
-_MOST_ARMS = 3  # whose tensors and audits are shown
-_MOST_POLICIES = 12  # arms whose policies are listed
+_MOST_CELLS = 4_000  # of a heatmap
+_MOST_ARMS = 2  # whose tensors and audits are shown
+_MOST_POLICIES = 6  # arms whose policies are listed
+_MOST_SETTINGS = 2_000  # cells of the table of those that differ
 _FORMATS = ("e4m3", "e5m2", "fp16", "bf16")
 
 
@@ -56,7 +57,7 @@ def heatmap(label: str, folders: Sequence[Path]) -> str:
         if not rows:
             continue
         order = list(range(len(rows)))
-        room = max(1, MOST_CELLS // (len(formats) * len(columns)))
+        room = max(1, _MOST_CELLS // (len(formats) * len(columns)))
         if cut := len(order) > room:
             worst = np.nan_to_num(np.abs(values)).max((0, 2))
             order = sorted(np.argsort(-worst, kind="stable")[:room])
@@ -195,7 +196,8 @@ def settings(manifests: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     if differing:
         rows = [(label, *(page.get(n, "–") for n in differing)) for label, page in pages.items()]
-        parts.append(table(("What differs between the arms", ("arm", *differing), rows)))
+        most = max(20, _MOST_SETTINGS // len(differing))
+        parts.append(table(("What differs between the arms", ("arm", *differing), rows), most))
     if shared:
         whole = table(("Settings of all arms" if len(pages) > 1 else "Settings",
                         ("setting", "value"), list(shared.items())))  # fmt: skip
