@@ -70,7 +70,7 @@ TITLES = {
     "mpjax.train.checkpoint": "Checkpoints",
     "mpjax.train.processes": "Several processes",
     "mpjax.train.report": "What a run tells",
-    "mpjax.report": "Tables and plots",
+    "mpjax.report": "Tables, plots and pages",
     "mpjax.typing": "Types",
 }
 

@@ -32,7 +32,7 @@ from rich.console import Console
 
 from common.datasets.sources import IMAGES
 from common.stablehlo import convolutions
-from common.tables import terminal
+from common.tables import terminal, write_page
 from mpjax.data import Images, image_batches, load_images
 from mpjax.files import write_text
 from mpjax.markdown import table
@@ -254,7 +254,9 @@ def compare(config: Config) -> list[Arm]:
         bar = f"Bar of {BARS[config.data]:.2f}:"
         notes.insert(0, f"{bar} missed by {', '.join(low)}." if low else f"{bar} met by all arms.")
     launch.wide().print("\n".join(notes))
-    save_plot(plot_loss([arm.outcome for arm in arms], unit="nats/image"), config.out / "loss.png")
+    outcomes, unit = [arm.outcome for arm in arms], "nats/image"
+    save_plot(plot_loss(outcomes, unit=unit), config.out / "loss.png")
+    write_page(config.out, outcomes, [(title, HEAD, rows(arms))], notes, unit)
     text = "\n\n".join([f"# {title}", table(HEAD, rows(arms)), *notes])
     write_text(config.out / "report.md", text + "\n\n![loss](loss.png)\n")
     launch.wide().print(f"report: {config.out / 'report.md'}")

@@ -6,8 +6,8 @@ over from an earlier one. A kill anywhere goes on in the right stage, with the s
 Run:       python experiments/stages.py --plan experiments/plans/bert.toml
            python experiments/stages.py --plan experiments/plans/decoder.toml --out runs/decoder
 Resume:    the same command. Stages that were added behind the others are trained then.
-Output:    report.md, results.json, loss.png, plan.json and a folder for each stage in --out: its
-           checkpoints, metrics.jsonl, tensorboard/ and done.json, its scores.
+Output:    report.md and report.html, results.*, loss.png, plan.json and a folder for each stage in
+           --out: its checkpoints, metrics.jsonl, tensorboard/ and done.json, its scores.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
 from common import launch  # sets XLA flags before JAX starts
 from common.stage_build import Part, parts_of
 from common.stage_plan import read_plan
-from common.tables import terminal
+from common.tables import terminal, write_page
 from mpjax.files import write_text
 from mpjax.markdown import table
 from mpjax.models import stored_bytes
@@ -78,12 +79,12 @@ def curve(part: Part, done: Finished) -> Outcome:
     last = records[-1]
     return Outcome(
         part.stage.name, part.stage.name, (done.scores["validation_loss"],),
-        speeds[len(speeds) // 2], 0.0, (last["skipped"],), (last["loss_scale"],), (records,),
+        speeds[len(speeds) // 2], math.nan, (last["skipped"],), (last["loss_scale"],), (records,),
     )  # fmt: skip
 
 
 def write_report(config: Config, parts: list[Part], ended: dict[str, Finished], note: str) -> None:
-    """Prints the table, and writes report.md, results.json and loss.png."""
+    """Prints the table, and writes report.md, report.html, results.* and loss.png."""
     title, lines = f"{config.plan.stem}: a plan of {len(parts)} stages", rows(parts, ended)
     launch.wide().print(terminal(title, HEAD, lines, "left"))
     pages = [f"# {title}", table(HEAD, lines), note]
@@ -95,6 +96,7 @@ def write_report(config: Config, parts: list[Part], ended: dict[str, Finished], 
         pages.append("![loss](loss.png)")
         curves = [curve(part, ended[part.stage.name]) for part in trained]
         save_plot(plot_loss(curves, unit="nats"), config.out / "loss.png")
+        write_page(config.out, curves, [(title, HEAD, lines)], [note], "nats")
     write_text(config.out / "report.md", "\n\n".join(pages) + "\n")
     results = {
         name: done.scores | {"taken": done.taken and done.taken.rows()}

@@ -5,9 +5,9 @@ Run:       python experiments/train_lm.py --precision bf16 --steps 500 --out run
                --precision low-bf16 --model small --tokenizer bpe:4096 --mesh data=2,fsdp=2,tensor=2
            python experiments/train_lm.py --precision-schedule late:fp8:bf16:0.1 --out runs/late
 Resume:    the same command with --resume latest; results are the same bits as without the stop.
-Output:    manifest.json, metrics.jsonl, tensorboard/ and checkpoints/ in --out, and a sample. A run
-           that stops on gradients that are not finite prints what broke, and leaves replay/ for
-           `python -m mpjax.replay OUT`.
+Output:    manifest.json, metrics.jsonl, report.html, tensorboard/ and checkpoints/ in --out, and a
+           sample. A run that stops on gradients that are not finite prints what broke, and leaves
+           replay/ for `python -m mpjax.replay OUT`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 from pathlib import Path
 
@@ -27,10 +28,12 @@ from common.lm_config import MAY_CHANGE, PRECISION, Config, settings
 from mpjax.data import Corpus, Tokenizer, batches, load_corpus
 from mpjax.data.pipeline import TrainingBatches
 from mpjax.errors import ConfigError
+from mpjax.files import write_text
+from mpjax.interpret import audit
 from mpjax.models import Decoder
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision, PrecisionSchedule, get_precision
-from mpjax.report import plot_heatmap, save_plot
+from mpjax.report import page_of_runs, plot_heatmap, save_plot
 from mpjax.train import (
     Checkpointer,
     CheckpointReader,
@@ -41,6 +44,7 @@ from mpjax.train import (
     TrainState,
     TrainStep,
     build,
+    bytes_per_parameter,
     check_batch,
     environment,
     fit,
@@ -254,6 +258,15 @@ def monitored(run: Run, stack: contextlib.ExitStack) -> TrainStep:
     )
 
 
+def write_audit(run: Run) -> None:
+    """Writes what the first step's program runs; it is traced, and no data is used up."""
+    position = run.data.get_state()
+    taken, plain = run.step.active(run.state)
+    found = audit(taken.function, plain, next(run.data))
+    run.data.set_state(position)
+    write_text(run.config.out / "audit.json", json.dumps(found.to_dict()) + "\n")
+
+
 def train(run: Run) -> tuple[TrainState, str | None]:
     """Trains to the end or to a signal; checkpoints either way."""
     config, first = run.config, jax.process_index() == 0
@@ -340,6 +353,7 @@ def main(config: Config) -> None:
         page = manifest(
             run.precision, settings(config), run.model.paths, products, schedule=run.schedule
         )
+        page["bytes_per_parameter"] = bytes_per_parameter(run.state)
         write_manifest(config.out, page)
         for shown in [*filter(None, [run.schedule]), *(model.precision for model in run.models)]:
             console.print(str(shown), highlight=False, markup=False)
@@ -350,9 +364,14 @@ def main(config: Config) -> None:
     if run.start >= config.steps:
         console.print(f"step {run.start} of {config.steps}: nothing left to train; raise --steps")
         return
+    if config.audit and jax.process_index() == 0:
+        write_audit(run)
     state, signal = train(run)
     loss, judged = run.judge.last, get_precision(config.judged_in()).name
     console.print(f"step {int(state.step)}: validation loss {loss:.4f} in {judged}")
+    if jax.process_index() == 0:
+        write_text(config.out / "report.html", page_of_runs(config.out))
+        console.print(f"report: {config.out / 'report.html'}", highlight=False)
     if signal:
         console.print(f"stopped by {signal}; the same command with --resume latest goes on")
     elif config.sample:

@@ -212,6 +212,16 @@ def test_a_run_that_cannot_go_on_names_the_gradient(text, tmp_path):
     assert 3 <= len(curve(tmp_path / "run")) <= 4
 
 
+def test_a_run_leaves_a_page_and_goes_on_without_an_audit(text, tmp_path):
+    args = [*SMALL, "--data", text, "--schedule", "constant", "--sample", 0, "--out", tmp_path]
+    out, _ = run("train_lm", *args, "--steps", 4, "--audit")
+    page = (tmp_path / "report.html").read_text()
+    assert f"report: {tmp_path / 'report.html'}" in out
+    assert all(part in page for part in ("4 steps", 'id="audit"', "bytes/parameter", "No leaks"))
+    run("train_lm", *args, "--steps", 6, "--resume", "latest")
+    assert "6 steps" in (tmp_path / "report.html").read_text()
+
+
 # Other starting points, other devices.
 
 
@@ -330,8 +340,10 @@ def require_report(out: Path, plots: tuple[str, ...], arms: tuple[str, ...]) -> 
         assert f"({name})" in report
         data = (out / name).read_bytes()
         assert data.startswith(b"\x89PNG") and len(data) > 10_000
+    page = (out / "report.html").read_text()
+    table = [row.split(",")[0] for row in (out / "results.csv").read_text().splitlines()]
     for arm in arms:
-        assert f"| {arm} |" in report
+        assert f"| {arm} |" in report and f">{arm}<" in page and arm in table
         runs = list((out / arm.replace(" ", "_")).iterdir())
         assert runs and all((r / "metrics.jsonl").exists() for r in runs)
         assert all((r / "manifest.json").exists() for r in runs)

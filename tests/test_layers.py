@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "tasks": {"formats", "precision", "ops", "models", "data"},
     "data": {"files"},
     "train": {"formats", "precision", "ops", "optim", "interpret", "data", "files"},
-    "report": {"formats", "files"},  # reads what runs wrote and draws it
+    "report": {"formats", "files", "train"},  # reads what runs wrote and draws it
     "replay": {"train", "models", "optim", "precision"},  # rebuilds a run's step
     "probe": set(),
     "doctor": {"probe"},  # it stays light: a broken part must not keep it from starting

@@ -10,10 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from common import launch  # sets XLA flags before JAX starts
-from common.tables import terminal
+from common.tables import terminal, write_page
 from mpjax.files import write_text
 from mpjax.markdown import table
-from mpjax.report import Outcome, interval, plot_loss, save_plot, slice_cells, slice_gaps
+from mpjax.report import (
+    Outcome,
+    interval,
+    plot_loss,
+    save_plot,
+    slice_cells,
+    slice_gaps,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +133,10 @@ def write(
     baselines: dict[str, dict[str, float]], arms: Sequence[Arm], notes: Sequence[str], unit: str,
     plotted: Sequence[Arm] = (),
 ) -> None:  # fmt: skip
-    """Prints the tables, and writes report.md, results.json (all scores) and loss.png.
+    """Prints the tables, and writes report.md, report.html, results.* and loss.png.
 
-    `unit` is that of the training loss; of all arms or of those that are `plotted`, whose runs have
-    as many steps.
+    `results.json` has all scores, `results.csv` and `results.tex` the first table. `unit` is that
+    of the training loss; of all arms or of those that are `plotted`, whose runs have as many steps.
     """
     shown = launch.wide()
     parts: list[str] = []
@@ -139,9 +146,11 @@ def write(
         if len(parts) == 1:
             parts.append("\n".join(f"- {note}" for note in notes))
     shown.print("\n".join(notes), highlight=False, markup=False)
-    save_plot(plot_loss([arm.outcome for arm in plotted or arms], unit=unit), out / "loss.png")
+    outcomes = [arm.outcome for arm in plotted or arms]
+    save_plot(plot_loss(outcomes, unit=unit), out / "loss.png")
     parts.append("![loss](loss.png)")
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
+    write_page(out, outcomes, found, notes, unit)
     results = {"baselines": baselines, "arms": {arm.label: arm.scores for arm in arms}}
     write_text(out / "results.json", json.dumps(results, indent=1) + "\n")
     shown.print(f"report: {out / 'report.md'}", highlight=False)

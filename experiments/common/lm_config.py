@@ -18,8 +18,8 @@ from mpjax.typing import Settings
 # What a resumed run may change: how long, how it is watched, and on which devices.
 MAY_CHANGE = (
     "steps", "out", "resume", "mesh", "eval_every", "eval_batches", "save_every", "keep",
-    "keep_best", "monitor_every", "monitor_sample", "wandb", "prompt", "sample", "distributed",
-    "init_from", "recast",
+    "keep_best", "monitor_every", "monitor_sample", "audit", "wandb", "prompt", "sample",
+    "distributed", "init_from", "recast",
 )  # fmt: skip
 
 OfPreset = Annotated[
@@ -114,6 +114,8 @@ class Config:
     """Steps between measurements of all tensors (monitor.jsonl, monitor.png); 0 for none."""
     monitor_sample: int = 4096
     """Numbers of each tensor that are measured, beside its extremes; 0 measures all."""
+    audit: bool = False
+    """Write audit.json: which dtype each product of the step runs in, and where it leaks."""
     resume: str = ""
     """`latest`, `latest-good` (skips damaged checkpoints) or a step."""
     recast: bool = False
@@ -178,6 +180,7 @@ def settings(config: Config) -> Settings:
     if not config.precision_schedule:
         values["precision"] = config.named()
     # An unused setting is left out, so that runs from before it existed can be resumed.
-    values = {k: v for k, v in values.items() if (k, v) != ("precision_schedule", "")}
+    unused = (("precision_schedule", ""), ("audit", False))
+    values = {k: v for k, v in values.items() if (k, v) not in unused}
     values["shape"] = shape_changes(config.shape)
     return json.loads(json.dumps(values))

@@ -1,16 +1,15 @@
-"""The table of a comparison, for the terminal and as a report in Markdown."""
+"""The table of a comparison: for the terminal, in Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.table import Table
 
 from mpjax import markdown
-from mpjax.files import write_text
 from mpjax.report.results import Outcome, check_outcomes, gap, interval
+from mpjax.report.tabular import csv_text, latex_text
 
 COLUMNS = (
     "arm",
@@ -27,6 +26,10 @@ COLUMNS = (
 def _plus_minus(mean: float, half: float, digits: int) -> str:
     width = "" if math.isnan(half) else f" ± {half:.{digits}f}"
     return f"{mean:.{digits}f}{width}"
+
+
+def _measured(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else f"{value:{form}}"
 
 
 def _scale(values: Sequence[float]) -> str:
@@ -50,8 +53,8 @@ def rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
                 _plus_minus(*interval(o.validation_loss), 4),
                 "–" if own else f"{difference[0]:+.2f} ± {difference[1]:.2f} %",
                 "–" if own else o.reference,
-                f"{o.tokens_per_s:,.0f}",
-                f"{o.bytes_per_parameter:.2f}",
+                _measured(o.tokens_per_s, ",.0f"),
+                _measured(o.bytes_per_parameter, ".2f"),
                 " ".join(str(n) for n in o.skipped),
                 _scale(o.loss_scale),
             )
@@ -74,31 +77,29 @@ def markdown_table(outcomes: Sequence[Outcome]) -> str:
     return markdown.table(COLUMNS, rows(outcomes))
 
 
-def write_report(
-    out: str | Path,
-    title: str,
-    outcomes: Sequence[Outcome],
-    notes: Sequence[str],
-    plots: Sequence[str],
-) -> Path:
-    """Writes `report.md` with the table, notes and plots, and returns its path.
+def csv_table(outcomes: Sequence[Outcome]) -> str:
+    """Returns the table as CSV: numbers in full, half-widths in columns of their own.
 
-    Args:
-      out: folder; it is made if it is not there.
-      title: heading.
-      outcomes: rows of the table.
-      notes: paragraphs below it.
-      plots: files of pictures in the folder.
+    A cell is empty where the table has a dash.
     """
-    parts = [f"# {title}", markdown_table(outcomes)]
-    parts.append(
-        "Loss in nats a token on held-out files, judged in float32. ± is the 95 % confidence"
-        " interval over seeds (Student's t); the gap is paired: same initial weights, same"
-        " batches. Skipped steps are listed seed by seed."
-    )
-    parts += notes
-    parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
-    path = Path(out) / "report.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "\n\n".join(parts) + "\n")
-    return path
+    by_label = check_outcomes(outcomes)
+    head = (
+        "arm", "reference", "seeds", "validation_loss", "validation_loss_half", "gap_percent",
+        "gap_percent_half", "tokens_per_s", "bytes_per_parameter", "skipped", "final_scale",
+    )  # fmt: skip
+    cells, none = [], (math.nan, math.nan)
+    for o in outcomes:
+        own = o.reference == o.label
+        numbers = [
+            *interval(o.validation_loss), *(none if own else gap(o, by_label[o.reference])),
+            o.tokens_per_s, o.bytes_per_parameter,
+        ]  # fmt: skip
+        listed = (" ".join(map(str, each)) for each in (o.skipped, o.loss_scale))
+        shown = ("" if math.isnan(number) else repr(number) for number in numbers)
+        cells.append((o.label, o.reference, str(len(o.records)), *shown, *listed))
+    return csv_text(head, cells)
+
+
+def latex_table(outcomes: Sequence[Outcome], caption: str = "") -> str:
+    """Returns the table in LaTeX, for `\\usepackage{booktabs}`; see `latex_text`."""
+    return latex_text(COLUMNS, rows(outcomes), caption)

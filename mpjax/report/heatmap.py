@@ -38,7 +38,7 @@ def _row_and_column(record: Mapping[str, Any]) -> tuple[tuple[str, str], int | N
     return (record["kind"], name), layer
 
 
-def _tables(
+def lost_shares(
     records: Iterable[Mapping[str, Any]], formats: Sequence[str]
 ) -> tuple[list[tuple[str, str]], list[int | None], np.ndarray]:
     """Rows, columns and the signed share lost, (formats, rows, columns), NaN where nothing is."""
@@ -69,7 +69,7 @@ def _tables(
     return rows, columns, values
 
 
-def _signed_log(share: np.ndarray) -> np.ndarray:
+def signed_log(share: np.ndarray) -> np.ndarray:
     """Shares between the steps to 0 .. 1 by their logarithm, with their sign."""
     low, high = np.log10(_STEPS)
     size = np.clip(np.abs(share), _STEPS[0], _STEPS[1])
@@ -101,7 +101,7 @@ def plot_heatmap(
     Raises:
       ConfigError: nothing to draw, or a format that was not measured.
     """
-    rows, columns, values = _tables(records, formats)
+    rows, columns, values = lost_shares(records, formats)
     if not rows:
         raise ConfigError("heatmap: no record of a tensor; pass Monitored.rows()")
     if len(columns) > 64:
@@ -121,7 +121,7 @@ def plot_heatmap(
     axes = figure.subplots(1, len(formats), sharey=True, squeeze=False)[0]
     for panel, (ax, format) in enumerate(zip(axes, formats, strict=True)):
         grid = np.full((height, len(columns)), np.nan)
-        grid[place] = _signed_log(values[panel])
+        grid[place] = signed_log(values[panel])
         ax.imshow(grid, cmap=lost, vmin=-1, vmax=1, aspect="auto", interpolation="none")
         ax.set_title(format, fontsize=10, fontweight="bold")
         ax.set_xticks(

@@ -10,6 +10,7 @@ import numpy as np
 
 from mpjax.formats import Format
 from mpjax.report.canvas import COLOURS, canvas
+from mpjax.report.curves import fitting, gap_curve, loss_curve
 from mpjax.report.results import Outcome, check_outcomes
 
 if TYPE_CHECKING:
@@ -27,32 +28,10 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Seque
     return figure, list(axes)
 
 
-def _sums(values: np.ndarray, window: int) -> np.ndarray:
-    """Sums over each window of consecutive steps; only whole windows."""
-    total = np.cumsum(np.insert(values, 0, 0.0))
-    return total[window:] - total[:-window]
-
-
-def _smooth(losses: Any, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """Running mean of a curve, at the mean of its steps: a straight line stays where it is.
-
-    Args:
-      losses: one a step, from step 1 on; those that are not finite are left out.
-      window: steps of the mean. A mean over fewer steps at an end would bend the curve there.
-
-    Returns:
-      (steps, means); both NaN where a window holds no finite loss.
-    """
-    x = np.asarray(losses, np.float64)
-    fine = np.isfinite(x)
-    count = _sums(fine.astype(np.float64), window)
-    with np.errstate(invalid="ignore"):  # 0 / 0 where nothing is finite
-        steps = _sums(np.where(fine, np.arange(1.0, len(x) + 1), 0.0), window) / count
-        return steps, _sums(np.where(fine, x, 0.0), window) / count
-
-
 def plot_loss(outcomes: Sequence[Outcome], window: int = 20, unit: str = "nats/token") -> Figure:
     """Returns the training-loss curves: mean over seeds, and below it the gap to the reference.
+
+    The band of a curve reaches from the least to the greatest seed; a gap's seeds are paired.
 
     Args:
       outcomes: arms; those that share a reference share a line style. Without one that is compared
@@ -60,33 +39,26 @@ def plot_loss(outcomes: Sequence[Outcome], window: int = 20, unit: str = "nats/t
       window: steps of the running mean, at most half of the shortest run; each mean stands at the
         middle of its steps.
       unit: of the loss.
-
-    A gap ends with the shorter of its two arms.
     """
-    check_outcomes(outcomes)
+    by_label = check_outcomes(outcomes)
     compared = [o for o in outcomes if o.reference != o.label]
-    losses = {
-        o.label: np.mean([[r["loss"] for r in run if "loss" in r] for run in o.records], axis=0)
-        for o in outcomes
-    }
-    window = max(1, min([window, *(len(loss) // 2 for loss in losses.values())]))
+    window = fitting(outcomes, window)
     figure, axes = _figure(9, 7 if compared else 4, panels=2 if compared else 1)
     references = list(dict.fromkeys(o.reference for o in outcomes))
     for number, o in enumerate(outcomes):
-        loss = losses[o.label]
         style = dict(
             color=COLOURS[number % 10],
             linestyle=_STYLES[references.index(o.reference) % 4],
             lw=1.4 + 2.4 * (len(outcomes) - 1 - number) / len(outcomes),  # equal curves all show
         )
-        axes[0].plot(*_smooth(loss, window), label=o.label, **style)
+        curves = [loss_curve(o, window)]
         if o.reference != o.label:
-            both = min(len(loss), len(losses[o.reference]))  # an arm may have more steps
-            loss, reference = loss[:both], losses[o.reference][:both]
-            loss = np.where(np.isfinite(reference), loss, np.nan)  # the same steps of both
-            steps, own = _smooth(loss, window)
-            _, other = _smooth(np.where(np.isfinite(loss), reference, np.nan), window)
-            axes[1].plot(steps, 100 * (own / other - 1), **style)
+            curves.append(gap_curve(o, by_label[o.reference], window))
+        for ax, curve in zip(axes, curves, strict=False):
+            ax.plot(curve.steps, curve.mean, label=o.label, **style)
+            if curve.seeds > 1:
+                band = dict(color=COLOURS[number % 10], alpha=0.15, lw=0)
+                ax.fill_between(curve.steps, curve.low, curve.high, **band)
     axes[0].set_ylabel(f"training loss ({unit},\nmean of {window} steps and of seeds)")
     axes[0].legend(ncols=2, fontsize=9, frameon=False)
     if compared:

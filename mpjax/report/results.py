@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import special
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
+from mpjax.report import runs
 
 CONFIDENCE = 0.95
 
@@ -22,12 +24,13 @@ class Outcome:
     Args:
       label: of the arm.
       reference: label of the arm that it is compared with, its own if it is one.
-      validation_loss: final loss on held-out text in nats a token, one per seed.
-      tokens_per_s: median over the steps of all seeds, after the first.
-      bytes_per_parameter: weights and optimizer state.
+      validation_loss: final loss on held-out text in nats a token, one per seed; NaN if none.
+      tokens_per_s: median over the steps of all seeds, after the first; NaN if not measured.
+      bytes_per_parameter: weights and optimizer state; NaN if not known.
       skipped: skipped steps, one per seed.
       loss_scale: final scale, one per seed.
       records: metrics of each seed, one list of step records a seed.
+      folders: of the runs, one a seed, or none.
     """
 
     label: str
@@ -38,6 +41,105 @@ class Outcome:
     skipped: tuple[int, ...]
     loss_scale: tuple[float, ...]
     records: tuple[list[dict[str, Any]], ...] = dataclasses.field(repr=False)
+    folders: tuple[Path, ...] = ()
+
+    @classmethod
+    def from_records(
+        cls,
+        label: str,
+        records: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        reference: str = "",
+        validation_loss: float | Sequence[float] | None = None,
+        bytes_per_parameter: float = math.nan,
+        folders: Sequence[Path] = (),
+    ) -> Outcome:
+        """Returns the outcome of any loop's records.
+
+        A record holds `step` and `loss`, and what else there is of `tokens_per_s`, `loss_scale`,
+        `skipped` (counted from the first step on); one without a `loss` holds the
+        `validation_loss` of its step.
+
+        Args:
+          label: of the arm.
+          records: of one seed, or a list of them for each seed; numbers may be arrays' scalars.
+          reference: label of the arm that it is compared with; without one, its own.
+          validation_loss: final one, or one a seed; by default the last of each seed's records.
+          bytes_per_parameter: weights and optimizer state.
+          folders: of the runs.
+
+        Raises:
+          ConfigError: no record with a loss, a record that is none, or steps that do not ascend.
+
+        Example:
+          >>> run = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0, "validation_loss": 2.5}]
+          >>> Outcome.from_records("mine", run).validation_loss
+          (2.5,)
+        """
+        if not isinstance(label, str) or not label:
+            raise ConfigError(f"outcome: label {brief(label)}; give the arm a name")
+        if isinstance(records, Mapping | str) or not isinstance(records, Sequence):
+            raise ConfigError(
+                f"outcome {label!r}: records {brief(records)}; give a list of dicts, such as"
+                " [{'step': 1, 'loss': 3.0}], or one such list a seed"
+            )
+        one = not records or isinstance(records[0], Mapping)
+        each: Sequence[Any] = [records] if one else records
+        seeds = [runs.step_records(label, run) for run in each]
+        last = [run[-1] for run in seeds]
+        speeds = [r["tokens_per_s"] for run in seeds for r in run[2:] or run if "tokens_per_s" in r]
+        if validation_loss is None:
+            judged = [
+                [r["validation_loss"] for r in run if "validation_loss" in r] for run in seeds
+            ]
+            losses = [found[-1] if found else math.nan for found in judged]
+        else:
+            losses = np.atleast_1d(np.asarray(validation_loss, np.float64)).tolist()
+        if len(losses) != len(seeds):
+            raise ConfigError(
+                f"outcome {label!r}: {len(losses)} validation losses of {len(seeds)} seeds; give"
+                " one a seed"
+            )
+        return cls(
+            label, reference or label, tuple(losses),
+            float(np.median(speeds)) if speeds else math.nan, bytes_per_parameter,
+            tuple(r["skipped"] for r in last), tuple(r["loss_scale"] for r in last), tuple(seeds),
+            tuple(folders),
+        )  # fmt: skip
+
+    @classmethod
+    def from_run(
+        cls, folder: str | Path | Sequence[str | Path], label: str = "", reference: str = ""
+    ) -> Outcome:
+        """Returns the outcome of a finished run, or of one arm's runs under several seeds.
+
+        Args:
+          folder: of a run (`metrics.jsonl`, and `manifest.json` if there is one), or that of an
+            arm, whose folders `seed0`, `seed1` ... hold its runs; or several folders of runs,
+            one a seed.
+          label: of the arm; by default the folder's name.
+          reference: as for `from_records`.
+
+        Raises:
+          ConfigError: not the folder of a run, no records, damaged files, or runs that differ in
+            more than their seed.
+        """
+        if isinstance(folder, str | Path):
+            folders = runs.seeds_of(Path(folder))
+        else:
+            several = isinstance(folder, Sequence) and all(
+                isinstance(x, str | Path) for x in folder
+            )
+            folders = [Path(each) for each in folder] if several else []
+        if not folders:
+            raise ConfigError(f"outcome: {brief(folder)} is no folder of a run; give at least one")
+        found = [runs.read_run(one) for one in folders]
+        runs.check_alike(found)
+        ended = {run.bytes_per_parameter for run in found}
+        return cls.from_records(
+            label or runs.label_of(folders), [run.records for run in found], reference=reference,
+            bytes_per_parameter=ended.pop() if len(ended) == 1 else math.nan, folders=folders,
+        )  # fmt: skip
 
 
 def check_outcomes(outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
