@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +132,7 @@ def keep_of(
     return found
 
 
-def language_inputs(batch: Batch, where: str) -> tuple[Array, dict[str, ArrayLike]]:
+def language_inputs(batch: Batch, where: str) -> tuple[Array, dict[str, Any]]:
     """Returns the token ids (B, T) of a language model's batch, and its `keep` and `segments`.
 
     Args:
