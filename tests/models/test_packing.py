@@ -96,6 +96,14 @@ def test_a_document_does_not_depend_on_another(name: str, precision: str) -> Non
     assert _bits(leaky[0][0]) != _bits(leaky[1][0])
 
 
+@pytest.mark.parametrize(("recipe", "same"), [("fp8-row", True), ("fp8", False)])
+def test_a_scale_of_the_whole_tensor_is_shared_by_documents(recipe: str, same: bool) -> None:
+    model = small(recipe, layers=1)
+    run = jax.jit(lambda ids: model.apply(drawn(model), ids, segments=SEGMENTS)[0])
+    both, other = (np.asarray(run(ids))[:, SECOND].tobytes() for ids in (IDS, OTHER))
+    assert (both == other) is same
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_positions_begin_at_0_in_each_document(name: str) -> None:
     run = _program(name, "fp32")

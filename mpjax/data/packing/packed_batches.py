@@ -41,7 +41,7 @@ def document_examples(tokens: np.ndarray, tokenizer: Tokenizer) -> list[Example]
         copies, but for the first.
 
     Raises:
-        ConfigError: something else than such a stream.
+        ConfigError: something else than such a stream, or than a tokenizer.
 
     Example:
         >>> from mpjax.data import make_tokenizer
@@ -50,6 +50,10 @@ def document_examples(tokens: np.ndarray, tokenizer: Tokenizer) -> list[Example]
         >>> one["inputs"].tolist(), one["targets"].tolist(), other["targets"].tolist()
         ([0, 97, 98], [97, 98, 0], [99, 0])
     """
+    if not (hasattr(tokenizer, "separator") and hasattr(tokenizer, "prefix")):
+        raise ConfigError(
+            f"tokenizer: {brief(tokenizer)}; give the one that made the ids, as corpus.tokenizer"
+        )
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):
         raise ConfigError(f"tokens: {brief(tokens)}; give an array of token ids, shape (tokens,)")
@@ -252,12 +256,17 @@ def packed_batches(
         Krell et al., Efficient sequence packing without cross-contamination (2021); Raffel et al.,
         Exploring the Limits of Transfer Learning (2020), section 2.2.
     """
-    rows = local_rows(batch, process_index, process_count)
-    for name, value, least in (("length", length, 1), ("seed", seed, 0)):
+    for name, value, least in (("batch", batch, 1), ("length", length, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"packing: {name}={brief(value)}; give a whole number from {least}")
     if longer not in LONGER:
         raise ConfigError(f"packing: longer={brief(longer)}; known: {' '.join(LONGER)}")
+    if not isinstance(examples, Sequence):
+        raise ConfigError(
+            f"packing: examples are {brief(examples)}; give a list of dicts, of a stream of"
+            " documents document_examples(tokens, tokenizer)"
+        )
+    rows = local_rows(batch, process_index, process_count)
     fields = _fields(examples)
     pieces = cut(_sizes(examples), length, longer)
     if longer_ones := len(np.unique(pieces[pieces[:, 1] > 0, 0])):

@@ -139,6 +139,8 @@ def test_documents_without_a_token_are_left_out() -> None:
     for bad in (np.zeros(3, np.int32), np.zeros(0, np.int32), np.ones(3), [[1, 0]], "abc"):
         with pytest.raises(ConfigError, match="^tokens: "):
             document_examples(bad, BYTES)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="tokenizer: 'bytes'; give the one that made the ids"):
+        document_examples(stream, "bytes")  # type: ignore[arg-type]
 
 
 def test_padding_of_the_standard_library_is_small(record_property: Any, tmp_path: Any) -> None:
@@ -206,7 +208,12 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "text": ([{"inputs": "abc"}], {}, "inputs is 'abc'; give a number, or one a token"),
     "length": ([ONE], {"length": 0}, "packing: length=0; give a whole number from 1"),
     "a fraction": ([ONE], {"length": 8.0}, "packing: length=8.0; give a whole number from 1"),
-    "batch": ([ONE], {"batch": 0}, "batch=0: expected at least 1 row"),
+    "batch": ([ONE], {"batch": 0}, "packing: batch=0; give a whole number from 1"),
+    "a stream": (
+        np.arange(9),
+        {},
+        "examples are an array of int64, .* give a list of dicts, of a st",
+    ),
     "seed": ([ONE], {"seed": -1}, "packing: seed=-1; give a whole number from 0"),
     "longer": ([ONE], {"longer": "cut"}, "packing: longer='cut'; known: error split"),
     "processes": ([ONE], {"process_count": 3}, "does not divide by process_count=3"),
