@@ -43,7 +43,9 @@ ENCODER: Any = dict(layers=1, width=16, heads=2, vocabulary=32, context=16, head
 MODELS: dict[str, Any] = {
     "learned": lambda precision: small(precision, "gpt", layers=1),
     "rotary, grouped": lambda precision: small(precision, "llama"),
-    "rotary, window": lambda precision: small(precision, "llama", window=3, layers=1),
+    "rotary, window": lambda precision: small(
+        precision, "llama", window=3, loop="scan", remat="full"
+    ),
     "encoder": lambda precision: encoder("bert-tiny", precision, **ENCODER),
 }
 

@@ -108,6 +108,7 @@ class PackedBatches(Iterator[Batch]):
         batch: int, length: int, seed: int, change: Change, rows: slice,
     ):  # fmt: skip
         self._examples, self._fields, self._pieces = examples, fields, pieces
+        self._sizes = pieces[:, 2] - pieces[:, 1]
         self._batch, self._length, self._seed = batch, length, seed
         self._change, self._own, self._next = change, rows, _Position()
         self._windows = max(1, round(len(pieces) / WINDOW))
@@ -165,10 +166,6 @@ class PackedBatches(Iterator[Batch]):
         """The share of padding in the rows of an epoch."""
         rows = sum(len(self._rows(epoch, window)) for window in range(self._windows))
         return 1 - int(self._sizes.sum()) / (rows * self._length)
-
-    @property
-    def _sizes(self) -> np.ndarray:
-        return self._pieces[:, 2] - self._pieces[:, 1]
 
     def _rows(self, epoch: int, window: int) -> list[Row]:
         """The rows of one window of an epoch, in an order that does not follow their lengths."""
