@@ -25,7 +25,15 @@ import jax  # isort: skip
 from common.datasets.sources import DOCUMENTS
 from common.lm import CHECKPOINTS, Judge, agreed, eval_precision, lm_model, prompt_ids, sample
 from common.lm_config import MAY_CHANGE, PRECISION, Config, settings
-from mpjax.data import Corpus, Tokenizer, batches, load_corpus
+from mpjax.data import (
+    Corpus,
+    PackedBatches,
+    Tokenizer,
+    batches,
+    document_examples,
+    load_corpus,
+    packed_batches,
+)
 from mpjax.data.pipeline import TrainingBatches
 from mpjax.errors import ConfigError
 from mpjax.files import write_text
@@ -111,7 +119,7 @@ class Run:
     model: Decoder
     state: TrainState
     step: TrainStep
-    data: TrainingBatches
+    data: TrainingBatches | PackedBatches
     judge: Judge
     start: int
 
@@ -137,6 +145,18 @@ def build_settings(config: Config) -> Settings:
         "seed": config.seed, "clip": config.clip or None, "patience": config.patience,
         "accumulate": config.accumulate, "schedule": schedule and schedule.to_dict(),
     }  # fmt: skip
+
+
+def training_data(config: Config, corpus: Corpus) -> TrainingBatches | PackedBatches:
+    """Endless batches of the training text, windows of it or packed documents."""
+    options: Settings = {
+        "batch": config.batch, "seed": config.seed, "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }  # fmt: skip
+    if not config.pack:
+        return batches(corpus.train, seq=config.seq, **options)
+    documents = document_examples(corpus.train, corpus.tokenizer)
+    return packed_batches(documents, length=config.seq, longer="split", **options)
 
 
 def prepare(config: Config) -> Run:
@@ -205,10 +225,7 @@ def prepare(config: Config) -> Run:
     model = lm_model(config.model, config.shape, precision, corpus.tokenizer.vocab_size, config.seq)
     if config.sample:
         prompt_ids(model, corpus.tokenizer, config.prompt)
-    data = batches(
-        corpus.train, batch=config.batch, seq=config.seq, seed=config.seed,
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+    data = training_data(config, corpus)
     state, step = build(model, raw, mesh, **build_settings(config))
     judge = Judge(model, config.judged_in(), corpus, config, step)
     if start is not None:
@@ -360,6 +377,9 @@ def main(config: Config) -> None:
         for name, found in products.items():
             lines = "; ".join(f"{product}: {how}" for product, how in found.items())
             console.print(f"recipe {name} here: {lines}", highlight=False, markup=False)
+        if isinstance(run.data, PackedBatches):
+            share = run.data.padding()
+            console.print(f"packed documents: {share:.2%} of the rows is padding", highlight=False)
         console.print(f"state: {formula(run.state)}\n{launch.machine()}", highlight=False)
     if run.start >= config.steps:
         console.print(f"step {run.start} of {config.steps}: nothing left to train; raise --steps")

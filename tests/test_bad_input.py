@@ -440,6 +440,7 @@ RESUMED = [
     ),
     ("--resume latest --data {files}/rows.jsonl --held-out .5", "data was", "held_out was 0.05"),
     ("--resume latest --tokenizer bpe:300", 'tokenizer was "bytes"', "bpe:300", "another --out"),
+    ("--resume latest --pack", "pack was (not set)", "is true now", "another --out"),
     ("--resume latest --accumulate 8 --batch 64", "accumulate was 1", "is 8", "another --out"),
 ]
 

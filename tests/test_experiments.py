@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -220,6 +221,21 @@ def test_a_run_leaves_a_page_and_goes_on_without_an_audit(text, tmp_path):
     assert all(part in page for part in ("4 steps", 'id="audit"', "bytes/parameter", "No leaks"))
     run("train_lm", *args, "--steps", 6, "--resume", "latest")
     assert "6 steps" in (tmp_path / "report.html").read_text()
+
+
+def test_packed_documents_train_and_resume_to_the_same_bits(tmp_path):
+    draw, folder = random.Random(0), tmp_path / "texts"
+    folder.mkdir()
+    for i in range(60):
+        (folder / f"{i}.txt").write_text("".join(f"text {i}\n" * draw.randrange(1, 30)))
+    args = [*SMALL, "--data", folder, "--pack", "--steps", 6, "--save-every", 3, "--sample", 0]
+    out, err = run("train_lm", *args, "--out", tmp_path / "whole")
+    share = re.search(r"packed documents: (\d+\.\d\d)% of the rows is padding", out)
+    assert share and 0 < float(share[1]) < 10 and "are longer than 32 tokens; split" in err
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    run("train_lm", *args, "--out", tmp_path / "again", "--resume", 3)
+    assert len(curve(tmp_path / "again")) == 6
+    assert curve(tmp_path / "again", "grad_norm") == curve(tmp_path / "whole", "grad_norm")
 
 
 # Other starting points, other devices.

@@ -319,6 +319,12 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: decoder.apply(of(encoder), IDS), "decoder: params hold encoder init",
     ),
     "encoder(float ids)": (lambda: encoder.apply(of(encoder), jnp.ones((1, 2))), "float32"),
+    "decoder(segments=float)": (
+        lambda: decoder.apply(of(decoder), IDS, segments=jnp.ones((1, 2))), "float32 (1, 2) integ",
+    ),
+    "packed_batches(a stream)": (
+        lambda: mpjax.data.packed_batches(IDS[0], batch=1, length=2, seed=0), "examples list dicts",
+    ),
     "encoder(params=None)": (lambda: encoder.apply(None, IDS), "encoder: params no dict"),
     "recurrent(float ids)": (
         lambda: recurrent.apply(of(recurrent), jnp.ones((1, 2))), "recurrent: float32 (B, T)",

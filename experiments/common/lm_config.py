@@ -95,6 +95,9 @@ class Config:
     """Sequences a step, over all devices."""
     seq: int = 128
     """Tokens a sequence."""
+    pack: bool = False
+    """Rows of whole documents, cut where they are longer, with attention inside each alone;
+    otherwise windows of the text, borders included. Validation is of windows either way."""
     accumulate: int = 1
     """Microbatches a step; their gradients are summed in float32."""
     seed: int = 0
@@ -180,7 +183,7 @@ def settings(config: Config) -> Settings:
     if not config.precision_schedule:
         values["precision"] = config.named()
     # An unused setting is left out, so that runs from before it existed can be resumed.
-    unused = (("precision_schedule", ""), ("audit", False))
-    values = {k: v for k, v in values.items() if (k, v) not in unused}
+    unused: Settings = {"precision_schedule": "", "pack": False, "audit": False}
+    values = {k: v for k, v in values.items() if k not in unused or v != unused[k]}
     values["shape"] = shape_changes(config.shape)
     return json.loads(json.dumps(values))

@@ -117,6 +117,8 @@ class Part:
         }
         for name in ("name", "take", "source"):  # the Stage's own
             settings.pop(name, None)
+        if not settings.get("pack", True):  # folders from before it existed can go on
+            del settings["pack"]
         try:
             settings["model"] = dataclasses.asdict(self.model(self.plan.eval_precision).config)
             if isinstance(stage, Trained) and self.trains:

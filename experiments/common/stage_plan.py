@@ -94,6 +94,7 @@ class Instruct(OnText):
     """Answers to prompts, of pairs; the loss is of the answers alone."""
 
     lengths: tuple[int, ...] = (64, 128)
+    pack: bool = False  # several pairs in a row of the longest length, each read alone
     prompt: str = "Question: {}\nAnswer: "
 
 
@@ -329,6 +330,9 @@ def _value(value: Json, kind: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        words = {int: "a whole number", float: "a number", str: "a text", dict: "a table"}
+        words = {
+            int: "a whole number", float: "a number", str: "a text", dict: "a table",
+            bool: "true or false",
+        }  # fmt: skip
         raise ConfigError(f"{where} is {brief(value)}; write {words[kind]}")
     return value

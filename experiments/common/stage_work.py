@@ -26,6 +26,7 @@ from mpjax.data import (
     load_pairs,
     load_wordpiece,
     make_tokenizer,
+    packed_batches,
     read_documents,
     split_documents,
     train_wordpiece,
@@ -209,8 +210,13 @@ def instruct(stage: Instruct, plan: Plan, tokenizer: Any) -> Work:
         instruction_examples(side, own.encode, end=own.separator, longest=longest) for side in asked
     )
     held_out = _held_out(test, stage, plan)
+
+    def packed(rows: int, seed: int) -> Any:
+        return packed_batches(train, batch=rows, length=longest, seed=seed)
+
     return Work(
-        Language(), own, {}, longest, _bucketed(train, stage.lengths), _language_judge(held_out),
+        Language(), own, {}, longest, packed if stage.pack else _bucketed(train, stage.lengths),
+        _language_judge(held_out),
         fingerprint(own, [train, test]),
     )  # fmt: skip
 

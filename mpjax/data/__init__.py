@@ -13,6 +13,11 @@ from mpjax.data.interactions import (
 from mpjax.data.labelled import LabelledTexts, load_labelled
 from mpjax.data.masking import segment_pairs
 from mpjax.data.mixing import mixed_batches, mixing_weights
+from mpjax.data.packing.packed_batches import (
+    PackedBatches,
+    document_examples,
+    packed_batches,
+)
 from mpjax.data.pairs import load_pairs
 from mpjax.data.pipeline import ValidationBatches, batches, validation_batches
 from mpjax.data.split import split_documents
@@ -37,6 +42,7 @@ __all__ = [
     "Images",
     "Interactions",
     "LabelledTexts",
+    "PackedBatches",
     "TaggedSentences",
     "Tokenizer",
     "ValidationBatches",
@@ -44,6 +50,7 @@ __all__ = [
     "batches",
     "bucket_batches",
     "candidates",
+    "document_examples",
     "eval_batches",
     "histories",
     "image_batches",
@@ -59,6 +66,7 @@ __all__ = [
     "mixed_batches",
     "mixing_weights",
     "most_frequent_tags",
+    "packed_batches",
     "parse_wordpiece",
     "read_documents",
     "segment_pairs",

@@ -32,12 +32,13 @@ def masking(pieces: WordPiece, rate: float = 0.15) -> Callable[[Batch, np.random
     special = [pieces.pad, pieces.first, pieces.separator]
 
     def change(batch: Batch, draw: np.random.Generator) -> Batch:
-        if "ids" not in batch or ("keep" in batch) == ("attention_mask" in batch):
+        masks = [name for name in ("keep", "attention_mask", "segments") if name in batch]
+        if "ids" not in batch or len(masks) != 1:
             raise ConfigError(
-                f"masking: the batch holds {' '.join(batch)}; give ids, and keep or attention_mask"
+                f"masking: the batch holds {' '.join(batch)}; give ids, and keep, attention_mask or"
+                " segments"
             )
-        ids = batch["ids"]
-        keep = np.asarray(batch["keep" if "keep" in batch else "attention_mask"]).astype(bool)
+        ids, keep = batch["ids"], np.asarray(batch[masks[0]]).astype(bool)
         chosen = (draw.random(ids.shape) < rate) & keep & ~np.isin(ids, special)
         kind = draw.random(ids.shape)
         other = draw.integers(0, pieces.vocab_size, ids.shape).astype(ids.dtype)

@@ -22,7 +22,7 @@ from mpjax.data.buckets import (
 from mpjax.errors import ConfigError, brief
 from mpjax.typing import Shape
 
-INPUTS = ("ids", "types", "keep", "attention_mask")  # what a model reads, of every task
+INPUTS = ("ids", "types", "keep", "attention_mask", "segments")  # what a model reads, of every task
 TASK = "task"  # the field that holds the number of each row's task
 Change = Callable[[Batch, np.random.Generator], Batch]
 
@@ -237,8 +237,8 @@ def mixed_batches(
 ) -> Iterator[Batch]:
     """Endless training batches of several tasks, each row of one of them.
 
-    What a model reads (`ids types keep attention_mask`) has its own name in the batch, any other
-    field that of its task too, such as `tags/labels`. In rows of other tasks such a field is
+    What a model reads (`ids types keep attention_mask segments`) has its own name in the batch, any
+    other field that of its task too, such as `tags/labels`. In rows of other tasks such a field is
     `IGNORE` where it holds signed integers, and 0 elsewhere. A task without such integers gets
     `weights`, 1 in its own rows. `task` (B,) is the number of each row's task. Rows come in the
     proportions of `mixing_weights`, evenly spread; each task goes through its examples epoch by

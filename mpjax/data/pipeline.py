@@ -59,7 +59,7 @@ def batches(
     References:
         Brown et al., Language Models are Few-Shot Learners (2020), appendix B (packing).
     """
-    rows = _rows(batch, process_index, process_count)
+    rows = local_rows(batch, process_index, process_count)
     count = _window_count(tokens, seq)
     if seed < 0:
         raise ConfigError(f"seed={seed}: expected 0 or above")
@@ -200,7 +200,7 @@ def validation_batches(
         >>> [int(b["inputs"][0, 0]) for b in few]
         [0, 24, 56]
     """
-    rows = _rows(batch, process_index, process_count)
+    rows = local_rows(batch, process_index, process_count)
     count = _window_count(tokens, seq)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit}: expected at least 1 validation batch, or None for all")
@@ -220,8 +220,12 @@ def _gather(tokens: np.ndarray, windows: np.ndarray, seq: int) -> Batch:
     return {"inputs": ids[..., :-1].astype(np.int32), "targets": ids[..., 1:].astype(np.int32)}
 
 
-def _rows(batch: int, process_index: int, process_count: int) -> slice:
-    """The rows of the global batch that belong to this process."""
+def local_rows(batch: int, process_index: int, process_count: int) -> slice:
+    """Returns the rows of the global batch that belong to a process.
+
+    Raises:
+        ConfigError: a batch that does not divide, or a setting out of range.
+    """
     if batch < 1:
         raise ConfigError(f"batch={batch}: expected at least 1 row")
     if not 0 <= process_index < process_count:

@@ -76,6 +76,7 @@ def attention(
     causal: bool = True,
     window: int = 0,
     keep_BS: Bool[Array, "B S"] | None = None,
+    segments_BT: Int[Array, "B T"] | None = None,
     kernel: str = "xla",
 ) -> Float[Array, "B T H K"]:
     r"""Attends, $\mathrm{softmax}(q k^\top / \sqrt K)\,v$, each query to the keys that it sees.
@@ -94,12 +95,14 @@ def attention(
       window: a query sees keys less than `window` positions away; 0 is all.
       keep_BS: which keys are there at all (no padding); None is all. A query that sees none gives
         some finite average.
+      segments_BT: number of the document that a token is of, where keys and queries are the same
+        tokens; a query sees only the keys of its own. None is one document a row.
       kernel: `xla`; `cudnn`, the fused kernel of GPUs (16-bit operands, float32 softmax, first
-        = 0, no window or padding, K a multiple of 8 up to 128); or `auto`, cudnn on a GPU where
-        it serves, else xla.
+        = 0, no window, padding or segments, K a multiple of 8 up to 128); or `auto`, cudnn on a
+        GPU where it serves, else xla.
 
     Raises:
-      ConfigError: `cudnn` where it does not serve.
+      ConfigError: `cudnn` where it does not serve, or segments that are not of the keys.
 
     Example:
       >>> from mpjax.precision import parse_policy
@@ -118,7 +121,7 @@ def attention(
     from_start = isinstance(first, int) and first == 0
     fits = compute != jnp.float32 and softmax.compute_dtype == jnp.float32 and from_start
     K = q.shape[-1]
-    masked = keep_BS is not None or window > 0
+    masked = keep_BS is not None or segments_BT is not None or window > 0
     fits = fits and K % 8 == 0 and K <= 128 and not masked and jax.default_backend() == "gpu"
     if kernel == "cudnn" and not fits:
         raise ConfigError(
@@ -134,6 +137,11 @@ def attention(
         return out.astype(policy.output_dtype)
     B, T, H, _ = q.shape
     S, G = k.shape[1], k.shape[2]
+    if segments_BT is not None and (segments_BT.shape != (B, T) or T != S or not from_start):
+        raise ConfigError(
+            f"attention: segments have shape {segments_BT.shape}, queries {(B, T)}, keys {(B, S)};"
+            " give one for each token, and no cache"
+        )
     R = H // G
     # Query heads that share keys are rows of one product, whose batch axes are B and G.
     q_BGRTK = (q * K**-0.5).reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4)
@@ -155,6 +163,10 @@ def attention(
             scores = jnp.where(mask_NS[None, None], scores, lowest)
         if keep_BS is not None:
             scores = jnp.where(keep_BS[:, None, None, :end], scores, lowest)
+        if segments_BT is not None:
+            same_BTS = segments_BT[:, start:stop, None] == segments_BT[:, None, :end]
+            same_BRTS = jnp.broadcast_to(same_BTS[:, None], (B, R, stop - start, end))
+            scores = jnp.where(same_BRTS.reshape(B, 1, -1, end), scores, lowest)
         probs = softmaxed(scores, softmax.compute_dtype)
         probs = probs.astype(softmax.output_dtype).astype(compute)
         out_BGNK = _einsum("BGNS,BGSK->BGNK", probs, v_BGSK[:, :, :end], compute)

@@ -36,7 +36,8 @@ def encoder_inputs(batch: Batch) -> dict[str, Array]:
       ConfigError: there are no `ids`, or `keep` and `attention_mask`.
     """
     inputs = {"ids": field(batch, "ids", "encoder")}
-    own = {"types": batch.get("types"), "keep": keep_of(batch, "encoder")}
+    own = {name: batch.get(name) for name in ("types", "segments")}
+    own["keep"] = keep_of(batch, "encoder")
     return inputs | {name: value for name, value in own.items() if value is not None}
 
 

@@ -115,6 +115,17 @@ def test_a_plan_is_filled_in_and_its_stages_fit(plan):
     assert pages["student"]["model"]["width"] == 32 and pages["lm"]["plan"]["seed"] == 1
 
 
+def test_pairs_are_packed_if_that_is_asked_for(plan):
+    pages, batches = [], []
+    for changes in ((), ("lengths = [40]", "lengths = [120]\npack = true")):
+        part = parts_of(plan(*changes))[2]
+        pages.append(part.as_stage().settings)
+        batches.append(next(part.work.data(4, 0)))
+    assert "pack" not in pages[0] and pages[1]["pack"] is True
+    assert "segments" not in batches[0] and batches[1]["segments"].max() == 3
+    assert batches[1]["weights"].sum() > 2 * batches[0]["weights"].sum()
+
+
 def test_other_data_has_another_hash(plan, tmp_path):
     before = parts_of(plan())[0].as_stage().settings["data_hash"]
     assert parts_of(plan())[0].as_stage().settings["data_hash"] == before
@@ -150,6 +161,11 @@ MISTAKES = {
     "text for a number": ("steps = 6", 'steps = "6"', "steps is '6'; write a whole number"),
     "true for a number": ("steps = 6", "steps = true", "steps is True; write a whole number"),
     "a number for a list": ("lengths = [40]", "lengths = 40", "lengths is 40; write a list"),
+    "a number for true": (
+        "lengths = [40]",
+        "lengths = [40]\npack = 1",
+        "pack is 1; write true or f",
+    ),
     "an empty list": ("lengths = [40]", "lengths = []", "lengths: empty"),
     "a rate of none": ("steps = 6", "steps = 6\nlr = nan", "lr: nan is out of range"),
     "pruned at once": (SPARSE, f"{SPARSE}\nlr = 0.1", "at once does not read lr; leave it out, or"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -132,11 +132,11 @@ def keep_of(
     return found
 
 
-def language_inputs(batch: Batch, where: str) -> tuple[Array, ArrayLike | None]:
-    """Returns the token ids (B, T) of a language model's batch and which are no padding.
+def language_inputs(batch: Batch, where: str) -> tuple[Array, dict[str, Any]]:
+    """Returns the token ids (B, T) of a language model's batch, and its `keep` and `segments`.
 
     Args:
-      batch: with `inputs`, and `keep` or `attention_mask` if there is padding.
+      batch: with `inputs`, and `keep` or `attention_mask` if there is padding, or `segments`.
       where: what takes it.
 
     Raises:
@@ -149,7 +149,33 @@ def language_inputs(batch: Batch, where: str) -> tuple[Array, ArrayLike | None]:
             f"{where}: what is no padding has shape {jnp.shape(keep)}, inputs {ids.shape}; give one"
             " for each token"
         )
-    return ids, keep
+    masks = {"keep": keep, "segments": batch.get("segments")}
+    if masks["segments"] is not None and batch.get("weights") is None:
+        raise ConfigError(
+            f"{where}: the batch holds segments and no weights; add them, 0 at padding and where a"
+            " document's last token has the next one's first as target"
+        )
+    return ids, {name: mask for name, mask in masks.items() if mask is not None}
+
+
+def real_tokens(batch: Mapping[str, ArrayLike], where: str) -> Array | None:
+    """Returns which tokens of a batch are no padding, by its `keep` or `segments`; None is all.
+
+    Args:
+      batch: name -> array.
+      where: what takes it.
+
+    Raises:
+      ConfigError: as `keep_of`.
+
+    Example:
+      >>> real_tokens({"segments": np.array([[1, 2, 0]])}, "encoder").tolist()
+      [[True, True, False]]
+    """
+    keep, segments = keep_of(batch, where), batch.get("segments")
+    if segments is not None:
+        return jnp.asarray(segments) > 0
+    return None if keep is None else jnp.asarray(keep).astype(bool)
 
 
 def targets_of(batch: Batch, shape: Shape, where: str) -> Array:
@@ -182,6 +208,35 @@ def as_ids(ids: object, where: str) -> Array:
         raise ConfigError(
             f"{where}: ids are {found.dtype.name} of shape {found.shape}; give integers of shape"
             " (B, T), such as jnp.array([[5, 6]])"
+        )
+    return found
+
+
+def as_segments(segments: object, shape: Shape, where: str) -> Array:
+    """Returns which document of its row each token is of, integers of a shape.
+
+    Args:
+      segments: 1, 2 ... for documents and 0 for padding.
+      shape: of the token ids, (B, T).
+      where: what takes them.
+
+    Raises:
+      ConfigError: they are something else. Negative numbers are found where there are numbers, not
+        while a function is traced.
+
+    Example:
+      >>> as_segments([[1, 1, 2]], (1, 3), "decoder").shape
+      (1, 3)
+    """
+    found = as_array(segments, f"{where}: segments")
+    if found.shape != shape or not jnp.issubdtype(found.dtype, jnp.integer):
+        raise ConfigError(
+            f"{where}: segments are {found.dtype.name} of shape {found.shape}; give integers of"
+            f" shape {shape}, one for each token"
+        )
+    if not isinstance(found, jax.core.Tracer) and found.size and (least := int(found.min())) < 0:
+        raise ConfigError(
+            f"{where}: segments hold {least}; number documents 1, 2 ... and give padding 0"
         )
     return found
 

@@ -234,16 +234,16 @@ class LanguageModel(NextToken):
 
     def features(
         self, params: Params, ids_BT: Ids, *, keep: ArrayLike | None = None,
-        offset: ArrayLike | None = None, state: ModelState = None, key: Key | None = None,
-        train: bool = False,
+        offset: ArrayLike | None = None, segments: ArrayLike | None = None,
+        state: ModelState = None, key: Key | None = None, train: bool = False,
     ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the inputs of the head (B, T, D) and the new state, as `apply`."""
         raise NotImplementedError
 
     def apply(
         self, params: Params, ids_BT: Ids, *, keep: ArrayLike | None = None,
-        offset: ArrayLike | None = None, state: ModelState = None, key: Key | None = None,
-        train: bool = False,
+        offset: ArrayLike | None = None, segments: ArrayLike | None = None,
+        state: ModelState = None, key: Key | None = None, train: bool = False,
     ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the logits (B, T, V) and the new state.
 
@@ -253,13 +253,16 @@ class LanguageModel(NextToken):
           keep: (B, T) bool, False where there is padding, on either side; None is all True.
             Logits at padding are undefined.
           offset: (B, T, D), added to the token embeddings, in float32; None adds nothing.
+          segments: (B, T) integers where a row holds several documents: 1, 2 ... of each, 0 at
+            padding. Tokens see those of their own document, in which positions begin at 0.
           state: from `init_cache`, an earlier call or `init_state` (amax histories), or None.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.
         """
         x, state = self.features(
-            params, ids_BT, keep=keep, offset=offset, state=state, key=key, train=train
-        )
+            params, ids_BT, keep=keep, offset=offset, segments=segments, state=state, key=key,
+            train=train,
+        )  # fmt: skip
         return self._logits(self._head_params(params), x, key), state
 
     def loss(
@@ -271,12 +274,14 @@ class LanguageModel(NextToken):
         Args:
           batch: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there
             is padding, which may be called `attention_mask`, `weights` (B, T) of the tokens in the
-            mean, if they are not all alike, and `offset` (B, T, D) of their embeddings.
+            mean, if they are not all alike, `offset` (B, T, D) of their embeddings, and
+            `segments` (B, T) of packed documents (`mpjax.data.packed_batches`), in place of `keep`
+            and beside `weights`.
         """
-        ids, keep = language_inputs(batch, self.root)
+        ids, masks = language_inputs(batch, self.root)
         targets_of(batch, ids.shape, self.root)  # before the forward pass
         x, state = self.features(
-            params, ids, keep=keep, offset=batch.get("offset"), state=state, key=key, train=train
+            params, ids, **masks, offset=batch.get("offset"), state=state, key=key, train=train
         )
         return self._loss(self._head_params(params), x, batch, key, train), state
 

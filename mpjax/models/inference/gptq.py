@@ -42,7 +42,7 @@ def _ids(batch: Batch, vocabulary: int) -> np.ndarray:
             f"{' of ' + ' '.join(map(str, batch)) if isinstance(batch, Mapping) else ''}; write"
             " [{'inputs': ids}]"
         )
-    if masks := [name for name in ("keep", "attention_mask") if name in batch]:
+    if masks := [name for name in ("keep", "attention_mask", "segments") if name in batch]:
         raise ConfigError(
             f"input_moments: a batch has {masks[0]}, and padding is no text; give windows of"
             " running text without it"

@@ -24,7 +24,7 @@ from mpjax.models.inference.quantize_weights import has_scales, quantize_weights
 from mpjax.models.inference.settings import CacheStorage, as_cache
 from mpjax.models.transformer.decoder import Decoder
 from mpjax.precision import get_precision
-from mpjax.typing import Array, Batch, Params, PyTree
+from mpjax.typing import Array, Batch, Params
 
 
 class Judged(NamedTuple):
@@ -51,17 +51,16 @@ def exp(x: float) -> float:
     return math.inf if x > math.log(sys.float_info.max) else math.exp(x)
 
 
-_FIELDS = ("inputs", "targets", "keep", "attention_mask", "weights")
+_FIELDS = ("inputs", "targets", "keep", "attention_mask", "segments", "weights")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "cache"))
 def _sums(model: Decoder, params: Params, batch: Batch, cache: str | Storage) -> tuple[Array, ...]:
-    ids_BT, keep = language_inputs(batch, "judge")
+    ids_BT, masks = language_inputs(batch, "judge")
     targets_BT, weights_BT = targets_of(batch, ids_BT.shape, "judge"), batch.get("weights")
     B, T = targets_BT.shape
     state = (model.init_state() or {}) | (model.init_cache(B, T, cache) if cache else {})
-    hidden: dict[str, PyTree] = {} if keep is None else {"keep": keep}
-    logits_BTV, _ = model.apply(params, ids_BT, state=state or None, **hidden)
+    logits_BTV, _ = model.apply(params, ids_BT, state=state or None, **masks)
     if weights_BT is None:
         weights_BT = jnp.ones((B, T), jnp.float32)
     weights_BT = jnp.asarray(weights_BT).astype(jnp.float32)
@@ -87,11 +86,13 @@ def judge(
       params: its weights, quantised or not.
       batches: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there is
         padding, which may be called `attention_mask`, and `weights` (B, T) of the targets, if they
-        are not all alike. A target that is no token gives NaN unless it weighs nothing.
+        are not all alike, or `segments` (B, T) of packed documents. A target that is no token
+        gives NaN unless it weighs nothing.
       cache: storage of keys and values, as in `generate`; by default there is no cache.
 
     Raises:
-      ConfigError: no batch, one that is something else, or `keep` beside a cache.
+      ConfigError: no batch, one that is something else, or `keep` or `segments` beside a
+        cache.
 
     Example:
       >>> from mpjax.models import decoder

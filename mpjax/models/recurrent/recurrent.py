@@ -13,6 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from mpjax.errors import ConfigError
 from mpjax.formats import weight_view, widest
 from mpjax.models.core.checks import Ids, as_ids, below
 from mpjax.models.core.layers import Embed, dropout, shifted
@@ -64,10 +65,15 @@ class Recurrent(LanguageModel):
     @jax.named_scope(CARRIED)
     def features(
         self, params: Params, ids_BT: Ids, *, keep: ArrayLike | None = None,
-        offset: ArrayLike | None = None, state: ModelState = None, key: Key | None = None,
-        train: bool = False,
+        offset: ArrayLike | None = None, segments: ArrayLike | None = None,
+        state: ModelState = None, key: Key | None = None, train: bool = False,
     ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the last cell's outputs (B, T, D) and the new state, as `apply`."""
+        if segments is not None:
+            raise ConfigError(
+                "recurrent: segments are given, and its state goes from one document into the next;"
+                " give one a row, as bucket_batches does"
+            )
         keep_TB = None if keep is None else jnp.asarray(keep).astype(bool).T
         c, p, state = self.config, below(weight_view(params), "recurrent"), state or {}
         ids = as_ids(ids_BT, "recurrent")

@@ -58,6 +58,7 @@ class AttentionContext(NamedTuple):
       positions: of the tokens, (T,) or (B, T), for rotary positions; None where none are used.
       first: slot of the first token in the cache; 0 without one.
       keep_BS: which tokens, or slots of the cache, are no padding; None is all.
+      segments_BT: number of the document that a token is of and attends to; None is one a row.
       source_BSD: input of cross-attention; None if there is none or the cache holds its keys.
       keep_source_BS: which of it is no padding; None is all.
     """
@@ -67,6 +68,7 @@ class AttentionContext(NamedTuple):
     keep_BS: Array | None = None
     source_BSD: Array | None = None
     keep_source_BS: Array | None = None
+    segments_BT: Array | None = None
 
 
 class Attention(Layer):
@@ -130,6 +132,7 @@ class Attention(Layer):
             causal=self.causal and not self.across,
             window=0 if self.across else c.window,
             keep_BS=context.keep_source_BS if self.across else context.keep_BS,
+            segments_BT=None if self.across else context.segments_BT,
             kernel=c.kernel,
         )  # fmt: skip
         gain = (2 * c.layers) ** -0.5  # keeps the variance of the residual stream over the depth

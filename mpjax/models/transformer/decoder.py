@@ -24,6 +24,7 @@ from mpjax.models.transformer.transformer import (
     TransformerNetwork,
     attention_context_of,
     empty_cache,
+    packed_context,
 )
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
@@ -55,14 +56,18 @@ class Decoder(TransformerNetwork, LanguageModel):
     @jax.named_scope(CARRIED)
     def features(
         self, params: Params, ids_BT: Ids, *, keep: ArrayLike | None = None,
-        offset: ArrayLike | None = None, state: ModelState = None, key: Key | None = None,
-        train: bool = False,
+        offset: ArrayLike | None = None, segments: ArrayLike | None = None,
+        state: ModelState = None, key: Key | None = None, train: bool = False,
     ) -> tuple[Array, ModelState]:  # fmt: skip
         """Returns the features after the last norm (B, T, D) and the new state, as `apply`."""
         state, ids = state or {}, as_ids(ids_BT, "decoder")
         T = ids.shape[1]
+        if segments is None:
+            context = attention_context_of(T, keep, state)
+        else:
+            context = packed_context(ids, segments, keep, state, "decoder")
         x, cache, amax, found = self.transformer(self.at)(
-            below(slice_view(params), "decoder"), ids, attention_context_of(T, keep, state),
+            below(slice_view(params), "decoder"), ids, context,
             offset_BTD=offset, cache=state.get("layers", ()),
             amax=state.get("amax", {}).get("layers"), key=key, train=train,
         )  # fmt: skip

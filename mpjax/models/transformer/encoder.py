@@ -22,12 +22,17 @@ from mpjax.models.core.sizes import FieldValue
 from mpjax.models.transformer.block import AttentionContext
 from mpjax.models.transformer.encoder_config import EncoderConfig, encoder_config
 from mpjax.models.transformer.heads import ClassHead, MaskedHead, MeanPooler, Pooler, TaskHeads
-from mpjax.models.transformer.transformer import Parts, Transformer, TransformerNetwork
+from mpjax.models.transformer.transformer import (
+    Parts,
+    Transformer,
+    TransformerNetwork,
+    packed_context,
+)
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
 from mpjax.typing import Array, ArrayLike, Key, ModelState, Params
 
-_INPUTS = ("ids", "keep", "types", "offset")
+_INPUTS = ("ids", "keep", "types", "offset", "segments")
 
 
 def _head_parts(c: EncoderConfig, at: At) -> Parts:
@@ -79,6 +84,11 @@ class Encoder(TransformerNetwork):
 
     def _inputs(self, inputs: Ids | Mapping[str, ArrayLike]) -> dict[str, Any]:
         fields: dict[str, Any] = dict(inputs) if isinstance(inputs, dict) else {"ids": inputs}
+        if "segments" in fields and self.config.pools:
+            raise ConfigError(
+                f"encoder: segments are given, and head={self.config.head!r} pools a row as one"
+                " text; set head='masked' or head='token', or give one text a row"
+            )
         if "attention_mask" in fields:
             fields["keep"] = keep_of(fields, "encoder")
             del fields["attention_mask"]
@@ -108,7 +118,9 @@ class Encoder(TransformerNetwork):
           params: from `init`.
           inputs: token ids (B, T), or a dict of `ids`, `keep` (B, T; True or 1 where there is no
             padding; `attention_mask` is another name for it), `types` (B, T; 0 or 1 for the two
-            texts of a pair) and `offset` (B, T, D; added to the token embeddings, in float32).
+            texts of a pair), `offset` (B, T, D; added to the token embeddings, in float32) and, in
+            place of `keep`, `segments` (B, T; 1, 2 ... for the texts of a row, 0 at padding), where
+            no output is of a whole row.
           state: amax histories from `init_state`, or None.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.
@@ -123,10 +135,13 @@ class Encoder(TransformerNetwork):
         histories = (state or {}).get("amax", {})
         keep = jnp.asarray(fields["keep"]).astype(bool) if "keep" in fields else None
         ids = as_ids(fields["ids"], "encoder")
+        if "segments" in fields:
+            context = packed_context(ids, fields["segments"], keep, {}, "encoder")
+        else:
+            context = AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep)
         transformer = self.transformer(self.at)
         x, _, amax, found = transformer(
-            p, ids, AttentionContext(jnp.arange(ids.shape[1]), keep_BS=keep),
-            kinds_BT=fields.get("types"), offset_BTD=fields.get("offset"),
+            p, ids, context, kinds_BT=fields.get("types"), offset_BTD=fields.get("offset"),
             amax=histories.get("layers"), key=key, train=train,
         )  # fmt: skip
         new = dict(histories) | ({"layers": amax} if amax else {})

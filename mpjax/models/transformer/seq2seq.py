@@ -130,6 +130,11 @@ class Seq2Seq(TransformerNetwork, NextToken):
                     "seq2seq: without a state from start() the input is a dict of source (B, S) and"
                     " inputs (B, T), and of source_keep and keep if there is padding"
                 )
+            if "segments" in inputs:
+                raise ConfigError(
+                    "seq2seq: segments are given, and a target has one source; give one pair a row,"
+                    " as bucket_batches does"
+                )
             ids = as_ids(inputs["inputs"], "seq2seq: inputs")
             source_keep = keep_of(inputs, "seq2seq", keep="source_keep")
             source, keep, state = self._read(

@@ -17,6 +17,7 @@ from flax import linen as nn
 
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import weight_view, widest
+from mpjax.models.core.checks import as_segments
 from mpjax.models.core.layers import Embed, Norm, dropout, shifted
 from mpjax.models.core.module import At, init_layers, part_key, run_collecting, run_module
 from mpjax.models.core.network import Network
@@ -341,6 +342,45 @@ def attention_context_of(
     pads_B1 = state["pads"][:, None]
     keep_BS = jnp.arange(state["layers"][0].shape[2])[None, :] >= pads_B1
     return AttentionContext(jnp.maximum(slots_T[None, :] - pads_B1, 0), first, keep_BS)
+
+
+def packed_context(
+    ids_BT: Array, segments: ArrayLike, keep: ArrayLike | None, state: ModelState, where: str
+) -> AttentionContext:
+    """Returns the positions of the tokens of packed documents, and which document each is of.
+
+    Positions begin at 0 in each document. Padding is like a document, so nothing sees it.
+
+    Args:
+      ids_BT: the tokens.
+      segments: (B, T) numbers, equal in a document and another in the next; 0 is padding.
+      keep: what else would say where padding is, None.
+      state: without a cache.
+      where: what takes them.
+
+    Raises:
+      ConfigError: they are no such numbers, or stand beside a cache or `keep`.
+
+    Example:
+      >>> ids = jnp.ones((1, 5), jnp.int32)
+      >>> packed_context(ids, [[1, 1, 2, 2, 0]], None, {}, "decoder").positions.tolist()
+      [[0, 1, 0, 1, 0]]
+    """
+    if "position" in state:
+        raise ConfigError(
+            f"{where}: segments are given beside a cache, whose rows are one text each; leave one"
+            " of them out"
+        )
+    if keep is not None:
+        raise ConfigError(
+            f"{where}: segments and keep are given; segments are 0 at padding, leave keep out"
+        )
+    segments_BT = as_segments(segments, ids_BT.shape, where)
+    slots_1T = jnp.arange(ids_BT.shape[1])[None, :]
+    new_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
+    # A document is known by its first slot: a number that comes again is another document.
+    first_BT = jax.lax.cummax(jnp.where(new_BT, slots_1T, 0), axis=1)
+    return AttentionContext(slots_1T - first_BT, segments_BT=first_BT)
 
 
 def empty_cache(

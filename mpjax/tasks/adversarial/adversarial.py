@@ -219,6 +219,11 @@ class Adversarial:
 
     def _room(self, batch: Batch) -> Array:
         """Which tokens may be moved, (B, T)."""
+        if "segments" in batch:
+            raise ConfigError(
+                "adversarial: an offset is as large as epsilon in each row, and segments pack"
+                " several texts into one; give one a row, as bucket_batches does"
+            )
         tokens, keep = "ids", "keep"
         if isinstance(self.task, Language):
             tokens, keep = ("source", "source_keep") if "source" in batch else ("inputs", "keep")

@@ -16,7 +16,7 @@ from mpjax import ops
 from mpjax.data.buckets import IGNORE, Example
 from mpjax.errors import ConfigError, brief
 from mpjax.models import Encoder, Seq2Seq
-from mpjax.models.core.checks import field, language_inputs, targets_of
+from mpjax.models.core.checks import field, language_inputs, real_tokens, targets_of
 from mpjax.models.core.network import LanguageModel
 from mpjax.tasks.classify import TextClassification
 from mpjax.tasks.distill.answers import FIELDS, Answers, bucketed, likeliest, store_answers
@@ -166,15 +166,15 @@ class Distillation:
             return found[self.task.output], state
         if isinstance(model, Seq2Seq):
             return model.apply(params, batch, **options)
-        ids, keep = language_inputs(batch, model.root)
-        return model.apply(params, ids, keep=keep, **options)
+        ids, masks = language_inputs(batch, model.root)
+        return model.apply(params, ids, **masks, **options)
 
     def _weights(self, batch: Batch, shape: tuple[int, ...]) -> Array:
         """Which positions have soft targets, and how much they count; (...) of the logits."""
         weights = batch.get("weights")
         if isinstance(self.task, TokenClassification):
             labels = batch.get("labels")
-            chosen = encoder_inputs(batch).get("keep") if labels is None else labels != IGNORE
+            chosen = real_tokens(batch, "encoder") if labels is None else labels != IGNORE
             weights = chosen if weights is None or chosen is None else weights * chosen
         if weights is None:
             return jnp.ones(shape, jnp.float32)
@@ -182,11 +182,9 @@ class Distillation:
 
     def _keep(self, batch: Batch) -> Array:
         """Which tokens are no padding, (B, T) bool."""
-        if not isinstance(self.task, Language):
-            inputs = encoder_inputs(batch)
-            return jnp.asarray(inputs.get("keep", jnp.ones_like(inputs["ids"]))).astype(bool)
-        ids, keep = language_inputs(batch, "distillation")
-        return jnp.ones(jnp.shape(ids), bool) if keep is None else jnp.asarray(keep).astype(bool)
+        ids = field(batch, "inputs" if isinstance(self.task, Language) else "ids", "distillation")
+        keep = real_tokens(batch, "distillation")
+        return jnp.ones(jnp.shape(ids), bool) if keep is None else keep
 
     def objective(self, model: Teacher) -> ops.Objective:
         """Returns the objective of a student, for `mpjax.train.build(objective=...)`.
@@ -235,6 +233,11 @@ class Distillation:
                         params, own_layers, their_layers, pairs, keep
                     )
                 if self.relations:
+                    if "segments" in batch:
+                        raise ConfigError(
+                            "distillation: relations are between the tokens of a row, and segments"
+                            " pack several texts into one; give one a row, or set relations=0"
+                        )
                     one, other = related
                     each = [
                         relation_loss(
