@@ -18,8 +18,9 @@ from mpjax.files import write_text
 from mpjax.finetuning.pretrained import from_pretrained
 from mpjax.finetuning.run_folder import BEST, RUN, RunPage
 from mpjax.finetuning.settings import Finetuning
+from mpjax.finetuning.sources import read_source
 from mpjax.finetuning.tuned import Tuned, load_run
-from mpjax.finetuning.work import Lines, Scores, Work, read_source
+from mpjax.finetuning.work import Lines, Scores
 from mpjax.models import save_weights
 from mpjax.models.hf import open_checkpoint
 from mpjax.ops import how_it_runs
@@ -41,7 +42,7 @@ from mpjax.train import (
 )
 from mpjax.train.checkpoint import compare_settings
 from mpjax.train.report import require_same_environment
-from mpjax.typing import Settings
+from mpjax.typing import Params, Settings
 
 log = logging.getLogger("mpjax.finetuning")
 CHECKPOINTS = "checkpoints"
@@ -64,10 +65,11 @@ class Progress:
     metric: str
     found: list[tuple[int, Scores]] = dataclasses.field(default_factory=list)
 
-    def _worth(self, scores: Scores) -> float:
-        value = scores[self.metric]
+    def _worth(self, scores: Scores) -> tuple[float, float]:
+        """The metric and, between equal ones, the loss; more is better."""
+        value, loss = scores[self.metric], scores["loss"]
         worth = -value if self.metric in LESS_IS_BETTER else value
-        return -math.inf if math.isnan(worth) else worth
+        return tuple(-math.inf if math.isnan(x) else x for x in (worth, -loss))  # type: ignore[return-value]
 
     @property
     def best(self) -> int:
@@ -170,8 +172,15 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
         metadata=config, steps=steps, fingerprint=work.fingerprint, data=_told(data),
         lines=work.lines,
     )  # fmt: skip
+    progress = Progress(c.metric or work.metric)
+    untrained: Scores = {}
+    if not (c.out / RUN).is_file():  # before anything is written
+        untrained = judge(step.active(state)[1].params)
+        if progress.metric not in untrained:
+            raise ConfigError(
+                f"metric: no score {progress.metric!r}; known: {', '.join(untrained)}"
+            )
     before = _begin(c, page, tokens, files)
-    metric = c.metric or work.metric
     show(work.lines)
     if before is None:
         products = {
@@ -182,15 +191,14 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
         write_manifest(
             c.out, manifest(schedule.first, page.settings, model.paths, products, **kept)
         )
-    _train(c, work, state, step, judge, Progress(metric), steps, every, quiet)
+    _train(c, work.batches, state, step, judge, progress, untrained, steps, every, quiet)
     return load_run(c.out)
 
 
 def _train(
-    c: Finetuning, work: Work, state: TrainState, step: Any, judge: Callable[[Any], Scores],
-    progress: Progress, steps: int, every: int, quiet: bool,
+    c: Finetuning, data: Any, state: TrainState, step: Any, judge: Callable[[Any], Scores],
+    progress: Progress, untrained: Scores, steps: int, every: int, quiet: bool,
 ) -> None:  # fmt: skip
-    data, metric = work.batches, progress.metric
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(Checkpointer(c.out / CHECKPOINTS, keep=2))
         start = 0
@@ -212,17 +220,17 @@ def _train(
             if bar is not None:
                 bar.update(record)
 
-        def evaluate(number: int, state: TrainState) -> None:
-            scores = {name: float(x) for name, x in judge(state.params).items()}
-            if metric not in scores:
-                raise ConfigError(f"metric: no score {metric!r}; known: {', '.join(scores)}")
+        def tell(number: int, scores: Scores) -> None:
             names = {name: name.replace(" ", "_") for name in scores} | {"loss": "validation_loss"}
             report({"step": number} | {names[name]: x for name, x in scores.items()})
-            if number == 0:
-                return
+
+        def evaluate(number: int, state: TrainState) -> None:
+            params = step.active(state)[1].params
+            scores = {name: float(x) for name, x in judge(params).items()}
+            tell(number, scores)
             progress.found.append((number, scores))
             if progress.best == len(progress.found) - 1:
-                _keep_best(c.out, number, scores, state)
+                _keep_best(c.out, number, scores, params)
 
         def act(number: int, state: TrainState) -> None:
             judged = number % every == 0 or number == steps
@@ -233,15 +241,15 @@ def _train(
             if judged and progress.enough(c.patience):
                 raise _Enough
 
-        if start == 0:
-            evaluate(0, state)
+        if untrained:
+            tell(0, untrained)
         try:
             state = fit(
                 state, step, data, steps=steps, report=report, every=((every, act),),
                 stop=lambda: interrupt.requested,
             )  # fmt: skip
         except _Enough:
-            log.info("%s: no better %s in %d judgements; ended", c.out, metric, c.patience)
+            log.info("%s: no better %s in %d judgements; ended", c.out, progress.metric, c.patience)
             return
         reached = int(state.step)
         if reached < steps:
@@ -251,11 +259,10 @@ def _train(
             )
 
 
-def _keep_best(out: Path, step: int, scores: Scores, state: TrainState) -> None:
+def _keep_best(out: Path, step: int, scores: Scores, params: Params) -> None:
     """Writes the weights, then the line that names them, then removes older ones."""
     name = f"best-{step}.safetensors"
-    plain = getattr(state, "plain", state)
-    save_weights(jax.device_get(plain.params), out / name)
+    save_weights(jax.device_get(params), out / name)
     write_text(out / BEST, json.dumps({"step": step, "weights": name, "scores": scores}) + "\n")
     for path in out.glob("best-*.safetensors"):
         if path.name != name:

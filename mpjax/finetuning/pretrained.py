@@ -124,7 +124,7 @@ def _with_head(
     theirs = tuple((checkpoint.config.get("id2label") or {}).values())
     kept = kind.get(title) == head and "labels" in held
     kept = kept and (len(theirs) == 1 if classes == 1 else set(labels) == set(theirs))
-    own = {"head": head} | changes
+    own: Settings = {"head": head} | changes
     if kept:
         new, unused = [], []
     else:

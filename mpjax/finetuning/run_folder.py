@@ -12,16 +12,17 @@ best-STEP.safetensors    these weights
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mpjax.errors import ConfigError
 from mpjax.files import write_file, write_text
 from mpjax.json_text import parse_json
 from mpjax.train import environment
-from mpjax.typing import Json, Settings
+from mpjax.typing import Settings
 
 RUN, BEST, TOKENIZER, FILES = "run.json", "best.json", "tokenizer.json", "files"
 
@@ -69,7 +70,8 @@ class RunPage:
                 if name != TOKENIZER:
                     path = folder / FILES / name
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    write_file(path, content.encode() if isinstance(content, str) else content)
+                    held = content.encode() if isinstance(content, str) else content
+                    write_file(path, functools.partial(_put, held))
             text = json.dumps(dataclasses.asdict(self), indent=2, default=str)
             write_text(folder / RUN, text + "\n")
         except OSError as error:
@@ -95,6 +97,10 @@ class RunPage:
         return cls(**page)
 
 
+def _put(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
+
+
 def best_weights(folder: Path) -> tuple[Path, int, dict[str, float]]:
     """Returns the file of the best weights, their step and their scores.
 
@@ -104,10 +110,10 @@ def best_weights(folder: Path) -> tuple[Path, int, dict[str, float]]:
     path = folder / BEST
     if not path.is_file():
         raise ConfigError(f"{folder}: the run has not been judged yet; go on with it by resume")
-    found: Json = parse_json(path.read_bytes(), str(path))
+    found: Any = parse_json(path.read_bytes(), str(path))
     try:
-        weights = folder / found["weights"]  # type: ignore[index, call-overload]
-        step, scores = int(found["step"]), dict(found["scores"])  # type: ignore[index, call-overload]
+        weights = folder / found["weights"]
+        step, scores = int(found["step"]), dict(found["scores"])
     except (KeyError, TypeError, ValueError):
         raise ConfigError(f"{path}: is damaged; go on with the run by resume") from None
     if not weights.is_file():

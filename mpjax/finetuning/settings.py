@@ -11,7 +11,7 @@ from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import did_you_mean
 from mpjax.typing import Settings
 
-TASKS = ("classify", "pair", "regress", "tag", "lm", "instruct")
+TASKS = ("classify", "pair", "regress", "tag", "seq2seq", "lm", "instruct")
 NEW = "new"
 
 
@@ -19,18 +19,19 @@ NEW = "new"
 class Finetuning:
     """Fine-tune a model on data of your own, and keep the best of it."""
 
-    task: Literal["classify", "pair", "regress", "tag", "lm", "instruct"] = "classify"
+    task: Literal["classify", "pair", "regress", "tag", "seq2seq", "lm", "instruct"] = "classify"
     """A class for each text, or for each `pair` of texts; a number for each text or pair
-    (`regress`); a `tag` for each word; the next token (`lm`); an answer to each prompt
-    (`instruct`)."""
+    (`regress`); a `tag` for each word; a sequence for each sequence (`seq2seq`); the next token
+    (`lm`); an answer to each prompt (`instruct`)."""
     model: str = NEW
     """A folder or a name on the Hugging Face Hub; `new` begins with new weights of --layers,
     --width and --heads, and a tokenizer of the data's."""
     text: str = ""
-    """Column of the texts, `text` by default; of `instruct` the prompts, `prompt` by default."""
+    """Column of the texts, `text` by default; of `instruct` the prompts, `prompt` by default, and
+    of `seq2seq` `source`."""
     label: str = ""
-    """Column of the classes or numbers, `label` by default; of `instruct` the answers, `answer`
-    by default."""
+    """Column of the classes or numbers, `label` by default; of `instruct` the answers, `answer` by
+    default, and of `seq2seq` `target`."""
     second: str = ""
     """Column of the second text of a pair; `pair` has `second` by default."""
     validation: str = ""
@@ -130,12 +131,17 @@ class Finetuning:
                 f"held_out={self.held_out:g}: nothing would judge the run; give a share above 0"
                 " and below 1, or validation=FILE"
             )
+        if self.task == "seq2seq" and not self.new:
+            raise ConfigError(
+                f"model={self.model!r}: seq2seq trains a new model; leave it out, or take another"
+                " task"
+            )
         if self.task == "instruct" and self.prompt.count("{}") != 1:
             raise ConfigError(
                 f"prompt={self.prompt!r}: expected {{}} once, where the prompt stands"
             )
         for name, tasks in (
-            ("label", ("classify", "pair", "regress", "instruct")),
+            ("label", ("classify", "pair", "regress", "instruct", "seq2seq")),
             ("second", ("pair", "regress")), ("class_weights", ("classify", "pair")),
         ):  # fmt: skip
             if getattr(self, name) and self.task not in tasks:

@@ -21,13 +21,22 @@ from mpjax.models import (
     DecoderConfig,
     Encoder,
     EncoderConfig,
+    Seq2Seq,
+    Seq2SeqConfig,
     generate,
     load_weights,
     quantize_weights,
 )
 from mpjax.models.hf import Metadata, save_checkpoint
 from mpjax.precision import Precision, get_precision
-from mpjax.tasks import Language, TextClassification, TextRegression, TokenClassification, softmax
+from mpjax.tasks import (
+    Language,
+    TextClassification,
+    TextRegression,
+    TokenClassification,
+    Translation,
+    softmax,
+)
 from mpjax.typing import Json, Params, Settings
 
 Answer = dict[str, Any]
@@ -86,6 +95,11 @@ class Tuned:
             raise ConfigError("texts: none; give at least one")
         if isinstance(self.task, Language):
             return self._continued(texts, tokens)
+        if isinstance(self.task, Translation):
+            translate = self.task.translator(
+                self.model, batch=batch, lengths=(self.settings["longest"],)
+            )
+            return [{"text": text} for text in translate(self.params, texts)]
         pair = self.settings["task"] == "pair" or bool(self.settings["second"])
         if pair != bool(seconds):
             needs = "pairs; give seconds" if pair else "texts; leave seconds out"
@@ -213,6 +227,7 @@ def load_run(
     made = get_precision(precision or page.settings["eval_precision"])
     kinds: dict[str, tuple[Any, Any]] = {
         "encoder": (Encoder, EncoderConfig), "decoder": (Decoder, DecoderConfig),
+        "seq2seq": (Seq2Seq, Seq2SeqConfig),
     }  # fmt: skip
     kind, config = kinds[page.family]
     files: Mapping[str, bytes] = {
@@ -236,6 +251,8 @@ def load_run(
     task = page.settings["task"]
     if task == "tag":
         made_task: Any = TokenClassification(page.labels)
+    elif task == "seq2seq":
+        made_task = Translation(tokenizer)
     else:
         made_task = tasks[task]() if task in tasks else TextClassification(page.labels)
     return Tuned(folder, model, params, tokenizer, made_task, page.settings, step, scores)

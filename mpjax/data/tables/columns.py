@@ -228,8 +228,9 @@ def _text_rows(
     width = len(first.cells)
     if not header and width != len(names):
         raise ConfigError(
-            f"{where}, line {first.line}: {width} field(s), and no header; expected a header with"
-            f" the columns {' '.join(names)}, or name yours: text=COLUMN"
+            f"{where}, line {first.line}: {listed(first.cells, 9)}; if this is a header, say which"
+            f" column is which ({' '.join(f'{name}=COLUMN' for name in names)}), else put a line"
+            f" with the names {' '.join(names)} above it"
         )
 
     def rows() -> Iterator[Row]:
