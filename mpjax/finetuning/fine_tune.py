@@ -17,7 +17,7 @@ from mpjax.errors import ConfigError
 from mpjax.files import write_text
 from mpjax.finetuning.pretrained import from_pretrained
 from mpjax.finetuning.run_folder import BEST, RUN, RunPage
-from mpjax.finetuning.settings import Finetuning
+from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.sources import read_source
 from mpjax.finetuning.tuned import Tuned, load_run
 from mpjax.finetuning.work import Lines, Scores

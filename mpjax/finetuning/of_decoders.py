@@ -18,7 +18,7 @@ from mpjax.data import (
     validation_batches,
 )
 from mpjax.data.chat import instruction_examples
-from mpjax.finetuning.settings import Finetuning
+from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.table_sides import Sides
 from mpjax.finetuning.work import Judge, Work, fingerprint, lengths_of, told_sizes
 from mpjax.models import decoder, seq2seq

@@ -12,7 +12,7 @@ from mpjax.data import LabelledTexts, TaggedSentences, WordPiece, bucket_batches
 from mpjax.data.class_names import sorted_names
 from mpjax.data.tagged import read_sentences
 from mpjax.errors import ConfigError, listed, need
-from mpjax.finetuning.settings import Finetuning
+from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.table_sides import Sides, split
 from mpjax.finetuning.work import (
     Judge,

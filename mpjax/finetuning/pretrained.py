@@ -11,7 +11,7 @@ import jax
 
 from mpjax.data import Tokenizer, WordPiece, parse_wordpiece
 from mpjax.errors import ConfigError
-from mpjax.finetuning.settings import TASKS
+from mpjax.finetuning.finetuning_settings import TASKS
 from mpjax.models import Encoder, EncoderConfig
 from mpjax.models.hf import load_checkpoint, open_checkpoint
 from mpjax.models.hf.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ import numpy as np
 from mpjax.data.split import held_out, stratified
 from mpjax.data.tables.columns import read_columns
 from mpjax.errors import ConfigError
-from mpjax.finetuning.settings import Finetuning
+from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.work import Lines
 from mpjax.typing import Settings
 

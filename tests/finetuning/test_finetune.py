@@ -117,10 +117,14 @@ def test_the_best_step_of_an_overfit_run_is_what_is_kept(tmp_path: Path) -> None
     options: dict[str, Any] = dict(metric="loss", held_out=0.4, lr=2e-2, schedule="constant")
     run = finetune(rows, out=tmp_path / "all", steps=60, evaluate_every=6, **options, **SMALL)
     records = read_metrics(tmp_path / "all" / "metrics.jsonl")
-    judged = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r and r["step"]}
+    judged = {
+        r["step"]: r["validation_loss"] for r in records if "validation_loss" in r and r["step"]
+    }
     best = min(judged, key=lambda step: judged[step])
     assert run.step == best < 60 and judged[60] > 1.2 * judged[best]
-    assert [p.name for p in (tmp_path / "all").glob("*.safetensors")] == [f"best-{best}.safetensors"]
+    assert [p.name for p in (tmp_path / "all").glob("*.safetensors")] == [
+        f"best-{best}.safetensors"
+    ]
     early = finetune(
         rows, out=tmp_path / "early", steps=60, evaluate_every=6, patience=2, **options, **SMALL
     )
