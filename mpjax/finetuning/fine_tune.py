@@ -15,9 +15,9 @@ import jax
 
 from mpjax.errors import ConfigError
 from mpjax.files import write_text
+from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.pretrained import from_pretrained
 from mpjax.finetuning.run_folder import BEST, RUN, RunPage
-from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.sources import read_source
 from mpjax.finetuning.tuned import Tuned, load_run
 from mpjax.finetuning.work import Lines, Scores
@@ -187,9 +187,15 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
             recipe.name: how_it_runs(recipe, jax.default_backend(), c.batch * c.longest)
             for recipe in dict.fromkeys(model.recipes.values())
         }
-        kept = {"schedule": schedule} if len(schedule.precisions) > 1 else {}
         write_manifest(
-            c.out, manifest(schedule.first, page.settings, model.paths, products, **kept)
+            c.out,
+            manifest(
+                schedule.first,
+                page.settings,
+                model.paths,
+                products,
+                schedule=schedule if len(schedule.precisions) > 1 else None,
+            ),
         )
     _train(c, work.batches, state, step, judge, progress, untrained, steps, every, quiet)
     return load_run(c.out)

@@ -122,10 +122,10 @@ def _with_head(
     title = (checkpoint.config.get("architectures") or [""])[0]
     kind = {"BertForSequenceClassification": "class", "BertForTokenClassification": "token"}
     theirs = tuple((checkpoint.config.get("id2label") or {}).values())
-    kept = kind.get(title) == head and "labels" in held
-    kept = kept and (len(theirs) == 1 if classes == 1 else set(labels) == set(theirs))
+    own_head = kind.get(title) == head and "labels" in held
+    own_head = own_head and (len(theirs) == 1 if classes == 1 else set(labels) == set(theirs))
     own: Settings = {"head": head} | changes
-    if kept:
+    if own_head:
         new, unused = [], []
     else:
         new = [f"encoder/{head}/**"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mpjax.errors import ConfigError
+from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.of_decoders import Documents, Instructions, Sequences
 from mpjax.finetuning.of_encoders import Texts, read_tagged
-from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.table_sides import read_sides
 from mpjax.finetuning.work import Source
 

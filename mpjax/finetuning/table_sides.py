@@ -44,10 +44,10 @@ class Sides:
 
 def read_sides(settings: Finetuning, data: Any, kinds: Settings, columns: Settings) -> Sides:
     """Reads both sides; equal rows lie on one of them."""
-    given = {field: name for field, name in columns.items() if name}
+    named = {field: name for field, name in columns.items() if name}
 
     def read(source: Any, what: str) -> tuple[dict[str, list[Any]], Lines]:
-        found = read_columns(source, kinds, given, missing=settings.missing)
+        found = read_columns(source, kinds, named, missing=settings.missing)
         values = found.values
         rows = list(zip(*values.values(), strict=True))
         first = dict.fromkeys(rows)
@@ -59,8 +59,8 @@ def read_sides(settings: Finetuning, data: Any, kinds: Settings, columns: Settin
             lines.append((f"{what}: blank", f"{found.blank}"))
         if repeats:
             dropped = settings.duplicates == "drop"
-            kept = "left out" if dropped else "kept (--duplicates drop leaves them out)"
-            lines.append((f"{what}: repeat an earlier row", f"{repeats}, {kept}"))
+            fate = "left out" if dropped else "kept (--duplicates drop leaves them out)"
+            lines.append((f"{what}: repeat an earlier row", f"{repeats}, {fate}"))
             rows = list(first) if dropped else rows
         return dict(zip(values, map(list, zip(*rows, strict=True)), strict=True)), lines
 

@@ -143,7 +143,7 @@ class Tuned:
         around = self.settings.get("prompt", "{}") if self.settings["task"] == "instruct" else "{}"
         found = []
         for text in texts:
-            ids = self.tokenizer.prompt(around.replace("{}", text))
+            ids = self.tokenizer.prompt(around.replace("{}", text)).astype(np.int32)
             new = min(tokens, self.model.config.context - len(ids))
             if new < 1:
                 raise ConfigError(

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ import numpy as np
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.finetuning import finetune, load_run
+from mpjax.finetuning import fine_tune, finetune, load_run
 from mpjax.finetuning.fine_tune import Progress
 from mpjax.train import read_metrics
 
@@ -69,7 +65,11 @@ def test_every_task_trains_answers_and_loads(task: str, tmp_path: Path) -> None:
         data, task=task, out=tmp_path / "run", steps=12, evaluate_every=4, held_out=0.25,
         show=lines.extend, lr=1e-2, **(SMALL | settings),
     )  # fmt: skip
-    asked = ["the soup was great", "a stale soup"]
+    asked = (
+        ["say 1", "say 2"]
+        if task in ("seq2seq", "instruct")
+        else ["the soup was great", "a stale soup"]
+    )
     seconds = ["so yes", "so no"] if task == "pair" else []
     answers = run.predict(asked, seconds, tokens=3)
     again = load_run(tmp_path / "run")
@@ -101,7 +101,7 @@ def test_counts_add_up_and_equal_texts_stay_together(tmp_path: Path) -> None:
     for name, more in (("keep", {}), ("drop", {"duplicates": "drop"})):
         lines: list[tuple[str, str]] = []
         finetune(path, out=tmp_path / name, missing="drop", show=lines.extend, **options, **more)
-        found[name] = {what: int(n.split(",")[0]) for what, n in lines if n[0].isdigit()}
+        found[name] = {what: int(n.split(",")[0]) for what, n in lines if n.split(",")[0].isdigit()}
     for name, kept in (("keep", 50), ("drop", 40)):
         f = found[name]
         assert f["data: rows read"] == 51 and f["data: left out, a cell is missing"] == 1
@@ -140,44 +140,58 @@ def test_progress_ranks_by_the_metric_and_then_by_the_loss() -> None:
     assert not Progress("loss", [(1, {"loss": 2.0}), (2, {"loss": 1.0})]).enough(1)
 
 
-SCRIPT = """
-import os, signal, sys
-from mpjax.finetuning import fine_tune, finetune
-from tests.finetuning.test_finetune import SMALL, reviews
-kill = int(sys.argv[2])
-save = fine_tune.Checkpointer.save
-def killed(self, number, *args, **kwargs):
-    save(self, number, *args, **kwargs)
-    if number == kill:
-        self.wait()
-        os.kill(os.getpid(), signal.SIGKILL)
-fine_tune.Checkpointer.save = killed
-finetune(reviews(), text="review", label="stars", steps=12, evaluate_every=3, out=sys.argv[1],
-         resume=True, **SMALL)
-"""
+class Killed(Exception):
+    """Stands for the end of the process."""
 
 
-def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    def run(name: str, kill: int = 0) -> int:
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path / name), str(kill)]
-        return subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode
+@pytest.mark.parametrize("when", ["before the save", "behind it"])
+def test_a_run_that_was_cut_goes_on_with_the_same_bits(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 of processes: `python -m benchmarks.robustness.kill_finetuning`."""
+    save = fine_tune.Checkpointer.save
 
-    assert run("whole") == 0
-    assert run("cut", kill=6) == -signal.SIGKILL and run("cut") == 0
-    whole, cut = (tmp_path / name for name in ("whole", "cut"))
+    def cut_at_6(self: Any, number: int, *args: Any, **kwargs: Any) -> None:
+        if number == 6 and when == "before the save":
+            raise Killed
+        save(self, number, *args, **kwargs)
+        if number == 6:
+            raise Killed
+
+    def run(name: str) -> Path:
+        finetune(
+            reviews(), text="review", label="stars", steps=12, evaluate_every=3, precision="fp16",
+            out=tmp_path / name, resume=True, **SMALL,
+        )  # fmt: skip
+        return tmp_path / name
+
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tune.Checkpointer, "save", cut_at_6)
+        with pytest.raises(Killed):
+            run("cut")
+    cut = run("cut")
     (best,) = whole.glob("best-*.safetensors")
     assert (cut / best.name).read_bytes() == best.read_bytes()
     assert (cut / "best.json").read_bytes() == (whole / "best.json").read_bytes()
-    timed = ("tokens_per_s",)
-    logs = [[{k: v for k, v in r.items() if k not in timed} for r in read_metrics(f / "metrics.jsonl")]
-            for f in (whole, cut)]  # fmt: skip
-    assert logs[0] == logs[1]
+    logs = [read_metrics(folder / "metrics.jsonl") for folder in (whole, cut)]
+    for record in (*logs[0], *logs[1]):
+        record.pop("tokens_per_s", None)
+    assert logs[0] == logs[1] and len(logs[0]) == 12 + 5
+    with pytest.raises(ConfigError, match="out: .* holds a run already; go on with it by resume"):
+        finetune(reviews(), text="review", label="stars", out=whole, **SMALL)
+    with pytest.raises(ConfigError, match="lr"):
+        finetune(reviews(), text="review", label="stars", steps=12, evaluate_every=3, lr=0.5,
+                 precision="fp16", out=whole, resume=True, **SMALL)  # fmt: skip
+    with pytest.raises(ConfigError, match="data"):
+        finetune(reviews(72), text="review", label="stars", steps=12, evaluate_every=3,
+                 precision="fp16", out=whole, resume=True, **SMALL)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"tsak": "classify"}, "finetune: no setting 'tsak'; did you mean 'task'"),
+        ({"tsak": "classify"}, "finetune: no setting 'tsak'; did you mean task"),
         ({"task": "clasify"}, "task: unknown 'clasify'"),
         ({"metric": "acc"}, "metric: no score 'acc'; known: accuracy, "),
         ({"text": "revew"}, "no column 'revew' \\(there: review, stars\\)"),
@@ -186,7 +200,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
         ({"held_out": 1.0}, "held_out=1: nothing would judge the run"),
         ({"precision": "bf61"}, "bf61"),
         ({"model": "no/such/folder"}, "no such file or folder"),
-        ({"second": "stars", "task": "tag"}, "second='stars': tag has none"),
+        ({"second": "stars", "label": "", "task": "tag"}, "second='stars': tag has none"),
         ({"mesh": "data=64"}, "data=64"),
         ({"optimizer": "adma"}, "adma"),
         ({"label": "review"}, "names one twice"),

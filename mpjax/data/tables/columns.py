@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpjax.data.tables.cells import header_of, read_cells
-from mpjax.data.tables.readers import TYPED, load_hub, read_records
+from mpjax.data.tables.readers import TYPED, load_hub, parquet_names, read_records
 from mpjax.data.tables.rows import text_of, whole_names
 from mpjax.errors import ConfigError, brief, listed
 
@@ -106,7 +106,7 @@ def read_columns(
     return Columns(values, read, blank, left)
 
 
-def _value(value: object, kind: str, where: str, seen: dict[str, str]) -> Any:
+def _value(value: object, kind: str, where: str, earlier: dict[str, str]) -> Any:
     """A value as its kind has it; None if it is missing."""
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         value = np.asarray(value).item()
@@ -118,8 +118,8 @@ def _value(value: object, kind: str, where: str, seen: dict[str, str]) -> Any:
         return None
     if kind != "number":
         own, text = text_of(value, where, kind == "class")
-        if kind == "class" and seen.setdefault(own, where) and len(seen) > 1:
-            (one, first), (other, second) = seen.items()
+        if kind == "class" and earlier.setdefault(own, where) and len(earlier) > 1:
+            (one, first), (other, second) = earlier.items()
             raise ConfigError(f"{first} is {one}, and {second} {other}; write all alike")
         return text or None
     try:
@@ -148,8 +148,11 @@ def _rows(
             )
         if path.suffix.lower() not in TYPED:
             return _text_rows(path, named, chosen, where)
+        there = parquet_names(path) if path.suffix.lower() == ".parquet" else None
         records = read_records(path, tuple(named.values()))
-        return _checked(((f"{where}, {r.where}", r.fields) for r in records), None, named, where), 0
+        return _checked(
+            ((f"{where}, {r.where}", r.fields) for r in records), there, named, where
+        ), 0
     if hasattr(source, "column_names") and hasattr(source, "features"):  # datasets.Dataset
         if isinstance(source, Mapping):  # of splits
             raise ConfigError(f"{where}: a data set of splits {listed(source)}; give one of them")
@@ -184,18 +187,18 @@ def _checked(
     """The rows, of which some row has each of the columns."""
     if there is not None:
         _require(there, named, where)
-    lacking, seen = set(named.values()), dict[str, None]()
+    lacking, names = set(named.values()), dict[str, None]()
     for place, row in rows:
         if not isinstance(row, Mapping):
             raise ConfigError(f"{place} is {brief(row)}; give a dict of column -> value")
         if lacking:
             lacking -= row.keys()
-            seen |= dict.fromkeys(map(str, row))
+            names |= dict.fromkeys(map(str, row))
         yield place, row
-    if not seen and lacking:
+    if not names and lacking:
         raise ConfigError(f"{where}: no rows; name other data")
     if lacking:
-        _require(list(seen), named, where)
+        _require(list(names), named, where)
 
 
 def _require(there: Sequence[str], named: Mapping[str, str], where: str) -> None:

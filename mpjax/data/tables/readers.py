@@ -194,6 +194,21 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         ) from None
 
 
+def parquet_names(path: Path) -> list[str]:
+    """Returns the columns of a parquet file.
+
+    Raises:
+        ConfigError: pyarrow is absent, or the file cannot be read.
+    """
+    pyarrow, parquet = (need(m, "parquet", str(path)) for m in ("pyarrow", "pyarrow.parquet"))
+    try:
+        return list(parquet.read_schema(path).names)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ConfigError(
+            f"{path}: not a readable parquet file ({_first_line(error)}); write it again"
+        ) from None
+
+
 def _text_bytes(column: Any) -> int:
     """Bytes of a column once each row has its own value, which in Arrow may be one for all."""
     if not hasattr(column, "dictionary"):
