@@ -201,6 +201,8 @@ class Tuned:
             names = ("pad", "cls", "sep", "mask")
             tokens = self.tokenizer.tokens(self.tokenizer.special)
             found |= {f"{n}_token": t for n, t in zip(names, tokens, strict=True)}
+            # without it transformers leaves out which of two texts a token is of
+            found["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
             found["unk_token"] = self.tokenizer.tokens([self.tokenizer.unknown])[0]
         return found
 
