@@ -70,6 +70,7 @@ TITLES = {
     "mpjax.train.checkpoint": "Checkpoints",
     "mpjax.train.processes": "Several processes",
     "mpjax.train.report": "What a run tells",
+    "mpjax.finetuning": "From own data to a model in use",
     "mpjax.report": "Tables, plots and pages",
     "mpjax.typing": "Types",
 }

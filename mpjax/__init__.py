@@ -43,13 +43,27 @@ from mpjax.precision import (
 )
 
 if TYPE_CHECKING:
-    from mpjax import data, formats, interpret, models, ops, optim, precision, report, tasks, train
+    from mpjax import (
+        data,
+        finetuning,
+        formats,
+        interpret,
+        models,
+        ops,
+        optim,
+        precision,
+        report,
+        tasks,
+        train,
+    )
+    from mpjax.finetuning import finetune, from_pretrained, load_run
 
 # Imported at first use, so that someone who takes only the loss scale pays for nothing else.
 _PARTS = (
-    "data", "formats", "interpret", "models", "ops", "optim", "precision", "report", "tasks",
-    "train",
+    "data", "finetuning", "formats", "interpret", "models", "ops", "optim", "precision", "report",
+    "tasks", "train",
 )  # fmt: skip
+_FINETUNING = ("finetune", "from_pretrained", "load_run")
 
 __all__ = [
     "ConfigError",
@@ -72,10 +86,14 @@ __all__ = [
     "data",
     "dot_general",
     "fake_quantize",
+    "finetune",
+    "finetuning",
     "formats",
+    "from_pretrained",
     "get_precision",
     "get_recipe",
     "interpret",
+    "load_run",
     "models",
     "monitor",
     "named",
@@ -100,4 +118,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(f"mpjax.{name}")
+    if name in _FINETUNING:
+        return getattr(importlib.import_module("mpjax.finetuning"), name)
     raise AttributeError(f"module 'mpjax' has no attribute {name!r}")

@@ -42,6 +42,20 @@ MAY_IMPORT = {
     "train": {"formats", "precision", "ops", "optim", "interpret", "data", "files"},
     "report": {"formats", "files", "train"},  # reads what runs wrote and draws it
     "replay": {"train", "models", "optim", "precision"},  # rebuilds a run's step
+    "finetuning": {
+        "formats",
+        "precision",
+        "ops",
+        "optim",
+        "models",
+        "tasks",
+        "data",
+        "train",
+        "files",
+        "report",
+    },  # from data to a model in use: it uses every part
+    "predict": {"data", "finetuning"},  # command lines
+    "export": {"finetuning"},
     "probe": set(),
     "doctor": {"probe"},  # it stays light: a broken part must not keep it from starting
 }

@@ -105,3 +105,53 @@ def held_out(contents: Sequence[str], fraction: float = 0.1, *, seed: int = 0) -
             f"held_out={fraction}: all {len(chosen)} examples are on one side; name more examples"
         )
     return chosen
+
+
+def stratified(
+    contents: Sequence[str], classes: Sequence[str], fraction: float = 0.1, *, seed: int = 0
+) -> np.ndarray:
+    r"""Chooses which of several texts are held out, the same share of each class.
+
+    In each class the texts are ordered by a hash of seed and content, and the first
+    $\mathrm{round}(\text{fraction} \cdot n)$ of its $n$ examples are held out, at least one of two.
+    Equal texts stay together, in the class of the first.
+
+    Args:
+        contents: what identifies each example.
+        classes: of each example.
+        fraction: share held out, between 0 and 1.
+        seed: another one gives another split.
+
+    Returns:
+        bool, shape (examples,).
+
+    Raises:
+        ConfigError: a fraction outside (0, 1), or one side stays empty.
+
+    Example:
+        >>> stratified(list("abcdefgh"), list("xxxxyyyy"), 0.25).tolist().count(True)
+        2
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ConfigError(f"held_out={fraction}: expected a fraction above 0 and below 1, as 0.1")
+    groups: dict[str, list[int]] = {}
+    for place, content in enumerate(contents):
+        groups.setdefault(content, []).append(place)
+    by_class: dict[str, list[tuple[bytes, list[int]]]] = {}
+    for content, places in groups.items():
+        order = hashlib.sha256(f"{seed}\0{content}".encode()).digest()
+        by_class.setdefault(classes[places[0]], []).append((order, places))
+    chosen = np.zeros(len(contents), bool)
+    for found in by_class.values():
+        count = sum(len(places) for _, places in found)
+        left = max(round(fraction * count), 1)
+        for _, places in sorted(found)[: len(found) - 1]:  # one text of each class is trained on
+            if left <= 0:
+                break
+            chosen[places] = True
+            left -= len(places)
+    if not 0 < chosen.sum() < len(chosen):
+        raise ConfigError(
+            f"held_out={fraction}: all {len(chosen)} examples are on one side; name more examples"
+        )
+    return chosen

@@ -20,7 +20,7 @@ from mpjax.tasks.metrics import (
 from mpjax.tasks.mixture.mixture import Mixture
 from mpjax.tasks.mixture.task_gradients import GradNorm, gradient_shares, pcgrad
 from mpjax.tasks.mixup import Mixup
-from mpjax.tasks.predict import predictor, softmax
+from mpjax.tasks.predictor import predictor, softmax
 from mpjax.tasks.pretrain import MaskedLanguage
 from mpjax.tasks.rank import Ranking
 from mpjax.tasks.regress import TextRegression

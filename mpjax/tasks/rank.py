@@ -22,7 +22,7 @@ from mpjax.models.core.checks import field
 from mpjax.ops.objective import rows_alike
 from mpjax.tasks.labels import encoder_inputs, label_loss
 from mpjax.tasks.metrics import ranking_scores
-from mpjax.tasks.predict import Predict, predictor, softmax
+from mpjax.tasks.predictor import Predict, predictor, softmax
 from mpjax.typing import Array, ArrayLike, Batch, Key, ModelState, Params
 
 KINDS = ("softmax", "bpr")

@@ -15,7 +15,7 @@ from mpjax.errors import ConfigError
 from mpjax.models import Encoder
 from mpjax.models.core.checks import field
 from mpjax.tasks.labels import Outputs, encoder_fn, task_outputs
-from mpjax.tasks.predict import Predict, predictor
+from mpjax.tasks.predictor import Predict, predictor
 from mpjax.typing import Array, Batch
 
 

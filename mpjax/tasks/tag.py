@@ -16,7 +16,7 @@ from mpjax.errors import ConfigError
 from mpjax.models import Encoder
 from mpjax.tasks.labels import check_labels, label_objective
 from mpjax.tasks.metrics import class_scores, entity_scores
-from mpjax.tasks.predict import Predict, predictor
+from mpjax.tasks.predictor import Predict, predictor
 
 
 @dataclasses.dataclass(frozen=True)

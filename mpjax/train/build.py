@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -14,13 +15,14 @@ from mpjax.errors import ConfigError, brief
 from mpjax.ops import LossFn, Objective
 from mpjax.optim import wrap
 from mpjax.precision import PrecisionSchedule, get_schedule
+from mpjax.train.checkpoint import leaves
 from mpjax.train.gradients import check_combine
 from mpjax.train.preflight import require_room
 from mpjax.train.schedule.switch import make_switching_step
 from mpjax.train.schedule.switch_state import require_alike, whole_state
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings, whole
 from mpjax.train.step import TrainState, TrainStep, init_state, make_train_step
-from mpjax.typing import ArrayLike, Model, ModelState, Params, PyTree, Settings
+from mpjax.typing import ArrayLike, Key, Model, ModelState, Params, PyTree, Settings
 
 
 class _Part(NamedTuple):
@@ -32,6 +34,7 @@ class _Part(NamedTuple):
     first: Callable[[], ModelState]  # the model's own state
     abstract: TrainState
     axes: PyTree
+    own: Callable[[Key], Params] | None  # the objective's weights
 
 
 def build(
@@ -46,6 +49,7 @@ def build(
     accumulate: int = 1,
     objective: Callable[[Any], LossFn | Objective] = Objective.of_model,
     schedule: PrecisionSchedule | str | Settings | None = None,
+    params: Params | None = None,
 ) -> tuple[TrainState, TrainStep]:
     """Initialises a model on a mesh and compiles its train step.
 
@@ -63,12 +67,15 @@ def build(
         by default its own loss, a mean by the batch's `weights` if it has any.
       schedule: of Precision over the run, anything that `get_schedule` reads; the model carries its
         first precision. With two precisions the step is a `mpjax.train.SwitchingStep`.
+      params: the model's weights to begin with, such as those of a checkpoint, in the dtypes of
+        its Precision; they are copied onto the mesh. By default they are drawn by the seed.
 
     Returns:
       The first state, sharded, and the step.
 
     Raises:
-      ConfigError: settings that do not fit each other, or a state that does not fit in memory.
+      ConfigError: settings that do not fit each other, weights of another model, or a state that
+        does not fit in memory.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,7 +127,7 @@ def build(
         step = make_train_step(
             trained, wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
         )
-        return _Part(step, draw, start, first, abstract, axes)
+        return _Part(step, draw, start, first, abstract, axes, own)
 
     begin = part(model)
     step, start = begin.step, begin.start
@@ -143,8 +150,17 @@ def build(
     draw = jax.jit(begin.draw, out_shardings=None if cut is None else cut.params)
     rest = jax.jit(start, out_shardings=cut, donate_argnums=0)
 
+    if params is not None:
+        _check_given(params, model)
+
     def init(seed: ArrayLike) -> TrainState:
-        return rest(draw(seed), seed)
+        if params is None:
+            return rest(draw(seed), seed)
+        # A copy: the first step donates its state, and the caller keeps the weights.
+        held = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+        if begin.own is not None:
+            held = _joined(held, begin.own(jax.random.key(seed)))
+        return rest(held if cut is None else jax.device_put(held, cut.params), seed)
 
     return init(seed), dataclasses.replace(step, init=init)
 
@@ -158,6 +174,25 @@ def _joined(params: Params, own: Params) -> Params:
             f" and the model has {found}; give a model whose weights are a dict without them"
         )
     return params | own
+
+
+def _check_given(params: Params, model: Model) -> None:
+    """Checks that weights are a model's, in the dtypes that it stores."""
+    trees = params, jax.eval_shape(model.init, jax.random.key(0))
+    held, wanted = (
+        {
+            name: leaves.describe(x) if hasattr(x, "dtype") else brief(x)
+            for name, x in leaves.named_leaves(tree).items()
+        }
+        for tree in trees
+    )
+    if odd := sorted(n for n in held.keys() | wanted.keys() if held.get(n) != wanted.get(n)):
+        first, others = odd[0], len(odd) - 1
+        raise ConfigError(
+            f"params: {first} is {held.get(first, 'absent')}, and the model has"
+            f" {wanted.get(first, 'none')}" + f" ({others} more differ)" * bool(others) + "; give"
+            " weights of this model in its Precision, as load_checkpoint returns them"
+        )
 
 
 def _switching(

@@ -90,17 +90,31 @@ def read_hub(source: str, column: str | None) -> Iterator[Row]:
             f"{source}: names column {named!r}, but the column setting is {column!r}; "
             "drop one of the two"
         )
+    rows = load_hub(source, name, config)
+    key = named or column or "text"
+    _check_column(source, key, rows.column_names)
+    return ((f"{name}:{row}", value) for row, value in enumerate(rows[key]))
+
+
+def load_hub(source: str, name: str, config: str) -> Any:
+    """Returns the ``train`` split of a Hugging Face data set.
+
+    Args:
+        source: as the user wrote it, for errors.
+        name: of the data set.
+        config: of it; empty is its default one.
+
+    Raises:
+        ConfigError: the package absent, no network, or no such data.
+    """
     datasets = need("datasets", "hub", source)
     try:
-        rows = datasets.load_dataset(name, config or None, split="train")
+        return datasets.load_dataset(name, config or None, split="train")
     except (OSError, ValueError, RuntimeError) as error:  # not there, no network, no such config
         raise ConfigError(
             f"{source}: cannot be loaded ({_first_line(error)}); check the name and the network, "
             "or download it once and name its files"
         ) from None
-    key = named or column or "text"
-    _check_column(source, key, rows.column_names)
-    return ((f"{name}:{row}", value) for row, value in enumerate(rows[key]))
 
 
 def _read_json(path: Path, whole: bool) -> Iterator[Record]:
@@ -175,6 +189,21 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         raise
     # Invalid UTF-8 and dates beyond Python's range raise when a row is converted.
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        raise ConfigError(
+            f"{path}: not a readable parquet file ({_first_line(error)}); write it again"
+        ) from None
+
+
+def parquet_names(path: Path) -> list[str]:
+    """Returns the columns of a parquet file.
+
+    Raises:
+        ConfigError: pyarrow is absent, or the file cannot be read.
+    """
+    pyarrow, parquet = (need(m, "parquet", str(path)) for m in ("pyarrow", "pyarrow.parquet"))
+    try:
+        return list(parquet.read_schema(path).names)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise ConfigError(
             f"{path}: not a readable parquet file ({_first_line(error)}); write it again"
         ) from None

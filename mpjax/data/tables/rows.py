@@ -63,12 +63,23 @@ def read_rows(
         raise ConfigError(f"{where}: no rows; expected {expected}")
     if classes:
         place = tuple(fields).index(classes)
-        found = [_WHOLE.fullmatch(row[place]) for row in rows.rows]
-        if all(found):
-            for row, match in zip(rows.rows, found, strict=True):
-                assert match is not None
-                row[place] = match[2] if match[2] == "0" else match[1] + match[2]
+        named = whole_names([row[place] for row in rows.rows])
+        for row, name in zip(rows.rows, named, strict=True):
+            row[place] = name
     return rows
+
+
+def whole_names(names: Sequence[str]) -> list[str]:
+    """Returns names of classes, of which 0 and 0.0 are one if all are whole numbers.
+
+    Example:
+        >>> whole_names(["0", "1.0", "-0"]), whole_names(["0", "0.0", "a"])
+        (['0', '1', '0'], ['0', '0.0', 'a'])
+    """
+    found = [_WHOLE.fullmatch(name) for name in names]
+    if not all(found):
+        return list(names)
+    return [m[2] if m[2] == "0" else m[1] + m[2] for m in found if m is not None]
 
 
 def _typed_rows(
@@ -91,7 +102,7 @@ def _typed_rows(
             )
         row = []
         for name in names:
-            kind, text = _value(held[name], f"{where}: {name!r}", name == classes)
+            kind, text = text_of(held[name], f"{where}: {name!r}", name == classes)
             if not text:
                 raise ConfigError(f"{where}: empty field; every example needs a text, drop the row")
             row.append(text)
@@ -104,8 +115,17 @@ def _typed_rows(
         yield row
 
 
-def _value(value: object, where: str, is_class: bool) -> tuple[str, str]:
-    """The kind of a value, and its text."""
+def text_of(value: object, where: str, is_class: bool) -> tuple[str, str]:
+    """Returns the kind of a value, and its text.
+
+    Args:
+        value: as typed in its file.
+        where: it stands, for errors.
+        is_class: whether whole numbers, true and false are texts too.
+
+    Raises:
+        ConfigError: it is no text.
+    """
     if isinstance(value, str):
         if re.search("[\0\ud800-\udfff]", value):
             raise ConfigError(f"{where} holds a NUL character or half a surrogate pair; clean it")

@@ -1,0 +1,159 @@
+"""Documents, instructions and pairs of sequences: what is learned token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mpjax.data import (
+    Batch,
+    Corpus,
+    Tokenizer,
+    batches,
+    bucket_batches,
+    eval_batches,
+    load_corpus,
+    make_tokenizer,
+    validation_batches,
+)
+from mpjax.data.chat import instruction_examples
+from mpjax.finetuning.finetuning_settings import Finetuning
+from mpjax.finetuning.table_sides import Sides
+from mpjax.finetuning.work import Judge, Work, fingerprint, lengths_of, told_sizes
+from mpjax.models import decoder, seq2seq
+from mpjax.precision import Precision
+from mpjax.tasks import Language, Translation
+
+_EVAL_BATCHES = 64  # of next-token prediction
+
+
+def _language_judge(held: Any) -> Callable[[Any], Judge]:
+    def judge(model: Any) -> Judge:
+        measure = Language().judge(model)
+        return lambda params: measure(params, held)
+
+    return judge
+
+
+def _new_decoder(c: Finetuning, precision: str | Precision, vocabulary: int) -> Any:
+    return decoder(
+        "tiny", precision, vocabulary=vocabulary, layers=c.layers, width=c.width, heads=c.heads,
+        context=c.longest,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Texts whose next tokens are learned."""
+
+    settings: Finetuning
+    data: str
+    labels: tuple[str, ...] = ()
+
+    def _corpus(self, tokens: Tokenizer | str) -> Corpus:
+        c = self.settings
+        return load_corpus(self.data, tokens, held_out=c.held_out, column=c.text or None)
+
+    def tokenizer(self) -> Tokenizer:
+        return self._corpus(f"bpe:{self.settings.vocabulary}").tokenizer
+
+    def new_model(self, precision: str | Precision, vocabulary: int) -> Any:
+        return _new_decoder(self.settings, precision, vocabulary)
+
+    def work(self, tokens: Any, labels: tuple[str, ...]) -> Work:
+        c = self.settings
+        corpus = self._corpus(tokens)
+        sizes = {"batch": c.batch, "seq": c.longest}
+        held = validation_batches(corpus.validation, **sizes, limit=_EVAL_BATCHES)
+        lines = [("tokens for training", f"{len(corpus.train)}"),
+                 ("tokens held out", f"{len(corpus.validation)}")]  # fmt: skip
+        return Work(
+            Language(), batches(corpus.train, **sizes, seed=c.seed),
+            max(1, len(corpus.train) // (c.batch * c.longest)), _language_judge(held), "loss",
+            lines, fingerprint(tokens, [corpus.train, corpus.validation]),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Instructions:
+    """Prompts and their answers."""
+
+    sides: Sides
+    labels: tuple[str, ...] = ()
+
+    def _pairs(self, side: Mapping[str, list[str]]) -> list[tuple[str, str]]:
+        around = self.sides.settings.prompt
+        pairs = zip(side["text"], side["label"], strict=True)
+        return [(around.replace("{}", prompt), answer) for prompt, answer in pairs]
+
+    def tokenizer(self) -> Tokenizer:
+        texts = [a + b for a, b in self._pairs(self.sides.train)]
+        return make_tokenizer(f"bpe:{self.sides.settings.vocabulary}", texts)
+
+    def new_model(self, precision: str | Precision, vocabulary: int) -> Any:
+        return _new_decoder(self.sides.settings, precision, vocabulary)
+
+    def work(self, tokens: Any, labels: tuple[str, ...]) -> Work:
+        c = self.sides.settings
+        train, test = (
+            instruction_examples(
+                self._pairs(side), tokens.encode, end=tokens.separator, longest=c.longest
+            )
+            for side in (self.sides.train, self.sides.test)
+        )
+        lengths = lengths_of([len(e["inputs"]) for e in (*train, *test)], c.longest)
+        held: list[Batch] = [
+            {name: x[: len(rows)] for name, x in batch.items()}
+            for rows, batch in eval_batches(test, batch=c.batch, lengths=lengths)
+        ]
+        return Work(
+            Language(), bucket_batches(train, batch=c.batch, seed=c.seed, lengths=lengths),
+            -(-len(train) // c.batch), _language_judge(held), "loss",
+            self.sides.lines + told_sizes(train, "inputs", c.longest),
+            fingerprint(tokens, [train, test]),
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequences:
+    """Sources and their targets."""
+
+    sides: Sides
+    labels: tuple[str, ...] = ()
+
+    def tokenizer(self) -> Tokenizer:
+        train = self.sides.train
+        return make_tokenizer(
+            f"bpe:{self.sides.settings.vocabulary}", [*train["text"], *train["label"]]
+        )
+
+    def new_model(self, precision: str | Precision, vocabulary: int) -> Any:
+        c = self.sides.settings
+        return seq2seq(
+            "seq2seq-tiny", precision, vocabulary=vocabulary + 2, layers=c.layers, width=c.width,
+            heads=c.heads, dropout=c.dropout, context=c.longest,
+            norm_first=True,  # post-norm needs a longer warm-up
+        )  # fmt: skip
+
+    def work(self, tokens: Any, labels: tuple[str, ...]) -> Work:
+        c, task = self.sides.settings, Translation(tokens)
+        pairs = [
+            task.fitting(list(zip(side["text"], side["label"], strict=True)), longest=c.longest)
+            for side in (self.sides.train, self.sides.test)
+        ]
+        train, test = map(task.examples, pairs)
+        sizes = [max(len(e["source"]), len(e["inputs"])) for e in (*train, *test)]
+        lengths = lengths_of(sizes, c.longest)
+        left = len(self.sides.train["text"]) - len(train)
+        lines = [*self.sides.lines, ("too long, left out of training", f"{left}")]
+
+        def judge(model: Any) -> Judge:
+            measure = task.judge(model, batch=c.batch, lengths=lengths)
+            return lambda params: measure(params, test)
+
+        return Work(
+            task, bucket_batches(train, batch=c.batch, seed=c.seed, lengths=lengths),
+            -(-len(train) // c.batch), judge, "loss",
+            lines + told_sizes(train, "source", c.longest), fingerprint(tokens, [train, test]),
+        )  # fmt: skip

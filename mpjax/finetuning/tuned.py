@@ -1,0 +1,260 @@
+"""A run that has been trained: its model, its answers, its export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax.data import Tokenizer, parse_wordpiece
+from mpjax.errors import ConfigError, brief
+from mpjax.finetuning.run_folder import FILES, TOKENIZER, RunPage, best_weights
+from mpjax.finetuning.work import lengths_of
+from mpjax.models import (
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    Seq2Seq,
+    Seq2SeqConfig,
+    generate,
+    load_weights,
+    quantize_weights,
+)
+from mpjax.models.hf import Metadata, save_checkpoint
+from mpjax.precision import Precision, get_precision
+from mpjax.tasks import (
+    Language,
+    TextClassification,
+    TextRegression,
+    TokenClassification,
+    Translation,
+    softmax,
+)
+from mpjax.typing import Json, Params, Settings
+
+Answer = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """A trained model with all that it needs to answer.
+
+    Args:
+      folder: of the run.
+      model: in the Precision that answers.
+      params: the best weights.
+      tokenizer: a WordPiece of encoders, a Tokenizer of decoders.
+      task: of `mpjax.tasks`.
+      settings: of the run.
+      step: of the best weights.
+      scores: of the best weights on held-out data.
+    """
+
+    folder: Path
+    model: Any
+    params: Params = dataclasses.field(repr=False)
+    tokenizer: Any = dataclasses.field(repr=False)
+    task: Any
+    settings: Settings = dataclasses.field(repr=False)
+    step: int
+    scores: dict[str, float]
+
+    def predict(
+        self, texts: Sequence[Any], seconds: Sequence[str] = (), *, batch: int = 32,
+        tokens: int = 64,
+    ) -> list[Answer]:  # fmt: skip
+        """Answers texts.
+
+        Args:
+          texts: texts; of a tagger sentences, as words or as text with spaces between them.
+          seconds: the second text of each pair.
+          batch: texts at a time.
+          tokens: at most, of what a language model writes.
+
+        Returns:
+          Of each text: `label` and the `probability` of every class; `value`; `words` and `tags`;
+          or `text`.
+
+        Raises:
+          ConfigError: no texts, or something else.
+        """
+        texts = list(texts) if not isinstance(texts, str) else [texts]
+        words = isinstance(self.task, TokenClassification)
+        for number, text in enumerate(texts):
+            fits = isinstance(text, str) or words and all(isinstance(w, str) for w in text)
+            if not fits:
+                raise ConfigError(f"texts[{number}] is {brief(text)}; give a text")
+        if not texts:
+            raise ConfigError("texts: none; give at least one")
+        if isinstance(self.task, Language):
+            return self._continued(texts, tokens)
+        if isinstance(self.task, Translation):
+            translate = self.task.translator(
+                self.model, batch=batch, lengths=(self.settings["longest"],)
+            )
+            return [{"text": text} for text in translate(self.params, texts)]
+        pair = self.settings["task"] == "pair" or bool(self.settings["second"])
+        if pair != bool(seconds):
+            needs = "pairs; give seconds" if pair else "texts; leave seconds out"
+            raise ConfigError(f"seconds: the run answers {needs}")
+        longest = self.settings["longest"]
+        if words:
+            split = [text.split() if isinstance(text, str) else list(text) for text in texts]
+            examples, starts = self.tokenizer.encode_words(split, longest=longest)
+        else:
+            examples = self.tokenizer.encode(texts, tuple(seconds), longest=longest)
+        lengths = lengths_of([len(e["ids"]) for e in examples], longest)
+        run = self._predictor(min(batch, len(examples)), lengths)
+        logits = run(self.params, examples)
+        if words:
+            return [
+                {"words": s, "tags": [self.task.names[i] for i in x[at].argmax(-1)]}
+                for s, x, at in zip(split, logits, starts, strict=True)
+            ]
+        if isinstance(self.task, TextRegression):
+            return [{"value": float(x[0])} for x in logits]
+        return [
+            {
+                "label": self.task.classes[int(np.argmax(p))],
+                "probability": dict(zip(self.task.classes, map(float, p), strict=True)),
+            }
+            for p in map(softmax, logits)
+        ]
+
+    @cached_property
+    def _predictors(self) -> dict[tuple[int, tuple[int, ...]], Any]:
+        return {}
+
+    def _predictor(self, batch: int, lengths: tuple[int, ...]) -> Any:
+        """The predictor of some sizes, compiled once."""
+        key = (batch, lengths)
+        if key not in self._predictors:
+            self._predictors[key] = self.task.predictor(self.model, batch=batch, lengths=lengths)
+        return self._predictors[key]
+
+    def _continued(self, texts: Sequence[str], tokens: int) -> list[Answer]:
+        around = self.settings.get("prompt", "{}") if self.settings["task"] == "instruct" else "{}"
+        found = []
+        for text in texts:
+            ids = self.tokenizer.prompt(around.replace("{}", text)).astype(np.int32)
+            new = min(tokens, self.model.config.context - len(ids))
+            if new < 1:
+                raise ConfigError(
+                    f"text of {len(ids)} tokens: the model has {self.model.config.context}"
+                    " positions; shorten it"
+                )
+            end = self.ends
+            out = np.asarray(
+                generate(
+                    self.model, self.params, ids[None], new=new, temperature=0.0, end=end or None
+                )[0]
+            )
+            if stops := np.flatnonzero(np.isin(out, end)).tolist():
+                out = out[: stops[0]]
+            found.append({"text": self.tokenizer.continuation(ids, out)})
+        return found
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end what a language model writes."""
+        own = getattr(self.tokenizer, "separator", None)
+        found = (*self.model.metadata.ends, *([] if own is None else [own]))
+        return tuple(dict.fromkeys(found))
+
+    def export(self, folder: str | Path, *, dtype: str | None = None) -> Path:
+        """Writes a folder that `transformers` loads: weights, config, labels, tokenizer.
+
+        Args:
+          folder: new, or empty.
+          dtype: of the tensors, such as `bf16`; None keeps that of each weight.
+
+        Raises:
+          ConfigError: as `save_checkpoint`.
+        """
+        metadata = self.model.metadata
+        files = dict(metadata.files)
+        files.setdefault(TOKENIZER, self.tokenizer.to_text())
+        config = dict(metadata.config)
+        if not any(name.startswith("tokenizer_config") for name in files):
+            files["tokenizer_config.json"] = json.dumps(self._tokenizer_config(), indent=2)
+        if isinstance(self.model, Decoder) and "eos_token_id" not in config:
+            config["eos_token_id"] = getattr(self.tokenizer, "separator", None)
+        save_checkpoint(
+            folder, self.model, self.params, dtype=dtype, metadata=Metadata(config, files)
+        )
+        return Path(folder)
+
+    def _tokenizer_config(self) -> Json:
+        """What `transformers` reads beside the tokenizer.json of a new tokenizer."""
+        found: Settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.model.config.context,
+        }
+        if isinstance(self.model, Encoder):
+            names = ("pad", "cls", "sep", "mask")
+            tokens = self.tokenizer.tokens(self.tokenizer.special)
+            found |= {f"{n}_token": t for n, t in zip(names, tokens, strict=True)}
+            # without it transformers leaves out which of two texts a token is of
+            found["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+            found["unk_token"] = self.tokenizer.tokens([self.tokenizer.unknown])[0]
+        return found
+
+
+def load_run(
+    folder: str | Path, precision: str | Precision | None = None, *, weights: str = ""
+) -> Tuned:
+    """Loads a run of `finetune` with its best weights.
+
+    Args:
+      folder: its `out`.
+      precision: to answer in; by default the one that judged the run.
+      weights: storage of the weights, such as `int8` or `int4@32`; as they were trained by default.
+
+    Raises:
+      ConfigError: no run there, none that has been judged, or a file that is damaged.
+
+    Example:
+      See `finetune`.
+    """
+    folder = Path(folder).expanduser()
+    page = RunPage.read(folder)
+    where, step, scores = best_weights(folder)
+    made = get_precision(precision or page.settings["eval_precision"])
+    kinds: dict[str, tuple[Any, Any]] = {
+        "encoder": (Encoder, EncoderConfig), "decoder": (Decoder, DecoderConfig),
+        "seq2seq": (Seq2Seq, Seq2SeqConfig),
+    }  # fmt: skip
+    kind, config = kinds[page.family]
+    files: Mapping[str, bytes] = {
+        path.relative_to(folder / FILES).as_posix(): path.read_bytes()
+        for path in sorted((folder / FILES).rglob("*"))
+        if path.is_file()
+    }
+    text = (folder / TOKENIZER).read_text(encoding="utf-8")
+    files = {**files, TOKENIZER: text.encode()} if files else files
+    model = kind(config(**page.config), made)
+    model = dataclasses.replace(model, metadata=Metadata(page.metadata, files))
+    params = load_weights(where)
+    params = (
+        quantize_weights(params, weights) if weights else jax.tree.map(jax.numpy.asarray, params)
+    )
+    if page.tokenizer == "wordpiece":
+        tokenizer: Any = parse_wordpiece(text, str(folder / TOKENIZER))
+    else:
+        tokenizer = Tokenizer.from_text(text)
+    tasks: dict[str, Any] = {"regress": TextRegression, "lm": Language, "instruct": Language}
+    task = page.settings["task"]
+    if task == "tag":
+        made_task: Any = TokenClassification(page.labels)
+    elif task == "seq2seq":
+        made_task = Translation(tokenizer)
+    else:
+        made_task = tasks[task]() if task in tasks else TextClassification(page.labels)
+    return Tuned(folder, model, params, tokenizer, made_task, page.settings, step, scores)

@@ -1,0 +1,69 @@
+"""Answers of a run on the command line: python -m mpjax.predict RUN --text '...' | --data FILE."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mpjax.data.tables.columns import read_columns
+from mpjax.errors import ConfigError
+from mpjax.finetuning import load_run
+
+_BATCH = 32
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mpjax.predict",
+        description="Answers texts by the best weights of a run; a line of JSON for each.",
+    )
+    parser.add_argument("run", help="folder of a run: --out of experiments/finetune.py")
+    parser.add_argument("--text", nargs="+", default=[], help="texts")
+    parser.add_argument("--second", nargs="+", default=[], help="second texts of pairs")
+    parser.add_argument("--data", help="a table of texts, in place of --text")
+    parser.add_argument("--column", default="", help="its column of texts; the run's by default")
+    parser.add_argument("--second-column", default="", help="its column of second texts")
+    parser.add_argument("--batch", type=int, default=_BATCH, help="texts at a time")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens that are written")
+    parser.add_argument("--precision", default=None, help="to compute in; the run's by default")
+    parser.add_argument("--weights", default="", help="storage, such as int8 or int4@32")
+    return parser
+
+
+def _texts(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The texts that are asked for, and their second ones."""
+    if bool(options.text) == bool(options.data):
+        raise ConfigError("give either --text or --data")
+    if options.text:
+        return options.text, options.second
+    kinds = {"text": "text"}
+    default = "prompt" if settings["task"] == "instruct" else "text"
+    columns = {"text": options.column or settings["text"] or default}
+    if settings["task"] == "pair" or settings["second"]:
+        kinds["second"] = "text"
+        columns["second"] = options.second_column or settings["second"] or "second"
+    found = read_columns(options.data, kinds, columns).values
+    return found["text"], found.get("second", [])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the answers; what the user can mend is one line, status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.batch < 1 or options.tokens < 1:
+            raise ConfigError("--batch and --tokens: give whole numbers from 1 on")
+        run = load_run(options.run, options.precision, weights=options.weights)
+        texts, seconds = _texts(options, run.settings)
+        answers = run.predict(texts, seconds, batch=options.batch, tokens=options.tokens)
+        for text, answer in zip(texts, answers, strict=True):
+            print(json.dumps({"input": text} | answer, ensure_ascii=False))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

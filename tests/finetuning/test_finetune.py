@@ -1,0 +1,216 @@
+"""From data to a model in use: every task, the best weights, early stop, resume, answers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpjax.errors import ConfigError
+from mpjax.finetuning import fine_tune, finetune, load_run
+from mpjax.finetuning.fine_tune import Progress
+from mpjax.train import read_metrics
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+GOOD, BAD = ("lovely", "great", "fine"), ("awful", "stale", "poor")
+SMALL: dict[str, Any] = dict(layers=1, width=16, heads=2, vocabulary=300, longest=16, batch=8)
+
+
+def reviews(count: int = 64) -> list[dict[str, Any]]:
+    draw = random.Random(0)
+    return [
+        {"review": f"the soup {n} was {draw.choice(GOOD if n % 2 else BAD)}", "stars": n % 2}
+        for n in range(count)
+    ]
+
+
+def data_of(task: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Data and settings of a task."""
+    rows = reviews()
+    if task == "classify":
+        return rows, {"text": "review", "label": "stars"}
+    if task == "pair":
+        pairs = [r | {"other": f"so {'yes' if r['stars'] else 'no'}"} for r in rows]
+        return pairs, {"text": "review", "label": "stars", "second": "other"}
+    if task == "regress":
+        return {"text": [r["review"] for r in rows], "label": [r["stars"] / 2 for r in rows]}, {}
+    if task == "tag":
+        path = folder / "words.tsv"
+        lines = ["".join(f"{w}\t{'O' if w != 'soup' else 'B-FOOD'}\n" for w in r["review"].split())
+                 for r in rows]  # fmt: skip
+        path.write_text("\n".join(lines))
+        return path, {}
+    if task == "lm":
+        path = folder / "text.jsonl"
+        path.write_text("".join(json.dumps({"body": r["review"] * 3}) + "\n" for r in rows))
+        return str(path), {"text": "body"}
+    names = ("prompt", "answer") if task == "instruct" else ("source", "target")
+    return [dict(zip(names, (f"say {n % 4}", f"it is {n % 4}"), strict=True)) | {"n": n}
+            for n in range(64)], {}  # fmt: skip
+
+
+TASKS = ("classify", "pair", "regress", "tag", "seq2seq", "lm", "instruct")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains_answers_and_loads(task: str, tmp_path: Path) -> None:
+    data, settings = data_of(task, tmp_path)
+    lines: list[tuple[str, str]] = []
+    run = finetune(
+        data, task=task, out=tmp_path / "run", steps=12, evaluate_every=4, held_out=0.25,
+        show=lines.extend, lr=1e-2, **(SMALL | settings),
+    )  # fmt: skip
+    asked = (
+        ["say 1", "say 2"]
+        if task in ("seq2seq", "instruct")
+        else ["the soup was great", "a stale soup"]
+    )
+    seconds = ["so yes", "so no"] if task == "pair" else []
+    answers = run.predict(asked, seconds, tokens=3)
+    again = load_run(tmp_path / "run")
+    assert again.predict(asked, seconds, tokens=3) == answers and again.scores == run.scores
+    keys = {"regress": {"value"}, "tag": {"words", "tags"}}
+    text = {"seq2seq", "lm", "instruct"}
+    wanted = {"text"} if task in text else keys.get(task, {"label", "probability"})
+    assert all(set(answer) == wanted for answer in answers) and lines
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    judged = {r["step"]: r["validation_loss"] for r in records if "validation_loss" in r}
+    assert list(judged) == [0, 4, 8, 12] and run.step in judged
+    assert run.scores["loss"] == judged[run.step] < judged[0]
+
+
+def test_counts_add_up_and_equal_texts_stay_together(tmp_path: Path) -> None:
+    rows = reviews(40)
+    rows += rows[:10]  # repeats
+    path = tmp_path / "own.csv"
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["n", "review", "stars"])
+        out.writerows([n, r["review"], r["stars"]] for n, r in enumerate(rows))
+        out.writerow([99, "", 1])
+    options: dict[str, Any] = dict(text="review", label="stars", steps=1, **SMALL)
+    with pytest.raises(ConfigError, match=r"line 52: no 'review'; fill it in"):
+        finetune(path, out=tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists()
+    found: dict[str, dict[str, int]] = {}
+    for name, more in (("keep", {}), ("drop", {"duplicates": "drop"})):
+        lines: list[tuple[str, str]] = []
+        finetune(path, out=tmp_path / name, missing="drop", show=lines.extend, **options, **more)
+        found[name] = {what: int(n.split(",")[0]) for what, n in lines if n.split(",")[0].isdigit()}
+    for name, kept in (("keep", 50), ("drop", 40)):
+        f = found[name]
+        assert f["data: rows read"] == 51 and f["data: left out, a cell is missing"] == 1
+        assert f["data: repeat an earlier row"] == 10
+        assert f["for training"] + f["held out"] == kept
+
+
+def test_the_best_step_of_an_overfit_run_is_what_is_kept(tmp_path: Path) -> None:
+    """Labels of noise: the loss on held-out texts rises while that in training falls."""
+    draw = np.random.default_rng(0)
+    rows = [{"text": f"word{draw.integers(40)} word{draw.integers(40)} {n}",
+             "label": int(draw.integers(2))} for n in range(80)]  # fmt: skip
+    options: dict[str, Any] = dict(metric="loss", held_out=0.4, lr=2e-2, schedule="constant")
+    run = finetune(rows, out=tmp_path / "all", steps=60, evaluate_every=6, **options, **SMALL)
+    records = read_metrics(tmp_path / "all" / "metrics.jsonl")
+    judged = {
+        r["step"]: r["validation_loss"] for r in records if "validation_loss" in r and r["step"]
+    }
+    best = min(judged, key=lambda step: judged[step])
+    assert run.step == best < 60 and judged[60] > 1.2 * judged[best]
+    assert [p.name for p in (tmp_path / "all").glob("*.safetensors")] == [
+        f"best-{best}.safetensors"
+    ]
+    early = finetune(
+        rows, out=tmp_path / "early", steps=60, evaluate_every=6, patience=2, **options, **SMALL
+    )
+    last = max(r["step"] for r in read_metrics(tmp_path / "early" / "metrics.jsonl"))
+    assert early.step == best and last == best + 12 and early.scores == run.scores
+
+
+def test_progress_ranks_by_the_metric_and_then_by_the_loss() -> None:
+    progress = Progress("accuracy", [(1, {"accuracy": 0.5, "loss": 1.0}),
+                                     (2, {"accuracy": 0.5, "loss": 0.9}),
+                                     (3, {"accuracy": float("nan"), "loss": 0.1})])  # fmt: skip
+    assert progress.best == 1 and not progress.enough(2) and progress.enough(1)
+    assert not Progress("loss", [(1, {"loss": 2.0}), (2, {"loss": 1.0})]).enough(1)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("when", ["before the save", "behind it"])
+def test_a_run_that_was_cut_goes_on_with_the_same_bits(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 of processes: `python -m benchmarks.robustness.kill_finetuning`."""
+    save = fine_tune.Checkpointer.save
+
+    def cut_at_6(self: Any, number: int, *args: Any, **kwargs: Any) -> None:
+        if number == 6 and when == "before the save":
+            raise Killed
+        save(self, number, *args, **kwargs)
+        if number == 6:
+            raise Killed
+
+    def run(name: str) -> Path:
+        finetune(
+            reviews(), text="review", label="stars", steps=12, evaluate_every=3, precision="fp16",
+            out=tmp_path / name, resume=True, **SMALL,
+        )  # fmt: skip
+        return tmp_path / name
+
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tune.Checkpointer, "save", cut_at_6)
+        with pytest.raises(Killed):
+            run("cut")
+    cut = run("cut")
+    (best,) = whole.glob("best-*.safetensors")
+    assert (cut / best.name).read_bytes() == best.read_bytes()
+    assert (cut / "best.json").read_bytes() == (whole / "best.json").read_bytes()
+    logs = [read_metrics(folder / "metrics.jsonl") for folder in (whole, cut)]
+    for record in (*logs[0], *logs[1]):
+        record.pop("tokens_per_s", None)
+    assert logs[0] == logs[1] and len(logs[0]) == 12 + 5
+    with pytest.raises(ConfigError, match="out: .* holds a run already; go on with it by resume"):
+        finetune(reviews(), text="review", label="stars", out=whole, **SMALL)
+    with pytest.raises(ConfigError, match="lr"):
+        finetune(reviews(), text="review", label="stars", steps=12, evaluate_every=3, lr=0.5,
+                 precision="fp16", out=whole, resume=True, **SMALL)  # fmt: skip
+    with pytest.raises(ConfigError, match="data"):
+        finetune(reviews(72), text="review", label="stars", steps=12, evaluate_every=3,
+                 precision="fp16", out=whole, resume=True, **SMALL)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tsak": "classify"}, "finetune: no setting 'tsak'; did you mean task"),
+        ({"task": "clasify"}, "task: unknown 'clasify'"),
+        ({"metric": "acc"}, "metric: no score 'acc'; known: accuracy, "),
+        ({"text": "revew"}, "no column 'revew' \\(there: review, stars\\)"),
+        ({"epochs": float("nan")}, "epochs=nan"),
+        ({"batch": 0}, "batch=0: expected a whole number from 1 on"),
+        ({"held_out": 1.0}, "held_out=1: nothing would judge the run"),
+        ({"precision": "bf61"}, "bf61"),
+        ({"model": "no/such/folder"}, "no such file or folder"),
+        ({"second": "stars", "label": "", "task": "tag"}, "second='stars': tag has none"),
+        ({"mesh": "data=64"}, "data=64"),
+        ({"optimizer": "adma"}, "adma"),
+        ({"label": "review"}, "names one twice"),
+        ({"task": "seq2seq", "model": "some"}, "seq2seq trains a new model"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(
+    settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    own = dict(text="review", label="stars", steps=1, out=tmp_path / "run", **SMALL) | settings
+    with pytest.raises(ConfigError, match=said) as error:
+        finetune(reviews(16), **own)
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
