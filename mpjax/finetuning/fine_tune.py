@@ -17,6 +17,7 @@ from mpjax.errors import ConfigError
 from mpjax.files import write_text
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.pretrained import from_pretrained
+from mpjax.finetuning.report import write_report_of
 from mpjax.finetuning.run_folder import BEST, RUN, RunPage
 from mpjax.finetuning.sources import read_source
 from mpjax.finetuning.tuned import Tuned, load_run
@@ -198,6 +199,7 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
             ),
         )
     _train(c, work.batches, state, step, judge, progress, untrained, steps, every, quiet)
+    write_report_of(c.out)
     return load_run(c.out)
 
 

@@ -80,7 +80,7 @@ def html_report(
         ("gaps", "Gaps", _gaps(drawn, by_label)),
         ("curves", "Curves", _curves(drawn, len(outcomes), by_label, unit, window, data)),
         ("scale", "Loss scale and skipped steps", _scales(drawn, data)),
-        ("slices", "Slices", _slices(tables[1:])),
+        ("slices", "Tables", _slices(tables[1:])),
         ("formats", "What each format would lose", found_in(where, heatmap, problems)),
         ("audit", "Audit", found_in(where, audit, problems)),
         ("figures", "Figures", _pictures(pictures)),
