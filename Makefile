@@ -66,6 +66,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; p
 	$(PY) -m benchmarks.robustness.kill_resume
 	$(PY) -m benchmarks.robustness.kill_finetuning
 	$(PY) -m benchmarks.robustness.kill_stages
+	$(PY) -m benchmarks.robustness.kill_own_run
 	$(PY) -m benchmarks.robustness.two_runs
 	$(PY) -m benchmarks.robustness.lost_processes
 	$(PY) -m benchmarks.robustness.damaged_logs

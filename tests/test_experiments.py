@@ -26,7 +26,7 @@ SCRIPTS = (
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "distil", "finetune_classifier", "finetune_tagger", "translate",
     "pretrain_bert", "chat", "stages", "augment", "recommend",
-    "adversarial", "multitask", "anneal",
+    "adversarial", "multitask", "anneal", "finetune",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -49,6 +49,15 @@ def start(script: str, *args: Any, devices: int = 1, **env: str) -> subprocess.P
     env = os.environ | own | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | env
     return subprocess.Popen(
         [sys.executable, f"experiments/{script}.py", *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env,
+    )  # fmt: skip
+
+
+def start_module(module: str, *args: Any) -> subprocess.Popen[str]:
+    """A command line of the package."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env,
     )  # fmt: skip
 
@@ -502,6 +511,41 @@ def test_a_network_tells_images_apart(tmp_path):
     assert len(err.splitlines()) == 1 and not (tmp_path / "b").exists()
 
 
+def test_from_a_table_to_answers_and_an_export(tmp_path):
+    path, out = tmp_path / "own.csv", tmp_path / "run"
+    rows = [
+        f"{n},soup {n} was {('stale', 'fine')[n % 2]},{('bad', 'good')[n % 2]}\n" for n in range(60)
+    ]
+    path.write_text("id,review,stars\n" + "".join(rows))
+    args = ["--data", path, *"--text review --label stars --layers 1 --width 16 --heads 2".split()]
+    args += "--vocabulary 200 --longest 16 --batch 8 --steps 30 --lr 1e-2".split()
+    told, _ = run("finetune", *args, "--out", out)
+    assert "bad 27, good 27" in told and "best weights, of step" in told
+    assert (out / "report.html").is_file() and "report: " in told
+    asked = ["soup 7 was fine", "soup 8 was stale"]
+    said, _ = finish(start_module("mpjax.predict", out, "--text", *asked))
+    answers = [json.loads(line) for line in said.splitlines()]
+    assert [(a["input"], a["label"]) for a in answers] == list(
+        zip(asked, ("good", "bad"), strict=True)
+    )
+    same, _ = finish(start_module("mpjax.predict", out, "--data", path, "--weights", "int8"))
+    assert len(same.splitlines()) == 60
+    said, _ = finish(start_module("mpjax.export", out, tmp_path / "model"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"} and "weights of step" in said
+    _, err = run("finetune", *args, "--out", out, code=2)
+    assert err.startswith("error: out: ") and "go on with it by resume" in err
+    for module, bad, message in (
+        ("mpjax.predict", [tmp_path, "--text", "a"], "no run here (run.json)"),
+        ("mpjax.predict", [out], "give either --text or --data"),
+        ("mpjax.predict", [out, "--data", path, "--column", "body"], "no column 'body'"),
+        ("mpjax.predict", [out, "--text", "a", "--weights", "int9"], "int9"),
+        ("mpjax.export", [out, tmp_path / "model"], "export needs a new or empty folder"),
+    ):
+        _, err = finish(start_module(module, *bad), code=2)
+        assert message in err and len(err.splitlines()) == 1, err
+
+
 def test_annealing_is_compared_at_equal_operations(text, tmp_path):
     args = [
         "--data",
@@ -516,8 +560,8 @@ def test_annealing_is_compared_at_equal_operations(text, tmp_path):
     # 12 = 3 cycles of 3 gradient steps and a proposal, which costs two thirds of one, and a bit
     assert first[2:4] == ["12", "0"] and second[2:4] == ["10", "3"]
     assert first[5] == "–" and first[6] == "–" and second[6].endswith(" %")
-    steps = [len(curve(tmp_path / "a" / f"{n}_fp32" / "seed1")) for n in ("descent", "alternate")]
-    assert steps == [12, 13]
+    arms = [tmp_path / "a" / f"{name}_fp32" / "seed1" for name in ("descent", "alternate")]
+    assert [len(curve(arm)) for arm in arms] == [12, 13]
     for bad, message in (
         (["--methods", "alternate"], "methods: alternate is first"),
         (["--methods", "descent", "sgdsa"], "methods: unknown 'sgdsa'; known: descent"),

@@ -11,7 +11,6 @@ import jax
 
 from mpjax.data import Tokenizer, WordPiece, parse_wordpiece
 from mpjax.errors import ConfigError
-from mpjax.finetuning.finetuning_settings import TASKS
 from mpjax.models import Encoder, EncoderConfig
 from mpjax.models.hf import load_checkpoint, open_checkpoint
 from mpjax.models.hf.checkpoint import Checkpoint
@@ -76,26 +75,23 @@ def from_pretrained(
       >>> found.model.config.head, found.model.config.labels, found.tokenizer
       ('token', ('N', 'V'), None)
     """
-    if task is not None and task not in TASKS:
-        raise ConfigError(f"task: unknown {task!r}; known: {' '.join(TASKS)}")
+    known = [*HEAD_OF, "lm", "instruct"]
+    if task is not None and task not in known:
+        raise ConfigError(f"task: unknown {task!r}; known: {' '.join(known)}")
     checkpoint = name if isinstance(name, Checkpoint) else open_checkpoint(name)
+    kind = checkpoint.config.get("model_type")
+    if task is not None and (task in HEAD_OF) != (kind == "bert"):
+        wanted = "an encoder (BERT)" if task in HEAD_OF else "a decoder (Llama, GPT-2)"
+        raise ConfigError(
+            f"model {str(checkpoint.where)!r}: {task} takes {wanted}; its model_type is {kind!r}"
+        )
     if task in HEAD_OF:
         model, params = _with_head(
             checkpoint, precision, HEAD_OF[task], tuple(labels), seed,
             1 if task == "regress" else len(labels), changes,
         )  # fmt: skip
-        if not isinstance(model, Encoder):
-            raise ConfigError(
-                f"model {str(checkpoint.where)!r}: {task} takes an encoder (BERT); its"
-                f" model_type is {checkpoint.config.get('model_type')!r}"
-            )
     else:
         model, params = load_checkpoint(checkpoint, precision, **changes)
-        if task is not None and isinstance(model, Encoder):
-            raise ConfigError(
-                f"model {str(checkpoint.where)!r}: {task} takes a decoder (Llama, GPT-2); its"
-                f" model_type is {checkpoint.config.get('model_type')!r}"
-            )
     return Pretrained(model, params, tokenizer_of(checkpoint, isinstance(model, Encoder)))
 
 

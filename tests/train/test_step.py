@@ -342,3 +342,35 @@ def test_microbatches_of_a_loss_that_does_not_say_what_it_is_a_mean_over() -> No
 def test_an_objective_that_is_none(objective: object) -> None:
     with pytest.raises(ConfigError, match="^objective: .* is not a function of the model; [^\n]*$"):
         build(small(), optax.sgd(1.0), objective=objective)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,tensor=2"])
+def test_given_weights_begin_a_run_and_stay_the_callers(mesh: str | None) -> None:
+    model = small("pure-bf16")
+    params = model.init(jax.random.key(9))
+    before = [np.asarray(x).tobytes() for x in jax.tree.leaves(params)]
+    state, step = build(model, optax.sgd(1.0), mesh, params=params)
+    assert [np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)] == before
+    assert step.init is not None
+    again = step.init(5)  # another seed, the same weights
+    assert [np.asarray(x).tobytes() for x in jax.tree.leaves(again.params)] == before
+    ids = np.ones((8, 9), np.int32)
+    state, _ = step(state, {"inputs": ids[:, :-1], "targets": ids[:, 1:]})
+    assert [np.asarray(x).tobytes() for x in jax.tree.leaves(params)] == before
+    assert [np.asarray(x).tobytes() for x in jax.tree.leaves(state.params)] != before
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        (lambda p: jax.tree.map(lambda x: x.astype(np.float32), p), "is float32.*has bfloat16"),
+        (lambda p: {"decoder": p["decoder"]["embed"]}, "more differ"),
+        (lambda p: 3, "is absent|is 3"),
+        (lambda p: jax.tree.map(lambda x: x[..., :1], p), "and the model has"),
+    ],
+)
+def test_weights_of_another_model_are_one_line(params: Any, said: str) -> None:
+    model = small("pure-bf16")
+    with pytest.raises(ConfigError, match=f"^params: [^\n]*({said})") as error:
+        build(model, optax.sgd(1.0), params=params(model.init(jax.random.key(0))))
+    assert "\n" not in str(error.value)
