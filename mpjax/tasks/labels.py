@@ -18,6 +18,7 @@ from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import as_array
 from mpjax.models import Encoder
+from mpjax.models.core.batch_fields import encoder_batch
 from mpjax.models.core.checks import field, keep_of
 from mpjax.models.core.metadata import NONE
 from mpjax.ops.cross_entropy import check_targets
@@ -35,7 +36,8 @@ def encoder_inputs(batch: Batch) -> dict[str, Array]:
     Raises:
       ConfigError: there are no `ids`, or `keep` and `attention_mask`.
     """
-    inputs = {"ids": field(batch, "ids", "encoder")}
+    batch = encoder_batch(batch)
+    inputs = {"ids": batch["ids"]}
     own = {"types": batch.get("types"), "keep": keep_of(batch, "encoder")}
     return inputs | {name: value for name, value in own.items() if value is not None}
 
@@ -185,6 +187,7 @@ def encoder_fn(
         key: Key | None = None,
         train: bool = False,
     ) -> tuple[T, ModelState]:
+        batch = encoder_batch(batch)
         inputs = encoder_inputs(batch)
         outputs, state = model.apply(params, inputs, state=state, key=key, train=train)
         return value(outputs, batch), state
@@ -211,4 +214,7 @@ def label_objective(model: Encoder, output: str, path: str) -> ops.Objective:
         labels, weights = labels_of(batch)
         return label_loss(outputs[output], labels, policy, weights)
 
-    return ops.Objective(encoder_fn(model, loss), lambda batch: target_weight(*labels_of(batch)))
+    return ops.Objective(
+        encoder_fn(model, loss), lambda batch: target_weight(*labels_of(batch)),
+        check=getattr(model, "check_batch", None),
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt
 
 from mpjax.errors import ConfigError
-from mpjax.formats.checks import batch_rows
+from mpjax.formats.checks import as_batch, batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
 from mpjax.optim import Optimizer, OptState, copied, select, weight_view, without_repeats
 from mpjax.train.gradients import Judged, gradients, loss_at
@@ -114,6 +114,7 @@ class TrainStep:
       init: `init(seed)`, a fresh state on the mesh; None when the step was not made by `build`.
       frozen: arrays that the objective reads and no step changes, None without any; `function`
         takes others as a third argument.
+      check: the objective's check of each batch, or None.
     """
 
     function: Callable[..., tuple[TrainState, Metrics]]
@@ -124,15 +125,19 @@ class TrainStep:
     accumulate: int
     init: Callable[[ArrayLike], TrainState] | None = None
     frozen: PyTree = None
+    check: Callable[[Batch], None] | None = None
 
     def place(self, batch: Batch) -> Batch:
         """Puts this process's part of a global batch on its devices.
 
         Raises:
-          ConfigError: the batch is not divided by the mesh and the microbatches, is empty, or holds
-            something else than arrays.
+          ConfigError: the batch is not divided by the mesh and the microbatches, is empty, holds
+            something else than arrays, or what the objective's check refuses.
         """
+        batch = as_batch(batch)
         found = batch_rows(batch, "step")
+        if self.check is not None:
+            self.check(batch)
         if len(found) > 1 and (self.accumulate > 1 or self.mesh is not None):
             raise ConfigError(
                 f"step: the batch has arrays of {' and '.join(map(str, sorted(found)))} rows, and"
@@ -344,4 +349,6 @@ def make_train_step(
         return new, metrics
 
     compiled = compile_step(step, mesh, shardings, held)
-    return TrainStep(step, compiled, optimizer, mesh, shardings, accumulate, frozen=held)
+    return TrainStep(
+        step, compiled, optimizer, mesh, shardings, accumulate, frozen=held, check=whole.check
+    )
