@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from common import launch
+from common.command_line import imported
 from common.lm import Shape, shape_changes
 from mpjax.errors import ConfigError
 from mpjax.precision import Precision, PrecisionSchedule, get_precision, get_schedule
@@ -180,4 +181,6 @@ def settings(config: Config) -> Settings:
     # An unused setting is left out, so that runs from before it existed can be resumed.
     values = {k: v for k, v in values.items() if (k, v) != ("precision_schedule", "")}
     values["shape"] = shape_changes(config.shape)
+    if imported():
+        values["imports"] = imported()
     return json.loads(json.dumps(values))

@@ -15,7 +15,7 @@ import jmp
 
 from mpjax import ops
 from mpjax.data.buckets import IGNORE
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import as_array
 from mpjax.models import Encoder
 from mpjax.models.core.batch_fields import encoder_batch
@@ -63,6 +63,10 @@ def check_labels(model: Encoder, names: tuple[str, ...], what: str, output: str)
       ConfigError: another order, other names, too few outputs, or a model that was trained for
         something else.
     """
+    if not hasattr(model, "precision"):
+        raise ConfigError(
+            f"{what}: the model is {brief(model)}; make one with mpjax.models.encoder"
+        )
     config = getattr(model, "config", None)
     if (outputs := task_outputs(model, output)) is not None:
         if outputs < len(names):
@@ -96,6 +100,17 @@ def check_labels(model: Encoder, names: tuple[str, ...], what: str, output: str)
             "%s: the checkpoint does not name its own; its outputs are taken for %s in this order"
             " (load_checkpoint(..., labels=...) names them)", what, " ".join(names),
         )  # fmt: skip
+
+
+def check_names(what: str, names: object) -> None:
+    """Checks that classes are at least two texts, each once.
+
+    Raises:
+      ConfigError: they are not.
+    """
+    listed = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
+    if not listed or len(names) < 2 or len(set(names)) < len(names):  # type: ignore[arg-type]
+        raise ConfigError(f"{what}: {brief(names)}; expected at least two texts, each once")
 
 
 def task_outputs(model: Encoder, output: str) -> int | None:

@@ -10,7 +10,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.ops import LossFn, Objective
 from mpjax.optim import wrap
 from mpjax.precision import PrecisionSchedule, get_schedule
@@ -34,6 +34,7 @@ class _Part(NamedTuple):
     axes: PyTree
 
 
+@explains_calls
 def build(
     model: Model,
     optimizer: optax.GradientTransformation | optax.MultiSteps,

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.formats.checks import as_batch, batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
 from mpjax.optim import Optimizer, OptState, copied, select, weight_view, without_repeats
+from mpjax.optim.checks import check_seed
 from mpjax.train.gradients import Judged, gradients, loss_at
 from mpjax.typing import ArrayLike, Batch, Grads, Metrics, ModelState, Params, PyTree
 
@@ -44,6 +45,7 @@ class TrainState(NamedTuple):
     combine: PyTree = None
 
 
+@explains_calls
 def init_state(
     params: Params,
     optimizer: Optimizer,
@@ -61,6 +63,8 @@ def init_state(
       model_state: what the loss function takes and gives as `state`; None if it has none.
       combine: `objective.combine.init()`, of an objective that has one.
     """
+    _check_wrapped(optimizer)
+    check_seed(seed)
     key = jax.random.key_data(jax.random.key(seed))
     params, model_state = copied((params, model_state))
     opt_state = optimizer.init(params, seed)
@@ -78,6 +82,14 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh | None) -> None:
         raise ConfigError(
             f"batch: {batch} is not a multiple of {parts} = accumulate {accumulate} x"
             f" data x fsdp devices; take {max(1, batch // parts) * parts}"
+        )
+
+
+def _check_wrapped(optimizer: object) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"optimizer: {brief(optimizer)} is not wrapped; give mpjax.optim.wrap(optax.adam(1e-3),"
+            " precision)"
         )
 
 
@@ -242,6 +254,7 @@ def _objective(loss_fn: LossFn | Objective, count: Count | None, accumulate: int
     return Objective(loss_fn, count or rows_alike)
 
 
+@explains_calls
 def make_train_step(
     loss_fn: LossFn | Objective,
     optimizer: Optimizer,
@@ -289,6 +302,9 @@ def make_train_step(
       >>> float(state.params["w"]), float(metrics["loss"])
       (1.0, 1.0)
     """
+    _check_wrapped(optimizer)
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
+        raise ConfigError(f"accumulate: {brief(accumulate)} is no whole number; 1 does not split")
     if accumulate < 1:
         raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")
     whole = _objective(loss_fn, count, accumulate)

@@ -1,4 +1,4 @@
-"""Batches as transformers' collators give them train as they are, with the loss that it computes."""
+"""Batches as transformers' collators give them train as they are, with the loss of transformers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from mpjax.errors import ConfigError
 from mpjax.models import encoder, generate, judge, recurrent, seq2seq
 from mpjax.models.core.batch_fields import IGNORE, language_batch, seq2seq_batch
 from mpjax.ops import Objective
-from mpjax.tasks import Adversarial, Language, MaskedLanguage, TextClassification
-from mpjax.tasks import TokenClassification
+from mpjax.tasks import (
+    Adversarial,
+    Language,
+    MaskedLanguage,
+    TextClassification,
+    TokenClassification,
+)
 from mpjax.tasks.adversarial import FGM
 from mpjax.train import build
 from tests.models.shapes import small, stirred

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, explains_calls
 from mpjax.formats.checks import batch_rows
 from mpjax.markdown import table
 from mpjax.models.core.batch_fields import check_batch, read_batch
@@ -78,6 +78,7 @@ def _sums(model: Decoder, params: Params, batch: Batch, cache: str | Storage) ->
     return nll, right, jnp.sum(weights_BT), jnp.count_nonzero(weights_BT)
 
 
+@explains_calls
 def judge(
     model: Decoder, params: Params, batches: Iterable[Batch], *, cache: CacheStorage = ""
 ) -> Judged:
@@ -168,6 +169,7 @@ class Compared(NamedTuple):
     cache_bytes: float
 
 
+@explains_calls
 def compare(
     model: Decoder, params: Params, batches: Iterable[Batch], variants: Sequence[Variant], *,
     moments: Mapping[str, Array] | None = None,

@@ -124,8 +124,9 @@ class Encoder(TransformerNetwork):
         Args:
           params: from `init`.
           inputs: token ids (B, T), or a dict of `ids`, `keep` (B, T; True or 1 where there is no
-            padding; `attention_mask` is another name for it), `types` (B, T; 0 or 1 for the two
-            texts of a pair; `input_ids` and `token_type_ids` are names too) and `offset` (B, T, D; added to the token embeddings, in float32).
+            padding), `types` (B, T; 0 or 1 for the two texts of a pair) and `offset` (B, T, D;
+            added to the token embeddings, in float32). transformers' `input_ids`,
+            `attention_mask` and `token_type_ids` are other names for the first three.
           state: amax histories from `init_state`, or None.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.
