@@ -42,10 +42,12 @@ Case = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 
 
 def total(params: Any, *args: Any) -> Any:
+    """A loss."""
     return jnp.sum(params["w"])
 
 
 def layer(x: Any, w: Any) -> Any:
+    """A product."""
     return x @ w
 
 
@@ -71,7 +73,7 @@ def right_calls() -> dict[str, Case]:
             lambda scale: optim.scaled_value_and_grad(total)(scale, PARAMS),
             (optim.StaticLossScale(8.0),), {},
         ),
-        "DynamicLossScale": (optim.DynamicLossScale, (8.0,), dict(growth_interval=5, max_scale=9.0)),
+        "DynamicLossScale": (optim.DynamicLossScale, (8.0,), dict(growth_interval=5)),
         "StaticLossScale": (optim.StaticLossScale, (8.0,), {}),
         "LogMaxLossScale": (optim.LogMaxLossScale, ("float16",), {}),
         "LeafLossScale": (optim.LeafLossScale, (["**"],), {}),
@@ -106,6 +108,7 @@ def right_calls() -> dict[str, Case]:
 
 
 def writer() -> Any:
+    """A writer of metrics to a folder that is not there yet."""
     return train.MetricsWriter(Path(mkdtemp()) / "a" / "b", {})
 
 

@@ -80,6 +80,11 @@ def build(
       >>> int(state.step), int(metrics["skipped"])
       (1, 0)
     """
+    if not callable(objective) or isinstance(objective, Objective):
+        raise ConfigError(
+            f"objective: {brief(objective)}; give a function from the model to its objective, such"
+            " as task.objective"
+        )
     if isinstance(mesh, str):
         mesh = parse_mesh(mesh)
     if mesh is not None and mesh.size == 1:

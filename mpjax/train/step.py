@@ -245,6 +245,11 @@ def _objective(loss_fn: LossFn | Objective, count: Count | None, accumulate: int
         if count is not None:
             raise ConfigError("count: the objective has its own; leave count out")
         return loss_fn
+    if not callable(loss_fn):
+        raise ConfigError(
+            f"loss: {brief(loss_fn)} is no function; give loss_fn(params, batch, *, state, key,"
+            " train) -> (loss, state), or an Objective"
+        )
     if count is None and accumulate > 1:
         raise ConfigError(
             f"accumulate: {accumulate} microbatches count by their targets, and the loss does not"
