@@ -148,7 +148,8 @@ class Arm:
 
     def work(self, work: Training) -> Any:
         """Returns the workload of this arm."""
-        return dataclasses.replace(work, **dict(self.changes))
+        changes: Any = dict(self.changes)
+        return dataclasses.replace(work, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +237,10 @@ def train(
     ) as (writer, report, history):  # fmt: skip
         assert step.init is not None
         state = step.init(seed)
-        outcome = {"validation_loss": np.inf, "bytes_per_parameter": bytes_per_parameter(state)}
+        outcome: Settings = {
+            "validation_loss": np.inf,
+            "bytes_per_parameter": bytes_per_parameter(state),
+        }
         try:
             params = fit(state, step, data, steps=work.steps, report=report).params
             outcome["validation_loss"] = evaluate(params)

@@ -27,12 +27,13 @@ IMPORT = "--import"
 _HELP = (
     f"{IMPORT} FILE.py runs a file of yours first, which registers recipes and presets; repeatable."
 )
-_imported: dict[Path, str] = {}  # file -> checksum: what it registers lasts as long as the process
+_loaded: dict[Path, str] = {}  # file -> checksum: what it registers lasts as long as the process
+_asked: list[Path] = []  # by this command line
 
 
 def imported() -> dict[str, str]:
-    """Returns the name -> checksum of each file that was imported, for a run's settings."""
-    return {path.name: found for path, found in _imported.items()}
+    """Returns the name -> checksum of each file that is imported, for a run's settings."""
+    return {path.name: _loaded[path] for path in _asked}
 
 
 def import_file(path: Path) -> None:
@@ -44,7 +45,8 @@ def import_file(path: Path) -> None:
     path = path.resolve()
     if not path.is_file():
         raise ConfigError(f"import: {path} is no file; give a Python file, such as my_recipes.py")
-    if path in _imported:
+    _asked.append(path)
+    if path in _loaded:
         return
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
@@ -63,13 +65,12 @@ def import_file(path: Path) -> None:
         raise ConfigError(
             f"import: {path.name}, line {line}: {type(error).__name__}: {error}; mend the file"
         ) from None
-    _imported[path] = checksum(path)
+    _loaded[path] = checksum(path)
 
 
 def _without_imports(words: list[str]) -> tuple[list[str], list[Path]]:
     """A command line without its `--import FILE` or `--import=FILE`, and the files."""
-    rest, files = [], []
-    words = list(words)
+    rest, files, words = [], [], list(words)
     while words:
         word = words.pop(0)
         if word.startswith(f"{IMPORT}="):
@@ -94,6 +95,7 @@ def parse(config: type[T]) -> T:
             where = flag if flag.startswith("--") else "command line"
             raise ConfigError(f"{where}: {content!r} is not UTF-8; rename the file, or write it so")
     words, files = _without_imports(sys.argv[1:])
+    _asked.clear()
     for file in files:
         import_file(file)
     about = f"{(config.__doc__ or '').strip()}\n\n{_HELP}"

@@ -102,14 +102,14 @@ def check_labels(model: Encoder, names: tuple[str, ...], what: str, output: str)
         )  # fmt: skip
 
 
-def check_names(what: str, names: object) -> None:
+def check_names(what: str, names: Any) -> None:
     """Checks that classes are at least two texts, each once.
 
     Raises:
       ConfigError: they are not.
     """
     listed = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
-    if not listed or len(names) < 2 or len(set(names)) < len(names):  # type: ignore[arg-type]
+    if not listed or len(names) < 2 or len(set(names)) < len(names):
         raise ConfigError(f"{what}: {brief(names)}; expected at least two texts, each once")
 
 

@@ -269,6 +269,8 @@ def _at_hand(x: object) -> np.ndarray | None:
     """The numbers of an array that can be read now."""
     if isinstance(x, jax.core.Tracer) or x is None:
         return None
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable and x.is_ready()):
-        return None
+    if isinstance(x, jax.Array):
+        there: Any = x  # `is_ready` is not in the type
+        if not (there.is_fully_addressable and there.is_ready()):
+            return None
     return np.asarray(x)

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -41,8 +41,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for group, (holds, wanted) in _RANGES.items():
             for name in getattr(self, group):
-                value = getattr(self, name)
-                kinds = (int, np.integer) if group == "COUNTS" else (int, float, np.number)
+                value: Any = getattr(self, name)
+                kinds: Any = (int, np.integer) if group == "COUNTS" else (int, float, np.number)
                 if not isinstance(value, kinds) or isinstance(value, bool):
                     what = "whole number" if group == "COUNTS" else "number"
                     raise ConfigError(f"model: {name}={brief(value)} is no {what}; give one")

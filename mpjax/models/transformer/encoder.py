@@ -79,7 +79,9 @@ class Encoder(TransformerNetwork):
         return Transformer(self, c, at, name, False, types=c.types, heads=_head_parts(c, at))
 
     def _inputs(self, inputs: Ids | Mapping[str, ArrayLike]) -> dict[str, Any]:
-        fields = {"ids": inputs} if not isinstance(inputs, Mapping) else encoder_batch(inputs)
+        fields: dict[str, Any] = {"ids": inputs}
+        if isinstance(inputs, Mapping):
+            fields = encoder_batch(inputs)
         if "attention_mask" in fields:
             fields["keep"] = keep_of(fields, "encoder")
             del fields["attention_mask"]
