@@ -109,6 +109,7 @@ fuzz: $(INSTALLED_DEV)  ## damaged and hostile files to every reader, half an ho
 	$(PY) -m benchmarks.fuzz
 
 fuzz-part: $(INSTALLED_DEV)  ## four minutes of it: the hostile files, then as many damaged ones
+	$(PY) -m benchmarks.fuzz.odd_calls
 	$(PY) -m benchmarks.fuzz --minutes 4 --workers $(WORKERS)
 
 verify-gpu: $(GPU_VENV)/.installed  ## compile for an H100 without one, 6 GB, once; page in docs/evidence

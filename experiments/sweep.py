@@ -1,10 +1,15 @@
-"""Precisions x learning rates x seeds: which precision is best when each has its best rate?
+"""Precisions x learning rates x any setting x seeds: which precision is best at its best?
 
 An equal learning rate misleads: a precision may only look worse because it wants another rate.
 
 Run:       python experiments/sweep.py --precision fp32 bf16 pure-bf16 --lr 3e-4 1e-3 3e-3
-Output:    the table of `make demo`, one arm per precision and rate, and per precision the best;
-           runs/sweep/report.md with the plots, a run folder per arm and seed.
+           python experiments/sweep.py --sweep layers=2,4 --sweep optimizer=adamw,lion --seeds 3
+           python experiments/sweep.py --import my_recipes.py --precision fp32 mine
+Resume:    the same command, after Ctrl-C, a kill or with more values: runs that have ended are
+           taken, the others trained. A run of other settings is never overwritten.
+Output:    the table of `make demo`, one arm per combination, and per precision the best, its gap
+           paired by seed; runs/sweep/report.md with the plots, a run folder per arm and seed. Runs
+           that stopped or diverged are listed, and the sweep goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from common import (
     finished,
@@ -23,11 +28,13 @@ from common import (
 import jax  # isort: skip
 import numpy as np
 import optax
+import tyro
 from rich.console import Console
 
 from common.datasets.sources import DOCUMENTS
+from common.grid import Changes, parse_grid, products, words
 from mpjax.data import Corpus, batches, load_corpus, validation_batches
-from mpjax.errors import TrainingStopped
+from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.models import Decoder, Recurrent
 from mpjax.ops import Objective, weight_sum
 from mpjax.optim import make_optimizer, wrap
@@ -41,7 +48,15 @@ from mpjax.report import (
     save_plot,
     write_report,
 )
-from mpjax.train import TrainStep, build, bytes_per_parameter, fit, manifest
+from mpjax.train import (
+    TrainStep,
+    build,
+    bytes_per_parameter,
+    check_batch,
+    fit,
+    manifest,
+    parse_mesh,
+)
 from mpjax.typing import Array, Batch, Json, ModelState, Params, PyTree, Settings
 
 console = Console(stderr=True)
@@ -79,6 +94,8 @@ class Training:
     """Largest global gradient norm, in every arm at natural scale."""
     eval_batches: int = 32
     """Batches of held-out text that judge a run, evenly spread."""
+    mesh: str = ""
+    """Devices by axis, such as data=2,fsdp=2; one device by default."""
     fresh: bool = False
     """Train again the runs that --out holds; without it those that have ended are taken as they
     are, so that an interrupted comparison goes on."""
@@ -119,6 +136,7 @@ class Arm:
       reference: label of the arm that it is compared with.
       stress: k; the loss is multiplied by 2^-k and its gradients by 2^k, which an exact arithmetic
         does not notice.
+      changes: settings of the workload that are others here.
     """
 
     label: str
@@ -126,11 +144,17 @@ class Arm:
     lr: float
     reference: str
     stress: int = 0
+    changes: Changes = ()
+
+    def work(self, work: Training) -> Any:
+        """Returns the workload of this arm."""
+        changes: Any = dict(self.changes)
+        return dataclasses.replace(work, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Workload):
-    """Train one model under several precisions and learning rates, each with several seeds."""
+    """Train one model under several precisions, learning rates and more, with several seeds."""
 
     precision: tuple[str, ...] = ("fp32", "bf16", "fp16", "pure-bf16")
     """Presets, policies or lines of text; the first is what the others are compared with."""
@@ -138,8 +162,14 @@ class Config(Workload):
     """Peak learning rates."""
     seeds: int = 3
     """Seeds an arm; the n-th seed has the same initial weights and batches in every arm."""
+    sweep: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=VALUE,VALUE of any setting above, such as layers=2,4; repeatable, all combinations are
+    trained. Values that hold commas are separated by |."""
     out: Path = Path("runs/sweep")
     """Folder of the report and of all runs."""
+    CHOOSING = (*Training.CHOOSING, "sweep")
+    FIXED: ClassVar[tuple[str, ...]] = ("seeds", "fresh", "mesh", "eval_batches", "sweep", "out")
+    """Settings that cannot be varied: those of the whole sweep, and what judges all runs alike."""
 
 
 def judge(model: LanguageModel, corpus: Corpus, work: Training) -> Callable[[Params], float]:
@@ -188,6 +218,8 @@ def page_of(
     """Returns the folder of a run and its manifest."""
     folder = out / arm.label.replace(" ", "_") / f"seed{seed}"
     settings = launch.settings(work, lr=arm.lr, stress=arm.stress, seed=seed, out=str(folder))
+    if not work.mesh:  # so that runs from before it existed are the same
+        del settings["mesh"]
     settings["fresh"] = work.fresh or again(arm.label, seed)
     products = launch.products(model, work.batch * work.seq)
     return folder, manifest(arm.precision, settings, model.paths, products)
@@ -205,11 +237,15 @@ def train(
     ) as (writer, report, history):  # fmt: skip
         assert step.init is not None
         state = step.init(seed)
-        outcome = {"validation_loss": np.inf, "bytes_per_parameter": bytes_per_parameter(state)}
+        outcome: Settings = {
+            "validation_loss": np.inf,
+            "bytes_per_parameter": bytes_per_parameter(state),
+        }
         try:
             params = fit(state, step, data, steps=work.steps, report=report).params
             outcome["validation_loss"] = evaluate(params)
         except TrainingStopped as error:  # the other arms go on
+            outcome["stopped"] = str(error)
             console.print(f"{label} stopped: {error}", style="red", highlight=False)
     writer.write({"step": work.steps, "validation_loss": outcome["validation_loss"]})
     writer.close()
@@ -246,7 +282,7 @@ def run_arm(
     """
     model = make(work, corpus, arm.precision)
     tx, objective = stressed(arm.stress, work, optimizer(arm, work))
-    _, step = build(model, tx, objective=objective)
+    _, step = build(model, tx, parse_mesh(work.mesh) if work.mesh else None, objective=objective)
     losses, records, per_parameter = [], [], 0.0
     for seed in range(first, first + seeds):
         folder, page = page_of(arm, work, model, seed, out, again)
@@ -279,18 +315,33 @@ def run_arms(
     **options: Json,
 ) -> list[Outcome]:
     """Trains all arms, each under the same seeds; a run that has ended in `out` is taken."""
-    corpus = load_corpus(work.data, work.tokenizer, sources=DOCUMENTS)
-    batches(corpus.train, batch=work.batch, seq=work.seq, seed=0)
-    models = [make(work, corpus, arm.precision) for arm in arms]
-    for arm, model in zip(arms, models, strict=True):  # the last arm's mistake, before the first
-        wrapped = wrap(optimizer(arm, work), arm.precision)
+    corpora: dict[tuple[str, str], Corpus] = {}
+    each: list[tuple[Arm, Any, Corpus, LanguageModel]] = []
+    for arm in arms:  # the last arm's mistake, before the first
+        own = arm.work(work)
+        if (text := (own.data, own.tokenizer)) not in corpora:
+            corpora[text] = load_corpus(*text, sources=DOCUMENTS)
+        corpus = corpora[text]
+        batches(corpus.train, batch=own.batch, seq=own.seq, seed=0)
+        if own.mesh:
+            check_batch(own.batch, 1, parse_mesh(own.mesh))
+        model = make(own, corpus, arm.precision)
+        wrapped = wrap(optimizer(arm, own), arm.precision)
         jax.eval_shape(lambda key, m=model, w=wrapped: w.init(m.init(key)), jax.random.key(0))
         for seed in range(first, first + seeds):
-            finished.check(*page_of(arm, work, model, seed, out, again), work.CHOOSING)
-    evaluate = judge(models[0], corpus, work)
+            finished.check(*page_of(arm, own, model, seed, out, again), work.CHOOSING)
+        each.append((arm, own, corpus, model))
     launch.writable(out)
     options |= {"make": make, "first": first, "again": again}
-    return [run_arm(arm, work, corpus, seeds, out, evaluate, **options) for arm in arms]
+    judges: dict[Any, Callable[[Params], float]] = {}
+    outcomes = []
+    for arm, own, corpus, model in each:
+        # Arms of one model and text share a judge, and all read as many sequences.
+        shape = (model.config, own.data, own.tokenizer, own.seq)
+        if shape not in judges:
+            judges[shape] = judge(model, corpus, dataclasses.replace(own, batch=work.batch))
+        outcomes.append(run_arm(arm, own, corpus, seeds, out, judges[shape], **options))
+    return outcomes
 
 
 def best(outcomes: Sequence[Outcome], labels: Sequence[str]) -> str:
@@ -300,25 +351,74 @@ def best(outcomes: Sequence[Outcome], labels: Sequence[str]) -> str:
     return min(means, key=lambda label: (np.isnan(means[label]), means[label]))
 
 
+def arms_of(config: Config) -> dict[str, list[Arm]]:
+    """Returns precision -> its arms: each combination of learning rate and other settings.
+
+    Raises:
+      ConfigError: a setting that cannot be varied, or two arms of one label.
+    """
+    grid: dict[str, Any] = dict(parse_grid(config.sweep, config, config.FIXED))
+    for name in ("precision", "lr"):
+        own = getattr(config, name)
+        if name in grid and own != getattr(type(config), name):
+            raise ConfigError(f"sweep: {name}={grid[name]} and --{name} {own}; give one of them")
+        grid.setdefault(name, own)
+    texts, rates = grid.pop("precision"), grid.pop("lr")
+    launch.distinct(dataclasses.replace(config, precision=texts), "precision")
+    found: dict[str, list[Arm]] = {}
+    for text in texts:
+        precision, found[text] = get_precision(text), []
+        for lr in rates:
+            for changes in products(grid):
+                label = f" lr={lr:g}{words(changes)}"
+                one = Arm(text + label, precision, lr, texts[0] + label, changes=changes)
+                check(dataclasses.replace(one.work(config), lr=(lr,)))
+                found[text].append(one)
+    labels = [arm.label for arms in found.values() for arm in arms]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ConfigError(f"sweep: two arms are called {twice[0]!r}; give values that differ more")
+    return found
+
+
+def check(config: Config) -> None:
+    """Checks the numbers of one arm."""
+    launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds")
+
+
+def failures(outcomes: Sequence[Outcome], out: Path) -> list[str]:
+    """Returns a line for each run that stopped or diverged."""
+    found = []
+    for outcome in outcomes:
+        for seed, loss in enumerate(outcome.validation_loss):
+            if not np.isfinite(loss):
+                folder = out / outcome.label.replace(" ", "_") / f"seed{seed}"
+                why = finished.stopped(folder) or f"its validation loss is {loss}"
+                found.append(f"{outcome.label}, seed {seed}: {why}")
+    return found
+
+
+def at_the_edge(label: str, arms: Sequence[Arm]) -> str:
+    """Returns what to say of a best arm whose learning rate is the smallest or largest of all."""
+    rates = sorted({arm.lr for arm in arms})
+    (lr,) = {arm.lr for arm in arms if arm.label == label}
+    if len(rates) < 3 or lr not in (rates[0], rates[-1]):
+        return ""
+    side = "smaller" if lr == rates[0] else "larger"
+    return f"{label}: its rate is at the edge of the grid; a {side} one may be better."
+
+
 def main(config: Config) -> None:
     """Runs the sweep and writes its report."""
-    launch.positive(config, "batch", "seq", "steps", "eval_batches", "clip", "lr", "seeds")
+    check(config)
     launch.not_empty(config, "precision", "lr")
-    launch.distinct(config, "precision")
     start = time.perf_counter()
-    precisions = {text: get_precision(text) for text in config.precision}
-    arms = [
-        Arm(f"{text} lr={lr:g}", precision, lr, f"{config.precision[0]} lr={lr:g}")
-        for text, precision in precisions.items()
-        for lr in config.lr
-    ]
-    outcomes = run_arms(arms, config, config.seeds, config.out)
-    winners = {
-        text: best(outcomes, [f"{text} lr={lr:g}" for lr in config.lr]) for text in precisions
-    }
+    arms = arms_of(config)
+    outcomes = run_arms([arm for own in arms.values() for arm in own], config, config.seeds,
+                        config.out)  # fmt: skip
+    winners = {text: best(outcomes, [arm.label for arm in own]) for text, own in arms.items()}
     tuned = [
         dataclasses.replace(
-            o, label=f"best: {o.label}", reference=f"best: {winners[config.precision[0]]}"
+            o, label=f"best: {o.label}", reference=f"best: {next(iter(winners.values()))}"
         )
         for label in winners.values()
         for o in outcomes
@@ -327,7 +427,11 @@ def main(config: Config) -> None:
     launch.wide().print(rich_table([*outcomes, *tuned], "Precisions and learning rates"))
     save_plot(plot_loss(outcomes), config.out / "loss.png")
     save_plot(plot_loss_scale(outcomes), config.out / "loss_scale.png")
-    notes = [f"Took {time.perf_counter() - start:.0f} s on {launch.machine()}."]
+    notes = [f"Failed: {line}" for line in failures(outcomes, config.out)]
+    notes += filter(None, [at_the_edge(winners[text], own) for text, own in arms.items()])
+    for note in notes:
+        launch.wide().print(note, highlight=False, markup=False)
+    notes.append(f"Took {time.perf_counter() - start:.0f} s on {launch.machine()}.")
     path = write_report(
         config.out, "Precisions and learning rates", [*outcomes, *tuned], notes,
         ["loss.png", "loss_scale.png"],

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import importlib
 import importlib.metadata
+import inspect
 import itertools
 import json
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _SHOWN = 64  # characters or entries of a value; `brief` shows fewer
 _LONGEST = 2000  # characters of a message; what a file or a user said may be of any length
@@ -113,6 +119,59 @@ def listed(names: Iterable[str], count: int = 8) -> str:
     names = list(names)
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(printable(name, _LONGEST // 8) for name in names[:count]) + more
+
+
+def explains_calls(fn: Callable[P, R]) -> Callable[P, R]:
+    """Returns a function whose call with wrong arguments is a ConfigError, one line.
+
+    Python's own TypeError says neither what an unknown name may stand for nor what there is.
+
+    Args:
+      fn: a function or `__init__`; nothing else about it changes.
+
+    Example:
+      >>> @explains_calls
+      ... def scaled(x, *, growth_factor=2.0):
+      ...     return x * growth_factor
+      >>> scaled(1.0, growth=3.0)
+      Traceback (most recent call last):
+      mpjax.errors.ConfigError: scaled: unknown argument 'growth'; did you mean growth_factor? ...
+    """
+    signature, misfit, error = inspect.signature(fn), _misfit, ConfigError  # in the closure
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return fn(*args, **kwargs)
+        except TypeError:
+            if not (said := misfit(fn, signature, args, kwargs)):
+                raise
+        raise error(said)
+
+    # With the globals of fn, by which doctest knows whose function it is.
+    where: Any = fn
+    own = types.FunctionType(call.__code__, where.__globals__, closure=call.__closure__)
+    return functools.update_wrapper(own, fn)
+
+
+def _misfit(
+    fn: Callable[..., Any], signature: inspect.Signature, args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> str:  # fmt: skip
+    """What does not fit the parameters of a function; empty if all does."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        where = fn.__qualname__.removesuffix(".__init__")
+        names = [name for name in signature.parameters if name != "self"]
+        unknown = [name for name in kwargs if name not in names]
+        if not unknown:
+            return f"{where}: {error}; it takes {', '.join(names)}"
+        parts = set(unknown[0].split("_"))  # init_scale of another library is init here
+        alike = [n for n in names if (own := set(n.split("_"))) <= parts or parts <= own]
+        near = alike or difflib.get_close_matches(unknown[0], names)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        return f"{where}: unknown argument {unknown[0]!r}; {hint}it takes {', '.join(names)}"
+    return ""
 
 
 def need(module: str, extra: str, what: str, instead: str = "") -> Any:

@@ -141,6 +141,8 @@ def files(tmp_path_factory):
     """Texts, tables and tokenizers; good and bad ones."""
     root = tmp_path_factory.mktemp("files")
     text = "".join(f"line {i}: the quick brown fox and number {i * i}\n" for i in range(400))
+    (root / "broken_recipes.py").write_text("# of mine\nregister(1)\n")
+    (root / "my_recipes.py").write_text(MINE)
     content = {
         "text.txt": text,
         "likes.tsv": "".join(f"u{i // 4}\tfilm {i % 7}\t{i % 4}\n" for i in range(40)),
@@ -204,6 +206,21 @@ CASES = [
     ("unknown preset", "train_lm", "--precision ''", "precision", "empty", "presets: fp32"),
     ("unknown preset", "sweep", "--precision fp32 bff16", "precision", "'bff16'", "mean bf16"),
     ("unknown preset", "sweep", "--precision", "precision", "empty", "give at least one"),
+    ("sweep", "sweep", "--sweep layers", "sweep: 'layers'", "write NAME=VALUE,VALUE"),
+    ("sweep", "sweep", "--sweep layer=2,4", "unknown setting 'layer'", "did you mean layers"),
+    ("sweep", "sweep", "--sweep layers=2,two", "layers='two'", "whole number"),
+    ("sweep", "sweep", "--sweep layers=2,2", "layers=2,2", "name each once"),
+    ("sweep", "sweep", "--sweep layers=2 --sweep layers=4", "layers stands twice", "all its"),
+    ("sweep", "sweep", "--sweep lr=1e-3 --lr 2e-3", "lr=(0.001,)", "--lr (0.002,)", "one of them"),
+    ("sweep", "sweep", "--sweep steps=0,4", "steps: 0", "above 0"),
+    ("sweep", "sweep", "--sweep heads=1,3", "heads=3", "change one"),
+    ("sweep", "sweep", "--sweep seeds=1,2", "unknown setting 'seeds'", "known: data"),
+    ("sweep", "sweep", "--sweep precision=fp32,bff16", "('fp32', 'bff16')", "one of them"),
+    ("mesh", "sweep", "--mesh data=3", "mesh: data=3", "devices"),
+    ("import", "sweep", "--import {files}/none.py", "import: ", "none.py is no file", "my_recipes"),
+    ("import", "train_lm", "--import", "--import: no file", "write --import my_recipes.py"),
+    ("import", "sweep", "--import {files}/broken_recipes.py", "broken_recipes.py, line 2",
+     "NameError", "mend the file"),
     ("malformed policy", "train_lm", "--precision p=f32,q=bf16", "precision", "'q'", "write p="),
     ("malformed policy", "train_lm", "--precision p=f32,p=bf16", "'p'", "twice", "keep one"),
     ("malformed policy", "train_lm", "--precision 'bf16 foo=3'", "'foo=3'", "KEY=VALUE"),
@@ -511,6 +528,48 @@ def test_the_same_commands_without_a_mistake_succeed(command, files, run, tmp_pa
     done = command("sweep", arguments("sweep", "", files=files, out=tmp_path / "sweep"))
     assert done.code == 0 and (tmp_path / "sweep" / "report.md").is_file()
     assert "Traceback" not in done.err
+
+
+MINE = """
+import dataclasses
+from mpjax.precision import Operand, Recipe, get_precision, register_preset, register_recipe
+pair = (Operand("e5m2"), Operand("e5m2"))
+register_recipe(Recipe(name="sweep-test-e5m2", fprop=pair, dgrad=pair, wgrad=pair))
+mine = get_precision("bf16", rules=["**/mlp=r=sweep-test-e5m2"])
+register_preset(dataclasses.replace(mine, name="sweep-test-preset"))
+"""
+
+
+def test_recipes_of_ones_own_work_in_a_sweep_of_any_setting(command, files, tmp_path):
+    out = tmp_path / "sweep"
+    typed = (
+        f"--import {files}/my_recipes.py --precision fp32 sweep-test-preset --lr 1e-3"
+        " --sweep width=16,24 --sweep schedule=constant --sweep steps=3"
+    )
+    done = command("sweep", arguments("sweep", typed, files=files, out=out))
+    assert done.code == 0, done.err
+    pages = {p.parent.parent.name: json.loads(p.read_text()) for p in out.glob("*/*/manifest.json")}
+    end = "_schedule=constant_steps=3"
+    assert set(pages) == {
+        f"{name}_lr=0.001_width={width}{end}"
+        for name in ("fp32", "sweep-test-preset")
+        for width in (16, 24)
+    }
+    page = pages[f"sweep-test-preset_lr=0.001_width=24{end}"]
+    config = page["config"]
+    assert (config["width"], config["schedule"], config["steps"]) == (24, "constant", 3)
+    assert "sweep-test-e5m2" in page["precision_text"] and list(config["imports"]) == [
+        "my_recipes.py"
+    ]
+    report = (out / "report.md").read_text()
+    row = "| best: sweep-test-preset lr=0.001 width="
+    assert row in report and "| best: fp32 lr=0.001 width=" in report
+    # The file is a setting of the run: another one is not mixed in.
+    page["config"]["imports"]["my_recipes.py"] = "another"
+    folder = out / f"sweep-test-preset_lr=0.001_width=24{end}" / "seed0"
+    (folder / "manifest.json").write_text(json.dumps(page))
+    done = command("sweep", arguments("sweep", typed, files=files, out=out))
+    require_one_line(done, ("imports.my_recipes.py was", "another --out"))
 
 
 SWEEP = "--precision fp32 bf16 --lr 1e-3 --seeds 2"

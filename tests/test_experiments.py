@@ -405,6 +405,28 @@ def test_an_arm_that_diverges_does_not_end_the_sweep(text, tmp_path):
     out, err = run("sweep", *args, "--lr", "1e30", "1e-3", "--out", tmp_path)
     require_report(tmp_path, ("loss.png", "loss_scale.png"), ("fp32 lr=1e+30", "fp32 lr=0.001"))
     assert "best: fp32 lr=0.001" in out and "fp32 lr=1e+30, seed 0 stopped" in " ".join(err.split())
+    for shown in (out, (tmp_path / "report.md").read_text()):
+        assert "Failed: fp32 lr=1e+30, seed 0: " in shown, "with its reason"
+
+
+def test_a_sweep_that_was_killed_goes_on(text, tmp_path):
+    args = [*TINY, "--data", text, "--steps", 30, "--seeds", 1, "--precision", "fp32", "--lr",
+            "1e-3", "--sweep", "width=16,24", "--mesh", "data=2"]  # fmt: skip
+    killed = start("sweep", *args, "--out", tmp_path / "killed", devices=2)
+    first, second = (
+        tmp_path / "killed" / f"fp32_lr=0.001_width={width}" / "seed0" for width in (16, 24)
+    )
+    limit = time.monotonic() + 120
+    while not (second / "metrics.jsonl").is_file() and time.monotonic() < limit:
+        time.sleep(0.005)
+    killed.kill()
+    finish(killed, -signal.SIGKILL)
+    assert (first / "outcome.json").is_file() and not (second / "outcome.json").is_file()
+    before = {path: path.read_bytes() for path in first.iterdir() if path.is_file()}
+    _, err = run("sweep", *args, "--out", tmp_path / "killed", devices=2)
+    assert err.count("has ended before") == 1
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(curve(second)) == 30 and (second / "outcome.json").is_file()
 
 
 def test_the_comparison_writes_its_report(text, tmp_path):

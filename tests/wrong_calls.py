@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import mpjax
-from mpjax import formats, models, ops
+from mpjax import formats, models, ops, tasks, train
 from mpjax import optim as O
 from mpjax import precision as P
 from mpjax.formats.delayed import AmaxHistory
@@ -336,7 +336,57 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: models.generate(decoder, of(wider), IDS, new=2),
         "decoder: misshaped decoder/embed/table (50, 32) (50, 16)",
     ),
+    # arguments by a wrong name, or of a wrong kind
+    "wrap(clip_norm=1)": (lambda: opt(clip_norm=1.0), "wrap: 'clip_norm' did you mean clip? takes"),
+    "wrap()": (lambda: O.wrap(), "wrap: missing 'optimizer' it takes optimizer, precision"),
+    "DynamicLossScale(init_scale=8)": (
+        lambda: O.DynamicLossScale(init_scale=8.0), "DynamicLossScale: did you mean init? takes",
+    ),
+    "generate(max_new_tokens=3)": (
+        lambda: models.generate(decoder, of(decoder), IDS, max_new_tokens=3), "did you mean new?",
+    ),
+    "round_to(mode='floor')": (
+        lambda: formats.round_to(x, "e4m3", mode="floor"), "'mode' it takes x, format, rounding",
+    ),
+    "round_to(saturate='no')": (
+        lambda: formats.round_to(x, "e4m3", saturate="no"), "saturate='no' True or False",
+    ),
+    "get_precision(rules=[=fp9])": (
+        lambda: P.get_precision("bf16", rules=["**/mlp=fp9"]), "'fp9' did you mean fp8 recipe",
+    ),
+    "decoder(layers='2')": (
+        lambda: models.decoder("tiny", layers="2"), "model: layers='2' no whole number",
+    ),
+    "decoder(dropout=None)": (
+        lambda: models.decoder("tiny", dropout=None), "model: dropout=None no number",
+    ),
+    "make_optimizer(['adamw'])": (lambda: O.make_optimizer(["adamw"], 1e-3), "['adamw'] known:"),
+    "TextClassification('ab')": (
+        lambda: tasks.TextClassification("ab"), "classes: 'ab' at least two texts",
+    ),
+    "objective(None)": (
+        lambda: tasks.TextClassification(("a", "b")).objective(None), "the model is None encoder",
+    ),
+    "make_train_step(7)": (lambda: train.make_train_step(7, opt()), "loss: 7 no function"),
+    "make_train_step(raw)": (
+        lambda: train.make_train_step(layer, adam), "optimizer: not wrapped wrap(optax.adam",
+    ),
+    "init_state(raw)": (lambda: train.init_state(params, adam), "optimizer: not wrapped"),
+    "init_state(seed='a')": (lambda: train.init_state(params, opt(), seed="a"), "seed: 'a'"),
+    "build(an Objective)": (
+        lambda: train.build(decoder, adam, objective=ops.Objective.of_model(decoder)),
+        "objective: give a function task.objective",
+    ),
+    "parse_mesh(None)": (lambda: train.parse_mesh(None), "mesh: None no text data=2"),
     # batches
+    "judge(ids beyond)": (
+        lambda: models.judge(decoder, of(decoder), [{"inputs": IDS + 50, "targets": IDS}]),
+        "decoder: inputs 50 0..49 tokenizer",
+    ),
+    "judge(negative targets)": (
+        lambda: models.judge(decoder, of(decoder), [{"inputs": IDS, "targets": IDS - 1}]),
+        "decoder: targets -1 0..49",
+    ),
     "left_pad(a number)": (lambda: models.left_pad(5), "prompt: 5 a list of prompts [[5, 6]]"),
     "left_pad(fractions)": (lambda: models.left_pad([[1.7]]), "prompt: [1.7] integers"),
     "judge(a number)": (lambda: models.judge(decoder, of(decoder), 5), "judge: batches 5 [batch]"),

@@ -11,6 +11,7 @@ run is kept in runs/evidence/methods, and the same command goes on from there.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -151,7 +152,9 @@ def cell(method: str, precision: str, mesh: str) -> dict[str, Any]:
     broken = batch[name].copy()
     broken[0, 1] = ABSENT
     before, skipped = _bits(state), int(metrics["skipped"])
-    state, metrics = step(state, batch | {name: broken})
+    # An id that is no token is refused on the host; here it is to reach the device.
+    unchecked = dataclasses.replace(step, check=None)
+    state, metrics = unchecked(state, batch | {name: broken})
     return {
         "first": losses[0], "last": losses[-1], "finite": bool(np.isfinite(losses).all()),
         "programs": step.compiled._cache_size(),

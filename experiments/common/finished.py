@@ -106,6 +106,12 @@ def _ended(folder: Path) -> tuple[Settings, list[Settings]] | None:
     return outcomes[0], history
 
 
+def stopped(folder: Path) -> str:
+    """Returns why the run of a folder stopped before its end; empty if it did not."""
+    outcomes = read_metrics(folder / _OUTCOME) if (folder / _OUTCOME).is_file() else []
+    return str(outcomes[0].get("stopped", "")) if outcomes else ""
+
+
 def _set_aside(folder: Path) -> None:
     """Moves a run away whose manifest cannot be read: it may be one of other settings."""
     names = (folder.with_name(f"damaged-{folder.name}-{n}") for n in itertools.count(1))

@@ -72,7 +72,7 @@ set_log()
 
 import jax  # noqa: E402
 
-from common.command_line import parse  # noqa: E402
+from common.command_line import imported, parse  # noqa: E402
 from common.processes import leave, one_run  # noqa: E402
 from mpjax.data import Corpus  # noqa: E402
 from mpjax.data.cache import checksum  # noqa: E402
@@ -151,6 +151,8 @@ def settings(config: Warming, **more: Json) -> Settings:
     files = [values["data"]] if "data" in values else [x.partition(":")[2] for x in values["tasks"]]
     if found := " ".join(filter(None, (data_checksum(str(file)) for file in files))):
         values["data_checksum"] = found
+    if imported():
+        values["imports"] = imported()
     return json.loads(json.dumps(values, default=str))
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from common import launch
+from common.command_line import imported
 from common.lm import Shape, shape_changes
 from mpjax.errors import ConfigError
 from mpjax.precision import Precision, PrecisionSchedule, get_precision, get_schedule
@@ -186,4 +187,6 @@ def settings(config: Config) -> Settings:
     unused: Settings = {"precision_schedule": "", "pack": False, "audit": False}
     values = {k: v for k, v in values.items() if k not in unused or v != unused[k]}
     values["shape"] = shape_changes(config.shape)
+    if imported():
+        values["imports"] = imported()
     return json.loads(json.dumps(values))

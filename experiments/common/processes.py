@@ -14,6 +14,7 @@ from typing import NoReturn
 import jax
 
 import mpjax
+from common.command_line import imported
 from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.train import environment
 from mpjax.train.checkpoint import hold_folder
@@ -61,7 +62,8 @@ def started(config: Json) -> Settings:
     settings = dataclasses.asdict(config)
     del settings["distributed"]  # names each process
     page = {
-        "settings": settings, "versions": versions(), "environment": environment(),
+        "imports": imported(), "settings": settings, "versions": versions(),
+        "environment": environment(),
         "code": code_hash(Path(mpjax.__file__).parent, Path(__file__).parents[1]),
     }  # fmt: skip
     return json.loads(json.dumps(page, default=str))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.typing import DType, Shape
 
 Example = Mapping[str, Any]  # name -> one number, or an array with an entry (or array) a token
@@ -308,6 +308,7 @@ def batches_of(source: Any, workers: int) -> Iterator[Batch]:
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
+@explains_calls
 def bucket_batches(
     examples: Sequence[Example],
     *,
@@ -354,6 +355,7 @@ def bucket_batches(
     return batches_of(_Epochs(examples, batch, seed, lengths, change, padding, augment), workers)
 
 
+@explains_calls
 def eval_batches(
     examples: Sequence[Example],
     *,

@@ -13,6 +13,7 @@ from mpjax.data.cache import Cache
 from mpjax.data.split import split_documents
 from mpjax.data.text import Document, read_documents
 from mpjax.data.tokenizers.tokenizer import Tokenizer, make_tokenizer
+from mpjax.errors import explains_calls
 from mpjax.typing import Settings, Sources
 
 
@@ -34,6 +35,7 @@ class Corpus:
     info: Settings
 
 
+@explains_calls
 def load_corpus(
     source: str,
     tokenizer: str | Tokenizer = "bytes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,31 @@ def as_array(x: object, where: str) -> Array:
         raise ConfigError(f"{where} is quantised already; give its dequantize()")
     cure = "; of a tree, take jax.tree.map" if isinstance(x, dict) else ""
     raise ConfigError(f"{where} is {brief(x)}; give an array{cure}")
+
+
+def as_batch(batch: Batch) -> Batch:
+    """Returns a batch of another library as JAX takes it; one of NumPy or JAX arrays as it is.
+
+    Args:
+      batch: a tree of arrays; a mapping that is no pytree, such as a `BatchEncoding` of
+        transformers, becomes a dict, and a tensor that NumPy can read an array.
+
+    Example:
+      >>> import collections
+      >>> as_batch(collections.UserDict(x=np.zeros(2)))
+      {'x': array([0., 0.])}
+    """
+    if isinstance(batch, Mapping) and jax.tree_util.all_leaves([batch]):
+        batch = dict(batch)
+    if all(isinstance(x, np.ndarray | jax.Array) for x in jax.tree.leaves(batch)):
+        return batch
+    return jax.tree.map(_from_tensor, batch)
+
+
+def _from_tensor(x: object) -> object:
+    # NumPy's own scalars and Python's numbers have no rows, which is said where rows are counted.
+    foreign = not isinstance(x, np.generic | np.ndarray | jax.Array) and hasattr(x, "ndim")
+    return np.asarray(x) if foreign and hasattr(x, "__array__") else x
 
 
 def batch_rows(batch: Batch, where: str) -> set[int]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.formats.checks import ROUNDED, as_array
 from mpjax.formats.format_table import Format, FormatLike
 from mpjax.formats.quantized import Quantized
@@ -46,6 +46,7 @@ def scaled_values(
     return _round(scale_down(x, scales, tile), bits, format, rounding, True)
 
 
+@explains_calls
 def quantize(
     x: Float[Array, "*shape"],
     format: FormatLike,
@@ -167,6 +168,7 @@ def _axis(axis: object, ndim: int) -> int:
     return int(axis) % ndim
 
 
+@explains_calls
 def fake_quantize(
     x: Float[Array, "*shape"],
     format: FormatLike,

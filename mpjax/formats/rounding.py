@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.formats.checks import ROUNDED, as_array, check_key
 from mpjax.formats.format_table import Format, FormatLike
 from mpjax.formats.pattern import as_float, as_int, as_uint, filled, left, right, select
@@ -179,6 +179,7 @@ def check_rounding(rounding: str, key: Key | None, where: str = "rounding") -> N
     check_key(key, where)
 
 
+@explains_calls
 def round_to(
     x: Float[Array, "*shape"],
     format: FormatLike,
@@ -223,6 +224,8 @@ def round_to(
       Gupta et al. 2015, Deep Learning with Limited Numerical Precision, section 3 (stochastic).
     """
     format = Format.of(format)
+    if not isinstance(saturate, bool | np.bool_):
+        raise ConfigError(f"round_to: saturate={brief(saturate)}; write True or False")
     x = as_array(x, "round_to: x")
     if x.dtype not in ROUNDED:
         raise ConfigError(

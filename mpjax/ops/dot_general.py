@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.formats.checks import ROUNDED, as_array, check_key
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.formats.tiles import amax_of
@@ -380,6 +380,7 @@ def product(
     return y, amax
 
 
+@explains_calls
 def dot_general(
     a: ArrayLike,
     b: ArrayLike,

@@ -98,6 +98,8 @@ class Objective:
       takes_scale: whether `loss` and `terms` take `loss_scale=` too, the float32 scalar by which
         gradients that they take themselves are to be scaled.
       combine: how the gradients of the terms become one; None adds them, by one backward pass.
+      check: called with each batch on the host before its step; raises a ConfigError for one that
+        the loss cannot take, such as with ids that are no tokens. None checks nothing.
 
     Example:
       >>> def loss(params, batch, *, state=None, key=None, train=False):
@@ -116,11 +118,17 @@ class Objective:
     init: Callable[[Key], Params] | None = None
     takes_scale: bool = False
     combine: Combine | None = None
+    check: Callable[[Batch], None] | None = None
 
     @classmethod
     def of_model(cls, model: LossModel) -> Objective:
-        """Returns a model's own `loss`, a mean by a batch's `weights` if it has any."""
-        return cls(model.loss, weight_sum)
+        """Returns a model's own `loss`, a mean by a batch's `weights` if it has any.
+
+        A model may say more: `target_weight(batch)`, what it is a mean over, and
+        `check_batch(batch)`.
+        """
+        count = getattr(model, "target_weight", weight_sum)
+        return cls(model.loss, count, check=getattr(model, "check_batch", None))
 
     @classmethod
     def of_terms(
@@ -132,6 +140,7 @@ class Objective:
         init: Callable[[Key], Params] | None = None,
         takes_scale: bool = False,
         combine: Combine | None = None,
+        check: Callable[[Batch], None] | None = None,
     ) -> Objective:
         """Returns the objective whose loss is the sum of its terms."""
 
@@ -140,7 +149,7 @@ class Objective:
             total: Any = sum(found.losses.values())
             return total, found.state
 
-        return cls(loss, count, terms, frozen, init, takes_scale, combine)
+        return cls(loss, count, terms, frozen, init, takes_scale, combine, check)
 
     def bound(self, frozen: PyTree) -> Objective:
         """Returns the objective with its frozen arrays in place, those that are given."""

@@ -8,7 +8,7 @@ import math
 import jax
 import optax
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.optim.checks import is_number
 from mpjax.paths import path_name
 from mpjax.typing import Params, PyTree
@@ -18,10 +18,10 @@ SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
 
 def _known(kind: str, name: str, choices: tuple[str, ...]) -> None:
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         near = difflib.get_close_matches(str(name).lower(), choices, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"{kind}: unknown name {name!r}; {hint}known: {' '.join(choices)}")
+        raise ConfigError(f"{kind}: unknown name {brief(name)}; {hint}known: {' '.join(choices)}")
 
 
 def make_schedule(name: str, lr: int | float, steps: int, warmup: int) -> optax.Schedule:
@@ -80,6 +80,7 @@ def _decayed(params: Params) -> PyTree:
     return decayed
 
 
+@explains_calls
 def make_optimizer(
     name: str,
     lr: int | float,

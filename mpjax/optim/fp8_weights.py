@@ -13,7 +13,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.formats import Format, Quantized, Scaling, is_quantized, quantize
 from mpjax.formats.format_table import FormatLike
 from mpjax.formats.quantize import scaled_values
@@ -42,6 +42,7 @@ def _storage_format(format: FormatLike) -> Format:
     return format
 
 
+@explains_calls
 def store_weights(
     params: Params,
     format: FormatLike = "e4m3",

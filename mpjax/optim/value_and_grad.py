@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, explains_calls
 from mpjax.optim.gate import all_finite
 from mpjax.optim.loss_scale.leaf_scale import LeafLossScale
 from mpjax.optim.loss_scale.loss_checks import (
@@ -76,6 +76,7 @@ def scaled_grad(
     return grad
 
 
+@explains_calls
 def scaled_value_and_grad(
     loss_fn: Callable[..., Value], *, has_aux: bool = False
 ) -> Callable[..., tuple[Value, Grads, Array]]:

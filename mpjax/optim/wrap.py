@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpjax.errors import ConfigError, TrainingStopped, brief
+from mpjax.errors import ConfigError, TrainingStopped, brief, explains_calls
 from mpjax.formats import is_quantized, weight_view
 from mpjax.optim import checks, update_rules
 from mpjax.optim.annealing.annealing import Annealing, Evaluate
@@ -319,6 +319,7 @@ class Wrapped(optax.GradientTransformationExtraArgs):
     """Marks what `Optimizer.as_optax` returns, so that it is not wrapped twice."""
 
 
+@explains_calls
 def wrap(
     optimizer: optax.GradientTransformation | optax.MultiSteps | Annealing | Optimizer,
     precision: str | Precision,

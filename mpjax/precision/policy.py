@@ -22,6 +22,16 @@ CARRIED = "mpjax.policies"
 _FIELDS = {"p": "p", "params": "p", "c": "c", "compute": "c", "o": "o", "output": "o"}
 
 
+def is_dtype_name(text: str) -> bool:
+    """Returns whether a text names a dtype, of computing or of stored weights.
+
+    Example:
+      >>> is_dtype_name("bf16"), is_dtype_name("fp9")
+      (True, False)
+    """
+    return text in (*_NAMES, *_STORED, *(np.dtype(d).name for d in _STORED.values()))
+
+
 def is_fp8(dtype: DTypeLike) -> bool:
     """Returns whether a dtype is one of those in which only weights are stored.
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import jmp
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.formats.checks import did_you_mean
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import MomentFormat, Moments
-from mpjax.precision.policy import parse_policy, policy_text
+from mpjax.precision.policy import is_dtype_name, parse_policy, policy_text
 from mpjax.precision.precision import OPTIONS, Precision, parse_options
 from mpjax.precision.recipe import Recipe, get_recipe, recipe_names
 from mpjax.precision.rule import Rule
@@ -170,6 +170,12 @@ def _read(value: str, where: str) -> tuple[jmp.Policy, Recipe | None]:
         return preset.rules[-1].policy, preset.rules[-1].recipe
     if "=" not in value and _is_recipe(value):
         value = f"r={value}"
+    elif not set("=,") & set(value) and not is_dtype_name(value):
+        known = dict.fromkeys((*_PRESETS, *recipe_names(), "float32", "bfloat16", "float16"))
+        raise ConfigError(
+            f"{where}: unknown {value!r}; {did_you_mean(value, known, 2)}give a preset, a recipe or"
+            f" a dtype: {' '.join(known)}; or a policy such as p=f32,c=bf16,o=f32"
+        )
     policy, recipe = _split_recipe(value, where)
     return parse_policy(policy or "p=f32,c=bf16,o=bf16", where), recipe
 
@@ -293,6 +299,7 @@ def _from_text(text: str) -> Settings:
     return _of_preset(fields) if complete else fields
 
 
+@explains_calls
 def get_precision(
     value: str | dict[str, Json] | Precision,
     *,

@@ -14,7 +14,7 @@ from mpjax.data.labelled import LabelledTexts
 from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
 from mpjax.models import Encoder
-from mpjax.tasks.labels import check_labels, label_objective
+from mpjax.tasks.labels import check_labels, check_names, label_objective
 from mpjax.tasks.metrics import calibration_error, class_scores
 from mpjax.tasks.predictor import Predict, predictor, softmax
 
@@ -35,8 +35,7 @@ class TextClassification:
     loss: str = "encoder/loss"
 
     def __post_init__(self) -> None:
-        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
-            raise ConfigError(f"classes: {self.classes}; expected at least two, each once")
+        check_names("classes", self.classes)
 
     def examples(self, pieces: WordPiece, texts: LabelledTexts, *, longest: int) -> list[Example]:
         """Returns the encoded texts, each with its class as `labels`, which is taken by its name.

@@ -15,9 +15,10 @@ import jmp
 
 from mpjax import ops
 from mpjax.data.buckets import IGNORE
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats.checks import as_array
 from mpjax.models import Encoder
+from mpjax.models.core.batch_fields import encoder_batch
 from mpjax.models.core.checks import field, keep_of
 from mpjax.models.core.metadata import NONE
 from mpjax.ops.cross_entropy import check_targets
@@ -35,7 +36,8 @@ def encoder_inputs(batch: Batch) -> dict[str, Array]:
     Raises:
       ConfigError: there are no `ids`, or `keep` and `attention_mask`.
     """
-    inputs = {"ids": field(batch, "ids", "encoder")}
+    batch = encoder_batch(batch)
+    inputs = {"ids": batch["ids"]}
     own = {name: batch.get(name) for name in ("types", "segments")}
     own["keep"] = keep_of(batch, "encoder")
     return inputs | {name: value for name, value in own.items() if value is not None}
@@ -62,6 +64,10 @@ def check_labels(model: Encoder, names: tuple[str, ...], what: str, output: str)
       ConfigError: another order, other names, too few outputs, or a model that was trained for
         something else.
     """
+    if not hasattr(model, "precision"):
+        raise ConfigError(
+            f"{what}: the model is {brief(model)}; make one with mpjax.models.encoder"
+        )
     config = getattr(model, "config", None)
     if (outputs := task_outputs(model, output)) is not None:
         if outputs < len(names):
@@ -95,6 +101,17 @@ def check_labels(model: Encoder, names: tuple[str, ...], what: str, output: str)
             "%s: the checkpoint does not name its own; its outputs are taken for %s in this order"
             " (load_checkpoint(..., labels=...) names them)", what, " ".join(names),
         )  # fmt: skip
+
+
+def check_names(what: str, names: Any) -> None:
+    """Checks that classes are at least two texts, each once.
+
+    Raises:
+      ConfigError: they are not.
+    """
+    listed = isinstance(names, tuple | list) and all(isinstance(name, str) for name in names)
+    if not listed or len(names) < 2 or len(set(names)) < len(names):
+        raise ConfigError(f"{what}: {brief(names)}; expected at least two texts, each once")
 
 
 def task_outputs(model: Encoder, output: str) -> int | None:
@@ -186,6 +203,7 @@ def encoder_fn(
         key: Key | None = None,
         train: bool = False,
     ) -> tuple[T, ModelState]:
+        batch = encoder_batch(batch)
         inputs = encoder_inputs(batch)
         outputs, state = model.apply(params, inputs, state=state, key=key, train=train)
         return value(outputs, batch), state
@@ -212,4 +230,7 @@ def label_objective(model: Encoder, output: str, path: str) -> ops.Objective:
         labels, weights = labels_of(batch)
         return label_loss(outputs[output], labels, policy, weights)
 
-    return ops.Objective(encoder_fn(model, loss), lambda batch: target_weight(*labels_of(batch)))
+    return ops.Objective(
+        encoder_fn(model, loss), lambda batch: target_weight(*labels_of(batch)),
+        check=getattr(model, "check_batch", None),
+    )  # fmt: skip

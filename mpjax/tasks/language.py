@@ -12,6 +12,7 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
 from mpjax.models import Decoder, Recurrent, Seq2Seq
+from mpjax.models.core.batch_fields import check_batch, read_batch
 from mpjax.models.core.checks import each_batch, field
 from mpjax.models.inference.perplexity import exp
 from mpjax.typing import Batch, ModelState, Params
@@ -42,8 +43,10 @@ class Language:
             params: Params, batches: Iterable[Batch], state: ModelState = None
         ) -> dict[str, float]:
             total, count = 0.0, 0.0
-            for batch in each_batch(batches, "judge"):
-                batch_rows(batch, "judge")
+            for raw in each_batch(batches, "judge"):
+                batch_rows(raw, "judge")
+                check_batch(model, raw)
+                batch = read_batch(model, raw)
                 weights, targets = batch.get("weights"), field(batch, "targets", "judge")
                 n = float(targets.size)
                 if weights is not None:  # NumPy would sum 16-bit weights in 16 bits

@@ -106,4 +106,4 @@ class Mixup:
             found = total / jnp.maximum(target_weight(labels, weight), 1e-30)
             return found.astype(policy.output_dtype), state
 
-        return ops.Objective(loss, own.count)
+        return ops.Objective(loss, own.count, check=own.check)

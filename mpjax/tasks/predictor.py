@@ -10,6 +10,7 @@ import numpy as np
 from mpjax.data.buckets import eval_batches
 from mpjax.data.tokenizers.wordpiece import Example
 from mpjax.models import Encoder
+from mpjax.models.core.batch_fields import check_batch, encoder_batch
 from mpjax.tasks.labels import encoder_inputs
 from mpjax.typing import ArrayLike, ModelState, Params
 
@@ -36,9 +37,11 @@ def predictor(
     def predict(
         params: Params, examples: Sequence[Example], state: ModelState = None
     ) -> list[np.ndarray]:
+        examples = [encoder_batch(example, "predictor: example") for example in examples]
         found: list[np.ndarray] = [np.zeros(0)] * len(examples)
         batches = eval_batches(examples, batch=batch, lengths=lengths, padding={"ids": padding})
         for rows, inputs in batches:
+            check_batch(model, inputs)
             logits = np.asarray(run(params, encoder_inputs(inputs), state)).astype(np.float32)
             for row, one in zip(rows, logits, strict=False):
                 # (T, C): padding is dropped; (C,) has none

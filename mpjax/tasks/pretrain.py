@@ -16,6 +16,7 @@ from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import batch_rows
 from mpjax.models import Encoder
+from mpjax.models.core.batch_fields import check_batch, encoder_batch
 from mpjax.models.core.checks import each_batch, field
 from mpjax.tasks.labels import Outputs, encoder_fn, label_loss, target_weight
 from mpjax.tasks.mixture.task_gradients import gradient_shares
@@ -91,9 +92,10 @@ class MaskedLanguage:
         losses_fn = self.losses(model)
 
         def count(batch: Batch) -> dict[str, Array]:
-            names = self.weights
+            batch = encoder_batch(batch)
             return {
-                name: target_weight(field(batch, self._labels[name], self.loss)) for name in names
+                name: target_weight(field(batch, self._labels[name], self.loss))
+                for name in self.weights
             }
 
         def terms(params: Params, batch: Batch, **options: PyTree) -> ops.Terms:
@@ -101,7 +103,7 @@ class MaskedLanguage:
             weighted = {name: weight * losses[name] for name, weight in self.weights.items()}
             return ops.Terms(weighted, state)
 
-        return ops.Objective.of_terms(terms, count)
+        return ops.Objective.of_terms(terms, count, check=getattr(model, "check_batch", None))
 
     def judge(
         self, model: Encoder
@@ -133,6 +135,8 @@ class MaskedLanguage:
                 raise ConfigError("batches: none to judge; name more held-out data")
             for batch in batches:
                 batch_rows(batch, "judge")
+                check_batch(model, batch)
+            batches = list(map(encoder_batch, batches))
             found = [jax.device_get(measure(params, batch)) for batch in batches]
             scores, right = {}, {}
             for name in self.weights:

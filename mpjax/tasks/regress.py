@@ -97,7 +97,8 @@ class TextRegression:
                 return weights
             return jnp.float32(field(batch, "values", self.loss).shape[0])
 
-        return ops.Objective(encoder_fn(model, loss), count)
+        check = getattr(model, "check_batch", None)
+        return ops.Objective(encoder_fn(model, loss), count, check=check)
 
     def predictor(self, model: Encoder, **settings: Any) -> Predict:
         """Returns a function (params, examples) -> the number (1,) of each; see `predictor`."""

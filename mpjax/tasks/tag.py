@@ -14,7 +14,7 @@ from mpjax.data.tagged import TaggedSentences
 from mpjax.data.tokenizers.wordpiece import Example, WordPiece
 from mpjax.errors import ConfigError
 from mpjax.models import Encoder
-from mpjax.tasks.labels import check_labels, label_objective
+from mpjax.tasks.labels import check_labels, check_names, label_objective
 from mpjax.tasks.metrics import class_scores, entity_scores
 from mpjax.tasks.predictor import Predict, predictor
 
@@ -38,8 +38,7 @@ class TokenClassification:
     capitals: bool = False
 
     def __post_init__(self) -> None:
-        if len(self.names) < 2 or len(set(self.names)) < len(self.names):
-            raise ConfigError(f"tags: {self.names}; expected at least two, each once")
+        check_names("tags", self.names)
 
     def examples(
         self, pieces: WordPiece, sentences: TaggedSentences, *, longest: int

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.ops import LossFn, Objective
 from mpjax.optim import wrap
 from mpjax.precision import PrecisionSchedule, get_schedule
@@ -37,6 +37,7 @@ class _Part(NamedTuple):
     own: Callable[[Key], Params] | None  # the objective's weights
 
 
+@explains_calls
 def build(
     model: Model,
     optimizer: optax.GradientTransformation | optax.MultiSteps,
@@ -86,10 +87,10 @@ def build(
       >>> int(state.step), int(metrics["skipped"])
       (1, 0)
     """
-    if not callable(objective):
+    if not callable(objective) or isinstance(objective, Objective):
         raise ConfigError(
-            f"objective: {brief(objective)} is not a function of the model; give a task's"
-            " `objective`, or leave it out for the model's own loss"
+            f"objective: {brief(objective)}; give a function from the model to its objective, such"
+            " as task.objective"
         )
     if isinstance(mesh, str):
         mesh = parse_mesh(mesh)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
-from mpjax.errors import ConfigError, TrainingStopped, brief
+from mpjax.errors import ConfigError, TrainingStopped, brief, explains_calls
 from mpjax.train.step import TrainState, TrainStep
 from mpjax.typing import Batch, Metrics, Settings
 
@@ -23,6 +23,7 @@ Stuck: TypeAlias = Callable[[int, TrainState, Batch], None]
 _BURST_SECONDS, _MOST_STEPS = 0.2, 16
 
 
+@explains_calls
 def fit(
     state: TrainState,
     step: TrainStep,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief
 from mpjax.formats import Quantized, is_quantized
 from mpjax.optim import Blockwise
 from mpjax.paths import leaves_with_names, path_name
@@ -54,6 +54,10 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
       >>> parse_mesh("", jax.devices()[:1]).shape["data"]
       1
     """
+    if not isinstance(text, str):
+        raise ConfigError(
+            f"mesh: {brief(text)} is no text; write data=2,fsdp=2, or '' for all on data"
+        )
     devices = jax.devices() if devices is None else devices
     asked: dict[str, int] = {}
     for part in filter(None, text.split(",")):

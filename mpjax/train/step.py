@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt
 
-from mpjax.errors import ConfigError
-from mpjax.formats.checks import batch_rows
+from mpjax.errors import ConfigError, brief, explains_calls
+from mpjax.formats.checks import as_batch, batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
 from mpjax.optim import Optimizer, OptState, copied, select, weight_view, without_repeats
+from mpjax.optim.checks import check_seed
 from mpjax.train.gradients import Judged, gradients, loss_at
 from mpjax.typing import ArrayLike, Batch, Grads, Metrics, ModelState, Params, PyTree
 
@@ -44,6 +45,7 @@ class TrainState(NamedTuple):
     combine: PyTree = None
 
 
+@explains_calls
 def init_state(
     params: Params,
     optimizer: Optimizer,
@@ -61,6 +63,8 @@ def init_state(
       model_state: what the loss function takes and gives as `state`; None if it has none.
       combine: `objective.combine.init()`, of an objective that has one.
     """
+    _check_wrapped(optimizer)
+    check_seed(seed)
     key = jax.random.key_data(jax.random.key(seed))
     params, model_state = copied((params, model_state))
     opt_state = optimizer.init(params, seed)
@@ -78,6 +82,14 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh | None) -> None:
         raise ConfigError(
             f"batch: {batch} is not a multiple of {parts} = accumulate {accumulate} x"
             f" data x fsdp devices; take {max(1, batch // parts) * parts}"
+        )
+
+
+def _check_wrapped(optimizer: object) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"optimizer: {brief(optimizer)} is not wrapped; give mpjax.optim.wrap(optax.adam(1e-3),"
+            " precision)"
         )
 
 
@@ -114,6 +126,7 @@ class TrainStep:
       init: `init(seed)`, a fresh state on the mesh; None when the step was not made by `build`.
       frozen: arrays that the objective reads and no step changes, None without any; `function`
         takes others as a third argument.
+      check: the objective's check of each batch, or None.
     """
 
     function: Callable[..., tuple[TrainState, Metrics]]
@@ -124,15 +137,19 @@ class TrainStep:
     accumulate: int
     init: Callable[[ArrayLike], TrainState] | None = None
     frozen: PyTree = None
+    check: Callable[[Batch], None] | None = None
 
     def place(self, batch: Batch) -> Batch:
         """Puts this process's part of a global batch on its devices.
 
         Raises:
-          ConfigError: the batch is not divided by the mesh and the microbatches, is empty, or holds
-            something else than arrays.
+          ConfigError: the batch is not divided by the mesh and the microbatches, is empty, holds
+            something else than arrays, or what the objective's check refuses.
         """
+        batch = as_batch(batch)
         found = batch_rows(batch, "step")
+        if self.check is not None:
+            self.check(batch)
         if len(found) > 1 and (self.accumulate > 1 or self.mesh is not None):
             raise ConfigError(
                 f"step: the batch has arrays of {' and '.join(map(str, sorted(found)))} rows, and"
@@ -228,6 +245,11 @@ def _objective(loss_fn: LossFn | Objective, count: Count | None, accumulate: int
         if count is not None:
             raise ConfigError("count: the objective has its own; leave count out")
         return loss_fn
+    if not callable(loss_fn):
+        raise ConfigError(
+            f"loss: {brief(loss_fn)} is no function; give loss_fn(params, batch, *, state, key,"
+            " train) -> (loss, state), or an Objective"
+        )
     if count is None and accumulate > 1:
         raise ConfigError(
             f"accumulate: {accumulate} microbatches count by their targets, and the loss does not"
@@ -237,6 +259,7 @@ def _objective(loss_fn: LossFn | Objective, count: Count | None, accumulate: int
     return Objective(loss_fn, count or rows_alike)
 
 
+@explains_calls
 def make_train_step(
     loss_fn: LossFn | Objective,
     optimizer: Optimizer,
@@ -284,6 +307,9 @@ def make_train_step(
       >>> float(state.params["w"]), float(metrics["loss"])
       (1.0, 1.0)
     """
+    _check_wrapped(optimizer)
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
+        raise ConfigError(f"accumulate: {brief(accumulate)} is no whole number; 1 does not split")
     if accumulate < 1:
         raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")
     whole = _objective(loss_fn, count, accumulate)
@@ -344,4 +370,6 @@ def make_train_step(
         return new, metrics
 
     compiled = compile_step(step, mesh, shardings, held)
-    return TrainStep(step, compiled, optimizer, mesh, shardings, accumulate, frozen=held)
+    return TrainStep(
+        step, compiled, optimizer, mesh, shardings, accumulate, frozen=held, check=whole.check
+    )

@@ -135,7 +135,7 @@ def test_a_pattern_is_one_word_without_equals_sign(pattern: str) -> None:
 
 
 def test_a_bad_value_names_its_rule() -> None:
-    with pytest.raises(ConfigError, match=r"^rule 'a=fp33': unknown dtype 'fp33'; did you mean"):
+    with pytest.raises(ConfigError, match=r"^rule 'a=fp33': unknown 'fp33'; did you mean fp32"):
         parse_rule("a=fp33")
 
 

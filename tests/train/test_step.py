@@ -340,7 +340,7 @@ def test_microbatches_of_a_loss_that_does_not_say_what_it_is_a_mean_over() -> No
 
 @pytest.mark.parametrize("objective", [None, "language", {}])
 def test_an_objective_that_is_none(objective: object) -> None:
-    with pytest.raises(ConfigError, match="^objective: .* is not a function of the model; [^\n]*$"):
+    with pytest.raises(ConfigError, match="^objective: .*; give a function from the model [^\n]*$"):
         build(small(), optax.sgd(1.0), objective=objective)  # type: ignore[arg-type]
 
 

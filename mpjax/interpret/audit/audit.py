@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import jax
 from jax.extend.core import jaxpr_as_fun
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, explains_calls
 from mpjax.interpret.audit import hlo
 from mpjax.interpret.audit.casts import dead_casts, double_casts, low_reductions
 from mpjax.interpret.audit.cost import MOVES, operations, size_in_bytes
@@ -24,6 +24,7 @@ from mpjax.precision.rule import matches
 from mpjax.typing import DType, PyTree
 
 
+@explains_calls
 def audit(
     fn: Callable[..., PyTree],
     *args: PyTree,

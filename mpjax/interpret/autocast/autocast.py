@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
+from mpjax.errors import explains_calls
 from mpjax.formats.checks import check_key
 from mpjax.interpret.autocast.evaluate import CastInterpreter
 from mpjax.interpret.autocast.rules import cast_rules
@@ -50,6 +51,7 @@ def no_autocast(fn: Callable[P, R]) -> Callable[P, R]:
     return apart
 
 
+@explains_calls
 def autocast(
     fn: Callable[P, R],
     precision: DTypeLike | Settings | Precision,

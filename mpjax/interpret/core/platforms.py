@@ -27,7 +27,7 @@ def check_platform(what: str, platform: str | None) -> str:
     """
     if platform is None:
         return _default_platform()
-    if platform not in PLATFORMS:
+    if not isinstance(platform, str) or platform not in PLATFORMS:
         raise ConfigError(f"{what}: platform={brief(platform)}; known: {' '.join(PLATFORMS)}")
     return platform
 

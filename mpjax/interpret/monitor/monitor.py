@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.interpret.core.control_flow import Rebind
 from mpjax.interpret.core.location import Location, unmatched
 from mpjax.interpret.core.retrace import Records, Result
@@ -209,6 +209,7 @@ def _of_calls(records: Records) -> dict[tuple[str, str], Pair]:
     return found
 
 
+@explains_calls
 def monitor(
     fn: Callable[P, R],
     where: str | Sequence[str] = "**",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, explains_calls
 from mpjax.interpret.core.retrace import aval_of
 from mpjax.interpret.core.trace import Program, trace
 from mpjax.interpret.nonfinite.cure import NONE, find_cure
@@ -80,6 +80,7 @@ class Nonfinite:
         return "\n".join([head, *(f"  {name:6} {text}" for name, text in rows if text)])
 
 
+@explains_calls
 def trace_nonfinite(
     fn: Callable[..., PyTree], *args: PyTree, cure: bool = True, **kwargs: PyTree
 ) -> Nonfinite | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mpjax.errors import ConfigError, brief, listed
 from mpjax.formats import is_quantized, weight_view
-from mpjax.formats.checks import as_array
+from mpjax.formats.checks import as_array, as_batch
 from mpjax.ops.cross_entropy import check_targets
 from mpjax.paths import leaves_with_names
 from mpjax.typing import Array, ArrayLike, Batch, Key, Params, PyTree, Shape
@@ -48,13 +48,14 @@ def below(params: Params, root: str) -> Params:
     )
 
 
-def field(batch: Batch, name: str, where: str) -> PyTree:
+def field(batch: Batch, name: str, where: str, form: str = "") -> PyTree:
     """Returns a field of a batch.
 
     Args:
       batch: name -> array.
       name: of the field.
       where: what takes it.
+      form: what a batch looks like, for an error.
 
     Raises:
       ConfigError: the batch is no dict, or has no such field.
@@ -64,11 +65,12 @@ def field(batch: Batch, name: str, where: str) -> PyTree:
       1
     """
     if not isinstance(batch, Mapping):
-        raise ConfigError(f"{where}: a batch is {brief(batch)}; give a dict with {name!r}")
+        expected = form or f"a dict with {name!r}"
+        raise ConfigError(f"{where}: a batch is {brief(batch)}; give {expected}")
     if name not in batch:
         raise ConfigError(
-            f"{where}: the batch holds {listed(map(str, batch)) or 'nothing'} and no {name!r}; add"
-            " it, or give it this name"
+            f"{where}: the batch holds {listed(map(str, batch)) or 'nothing'} and no {name!r};"
+            f" {f'give {form}' if form else 'add it, or give it this name'}"
         )
     return batch[name]
 
@@ -95,7 +97,7 @@ def each_batch(batches: Iterable[Batch], where: str) -> Iterator[Mapping[str, Ar
     for number, batch in enumerate(batches):
         if not isinstance(batch, Mapping):
             raise ConfigError(f"{where}: batch {number} is {brief(batch)}; give a dict of arrays")
-        yield batch
+        yield as_batch(batch)
 
 
 def keep_of(

@@ -14,6 +14,7 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
 from mpjax.formats.delayed import AmaxHistory
+from mpjax.models.core.batch_fields import check_ids, check_padding, language_batch
 from mpjax.models.core.checks import Ids, language_inputs, targets_of
 from mpjax.models.core.layers import Linear, head_logits
 from mpjax.models.core.metadata import NONE, Metadata
@@ -198,6 +199,28 @@ class NextToken(Network):
         head = Linear(at("head"), c.vocabulary, axes, c.head_bias, name=name)
         return {"head": (head, (jnp.zeros((1, 1, c.width)),))}
 
+    def read_batch(self, batch: Batch) -> Batch:
+        """Returns a batch under the names that `loss` reads, whether it is traced or not."""
+        raise NotImplementedError
+
+    def check_batch(self, batch: Batch) -> None:
+        """Checks the token ids of a batch that the host has at hand.
+
+        Raises:
+          ConfigError: an id that is no token of the model, or a batch that `loss` does not take.
+        """
+        read = self.read_batch(batch)
+        where, own = self.stateless_product.split("/")[0], self.config.vocabulary
+        source = getattr(self.config, "source_vocabulary", 0) or own
+        for name, vocabulary in (("source", source), ("inputs", own)):
+            if name in read:
+                check_ids(read[name], vocabulary, f"{where}: {name}")
+        check_ids(read["targets"], own, f"{where}: targets", read.get("weights"))
+
+    def target_weight(self, batch: Batch) -> Array | None:
+        """Returns what the targets of a batch weigh together, None if all weigh alike."""
+        return ops.weight_sum(self.read_batch(batch))
+
     def _context(self, name: str) -> Context:
         return Context(self.precision, (self.stateless_product.split("/")[0], name), self.shard)
 
@@ -216,12 +239,13 @@ class NextToken(Network):
         """The mean cross-entropy of `targets`, by `weights` if the batch has them."""
         c, context = self.config, self._context("loss")
         B, T, _ = x.shape
-        targets = targets_of(batch, (B, T), context.prefix[0])
+        targets, weights = targets_of(batch, (B, T), context.prefix[0]), batch.get("weights")
         return ops.cross_entropy(
             x, targets, lambda x: self._unembed(p, x, key), context.policy(),
             chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
             z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of the evaluation
-            logit_cap=c.logit_cap, weights_BT=batch.get("weights"),
+            logit_cap=c.logit_cap,
+            weights_BT=None if weights is None else jnp.asarray(weights),
         )  # fmt: skip
 
 
@@ -231,6 +255,15 @@ class LanguageModel(NextToken):
 
     def _head_params(self, params: Params) -> Params:
         return params[self.root]
+
+    def read_batch(self, batch: Batch) -> Batch:
+        """See `NextToken`."""
+        return language_batch(batch, self.root)
+
+    def check_batch(self, batch: Batch) -> None:
+        """See `NextToken`."""
+        super().check_batch(batch)
+        check_padding(batch, self.root)
 
     def features(
         self, params: Params, ids_BT: Ids, *, keep: ArrayLike | None = None,
@@ -276,8 +309,10 @@ class LanguageModel(NextToken):
             is padding, which may be called `attention_mask`, `weights` (B, T) of the tokens in the
             mean, if they are not all alike, `offset` (B, T, D) of their embeddings, and
             `segments` (B, T) of packed documents (`mpjax.data.packed_batches`), in place of `keep`
-            and beside `weights`.
+            and beside `weights`. Or `input_ids`, `labels` and `attention_mask` as transformers has
+            them: labels are not moved, and -100 among them is no target.
         """
+        batch = self.read_batch(batch)
         ids, masks = language_inputs(batch, self.root)
         targets_of(batch, ids.shape, self.root)  # before the forward pass
         x, state = self.features(

@@ -6,9 +6,11 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
-from mpjax.errors import ConfigError
+import numpy as np
+
+from mpjax.errors import ConfigError, brief
 from mpjax.typing import Settings
 
 C = TypeVar("C", bound="ModelConfig")
@@ -39,10 +41,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for group, (holds, wanted) in _RANGES.items():
             for name in getattr(self, group):
-                if not holds(value := getattr(self, name)):
+                value: Any = getattr(self, name)
+                kinds: Any = (int, np.integer) if group == "COUNTS" else (int, float, np.number)
+                if not isinstance(value, kinds) or isinstance(value, bool):
+                    what = "whole number" if group == "COUNTS" else "number"
+                    raise ConfigError(f"model: {name}={brief(value)} is no {what}; give one")
+                if not holds(value):
                     raise ConfigError(f"model: {name}={value} must {wanted}")
         for name, choices in self.CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
                 raise ConfigError(f"model: {name}={value!r} is unknown; known: {' '.join(choices)}")
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from mpjax.errors import ConfigError, listed
+from mpjax.errors import ConfigError, explains_calls, listed
 from mpjax.formats import Quantized, is_quantized
 from mpjax.models.core.checks import named_leaves
 from mpjax.models.core.module import stored
@@ -28,6 +28,7 @@ _FEW = 100  # layers
 Placement = Callable[[Axes, Shape], Sharding]
 
 
+@explains_calls
 def load_checkpoint(
     source: str | Path | Checkpoint,
     precision: str | Precision = "fp32",

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from mpjax.errors import explains_calls
 from mpjax.models.inference.beam import Beams, check_beams, is_end, search
 from mpjax.models.inference.prompt import Continuable, Start, check_prompt, prefill
 from mpjax.models.inference.sampling import Sampling
@@ -75,6 +76,7 @@ def _generate(
     return jnp.where(jnp.arange(start.new)[None] < n, out_BN, token_B[:, None])
 
 
+@explains_calls
 def generate(
     model: Continuable, params: Params, prompt: Ids, *, new: Count, key: KeyLike = None,
     temperature: Number = 1.0, top_k: Count | None = 0, top_p: Number | None = 1.0,
@@ -136,6 +138,7 @@ def _next(
     return sampling.pick(logits[:, -1], key), state
 
 
+@explains_calls
 def stream(
     model: Continuable, params: Params, prompt: Ids, *, new: Count, key: KeyLike = None,
     temperature: Number = 1.0, top_k: Count | None = 0, top_p: Number | None = 1.0,
@@ -189,6 +192,7 @@ def _beam_search(
     return search(step, last_BV, state, beams=beams, new=start.new, end=start.ends, penalty=penalty)
 
 
+@explains_calls
 def beam_search(
     model: Continuable, params: Params, prompt: Ids, *, new: Count, beams: Count = 4,
     length_penalty: Number = 1.0, end: Ends = None, lengths: Lengths = None,

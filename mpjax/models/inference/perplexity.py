@@ -15,9 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, explains_calls
 from mpjax.formats.checks import batch_rows
 from mpjax.markdown import table
+from mpjax.models.core.batch_fields import check_batch, read_batch
 from mpjax.models.core.checks import each_batch, language_inputs, targets_of
 from mpjax.models.core.storage import Storage, stored_bytes
 from mpjax.models.inference.quantize_weights import has_scales, quantize_weights
@@ -76,6 +77,7 @@ def _sums(model: Decoder, params: Params, batch: Batch, cache: str | Storage) ->
     return nll, right, jnp.sum(weights_BT), jnp.count_nonzero(weights_BT)
 
 
+@explains_calls
 def judge(
     model: Decoder, params: Params, batches: Iterable[Batch], *, cache: CacheStorage = ""
 ) -> Judged:
@@ -86,13 +88,13 @@ def judge(
       params: its weights, quantised or not.
       batches: `{"inputs": (B, T), "targets": (B, T)}` token ids; `keep` (B, T) bool where there is
         padding, which may be called `attention_mask`, and `weights` (B, T) of the targets, if they
-        are not all alike, or `segments` (B, T) of packed documents. A target that is no token
-        gives NaN unless it weighs nothing.
+        are not all alike, or `segments` (B, T) of packed documents; or what transformers calls
+        `input_ids`, `labels` and `attention_mask`.
       cache: storage of keys and values, as in `generate`; by default there is no cache.
 
     Raises:
-      ConfigError: no batch, one that is something else, or `keep` or `segments` beside a
-        cache.
+      ConfigError: no batch, one that is something else, an id that is no token, or `keep` or
+        `segments` beside a cache.
 
     Example:
       >>> from mpjax.models import decoder
@@ -105,7 +107,9 @@ def judge(
     loss = right = weight = 0.0
     tokens, storage = 0, as_cache(cache)
     for batch in each_batch(batches, "judge"):
-        held = {name: batch[name] for name in _FIELDS if name in batch}
+        check_batch(model, batch)
+        read = read_batch(model, batch)
+        held = {name: read[name] for name in _FIELDS if name in read}
         batch_rows(held, "judge")
         nll, hits, weights, targets = _sums(model, params, held, storage)
         loss, right, weight = loss + float(nll), right + float(hits), weight + float(weights)
@@ -165,6 +169,7 @@ class Compared(NamedTuple):
     cache_bytes: float
 
 
+@explains_calls
 def compare(
     model: Decoder, params: Params, batches: Iterable[Batch], variants: Sequence[Variant], *,
     moments: Mapping[str, Array] | None = None,

@@ -151,6 +151,9 @@ class Body(Layer):
         return Linear(self.context, c.classes, ("embed", None), bias=True, name="head")(x_NC)
 
 
+_BATCH = "{'inputs': images (N, H, W, C), 'targets': classes (N,)}"
+
+
 @dataclasses.dataclass(frozen=True)
 class ResNet(Network):
     """A residual network: `init(key) -> params`, `apply(params, images) -> logits, state`.
@@ -216,7 +219,7 @@ class ResNet(Network):
           batch: `{"inputs": images (N, H, W, C), "targets": classes (N,)}`, and `weights` (N,) if
             not all images count alike.
         """
-        images = as_array(field(batch, "inputs", self.root), f"{self.root}: images")
+        images = as_array(field(batch, "inputs", self.root, _BATCH), f"{self.root}: images")
         weights, targets = batch.get("weights"), targets_of(batch, images.shape[:1], self.root)
         logits, state = self.apply(params, images, state=state, key=key, train=train)
         loss = ops.cross_entropy(

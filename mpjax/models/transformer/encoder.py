@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
+from mpjax.models.core.batch_fields import check_ids, encoder_batch
 from mpjax.models.core.checks import Ids, as_ids, below, keep_of
 from mpjax.models.core.module import At, part_key, run_module
 from mpjax.models.core.sizes import FieldValue
@@ -30,7 +31,7 @@ from mpjax.models.transformer.transformer import (
 )
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.policy import CARRIED
-from mpjax.typing import Array, ArrayLike, Key, ModelState, Params
+from mpjax.typing import Array, ArrayLike, Batch, Key, ModelState, Params
 
 _INPUTS = ("ids", "keep", "types", "offset", "segments")
 
@@ -83,7 +84,9 @@ class Encoder(TransformerNetwork):
         return Transformer(self, c, at, name, False, types=c.types, heads=_head_parts(c, at))
 
     def _inputs(self, inputs: Ids | Mapping[str, ArrayLike]) -> dict[str, Any]:
-        fields: dict[str, Any] = dict(inputs) if isinstance(inputs, dict) else {"ids": inputs}
+        fields: dict[str, Any] = {"ids": inputs}
+        if isinstance(inputs, Mapping):
+            fields = encoder_batch(inputs)
         if "segments" in fields and self.config.pools:
             raise ConfigError(
                 f"encoder: segments are given, and head={self.config.head!r} pools a row as one"
@@ -92,9 +95,10 @@ class Encoder(TransformerNetwork):
         if "attention_mask" in fields:
             fields["keep"] = keep_of(fields, "encoder")
             del fields["attention_mask"]
-        if "ids" not in fields or (odd := sorted(set(fields) - set(_INPUTS))):
-            what = "lacks 'ids'" if "ids" not in fields else f"holds {odd[0]!r}"
-            raise ConfigError(f"encoder: the input {what}; give ids, and keep and types if any")
+        if odd := sorted(set(fields) - set(_INPUTS)):
+            raise ConfigError(
+                f"encoder: the input holds {odd[0]!r}; give ids, and keep and types if any"
+            )
         if "types" in fields and not self.config.types:
             raise ConfigError(
                 "encoder: token types are given and types=0; leave them out, or set types=2"
@@ -107,6 +111,21 @@ class Encoder(TransformerNetwork):
                 )
         return fields
 
+    def read_batch(self, batch: Batch) -> Batch:
+        """Returns a batch under our names, whether it is traced or not."""
+        return encoder_batch(batch)
+
+    def check_batch(self, batch: Batch) -> None:
+        """Checks the token ids of a batch that the host has at hand.
+
+        Raises:
+          ConfigError: an id that is no token of the model, or a type that it does not have.
+        """
+        read, c = encoder_batch(batch), self.config
+        check_ids(read["ids"], c.vocabulary, "encoder: ids")
+        if c.types and read.get("types") is not None:
+            check_ids(read["types"], c.types, "encoder: types")
+
     @jax.named_scope(CARRIED)
     def apply(
         self, params: Params, inputs: Ids | Mapping[str, ArrayLike], *, state: ModelState = None,
@@ -117,10 +136,10 @@ class Encoder(TransformerNetwork):
         Args:
           params: from `init`.
           inputs: token ids (B, T), or a dict of `ids`, `keep` (B, T; True or 1 where there is no
-            padding; `attention_mask` is another name for it), `types` (B, T; 0 or 1 for the two
-            texts of a pair), `offset` (B, T, D; added to the token embeddings, in float32) and, in
-            place of `keep`, `segments` (B, T; 1, 2 ... for the texts of a row, 0 at padding), where
-            no output is of a whole row.
+            padding), `types` (B, T; 0 or 1 for the two texts of a pair), `offset` (B, T, D; added
+            to the token embeddings, in float32) and, in place of `keep`, `segments` (B, T; 1, 2 ...
+            for the texts of a row, 0 at padding), where no output is of a whole row. transformers'
+            `input_ids`, `attention_mask` and `token_type_ids` are other names for the first three.
           state: amax histories from `init_state`, or None.
           key: of dropout and of recipes that draw, needed only for training.
           train: whether dropout is on.

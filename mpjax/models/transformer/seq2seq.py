@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.formats import weight_view
-from mpjax.models.core.checks import Ids, as_ids, below, field, keep_of
+from mpjax.models.core.batch_fields import seq2seq_batch
+from mpjax.models.core.checks import Ids, as_ids, below, keep_of
 from mpjax.models.core.module import At, part_key
 from mpjax.models.core.network import NextToken
 from mpjax.models.core.sizes import FieldValue
@@ -180,12 +181,16 @@ class Seq2Seq(TransformerNetwork, NextToken):
 
         Args:
           batch: what `apply` takes, `targets` (B, T), and `weights` (B, T) of the tokens in the
-            mean: 0 at padding.
+            mean: 0 at padding. Or `input_ids`, `attention_mask`, `decoder_input_ids` and `labels`
+            as transformers has them, -100 among the labels where there is no target.
         """
-        for name in ("source", "inputs", "targets"):
-            field(batch, name, "seq2seq")
+        batch = self.read_batch(batch)
         x, state = self.features(params, batch, state=state, key=key, train=train)
         return self._loss(weight_view(params)["decoder"], x, batch, key, train), state
+
+    def read_batch(self, batch: Batch) -> Batch:
+        """See `NextToken`."""
+        return seq2seq_batch(batch)
 
     def start(
         self, params: Params, source: Ids, *, length: int, source_keep: ArrayLike | None = None,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, explains_calls
 from mpjax.formats import is_quantized
 from mpjax.formats.checks import as_array
 from mpjax.optim.loss_scale.loss_checks import (
@@ -127,6 +127,7 @@ class LeafLossScale(LossScale):
 
     names = ("scale", "good_steps", "hysteresis_left")
 
+    @explains_calls
     def __init__(
         self,
         groups: Sequence[str],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, explains_calls
 from mpjax.formats import Format
 from mpjax.formats.format_table import FormatLike
 from mpjax.optim.loss_scale.scalers import StaticLossScale, as_flag, as_pytree, rebuild
@@ -81,6 +81,7 @@ class LogMaxLossScale(StaticLossScale):
 
     names = ("scale", "good_steps", "mean", "variance", "seen", "headroom")
 
+    @explains_calls
     def __init__(
         self,
         format: FormatLike = "float16",

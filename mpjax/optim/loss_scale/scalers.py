@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 from jaxtyping import Array, Bool, Float, Int
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.optim.loss_scale.scaled import bare
 from mpjax.precision import LossScaleSettings
 from mpjax.typing import ArrayLike, Grads, Metrics, PyTree, Tree
@@ -178,6 +178,7 @@ class StaticLossScale(LossScale):
 
     names: tuple[str, ...] = ("scale",)
 
+    @explains_calls
     def __init__(self, scale: int | float) -> None:
         self._begin("static", scale)
 
@@ -255,6 +256,7 @@ class DynamicLossScale(StaticLossScale):
 
     names = ("scale", "good_steps", "hysteresis_left")
 
+    @explains_calls
     def __init__(
         self,
         init: int | float = 2.0**16,

@@ -11,7 +11,7 @@ import optax
 from jax.tree_util import KeyPath
 from jaxtyping import Array, Int
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, explains_calls
 from mpjax.optim.checks import as_transformation
 from mpjax.optim.moments.blockwise import Blockwise, stored
 from mpjax.optim.moments.dither import dither_key
@@ -102,6 +102,7 @@ def types_of(params: PyTree) -> frozenset[type]:
     return frozenset(found)
 
 
+@explains_calls
 def quantize_moments(
     optimizer: optax.GradientTransformation | optax.MultiSteps,
     *,

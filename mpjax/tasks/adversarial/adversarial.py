@@ -17,6 +17,7 @@ from mpjax import ops
 from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError, brief
 from mpjax.models import Encoder, Seq2Seq
+from mpjax.models.core.batch_fields import read_batch
 from mpjax.models.core.checks import as_ids, field, keep_of
 from mpjax.models.core.module import part_key
 from mpjax.models.core.network import LanguageModel
@@ -159,6 +160,7 @@ class Adversarial:
             train: bool = False,
             loss_scale: ArrayLike = 1.0,
         ) -> ops.Terms:
+            batch = read_batch(model, batch)
             # An inner pass is not differentiated by weights, and leaves no trace in the state.
             held, before = jax.lax.stop_gradient((params, state))
 
@@ -175,7 +177,7 @@ class Adversarial:
                 return self._smooth(outer, inner, batch, state, at)
             return self._ascent(outer, inner, state, at)
 
-        return ops.Objective.of_terms(terms, self._count(own), takes_scale=True)
+        return ops.Objective.of_terms(terms, self._count(own), takes_scale=True, check=own.check)
 
     def _check(self, model: object) -> None:
         speaks = isinstance(self.task, Language)

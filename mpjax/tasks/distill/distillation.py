@@ -16,6 +16,7 @@ from mpjax import ops
 from mpjax.data.buckets import IGNORE, Example
 from mpjax.errors import ConfigError, brief
 from mpjax.models import Encoder, Seq2Seq
+from mpjax.models.core.batch_fields import read_batch
 from mpjax.models.core.checks import field, language_inputs, real_tokens, targets_of
 from mpjax.models.core.network import LanguageModel
 from mpjax.tasks.classify import TextClassification
@@ -212,6 +213,7 @@ class Distillation:
             key: Key | None = None,
             train: bool = False,
         ) -> ops.Terms:
+            batch = read_batch(student, batch)
             logits, state = self._logits(student, params, batch, state=state, key=key, train=train)
             answers, found = None, {}
             if teacher is not None:
@@ -252,6 +254,7 @@ class Distillation:
             return ops.Terms(losses, state)
 
         def count(batch: Batch) -> dict[str, Array]:
+            batch = read_batch(student, batch)
             shape, found = self._positions(batch), {}
             if self.soft:
                 found["soft"] = jnp.sum(self._weights(batch, shape))
@@ -273,7 +276,7 @@ class Distillation:
             return {OWN: {f"layer_{one}": projection(one) for one, _ in pairs}}
 
         init = draw if self.hidden else None
-        return ops.Objective.of_terms(terms, count, frozen=self.params, init=init)
+        return ops.Objective.of_terms(terms, count, frozen=self.params, init=init, check=own.check)
 
     def _pairs(self, student: Any) -> tuple[Layers, tuple[int, int]]:
         """The pairs of layers of hidden states, and that of relations."""

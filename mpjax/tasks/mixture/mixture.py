@@ -170,7 +170,7 @@ class Mixture:
         frozen = {name: x.frozen for name, x in objectives.items() if x.frozen is not None}
         return ops.Objective.of_terms(
             terms, count, frozen=frozen or None, init=self._init if learned else None,
-            combine=self._combination(),
+            combine=self._combination(), check=getattr(model, "check_batch", None),
         )  # fmt: skip
 
     def gradient_shares(self, model: Encoder) -> Callable[[Params, Batch], dict[str, float]]:

@@ -25,7 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, explains_calls
 from mpjax.train.checkpoint import digest, leaves, store
 from mpjax.train.checkpoint.lock import lock_directory
 from mpjax.train.checkpoint.reader import CheckpointReader
@@ -70,6 +70,7 @@ class Checkpointer(CheckpointReader):
       ([0.0, 1.0, 2.0], {'config': {'width': 3}}, 7)
     """
 
+    @explains_calls
     def __init__(
         self,
         directory: str | Path,

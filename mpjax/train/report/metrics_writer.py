@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from mpjax.errors import ConfigError, brief, need
+from mpjax.errors import ConfigError, brief, explains_calls, need
 from mpjax.files import NO_FOLLOW, write_file
 from mpjax.typing import Json, Settings
 
@@ -151,6 +151,7 @@ class MetricsWriter:
       ConfigError: wandb is asked for and not installed.
     """
 
+    @explains_calls
     def __init__(
         self,
         out: str | Path,

@@ -193,5 +193,6 @@ def make_switching_step(
     # Uncompiled, it decides likewise.
     return SwitchingStep(
         _Chooser(schedule, steps, functions), _Chooser(schedule, steps, programs), first.optimizer,
-        first.mesh, shardings, first.accumulate, None, first.frozen, schedule, tuple(steps),
+        first.mesh, shardings, first.accumulate, None, first.frozen, first.check, schedule,
+        tuple(steps),
     )  # fmt: skip
