@@ -14,7 +14,8 @@ import numpy as np
 
 from mpjax.data import Tokenizer, parse_wordpiece
 from mpjax.errors import ConfigError, brief
-from mpjax.finetuning.run_folder import FILES, TOKENIZER, RunPage, best_weights
+from mpjax.finetuning.language_run import is_language_run, load_language_run
+from mpjax.finetuning.run_folder import FILES, RUN, TOKENIZER, RunPage, best_weights
 from mpjax.finetuning.work import lengths_of
 from mpjax.models import (
     Decoder,
@@ -210,11 +211,11 @@ class Tuned:
 def load_run(
     folder: str | Path, precision: str | Precision | None = None, *, weights: str = ""
 ) -> Tuned:
-    """Loads a run of `finetune` with its best weights.
+    """Loads a run of `finetune` with its best weights, or one of `train_lm.py` with its newest.
 
     Args:
       folder: its `out`.
-      precision: to answer in; by default the one that judged the run.
+      precision: to answer in; by default the one that judged the run, or fp32.
       weights: storage of the weights, such as `int8` or `int4@32`; as they were trained by default.
 
     Raises:
@@ -224,6 +225,13 @@ def load_run(
       See `finetune`.
     """
     folder = Path(folder).expanduser()
+    if not (folder / RUN).is_file() and is_language_run(folder):
+        found = load_language_run(folder, precision)
+        held = quantize_weights(found.params, weights) if weights else found.params
+        settings = {"task": "lm", "text": "", "second": ""} | found.config
+        return Tuned(
+            folder, found.model, held, found.tokenizer, Language(), settings, found.step, {}
+        )
     page = RunPage.read(folder)
     where, step, scores = best_weights(folder)
     made = get_precision(precision or page.settings["eval_precision"])
