@@ -94,6 +94,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; p
 	$(PY) -m benchmarks.quality.rnn_lm
 	$(PY) -m benchmarks.quality.low_bit_inference
 	$(PY) -m benchmarks.quality.annealing
+	$(PY) -m benchmarks.quality.anneal
 	$(PY) -m benchmarks.quality.augment
 	$(PY) -m benchmarks.quality.adversarial
 	$(PY) -m benchmarks.quality.multitask

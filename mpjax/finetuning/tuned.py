@@ -180,7 +180,12 @@ class Tuned:
           ConfigError: as `save_checkpoint`.
         """
         metadata = self.model.metadata
-        files = dict(metadata.files)
+        files = {
+            name: content
+            for name, content in metadata.files.items()
+            # How sentence-transformers pools; a head or a language model has no vector of a text.
+            if not any(part in name for part in ("modules.json", "Pooling", "sentence_"))
+        }
         files.setdefault(TOKENIZER, self.tokenizer.to_text())
         config = dict(metadata.config)
         if not any(name.startswith("tokenizer_config") for name in files):
