@@ -29,7 +29,8 @@ def main() -> bool:
         command = [sys.executable, "experiments/anneal.py", *settings.split()]
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
         subprocess.run([*command, "--out", str(OUT / name)], cwd=ROOT, check=True, env=env)
-    rows, body = [], []
+    rows: list[list[str]] = []
+    body: list[str] = []
     for name, settings in SETTINGS.items():
         report = OUT / name / "report.md"
         if not report.exists():
@@ -39,8 +40,8 @@ def main() -> bool:
         for other in others:
             pairs = zip(arms[other], arms[first], strict=True)
             mean, half = interval([a["loss"] - b["loss"] for a, b in pairs])
-            said = "worse" if mean - half > 0 else "better" if mean + half < 0 else "null"
-            rows.append([name, other, f"{mean:+.4f} ± {half:.4f}", said])
+            verdict = "worse" if mean - half > 0 else "better" if mean + half < 0 else "null"
+            rows.append([name, other, f"{mean:+.4f} ± {half:.4f}", verdict])
         text = report.read_text().replace("\n\n![loss](loss.png)\n", "").split("\n\n", 1)[1]
         command = f"`python experiments/anneal.py {settings}".rstrip() + "`"
         title = "A language model" if name == "lm" else "An image network"
