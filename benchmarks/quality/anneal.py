@@ -43,9 +43,9 @@ def main() -> bool:
             verdict = "worse" if mean - half > 0 else "better" if mean + half < 0 else "null"
             rows.append([name, other, f"{mean:+.4f} ± {half:.4f}", verdict])
         text = report.read_text().replace("\n\n![loss](loss.png)\n", "").split("\n\n", 1)[1]
-        command = f"`python experiments/anneal.py {settings}".rstrip() + "`"
+        line = f"`python experiments/anneal.py {settings}".rstrip() + "`"
         title = "A language model" if name == "lm" else "An image network"
-        body.append(f"## {title}\n\n{command}\n\n{text}")
+        body.append(f"## {title}\n\n{line}\n\n{text}")
     head = ["task", "arm", "held-out loss above tuned AdamW", ""]
     write("anneal", "Annealing beside AdamW", "\n\n".join([table(head, rows), *body]))
     return len(body) == len(SETTINGS)
