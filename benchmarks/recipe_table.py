@@ -92,6 +92,7 @@ register_recipe(mine)
 precision = mpjax.get_precision("bf16", rules=["**/mlp/*=r=mine"])  # the rest stays bf16
 model = mpjax.models.decoder("tiny", precision)
 ```
+`--import FILE.py` makes it known to a [script](guides/scripts.md).
 `hadamard=16` transforms both operands of wgrad, `history=1024` takes scales from past steps,
 `accumulate="e6m9", chunk=128` rounds the running sum. What a recipe loses in its three products, by
 dot length and with outlier channels: `python experiments/formats.py --recipe NAME`."""

@@ -24,9 +24,11 @@ _FRAME = re.compile(r"^(?P<file>.*?):(?P<line>\d+)(?::\d+)? \((?P<function>.*)\)
 _LIBRARY = tuple(
     {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")}
 )
-_OWN = str(Path(__file__).parents[1])  # mpjax/interpret
+_ROOT = Path(__file__).parents[2]
+# `errors.py` has a frame around functions that explain wrong calls.
+_OWN = (str(_ROOT / "interpret"), str(_ROOT / "errors.py"))
 # Frames of these are within a product; the user's line is outside of them.
-_PARTS = (_OWN, *(str(Path(__file__).parents[2] / part) for part in ("ops", "formats")))
+_PARTS = (*_OWN, *(str(_ROOT / part) for part in ("ops", "formats")))
 _MANY_FRAMES = 60  # deep enough to leave any library
 
 # Scopes that mark a region instead of naming a module.
@@ -203,7 +205,7 @@ def _frames(traceback: Any) -> tuple[tuple[str, ...], Hashable]:
     user: list[Hashable] = []
     # Two products on one line differ in the instruction of the code that called them.
     for code, instruction in zip(*traceback.raw_frames(), strict=True) if traceback else ():
-        if not code.co_filename.startswith((*_LIBRARY, _OWN, "<")):
+        if not code.co_filename.startswith((*_LIBRARY, *_OWN, "<")):
             user.append((code.co_filename, code.co_name, code.co_firstlineno, instruction))
         elif not user:
             names.append(code.co_name)

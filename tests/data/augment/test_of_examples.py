@@ -131,7 +131,7 @@ def test_what_is_held_out_stays_as_it_is(texts, examples, augment, pieces):
     again = eval_batches(examples, batch=4, lengths=LENGTHS)
     assert same([batch for _, batch in judged], [batch for _, batch in again])
     assert pickle.dumps((texts, examples)) == pickle.dumps(before), "in place neither"
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="unknown argument 'augment'"):
         eval_batches(examples, batch=4, lengths=LENGTHS, augment=augment)
 
 

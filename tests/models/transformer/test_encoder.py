@@ -229,7 +229,7 @@ def test_bad_values_are_named(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"tokens": IDS}, "the input lacks 'ids'"),
+        ({"tokens": IDS}, "the batch holds tokens and no 'ids'"),
         ({"ids": IDS, "mask": KEEP}, "the input holds 'mask'; give ids, and keep and types"),
         ({"ids": IDS, "keep": KEEP[:, :4]}, r"keep has shape \(2, 4\), ids \(2, 9\)"),
         ({"ids": IDS.repeat(2, 1)}, "sequence of 18 tokens is longer than context=16"),
