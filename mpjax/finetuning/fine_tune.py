@@ -18,7 +18,7 @@ from mpjax.files import write_text
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.pretrained import from_pretrained
 from mpjax.finetuning.report import write_report_of
-from mpjax.finetuning.run_folder import BEST, RUN, RunPage
+from mpjax.finetuning.run_folder import BEST, FILES, RUN, TOKENIZER, RunPage
 from mpjax.finetuning.sources import read_source
 from mpjax.finetuning.tuned import Tuned, load_run
 from mpjax.finetuning.work import Lines, Scores
@@ -30,6 +30,7 @@ from mpjax.precision import PrecisionSchedule, fixed, get_precision, get_schedul
 from mpjax.precision.schedule import KINDS
 from mpjax.train import (
     Checkpointer,
+    CheckpointReader,
     Interrupt,
     MetricsWriter,
     ProgressBar,
@@ -42,7 +43,7 @@ from mpjax.train import (
     write_manifest,
 )
 from mpjax.train.checkpoint import compare_settings
-from mpjax.train.report import require_same_environment
+from mpjax.train.report import MANIFEST, require_same_environment
 from mpjax.typing import Params, Settings
 
 log = logging.getLogger("mpjax.finetuning")
@@ -175,15 +176,15 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
     )  # fmt: skip
     progress = Progress(c.metric or work.metric)
     untrained: Scores = {}
-    if not (c.out / RUN).is_file():  # before anything is written
+    if not CheckpointReader(c.out / CHECKPOINTS).steps():  # before anything is written
         untrained = judge(step.active(state)[1].params)
         if progress.metric not in untrained:
             raise ConfigError(
                 f"metric: no score {progress.metric!r}; known: {', '.join(untrained)}"
             )
-    before = _begin(c, page, tokens, files)
+    _begin(c, page, tokens, files)
     show(work.lines)
-    if before is None:
+    if not (c.out / MANIFEST).is_file():
         products = {
             recipe.name: how_it_runs(recipe, jax.default_backend(), c.batch * c.longest)
             for recipe in dict.fromkeys(model.recipes.values())
@@ -216,7 +217,8 @@ def _train(
             progress.found = [(number, scores) for number, scores in meta["found"]]
             log.info("%s: goes on from step %d of %d", c.out, start, steps)
         flat = {name: str(value) for name, value in c.to_dict().items()}
-        writer = MetricsWriter(c.out, flat, start=start)
+        # Without a checkpoint the log begins anew, with its record of step 0.
+        writer = MetricsWriter(c.out, flat, start=-1 if untrained else start)
         stack.callback(writer.close)
         if start == steps or progress.found and progress.enough(c.patience):
             return
@@ -295,19 +297,22 @@ def _check_folder(c: Finetuning) -> None:
             raise ConfigError(
                 f"out: {c.out} holds a run already; go on with it by resume, or choose another"
             )
-    elif c.out.is_dir() and any(not p.name.startswith(".") for p in c.out.iterdir()):
+    elif c.out.is_dir() and any(
+        # The page is written last: a run that was killed before has left these.
+        not p.name.startswith(".") and p.name not in (TOKENIZER, FILES)
+        for p in c.out.iterdir()
+    ):
         raise ConfigError(f"out: {c.out} holds something else; choose another folder")
     elif c.out.exists() and not c.out.is_dir():
         raise ConfigError(f"out: {c.out} is a file; choose another folder")
 
 
-def _begin(c: Finetuning, page: RunPage, tokens: Any, files: dict[str, Any]) -> RunPage | None:
+def _begin(c: Finetuning, page: RunPage, tokens: Any, files: dict[str, Any]) -> None:
     """Writes what the run is, or compares it with what the folder holds."""
     if (c.out / RUN).is_file():
         held = RunPage.read(c.out)
         compare_settings(held.settings, page.settings, may_change=())
         compare_settings({"data": held.fingerprint}, {"data": page.fingerprint}, may_change=())
         require_same_environment(held.environment)
-        return held
-    page.write(c.out, tokens.to_text(), files)
-    return None
+    else:
+        page.write(c.out, tokens.to_text(), files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,14 +187,13 @@ class Tagged:
 
 def read_tagged(settings: Finetuning, data: Any) -> Tagged:
     """Sentences of a file of word<TAB>tag lines."""
-    sides = []
-    for source in filter(None, (data, settings.validation)):
-        try:
-            sides.append(read_sentences(source))
-        except TypeError:
-            raise ConfigError(
-                "data: tags are read of a file of word<TAB>tag lines; write the sentences to one"
-            ) from None
+    if not isinstance(data, str | Path):
+        raise ConfigError(
+            "data: tags are read of a file of word<TAB>tag lines; write the sentences to one"
+        )
+    named = [data, settings.validation] if settings.validation else [data]
+    files = [Path(source).expanduser() for source in named]
+    sides = [read_sentences(file) for file in files]
     found = [s for s in sides[0] if s[0][0] != "-DOCSTART-"]
     contents = [" ".join(word for word, _ in s) for s in found]
     if settings.validation:

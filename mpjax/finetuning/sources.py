@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mpjax.errors import ConfigError
@@ -23,13 +24,13 @@ def read_source(settings: Finetuning, data: Any) -> Source:
     if settings.task == "tag":
         return read_tagged(settings, data)
     if settings.task == "lm":
-        if not isinstance(data, str):
+        if not isinstance(data, str | Path):
             raise ConfigError(
                 "data: lm reads a file, a folder, FILE.jsonl:COLUMN, FILE.parquet:COLUMN or hf:NAME"
             )
         if settings.validation:
             raise ConfigError("validation: lm holds out documents of its data; set held_out")
-        return Documents(settings, data)
+        return Documents(settings, str(data))
     kinds = {"text": "text", "label": "number" if settings.task == "regress" else "class"}
     columns = {"text": settings.text, "label": settings.label}
     if settings.task in _COLUMNS:

@@ -45,7 +45,7 @@ def data_of(task: str, folder: Path) -> tuple[Any, dict[str, Any]]:
         lines = ["".join(f"{w}\t{'O' if w != 'soup' else 'B-FOOD'}\n" for w in r["review"].split())
                  for r in rows]  # fmt: skip
         path.write_text("\n".join(lines))
-        return path, {}
+        return str(path), {}
     if task == "lm":
         path = folder / "text.jsonl"
         path.write_text("".join(json.dumps({"body": r["review"] * 3}) + "\n" for r in rows))
@@ -172,13 +172,24 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(
         with pytest.raises(Killed):
             run("cut")
     cut = run("cut")
+    (tmp_path / "early" / "files").mkdir(parents=True)  # killed before its page was written
+    (tmp_path / "early" / "tokenizer.json").write_text("{")
+    real = fine_tune.fit
+    with monkeypatch.context() as patch:  # and again before its first step
+        patch.setattr(fine_tune, "fit", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("early")
+    assert fine_tune.fit is real
+    early = run("early")
     (best,) = whole.glob("best-*.safetensors")
     assert (cut / best.name).read_bytes() == best.read_bytes()
     assert (cut / "best.json").read_bytes() == (whole / "best.json").read_bytes()
-    logs = [read_metrics(folder / "metrics.jsonl") for folder in (whole, cut)]
-    for record in (*logs[0], *logs[1]):
-        record.pop("tokens_per_s", None)
-    assert logs[0] == logs[1] and len(logs[0]) == 12 + 5
+    logs = []
+    for folder in (whole, cut, early):
+        logs.append(read_metrics(folder / "metrics.jsonl"))
+        for record in logs[-1]:
+            record.pop("tokens_per_s", None)
+    assert repr(logs[0]) == repr(logs[1]) == repr(logs[2]) and len(logs[0]) == 12 + 5
     with pytest.raises(ConfigError, match="out: .* holds a run already; go on with it by resume"):
         finetune(reviews(), text="review", label="stars", out=whole, **SMALL)
     with pytest.raises(ConfigError, match="lr"):
