@@ -363,7 +363,7 @@ def test_sampling_is_deterministic_when_greedy_and_follows_its_seed(trained):
 def require_report(
     out: Path, plots: tuple[str, ...], arms: tuple[str, ...], page: bool = True
 ) -> None:
-    """The report of a comparison, with a page of it and its table unless it has curves of no run."""
+    """The report of a comparison, with a page and its table unless it has no curves of runs."""
     report = (out / "report.md").read_text()
     for name in plots:
         assert f"({name})" in report
