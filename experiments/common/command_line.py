@@ -55,6 +55,7 @@ def import_file(path: Path) -> None:
     if path.stem in sys.modules:  # `json.py` would stand in for a module that others import
         raise ConfigError(f"import: a module {path.stem} is loaded already; rename {path.name}")
     sys.modules[path.stem] = module
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # not into the user's folder
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -65,6 +66,8 @@ def import_file(path: Path) -> None:
         raise ConfigError(
             f"import: {path.name}, line {line}: {type(error).__name__}: {error}; mend the file"
         ) from None
+    finally:
+        sys.dont_write_bytecode = writes
     _loaded[path] = checksum(path)
 
 
