@@ -55,9 +55,14 @@ def write_file(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
             raise
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes bytes, as `write_file` does."""
+    write_file(path, lambda file: file.write(content))
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text as UTF-8, as `write_file` does."""
-    write_file(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def is_temporary(path: Path) -> bool:

@@ -25,12 +25,12 @@ from common.finetune_report import Arm
 from mpjax.data import Batch, WordPiece, bucket_batches, parse_wordpiece, train_wordpiece
 from mpjax.data.buckets import Example
 from mpjax.errors import ConfigError
+from mpjax.finetuning.fine_tune import read_precision
 from mpjax.models import EncoderConfig, encoder
 from mpjax.models.hf import load_checkpoint, open_checkpoint
 from mpjax.ops import Objective
 from mpjax.optim import make_optimizer
-from mpjax.precision import Precision, PrecisionSchedule, fixed, get_precision, get_schedule
-from mpjax.precision.schedule import KINDS
+from mpjax.precision import Precision, PrecisionSchedule, get_precision
 from mpjax.train import SwitchingStep, TrainStep, build, bytes_per_parameter, fit, manifest
 from mpjax.typing import Params, Settings
 
@@ -95,9 +95,7 @@ def check(config: Any) -> None:
 
 def read_schedule(text: str, steps: int) -> PrecisionSchedule:
     """Returns the schedule of an arm; a Precision is one that never switches."""
-    if text.split(":")[0] in KINDS:
-        return get_schedule(text).over(steps)
-    return fixed(get_precision(text))
+    return read_precision(text).over(steps)
 
 
 class Task(Protocol):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from common.segments import pairs, pieces_of
 from common.stage_plan import Classify, Instruct, Masked, NextToken, OnText, Plan
 from mpjax.data import (
     Example,
-    Tokenizer,
     WordPiece,
     batches,
     bucket_batches,
@@ -35,6 +33,7 @@ from mpjax.data import (
 from mpjax.data.chat import instruction_examples
 from mpjax.data.masking import masking
 from mpjax.errors import ConfigError, need
+from mpjax.finetuning.work import fingerprint
 from mpjax.tasks import Language, MaskedLanguage, TextClassification
 from mpjax.typing import Batch, Params, Settings
 
@@ -63,16 +62,6 @@ class Work:
     data: Callable[[int, int], Any]
     judge: Callable[[Any], Judge]
     fingerprint: str
-
-
-def fingerprint(tokenizer: WordPiece | Tokenizer, sides: Sequence[Any]) -> str:
-    """Returns a hash of a tokenizer and of ids: arrays, or examples with arrays."""
-    found = hashlib.sha256(tokenizer.to_text().encode())
-    for side in sides:
-        for one in [side] if isinstance(side, np.ndarray) else side:
-            for x in one.values() if isinstance(one, Mapping) else [one]:
-                found.update(np.ascontiguousarray(x).tobytes())
-    return found.hexdigest()[:16]
 
 
 def _bucketed(

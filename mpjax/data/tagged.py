@@ -104,7 +104,7 @@ def load_tagged(
     dropped = {"-DOCSTART-": len(found) - len(sentences)}
     dropped["equal to an earlier one"] = len(sentences) - len(distinct)
     say_counts(source, "sentences", {"for training": len(train), "held out": len(test)}, dropped)
-    return _tagged(train, names), _tagged(test, names)
+    return as_tagged(train, names), as_tagged(test, names)
 
 
 def most_frequent_tags(train: TaggedSentences, test: TaggedSentences) -> list[np.ndarray]:
@@ -165,7 +165,8 @@ def read_sentences(path: Path, *, header: bool = True) -> list[Sentence]:
     return sentences
 
 
-def _tagged(sentences: Sequence[Sentence], names: tuple[str, ...]) -> TaggedSentences:
+def as_tagged(sentences: Sequence[Sentence], names: tuple[str, ...]) -> TaggedSentences:
+    """Returns sentences with their tags as places among names."""
     number = {name: i for i, name in enumerate(names)}
     tags = tuple(np.array([number[tag] for _, tag in s], np.int32) for s in sentences)
     return TaggedSentences(tuple(_words(s) for s in sentences), tags, names)

@@ -18,7 +18,7 @@ from mpjax.files import write_text
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.pretrained import from_pretrained
 from mpjax.finetuning.report import write_report_of
-from mpjax.finetuning.run_folder import BEST, FILES, RUN, TOKENIZER, RunPage
+from mpjax.finetuning.run_folder import BEST, CHECKPOINTS, FILES, RUN, TOKENIZER, RunPage
 from mpjax.finetuning.sources import read_source
 from mpjax.finetuning.tuned import Tuned, load_run
 from mpjax.finetuning.work import Lines, Scores
@@ -47,7 +47,6 @@ from mpjax.train.report import MANIFEST, require_same_environment
 from mpjax.typing import Params, Settings
 
 log = logging.getLogger("mpjax.finetuning")
-CHECKPOINTS = "checkpoints"
 LESS_IS_BETTER = ("loss", "perplexity", "calibration error")
 
 
@@ -155,7 +154,7 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
         files, config = dict(model.metadata.files), dict(model.metadata.config)
     work = source.work(tokens, labels)
     steps = c.steps or max(1, round(c.epochs * work.epoch))
-    schedule = schedule.over(steps) if len(schedule.precisions) > 1 else schedule
+    schedule = schedule.over(steps)
     every = c.evaluate_every or work.epoch
     optimizer = make_optimizer(
         c.optimizer, c.lr or (1e-3 if c.new else 5e-5), schedule=c.schedule, steps=steps,
@@ -281,13 +280,9 @@ def _keep_best(out: Path, step: int, scores: Scores, params: Params) -> None:
 
 def _told(data: Any) -> str:
     """What the data was, in words."""
-    return (
-        data
-        if isinstance(data, str)
-        else str(data)
-        if isinstance(data, Path)
-        else (f"{type(data).__module__}.{type(data).__name__}")
-    )
+    if isinstance(data, str | Path):
+        return str(data)
+    return f"{type(data).__module__}.{type(data).__name__}"
 
 
 def _check_folder(c: Finetuning) -> None:

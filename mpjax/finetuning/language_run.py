@@ -10,13 +10,12 @@ import jax
 
 from mpjax.data import Tokenizer
 from mpjax.errors import ConfigError
+from mpjax.finetuning.run_folder import CHECKPOINTS
 from mpjax.models import Decoder, decoder, decoder_config
 from mpjax.paths import leaves_with_names
 from mpjax.precision import Precision, get_precision
 from mpjax.train import CheckpointReader
 from mpjax.typing import Json, Params
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mpjax.data import LabelledTexts, TaggedSentences, WordPiece, bucket_batches, train_wordpiece
 from mpjax.data.class_names import sorted_names
-from mpjax.data.tagged import read_sentences
+from mpjax.data.tagged import as_tagged, read_sentences
 from mpjax.errors import ConfigError, listed, need
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.table_sides import Sides, split
@@ -207,14 +207,6 @@ def read_tagged(settings: Finetuning, data: Any) -> Tagged:
     names = sorted_names(tag for side in (train, test) for s in side for _, tag in s)
     if len(names) < 2:
         raise ConfigError(f"data: one tag, {names[0]!r}; expected at least two")
-    number = {name: i for i, name in enumerate(names)}
-    made = [
-        TaggedSentences(
-            tuple(tuple(word for word, _ in s) for s in side),
-            tuple(np.array([number[tag] for _, tag in s], np.int32) for s in side), names,
-        )
-        for side in (train, test)
-    ]  # fmt: skip
     lines = [("sentences read", f"{len(sides[0])}"), ("for training", f"{len(train)}"),
              ("held out", f"{len(test)}")]  # fmt: skip
-    return Tagged(settings, made[0], made[1], lines)
+    return Tagged(settings, as_tagged(train, names), as_tagged(test, names), lines)

@@ -12,19 +12,19 @@ best-STEP.safetensors    these weights
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mpjax.errors import ConfigError
-from mpjax.files import write_file, write_text
+from mpjax.files import write_bytes, write_text
 from mpjax.json_text import parse_json
 from mpjax.train import environment
 from mpjax.typing import Settings
 
 RUN, BEST, TOKENIZER, FILES = "run.json", "best.json", "tokenizer.json", "files"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,7 @@ class RunPage:
                 if name != TOKENIZER:
                     path = folder / FILES / name
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    held = content.encode() if isinstance(content, str) else content
-                    write_file(path, functools.partial(_put, held))
+                    write_bytes(path, content.encode() if isinstance(content, str) else content)
             text = json.dumps(dataclasses.asdict(self), indent=2, default=str)
             write_text(folder / RUN, text + "\n")
         except OSError as error:
@@ -95,10 +94,6 @@ class RunPage:
             raise ConfigError(f"{path}: is no page of a run, or of another version; run it again")
         page: Any = found | {"labels": tuple(found["labels"])}
         return cls(**page)
-
-
-def _put(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
 
 
 def best_weights(folder: Path) -> tuple[Path, int, dict[str, float]]:

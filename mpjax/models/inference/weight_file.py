@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax.errors import ConfigError, brief, need, printable
-from mpjax.files import write_file
+from mpjax.files import write_bytes
 from mpjax.formats import Format, Quantized
 from mpjax.json_text import parse_json
 from mpjax.models.core.checks import named_leaves
@@ -103,7 +103,7 @@ def save_weights(params: Params, path: str | Path) -> int:
     path = Path(path)
     content = numpy.save(tensors, page)
     try:
-        write_file(path, lambda file: file.write(content))
+        write_bytes(path, content)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be written ({error.strerror}); choose another place"
