@@ -18,8 +18,7 @@ from mpjax.optim.loss_scale.loss_checks import (
     check_scale,
     with_aux,
 )
-from mpjax.optim.loss_scale.scaled import check_unowned, mark_unscaled
-from mpjax.optim.loss_scale.scalers import NoOpLossScale
+from mpjax.optim.loss_scale.scaled import check_unowned
 from mpjax.typing import Array, Grads, Params, PyTree
 
 Aux = TypeVar("Aux")
@@ -115,8 +114,6 @@ def scaled_value_and_grad(
         check_unowned(loss_scale)
         value, grads = value_and_scaled_grad(loss_fn, has_aux, loss_scale, params, args)
         grads = loss_scale.unscale(grads)
-        if not isinstance(loss_scale, NoOpLossScale):
-            grads = mark_unscaled(grads)
         return value, grads, all_finite(grads)
 
     return fn

@@ -98,11 +98,11 @@ class Optimizer:
         self, scaled: Grads, state: OptState, params: Params, extra: Mapping[str, object]
     ) -> tuple[Params, Grads, OptState, Metrics]:
         checks.check_state(state, OptState)
+        if self.precision.loss_scale.kind != "none" and not self.losses:
+            check_scaled(scaled)
         scaled = bare(scaled)
         each: Any = extra.get("finite_losses")
         extra = {name: value for name, value in extra.items() if name != "finite_losses"}
-        if self.precision.loss_scale.kind != "none":
-            check_scaled(scaled)
         checks.check_like("gradients", scaled, params)
         metrics: Metrics = {}
         unscaled = state.loss_scale.unscale(scaled)
@@ -242,16 +242,16 @@ class Optimizer:
         """Takes one step.
 
         Args:
-          scaled_grads: from `value_and_grad`, or gradients of `state.loss_scale.scale(loss)` in the
-            structure of params.
+          scaled_grads: from `value_and_grad`, or `ScaledGradients(g)` with the gradients g of
+            `state.loss_scale.scale(loss)`; without a loss scale any tree of gradients.
           state: from `init` or the last step.
           params: weights as stored.
           extra: what the optimizer asks of a step, such as `value` (the loss) of optax's
             `reduce_on_plateau`.
 
         Raises:
-          ConfigError: gradients of another structure or shape than params or already unscaled by
-            `scaled_value_and_grad`, a state that is not of this optimizer, or an argument of the
+          ConfigError: gradients of another structure or shape than params or, under a loss scale,
+            not marked as scaled, a state that is not of this optimizer, or an argument of the
             optimizer that is missing.
 
         Returns:

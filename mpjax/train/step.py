@@ -14,7 +14,15 @@ from jaxtyping import Array, Int, UInt
 from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.formats.checks import as_batch, batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
-from mpjax.optim import Optimizer, OptState, copied, select, weight_view, without_repeats
+from mpjax.optim import (
+    Optimizer,
+    OptState,
+    ScaledGradients,
+    copied,
+    select,
+    weight_view,
+    without_repeats,
+)
 from mpjax.optim.checks import check_seed
 from mpjax.train.gradients import Judged, gradients, loss_at
 from mpjax.typing import ArrayLike, Batch, Grads, Metrics, ModelState, Params, PyTree
@@ -346,7 +354,7 @@ def make_train_step(
         loss, model_state, combine = judged.loss.astype(jnp.float32), judged.state, judged.combine
         more = {} if judged.finite is None else {"finite_losses": judged.finite}
         params, opt_state, metrics = optimizer.step_with_metrics(
-            grads,
+            ScaledGradients(grads),
             state.opt_state,
             state.params,
             value=loss,

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from mpjax.optim import global_norm, wrap
+from mpjax.optim import ScaledGradients, global_norm, wrap
 from mpjax.precision import get_precision
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -105,7 +105,7 @@ def steps() -> dict[tuple[str, str], Any]:
         OPTIMIZERS.items(), INPUTS.items()
     ):
         opt = wrap(tx, precision(f"static:{scale}"), clip=CLIP)
-        out[name, kind] = opt.step(grads, opt.init(zero), zero)[0]
+        out[name, kind] = opt.step(ScaledGradients(grads), opt.init(zero), zero)[0]
     return out
 
 
@@ -150,14 +150,15 @@ def test_unscale_takes_the_scale_from_before_adjust() -> None:
     w, g = normal(0), normal(1)
     opt = wrap(optax.sgd(0.5), precision("dynamic:init=1024,interval=1"))
     state = opt.init(w)
-    out, state = opt.step(times(g, 1024.0), state, w)
+    out, state = opt.step(ScaledGradients(times(g, 1024.0)), state, w)
     hand = {k: float64(w)[k] - 0.5 * float64(g)[k] for k in w}
     mutant = {k: float64(w)[k] - 0.25 * float64(g)[k] for k in w}
     assert state.loss_scale.value == 2048.0
     for k in w:
         np.testing.assert_allclose(out[k], hand[k], rtol=1e-5)
     assert not close(out, mutant)
-    out, _ = opt.step(times(g, 2048.0), state, out)  # the next step is scaled by the new scale
+    # the next step is scaled by the new scale
+    out, _ = opt.step(ScaledGradients(times(g, 2048.0)), state, out)
     for k in w:
         np.testing.assert_allclose(out[k], hand[k] - 0.5 * float64(g)[k], rtol=1e-5, atol=1e-6)
 
@@ -176,7 +177,7 @@ def test_adam_over_a_moving_scale_is_adam_by_hand_in_float64() -> None:
         scaled = times(g, scale)
         if bad:
             scaled["b"] = scaled["b"].at[1].set(jnp.nan)
-        w, state = step(scaled, state, w)
+        w, state = step(ScaledGradients(scaled), state, w)
         scale = float(state.loss_scale.value)
         scales.append(scale)
         if not bad:

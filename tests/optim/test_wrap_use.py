@@ -31,7 +31,7 @@ def precision(scale: str = "none", **options: Any) -> Any:
 def skip(opt: Any, n: int, state: Any, w: Any, leaf: str = "b") -> Any:
     for _ in range(n):
         bad = {**normal(0), leaf: jnp.full(SHAPES[leaf], jnp.nan)}
-        w, state = opt.step(bad, state, w)
+        w, state = opt.step(ScaledGradients(bad), state, w)
     return state
 
 
@@ -53,7 +53,7 @@ def test_stops_after_patience_skips_at_the_minimum_scale(scale: str, falls: int)
     assert f"scale {value} cannot fall further" in str(error.value)
     assert "\n" not in str(error.value)
     # One finite step between resets the count; the scale grows in the dynamic case only.
-    _, state = opt.step(normal(1), state, w)
+    _, state = opt.step(ScaledGradients(normal(1)), state, w)
     assert state.gate.stuck == 0
     opt.check_alive(skip(opt, 2, state, w), w)
 
@@ -74,7 +74,8 @@ def test_the_stop_names_the_first_bad_gradient_by_its_path() -> None:
 
 def test_without_gate_a_bad_step_is_taken() -> None:
     opt, w = wrap(optax.sgd(1.0), precision("static:2"), gate=False, patience=1), normal(0)
-    w2, state, metrics = opt.step_with_metrics({**w, "b": jnp.full(4, jnp.nan)}, opt.init(w), w)
+    bad = ScaledGradients({**w, "b": jnp.full(4, jnp.nan)})
+    w2, state, metrics = opt.step_with_metrics(bad, opt.init(w), w)
     assert np.isnan(w2["b"]).all() and "finite" not in metrics
     opt.check_alive(state, w2)
 
@@ -134,7 +135,7 @@ def test_in_a_plain_optax_loop() -> None:
         @jax.jit
         def step(params: Any, state: Any) -> Any:
             grads = jax.grad(lambda w: state.loss_scale.scale(loss(w)))(params)
-            updates, state = tx.update(grads, state, params)
+            updates, state = tx.update(ScaledGradients(grads), state, params)
             return apply_updates(params, updates), state
 
         for _ in range(300):

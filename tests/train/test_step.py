@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from mpjax.errors import ConfigError
 from mpjax.ops import Objective, rows_alike, weight_sum
-from mpjax.optim import all_finite, wrap
+from mpjax.optim import ScaledGradients, all_finite, wrap
 from mpjax.precision import get_precision
 from mpjax.train import build, init_state, make_train_step, parse_mesh
 from mpjax.train.report.memory import bytes_per_parameter, formula, state_bytes
@@ -271,7 +271,7 @@ def test_one_nan_in_one_replica_makes_every_replica_skip(reduced: bool) -> None:
         grads = jax.grad(loss)(params)
         if reduced:
             grads = jax.tree.map(lambda g: jax.lax.pmean(g, "data"), grads)
-        new = optimizer.step(grads, opt_state, params)
+        new = optimizer.step(ScaledGradients(grads), opt_state, params)
         return jax.tree.map(lambda leaf: leaf[None], new)  # one copy a replica
 
     step = jax.jit(

@@ -18,7 +18,6 @@ from mpjax.optim.loss_scale.loss_checks import (
     check_scale,
     with_aux,
 )
-from mpjax.optim.loss_scale.scaled import mark_unscaled
 from mpjax.optim.loss_scale.scalers import LossScale
 from mpjax.typing import Grads, Metrics, Params
 
@@ -228,7 +227,6 @@ def scaled_value_and_grads(
             finite.append(all_finite(grads))
             total = grads if index == 0 else jax.tree.map(lambda t, g: t + g, total, grads)
         losses = tuple(as_loss(loss).astype(jnp.float32) for loss in (out[0] if has_aux else out))
-        total = mark_unscaled(total)
         values: Any = (losses, out[1]) if has_aux else losses
         return values, total, jnp.stack(finite)
 

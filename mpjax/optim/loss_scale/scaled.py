@@ -1,23 +1,19 @@
 """Gradients that are known to be scaled or not, so that they are unscaled exactly once.
 
 `Optimizer.value_and_grad` returns a `ScaledGradients`: `step` takes it, and functions of plain
-gradients refuse it. `scaled_value_and_grad` returns plain trees, for any optimizer; their arrays
-are remembered for as long as they live, and `step` refuses them.
+gradients refuse it. `scaled_value_and_grad` and `jax.grad` return plain trees, for any optimizer;
+a `step` that divides by a loss scale refuses them.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Hashable, Iterator
 
 import jax
 from jax.tree_util import GetAttrKey
 
-from mpjax.errors import ConfigError
-from mpjax.typing import Grads, PyTree, Tree
-
-# Arrays and tracers that an unscaling returned, by their id; none is kept alive.
-_UNSCALED: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
+from mpjax.errors import ConfigError, brief
+from mpjax.typing import Grads, PyTree
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -25,7 +21,8 @@ class ScaledGradients:
     """Gradients of a loss times the loss scale: what `Optimizer.step` takes.
 
     A pytree: `jax.tree.map` and `jax.lax.psum` return a `ScaledGradients` again. For the gradients
-    themselves write `opt_state.loss_scale.unscale(grads)`.
+    themselves write `opt_state.loss_scale.unscale(grads)`. Gradients of a loss that you scaled by
+    `opt_state.loss_scale.scale(loss)` are made ones by `ScaledGradients(grads)`.
 
     Args:
       tree: the gradients, in the structure of params.
@@ -81,24 +78,17 @@ def check_plain(name: str, tree: object) -> None:
         )
 
 
-def mark_unscaled(tree: Tree) -> Tree:
-    """Returns a tree of gradients, and remembers that they are unscaled."""
-    for leaf in jax.tree.leaves(tree):
-        _UNSCALED[id(leaf)] = leaf
-    return tree
-
-
 def check_scaled(grads: Grads) -> None:
-    """Checks that gradients are not known to be unscaled.
+    """Checks that gradients are marked as scaled.
 
     Raises:
-      ConfigError: `scaled_value_and_grad` returned them, so that they are.
+      ConfigError: they are a plain tree, which may be scaled or not.
     """
-    if any(_UNSCALED.get(id(leaf)) is leaf for leaf in jax.tree.leaves(grads)):
+    if not isinstance(grads, ScaledGradients):
         raise ConfigError(
-            "gradients: scaled_value_and_grad has unscaled them, and step divides by the loss scale"
-            " of its own state; write loss, grads = opt.value_and_grad(loss_fn)(opt_state, params,"
-            " batch)"
+            f"gradients: {brief(grads)} may be unscaled, and step divides by the loss scale; write"
+            " loss, grads = opt.value_and_grad(loss_fn)(opt_state, params, batch), or"
+            " mpjax.optim.ScaledGradients(grads) if they are of opt_state.loss_scale.scale(loss)"
         )
 
 

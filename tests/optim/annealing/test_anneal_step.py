@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from mpjax.models import decoder
-from mpjax.optim import wrap
+from mpjax.optim import ScaledGradients, wrap
 from mpjax.optim.annealing import (
     affine,
     alternate,
@@ -91,7 +91,11 @@ def test_a_proposal_without_a_finite_loss_is_rejected_and_no_skip() -> None:
         opt, w = wrap(annealed(gaussian(0.1), HOT), "fp16"), jnp.ones(4)
         state = opt.init(w)
         found = opt.step(
-            jnp.zeros(4), state, w, value=jnp.float32(1), evaluate=lambda w, _: (loss, None)
+            ScaledGradients(jnp.zeros(4)),
+            state,
+            w,
+            value=jnp.float32(1),
+            evaluate=lambda w, _: (loss, None),
         )
         return w, *found
 

@@ -16,6 +16,7 @@ from mpjax.models import decoder
 from mpjax.optim import (
     DynamicLossScale,
     LeafLossScale,
+    ScaledGradients,
     StaticLossScale,
     make_loss_scale,
     scale_gradient,
@@ -211,7 +212,7 @@ def test_one_bad_group_skips_the_whole_step_and_lowers_its_own_scale() -> None:
     state = opt.init(params)
     assert state.loss_scale.settings.groups == ("a", "b/w")  # one a leaf
     bad = {"a": jnp.ones(2), "b": {"w": jnp.array([jnp.inf, 1.0])}}
-    after, new = jax.jit(opt.step)(bad, state, params)
+    after, new = jax.jit(opt.step)(ScaledGradients(bad), state, params)
     assert jax.tree.all(jax.tree.map(np.array_equal, after, params))
     assert jax.tree.all(jax.tree.map(np.array_equal, new.inner, state.inner))
     assert new.loss_scale.state[0].tolist() == [256.0, 32.0]
@@ -223,7 +224,7 @@ def test_weights_in_fp8_are_groups_like_others() -> None:
     precision = get_precision("fp32", loss_scale="leaf", update="nearest")
     opt = wrap(optax.sgd(0.5), precision)
     state = opt.init(w)
-    scaled = {"w": jnp.full((2, 4), float(state.loss_scale.at("w")))}
+    scaled = ScaledGradients({"w": jnp.full((2, 4), float(state.loss_scale.at("w")))})
     assert opt.step(scaled, state, w)[0]["w"].dequantize().tolist() == [[0.5] * 4] * 2
 
 

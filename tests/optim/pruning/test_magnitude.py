@@ -14,6 +14,7 @@ import mpjax
 from mpjax.errors import ConfigError
 from mpjax.formats import quantize
 from mpjax.optim import (
+    ScaledGradients,
     cubic_sparsity,
     prune_weights,
     pruned,
@@ -185,7 +186,8 @@ def test_what_is_pruned_is_the_smallest_of_the_updated_weights() -> None:
 def test_a_skipped_step_moves_no_mask_and_no_count() -> None:
     params, precision = {"w": weights()["head"]["kernel"]}, get_precision("fp16")
     opt = wrap(pruned(optax.sgd(0.1), 0.5, begin=1, end=1), precision)
-    state, step = opt.init(params), jax.jit(opt.step)
+    state = opt.init(params)
+    step = jax.jit(lambda grads, *rest: opt.step(ScaledGradients(grads), *rest))
     params, state = step({"w": jnp.ones((8, 16))}, state, params)
     before = bits((params, state.inner))
     kept, skipped = step({"w": jnp.full((8, 16), jnp.nan)}, state, params)
