@@ -57,6 +57,7 @@ from mpjax.train import (
     manifest,
     parse_mesh,
 )
+from mpjax.train.report import how_products_run
 from mpjax.typing import Array, Batch, Json, ModelState, Params, PyTree, Settings
 
 console = Console(stderr=True)
@@ -221,8 +222,8 @@ def page_of(
     if not work.mesh:  # so that runs from before it existed are the same
         del settings["mesh"]
     settings["fresh"] = work.fresh or again(arm.label, seed)
-    products = launch.products(model, work.batch * work.seq)
-    return folder, manifest(arm.precision, settings, model.paths, products)
+    found = how_products_run(model.recipes.values(), work.batch * work.seq)
+    return folder, manifest(arm.precision, settings, model.paths, found)
 
 
 def train(

@@ -68,6 +68,7 @@ from mpjax.train.report import (
     MANIFEST,
     METRICS,
     formula,
+    how_products_run,
     import_wandb,
     require_same_environment,
     watched,
@@ -364,18 +365,17 @@ def main(config: Config) -> None:
     run = prepare(config)
     launch.writable(config.out)
     if jax.process_index() == 0:
-        products: dict[str, dict[str, str]] = {}
-        for model in run.models:
-            products |= launch.products(model, config.batch * config.seq)
+        recipes = [recipe for model in run.models for recipe in model.recipes.values()]
+        found = how_products_run(recipes, config.batch * config.seq)
         page = manifest(
-            run.precision, settings(config), run.model.paths, products, schedule=run.schedule
+            run.precision, settings(config), run.model.paths, found, schedule=run.schedule
         )
         page["bytes_per_parameter"] = bytes_per_parameter(run.state)
         write_manifest(config.out, page)
         for shown in [*filter(None, [run.schedule]), *(model.precision for model in run.models)]:
             console.print(str(shown), highlight=False, markup=False)
-        for name, found in products.items():
-            lines = "; ".join(f"{product}: {how}" for product, how in found.items())
+        for name, runs in found.items():
+            lines = "; ".join(f"{product}: {how}" for product, how in runs.items())
             console.print(f"recipe {name} here: {lines}", highlight=False, markup=False)
         if isinstance(run.data, PackedBatches):
             share = run.data.padding()

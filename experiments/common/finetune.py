@@ -32,6 +32,7 @@ from mpjax.ops import Objective
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision, PrecisionSchedule, get_precision
 from mpjax.train import SwitchingStep, TrainStep, build, bytes_per_parameter, fit, manifest
+from mpjax.train.report import how_products_run
 from mpjax.typing import Params, Settings
 
 console = Console(stderr=True)
@@ -221,8 +222,8 @@ def page_of(
     """Returns the folder of a run and its manifest."""
     folder = out / re.sub("[:/ ]", "_", label) / f"seed{seed}"
     settings = launch.settings(config, seed=seed, fresh=config.fresh or again(label, seed))
-    products = launch.products(model, config.batch * max(config.lengths))
-    return folder, manifest(schedule.first, settings, model.paths, products, schedule=schedule)
+    found = how_products_run(model.recipes.values(), config.batch * max(config.lengths))
+    return folder, manifest(schedule.first, settings, model.paths, found, schedule=schedule)
 
 
 def run_arm(

@@ -228,16 +228,6 @@ def writable(out: Path) -> None:
         ) from None
 
 
-def products(model: Network, tokens: int) -> dict[str, dict[str, str]]:
-    """Returns recipe -> product -> what multiplies it on this machine."""
-    from mpjax.ops import how_it_runs
-
-    return {
-        recipe.name: how_it_runs(recipe, jax.default_backend(), tokens)
-        for recipe in dict.fromkeys(model.recipes.values())
-    }
-
-
 def make_decoder(work: Any, corpus: Corpus, precision: Precision) -> Decoder:
     """Returns the decoder of a workload with the vocabulary of its tokenizer."""
     return decoder(

@@ -17,7 +17,7 @@ from mpjax.errors import ConfigError
 from mpjax.typing import Sources
 
 _HELD_OUT = 0.1
-_MARK = "-DOCSTART-"  # CoNLL's between documents
+MARK = "-DOCSTART-"  # CoNLL's between documents
 _FIELDS = ("word", "tag")
 
 Sentence = tuple[tuple[str, str], ...]  # (word, tag) pairs
@@ -89,7 +89,7 @@ def load_tagged(
     else:
         what = one_of_sources(sources, "a file of word<TAB>tag lines")
         raise ConfigError(f"data {source!r}: no such source or file; {what}")
-    sentences = [s for s in found if _words(s) != (_MARK,)]
+    sentences = [s for s in found if _words(s) != (MARK,)]
     first: dict[tuple[str, ...], Sentence] = {}
     for sentence in sentences:
         first.setdefault(_words(sentence), sentence)
@@ -101,7 +101,7 @@ def load_tagged(
     names = sorted_names(in_training | {tag for s in test for _, tag in s})
     if len(names) < 2:
         raise ConfigError(f"data {source!r}: one tag, {names[0]!r}; expected at least two")
-    dropped = {"-DOCSTART-": len(found) - len(sentences)}
+    dropped = {MARK: len(found) - len(sentences)}
     dropped["equal to an earlier one"] = len(sentences) - len(distinct)
     say_counts(source, "sentences", {"for training": len(train), "held out": len(test)}, dropped)
     return as_tagged(train, names), as_tagged(test, names)

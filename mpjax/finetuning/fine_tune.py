@@ -24,7 +24,6 @@ from mpjax.finetuning.tuned import Tuned, load_run
 from mpjax.finetuning.work import Lines, Scores
 from mpjax.models import save_weights
 from mpjax.models.hf import open_checkpoint
-from mpjax.ops import how_it_runs
 from mpjax.optim import make_optimizer
 from mpjax.precision import PrecisionSchedule, fixed, get_precision, get_schedule
 from mpjax.precision.schedule import KINDS
@@ -43,7 +42,7 @@ from mpjax.train import (
     write_manifest,
 )
 from mpjax.train.checkpoint import compare_settings
-from mpjax.train.report import MANIFEST, require_same_environment
+from mpjax.train.report import MANIFEST, how_products_run, require_same_environment
 from mpjax.typing import Params, Settings
 
 log = logging.getLogger("mpjax.finetuning")
@@ -184,19 +183,10 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
     _begin(c, page, tokens, files)
     show(work.lines)
     if not (c.out / MANIFEST).is_file():
-        products = {
-            recipe.name: how_it_runs(recipe, jax.default_backend(), c.batch * c.longest)
-            for recipe in dict.fromkeys(model.recipes.values())
-        }
+        found = how_products_run(model.recipes.values(), c.batch * c.longest)
+        several = schedule if len(schedule.precisions) > 1 else None
         write_manifest(
-            c.out,
-            manifest(
-                schedule.first,
-                page.settings,
-                model.paths,
-                products,
-                schedule=schedule if len(schedule.precisions) > 1 else None,
-            ),
+            c.out, manifest(schedule.first, page.settings, model.paths, found, schedule=several)
         )
     _train(c, work.batches, state, step, judge, progress, untrained, steps, every, quiet)
     write_report_of(c.out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from mpjax.data import LabelledTexts, TaggedSentences, WordPiece, bucket_batches, train_wordpiece
 from mpjax.data.class_names import sorted_names
-from mpjax.data.tagged import as_tagged, read_sentences
+from mpjax.data.tagged import MARK, as_tagged, read_sentences
 from mpjax.errors import ConfigError, listed, need
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.table_sides import Sides, split
@@ -44,7 +45,7 @@ class Texts:
     def regression(self) -> bool:
         return self.settings.task == "regress"
 
-    @property
+    @cached_property
     def labels(self) -> tuple[str, ...]:
         if self.regression:
             return ()
@@ -193,8 +194,8 @@ def read_tagged(settings: Finetuning, data: Any) -> Tagged:
         )
     named = [data, settings.validation] if settings.validation else [data]
     files = [Path(source).expanduser() for source in named]
-    sides = [read_sentences(file) for file in files]
-    found = [s for s in sides[0] if s[0][0] != "-DOCSTART-"]
+    sides = [[s for s in read_sentences(file) if s[0][0] != MARK] for file in files]
+    found = sides[0]
     contents = [" ".join(word for word, _ in s) for s in found]
     if settings.validation:
         known = {" ".join(word for word, _ in s) for s in sides[1]}

@@ -16,6 +16,10 @@ from mpjax.report import Outcome, html_report, plot_loss, save_plot
 from mpjax.train import read_metrics
 from mpjax.train.report import METRICS
 
+_UNITS = {
+    "classify": "nats/text", "pair": "nats/text", "tag": "nats/word", "regress": "squared error",
+}  # fmt: skip
+
 
 def _shown(value: Any) -> str:
     number = isinstance(value, float) and math.isfinite(value)
@@ -53,7 +57,7 @@ def write_report_of(folder: Path) -> Path:
         f" {page.settings['eval_precision']}."
     ]
     outcome = Outcome.from_run(folder)
-    unit = "nats/token" if page.settings["task"] in ("lm", "instruct", "seq2seq") else "nats/text"
+    unit = _UNITS.get(page.settings["task"], "nats/token")
     save_plot(plot_loss([outcome], unit=unit), folder / "loss.png")
     write_text(
         folder / "report.html",

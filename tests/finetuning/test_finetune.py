@@ -14,6 +14,8 @@ import pytest
 from mpjax.errors import ConfigError
 from mpjax.finetuning import fine_tune, finetune, load_run
 from mpjax.finetuning.fine_tune import Progress
+from mpjax.finetuning.finetuning_settings import Finetuning
+from mpjax.finetuning.sources import read_source
 from mpjax.train import read_metrics
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -84,8 +86,18 @@ def test_every_task_trains_answers_and_loads(task: str, tmp_path: Path) -> None:
     assert f"| {run.step}, the best | " in report and all(
         f"| {a} | {b} |" in report for a, b in lines
     )
-    assert "<h1>" in (tmp_path / "run" / "report.html").read_text()
+    units = {"pair": "nats/text", "regress": "squared error", "tag": "nats/word"}
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "<h1>" in html and units.get(task, "nats/token") in html
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_marks_between_documents_are_no_sentences_of_either_side(tmp_path: Path) -> None:
+    for name, word in (("own.tsv", "soup"), ("held.tsv", "bread")):
+        (tmp_path / name).write_text(f"-DOCSTART-\tO\n\nthe\tO\n{word}\tB-FOOD\n")
+    settings = Finetuning(task="tag", validation=str(tmp_path / "held.tsv"))
+    found = read_source(settings, tmp_path / "own.tsv")
+    assert (found.train.words, found.test.words) == ((("the", "soup"),), (("the", "bread"),))
 
 
 def test_counts_add_up_and_equal_texts_stay_together(tmp_path: Path) -> None:

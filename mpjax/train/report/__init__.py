@@ -9,7 +9,13 @@ from mpjax.lazy import lazy_names
 if TYPE_CHECKING:
     from mpjax.train.report.environment import require_same_environment
     from mpjax.train.report.interrupt import Interrupt
-    from mpjax.train.report.manifest import MANIFEST, read_manifest, versions, write_manifest
+    from mpjax.train.report.manifest import (
+        MANIFEST,
+        how_products_run,
+        read_manifest,
+        versions,
+        write_manifest,
+    )
     from mpjax.train.report.memory import bytes_per_parameter, formula, state_bytes
     from mpjax.train.report.metrics_writer import (
         METRICS,
@@ -27,6 +33,7 @@ _LAZY = {
     "require_same_environment": "environment",
     "Interrupt": "interrupt",
     "MANIFEST": "manifest",
+    "how_products_run": "manifest",
     "read_manifest": "manifest",
     "versions": "manifest",
     "write_manifest": "manifest",
@@ -53,6 +60,7 @@ __all__ = [
     "TensorWriter",
     "bytes_per_parameter",
     "formula",
+    "how_products_run",
     "import_wandb",
     "read_manifest",
     "read_metrics",

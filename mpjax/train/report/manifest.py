@@ -16,7 +16,8 @@ from pathlib import Path
 import jax
 
 from mpjax.files import write_text
-from mpjax.precision import Precision, PrecisionSchedule
+from mpjax.ops import how_it_runs
+from mpjax.precision import Precision, PrecisionSchedule, Recipe
 from mpjax.train.report.environment import environment
 from mpjax.typing import Json, Settings
 
@@ -53,6 +54,17 @@ def _commit() -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def how_products_run(recipes: Iterable[Recipe], tokens: int) -> dict[str, dict[str, str]]:
+    """Returns recipe -> product -> what multiplies it on this machine.
+
+    Args:
+      recipes: of a model; `model.recipes.values()`.
+      tokens: of a step.
+    """
+    backend = jax.default_backend()
+    return {recipe.name: how_it_runs(recipe, backend, tokens) for recipe in dict.fromkeys(recipes)}
 
 
 def manifest(
