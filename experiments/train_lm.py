@@ -61,6 +61,7 @@ from mpjax.train import (
     parse_mesh,
     read_manifest,
     restore_into,
+    with_weights,
     write_manifest,
 )
 from mpjax.train.checkpoint import compare_settings, explain, save_bundle
@@ -248,7 +249,7 @@ def prepare(config: Config) -> Run:
         fresh = {"params": state.params, "opt_state": copies}
         fresh, lines = restore_into(fresh, other, other.newest_good())
         opt_state = state.opt_state._replace(update_state=fresh["opt_state"]["update_state"])
-        state = state._replace(params=fresh["params"], opt_state=opt_state)
+        state = with_weights(state, fresh["params"], opt_state)
         for line in lines:
             if "only in the checkpoint" not in line:
                 log.info("init_from: %s", line)

@@ -31,7 +31,15 @@ from mpjax.models.hf import load_checkpoint, open_checkpoint
 from mpjax.ops import Objective
 from mpjax.optim import make_optimizer
 from mpjax.precision import Precision, PrecisionSchedule, get_precision
-from mpjax.train import SwitchingStep, TrainStep, build, bytes_per_parameter, fit, manifest
+from mpjax.train import (
+    SwitchingStep,
+    TrainStep,
+    build,
+    bytes_per_parameter,
+    fit,
+    manifest,
+    with_weights,
+)
 from mpjax.train.report import how_products_run
 from mpjax.typing import Params, Settings
 
@@ -302,7 +310,7 @@ def run_seeds(
         else:
             state = step.init(seed)
             params = state.params | start.params(model, seed)  # the objective's own weights stay
-            state = state._replace(params=params, opt_state=step.optimizer.init(params, seed))
+            state = with_weights(state, params, step.optimizer.init(params, seed))
             with finished.recording(
                 folder, manifest_page, label, f"{label}, seed {seed}", config.steps, console
             ) as (writer, report, history):

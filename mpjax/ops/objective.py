@@ -98,6 +98,9 @@ class Objective:
       takes_scale: whether `loss` and `terms` take `loss_scale=` too, the float32 scalar by which
         gradients that they take themselves are to be scaled.
       combine: how the gradients of the terms become one; None adds them, by one backward pass.
+      average: decay b of a moving average of the weights, a <- b a + (1 - b) w after each step,
+        which `TrainState.average` keeps in float32; `loss` and `terms` then take `average=` too, in
+        the dtypes of the weights. None keeps none.
       check: called with each batch on the host before its step; raises a ConfigError for one that
         the loss cannot take, such as with ids that are no tokens. None checks nothing.
 
@@ -118,6 +121,7 @@ class Objective:
     init: Callable[[Key], Params] | None = None
     takes_scale: bool = False
     combine: Combine | None = None
+    average: float | None = None
     check: Callable[[Batch], None] | None = None
 
     @classmethod
@@ -140,6 +144,7 @@ class Objective:
         init: Callable[[Key], Params] | None = None,
         takes_scale: bool = False,
         combine: Combine | None = None,
+        average: float | None = None,
         check: Callable[[Batch], None] | None = None,
     ) -> Objective:
         """Returns the objective whose loss is the sum of its terms."""
@@ -149,19 +154,22 @@ class Objective:
             total: Any = sum(found.losses.values())
             return total, found.state
 
-        return cls(loss, count, terms, frozen, init, takes_scale, combine, check)
+        return cls(loss, count, terms, frozen, init, takes_scale, combine, average, check)
 
-    def bound(self, frozen: PyTree) -> Objective:
-        """Returns the objective with its frozen arrays in place, those that are given."""
-        if self.frozen is None:
+    def bound(self, frozen: PyTree, average: Params | None = None) -> Objective:
+        """Returns the objective with its frozen arrays and average in place, those it reads."""
+        given: dict[str, PyTree] = {} if self.frozen is None else {"frozen": frozen}
+        if self.average is not None:
+            given["average"] = average
+        if not given:
             return self
-        loss: Any = self.loss  # which takes frozen too
-        terms = self.terms and functools.partial(self.terms, frozen=frozen)
-        bound = functools.partial(loss, frozen=frozen)
-        return dataclasses.replace(self, loss=bound, terms=terms, frozen=None)
+        loss: Any = self.loss  # which takes them too
+        terms = self.terms and functools.partial(self.terms, **given)
+        bound = functools.partial(loss, **given)
+        return dataclasses.replace(self, loss=bound, terms=terms, frozen=None, average=None)
 
     def __call__(self, params: Params, batch: Batch, **options: object) -> tuple[Array, ModelState]:
-        """Returns the loss and the state."""
+        """Returns the loss and the state; an average is None here."""
         return self.bound(self.frozen).loss(params, batch, **options)  # type: ignore[arg-type]
 
 

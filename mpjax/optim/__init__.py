@@ -27,7 +27,7 @@ from mpjax.optim.pruning.magnitude import (
     pruned,
     sparsity_by_path,
 )
-from mpjax.optim.update_rules import apply_updates
+from mpjax.optim.update_rules import apply_updates, float32_view
 from mpjax.optim.value_and_grad import scaled_grad, scaled_value_and_grad
 from mpjax.optim.wrap import Optimizer, OptState, wrap
 
@@ -54,6 +54,7 @@ __all__ = [
     "cubic_sparsity",
     "each_layer",
     "finite_by_leaf",
+    "float32_view",
     "global_norm",
     "leaf_path",
     "make_loss_scale",

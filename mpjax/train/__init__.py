@@ -8,7 +8,14 @@ from mpjax.lazy import lazy_names
 from mpjax.train.build import build
 from mpjax.train.schedule.switch import SwitchingStep
 from mpjax.train.sharding import ShardActivations, parse_mesh, partition, state_shardings
-from mpjax.train.step import TrainState, TrainStep, check_batch, init_state, make_train_step
+from mpjax.train.step import (
+    TrainState,
+    TrainStep,
+    check_batch,
+    init_state,
+    make_train_step,
+    with_weights,
+)
 
 if TYPE_CHECKING:
     from mpjax.train.checkpoint.checkpointer import Checkpointer
@@ -71,6 +78,7 @@ __all__ = [
     "restore_into",
     "state_bytes",
     "state_shardings",
+    "with_weights",
     "write_manifest",
 ]
 

@@ -102,9 +102,10 @@ def build(
     def part(model: Model) -> _Part:
         first = getattr(model, "init_state", lambda: None)
         trained = objective(model)
-        own, combine, frozen = None, None, None
+        own, combine, frozen, average = None, None, None, False
         if isinstance(trained, Objective):
             own, combine, frozen = trained.init, trained.combine, trained.frozen
+            average = trained.average is not None
             check_combine(trained, jax.eval_shape(first))
         losses = len(combine.names) if combine is not None and combine.own_scales else 0
         wrapped = wrap(
@@ -117,7 +118,9 @@ def build(
 
         def start(params: Params, seed: ArrayLike) -> TrainState:
             held = None if combine is None else combine.init()
-            return init_state(params, wrapped, seed=seed, model_state=first(), combine=held)
+            return init_state(
+                params, wrapped, seed=seed, model_state=first(), combine=held, average=average
+            )
 
         abstract = jax.eval_shape(lambda seed: start(draw(seed), seed), seed)
         axes = model.axes

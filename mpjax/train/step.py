@@ -19,6 +19,7 @@ from mpjax.optim import (
     OptState,
     ScaledGradients,
     copied,
+    float32_view,
     select,
     weight_view,
     without_repeats,
@@ -42,6 +43,7 @@ class TrainState(NamedTuple):
       key: raw key data; dropout folds in the step.
       switch: what a schedule of Precision keeps (`mpjax.train.schedule`), None without one.
       combine: what an objective keeps that combines the gradients of several losses, or None.
+      average: moving average of the weights in float32, of an objective that reads one, or None.
     """
 
     step: Int[Array, ""]
@@ -51,6 +53,7 @@ class TrainState(NamedTuple):
     key: UInt[Array, " words"]
     switch: SwitchState | None = None
     combine: PyTree = None
+    average: Params | None = None
 
 
 @explains_calls
@@ -61,6 +64,7 @@ def init_state(
     seed: ArrayLike = 0,
     model_state: ModelState = None,
     combine: PyTree = None,
+    average: bool = False,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -70,13 +74,35 @@ def init_state(
       seed: of dropout and of stochastic rounding.
       model_state: what the loss function takes and gives as `state`; None if it has none.
       combine: `objective.combine.init()`, of an objective that has one.
+      average: whether the objective reads a moving average of the weights.
     """
     _check_wrapped(optimizer)
     check_seed(seed)
     key = jax.random.key_data(jax.random.key(seed))
     params, model_state = copied((params, model_state))
     opt_state = optimizer.init(params, seed)
-    return TrainState(jnp.int32(0), params, opt_state, model_state, key, combine=combine)
+    mean = first_average(params, opt_state) if average else None
+    return TrainState(jnp.int32(0), params, opt_state, model_state, key, None, combine, mean)
+
+
+def first_average(params: Params, opt_state: OptState) -> Params:
+    """Returns the moving average of weights before the first step, in arrays of its own."""
+    return copied(float32_view(params, opt_state.update_state))
+
+
+def with_weights(state: TrainState, params: Params, opt_state: OptState) -> TrainState:
+    """Returns a state before its first step that begins with other weights.
+
+    Args:
+      state: from `init_state` or `build`.
+      params: in the dtypes and shardings of the state's.
+      opt_state: of these weights.
+    """
+    average = state.average
+    if average is not None:
+        first = first_average(params, opt_state)
+        average = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), first, average)
+    return state._replace(params=params, opt_state=opt_state, average=average)
 
 
 def check_batch(batch: int, accumulate: int, mesh: Mesh | None) -> None:
@@ -324,8 +350,27 @@ def make_train_step(
     _check_losses(whole, optimizer)
     held = _on(mesh, whole.frozen)
 
+    def seen_average(state: TrainState) -> Params | None:
+        if whole.average is None:
+            return None
+        if state.average is None:
+            raise ConfigError(
+                "state: the objective reads a moving average of the weights; pass average=True to"
+                " init_state"
+            )
+        # As the model stores weights, so that it computes with both alike.
+        weights = weight_view(state.params)
+        return jax.tree.map(lambda a, w: a.astype(w.dtype), state.average, weights)
+
+    def next_average(old: Params, params: Params, opt_state: OptState, finite: Any) -> Params:
+        assert whole.average is not None
+        decay = jnp.float32(whole.average)
+        full = float32_view(params, opt_state.update_state)
+        new = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, old, full)
+        return new if finite is None else select(finite, new, old)
+
     def step(state: TrainState, batch: Batch, frozen: PyTree = held) -> tuple[TrainState, Metrics]:
-        objective = whole.bound(frozen)
+        objective = whole.bound(frozen, seen_average(state))
 
         def with_gradients() -> tuple[Grads, Judged]:
             return gradients(objective, state, batch, accumulate)
@@ -362,10 +407,11 @@ def make_train_step(
             evaluate=evaluate,
             **more,
         )
-        if "finite" in metrics and state.model_state is not None:
-            model_state = select(metrics["finite"], model_state, state.model_state)
-        if "finite" in metrics and combine is not None:
-            combine = select(metrics["finite"], combine, state.combine)
+        finite = metrics.get("finite")
+        if finite is not None and state.model_state is not None:
+            model_state = select(finite, model_state, state.model_state)
+        if finite is not None and combine is not None:
+            combine = select(finite, combine, state.combine)
         metrics = {
             "loss": loss,
             **judged.metrics,
@@ -374,7 +420,12 @@ def make_train_step(
             "stuck": opt_state.gate.stuck,
             **{key: value for key, value in metrics.items() if key != "finite"},
         }
-        new = TrainState(state.step + 1, params, opt_state, model_state, state.key, combine=combine)
+        average = state.average
+        if whole.average is not None:
+            average = next_average(average, params, opt_state, finite)
+        new = TrainState(
+            state.step + 1, params, opt_state, model_state, state.key, None, combine, average
+        )
         return new, metrics
 
     compiled = compile_step(step, mesh, shardings, held)

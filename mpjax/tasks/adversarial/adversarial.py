@@ -87,10 +87,10 @@ class Adversarial:
     taken of the loss times the loss scale, divided by it, and normed per example in float32,
     whatever the Precision. An example whose inner gradient is not finite is not moved by it.
 
-    Metrics: `loss/clean` and `loss/adversarial`, `loss/smoothness` or `loss/consistency` where
-    there are both, each with its weight; `adversarial/norm`, the mean Euclidean norm of the
-    examples' perturbations; `adversarial/nonfinite`, the number of examples with an inner gradient
-    that was not finite, of microbatches the mean.
+    Metrics: `loss/clean` and `loss/adversarial`, `loss/smoothness`, `loss/proximal` or
+    `loss/consistency` where there are several, each with its weight; `adversarial/norm`, the mean
+    Euclidean norm of the examples' perturbations; `adversarial/nonfinite`, the number of examples
+    with an inner gradient that was not finite, of microbatches the mean.
 
     Args:
       task: `TextClassification`, `TokenClassification`, `TextRegression`, `MaskedLanguage`, or
@@ -150,6 +150,7 @@ class Adversarial:
         self._check(model)
         own, forward = self._forward(model)
         method = self.method
+        proximal = getattr(method, "proximal", 0.0)
 
         def terms(
             params: Params,
@@ -159,6 +160,7 @@ class Adversarial:
             key: Key | None = None,
             train: bool = False,
             loss_scale: ArrayLike = 1.0,
+            average: Params | None = None,
         ) -> ops.Terms:
             batch = read_batch(model, batch)
             # An inner pass is not differentiated by weights, and leaves no trace in the state.
@@ -174,10 +176,19 @@ class Adversarial:
                 return self._two_passes(outer, batch, state, key)
             at = _Start(self._room(batch), model.config.width, key, loss_scale)
             if isinstance(method, SMART | VAT):
-                return self._smooth(outer, inner, batch, state, at)
+                found, clean = self._smooth(outer, inner, batch, state, at)
+                if not proximal:
+                    return found
+                anchor = held if average is None else average
+                past = forward(anchor, batch, None, state=before, key=key, train=train)
+                apart = self._apart(clean, jax.lax.stop_gradient(past.outputs), batch)
+                return found._replace(losses=found.losses | _named("proximal", apart, proximal))
             return self._ascent(outer, inner, state, at)
 
-        return ops.Objective.of_terms(terms, self._count(own), takes_scale=True, check=own.check)
+        return ops.Objective.of_terms(
+            terms, self._count(own), takes_scale=True, check=own.check,
+            average=method.decay if proximal else None,  # type: ignore[union-attr]  # SMART's
+        )  # fmt: skip
 
     def _check(self, model: object) -> None:
         speaks = isinstance(self.task, Language)
@@ -257,8 +268,8 @@ class Adversarial:
     def _smooth(
         self, outer: Callable[..., Pass], inner: Callable[[Array], Pass], batch: Batch,
         state: ModelState, at: _Start,
-    ) -> ops.Terms:  # fmt: skip
-        """The task's own loss, and how far predictions are from those at an offset."""
+    ) -> tuple[ops.Terms, Outputs]:  # fmt: skip
+        """The task's own loss, how far predictions are from those at an offset, and these."""
         method: Any = self.method
         clean = outer(state)
         answers = jax.lax.stop_gradient(clean.outputs)
@@ -275,7 +286,7 @@ class Adversarial:
         target = clean.outputs if isinstance(method, SMART) else answers
         apart = self._apart(found.outputs, target, batch)
         losses = _named("clean", clean.losses) | _named("smoothness", apart, method.weight)
-        return ops.Terms(losses, found.state, _metrics(last, finite_B))
+        return ops.Terms(losses, found.state, _metrics(last, finite_B)), clean.outputs
 
     def _two_passes(
         self, outer: Callable[..., Pass], batch: Batch, state: ModelState, key: Key | None
@@ -338,6 +349,7 @@ class Adversarial:
                 return found | _named("adversarial", of_task)
             apart = {name: jnp.sum(self._weights(name, batch)) for name in self._outputs}
             kind = "consistency" if isinstance(self.method, RDrop) else "smoothness"
+            found |= _named("proximal", apart) if getattr(self.method, "proximal", 0.0) else {}
             return found | _named(kind, apart)
 
         return count

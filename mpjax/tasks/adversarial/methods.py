@@ -135,12 +135,16 @@ class FreeLB:
 
 @dataclasses.dataclass(frozen=True)
 class SMART:
-    r"""The smoothness term: predictions change little within a ball.
+    r"""Predictions change little within a ball, and from one step to the next.
 
-    $$L(x) + w\,\max_{\|\delta\|_\infty \le \epsilon} \ell(f(x + \delta), f(x))$$ with the symmetric
-    divergence $\ell = \mathrm{KL}(p \| q) + \mathrm{KL}(q \| p)$, of numbers the squared
-    difference. The maximum is sought from normal noise by $\delta \leftarrow \Pi_\epsilon(\delta +
-    \alpha\,g / \|g\|_\infty)$.
+    $$L(x) + w\,\max_{\|\delta\|_\infty \le \epsilon} \ell(f_\theta(x + \delta), f_\theta(x)) +
+    \mu\,\ell(f_\theta(x), f_{\tilde\theta}(x)),\quad \tilde\theta \leftarrow \beta \tilde\theta +
+    (1 - \beta)\,\theta$$ with the symmetric divergence $\ell = \mathrm{KL}(p \| q) +
+    \mathrm{KL}(q \| p)$, of numbers the squared difference. The maximum is sought from normal noise
+    by $\delta \leftarrow \Pi_\epsilon(\delta + \alpha\,g / \|g\|_\infty)$. The average
+    $\tilde\theta$ is kept in float32, four bytes a weight, since the last bit of a 16-bit one is
+    too coarse for the steps it takes. Its predictions have the dropout of the others, so that
+    equal weights are not apart.
 
     Args:
       epsilon: $\epsilon$, the largest change of a number of the embeddings; the paper's 1e-5 is
@@ -149,13 +153,15 @@ class SMART:
       step: $\alpha$.
       steps: of the ascent.
       weight: $w$.
+      proximal: $\mu$; 0 leaves the last term out.
+      decay: $\beta$, at least 0 and below 1.
 
     Raises:
       ConfigError: settings out of range.
 
     References:
       Jiang et al. 2020, SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language
-      Models, section 3.1. The proximal term of section 3.2 is not part of it.
+      Models, sections 3.1 and 3.2.
     """
 
     epsilon: float = 1e-2
@@ -163,9 +169,15 @@ class SMART:
     step: float = 1e-2
     steps: int = 1
     weight: float = 1.0
+    proximal: float = 1.0
+    decay: float = 0.99
 
     def __post_init__(self) -> None:
-        _check(self, epsilon=False, noise=False, step=False, weight=False)
+        _check(
+            self, epsilon=False, noise=False, step=False, weight=False, proximal=True, decay=True
+        )
+        if self.decay >= 1:
+            raise ConfigError(f"SMART: decay={self.decay:g} never moves; give one below 1")
 
     def moved(self, offset_BTD: Array, gradient_BTD: Array) -> Array:
         """See `FGM`."""

@@ -18,7 +18,7 @@ from mpjax.train.checkpoint.reader import CheckpointReader
 from mpjax.train.checkpoint.recast import Shapes, describe_nodes
 from mpjax.train.checkpoint.restore import match_leaves, restore_into
 from mpjax.train.stages.stage import Stage, Training
-from mpjax.train.step import TrainState
+from mpjax.train.step import TrainState, with_weights
 from mpjax.typing import PyTree
 
 _WEIGHTS, _THREADED, _MOMENTS = "params/", "model_state/", "opt_state/inner"
@@ -231,7 +231,5 @@ def take_over(stage: Stage, made: Training, taken: TakeOver, directory: Path) ->
             out_shardings=None if shardings is None else shardings.opt_state.inner,
         )
         carried["inner"] = init(part["params"])
-    return state._replace(
-        params=part["params"], opt_state=state.opt_state._replace(**carried),
-        model_state=part.get("model_state"),
-    )  # fmt: skip
+    begun = with_weights(state, part["params"], state.opt_state._replace(**carried))
+    return begun._replace(model_state=part.get("model_state"))

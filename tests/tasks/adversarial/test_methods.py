@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -104,8 +105,26 @@ def test_smart() -> None:
     want = {"clean": exact.loss(), "smoothness": 2 * (kl(log_p, log_q) + kl(log_q, log_p)).mean()}
     method = SMART(epsilon=0.15, noise=0.05, step=0.1, steps=2, weight=2.0)
     got = numbers(found(method))
-    assert got == pytest.approx(want, rel=1e-4)
+    assert got == pytest.approx(want | {"proximal": 0.0}, rel=1e-4)  # without an average
+    alone = found(dataclasses.replace(method, proximal=0.0))
+    assert numbers(alone) == pytest.approx(want, rel=1e-4)
     assert got["smoothness"] != pytest.approx(4 * kl(log_q, log_p).mean(), rel=1e-3)  # one side
+
+
+def test_smart_stays_near_the_average_of_the_weights() -> None:
+    exact = Exact(PARAMS, BATCH)
+    past = {"embed": PARAMS["embed"] * 0.5, "head": PARAMS["head"] + jax.random.normal(KEY, (D, C))}
+    log_q, log_p = Exact(past, BATCH).log_p(), exact.log_p()
+    objective = Adversarial(TASK, SMART(proximal=1.5), special=(2,)).objective(MODEL)
+    terms: Any = objective.terms
+    near = lambda p, a: terms(p, BATCH, key=KEY, average=a).losses["proximal"]  # noqa: E731
+    value, gradients = jax.jit(jax.value_and_grad(near, (0, 1)))(PARAMS, past)
+    assert float(value) == pytest.approx(1.5 * (kl(log_p, log_q) + kl(log_q, log_p)).mean())
+    p, q = np.exp(log_p), np.exp(log_q)
+    d = p * (log_p - log_q - kl(log_p, log_q)[:, None]) + p - q
+    np.testing.assert_allclose(gradients[0]["head"], 1.5 * exact.h.T @ d / 6, atol=1e-5)
+    assert np.abs(gradients[0]["head"]).max() > 1e-2
+    assert not any(np.any(g) for g in jax.tree.leaves(gradients[1]))  # the average is held
 
 
 def test_vat() -> None:
@@ -171,6 +190,8 @@ def test_the_offset_is_no_path_for_gradients_of_weights() -> None:
         (lambda: FGM(-1), "FGM: epsilon=-1 is not a positive number"),
         (lambda: PGD(step=float("nan")), "PGD: step=nan is not a positive number"),
         (lambda: PGD(step=float("inf")), "PGD: step=inf is not a positive number"),
+        (lambda: SMART(decay=1.0), "SMART: decay=1 never moves; give one below 1"),
+        (lambda: SMART(proximal=-1.0), "SMART: proximal=-1.0 is not 0 or a positive number"),
         (lambda: PGD(steps=0), "PGD: steps=0 is not a number of steps of 1 or above"),
         (lambda: PGD(steps=2.0), "PGD: steps=2.0 is not a number of steps"),  # type: ignore[arg-type]
         (lambda: PGD(norm="l1"), "PGD: unknown norm 'l1'; known: l2 linf"),
