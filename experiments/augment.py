@@ -65,7 +65,8 @@ CONFIDENCE = 0.9
 NONE = "none"
 OF_TEXTS = ("swap", "delete", "insert", "synonym", "eda")
 OF_TOKENS = ("dropout", "mask")
-KNOWN = (*OF_TEXTS, *OF_TOKENS, "contextual", "mixup")
+MIXUPS = {"mixup": "sentence", "word-mixup": "word"}
+KNOWN = (*OF_TEXTS, *OF_TOKENS, "contextual", *MIXUPS)
 WITH_SYNONYMS = {"insert", "synonym", "eda"}
 
 
@@ -80,7 +81,7 @@ class Config(finetune.Tuning):
     augment: tuple[str, ...] = KNOWN
     """Arms, each compared with `none`: swap, delete, insert, synonym, eda (one of these four),
     dropout, mask (of tokens), contextual (tokens of a masked-language model that is trained on the
-    same texts), mixup."""
+    same texts), mixup (of encoded texts), word-mixup (of embeddings)."""
     rate: float = 0.1
     """Share of the words or tokens of a text that is changed."""
     share: float = 0.5
@@ -240,7 +241,7 @@ def main(config: Config) -> None:
         label = name if len(config.precision) == 1 else f"{precision}, {name}"
         reference = label.replace(name, NONE)
         schedule = finetune.read_schedule(precision, config.steps)
-        own, step = steps(precision, schedule, name == "mixup")
+        own, step = steps(precision, schedule, MIXUPS.get(name, ""))
 
         def data(seed: int) -> Iterator[Batch]:
             return bucket_batches(
@@ -255,13 +256,13 @@ def main(config: Config) -> None:
 
     @functools.cache
     def steps(
-        precision: str, schedule: PrecisionSchedule, mixed: bool
+        precision: str, schedule: PrecisionSchedule, mixed: str
     ) -> tuple[finetune.Network, TrainStep | SwitchingStep]:
         own = start.model(schedule.first, pieces.vocab_size)
-        objective = Mixup(task, config.alpha).objective if mixed else task.objective
+        mixup = Mixup(task, config.alpha, mixed) if mixed else task
         _, step = build(
-            own, finetune.raw_optimizer(config), clip=config.clip, objective=objective,
-            schedule=schedule,
+            own, finetune.raw_optimizer(config), clip=config.clip,
+            objective=mixup.objective, schedule=schedule,
         )  # fmt: skip
         return own, step
 

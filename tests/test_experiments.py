@@ -706,14 +706,14 @@ def test_augmentations_are_compared_with_none(tmp_path):
     list_of_words.write_text("tasty: lovely, fresh\nawful: bitter\n")
     args = [*FRESH, "--data", path, "--synonyms", list_of_words, "--texts", 40]
     args += "--lengths 16 --steps 6 --warmup 1 --seeds 2 --dropout 0".split()
-    names = ("eda", "contextual", "mixup")
+    names = ("eda", "contextual", "mixup", "word-mixup")
     out, _ = run("augment", *args, "--augment", *names, "--out", tmp_path / "out")
     require_report(tmp_path / "out", ("gain.png",), ("none", *names), False)
     found = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
-    assert set(found) == {"none", *names} and len({s[0]["loss"] for s in found.values()}) == 4
-    assert "40 training and" in out and "Of the 90% intervals of 3 arms" in " ".join(out.split())
+    assert set(found) == {"none", *names} and len({s[0]["loss"] for s in found.values()}) == 5
+    assert "40 training and" in out and "Of the 90% intervals of 4 arms" in " ".join(out.split())
     pages = [json.loads(p.read_text()) for p in tmp_path.glob("out/*/seed1/manifest.json")]
-    assert len(pages) == 4 and all(page["config"]["seed"] == 1 for page in pages)
+    assert len(pages) == 5 and all(page["config"]["seed"] == 1 for page in pages)
 
 
 def test_methods_are_compared_clean_and_under_attack(tmp_path):

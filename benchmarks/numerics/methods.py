@@ -86,10 +86,10 @@ def speaker(precision: str) -> Method:
     return model, optax.adam(3e-3), own.objective, batch
 
 
-def mixup(precision: str) -> Method:
-    """Logits and labels of two texts, mixed."""
-    batch = _texts() | {"labels": np.arange(B, dtype=np.int32) % 3}
-    return _encoder(precision, **_CLASS), optax.adam(3e-3), Mixup(TASK, 0.4).objective, batch
+def mixup(precision: str, level: str) -> Method:
+    """Logits or embeddings of two texts, and their labels, mixed."""
+    batch, own = _texts() | {"labels": np.arange(B, dtype=np.int32) % 3}, Mixup(TASK, 0.4, level)
+    return _encoder(precision, **_CLASS), optax.adam(3e-3), own.objective, batch
 
 
 def ranking(precision: str, kind: str) -> Method:
@@ -126,7 +126,8 @@ METHODS: dict[str, Callable[[str], Method]] = {
     "distillation, float32 teacher": functools.partial(distillation, weights="f32"),
     "distillation, int8 teacher": functools.partial(distillation, weights="int8"),
     "distillation, language, int4 teacher": speaker,
-    "mixup": mixup,
+    "mixup": functools.partial(mixup, level="sentence"),
+    "mixup, words": functools.partial(mixup, level="word"),
     "ranking, softmax": functools.partial(ranking, kind="softmax"),
     "ranking, bpr": functools.partial(ranking, kind="bpr"),
     "regression of pairs": pairs,

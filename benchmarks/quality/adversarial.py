@@ -39,7 +39,7 @@ from mpjax.models import encoder
 from mpjax.report import interval
 from mpjax.tasks import Adversarial, TextClassification
 from mpjax.tasks.adversarial import FGM, PGD, SMART, VAT, FreeLB, RDrop
-from mpjax.train import build
+from mpjax.train import TrainState, build
 
 OUT = ROOT / "runs" / "evidence" / "adversarial"
 CELLS = OUT / "cells.json"
@@ -78,7 +78,11 @@ def cell(method: str, precision: str, mesh: str) -> dict[str, Any]:
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics.get("adversarial/norm", jnp.float32(0))))
-    held = lambda s: _bits((s.params, s.opt_state.inner, s.opt_state.update_state, s.model_state))  # noqa: E731
+
+    def held(s: TrainState) -> list[bytes]:
+        own = s.opt_state
+        return _bits((s.params, own.inner, own.update_state, s.model_state, s.average))
+
     before, broken = held(state), ids.copy()
     broken[0, 1] = 99
     unchecked = dataclasses.replace(step, check=None)  # which would refuse the batch

@@ -8,6 +8,7 @@ from scipy.special import log_softmax
 
 from mpjax.data.buckets import IGNORE
 from mpjax.errors import ConfigError
+from mpjax.models import encoder
 from mpjax.tasks import Mixup, TextClassification, TokenClassification
 from tests.tasks.bag import Bag
 
@@ -94,11 +95,79 @@ def test_mixtures_of_bfloat16_logits_are_not_rounded_again():
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
+def small(precision="fp32", vocabulary=20):
+    return encoder(
+        "bert-tiny", precision, layers=1, width=16, heads=2, vocabulary=vocabulary, head="class",
+        classes=3, dropout=0.0,
+    )  # fmt: skip
+
+
+def padded():
+    """Texts of several lengths, whose padding is token 0."""
+    keep = np.arange(5) < np.array([5, 2, 3, 5, 1, 4, 5, 2])[:, None]
+    types = (np.arange(5) >= 2) & keep
+    return BATCH | {"ids": BATCH["ids"] * keep, "keep": keep, "types": types.astype(np.int32)}
+
+
+def test_words_are_mixed_as_if_each_mixture_were_a_token_of_its_own():
+    """The oracle: a vocabulary with a row for every mixed place, mixed in float64."""
+    model, batch = small(), padded()
+    params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
+    table = np.asarray(params["encoder"]["embed"]["table"], np.float64)
+    labels = batch["labels"].copy()
+    labels[3] = IGNORE  # rows 3 and 4 are not mixed
+    share = np.where(np.isin(np.arange(8), (3, 4)), 1.0, shares(0.7))[:, None, None]
+    there = table[batch["ids"]] * batch["keep"][..., None]
+    mixed = share * there + (1 - share) * np.roll(there, 1, 0)
+    keep = batch["keep"] | (np.roll(batch["keep"], 1, 0) & (share[..., 0] < 1))
+    wide = small(vocabulary=20 + 40)
+    rows = np.concatenate([table, mixed.reshape(40, 16)]).astype(np.float32)
+    changed = jax.tree.map(lambda x: x, params)
+    changed["encoder"]["embed"]["table"] = jnp.asarray(rows)
+    types = np.where(batch["keep"], batch["types"], np.roll(batch["types"], 1, 0))
+    inputs = {"ids": 20 + np.arange(40, dtype=np.int32).reshape(8, 5), "keep": keep, "types": types}
+    scores = log_softmax(np.asarray(wide.apply(changed, inputs)[0]["class"], np.float64), -1)
+    part, total = share[:, 0, 0], 0.0
+    for i in range(8):
+        if labels[i] != IGNORE:
+            other = labels[i - 1] if labels[i - 1] != IGNORE else labels[i]
+            total -= part[i] * scores[i, labels[i]] + (1 - part[i]) * scores[i, other]
+    objective = Mixup(TASK, 0.7, level="word").objective(model)
+    found = objective(params, batch | {"labels": labels}, key=KEY, train=True)[0]
+    assert float(found) == pytest.approx(total / 7, rel=1e-5)
+    sentence = Mixup(TASK, 0.7).objective(model)
+    other = sentence(params, batch | {"labels": labels}, key=KEY, train=True)[0]
+    assert float(other) != pytest.approx(total / 7, rel=1e-4), "the control"
+
+
+def test_both_words_of_a_mixture_are_learned(monkeypatch):
+    """With shares of 0 each row is the other text, in the weights' gradients too."""
+    monkeypatch.setattr(jax.random, "beta", lambda *args: jnp.zeros(8))
+    model, batch = small(), BATCH
+    params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
+    mixed, plain = (
+        jax.value_and_grad(
+            lambda p, t=task, b=batch: t.objective(model)(p, b, key=KEY, train=True)[0]
+        )(params)
+        for task, batch in (
+            (Mixup(TASK, level="word"), batch),
+            (TASK, {name: np.roll(x, 1, 0) for name, x in batch.items()}),
+        )
+    )
+    assert float(mixed[0]) == pytest.approx(float(plain[0]), rel=1e-5)
+    tables = [np.asarray(g[1]["encoder"]["embed"]["table"], np.float64) for g in (mixed, plain)]
+    assert np.abs(tables[0] - tables[1]).max() < 1e-4 * np.abs(tables[1]).max() > 0
+
+
 def test_mistakes_are_one_line():
     with pytest.raises(ConfigError, match="mixup: the task is .*; give TextClassification"):
         Mixup(TokenClassification(("a", "b")))
     for alpha in (0, -1.0, float("nan"), float("inf"), "0.2", True):
         with pytest.raises(ConfigError, match="mixup: alpha=.*expected a number above 0"):
             Mixup(TASK, alpha)
+    with pytest.raises(ConfigError, match=r"mixup: unknown level 'words'; did you mean word\?"):
+        Mixup(TASK, level="words")
+    with pytest.raises(ConfigError, match="in the token table of an Encoder, and the model is"):
+        Mixup(TASK, level="word").objective(MODEL)
     with pytest.raises(ConfigError, match="mixup: the shares are drawn, which needs a key"):
         loss(BATCH, key=None)
