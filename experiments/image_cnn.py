@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from common import (
     finished,
@@ -34,7 +34,10 @@ from common.datasets.sources import IMAGES
 from common.stablehlo import convolutions
 from common.tables import terminal, write_page
 from mpjax.data import Images, image_batches, load_images
+from mpjax.data.augment import ColourJitter, RandomCrop, RandomFlip, RandomRotation
+from mpjax.errors import ConfigError
 from mpjax.files import write_text
+from mpjax.formats.checks import did_you_mean
 from mpjax.markdown import table
 from mpjax.models import ResNet, resnet
 from mpjax.optim import make_optimizer, wrap
@@ -52,6 +55,12 @@ ARMS = {
     "fp16-x16": "fp16",
     "fp8": "fp8",
     "mxfp8": "mxfp8",
+}
+TRANSFORMS: dict[str, Callable[[int], Any]] = {  # of the height of an image
+    "crop": lambda height: RandomCrop(max(1, height // 8)),
+    "flip": lambda height: RandomFlip(),
+    "rotation": lambda height: RandomRotation(),
+    "colour": lambda height: ColourJitter(),
 }
 HEAD = (
     "arm", "convolutions", "accuracy", "points to reference", "loss to reference", "images/s",
@@ -72,6 +81,8 @@ class Config:
     """Arms by name, or presets, policies and lines of text; the first is the reference."""
     model: str = "tiny"
     """Model size by name: `tiny`, `small` or `cifar20`."""
+    augment: tuple[str, ...] = ()
+    """Random changes of each training image in this order: `crop`, `flip`, `rotation`, `colour`."""
     batch: int = 64
     """Images a step."""
     steps: int = 400
@@ -117,6 +128,17 @@ def make(config: Config, images: Images, text: str) -> ResNet:
     channels = images.train["inputs"].shape[-1]
     precision = get_precision(ARMS.get(text, text))
     return resnet(config.model, precision, inputs=channels, classes=images.classes)
+
+
+def training(config: Config, images: Images, seed: int) -> Iterator[Batch]:
+    """Returns the batches of a seed, the same in every arm."""
+    height = images.train["inputs"].shape[1]
+    for name in config.augment:
+        if name not in TRANSFORMS:
+            hint = did_you_mean(name, TRANSFORMS)
+            raise ConfigError(f"augment: unknown {name!r}; {hint}known: {' '.join(TRANSFORMS)}")
+    transforms = [TRANSFORMS[name](height) for name in config.augment]
+    return image_batches(images.train, batch=config.batch, seed=seed, transforms=transforms)
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
@@ -166,7 +188,7 @@ def page_of(config: Config, model: ResNet, text: str, seed: int) -> tuple[Path, 
 def run_arm(config: Config, images: Images, text: str) -> Arm:
     """Trains one arm under each seed; the step is compiled once."""
     model = make(config, images, text)
-    first = next(image_batches(images.train, batch=config.batch, seed=0))
+    first = next(training(config, images, 0))
     state, step = build(model, optimizer(config))
     assert step.init is not None
     dtypes = convolutions(step.compiled.lower(state, first))
@@ -182,7 +204,7 @@ def run_arm(config: Config, images: Images, text: str) -> Arm:
                 folder, page, model.precision.to_text(), f"{text}, seed {seed}", config.steps,
                 stderr, lambda record: record | {"images_per_s": record["tokens_per_s"] / pixels},
             ) as (writer, report, history):  # fmt: skip
-                data = image_batches(images.train, batch=config.batch, seed=seed)
+                data = training(config, images, seed)
                 state = fit(step.init(seed), step, data, steps=config.steps, report=report)
             outcome = {
                 "validation_loss": exact(state.params, None)[0],
@@ -227,7 +249,7 @@ def compare(config: Config) -> list[Arm]:
     """Trains all arms and writes the report."""
     start = time.perf_counter()
     images = load_images(config.data, held_out=config.held_out, sources=IMAGES)
-    image_batches(images.train, batch=config.batch, seed=0)
+    training(config, images, 0)
     raw = optimizer(config)
     for text in config.precision:  # the last arm's mistake, before the first has run
         model = make(config, images, text)
@@ -246,7 +268,8 @@ def compare(config: Config) -> list[Arm]:
         " differences are paired: same initial weights, same batches. Dtypes of convolutions are"
         " those of the traced step (StableHLO), forward and backward.",
         f"{config.seeds} seeds, {config.steps} steps of {config.batch} of {shape[0]} images"
-        f" {shape[1]} x {shape[2]} x {shape[3]}, model {config.model}, lr {config.lr:g}."
+        f" {shape[1]} x {shape[2]} x {shape[3]}, model {config.model}, lr {config.lr:g}"
+        f"{', changed by ' + ' '.join(config.augment) if config.augment else ''}."
         f" Took {time.perf_counter() - start:.0f} s on {launch.machine()}.",
     ]
     if config.data in BARS:

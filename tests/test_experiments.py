@@ -535,6 +535,12 @@ def test_a_network_tells_images_apart(tmp_path):
     (row,) = (row for row in rows if row[0] == "| bf16-x16")
     assert row[1] == "bf16 * bf16 -> bf16; bf16 * bf16 -> f32"  # the latter of weight gradients
     assert float(row[2]) > 0.9 and "40 held-out images" in out
+    changed = ["--precision", "bf16-x16", "--augment", "crop", "colour"]
+    run("image_cnn", *args, *changed, "--out", tmp_path / "c")
+    plain, augmented = (read(tmp_path / name / "bf16-x16" / "seed0") for name in "ac")
+    assert len(plain) == len(augmented) and plain[0]["loss"] != augmented[0]["loss"]
+    _, err = run("image_cnn", *args, "--augment", "crp", "--out", tmp_path / "d", code=2)
+    assert err.startswith("error: augment: unknown 'crp'; did you mean crop? known: crop flip")
     _, err = run("image_cnn", *args, "--precision", "bf61", "--out", tmp_path / "b", code=2)
     assert err.startswith("error: precision: unknown preset 'bf61'; did you mean bf16")
     assert len(err.splitlines()) == 1 and not (tmp_path / "b").exists()
