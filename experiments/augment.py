@@ -32,7 +32,7 @@ from common import (
 )
 from common.datasets.sources import LABELLED
 from common.datasets.wordnet import read_wordnet
-from common.tables import terminal
+from common.tables import terminal, write_page
 from mpjax.data import Batch, LabelledTexts, WordPiece, bucket_batches, load_labelled
 from mpjax.data.augment import (
     OneOf,
@@ -291,7 +291,7 @@ def report(
     config: Config, arms: dict[str, list[finetune_report.Arm]],
     counted: Sequence[dict[str, dict[str, float]]], notes: Sequence[str],
 ) -> None:  # fmt: skip
-    """Prints the table, and writes report.md, results.json (all scores) and gain.png."""
+    """Prints the table, and writes report.md, report.html, results.* and gain.png."""
     head = ("arm", "accuracy, %", f"gain, points ({CONFIDENCE:.0%})", "", "held-out loss")
     rows = [
         (name, f"{100 * np.mean([one[name]['accuracy'] for one in counted]):.2f}", "–", "", "–")
@@ -314,6 +314,8 @@ def report(
     save_plot(plot(gains), config.out / "gain.png")
     parts = [f"# {title}", table(head, rows), "\n".join(f"- {note}" for note in notes)]
     write_text(config.out / "report.md", "\n\n".join([*parts, "![gain](gain.png)"]) + "\n")
+    outcomes = [arm.outcome for group in arms.values() for arm in group]
+    write_page(config.out, outcomes, [(title, head, rows)], notes, "nats/text")
     results = {
         "baselines": list(counted),
         "arms": {arm.label: arm.scores for group in arms.values() for arm in group},

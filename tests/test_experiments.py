@@ -714,7 +714,7 @@ def test_augmentations_are_compared_with_none(tmp_path):
     args += "--lengths 16 --steps 6 --warmup 1 --seeds 2 --dropout 0".split()
     names = ("eda", "contextual", "mixup", "word-mixup")
     out, _ = run("augment", *args, "--augment", *names, "--out", tmp_path / "out")
-    require_report(tmp_path / "out", ("gain.png",), ("none", *names), False)
+    require_report(tmp_path / "out", ("gain.png",), ("none", *names))
     found = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]
     assert set(found) == {"none", *names} and len({s[0]["loss"] for s in found.values()}) == 5
     assert "40 training and" in out and "Of the 90% intervals of 4 arms" in " ".join(out.split())
