@@ -292,7 +292,10 @@ def _told(data: Any) -> str:
 
 
 def _check_folder(c: Finetuning) -> None:
-    """Checks, before anything is read, that the folder is free or holds a run to go on with."""
+    """Checks, before anything is read, that the folder is free or holds a run to go on with.
+
+    And that there is room for an export.
+    """
     if c.export:
         need("safetensors.numpy", "hub", "export")
         if c.task == "seq2seq":

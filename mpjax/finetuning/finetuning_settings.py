@@ -139,6 +139,8 @@ class Finetuning:
                 f"model={self.model!r}: seq2seq trains a new model; leave it out, or take another"
                 " task"
             )
+        if not isinstance(self.export, str | Path):
+            raise ConfigError(f"export={brief(self.export)}: expected a folder")
         if self.prompt and self.task != "instruct":
             raise ConfigError(f"prompt={self.prompt!r}: {self.task} has none; leave it out")
         if self.prompt and self.prompt.count("{}") != 1:

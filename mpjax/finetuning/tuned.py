@@ -152,7 +152,7 @@ class Tuned:
     def _continued(self, texts: Sequence[str], tokens: int) -> list[Answer]:
         instruct = self.settings["task"] == "instruct"
         around = (self.settings["prompt"] or PROMPT) if instruct else "{}"
-        own = instruct and self.has_own_template
+        own = instruct and self._has_own_template
         found = []
         for text in texts:
             if own:
@@ -181,12 +181,12 @@ class Tuned:
         """The tokens that end what a language model writes."""
         own = getattr(self.tokenizer, "separator", None)
         found = (*self.model.metadata.ends, *([] if own is None else [own]))
-        if self.settings["task"] == "instruct" and self.has_own_template:
+        if self.settings["task"] == "instruct" and self._has_own_template:
             found = (*self.chat.ends, *found)
         return tuple(dict.fromkeys(found))
 
     @property
-    def has_own_template(self) -> bool:
+    def _has_own_template(self) -> bool:
         """Whether the chat template is the model's own, and not of the run's `prompt`."""
         files = self.model.metadata.files
         return not self.settings.get("prompt") and own_template(files) is not None
@@ -199,7 +199,7 @@ class Tuned:
           ConfigError: the run is of no conversations, jinja2 is not installed, or as `Chat`.
         """
         if not isinstance(self.model, Decoder) or (
-            self.settings["task"] != "instruct" and not self.has_own_template
+            self.settings["task"] != "instruct" and not self._has_own_template
         ):
             raise ConfigError(
                 f"{self.folder}: a run of task {self.settings['task']!r}, without a chat template;"
@@ -228,7 +228,7 @@ class Tuned:
         config = dict(metadata.config)
         if SETTINGS not in files:
             files[SETTINGS] = json.dumps(self._tokenizer_config(), indent=2)
-        if self.settings["task"] == "instruct" and not self.has_own_template:
+        if self.settings["task"] == "instruct" and not self._has_own_template:
             around = prompt_settings(self.tokenizer, self.settings["prompt"] or PROMPT)
             files = {name: x for name, x in files.items() if "chat_template" not in name}
             files[SETTINGS] = json.dumps(parse_json(files[SETTINGS], SETTINGS) | around, indent=2)

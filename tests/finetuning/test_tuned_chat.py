@@ -148,6 +148,7 @@ def test_messages_are_read_of_files_and_rows(tmp_path: Path) -> None:
         ([{"messages": talk(0)}], {"task": "lm", "prompt": "{}"}, "prompt='{}': lm has none"),
         ([{"source": "a", "target": "b"}], {"task": "seq2seq", "export": "m"},
          "export: transformers has no such encoder-decoder"),
+        ([{"messages": talk(0)}], {"export": 3}, "export=3: expected a folder"),
         ([{"messages": talk(0)}], {"export": "."}, "export: . is not empty; name a new folder"),
     ],
 )  # fmt: skip

@@ -90,14 +90,14 @@ def _parts(
         start = _alike(asked, whole)
         if start < len(asked) - 1:  # the tokenizer may merge the last token with the answer's first
             raise ConfigError(
-                f"{where}: the template begins answer {place} otherwise than it asks for it; name"
-                " another by a prompt"
+                f"{where}: the template begins turn {place}, an answer, otherwise than it asks for"
+                " it; take another template"
             )
         stop = max((i + 1 for i in range(start, len(whole)) if whole[i] in chat.ends), default=0)
         if not stop:
             raise ConfigError(
-                f"{where}: the template ends answer {place} with none of the tokens {chat.ends};"
-                " name another by a prompt"
+                f"{where}: the template ends turn {place}, an answer, with none of the tokens"
+                f" {chat.ends}; take another template"
             )
         if ids and asked[: len(ids)] != ids:
             yield ids, taught

@@ -95,9 +95,9 @@ def test_long_conversations_are_left_out_and_counted(caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        ("{{ messages | length }}", "ends answer 2 with none of the tokens"),
+        ("{{ messages | length }}", "ends turn 2, an answer, with none of the tokens"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}</s>{{ add_generation_prompt }}",
-         "begins answer 2 otherwise than it asks for it"),
+         "begins turn 2, an answer, otherwise than it asks"),
         ("{{ raise_exception('no system') }}", "refuses this conversation"),
     ],
 )  # fmt: skip
