@@ -51,8 +51,8 @@ types: $(INSTALLED_DEV)  ## mypy
 docs: $(INSTALLED_DOCS)  ## build the site, warnings are errors; open docs/_build/html/index.html
 	$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build/html
 
-notebooks: $(INSTALLED_DEV)  ## execute the notebooks, and the Python blocks of README and docs
-	$(PY) -m pytest -n $(WORKERS) tests/test_notebooks.py tests/test_documents.py
+notebooks: $(INSTALLED_DEV)  ## execute the notebooks, and the blocks of README and docs
+	$(PY) -m pytest -n $(WORKERS) tests/test_notebooks.py tests/test_documents.py tests/test_side_by_side.py
 
 smoke: $(INSTALLED_DEV)  ## run every experiment with tiny settings, and with mistakes
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/test_experiments.py \

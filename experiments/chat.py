@@ -2,11 +2,12 @@
 
 Shows what weight storage does to an answer, to bytes and to tokens a second. SmolLM2-135M-Instruct
 is fetched on first use (93 MB); any checkpoint that mpjax.models.hf reads and that brings a chat
-template will do.
+template will do, and so will a run of finetune.py --task instruct, by the template it was tuned by.
 
 Run:       python experiments/chat.py --weights int8
            python experiments/chat.py --weights int4 --prompt 'What is the capital of France?'
            python experiments/chat.py --weights int4@32 --calibration stdlib
+           python experiments/chat.py runs/a        # what finetune.py --task instruct has tuned
 Expected:  "The capital of France is Paris." in all of them; int4 is the grid of this checkpoint.
            Fewer bits save memory here, not time: a CPU dequantises the weights for each token.
 """
@@ -18,17 +19,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from common import launch  # sets XLA flags before JAX starts
 
 import jax  # isort: skip
+import tyro
 
 from common.datasets.assets import fetch
 from common.datasets.sources import DOCUMENTS
 from mpjax.data import Tokenizer, read_documents, validation_batches
 from mpjax.data.chat import Chat, Message
 from mpjax.errors import ConfigError
-from mpjax.json_text import parse_json
+from mpjax.finetuning import load_run
+from mpjax.finetuning.tuned_chat import checkpoint_chat
 from mpjax.models import (
     Decoder,
     Sampling,
@@ -40,20 +44,23 @@ from mpjax.models import (
     stored_bytes,
     stream,
 )
-from mpjax.models.hf import Checkpoint, load_checkpoint, open_checkpoint
+from mpjax.models.hf import load_checkpoint, open_checkpoint
 from mpjax.precision import get_precision
 from mpjax.typing import Array, Params, PyTree
 
 BLOCK = 64  # prompts are padded to a multiple of it: so many lengths share a compiled program
 WINDOW, WINDOWS = 256, 64  # tokens, and how many of them, of a calibration text
 ENOUGH = 32 * WINDOW * WINDOWS  # characters that hold more tokens than these
+LONGEST = 200  # tokens of an answer, unless the user says so
 WARM = 2  # the first token waits for the prompt, the second for a compilation
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Talk to a checkpoint."""
+    """Talk to a checkpoint or a run."""
 
+    run: tyro.conf.Positional[str] = ""
+    """Folder of a run: --out of finetune.py --task instruct; else --checkpoint."""
     prompt: str = ""
     """Answer this and leave; without it, talk until an empty line."""
     checkpoint: str = ""
@@ -71,8 +78,8 @@ class Config:
     """Storage of keys and values, such as int8; the compute dtype by default."""
     system: str = ""
     """First message, of the system; the template's own by default."""
-    tokens: int = 200
-    """Longest answer."""
+    tokens: int = 0
+    """Longest answer; 0 takes 200, or what the context has room for."""
     temperature: float = 0.0
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = 0
@@ -83,56 +90,63 @@ class Config:
     """Of the draws."""
 
 
-def find_chat(checkpoint: Checkpoint) -> Chat:
-    """Returns the tokenizer and chat template that come with a checkpoint.
+class Talker(NamedTuple):
+    """What answers.
+
+    Args:
+      model: a decoder.
+      params: its weights.
+      chat: its conversations as ids.
+      tokenizer: text of its tokenizer.json.
+    """
+
+    model: Decoder
+    params: Params
+    chat: Chat
+    tokenizer: str
+
+
+def of_run(config: Config) -> Talker:
+    """Returns what answers for a run.
 
     Raises:
-      ConfigError: it has none.
+      ConfigError: a run that was not tuned on conversations.
     """
-    where = checkpoint.where
-    tokenizer, names, template = checkpoint.tokenizer_json(), {}, None
-    try:
-        if checkpoint.gguf:
-            fields = checkpoint.gguf.fields
-            template = fields["tokenizer.chat_template"].contents()
-            tokens = fields["tokenizer.ggml.tokens"].contents()
-            for name in ("bos", "eos"):
-                names[f"{name}_token"] = tokens[
-                    fields[f"tokenizer.ggml.{name}_token_id"].contents()
-                ]
-        else:
-            where = checkpoint.where.parent / "tokenizer_config.json"
-            settings = parse_json(where.read_bytes(), f"checkpoint: {where}")
-            if not isinstance(settings, dict):
-                raise ConfigError(f"checkpoint: {where} is no JSON object; fetch it again")
-            apart = where.parent / "chat_template.jinja"  # where newer versions keep it
-            template = (
-                apart.read_text(encoding="utf-8") if apart.is_file() else settings["chat_template"]
-            )
-            if isinstance(template, list):  # several, by name
-                several = [one for one in template if isinstance(one, dict)]
-                template = {one["name"]: one["template"] for one in several}["default"]
-            for name, token in settings.items():
-                if name.endswith("_token") and isinstance(token, str | dict):
-                    names[name] = token["content"] if isinstance(token, dict) else token
-    except FileNotFoundError:
-        raise ConfigError(f"checkpoint: {where} is missing; name a model that can chat") from None
-    except KeyError as error:
+    if config.checkpoint:
+        raise ConfigError(f"checkpoint={config.checkpoint} and the run {config.run}; give one")
+    tuned = load_run(config.run, config.precision)
+    chat = tuned.chat
+    # one block is compiled, not thirty
+    config_of = dataclasses.replace(tuned.model.config, loop="scan")
+    model = dataclasses.replace(tuned.model, config=config_of)
+    return Talker(model, tuned.params, chat, tuned.tokenizer.to_text())
+
+
+def of_checkpoint(config: Config) -> Talker:
+    """Returns what answers for a checkpoint with a tokenizer and a chat template.
+
+    Raises:
+      ConfigError: it has none, or is no decoder.
+    """
+    source = Path(config.checkpoint) if config.checkpoint else fetch("smollm2")
+    checkpoint = open_checkpoint(source)
+    tokenizer = checkpoint.tokenizer_json()
+    if tokenizer is None:
         raise ConfigError(
-            f"checkpoint: {where} has no {error}; name a model that can chat"
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(
-            f"checkpoint: chat_template.jinja beside {where} is not UTF-8; fetch it again"
-        ) from None
-    if tokenizer is None or "eos_token" not in names:
-        raise ConfigError(
-            f"checkpoint: {where.parent} has no tokenizer.json or names no end token; name a model"
-            " that can chat"
+            f"checkpoint: {checkpoint.where.parent} has no tokenizer.json; name a model that can"
+            " chat"
         )
-    # An instruct model may end a turn with a token and a text with another.
-    ends = checkpoint.metadata({"eos_token_id"}).ends
-    return Chat(tokenizer, template, [names["eos_token"], *ends], names)
+    metadata = checkpoint.metadata({"eos_token_id"})
+    chat = checkpoint_chat(tokenizer, metadata, f"checkpoint: {checkpoint.where.parent}")
+    model, params = load_checkpoint(source, get_precision(config.precision), loop="scan")
+    if not isinstance(model, Decoder):
+        raise ConfigError(f"checkpoint: {source} is no decoder; take a language model")
+    if chat.vocab_size > model.config.vocabulary:
+        raise ConfigError(
+            f"checkpoint: {source}: the tokenizer has {chat.vocab_size} tokens, the model"
+            f" {model.config.vocabulary}; take the tokenizer of this model"
+        )
+    return Talker(model, params, chat, tokenizer)
 
 
 def sample(source: str) -> str:
@@ -149,18 +163,19 @@ def sample(source: str) -> str:
     return "\n\n".join(document.text for document in documents[::step])[:ENOUGH]
 
 
-def moments_of(
-    source: str, text: str, checkpoint: Checkpoint, model: Decoder, params: Params
-) -> Mapping[str, PyTree]:
+def moments_of(source: str, text: str, talker: Talker) -> Mapping[str, PyTree]:
     """Returns the moments of what the weights are multiplied by when the model reads a text."""
-    ids = Tokenizer.from_text(checkpoint.tokenizer_json() or "").encode(text)
+    model = talker.model
+    ids = Tokenizer.from_text(talker.tokenizer).encode(text)
     seq = min(WINDOW, model.config.context)
     if len(ids) <= seq:
         raise ConfigError(
             f"calibration: {source} has {len(ids)} tokens where a window takes {seq + 1}; name a"
             " longer text"
         )
-    return input_moments(model, params, validation_batches(ids, batch=1, seq=seq, limit=WINDOWS))
+    return input_moments(
+        model, talker.params, validation_batches(ids, batch=1, seq=seq, limit=WINDOWS)
+    )
 
 
 def say(chat: Chat, tokens: Iterable[Array], write: Callable[[str], None]) -> tuple[str, str]:
@@ -190,8 +205,7 @@ def say(chat: Chat, tokens: Iterable[Array], write: Callable[[str], None]) -> tu
 
 def main(config: Config) -> None:
     """Loads the checkpoint, stores its weights as asked, and answers."""
-    launch.positive(config, "tokens")
-    launch.not_negative(config, "temperature", "top_k", "seed")
+    launch.not_negative(config, "tokens", "temperature", "top_k", "seed")
     Sampling(config.temperature, config.top_k, config.top_p)
     storage = "int4@32+offset" if config.weights == "int4" else config.weights
     rounded = has_scales(storage, config.rule)
@@ -202,24 +216,12 @@ def main(config: Config) -> None:
         )
     if config.cache:
         cache_storage(config.cache)
-    precision = get_precision(config.precision)
+    get_precision(config.precision)
     text = sample(config.calibration) if config.calibration else ""
-    source = Path(config.checkpoint) if config.checkpoint else fetch("smollm2")
-    checkpoint = open_checkpoint(source)
-    chat = find_chat(checkpoint)
-    # one block is compiled, not thirty
-    model, params = load_checkpoint(source, precision, loop="scan")
-    if not isinstance(model, Decoder):
-        raise ConfigError(f"checkpoint: {source} is no decoder; take a language model")
-    if chat.vocab_size > model.config.vocabulary:
-        raise ConfigError(
-            f"checkpoint: {source}: the tokenizer has {chat.vocab_size} tokens, the model"
-            f" {model.config.vocabulary}; take the tokenizer of this model"
-        )
+    talker = of_run(config) if config.run else of_checkpoint(config)
+    model, params, chat, _ = talker
     whole = stored_bytes(params)
-    moments = None
-    if config.calibration:
-        moments = moments_of(config.calibration, text, checkpoint, model, params)
+    moments = moments_of(config.calibration, text, talker) if config.calibration else None
     params = quantize_weights(params, storage, rules=config.rule, moments=moments)
     slot = stored_bytes(model.init_cache(1, 1, config.cache)["layers"])
     note = lambda text: print(text, file=sys.stderr)  # noqa: E731
@@ -234,15 +236,16 @@ def main(config: Config) -> None:
     def answer(text: str, turn: int) -> None:
         messages.append({"role": "user", "content": text})
         ids = chat.ids(messages)
-        room = model.config.context - config.tokens
+        new = config.tokens or min(LONGEST, max(1, model.config.context - len(ids)))
+        room = model.config.context - new
         if len(ids) > room:
             raise ConfigError(
-                f"prompt: {len(ids)} tokens and an answer of {config.tokens} do not fit the context"
+                f"prompt: {len(ids)} tokens and an answer of {new} do not fit the context"
                 f" of {model.config.context}; shorten it or lower --tokens"
             )
         prompt, lengths = left_pad([ids], min(-(-len(ids) // BLOCK) * BLOCK, room))
         tokens = stream(
-            model, params, prompt, new=config.tokens, lengths=lengths, cache=config.cache,
+            model, params, prompt, new=new, lengths=lengths, cache=config.cache,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             key=jax.random.fold_in(jax.random.key(config.seed), turn),
         )  # fmt: skip

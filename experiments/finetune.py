@@ -2,10 +2,12 @@
 
 Run:       python experiments/finetune.py --data reviews.csv --text review --label stars \
                --model minilm --precision bf16 --out runs/a
-           python experiments/finetune.py --task instruct --data talk.jsonl --out runs/b
-           python experiments/finetune.py --data reviews.csv --out runs/a --resume
+           python experiments/finetune.py --task instruct --data talk.jsonl --model smollm2 \
+               --out runs/b
+           the same command with --resume goes on with a run that was stopped
 Then:      python -m mpjax.predict runs/a --text 'what a fine day'
            python -m mpjax.export runs/a my-model        # transformers loads it
+           python experiments/chat.py runs/b
 Expected:  what was read as a table, a line of scores for each judgement, and in --out the report,
            the metrics and the best weights. A run that was stopped or killed goes on with --resume
            with the same bits.
@@ -54,6 +56,8 @@ def main(config: Config) -> None:
     scores = ", ".join(f"{name} {value:.4g}" for name, value in run.scores.items())
     shown.print(f"best weights, of step {run.step}: {scores}", highlight=False)
     shown.print(f"report: {config.out / 'report.md'}", highlight=False)
+    if config.export:
+        shown.print(f"exported: {config.export}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1016,6 +1016,8 @@ def test_a_chat_that_cannot_begin_is_one_line(talker, tmp_path):
             f"error: calibration: {short} has 5 tokens where a window takes",
         ),
         (["--checkpoint", tmp_path], f"error: {tmp_path}: no checkpoint in it"),
+        ([tmp_path], "error: checkpoint="),
+        (["--tokens", -1], "error: tokens: -1 is out of range"),
     ):
         _, err = run("chat", *args, *bad, code=2)
         assert err.splitlines()[-1].startswith(message), err

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, need
 from mpjax.files import write_text
 from mpjax.finetuning.finetuning_settings import Finetuning
+from mpjax.finetuning.of_decoders import Instructions
 from mpjax.finetuning.pretrained import from_pretrained
 from mpjax.finetuning.report import write_report_of
 from mpjax.finetuning.run_folder import BEST, CHECKPOINTS, FILES, RUN, TOKENIZER, RunPage
@@ -151,6 +152,8 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
             )
         labels = tuple(getattr(model.config, "labels", ())) or labels
         files, config = dict(model.metadata.files), dict(model.metadata.config)
+        if isinstance(source, Instructions):
+            source = dataclasses.replace(source, metadata=model.metadata)
     work = source.work(tokens, labels)
     steps = c.steps or max(1, round(c.epochs * work.epoch))
     schedule = schedule.over(steps)
@@ -190,7 +193,10 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
         )
     _train(c, work.batches, state, step, judge, progress, untrained, steps, every, quiet)
     write_report_of(c.out)
-    return load_run(c.out)
+    run = load_run(c.out)
+    if c.export:
+        run.export(c.export)
+    return run
 
 
 def _train(
@@ -276,7 +282,17 @@ def _told(data: Any) -> str:
 
 
 def _check_folder(c: Finetuning) -> None:
-    """Checks, before anything is read, that the folder is free or holds a run to go on with."""
+    """Checks, before anything is read, that the folder is free or holds a run to go on with.
+
+    And that there is room for an export.
+    """
+    if c.export:
+        need("safetensors.numpy", "hub", "export")
+        if c.task == "seq2seq":
+            raise ConfigError("export: transformers has no such encoder-decoder; leave it out")
+        target = Path(c.export).expanduser()
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"export: {target} is not empty; name a new folder")
     if (c.out / RUN).is_file():
         if not c.resume:
             raise ConfigError(

@@ -27,11 +27,11 @@ class Finetuning:
     """A folder or a name on the Hugging Face Hub; `new` begins with new weights of --layers,
     --width and --heads, and a tokenizer of the data's."""
     text: str = ""
-    """Column of the texts, `text` by default; of `instruct` the prompts, `prompt` by default, and
-    of `seq2seq` `source`."""
+    """Column of the texts, `text` by default; of `instruct` the prompts, `prompt` by default unless
+    there are `messages`, and of `seq2seq` `source`."""
     label: str = ""
-    """Column of the classes or numbers, `label` by default; of `instruct` the answers, `answer` by
-    default, and of `seq2seq` `target`."""
+    """Column of the classes or numbers, `label` by default; of `instruct` the answers, `answer` or
+    `completion` by default, and of `seq2seq` `target`."""
     second: str = ""
     """Column of the second text of a pair; `pair` has `second` by default."""
     validation: str = ""
@@ -44,8 +44,9 @@ class Finetuning:
     """Of rows that repeat an earlier one: keep them, or leave them out."""
     class_weights: bool = False
     """Weigh each class alike, however many examples it has."""
-    prompt: str = "{}\n"
-    """Of `instruct`: what stands around a prompt; {} is the prompt."""
+    prompt: str = ""
+    """Of `instruct`: what stands around a prompt, which is {}; by default the chat template of the
+    model, or an end of line behind the prompt where it has none."""
     precision: str = "bf16"
     """A preset, policy or line of text, or a schedule such as late:fp8:bf16:0.2."""
     eval_precision: str = "fp32"
@@ -94,6 +95,8 @@ class Finetuning:
     """Of new weights, of the order of the data and of dropout."""
     out: Path = Path("runs/finetune")
     """Folder of the run: report, metrics, checkpoints and the best weights."""
+    export: str = ""
+    """New folder in which the best weights are written at the end, for transformers to load."""
     resume: bool = False
     """Go on with the run in --out: the same bits as if it had not been stopped."""
 
@@ -136,7 +139,11 @@ class Finetuning:
                 f"model={self.model!r}: seq2seq trains a new model; leave it out, or take another"
                 " task"
             )
-        if self.task == "instruct" and self.prompt.count("{}") != 1:
+        if not isinstance(self.export, str | Path):
+            raise ConfigError(f"export={brief(self.export)}: expected a folder")
+        if self.prompt and self.task != "instruct":
+            raise ConfigError(f"prompt={self.prompt!r}: {self.task} has none; leave it out")
+        if self.prompt and self.prompt.count("{}") != 1:
             raise ConfigError(
                 f"prompt={self.prompt!r}: expected {{}} once, where the prompt stands"
             )
@@ -157,7 +164,7 @@ class Finetuning:
     def to_dict(self) -> Settings:
         """Returns all settings that decide a result, as JSON."""
         held = dataclasses.asdict(self)
-        del held["out"], held["resume"]
+        del held["out"], held["export"], held["resume"]
         return held
 
     @classmethod

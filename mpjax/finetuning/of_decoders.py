@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,11 +18,13 @@ from mpjax.data import (
     make_tokenizer,
     validation_batches,
 )
-from mpjax.data.chat import instruction_examples
+from mpjax.data.chat import conversation_examples, instruction_examples
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.table_sides import Sides
+from mpjax.finetuning.tuned_chat import PROMPT, own_template, run_chat
 from mpjax.finetuning.work import Judge, Work, fingerprint, lengths_of, told_sizes
 from mpjax.models import decoder, seq2seq
+from mpjax.models.hf import Metadata
 from mpjax.precision import Precision
 from mpjax.tasks import Language, Translation
 
@@ -77,31 +80,61 @@ class Documents:
 
 @dataclasses.dataclass(frozen=True)
 class Instructions:
-    """Prompts and their answers."""
+    """Prompts and their answers, or conversations.
+
+    Args:
+      sides: fields `text` and `label` of a row, or `messages` as JSON.
+      metadata: of the checkpoint that is tuned, whose chat template is taken.
+    """
 
     sides: Sides
+    metadata: Metadata = Metadata()
     labels: tuple[str, ...] = ()
 
     def _pairs(self, side: Mapping[str, list[str]]) -> list[tuple[str, str]]:
-        around = self.sides.settings.prompt
+        """Prompts with what stands around them, and answers."""
+        around = self.sides.settings.prompt or PROMPT
         pairs = zip(side["text"], side["label"], strict=True)
         return [(around.replace("{}", prompt), answer) for prompt, answer in pairs]
 
+    def _conversations(self, side: Mapping[str, list[str]]) -> list[Any]:
+        if "messages" in side:
+            return [json.loads(one) for one in side["messages"]]
+        return [
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            for prompt, answer in zip(side["text"], side["label"], strict=True)
+        ]
+
     def tokenizer(self) -> Tokenizer:
-        texts = [a + b for a, b in self._pairs(self.sides.train)]
+        train = self.sides.train
+        if "messages" in train:
+            talks = self._conversations(train)
+            texts = [str(m.get("content") or "") for messages in talks for m in messages]
+        else:
+            texts = [a + b for a, b in self._pairs(train)]
         return make_tokenizer(f"bpe:{self.sides.settings.vocabulary}", texts)
 
     def new_model(self, precision: str | Precision, vocabulary: int) -> Any:
         return _new_decoder(self.sides.settings, precision, vocabulary)
 
     def work(self, tokens: Any, labels: tuple[str, ...]) -> Work:
-        c = self.sides.settings
-        train, test = (
-            instruction_examples(
-                self._pairs(side), tokens.encode, end=tokens.separator, longest=c.longest
+        c, sides = self.sides.settings, (self.sides.train, self.sides.test)
+        own = not c.prompt and own_template(self.metadata.files) is not None
+        if own or "messages" in self.sides.train:
+            chat = run_chat(tokens, self.metadata, c.prompt)
+            around = "the model's chat template" if own else repr(c.prompt or PROMPT)
+            train, test = (
+                conversation_examples(self._conversations(side), chat, longest=c.longest)
+                for side in sides
             )
-            for side in (self.sides.train, self.sides.test)
-        )
+        else:
+            around = repr(c.prompt or PROMPT)
+            train, test = (
+                instruction_examples(
+                    self._pairs(side), tokens.encode, end=tokens.separator, longest=c.longest
+                )
+                for side in sides
+            )
         lengths = lengths_of([len(e["inputs"]) for e in (*train, *test)], c.longest)
         held: list[Batch] = [
             {name: x[: len(rows)] for name, x in batch.items()}
@@ -110,7 +143,8 @@ class Instructions:
         return Work(
             Language(), bucket_batches(train, batch=c.batch, seed=c.seed, lengths=lengths),
             -(-len(train) // c.batch), _language_judge(held), "loss",
-            self.sides.lines + told_sizes(train, "inputs", c.longest),
+            [*self.sides.lines, ("around a prompt", around)]
+            + told_sizes(train, "inputs", c.longest),
             fingerprint(tokens, [train, test]),
         )  # fmt: skip
 

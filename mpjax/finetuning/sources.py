@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+from mpjax.data.tables.columns import column_names
 from mpjax.errors import ConfigError
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.of_decoders import Documents, Instructions, Sequences
@@ -31,6 +33,12 @@ def read_source(settings: Finetuning, data: Any) -> Source:
         if settings.validation:
             raise ConfigError("validation: lm holds out documents of its data; set held_out")
         return Documents(settings, str(data))
+    if settings.task == "instruct" and not (settings.text or settings.label):
+        there = column_names(data)
+        if "messages" in there:
+            return Instructions(read_sides(settings, data, {"messages": "messages"}, {}))
+        if "completion" in there and "answer" not in there:
+            settings = dataclasses.replace(settings, label="completion")
     kinds = {"text": "text", "label": "number" if settings.task == "regress" else "class"}
     columns = {"text": settings.text, "label": settings.label}
     if settings.task in _COLUMNS:

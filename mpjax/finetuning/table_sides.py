@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,12 +84,16 @@ def read_sides(settings: Finetuning, data: Any, kinds: Settings, columns: Settin
         out = split(settings, contents, classes)
         test = _taken(values, out)
     train = _taken(values, ~out)
-    lines += [("for training", f"{len(train['text'])}"), ("held out", f"{len(test['text'])}")]
+    sizes = [len(next(iter(side.values()))) for side in (train, test)]
+    lines += [("for training", f"{sizes[0]}"), ("held out", f"{sizes[1]}")]
     return Sides(settings, train, test, lines)
 
 
 def _contents(values: Mapping[str, list[Any]]) -> list[str]:
-    """What makes rows alike: their texts, whatever the label."""
+    """What makes rows alike: their texts, whatever the label or the answers."""
+    if "messages" in values:
+        talks = (json.loads(one) for one in values["messages"])
+        return [json.dumps([m for m in talk if m["role"] != "assistant"]) for talk in talks]
     texts = [values[name] for name in ("text", "second") if name in values]
     return ["\0".join(parts) for parts in zip(*texts, strict=True)]
 

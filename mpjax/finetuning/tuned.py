@@ -13,10 +13,19 @@ import jax
 import numpy as np
 
 from mpjax.data import Tokenizer, parse_wordpiece
+from mpjax.data.chat import Chat
 from mpjax.errors import ConfigError, brief
 from mpjax.finetuning.language_run import is_language_run, load_language_run
 from mpjax.finetuning.run_folder import FILES, RUN, TOKENIZER, RunPage, best_weights
+from mpjax.finetuning.tuned_chat import (
+    PROMPT,
+    SETTINGS,
+    own_template,
+    prompt_settings,
+    run_chat,
+)
 from mpjax.finetuning.work import lengths_of
+from mpjax.json_text import parse_json
 from mpjax.models import (
     Decoder,
     DecoderConfig,
@@ -141,10 +150,15 @@ class Tuned:
         return self._predictors[key]
 
     def _continued(self, texts: Sequence[str], tokens: int) -> list[Answer]:
-        around = self.settings.get("prompt", "{}") if self.settings["task"] == "instruct" else "{}"
+        instruct = self.settings["task"] == "instruct"
+        around = (self.settings["prompt"] or PROMPT) if instruct else "{}"
+        own = instruct and self._has_own_template
         found = []
         for text in texts:
-            ids = self.tokenizer.prompt(around.replace("{}", text)).astype(np.int32)
+            if own:
+                ids = np.array(self.chat.ids([{"role": "user", "content": text}]), np.int32)
+            else:
+                ids = self.tokenizer.prompt(around.replace("{}", text)).astype(np.int32)
             new = min(tokens, self.model.config.context - len(ids))
             if new < 1:
                 raise ConfigError(
@@ -167,7 +181,31 @@ class Tuned:
         """The tokens that end what a language model writes."""
         own = getattr(self.tokenizer, "separator", None)
         found = (*self.model.metadata.ends, *([] if own is None else [own]))
+        if self.settings["task"] == "instruct" and self._has_own_template:
+            found = (*self.chat.ends, *found)
         return tuple(dict.fromkeys(found))
+
+    @property
+    def _has_own_template(self) -> bool:
+        """Whether the chat template is the model's own, and not of the run's `prompt`."""
+        files = self.model.metadata.files
+        return not self.settings.get("prompt") and own_template(files) is not None
+
+    @cached_property
+    def chat(self) -> Chat:
+        """Conversations as the run was tuned by them, for `mpjax.models.stream` to go on with.
+
+        Raises:
+          ConfigError: the run is of no conversations, jinja2 is not installed, or as `Chat`.
+        """
+        if not isinstance(self.model, Decoder) or (
+            self.settings["task"] != "instruct" and not self._has_own_template
+        ):
+            raise ConfigError(
+                f"{self.folder}: a run of task {self.settings['task']!r}, without a chat template;"
+                " tune it by instruct"
+            )
+        return run_chat(self.tokenizer, self.model.metadata, self.settings.get("prompt", ""))
 
     def export(self, folder: str | Path, *, dtype: str | None = None) -> Path:
         """Writes a folder that `transformers` loads: weights, config, labels, tokenizer.
@@ -188,8 +226,12 @@ class Tuned:
         }
         files.setdefault(TOKENIZER, self.tokenizer.to_text())
         config = dict(metadata.config)
-        if not any(name.startswith("tokenizer_config") for name in files):
-            files["tokenizer_config.json"] = json.dumps(self._tokenizer_config(), indent=2)
+        if SETTINGS not in files:
+            files[SETTINGS] = json.dumps(self._tokenizer_config(), indent=2)
+        if self.settings["task"] == "instruct" and not self._has_own_template:
+            around = prompt_settings(self.tokenizer, self.settings["prompt"] or PROMPT)
+            files = {name: x for name, x in files.items() if "chat_template" not in name}
+            files[SETTINGS] = json.dumps(parse_json(files[SETTINGS], SETTINGS) | around, indent=2)
         if isinstance(self.model, Decoder) and "eos_token_id" not in config:
             config["eos_token_id"] = getattr(self.tokenizer, "separator", None)
         save_checkpoint(

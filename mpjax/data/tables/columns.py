@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from mpjax.data.tables.rows import text_of, whole_names
 from mpjax.errors import ConfigError, brief, listed
 
 MISSING = ("error", "drop", "empty")
-KINDS = ("text", "class", "number")
+KINDS = ("text", "class", "number", "messages")
 Row = tuple[str, Mapping[str, Any]]  # where it stands, column -> value
 
 
@@ -49,7 +51,7 @@ def read_columns(
             order; ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet``; ``hf:NAME[:config]``; a data
             set of Hugging Face; a data frame; a dict of columns; or an iterable of dicts.
         kinds: field -> ``text``; ``class``: a text, a whole number, or true and false, but not all
-            of these; or ``number``.
+            of these; ``number``; or ``messages``, a list of turns, which is returned as JSON.
         columns: field -> name of its column, where another.
         missing: of an empty cell, null or NaN: ``error``; ``drop`` leaves the row out; ``empty``
             makes it an empty text, where it is no class and no number.
@@ -116,6 +118,8 @@ def _value(value: object, kind: str, where: str, earlier: dict[str, str]) -> Any
         return None
     if type(value).__name__ in ("NAType", "NaTType"):  # pandas'
         return None
+    if kind == "messages":
+        return _messages(value, where)
     if kind != "number":
         own, text = text_of(value, where, kind == "class")
         if kind == "class" and earlier.setdefault(own, where) and len(earlier) > 1:
@@ -129,6 +133,55 @@ def _value(value: object, kind: str, where: str, earlier: dict[str, str]) -> Any
     if not math.isfinite(number):
         raise ConfigError(f"{where} is {brief(value)}; expected a finite number, write 0.5")
     return number
+
+
+def _messages(value: object, where: str) -> str:
+    """A conversation as JSON."""
+    turns = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+    if not turns or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str)
+                            for m in turns):  # fmt: skip
+        raise ConfigError(
+            f'{where} is {brief(value)}; expected messages, such as [{{"role": "user", "content":'
+            ' "hello"}, {"role": "assistant", "content": "hi"}]'
+        )
+    if all(m["role"] != "assistant" for m in turns):
+        raise ConfigError(f"{where} has no message of the role 'assistant'; drop it or add one")
+    try:
+        return json.dumps([dict(m) for m in turns], ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} is no plain data ({error}); give texts") from None
+
+
+def column_names(source: Any) -> list[str]:
+    """Returns the columns of a source, as `read_columns` takes it: those of the first row.
+
+    Of an iterator, which can be read once, and of what is no source there are none.
+
+    Example:
+        >>> column_names([{"prompt": "a", "completion": "b"}])
+        ['prompt', 'completion']
+    """
+    if isinstance(source, str) and source.startswith("hf:"):
+        name, _, config = source.removeprefix("hf:").partition(":")
+        source = load_hub(source, name, config)
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            return []
+        if path.suffix.lower() == ".parquet":
+            return parquet_names(path)
+        if path.suffix.lower() in TYPED:
+            source = [dict(r.fields) for r in itertools.islice(read_records(path, ()), 1)]
+        else:
+            rows = (row.cells for row in read_cells(path, ()) if not row.blank)
+            return [cell.strip() for cell in next(rows, [])]
+    there = getattr(source, "column_names", None)  # of a data set; a frame has the other
+    there = getattr(source, "columns", None) if there is None else there
+    if there is not None:
+        return list(map(str, there))
+    if isinstance(source, Sequence) and source and isinstance(source[0], Mapping):
+        source = source[0]
+    return list(map(str, source)) if isinstance(source, Mapping) else []
 
 
 def _rows(
