@@ -34,6 +34,7 @@ from mpjax.models import (
     Seq2Seq,
     Seq2SeqConfig,
     generate,
+    left_pad,
     load_weights,
     quantize_weights,
 )
@@ -104,7 +105,7 @@ class Tuned:
         if not texts:
             raise ConfigError("texts: none; give at least one")
         if isinstance(self.task, Language):
-            return self._continued(texts, tokens)
+            return self._continued(texts, batch, tokens)
         if isinstance(self.task, Translation):
             translate = self.task.translator(
                 self.model, batch=batch, lengths=(self.settings["longest"],)
@@ -149,32 +150,42 @@ class Tuned:
             self._predictors[key] = self.task.predictor(self.model, batch=batch, lengths=lengths)
         return self._predictors[key]
 
-    def _continued(self, texts: Sequence[str], tokens: int) -> list[Answer]:
+    def _continued(self, texts: Sequence[str], batch: int, tokens: int) -> list[Answer]:
+        """What follows each text; texts of about one length are answered together."""
         instruct = self.settings["task"] == "instruct"
         around = (self.settings["prompt"] or PROMPT) if instruct else "{}"
         own = instruct and self._has_own_template
-        found = []
-        for text in texts:
-            if own:
-                ids = np.array(self.chat.ids([{"role": "user", "content": text}]), np.int32)
-            else:
-                ids = self.tokenizer.prompt(around.replace("{}", text)).astype(np.int32)
-            new = min(tokens, self.model.config.context - len(ids))
+        prompts = [
+            self.chat.ids([{"role": "user", "content": text}]) if own
+            else self.tokenizer.prompt(around.replace("{}", text))
+            for text in texts
+        ]  # fmt: skip
+        room, end = self.model.config.context, self.ends
+        groups: dict[tuple[int, int], list[int]] = {}
+        for place, ids in enumerate(prompts):
+            new = min(tokens, room - len(ids))
             if new < 1:
                 raise ConfigError(
-                    f"text of {len(ids)} tokens: the model has {self.model.config.context}"
-                    " positions; shorten it"
+                    f"text of {len(ids)} tokens: the model has {room} positions; shorten it"
                 )
-            end = self.ends
-            out = np.asarray(
-                generate(
-                    self.model, self.params, ids[None], new=new, temperature=0.0, end=end or None
-                )[0]
-            )
-            if stops := np.flatnonzero(np.isin(out, end)).tolist():
-                out = out[: stops[0]]
-            found.append({"text": self.tokenizer.continuation(ids, out)})
-        return found
+            groups.setdefault((new, lengths_of([len(ids)], room - new)[0]), []).append(place)
+        found: dict[int, str] = {}
+        for (new, length), places in groups.items():
+            size = min(batch, len(places))
+            for first in range(0, len(places), size):
+                part = places[first : first + size]
+                rows = [prompts[place] for place in part]
+                rows += rows[-1:] * (size - len(part))  # one program for all parts
+                ids, lengths = left_pad(rows, length)
+                out = generate(
+                    self.model, self.params, ids, new=new, temperature=0.0, end=end or None,
+                    lengths=lengths,
+                )  # fmt: skip
+                for place, row in zip(part, np.asarray(out), strict=False):
+                    stops = np.flatnonzero(np.isin(row, end))
+                    kept = row[: stops[0]] if len(stops) else row
+                    found[place] = self.tokenizer.continuation(prompts[place], kept)
+        return [{"text": found[place]} for place in range(len(texts))]
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -74,6 +74,11 @@ def test_every_task_trains_answers_and_loads(task: str, tmp_path: Path) -> None:
     answers = run.predict(asked, seconds, tokens=3)
     again = load_run(tmp_path / "run")
     assert again.predict(asked, seconds, tokens=3) == answers and again.scores == run.scores
+    if task in ("lm", "instruct"):  # of several lengths, three at a time; the last has little room
+        several = [*asked, "the", "soup", "a " * 4, "x" * 12]
+        alone = [run.predict([one], tokens=9)[0] for one in several]
+        assert run.predict(several, tokens=9, batch=3) == alone
+        assert len({one["text"] for one in alone}) > 1
     keys = {"regress": {"value"}, "tag": {"words", "tags"}}
     text = {"seq2seq", "lm", "instruct"}
     wanted = {"text"} if task in text else keys.get(task, {"label", "probability"})
