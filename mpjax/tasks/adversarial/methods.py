@@ -137,8 +137,8 @@ class FreeLB:
 class SMART:
     r"""Predictions change little within a ball, and from one step to the next.
 
-    $$L(x) + w\,\max_{\|\delta\|_\infty \le \epsilon} \ell(f_\theta(x + \delta), f_\theta(x)) +
-    \mu\,\ell(f_\theta(x), f_{\tilde\theta}(x)),\quad \tilde\theta \leftarrow \beta \tilde\theta +
+    $$L(x) + w\,\max_{\|\delta\|_\infty \le \epsilon} \ell(f(x + \delta; \theta), f(x; \theta)) +
+    \mu\,\ell(f(x; \theta), f(x; \tilde\theta)),\quad \tilde\theta \leftarrow \beta \tilde\theta +
     (1 - \beta)\,\theta$$ with the symmetric divergence $\ell = \mathrm{KL}(p \| q) +
     \mathrm{KL}(q \| p)$, of numbers the squared difference. The maximum is sought from normal noise
     by $\delta \leftarrow \Pi_\epsilon(\delta + \alpha\,g / \|g\|_\infty)$. The average
