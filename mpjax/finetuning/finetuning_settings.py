@@ -44,6 +44,8 @@ class Finetuning:
     """Of rows that repeat an earlier one: keep them, or leave them out."""
     class_weights: bool = False
     """Weigh each class alike, however many examples it has."""
+    balanced: bool = False
+    """Draw each class as often, however many examples it has: batches hold as many of each."""
     prompt: str = "{}\n"
     """Of `instruct`: what stands around a prompt; {} is the prompt."""
     precision: str = "bf16"
@@ -143,11 +145,17 @@ class Finetuning:
         for name, tasks in (
             ("label", ("classify", "pair", "regress", "instruct", "seq2seq")),
             ("second", ("pair", "regress")), ("class_weights", ("classify", "pair")),
+            ("balanced", ("classify", "pair")),
         ):  # fmt: skip
             if getattr(self, name) and self.task not in tasks:
                 raise ConfigError(
                     f"{name}={brief(getattr(self, name))}: {self.task} has none; leave it out"
                 )
+
+        if self.balanced and self.class_weights:
+            raise ConfigError(
+                "balanced and class_weights: rare classes would count twice; leave one out"
+            )
 
     @property
     def new(self) -> bool:

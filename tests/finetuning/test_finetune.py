@@ -113,6 +113,31 @@ def test_counts_add_up_and_equal_texts_stay_together(tmp_path: Path) -> None:
         assert f["for training"] + f["held out"] == kept
 
 
+def test_balanced_batches_hold_as_many_of_each_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"soup {n}", "label": "rare" if n % 8 == 0 else "often"} for n in range(80)]
+    lines: list[tuple[str, str]] = []
+    labels: list[Any] = []
+    real = fine_tune.fit
+
+    def watched(state: Any, step: Any, data: Any, **kwargs: Any) -> Any:
+        def seen() -> Any:
+            for batch in data:
+                labels.append(batch["labels"])
+                yield batch
+
+        return real(state, step, seen(), **kwargs)
+
+    monkeypatch.setattr(fine_tune, "fit", watched)
+    for name, balanced in (("plain", False), ("balanced", True)):
+        labels.clear()
+        finetune(rows, out=tmp_path / name, epochs=1, balanced=balanced, show=lines.extend, **SMALL)
+        rare = [int(batch.sum()) for batch in labels]
+        assert (set(rare) == {4}) == balanced and len(rare) == 9
+    assert ("balanced: times an epoch", "often 0.571, rare 4") in lines
+
+
 def test_the_best_step_of_an_overfit_run_is_what_is_kept(tmp_path: Path) -> None:
     """Labels of noise: the loss on held-out texts rises while that in training falls."""
     draw = np.random.default_rng(0)
@@ -217,6 +242,8 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(
         ({"optimizer": "adma"}, "adma"),
         ({"label": "review"}, "names one twice"),
         ({"task": "seq2seq", "model": "some"}, "seq2seq trains a new model"),
+        ({"balanced": True, "task": "tag", "text": "", "label": ""}, "balanced=True: tag has none"),
+        ({"balanced": True, "class_weights": True}, "rare classes would count twice"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(
