@@ -96,6 +96,8 @@ class Finetuning:
     """Of new weights, of the order of the data and of dropout."""
     out: Path = Path("runs/finetune")
     """Folder of the run: report, metrics, checkpoints and the best weights."""
+    wandb: str = ""
+    """Project in Weights & Biases, which gets the records too; the extra `wandb`."""
     resume: bool = False
     """Go on with the run in --out: the same bits as if it had not been stopped."""
 
@@ -165,7 +167,8 @@ class Finetuning:
     def to_dict(self) -> Settings:
         """Returns all settings that decide a result, as JSON."""
         held = dataclasses.asdict(self)
-        del held["out"], held["resume"]
+        for name in ("out", "resume", "wandb"):
+            del held[name]
         return held
 
     @classmethod
