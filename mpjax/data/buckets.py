@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax.errors import ConfigError, brief, explains_calls
+from mpjax.errors import ConfigError, brief, explains_calls, is_whole
 from mpjax.typing import DType, Shape
 
 Example = Mapping[str, Any]  # name -> one number, or an array with an entry (or array) a token
@@ -141,6 +141,18 @@ def pad(
     return batch
 
 
+def check_sizes(batch: int, seed: int = 0) -> None:
+    """Checks the rows of a batch and the seed of an order.
+
+    Raises:
+        ConfigError: one is no whole number, or too small.
+    """
+    if not is_whole(batch, 1):
+        raise ConfigError(f"batch={brief(batch)}: expected at least 1 row, a whole number")
+    if not is_whole(seed, 0):
+        raise ConfigError(f"seed={brief(seed)}: expected a whole number of 0 or above")
+
+
 def sizes_of(examples: Sequence[Example]) -> np.ndarray:
     """Returns the tokens of each example."""
     return np.array(
@@ -156,7 +168,7 @@ def bucket_lengths(sizes: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
         ConfigError: no length, or an example that is longer than all.
     """
     ladder = np.array(sorted(set(lengths)))
-    if not len(ladder) or ladder[0] < 1:
+    if not len(ladder) or not all(is_whole(length, 1) for length in lengths):
         raise ConfigError(f"lengths={tuple(lengths)}: expected at least one positive length")
     if sizes.max() > ladder[-1]:
         raise ConfigError(
@@ -374,7 +386,7 @@ def batches_of(source: Any, workers: int) -> Iterator[Batch]:
     Raises:
         ConfigError: a number of workers below 0.
     """
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+    if not is_whole(workers, 0):
         raise ConfigError(f"workers={brief(workers)}: expected a whole number of 0 or above")
     if workers:
         return WorkerBatches(source, workers)
@@ -430,10 +442,7 @@ def bucket_batches(
         >>> sorted(next(batches)["ids"].shape for _ in range(2))
         [(2, 4), (2, 8)]
     """
-    if batch < 1:
-        raise ConfigError(f"batch={batch}: expected at least 1 row")
-    if seed < 0:
-        raise ConfigError(f"seed={seed}: expected 0 or above")
+    check_sizes(batch, seed)
     fields, of = fields_of(examples), bucket_lengths(sizes_of(examples), lengths)
     rows: Callable[[int], _Rows] = (
         _ByLength(of, batch, seed)
@@ -467,8 +476,7 @@ def eval_batches(
     Raises:
         ConfigError: as `bucket_batches`.
     """
-    if batch < 1:
-        raise ConfigError(f"batch={batch}: expected at least 1 row")
+    check_sizes(batch)
     fields = fields_of(examples)
     of = bucket_lengths(sizes_of(examples), lengths)
     found = []

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.formats.checks import did_you_mean
 from mpjax.typing import Settings
 
@@ -117,10 +117,14 @@ class Finetuning:
         }  # fmt: skip
         for name, least in whole.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise ConfigError(f"{name}={brief(value)}: expected a whole number from {least} on")
+            object.__setattr__(self, name, int(value))  # NumPy's cannot be written as JSON
             if value >= 2**31:
                 raise ConfigError(f"{name}={value}: does not fit int32; give at most {2**31 - 1}")
+        for name in ("class_weights", "balanced", "resume"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={brief(getattr(self, name))}: expected True or False")
         for name in ("held_out", "dropout", "epochs", "lr", "warmup", "weight_decay", "clip"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)

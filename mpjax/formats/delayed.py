@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.typing import ArrayLike, ModelState, Tree
 
 
@@ -47,7 +47,7 @@ class AmaxHistory(NamedTuple):
           >>> AmaxHistory.empty(16).history.shape
           (3, 16)
         """
-        if not isinstance(steps, int) or steps < 1:
+        if not is_whole(steps, 1):
             raise ConfigError(f"amax history: {brief(steps)} is no number of steps; give 1024")
         zeros = jnp.zeros((*layers, 3), jnp.float32)
         return cls(jnp.zeros((*layers, 3, steps), jnp.float32), zeros, zeros + 0)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt
 
-from mpjax.errors import ConfigError, brief, explains_calls
+from mpjax.errors import ConfigError, brief, explains_calls, is_whole
 from mpjax.formats.checks import as_batch, batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
 from mpjax.optim import Optimizer, OptState, copied, select, weight_view, without_repeats
@@ -308,7 +308,7 @@ def make_train_step(
       (1.0, 1.0)
     """
     _check_wrapped(optimizer)
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
+    if not is_whole(accumulate):
         raise ConfigError(f"accumulate: {brief(accumulate)} is no whole number; 1 does not split")
     if accumulate < 1:
         raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from mpjax.errors import ConfigError, brief, explains_calls, need
+from mpjax.errors import ConfigError, brief, explains_calls, is_whole, need
 from mpjax.files import NO_FOLLOW, write_file
 from mpjax.typing import Json, Settings
 
@@ -90,7 +90,7 @@ def plain(record: Mapping[str, object]) -> Settings:
                 " its mean"
             )
         found[name] = value
-    if isinstance(found["step"], bool) or not isinstance(found["step"], int):
+    if not is_whole(found["step"]):
         raise ConfigError(f"metrics: step {brief(found['step'])} is no whole number; give one")
     return found
 
@@ -178,6 +178,8 @@ class MetricsWriter:
         every: int = 10,
         wandb: str = "",
     ) -> None:
+        if not is_whole(every, 1):
+            raise ConfigError(f"metrics: every={brief(every)}; give a whole number of steps")
         self._wandb = _begin_wandb(wandb, settings, Path(out)) if wandb else None
         from tensorboardX import SummaryWriter  # here: 0.3 s that `--help` need not wait for
         from tensorboardX.proto.summary_pb2 import Summary
