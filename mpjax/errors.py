@@ -118,7 +118,8 @@ def is_whole(value: object, least: float = -math.inf) -> TypeGuard[int]:
       >>> is_whole(1, 1), is_whole(0, 1), is_whole(True, 1), is_whole(1.0, 1)
       (True, False, False, False)
     """
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and int(value) >= least  # type: ignore[call-overload]  # Integral, so it has int()
 
 
 def listed(names: Iterable[str], count: int = 8) -> str:

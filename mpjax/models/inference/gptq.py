@@ -138,7 +138,7 @@ def input_moments(model: Decoder | Encoder, params: Params, batches: Iterable[Ba
 
         with nn.intercept_methods(listen):
             padded = keep_BT is not None and not decodes  # nothing reads a decoder's padding
-            inputs = {"ids": ids_BT, "keep": keep_BT} if padded else ids_BT
+            inputs: Any = {"ids": ids_BT, "keep": keep_BT} if padded else ids_BT
             unrolled.apply(params, inputs, state=unrolled.init_state())
         one = {
             name: jnp.stack(layers) if "layers" in name.split("/") else layers[0]
