@@ -61,7 +61,7 @@ def parse(config: type[T]) -> T:
     words, files = _without_imports(sys.argv[1:])
     _asked.clear()
     for file in files:
-        _asked[file.name] = import_file(file)
+        _asked[file.resolve().name] = import_file(file)
     about = f"{(config.__doc__ or '').strip()}\n\n{_HELP}"
     shown = io.StringIO()
     try:

@@ -188,7 +188,7 @@ def histories(data: Interactions, of: Interactions, longest: int) -> list[np.nda
         [[], [0], [0]]
     """
     if not is_whole(longest, 1):
-        raise ConfigError(f"longest: {brief(longest)} items of a history; expected at least 1")
+        raise ConfigError(f"longest: {brief(longest)} items; expected at least 1")
     found = []
     # `data` is ordered by user and time.
     starts = np.searchsorted(data.users, of.users)

@@ -61,8 +61,8 @@ def fit(
       TrainingStopped: the loss scale cannot fall and gradients stay non-finite.
     """
     for name, value in (("steps", steps), *(("every", n) for n, _ in every)):
-        if not is_whole(value, 1):
-            raise ConfigError(f"fit: {name}={brief(value)}; give a whole number of 1 or above")
+        if not is_whole(value, 0):
+            raise ConfigError(f"fit: {name}={brief(value)}; give a whole number of 0 or above")
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise ConfigError(f"fit: batches are {brief(batches)}; give an iterator of batches")
     batches = iter(batches)
