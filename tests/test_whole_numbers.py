@@ -20,6 +20,7 @@ from mpjax.optim import pruned
 from mpjax.optim.annealing import affine, alternate, anneal_then_descend, annealed, gaussian
 from mpjax.precision import Moments, Recipe, Triggers
 from mpjax.precision.moments import MomentFormat
+from mpjax.report.curves import fitting
 from mpjax.tasks.adversarial import PGD
 from mpjax.tasks.distill.intermediates import check_layers
 
@@ -87,6 +88,8 @@ CALLS = {
     **of(train.Checkpointer, "never/made", keep=3, keep_best=0),
     **of(fitted, steps=1, every=1),
     **of(step_of, accumulate=1),
+    **of(train.check_batch, batch=2, accumulate=1, mesh=None),
+    **of(fitting, [], window=20),
     **of(answered, batch=2, tokens=3),
     **of(Finetuning, layers=1, width=1, heads=1, vocabulary=9, longest=4, batch=1, accumulate=1,
          steps=1, evaluate_every=1, patience=1, seed=0),

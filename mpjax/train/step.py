@@ -75,8 +75,12 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh | None) -> None:
     """Checks a global batch size before anything is built.
 
     Raises:
-      ConfigError: it is not divided by microbatches times the mesh's data and fsdp axes.
+      ConfigError: it is not divided by microbatches times the mesh's data and fsdp axes, or is no
+        whole number.
     """
+    for name, value in (("batch", batch), ("accumulate", accumulate)):
+        if not is_whole(value, 1):
+            raise ConfigError(f"{name}: {brief(value)} must be a whole number of at least 1")
     parts = accumulate * (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
     if batch % parts:
         raise ConfigError(

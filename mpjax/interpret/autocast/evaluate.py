@@ -264,13 +264,13 @@ class CastScope:
     ) -> Array:
         key, gradients = self.interpreter.draw(cast_policy), self.interpreter.gradients
         recipe, histories, amax = cast_policy.recipe, self.interpreter.histories, None
-        place: RecordKey = ()
+        site: RecordKey = ()
         if recipe is not None and recipe.history and histories is not None:
             where = f"autocast: {location.path or 'the function'}"
-            place, amax = histories.of(eqn, recipe, where)
+            site, amax = histories.of(eqn, recipe, where)
         y, amax = product(eqn, values, cast_policy, location, key, gradients.get(id(eqn)), amax)
         if amax is not None:
-            self.records[place] = amax.observed_amax
+            self.records[site] = amax.observed_amax
         return y
 
     def _convert(self, eqn: JaxprEqn, args: list[Array]) -> list[Array]:

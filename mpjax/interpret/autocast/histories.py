@@ -20,8 +20,8 @@ from mpjax.interpret.core.retrace import RecordKey, Records
 from mpjax.precision import Recipe
 from mpjax.typing import ModelState
 
-Place: TypeAlias = RecordKey  # of a product: ids of the equations that hold it, and its own
-Held: TypeAlias = dict[Place, AmaxHistory]
+Site: TypeAlias = RecordKey  # of a product: ids of the equations that hold it, and its own
+Held: TypeAlias = dict[Site, AmaxHistory]
 # What holds jaxprs and hands no further result out, and how a message calls it.
 CLOSED = {
     "while": "a while loop", "shard_map": "a shard_map", "composite": "a composite",
@@ -47,9 +47,9 @@ class Histories:
     """The histories of a call; `slots` are found in its first evaluation."""
 
     def __init__(self) -> None:
-        self.slots: dict[Place, Slot] = {}
+        self.slots: dict[Site, Slot] = {}
         self._known: Held | None = None  # None while they are looked for
-        self._place: Place = ()
+        self._site: Site = ()
         self._layers: tuple[int, ...] = ()
         self._closed = ""
 
@@ -64,31 +64,31 @@ class Histories:
           ConfigError: it is of another function, or no state.
         """
         wanted = [(*slot.layers, 3, slot.steps) for slot in self.slots.values()]
-        given = state if isinstance(state, tuple | list) else [state]
-        if not all(isinstance(one, AmaxHistory) for one in given):
+        histories = state if isinstance(state, tuple | list) else [state]
+        if not all(isinstance(one, AmaxHistory) for one in histories):
             raise ConfigError(
                 f"autocast: state is {brief(state)}; give what init_state of the same arguments"
                 " returns, or the last call"
             )
-        if (found := [one.history.shape for one in given]) != wanted:
+        if (found := [one.history.shape for one in histories]) != wanted:
             raise ConfigError(
                 f"autocast: state has histories of shapes {brief(found)}, the products of this call"
                 f" {brief(wanted)}; give what init_state of the same arguments returns"
             )
         # Only the end of a step reads the history itself.
-        short = [one._replace(history=one.history[..., :0]) for one in given]
+        short = [one._replace(history=one.history[..., :0]) for one in histories]
         self._known = dict(zip(self.slots, short, strict=True))
 
     def filled(self, state: Sequence[AmaxHistory], records: Records) -> tuple[AmaxHistory, ...]:
         """Returns a state with what a call observed; what did not run observed nothing."""
         return tuple(
-            one._replace(observed_amax=jnp.maximum(one.observed_amax, records[place]))
-            for place, one in zip(self.slots, state, strict=True)
+            one._replace(observed_amax=jnp.maximum(one.observed_amax, records[site]))
+            for site, one in zip(self.slots, state, strict=True)
         )
 
     @contextlib.contextmanager
     def inside(
-        self, eqn: JaxprEqn, number: int, held: Mapping[Place, AmaxHistory], closed: str
+        self, eqn: JaxprEqn, number: int, held: Mapping[Site, AmaxHistory], closed: str
     ) -> Iterator[None]:
         """While one of an equation's jaxprs is evaluated.
 
@@ -98,8 +98,8 @@ class Histories:
           held: of a scan, the histories of an iteration.
           closed: what the equation is, if nothing can be handed out of it.
         """
-        before = self._known, self._place, self._layers, self._closed
-        self._place = (*self._place, id(eqn), number)
+        before = self._known, self._site, self._layers, self._closed
+        self._site = (*self._site, id(eqn), number)
         if eqn.primitive.name == "scan":
             self._layers = (*self._layers, eqn.params["length"])
         if self._known is not None:
@@ -108,28 +108,28 @@ class Histories:
         try:
             yield
         finally:
-            self._known, self._place, self._layers, self._closed = before
+            self._known, self._site, self._layers, self._closed = before
 
     def below(self, eqn: JaxprEqn) -> Held:
         """Returns the histories of the products that an equation holds."""
-        start = (*self._place, id(eqn))
+        start = (*self._site, id(eqn))
         known = self._known or {}
-        return {place: one for place, one in known.items() if place[: len(start)] == start}
+        return {site: one for site, one in known.items() if site[: len(start)] == start}
 
-    def of(self, eqn: JaxprEqn, recipe: Recipe, where: str) -> tuple[Place, AmaxHistory]:
-        """Returns the place of a product and its history.
+    def of(self, eqn: JaxprEqn, recipe: Recipe, where: str) -> tuple[Site, AmaxHistory]:
+        """Returns the site of a product and its history.
 
         Raises:
           ConfigError: the product is in something that hands no amax out.
         """
-        place = (*self._place, id(eqn))
-        if self._closed or (self._known is not None and place not in self._known):
+        site = (*self._site, id(eqn))
+        if self._closed or (self._known is not None and site not in self._known):
             raise ConfigError(
                 f"{where}: recipe {recipe.name!r} takes its scales from past steps, and the amax of"
                 f" a product in {self._closed or 'a backward rule'} cannot be handed out; take fp8"
                 " for this path, or leave it as it is by a rule such as '**/mlp=bf16'"
             )
         if self._known is not None:
-            return place, self._known[place]
-        self.slots[place] = Slot(recipe.history, self._layers)
-        return place, AmaxHistory.empty(1)
+            return site, self._known[site]
+        self.slots[site] = Slot(recipe.history, self._layers)
+        return site, AmaxHistory.empty(1)
