@@ -9,11 +9,13 @@ import importlib.metadata
 import inspect
 import itertools
 import json
+import math
+import numbers
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,6 +105,21 @@ def brief(value: Any) -> str:
     if len(text) > 60 and isinstance(name, str):  # a Precision's, and not how its rules begin
         return f"the {type(value).__name__} {name}"
     return text if len(text) <= 60 else f"{text[:56]} ..."
+
+
+def is_whole(value: object, least: float = -math.inf) -> TypeGuard[int]:
+    """Returns whether a setting is a whole number, and not below another; True and False are none.
+
+    Args:
+      value: of a setting; integers of NumPy are whole numbers too.
+      least: the smallest that it may be.
+
+    Example:
+      >>> is_whole(1, 1), is_whole(0, 1), is_whole(True, 1), is_whole(1.0, 1)
+      (True, False, False, False)
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and int(value) >= least  # type: ignore[call-overload]  # Integral, so it has int()
 
 
 def listed(names: Iterable[str], count: int = 8) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mpjax.commands import run_command
 from mpjax.data.tables.columns import read_columns
 from mpjax.errors import ConfigError
 from mpjax.finetuning import load_run
@@ -49,21 +50,18 @@ def _texts(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[list[
     return found["text"], found.get("second", [])
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the answers; what the user can mend is one line, status 2."""
-    options = _parser().parse_args(arguments)
-    try:
-        if options.batch < 1 or options.tokens < 1:
-            raise ConfigError("--batch and --tokens: give whole numbers from 1 on")
-        run = load_run(options.run, options.precision, weights=options.weights)
-        texts, seconds = _texts(options, run.settings)
-        answers = run.predict(texts, seconds, batch=options.batch, tokens=options.tokens)
-        for text, answer in zip(texts, answers, strict=True):
-            print(json.dumps({"input": text} | answer, ensure_ascii=False))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def _answer(options: argparse.Namespace) -> None:
+    run = load_run(options.run, options.precision, weights=options.weights)
+    texts, seconds = _texts(options, run.settings)
+    answers = run.predict(texts, seconds, batch=options.batch, tokens=options.tokens)
+    for text, answer in zip(texts, answers, strict=True):
+        print(json.dumps({"input": text} | answer, ensure_ascii=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the answers; returns the exit status."""
+    return run_command(_parser(), _answer, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

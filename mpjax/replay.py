@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from mpjax.commands import run_command
 from mpjax.errors import ConfigError
 from mpjax.models import DecoderConfig, decoder
 from mpjax.optim import make_optimizer
@@ -66,16 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints it; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mpjax.replay", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="folder of a run that stopped")
-    folder = parser.parse_args(arguments).folder
     logging.basicConfig(format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("mpjax").setLevel(logging.INFO)  # compiling may take minutes
-    try:
-        print(replay(folder))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(parser, lambda options: print(replay(options.folder)), arguments)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "data": {"files"},
     "train": {"formats", "precision", "ops", "optim", "interpret", "data", "files"},
     "report": {"formats", "files", "train"},  # reads what runs wrote and draws it
-    "replay": {"train", "models", "optim", "precision"},  # rebuilds a run's step
+    "commands": {"data"},
+    "replay": {"commands", "train", "models", "optim", "precision"},  # rebuilds a run's step
     "finetuning": {
         "formats",
         "precision",
@@ -54,8 +55,8 @@ MAY_IMPORT = {
         "files",
         "report",
     },  # from data to a model in use: it uses every part
-    "predict": {"data", "finetuning"},  # command lines
-    "export": {"finetuning"},
+    "predict": {"commands", "data", "finetuning"},  # command lines
+    "export": {"commands", "finetuning"},
     "probe": set(),
     "doctor": {"probe"},  # it stays light: a broken part must not keep it from starting
 }

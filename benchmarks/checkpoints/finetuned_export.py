@@ -1,17 +1,20 @@
 """Fine-tuned runs, exported: transformers answers the same in another process.
 
 Run:       python -m benchmarks.checkpoints.finetuned_export [--python PYTHON]
-           where PYTHON has torch and transformers: pip install torch transformers
+           where PYTHON has them: pip install torch transformers sentence-transformers
 Expected:  classifier, pair classifier, tagger and language model: logits or probabilities within
-           2e-5 of their size, the same names of labels and the same predictions on 200 texts.
+           2e-5 of their size, the same names of labels and the same predictions on 200 texts. The
+           mean of a run's tokens, and MiniLM's, in sentence-transformers: vectors within the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,9 +27,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import numpy as np
 
 from benchmarks.common.page import write
+from common.datasets.assets import fetch
 from mpjax.finetuning import Tuned, finetune
+from mpjax.finetuning.pretrained import tokenizer_of
 from mpjax.markdown import table
+from mpjax.models.hf import load_checkpoint, open_checkpoint, save_checkpoint
 from mpjax.tasks import softmax
+from mpjax.tasks.predictor import predictor
 from tests.finetuning.test_finetune import SMALL, data_of
 
 TASKS, TEXTS, BAR = ("classify", "pair", "tag", "lm"), 200, 2e-5
@@ -47,6 +54,15 @@ with torch.no_grad():
 labels = getattr(model.config, "id2label", {})
 version = transformers.__version__
 json.dump({"found": found, "labels": labels, "version": version}, open(out, "w"))
+"""
+
+VECTORS = """
+import json, sys
+import sentence_transformers
+folder, asked, out = sys.argv[1:]
+model = sentence_transformers.SentenceTransformer(folder, device="cpu")
+found = model.encode(json.load(open(asked))).tolist()
+json.dump({"found": found, "version": sentence_transformers.__version__}, open(out, "w"))
 """
 
 
@@ -85,12 +101,48 @@ def compared(run: Tuned, task: str, asked: Sequence[str], theirs: Any) -> tuple[
     return off, same
 
 
+def embedder(run: Tuned) -> Tuned:
+    """The encoder of a run without its head, whose pooled output is the mean of the tokens."""
+    config = dataclasses.replace(run.model.config, head="none", pool="mean", labels=())
+    body = {n: x for n, x in run.params["encoder"].items() if n not in ("class", "pooler")}
+    model = dataclasses.replace(run.model, config=config)
+    return dataclasses.replace(run, model=model, params={"encoder": body})
+
+
+def minilm() -> tuple[Any, Any, Any]:
+    """The model, weights and tokenizer of a checkpoint that sentence-transformers made."""
+    checkpoint = open_checkpoint(fetch("minilm"))
+    model, params = load_checkpoint(checkpoint, head="none", pool="mean", unused=["*pooler*"])
+    return model, params, tokenizer_of(checkpoint, True)
+
+
+def vectors_compared(
+    model: Any, params: Any, tokenizer: Any, folder: Path, python: str
+) -> tuple[float, str]:
+    """The largest difference of vectors relative to their size, and the version that made them."""
+    asked = [*texts()[1:], " ".join(texts())]  # and one that is as long as the model takes, or cut
+    (folder / "asked.json").write_text(json.dumps(asked))
+    paths = (folder / "exported", folder / "asked.json", folder / "vectors.json")
+    subprocess.run([python, "-c", VECTORS, *map(str, paths)], check=True)
+    found = json.loads(paths[-1].read_text())
+    theirs = np.array(found["found"])
+    limit = folder / "exported" / "sentence_bert_config.json"  # cuts texts, beside the context
+    longest = model.config.context
+    if limit.is_file():
+        longest = json.loads(limit.read_text())["max_seq_length"]
+    examples = tokenizer.encode(asked, longest=longest)
+    ours = np.stack(predictor(model, "pooled", batch=32, lengths=(32, longest))(params, examples))
+    if "Normalize" in (folder / "exported" / "modules.json").read_text():
+        ours /= np.linalg.norm(ours, axis=-1, keepdims=True)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max()), found["version"]
+
+
 def main() -> bool:
     """Trains, exports, compares and writes the page; whether every bar is met."""
     parser = argparse.ArgumentParser(description="exports of fine-tuned runs, in transformers")
     parser.add_argument("--python", default=sys.executable)
     options = parser.parse_args()
-    rows, met, version = [], True, ""
+    rows, vectors, met, version, pooled_by = [], [], True, "", ""
     for task in TASKS:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder)
@@ -121,12 +173,29 @@ def main() -> bool:
             rows.append(
                 [task, f"{off:.1e}", f"{same} of {TEXTS}", told, "met" if good else "missed"]
             )
+            if task != "classify":
+                continue
+            body = embedder(run)
+            for name in ("mean of a run", "mean of MiniLM"):
+                shutil.rmtree(out / "exported")
+                if name == "mean of a run":
+                    parts = body.model, body.params, body.tokenizer
+                    body.export(out / "exported")
+                else:
+                    parts = minilm()
+                    save_checkpoint(out / "exported", *parts[:2])
+                off, pooled_by = vectors_compared(*parts, out, options.python)
+                met &= (good := off <= BAR)
+                vectors.append([name, f"{off:.1e}", "–", "none", "met" if good else "missed"])
     head = ["task", "largest difference", "same answers", "labels", f"bar {BAR:g}"]
     said = (
         f"Runs of `mpjax.finetune`, exported; transformers {version} in another process."
-        " Probabilities of classes are compared, of tags and tokens logits relative to their size."
+        " Probabilities of classes are compared, of tags and tokens logits relative to their size;"
+        f" vectors of {TEXTS} texts with sentence-transformers {pooled_by}, relative to the largest"
+        " number."
     )
-    write("finetuned_export", "Fine-tuned runs in transformers", f"{said}\n\n{table(head, rows)}")
+    shown = table(head, rows + vectors)
+    write("finetuned_export", "Fine-tuned runs in transformers", f"{said}\n\n{shown}")
     return met
 
 

@@ -7,68 +7,29 @@ names then work wherever a precision is given.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import itertools
 import os
 import re
 import sys
-import traceback
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
-from mpjax.data.cache import checksum
+from mpjax.commands import IMPORT, import_file
 from mpjax.errors import ConfigError
 
 T = TypeVar("T")
-IMPORT = "--import"
 _HELP = (
     f"{IMPORT} FILE.py runs a file of yours first, which registers recipes and presets; repeatable."
 )
-_loaded: dict[Path, str] = {}  # file -> checksum: what it registers lasts as long as the process
-_asked: list[Path] = []  # by this command line
+_asked: dict[str, str] = {}  # name -> checksum of the files of this command line
 
 
 def imported() -> dict[str, str]:
     """Returns the name -> checksum of each file that is imported, for a run's settings."""
-    return {path.name: _loaded[path] for path in _asked}
-
-
-def import_file(path: Path) -> None:
-    """Runs a Python file that registers recipes, presets and the like.
-
-    Raises:
-      ConfigError: there is none, or it raises something.
-    """
-    path = path.resolve()
-    if not path.is_file():
-        raise ConfigError(f"import: {path} is no file; give a Python file, such as my_recipes.py")
-    _asked.append(path)
-    if path in _loaded:
-        return
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"import: {path} is no Python file; give one, such as my_recipes.py")
-    module = importlib.util.module_from_spec(spec)
-    if path.stem in sys.modules:  # `json.py` would stand in for a module that others import
-        raise ConfigError(f"import: a module {path.stem} is loaded already; rename {path.name}")
-    sys.modules[path.stem] = module
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # not into the user's folder
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[path.stem]
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__)
-                 if f.filename == str(path)]  # fmt: skip
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else "?")
-        raise ConfigError(
-            f"import: {path.name}, line {line}: {type(error).__name__}: {error}; mend the file"
-        ) from None
-    finally:
-        sys.dont_write_bytecode = writes
-    _loaded[path] = checksum(path)
+    return dict(_asked)
 
 
 def _without_imports(words: list[str]) -> tuple[list[str], list[Path]]:
@@ -100,7 +61,7 @@ def parse(config: type[T]) -> T:
     words, files = _without_imports(sys.argv[1:])
     _asked.clear()
     for file in files:
-        import_file(file)
+        _asked[file.resolve().name] = import_file(file)
     about = f"{(config.__doc__ or '').strip()}\n\n{_HELP}"
     shown = io.StringIO()
     try:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpjax.errors import ConfigError, brief, explains_calls
+from mpjax.errors import ConfigError, brief, explains_calls, is_whole
 from mpjax.typing import DType, Shape
 
 Example = Mapping[str, Any]  # name -> one number, or an array with an entry (or array) a token
@@ -141,6 +141,18 @@ def pad(
     return batch
 
 
+def check_sizes(batch: int, seed: int = 0) -> None:
+    """Checks the rows of a batch and the seed of an order.
+
+    Raises:
+        ConfigError: one is no whole number, or too small.
+    """
+    if not is_whole(batch, 1):
+        raise ConfigError(f"batch={brief(batch)}: expected at least 1 row, a whole number")
+    if not is_whole(seed, 0):
+        raise ConfigError(f"seed={brief(seed)}: expected a whole number of 0 or above")
+
+
 def sizes_of(examples: Sequence[Example]) -> np.ndarray:
     """Returns the tokens of each example."""
     return np.array(
@@ -156,7 +168,7 @@ def bucket_lengths(sizes: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
         ConfigError: no length, or an example that is longer than all.
     """
     ladder = np.array(sorted(set(lengths)))
-    if not len(ladder) or ladder[0] < 1:
+    if not len(ladder) or not all(is_whole(length, 1) for length in lengths):
         raise ConfigError(f"lengths={tuple(lengths)}: expected at least one positive length")
     if sizes.max() > ladder[-1]:
         raise ConfigError(
@@ -165,31 +177,31 @@ def bucket_lengths(sizes: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     return ladder[np.searchsorted(ladder, sizes)]
 
 
-class _Epochs:
-    """A grain source whose elements are whole batches, one epoch after the other.
+class _Rows(NamedTuple):
+    """The examples of a batch.
+
+    Args:
+        places: of each row, shape (rows,).
+        rounds: how often each has been taken before, shape (rows,).
+        length: that they are padded to.
+    """
+
+    places: np.ndarray
+    rounds: np.ndarray
+    length: int
+
+
+class _ByLength:
+    """Batches of similar length, one epoch after the other.
 
     In each epoch every example is taken once, in a new order; what does not fill a batch of its
     length joins the next longer one, and the last batch is filled up with examples of that epoch.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        batch: int,
-        seed: int,
-        lengths: Sequence[int],
-        change: Callable[[Batch, np.random.Generator], Batch],
-        padding: Mapping[str, int],
-        augment: Augment | None,
-    ):
-        self._examples, self._batch, self._seed, self._lengths = examples, batch, seed, lengths
-        self._change, self._padding, self._fields = change, padding, fields_of(examples)
-        self._augment, self._of = augment, bucket_lengths(sizes_of(examples), lengths)
-        self._count = -(-len(examples) // batch)
+    def __init__(self, of: np.ndarray, batch: int, seed: int):
+        self._of, self._batch, self._seed = of, batch, seed
+        self._count = -(-len(of) // batch)
         self._planned: tuple[int, list[tuple[int, np.ndarray]]] = (-1, [])
-
-    def __len__(self) -> int:
-        return sys.maxsize // self._batch  # endless
 
     def _plan(self, epoch: int) -> list[tuple[int, np.ndarray]]:
         if self._planned[0] != epoch:
@@ -208,13 +220,89 @@ class _Epochs:
             self._planned = (epoch, [plan[i] for i in draw.permutation(len(plan))])
         return self._planned[1]
 
-    def __getitem__(self, index: int) -> Batch:
+    def __call__(self, index: int) -> _Rows:
         epoch, place = divmod(index, self._count)
         length, rows = self._plan(epoch)[place]
+        return _Rows(rows, np.full(len(rows), epoch), length)
+
+
+class _Balanced:
+    """Batches that take classes in turn, and each class's examples in orders of its own.
+
+    Rows have any length: a batch of one length alone would hold the classes that are so long.
+    """
+
+    def __init__(self, of: np.ndarray, batch: int, seed: int, classes: np.ndarray):
+        self._of, self._batch, self._seed = of, batch, seed
+        self._members = [np.flatnonzero(classes == one) for one in np.unique(classes)]
+        self._known: dict[int, tuple[int, np.ndarray]] = {}
+
+    def _order(self, one: int, round_: int) -> np.ndarray:
+        known = self._known.get(one)
+        if known is None or known[0] != round_:
+            draw = np.random.default_rng((self._seed, one, round_, 3))  # a record's ends in 2
+            known = self._known[one] = (round_, draw.permutation(self._members[one]))
+        return known[1]
+
+    def __call__(self, index: int) -> _Rows:
+        places, rounds = [], []
+        for number in range(index * self._batch, (index + 1) * self._batch):
+            taken, one = divmod(number, len(self._members))
+            round_, place = divmod(taken, len(self._members[one]))
+            places.append(self._order(one, round_)[place])
+            rounds.append(round_)
+        rows = np.array(places)
+        return _Rows(rows, np.array(rounds), int(self._of[rows].max()))
+
+
+def _classes(examples: Sequence[Example], fields: Mapping[str, Field], name: str) -> np.ndarray:
+    """The class of each example, for `_Balanced`."""
+    where = f"balanced={brief(name)}"
+    if name not in fields:
+        raise ConfigError(f"{where}: examples have no such field; known: {' '.join(fields)}")
+    if fields[name].ndim or fields[name].dtype.kind not in "iub":
+        raise ConfigError(
+            f"{where}: is {brief(examples[0][name])} in examples[0]; one whole number an example is"
+            " a class; leave balanced out"
+        )
+    found = np.array([int(example[name]) for example in examples])
+    if len(without := np.flatnonzero(found == IGNORE)):
+        raise ConfigError(
+            f"{where}: examples[{without[0]}] has no class ({IGNORE}); leave such examples out"
+        )
+    if len(set(found.tolist())) < 2:
+        raise ConfigError(f"{where}: all examples are of class {found[0]}; expected two classes")
+    return found
+
+
+class _Batches:
+    """A grain source whose elements are whole batches."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        rows: Callable[[int], _Rows],
+        fields: Mapping[str, Field],
+        seed: int,
+        lengths: Sequence[int],
+        change: Callable[[Batch, np.random.Generator], Batch],
+        padding: Mapping[str, int],
+        augment: Augment | None,
+    ):
+        self._examples, self._rows, self._fields = examples, rows, fields
+        self._seed, self._lengths, self._change = seed, lengths, change
+        self._padding, self._augment = padding, augment
+
+    def __len__(self) -> int:
+        return sys.maxsize  # endless
+
+    def __getitem__(self, index: int) -> Batch:
+        places, rounds, length = self._rows(index)
         if self._augment is None:
-            chosen = [self._examples[row] for row in rows]
+            chosen = [self._examples[row] for row in places]
         else:
-            chosen = [self._anew(self._augment, epoch, int(row)) for row in rows]
+            pairs = zip(rounds, places, strict=True)
+            chosen = [self._anew(self._augment, int(round_), int(row)) for round_, row in pairs]
             length = int(bucket_lengths(sizes_of(chosen), self._lengths).max())
         batch = pad(chosen, length, self._padding, self._fields)
         return self._change(batch, np.random.default_rng((self._seed, index, 1)))
@@ -298,7 +386,7 @@ def batches_of(source: Any, workers: int) -> Iterator[Batch]:
     Raises:
         ConfigError: a number of workers below 0.
     """
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+    if not is_whole(workers, 0):
         raise ConfigError(f"workers={brief(workers)}: expected a whole number of 0 or above")
     if workers:
         return WorkerBatches(source, workers)
@@ -318,6 +406,7 @@ def bucket_batches(
     change: Callable[[Batch, np.random.Generator], Batch] = lambda batch, draw: batch,
     padding: Mapping[str, int] = {},
     augment: Augment | None = None,
+    balanced: str | None = None,
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Endless training batches of examples of similar length, in an order fixed by the seed.
@@ -332,6 +421,11 @@ def bucket_batches(
         augment: place of an example, random generator -> that example anew, as those of
             `mpjax.data.augment`; called for each example in each epoch, with a generator of seed,
             epoch and place alone. What it makes longer goes to the next length.
+        balanced: field whose whole numbers are classes, such as `labels`: rows are then of each
+            class in turn, so that a batch has of every class as many, give or take one. A class's
+            examples are all taken before one is taken again, in a new order; that often counts as
+            an epoch of `augment`. Such a batch has examples of any length, and is padded to its
+            longest.
         workers: processes that make batches ahead, for an `augment` that takes time; 0 is none.
             The batches are the same, and a position may be continued with another number.
 
@@ -340,7 +434,7 @@ def bucket_batches(
 
     Raises:
         ConfigError: no examples, one that is too long, a batch or length below 1, fields that
-            differ, workers below 0.
+            differ, workers below 0; to be balanced, a field that has no classes, or one alone.
 
     Example:
         >>> examples = [{"ids": np.arange(n)} for n in (3, 2, 7, 4)]
@@ -348,11 +442,15 @@ def bucket_batches(
         >>> sorted(next(batches)["ids"].shape for _ in range(2))
         [(2, 4), (2, 8)]
     """
-    if batch < 1:
-        raise ConfigError(f"batch={batch}: expected at least 1 row")
-    if seed < 0:
-        raise ConfigError(f"seed={seed}: expected 0 or above")
-    return batches_of(_Epochs(examples, batch, seed, lengths, change, padding, augment), workers)
+    check_sizes(batch, seed)
+    fields, of = fields_of(examples), bucket_lengths(sizes_of(examples), lengths)
+    rows: Callable[[int], _Rows] = (
+        _ByLength(of, batch, seed)
+        if balanced is None
+        else _Balanced(of, batch, seed, _classes(examples, fields, balanced))
+    )
+    source = _Batches(examples, rows, fields, seed, lengths, change, padding, augment)
+    return batches_of(source, workers)
 
 
 @explains_calls
@@ -378,8 +476,7 @@ def eval_batches(
     Raises:
         ConfigError: as `bucket_batches`.
     """
-    if batch < 1:
-        raise ConfigError(f"batch={batch}: expected at least 1 row")
+    check_sizes(batch)
     fields = fields_of(examples)
     of = bucket_lengths(sizes_of(examples), lengths)
     found = []

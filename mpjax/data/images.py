@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpjax.data.buckets import batches_of, record_generator
+from mpjax.data.buckets import batches_of, check_sizes, record_generator
 from mpjax.errors import ConfigError, need
 from mpjax.typing import Sources
 
@@ -146,7 +146,8 @@ def image_batches(
         (4, 2, 2, 1)
     """
     count = len(data["targets"])
-    if not 0 < batch <= count:
+    check_sizes(batch, seed)
+    if batch > count:
         raise ConfigError(f"batch: {batch} is not in 1 .. {count}, the number of images; change it")
     return batches_of(_ImageEpochs(data, batch, seed, tuple(transforms)), workers)
 

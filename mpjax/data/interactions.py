@@ -11,7 +11,7 @@ import numpy as np
 
 from mpjax.data.buckets import Batch, Example, pad
 from mpjax.data.tables.rows import one_of_sources, read_rows, say_counts
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.typing import ArrayLike, Sources
 
 Interaction = tuple[str, str, float]  # user, text of the item, time
@@ -187,8 +187,8 @@ def histories(data: Interactions, of: Interactions, longest: int) -> list[np.nda
         >>> [h.tolist() for h in histories(data, data, 5)]
         [[], [0], [0]]
     """
-    if longest < 1:
-        raise ConfigError(f"history: {longest} items; expected at least 1")
+    if not is_whole(longest, 1):
+        raise ConfigError(f"longest: {brief(longest)} items; expected at least 1")
     found = []
     # `data` is ordered by user and time.
     starts = np.searchsorted(data.users, of.users)
@@ -231,8 +231,10 @@ def candidates(
             f"counts: shape {own.shape} for {len(items)} items; give a count for each, of two items"
             " or more"
         )
-    if negatives < 1:
-        raise ConfigError(f"negatives: {negatives}; expected at least 1 a row")
+    if not is_whole(negatives, 1):
+        raise ConfigError(f"negatives: {brief(negatives)}; expected at least 1 a row")
+    if not is_whole(length, 1):
+        raise ConfigError(f"length: {brief(length)}; expected at least 1 token")
     padded = pad(items, length)
     log_q = np.log(own / own.sum() + negatives / len(items)).astype(np.float32)
 

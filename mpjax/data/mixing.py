@@ -15,6 +15,7 @@ from mpjax.data.buckets import (
     Batch,
     Example,
     bucket_lengths,
+    check_sizes,
     fields_of,
     pad,
     sizes_of,
@@ -271,10 +272,7 @@ def mixed_batches(
     """
     import grain  # here, because it takes half a second
 
-    if batch < 1:
-        raise ConfigError(f"batch={batch}: expected at least 1 row")
-    if seed < 0:
-        raise ConfigError(f"seed={seed}: expected 0 or above")
+    check_sizes(batch, seed)
     if not isinstance(examples, Mapping):
         raise ConfigError(f"mixing: examples={brief(examples)}; give a dict of task -> examples")
     shares = mixing_weights(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 
 Batch = dict[str, np.ndarray]
 
@@ -61,8 +61,8 @@ def batches(
     """
     rows = local_rows(batch, process_index, process_count)
     count = _window_count(tokens, seq)
-    if seed < 0:
-        raise ConfigError(f"seed={seed}: expected 0 or above")
+    if not is_whole(seed, 0):
+        raise ConfigError(f"seed={brief(seed)}: expected a whole number of 0 or above")
     return TrainingBatches(tokens, count, batch, seq, seed, rows)
 
 
@@ -202,8 +202,10 @@ def validation_batches(
     """
     rows = local_rows(batch, process_index, process_count)
     count = _window_count(tokens, seq)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit={limit}: expected at least 1 validation batch, or None for all")
+    if limit is not None and not is_whole(limit, 1):
+        raise ConfigError(
+            f"limit={brief(limit)}: expected at least 1 validation batch, or None for all"
+        )
     if count < batch:
         raise ConfigError(
             f"batch={batch}: the held-out text has only {count} windows of seq={seq}; "
@@ -226,8 +228,8 @@ def local_rows(batch: int, process_index: int, process_count: int) -> slice:
     Raises:
         ConfigError: a batch that does not divide, or a setting out of range.
     """
-    if batch < 1:
-        raise ConfigError(f"batch={batch}: expected at least 1 row")
+    if not is_whole(batch, 1):
+        raise ConfigError(f"batch={brief(batch)}: expected at least 1 row, a whole number")
     if not 0 <= process_index < process_count:
         raise ConfigError(
             f"process_index={process_index}: expected 0 to {process_count - 1} "
@@ -243,8 +245,8 @@ def local_rows(batch: int, process_index: int, process_count: int) -> slice:
 
 
 def _window_count(tokens: np.ndarray, seq: int) -> int:
-    if seq < 1:
-        raise ConfigError(f"seq={seq}: expected at least 1 token")
+    if not is_whole(seq, 1):
+        raise ConfigError(f"seq={brief(seq)}: expected at least 1 token, a whole number")
     if getattr(getattr(tokens, "dtype", None), "kind", "") not in ("i", "u") or tokens.ndim != 1:
         raise ConfigError(f"tokens: {brief(tokens)}; give an array of token ids, shape (tokens,)")
     if len(tokens) <= seq:

@@ -43,7 +43,12 @@ from mpjax.train import (
     write_manifest,
 )
 from mpjax.train.checkpoint import compare_settings
-from mpjax.train.report import MANIFEST, how_products_run, require_same_environment
+from mpjax.train.report import (
+    MANIFEST,
+    how_products_run,
+    import_wandb,
+    require_same_environment,
+)
 from mpjax.typing import Params, Settings
 
 log = logging.getLogger("mpjax.finetuning")
@@ -130,6 +135,8 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
     get_precision(c.eval_precision)
     mesh = parse_mesh(c.mesh)
     check_batch(c.batch, c.accumulate, mesh)
+    if c.wandb:
+        import_wandb()
     _check_folder(c)
     source = read_source(c, data)
     labels = source.labels
@@ -213,10 +220,11 @@ def _train(
             log.info("%s: goes on from step %d of %d", c.out, start, steps)
         flat = {name: str(value) for name, value in c.to_dict().items()}
         # Without a checkpoint the log begins anew, with its record of step 0.
-        writer = MetricsWriter(c.out, flat, start=-1 if untrained else start)
-        stack.callback(writer.close)
+        first = -1 if untrained else start
         if start == steps or progress.found and progress.enough(c.patience):
             return
+        writer = MetricsWriter(c.out, flat, start=first, wandb=c.wandb)
+        stack.callback(writer.close)
         bar = None if quiet else stack.enter_context(ProgressBar(steps, start))
         interrupt = stack.enter_context(Interrupt())
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.formats.checks import did_you_mean
 from mpjax.typing import Settings
 
@@ -44,6 +44,8 @@ class Finetuning:
     """Of rows that repeat an earlier one: keep them, or leave them out."""
     class_weights: bool = False
     """Weigh each class alike, however many examples it has."""
+    balanced: bool = False
+    """Draw each class as often, however many examples it has: batches hold as many of each."""
     prompt: str = ""
     """Of `instruct`: what stands around a prompt, which is {}; by default the chat template of the
     model, or an end of line behind the prompt where it has none."""
@@ -97,6 +99,8 @@ class Finetuning:
     """Folder of the run: report, metrics, checkpoints and the best weights."""
     export: str = ""
     """New folder in which the best weights are written at the end, for transformers to load."""
+    wandb: str = ""
+    """Project in Weights & Biases, which gets the records too; the extra `wandb`."""
     resume: bool = False
     """Go on with the run in --out: the same bits as if it had not been stopped."""
 
@@ -116,10 +120,14 @@ class Finetuning:
         }  # fmt: skip
         for name, least in whole.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not is_whole(value, least):
                 raise ConfigError(f"{name}={brief(value)}: expected a whole number from {least} on")
+            object.__setattr__(self, name, int(value))  # NumPy's cannot be written as JSON
             if value >= 2**31:
                 raise ConfigError(f"{name}={value}: does not fit int32; give at most {2**31 - 1}")
+        for name in ("class_weights", "balanced", "resume"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={brief(getattr(self, name))}: expected True or False")
         for name in ("held_out", "dropout", "epochs", "lr", "warmup", "weight_decay", "clip"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -150,11 +158,17 @@ class Finetuning:
         for name, tasks in (
             ("label", ("classify", "pair", "regress", "instruct", "seq2seq")),
             ("second", ("pair", "regress")), ("class_weights", ("classify", "pair")),
+            ("balanced", ("classify", "pair")),
         ):  # fmt: skip
             if getattr(self, name) and self.task not in tasks:
                 raise ConfigError(
                     f"{name}={brief(getattr(self, name))}: {self.task} has none; leave it out"
                 )
+
+        if self.balanced and self.class_weights:
+            raise ConfigError(
+                "balanced and class_weights: rare classes would count twice; leave one out"
+            )
 
     @property
     def new(self) -> bool:
@@ -164,7 +178,8 @@ class Finetuning:
     def to_dict(self) -> Settings:
         """Returns all settings that decide a result, as JSON."""
         held = dataclasses.asdict(self)
-        del held["out"], held["export"], held["resume"]
+        for name in ("out", "export", "resume", "wandb"):
+            del held[name]
         return held
 
     @classmethod

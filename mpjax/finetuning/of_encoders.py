@@ -103,15 +103,22 @@ class Texts:
                 e | {"weights": np.float32(share / counts[task.classes[e["labels"]]])}
                 for e in train
             ]
+        if c.balanced:
+            drawn = -(-len(train) // c.batch) * c.batch / len(counts)
+            often = [f"{name} {drawn / counts[name]:.3g}" for name in names]
+            lines.append(("balanced: times an epoch", listed(often, 20)))
         lengths = lengths_of([len(e["ids"]) for e in (*train, *test)], c.longest)
 
         def judge(model: Any) -> Judge:
             predict = task.predictor(model, batch=c.batch, lengths=lengths)
             return lambda params: task.evaluate(predict(params, test), test)
 
+        data = bucket_batches(
+            train, batch=c.batch, seed=c.seed, lengths=lengths,
+            balanced="labels" if c.balanced else None,
+        )  # fmt: skip
         return Work(
-            task, bucket_batches(train, batch=c.batch, seed=c.seed, lengths=lengths),
-            -(-len(train) // c.batch), judge, metric,
+            task, data, -(-len(train) // c.batch), judge, metric,
             lines + told_sizes(train, "ids", c.longest), fingerprint(tokens, [train, test]),
         )  # fmt: skip
 

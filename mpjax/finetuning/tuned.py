@@ -14,7 +14,7 @@ import numpy as np
 
 from mpjax.data import Tokenizer, parse_wordpiece
 from mpjax.data.chat import Chat
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.finetuning.language_run import is_language_run, load_language_run
 from mpjax.finetuning.run_folder import FILES, RUN, TOKENIZER, RunPage, best_weights
 from mpjax.finetuning.tuned_chat import (
@@ -94,8 +94,11 @@ class Tuned:
           or `text`.
 
         Raises:
-          ConfigError: no texts, or something else.
+          ConfigError: no texts, or something else; a batch or tokens below 1.
         """
+        for name, value in (("batch", batch), ("tokens", tokens)):
+            if not is_whole(value, 1):
+                raise ConfigError(f"{name}={brief(value)}: expected a whole number from 1 on")
         texts = list(texts) if not isinstance(texts, str) else [texts]
         words = isinstance(self.task, TokenClassification)
         for number, text in enumerate(texts):

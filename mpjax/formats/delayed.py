@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.typing import ArrayLike, ModelState, Tree
 
 
@@ -47,7 +47,7 @@ class AmaxHistory(NamedTuple):
           >>> AmaxHistory.empty(16).history.shape
           (3, 16)
         """
-        if not isinstance(steps, int) or steps < 1:
+        if not is_whole(steps, 1):
             raise ConfigError(f"amax history: {brief(steps)} is no number of steps; give 1024")
         zeros = jnp.zeros((*layers, 3), jnp.float32)
         return cls(jnp.zeros((*layers, 3, steps), jnp.float32), zeros, zeros + 0)
@@ -93,7 +93,17 @@ def map_histories(
 
 
 def observed_of(tree: ModelState) -> list[Array]:
-    """Returns `observed_amax` of each AmaxHistory of a tree, in order; empty without one."""
+    """Returns `observed_amax` of each AmaxHistory of a tree, in order; empty without one.
+
+    Of the cotangents of a state it is the amax of gradients, for `end_step`.
+
+    Args:
+      tree: a state, or its cotangents.
+
+    Example:
+      >>> [x.tolist() for x in observed_of({"a": AmaxHistory.empty(4), "b": None})]
+      [[0.0, 0.0, 0.0]]
+    """
     return [x.observed_amax for x in jax.tree.leaves(tree, is_leaf=_is_history) if _is_history(x)]
 
 
@@ -104,13 +114,36 @@ def with_observed(tree: Tree, observed_amax: Sequence[Array]) -> Tree:
 
 
 def begin_step(tree: Tree, loss_scale: ArrayLike) -> Tree:
-    """Returns a model's state for one step; see `AmaxHistory.begin`."""
+    """Returns a model's state for one step; see `AmaxHistory.begin`.
+
+    Args:
+      tree: the state; what is no AmaxHistory stays.
+      loss_scale: that of the step; 1.0 without.
+
+    Example:
+      >>> known = AmaxHistory.empty(4)._replace(amax=jnp.ones(3))
+      >>> begin_step(known, 8.0).amax.tolist()
+      [1.0, 1.0, 8.0]
+    """
     return map_histories(lambda x: x.begin(loss_scale), tree)
 
 
 def end_step(
     tree: Tree, before: ModelState, gradient_amax: Sequence[Array], loss_scale: ArrayLike
 ) -> Tree:
-    """Returns a model's state after one step; see `AmaxHistory.end`."""
+    """Returns a model's state after one step; see `AmaxHistory.end`.
+
+    Args:
+      tree: the state that the forward pass returned.
+      before: that before `begin_step`.
+      gradient_amax: of each AmaxHistory the cotangent of `observed_amax`, as `observed_of` gives.
+      loss_scale: that of the step; 1.0 without.
+
+    Example:
+      >>> before = AmaxHistory.empty(2)
+      >>> after = before._replace(observed_amax=jnp.array([3.0, 2.0, 0.0]))
+      >>> end_step(after, before, [jnp.array([0.0, 0.0, 8.0])], 16.0).amax.tolist()
+      [3.0, 2.0, 0.5]
+    """
     rest = iter(gradient_amax)
     return map_histories(lambda x, old: x.end(old, next(rest), loss_scale), tree, before)

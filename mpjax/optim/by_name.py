@@ -8,7 +8,7 @@ import math
 import jax
 import optax
 
-from mpjax.errors import ConfigError, brief, explains_calls
+from mpjax.errors import ConfigError, brief, explains_calls, is_whole
 from mpjax.optim.checks import is_number
 from mpjax.paths import path_name
 from mpjax.typing import Params, PyTree
@@ -44,10 +44,12 @@ def make_schedule(name: str, lr: int | float, steps: int, warmup: int) -> optax.
     _known("schedule", name, SCHEDULES)
     if not (is_number(lr) and 0 < lr < math.inf):
         raise ConfigError(f"lr: {brief(lr)} is no finite number above 0; give one, such as 0.001")
-    if not isinstance(steps, int) or steps < 1:
+    if not is_whole(steps, 1):
         raise ConfigError(f"steps: {brief(steps)} is no number of steps; give at least 1")
-    if not isinstance(warmup, int) or not 0 <= warmup < max(1, steps):
-        raise ConfigError(f"warmup: {warmup} must be in 0..steps-1 = 0..{steps - 1}; change one")
+    if not is_whole(warmup, 0) or warmup >= steps:
+        raise ConfigError(
+            f"warmup: {brief(warmup)} must be in 0..steps-1 = 0..{steps - 1}; change one"
+        )
     rest = max(1, steps - warmup)
     down = max(1, rest // 5)
     constant = optax.constant_schedule(lr)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.formats import is_quantized
 from mpjax.paths import leaves_with_names
 from mpjax.typing import Grads, Params, PyTree, Shape
@@ -155,7 +155,7 @@ def check_whole(where: str, name: str, value: object, least: int) -> None:
     Raises:
       ConfigError: it is not a whole number of `least` or above.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value, least):
         raise ConfigError(
             f"{where}: {name}={brief(value)} is not a whole number of {least} or above"
         )

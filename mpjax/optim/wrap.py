@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mpjax.errors import ConfigError, TrainingStopped, brief, explains_calls
+from mpjax.errors import ConfigError, TrainingStopped, brief, explains_calls, is_whole
 from mpjax.formats import is_quantized, weight_view
 from mpjax.optim import checks, update_rules
 from mpjax.optim.annealing.annealing import Annealing, Evaluate
@@ -382,7 +382,7 @@ def wrap(
         )
     if clip is not None and not (checks.is_number(clip) and clip > 0):
         raise ConfigError(f"clip: {brief(clip)} is not positive; leave it out or write clip=1.0")
-    if not isinstance(patience, int) or patience < 1:
+    if not is_whole(patience, 1):
         raise ConfigError(f"patience: {brief(patience)} is not positive; give at least 1")
     if not gate and precision.loss_scale.kind not in ("none", "static"):
         raise ConfigError(

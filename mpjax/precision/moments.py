@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.formats.checks import did_you_mean
 from mpjax.precision.policy import dtype_name, parse_dtype
 from mpjax.typing import DTypeLike
@@ -58,7 +58,7 @@ class MomentFormat:
                 )
         elif block is None:
             object.__setattr__(self, "block", _BLOCKS[name])
-        elif isinstance(block, bool) or not isinstance(block, int) or block < 0:
+        elif not is_whole(block, 0):
             raise ConfigError(
                 f"moments: block={brief(block)} is not a number of elements; write"
                 f" {_BLOCKS[name] or 256}, or 0 for the whole tensor"
@@ -162,7 +162,7 @@ class Moments:
                     " pattern such as keep=**/embed"
                 )
         size = self.min_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if not is_whole(size, 0):
             raise ConfigError(
                 f"moments: min={brief(size)} is not a number of elements; write min=4096"
             )

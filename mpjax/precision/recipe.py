@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.formats import ROUNDINGS, Format, Scaling, check_scaling
 from mpjax.formats.checks import did_you_mean
 
@@ -119,7 +119,7 @@ class Recipe:
             object.__setattr__(self, product, tuple(pair))
         for field in ("hadamard", "history", "margin", "chunk"):
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not is_whole(value):
                 raise ConfigError(f"{where}: {field}={brief(value)} is no whole number; give one")
         if not isinstance(self.name, str) or not self.name or set(" =:,") & set(self.name):
             raise ConfigError(f"{where}: the name is empty or holds one of ' =:,'; choose another")

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, is_whole
 from mpjax.formats.checks import did_you_mean
 from mpjax.typing import Settings
 
@@ -96,7 +96,7 @@ class Triggers:
             ("hold", True, 1, 2**20), ("underflow", False, 0, 1), ("headroom", False, 0, math.inf),
         ):  # fmt: skip
             value = getattr(self, name)
-            number = isinstance(value, int | float) and math.isfinite(value)
+            number = is_whole(value) or isinstance(value, float) and math.isfinite(value)
             fits = number and low <= value <= high and (not whole or int(value) == value)
             if not fits or (value == 0 and name in ("skips", "rise")):
                 kind = "a whole number" if whole else "a number"

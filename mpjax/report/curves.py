@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.report.results import Outcome
 
 
@@ -52,7 +53,13 @@ def by_step(outcome: Outcome, name: str = "loss") -> tuple[np.ndarray, np.ndarra
 
 
 def fitting(outcomes: Sequence[Outcome], window: int) -> int:
-    """Returns a window that is at most half of the shortest run's records."""
+    """Returns a window that is at most half of the shortest run's records.
+
+    Raises:
+      ConfigError: a window below 1.
+    """
+    if not is_whole(window, 1):
+        raise ConfigError(f"window: {brief(window)} records make no mean; give at least 1")
     lengths = (sum("loss" in r for r in run) for o in outcomes for run in o.records)
     return max(1, min([window, *(length // 2 for length in lengths)]))
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
-from mpjax.errors import ConfigError, TrainingStopped, brief, explains_calls
+from mpjax.errors import ConfigError, TrainingStopped, brief, explains_calls, is_whole
 from mpjax.train.step import TrainState, TrainStep
 from mpjax.typing import Batch, Metrics, Settings
 
@@ -60,6 +60,9 @@ def fit(
       ConfigError: there are fewer batches than steps, or they are something else.
       TrainingStopped: the loss scale cannot fall and gradients stay non-finite.
     """
+    for name, value in (("steps", steps), *(("every", n) for n, _ in every)):
+        if not is_whole(value, 0):
+            raise ConfigError(f"fit: {name}={brief(value)}; give a whole number of 0 or above")
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise ConfigError(f"fit: batches are {brief(batches)}; give an iterator of batches")
     batches = iter(batches)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, UInt
 
-from mpjax.errors import ConfigError, brief, explains_calls
+from mpjax.errors import ConfigError, brief, explains_calls, is_whole
 from mpjax.formats.checks import as_batch, batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
 from mpjax.optim import (
@@ -109,8 +109,12 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh | None) -> None:
     """Checks a global batch size before anything is built.
 
     Raises:
-      ConfigError: it is not divided by microbatches times the mesh's data and fsdp axes.
+      ConfigError: it is not divided by microbatches times the mesh's data and fsdp axes, or is no
+        whole number.
     """
+    for name, value in (("batch", batch), ("accumulate", accumulate)):
+        if not is_whole(value, 1):
+            raise ConfigError(f"{name}: {brief(value)} must be a whole number of at least 1")
     parts = accumulate * (1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"])
     if batch % parts:
         raise ConfigError(
@@ -342,7 +346,7 @@ def make_train_step(
       (1.0, 1.0)
     """
     _check_wrapped(optimizer)
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
+    if not is_whole(accumulate):
         raise ConfigError(f"accumulate: {brief(accumulate)} is no whole number; 1 does not split")
     if accumulate < 1:
         raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")

@@ -158,3 +158,81 @@ def test_examples_that_do_not_go_together_are_one_line(examples, said):
     ):
         with pytest.raises(ConfigError, match=said):
             use()
+
+
+class InTurn:
+    """Balanced draws as one would write them down: endless classes, each a pile shuffled anew."""
+
+    def __init__(self, seed, classes):
+        self.seed, self.piles = seed, [[] for _ in sorted(set(classes))]
+        self.members = [np.flatnonzero(np.array(classes) == one) for one in sorted(set(classes))]
+        self.shuffled, self.turn = [0] * len(self.piles), 0
+
+    def draw(self):
+        one = self.turn
+        self.turn = (one + 1) % len(self.piles)
+        if not self.piles[one]:
+            draw = np.random.default_rng((self.seed, one, self.shuffled[one], 3))
+            self.piles[one] = draw.permutation(self.members[one]).tolist()
+            self.shuffled[one] += 1
+        return self.piles[one].pop(0)
+
+
+CLASSES = [0] * 30 + [1] * 5 + [2] * 18  # of EXAMPLES, by place
+OF_CLASS = [e | {"class": c} for e, c in zip(EXAMPLES, CLASSES, strict=True)]
+
+
+@pytest.mark.parametrize("size", [2, 8])  # fewer rows than classes, and more
+def test_balanced_batches_take_classes_in_turn_and_use_each_up(size):
+    settings = dict(batch=size, seed=3, lengths=(8, 16, 32))
+    data = bucket_batches(OF_CLASS, balanced="class", **settings)
+    pile, taken, rows = InTurn(3, CLASSES), np.zeros(len(CLASSES), int), []
+    for batch in itertools.islice(data, 60):
+        places = batch["labels"].tolist()  # the place of each example
+        assert places == [pile.draw() for _ in places]
+        counts = np.bincount(batch["class"], minlength=3)
+        assert counts.max() - counts.min() <= 1
+        longest = max(len(EXAMPLES[i]["ids"]) for i in places)
+        assert batch["ids"].shape == (size, min(n for n in (8, 16, 32) if n >= longest))
+        for place in places:
+            taken[place] += 1
+            own = taken[np.array(CLASSES) == CLASSES[place]]
+            assert own.max() - own.min() <= 1  # no example twice before all others once
+        rows += batch["class"].tolist()
+    assert np.ptp(np.bincount(rows)) <= 1
+    plain = itertools.islice(bucket_batches(OF_CLASS, **settings), 60)
+    assert np.ptp(np.bincount(np.concatenate([b["class"] for b in plain]))) > 30  # the control
+
+
+def test_balanced_batches_go_on_from_a_saved_place():
+    def again(place, draw):
+        return OF_CLASS[place] | {"drawn": draw.random()}
+
+    examples = [e | {"drawn": 0.0} for e in OF_CLASS]
+    settings = dict(batch=7, seed=1, lengths=(8, 32), balanced="class", augment=again)
+    whole = bucket_batches(examples, **settings)
+    [next(whole) for _ in range(11)]
+    state, rest = whole.get_state(), [next(whole) for _ in range(4)]
+    resumed = bucket_batches(examples, **settings)
+    resumed.set_state(state)
+    for batch in rest:
+        other = next(resumed)
+        assert all(np.array_equal(batch[name], other[name]) for name in batch)
+    drawn = np.concatenate([batch["drawn"] for batch in rest])
+    assert len(set(drawn.tolist())) == 28  # a rare example is changed anew in each round
+
+
+@pytest.mark.parametrize(
+    ("examples", "field", "said"),
+    [
+        (OF_CLASS, "klass", "balanced='klass': examples have no such field; known: ids labels"),
+        (OF_CLASS, "ids", r"balanced='ids': is an array .* in examples\[0\]; one whole number"),
+        ([{"ids": [1], "y": 0.5}] * 2, "y", r"balanced='y': is 0.5 in examples\[0\]; one whole"),
+        ([{"ids": [1], "y": 4}] * 2, "y", "all examples are of class 4; expected two classes"),
+        ([{"ids": [1], "y": y} for y in (1, IGNORE)], "y", r"examples\[1\] has no class \(-100\)"),
+        (OF_CLASS, True, "balanced=True: examples have no such field"),
+    ],
+)
+def test_what_has_no_classes_is_not_balanced(examples, field, said):
+    with pytest.raises(ConfigError, match=said):
+        bucket_batches(examples, batch=2, seed=0, lengths=(32,), balanced=field)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mpjax.finetuning.fine_tune import Progress
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.sources import read_source
 from mpjax.train import read_metrics
+from tests.train.report.test_metrics_writer import FakeWandb
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 GOOD, BAD = ("lovely", "great", "fine"), ("awful", "stale", "poor")
@@ -130,6 +132,46 @@ def test_counts_add_up_and_equal_texts_stay_together(tmp_path: Path) -> None:
         assert f["for training"] + f["held out"] == kept
 
 
+def test_balanced_batches_hold_as_many_of_each_class_and_wandb_gets_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": f"soup {n}", "label": "rare" if n % 8 == 0 else "often"} for n in range(80)]
+    lines: list[tuple[str, str]] = []
+    labels: list[Any] = []
+    real = fine_tune.fit
+
+    def watched(state: Any, step: Any, data: Any, **kwargs: Any) -> Any:
+        def seen() -> Any:
+            for batch in data:
+                labels.append(batch["labels"])
+                yield batch
+
+        return real(state, step, seen(), **kwargs)
+
+    monkeypatch.setattr(fine_tune, "fit", watched)
+    told: list[Any] = []
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(told))
+    for name, balanced in (("plain", False), ("balanced", True)):
+        labels.clear()
+        assert not told
+        finetune(
+            rows, out=tmp_path / name, epochs=1, balanced=balanced, show=lines.extend,
+            wandb="mine" if balanced else "", **SMALL,
+        )  # fmt: skip
+        rare = [int(batch.sum()) for batch in labels]
+        assert (set(rare) == {4}) == balanced and len(rare) == 9
+    assert ("balanced: times an epoch", "often 0.571, rare 4") in lines
+    begun, *points, end = told
+    assert (begun["project"], begun["dir"]) == ("mine", str(tmp_path / "balanced"))
+    assert begun["config"]["balanced"] == "True" and "wandb" not in begun["config"]
+    assert [step for step, _ in points] == [0, 9] and "validation_loss" in points[-1][1]
+    assert end == "finish"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="wandb: needs the package wandb"):
+        finetune(rows, out=tmp_path / "none", epochs=1, wandb="mine", **SMALL)
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_best_step_of_an_overfit_run_is_what_is_kept(tmp_path: Path) -> None:
     """Labels of noise: the loss on held-out texts rises while that in training falls."""
     draw = np.random.default_rng(0)
@@ -234,6 +276,8 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(
         ({"optimizer": "adma"}, "adma"),
         ({"label": "review"}, "names one twice"),
         ({"task": "seq2seq", "model": "some"}, "seq2seq trains a new model"),
+        ({"balanced": True, "task": "tag", "text": "", "label": ""}, "balanced=True: tag has none"),
+        ({"balanced": True, "class_weights": True}, "rare classes would count twice"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.errors import ConfigError, brief, need
+from mpjax.errors import ConfigError, brief, is_whole, need
 from mpjax.typing import Array, Key
 
 Change = Callable[[Any, Any, Key, Array], Array]  # dm-pix, transform, key, image -> image
@@ -91,7 +91,7 @@ class RandomCrop:
     padding: int = 4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.padding, int) or isinstance(self.padding, bool) or self.padding < 1:
+        if not is_whole(self.padding, 1):
             raise ConfigError(
                 f"RandomCrop: padding={brief(self.padding)}; expected a whole number of 1 or above"
             )

@@ -14,7 +14,7 @@ from mpjax.data.augment.token_noise import text_places
 from mpjax.data.augment.transform import check_rate
 from mpjax.data.buckets import Example
 from mpjax.data.tokenizers.wordpiece import WordPiece
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 
 logger = logging.getLogger("mpjax.data")
 
@@ -74,10 +74,10 @@ def contextual_replacement(
         raise ConfigError(
             f"contextual_replacement: temperature={brief(temperature)}; give a number above 0"
         )
-    if batch < 1 or seed < 0:
+    if not (is_whole(batch, 1) and is_whole(seed, 0)):
         raise ConfigError(
-            f"contextual_replacement: batch={batch} seed={seed}; expected a batch of 1 or above and"
-            " a seed of 0 or above"
+            f"contextual_replacement: batch={brief(batch)} seed={brief(seed)}; expected a batch of"
+            " 1 or above and a seed of 0 or above, whole numbers"
         )
     found: list[Example] = []
     for start in range(0, len(examples), batch):

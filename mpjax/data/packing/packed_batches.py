@@ -12,7 +12,7 @@ from mpjax.data.buckets import IGNORE, Batch, Example, Field, fields_of
 from mpjax.data.packing.first_fit import LONGER, cut, first_fit
 from mpjax.data.pipeline import local_rows
 from mpjax.data.tokenizers.tokenizer import Tokenizer
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.typing import Json
 
 logger = logging.getLogger("mpjax.data")
@@ -254,7 +254,7 @@ def packed_batches(
         Exploring the Limits of Transfer Learning (2020), section 2.2.
     """
     for name, value, least in (("batch", batch, 1), ("length", length, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_whole(value, least):
             raise ConfigError(f"packing: {name}={brief(value)}; give a whole number from {least}")
     if longer not in LONGER:
         raise ConfigError(f"packing: longer={brief(longer)}; known: {' '.join(LONGER)}")

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 
-from mpjax.errors import explains_calls
+from mpjax.errors import ConfigError, explains_calls
 from mpjax.formats.checks import check_key
+from mpjax.formats.delayed import AmaxHistory
 from mpjax.interpret.autocast.evaluate import CastInterpreter
+from mpjax.interpret.autocast.histories import Histories
 from mpjax.interpret.autocast.rules import cast_rules
 from mpjax.interpret.core.location import NO_AUTOCAST, Location
 from mpjax.interpret.core.op_lists import make_lists
-from mpjax.interpret.core.retrace import cast
-from mpjax.interpret.core.trace import P, R, check_function, trace
+from mpjax.interpret.core.retrace import Result, cast
+from mpjax.interpret.core.trace import P, Program, R, check_function, trace
 from mpjax.precision import Precision
 from mpjax.precision.rule import Rule
-from mpjax.typing import DTypeLike, Key, Settings
+from mpjax.typing import DTypeLike, Key, ModelState, Settings
 
 _log = logging.getLogger("mpjax.interpret")
 
@@ -99,11 +103,14 @@ def autocast(
 
     Returns:
       A function of the same arguments. It composes with grad (inside and outside), jit, vmap,
-      checkpoint, scan and sharding.
+      checkpoint, scan and sharding. Under a recipe that takes its scales from past steps
+      (`fp8-delayed`) it has `init_state(*args)`, takes `state=` and returns `(outputs, state)`, as
+      a model of mpjax does: an `AmaxHistory` for each product, in a `scan` for each iteration.
+      `mpjax.formats.end_step` ends a step; the amax of gradients are cotangents of the state.
 
     Raises:
       ConfigError: no function, an unknown dtype, list, name or path, a rule that a function alone
-        cannot follow; when called, a function that cannot be traced.
+        cannot follow; when called, a function that cannot be traced, a state of another function.
 
     Example:
       >>> import jax.numpy as jnp
@@ -124,16 +131,48 @@ def autocast(
     if note:
         _log.warning("%s", note)
 
+    def evaluated(program: Program, histories: Histories | None = None) -> Result:
+        interpreter = CastInterpreter(where, names, said, key, histories)
+        no_bounds = [None] * len(program.args)
+        found = interpreter.evaluate(program.closed, program.args, no_bounds, Location())
+        where.check([path for path in interpreter.paths if path])
+        if restore_dtypes:
+            pairs = zip(found.outs, program.closed.out_avals, strict=True)
+            return found._replace(outs=[cast(x, aval.dtype) for x, aval in pairs])
+        return found
+
     @functools.wraps(fn)
     def cast_fn(*args: P.args, **kwargs: P.kwargs) -> R:
         program = trace("autocast", fn, args, kwargs, runs=True)
-        interpreter = CastInterpreter(where, names, said, key)
-        no_bounds = [None] * len(program.args)
-        outs = interpreter.evaluate(program.closed, program.args, no_bounds, Location()).outs
-        where.check([path for path in interpreter.paths if path])
-        if restore_dtypes:
-            avals = program.closed.out_avals
-            outs = [cast(x, aval.dtype) for x, aval in zip(outs, avals, strict=True)]
-        return program.rebuild(outs)
+        return program.rebuild(evaluated(program).outs)
 
-    return cast_fn
+    if not where.keeps_history:
+        return cast_fn
+    if "state" in inspect.signature(fn).parameters:
+        raise ConfigError(
+            "autocast: the recipe keeps a state, which state= of the new function takes, and the"
+            " function has an argument of that name; rename it"
+        )
+
+    def found_in(program: Program) -> Histories:
+        histories = Histories()
+        jax.eval_shape(
+            lambda args: evaluated(program._replace(args=args), histories).outs, program.args
+        )
+        return histories
+
+    @functools.wraps(fn)
+    def with_state(*args: Any, state: ModelState = None, **kwargs: Any) -> Any:
+        program = trace("autocast", fn, args, kwargs, runs=True)
+        histories = found_in(program)
+        histories.fill(state)
+        found = evaluated(program, histories)
+        return program.rebuild(found.outs), histories.filled(state, found.records)
+
+    def init_state(*args: P.args, **kwargs: P.kwargs) -> tuple[AmaxHistory, ...]:
+        """Returns the state before the first step, of arguments or their shapes."""
+        return found_in(trace("autocast", fn, args, kwargs, runs=True)).empty()
+
+    stateful: Any = with_state
+    stateful.init_state = init_state
+    return stateful

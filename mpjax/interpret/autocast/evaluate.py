@@ -15,6 +15,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 from mpjax.errors import ConfigError
 from mpjax.formats import widest
 from mpjax.interpret.autocast.float32_consumers import float32_consumers
+from mpjax.interpret.autocast.histories import CLOSED, Histories
 from mpjax.interpret.autocast.products import Sides, add_bias, biases, product, sides
 from mpjax.interpret.autocast.rules import UNCHANGED, CastPolicy, CastRules
 from mpjax.interpret.autocast.weak import Weak, is_known_number
@@ -22,7 +23,7 @@ from mpjax.interpret.core import custom_rules, op_lists
 from mpjax.interpret.core.control_flow import REBUILT, Rebind
 from mpjax.interpret.core.location import OPAQUE, Location, location_of
 from mpjax.interpret.core.op_lists import PLAIN, Lists, is_product, operation
-from mpjax.interpret.core.retrace import Bounds, Result, cast, is_float
+from mpjax.interpret.core.retrace import Bounds, RecordKey, Records, Result, cast, is_float
 from mpjax.interpret.core.walk import CALLS, CUSTOM_RULES, bind, walk
 from mpjax.typing import Array, DType, Key
 
@@ -43,6 +44,7 @@ class CastInterpreter:
       lists: which operations run low.
       said: what was logged already; each line is logged once.
       key: for recipes that draw random numbers.
+      histories: for recipes that take their scales from past steps.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class CastInterpreter:
         lists: Lists,
         said: set[str] | None = None,
         key: Key | None = None,
+        histories: Histories | None = None,
     ) -> None:
-        self.cast_rules, self.lists = cast_rules, lists
+        self.cast_rules, self.lists, self.histories = cast_rules, lists, histories
         self._said = set() if said is None else said
         self._key, self._drawn = key, 0
         self.paths: dict[str, None] = {}
@@ -90,7 +93,9 @@ class CastInterpreter:
         """Evaluates a jaxpr; `weak` has the bounds of its inputs that are weak constants."""
         scope = CastScope(self, closed, args, weak, outer, lists or self.lists)
         outs = walk(closed, args, scope.visit, outer, lines=False)
-        return Result(outs, {}, [scope.weak.bound(atom) for atom in closed.jaxpr.outvars])
+        return Result(
+            outs, scope.records, [scope.weak.bound(atom) for atom in closed.jaxpr.outvars]
+        )
 
 
 class CastScope:
@@ -108,6 +113,7 @@ class CastScope:
         self.interpreter, self.lists, self.outer = interpreter, lists, outer
         self.weak = Weak(closed.jaxpr.invars, weak)
         self.low: dict[tuple[Var, DType], Array] = {}  # casts of one value are shared
+        self.records: Records = {}  # what products under delayed scaling observe
         self.biases = biases(closed.jaxpr)
         inputs = zip(closed.jaxpr.invars, args, weak, strict=True)
         strong = [var for var, x, bound in inputs if bound is None and x.dtype == _FULL]
@@ -257,7 +263,15 @@ class CastScope:
         self, eqn: JaxprEqn, values: list[Array], cast_policy: CastPolicy, location: Location
     ) -> Array:
         key, gradients = self.interpreter.draw(cast_policy), self.interpreter.gradients
-        return product(eqn, values, cast_policy, location, key, gradients.get(id(eqn)))
+        recipe, histories, amax = cast_policy.recipe, self.interpreter.histories, None
+        site: RecordKey = ()
+        if recipe is not None and recipe.history and histories is not None:
+            where = f"autocast: {location.path or 'the function'}"
+            site, amax = histories.of(eqn, recipe, where)
+        y, amax = product(eqn, values, cast_policy, location, key, gradients.get(id(eqn)), amax)
+        if amax is not None:
+            self.records[site] = amax.observed_amax
+        return y
 
     def _convert(self, eqn: JaxprEqn, args: list[Array]) -> list[Array]:
         x, atom = args[0], eqn.invars[0]
@@ -283,33 +297,52 @@ class CastScope:
         passed = name in _PASSES_WEAK
         weak = [self.weak.bound(atom) if passed else None for atom in eqn.invars]
 
+        histories = interpreter.histories
+        held = histories.below(eqn) if histories is not None and name == "scan" else {}
+        slices, tree = jax.tree.flatten(held)  # a scan has one of each for every iteration
+        closed_in = CLOSED.get(name, "")
+        if name in _JIT and _asks(eqn):
+            closed_in = "a jit with shardings or donation of its own"
+
         def run(closed: ClosedJaxpr, values: Sequence[Array], number: int) -> Result:
+            values, own = values[: len(values) - len(slices)], values[len(values) - len(slices) :]
             bounds = weak if passed else [None] * len(values)
-            return interpreter.evaluate(closed, values, bounds, location, lists)
+            if histories is None:
+                return interpreter.evaluate(closed, values, bounds, location, lists)
+            with histories.inside(eqn, number, jax.tree.unflatten(tree, own), closed_in):
+                return interpreter.evaluate(closed, values, bounds, location, lists)
 
         if name in _WITH_RULES:
             return custom_rules.rebuild(eqn, self._following(eqn, args), run, interpreter.learn)
         where: Hashable = location.path if interpreter.cast_rules.by_path else ""
         tag = (where, location.no_autocast, id(lists), tuple(weak))
-        if name in _JIT and _is_wrapper(eqn):
+        # A jit hands out no more than it was traced with, so with histories it is evaluated here.
+        if name in _JIT and not _asks(eqn) and (histories is not None or _is_short(eqn)):
             result = run(eqn.params["jaxpr"], args, 0)
         else:
-            rebound = interpreter.rebind(eqn, args, run, tag)
+            # What is met twice has a history for each.
+            rebound = interpreter.rebind(
+                eqn, [*args, *slices], run, tag if histories is None else None
+            )
             assert rebound is not None  # all of `_HOLDING` are rebuilt
             result = rebound
+        self.records |= result.records
         if name in _JIT:
             for var, bound in zip(eqn.outvars, result.bounds, strict=True):
                 self.weak.mark(var, bound)
         return result.outs
 
 
-def _is_wrapper(eqn: JaxprEqn) -> bool:
-    """Whether a call is so short, and so free of settings, that it is evaluated in its caller."""
+def _asks(eqn: JaxprEqn) -> bool:
+    """Whether a call has settings, so that it must stay a call."""
     p = eqn.params
     asked = (*p["in_shardings"], *p["out_shardings"])
-    if any(isinstance(s, jax.sharding.Sharding) for s in asked) or any(p["donated_invars"]):
-        return False
-    return len(p["jaxpr"].jaxpr.eqns) <= _SHORT
+    return any(isinstance(s, jax.sharding.Sharding) for s in asked) or any(p["donated_invars"])
+
+
+def _is_short(eqn: JaxprEqn) -> bool:
+    """Whether a call without settings is so short that it is evaluated in its caller."""
+    return len(eqn.params["jaxpr"].jaxpr.eqns) <= _SHORT
 
 
 def _dtype(atom: Atom) -> DType:

@@ -15,6 +15,7 @@ from jax.core import Atom
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from mpjax.errors import ConfigError
+from mpjax.formats.delayed import AmaxHistory
 from mpjax.interpret.autocast.rules import CastPolicy
 from mpjax.interpret.core.dataflow import Flow, Value, reach
 from mpjax.interpret.core.location import Location
@@ -38,7 +39,8 @@ def product(
     location: Location,
     key: Key | None = None,
     gradients: Sides | None = None,
-) -> Array:
+    amax: AmaxHistory | None = None,
+) -> tuple[Array, AmaxHistory | None]:
     """Returns a product whose floating-point operands are already in the low dtype of its policy.
 
     It leaves in the policy's output dtype, unless the function asked for a dtype of its own: a
@@ -51,6 +53,8 @@ def product(
       location: where it stands.
       key: random key, for a recipe that draws.
       gradients: in a custom backward rule, which of the two operands are gradients.
+      amax: state of delayed scaling, for a recipe that has one; it is returned with what this
+        product observed.
 
     Raises:
       ConfigError: a recipe that needs a state, or a key and has none, or for a product of a
@@ -64,7 +68,14 @@ def product(
         "dot_general",
         "conv_general_dilated",
     ):
-        return cast(_quantised(eqn, values, cast_policy, location, key, gradients), wanted)
+        found = _quantised(eqn, values, cast_policy, location, key, gradients, amax)
+        y, amax = (found, None) if amax is None else found
+        return cast(y, wanted), amax
+    return _plain(eqn, values, wanted), None
+
+
+def _plain(eqn: JaxprEqn, values: list[Array], wanted: DTypeLike) -> Array:
+    """A product that no recipe quantises."""
     if "preferred_element_type" not in eqn.params:
         return cast(bind(eqn, values)[0], wanted)
     bf16 = all(x.dtype == jnp.bfloat16 for x in values[:2])
@@ -144,7 +155,8 @@ def _quantised(
     location: Location,
     key: Key | None,
     gradients: Sides | None,
-) -> Array:
+    amax: AmaxHistory | None,
+) -> Any:
     recipe, where = cast_policy.recipe, f"autocast: {location.path or 'the function'}"
     assert recipe is not None
     if gradients is not None:
@@ -156,13 +168,10 @@ def _quantised(
             " autocast(jax.grad(fn), ...); where the function takes a derivative of its own, give"
             f" the recipe by rules that leave it out: rules=['{location.path or '**'}=fp32', ...]"
         )
-    if recipe.history:
-        raise ConfigError(
-            f"{where}: recipe {recipe.name!r} takes its scales from past steps, for which a"
-            " function alone has no state; take fp8"
-        )
     p = eqn.params
-    common: dict[str, Any] = {"key": key, "preferred_element_type": jnp.float32, "where": where}
+    common: dict[str, Any] = {
+        "key": key, "preferred_element_type": jnp.float32, "where": where, "amax": amax,
+    }  # fmt: skip
     if eqn.primitive.name == "dot_general":
         return dot_general(values[0], values[1], p["dimension_numbers"], recipe, **common)
     if p["batch_group_count"] != 1:

@@ -69,6 +69,12 @@ class CastRules:
         """Whether products are quantised somewhere."""
         return any(cast_policy.recipe is not None for _, cast_policy in self.rules)
 
+    @property
+    def keeps_history(self) -> bool:
+        """Whether a recipe takes its scales from past steps."""
+        recipes = (cast_policy.recipe for _, cast_policy in self.rules)
+        return any(recipe is not None and recipe.history for recipe in recipes)
+
     def check(self, paths: Sequence[str]) -> None:
         """Checks the user's rules against all paths of a function.
 

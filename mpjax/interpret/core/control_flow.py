@@ -58,7 +58,8 @@ class Rebind:
 
         Args:
           eqn: the equation.
-          args: its arguments, floating-point ones perhaps in other dtypes than recorded.
+          args: its arguments, floating-point ones perhaps in other dtypes than recorded. Behind
+            those of a scan may be further arrays; `run` gets their slices behind its own values.
           run: evaluates one of its jaxprs. It may be called more than once.
           tag: what decides, beside jaxpr and avals, what `run` makes of a jaxpr; a jaxpr that is
             met again under the same tag is not evaluated again. None: always evaluated.
@@ -140,6 +141,8 @@ class Rebind:
             "jaxpr": new.closed,
             "num_consts": n + len(new.consts),
         }
+        if isinstance(linear := changed.get("linear"), tuple):  # of arrays that are sliced as well
+            changed["linear"] = linear + (False,) * (len(args) - len(eqn.invars))
         return new.split(bind(eqn, [*new.consts, *consts, *carry, *xs], **changed))
 
     def _while(self, eqn: JaxprEqn, args: Sequence[Array], run: Run, tag: Hashable) -> Result:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from mpjax.errors import ConfigError, brief, explains_calls
+from mpjax.errors import ConfigError, brief, explains_calls, is_whole
 from mpjax.interpret.core.control_flow import Rebind
 from mpjax.interpret.core.location import Location, unmatched
 from mpjax.interpret.core.retrace import Records, Result
@@ -262,7 +262,7 @@ def monitor(
     check_function("monitor", fn)
     if not isinstance(what, list | tuple | set) or not all(kind in KINDS for kind in what):
         raise ConfigError(f"monitor: what={brief(what)} must be a list of: {' '.join(KINDS)}")
-    if not isinstance(sample, int) or sample < 0:
+    if not is_whole(sample, 0):
         raise ConfigError(
             f"monitor: sample={brief(sample)} must be a whole number, not negative; 0 measures all"
             " numbers"

@@ -22,7 +22,7 @@ from jax import lax
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized, round_to
 from mpjax.formats.tiles import per_tile, sum_of
-from mpjax.models.core.checks import check_listed
+from mpjax.models.core.checks import check_listed, keep_of
 from mpjax.models.core.storage import Storage
 from mpjax.models.transformer.decoder import Decoder
 from mpjax.models.transformer.encoder import Encoder
@@ -34,18 +34,18 @@ _ROWS = 64  # rounded before the rows after them are updated
 _SHARES = tuple(1 - 0.04 * i for i in range(12))  # scales / (largest number / largest value)
 
 
-def _ids(batch: Batch, vocabulary: int) -> np.ndarray:
-    """The token ids (B, T) of a batch."""
+def _read(batch: Batch, vocabulary: int, decodes: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """The token ids (B, T) of a batch, and which of them are no padding."""
     if not isinstance(batch, Mapping) or "inputs" not in batch:
         raise ConfigError(
             f"input_moments: a batch is a dict with inputs (B, T), not {type(batch).__name__}"
             f"{' of ' + ' '.join(map(str, batch)) if isinstance(batch, Mapping) else ''}; write"
             " [{'inputs': ids}]"
         )
-    if masks := [name for name in ("keep", "attention_mask", "segments") if name in batch]:
+    if batch.get("segments") is not None:
         raise ConfigError(
-            f"input_moments: a batch has {masks[0]}, and padding is no text; give windows of"
-            " running text without it"
+            "input_moments: a batch has segments; give windows of running text without them, or"
+            " padded texts with keep"
         )
     try:
         ids_BT = np.asarray(batch["inputs"])
@@ -61,7 +61,25 @@ def _ids(batch: Batch, vocabulary: int) -> np.ndarray:
             f"input_moments: token ids from {ids_BT.min()} to {ids_BT.max()}, the model's"
             f" vocabulary is 0 to {vocabulary - 1}; encode with its own tokenizer"
         )
-    return ids_BT.astype(np.int32)
+    return ids_BT.astype(np.int32), _kept(batch, ids_BT, decodes)
+
+
+def _kept(batch: Batch, ids_BT: np.ndarray, decodes: bool) -> np.ndarray | None:
+    """Which tokens of a batch are no padding, (B, T) bool; None if it does not say."""
+    if (found := keep_of(batch, "input_moments")) is None:
+        return None
+    keep_BT = np.asarray(found) != 0
+    if keep_BT.shape != ids_BT.shape or not keep_BT.any():
+        raise ConfigError(
+            f"input_moments: keep has shape {keep_BT.shape} and {int(keep_BT.sum())} tokens, inputs"
+            f" {ids_BT.shape}; give one for each token, and some text"
+        )
+    if decodes and (keep_BT[:, 1:] > keep_BT[:, :-1]).any():
+        raise ConfigError(
+            "input_moments: padding stands before text, which would read it; pad a decoder's rows"
+            " behind"
+        )
+    return keep_BT
 
 
 def input_moments(model: Decoder | Encoder, params: Params, batches: Iterable[Batch]) -> Moments:
@@ -70,16 +88,17 @@ def input_moments(model: Decoder | Encoder, params: Params, batches: Iterable[Ba
     Args:
       model: a decoder or an encoder.
       params: its weights as they were trained.
-      batches: `{"inputs": (B, T)}` token ids of some text, without padding, but not of the text
-        that judges; several times as many tokens as the widest kernel has inputs.
+      batches: `{"inputs": (B, T)}` token ids of some text, but not of the text that judges; several
+        times as many tokens as the widest kernel has inputs. Where texts are padded, `keep` or
+        `attention_mask` (B, T) says so, and padding is neither read nor counted.
 
     Returns:
       Path of a kernel, such as `decoder/layers/mlp/up/kernel` -> (L, D, D), (D, D) outside the
       stack; float32.
 
     Raises:
-      ConfigError: another kind of model, no batch or one that is not made of token ids, or
-        inputs of a kernel that are not finite.
+      ConfigError: another kind of model, no batch or one that is not made of token ids, a mask that
+        does not fit them, or inputs of a kernel that are not finite.
 
     Example:
       >>> from mpjax.models import decoder
@@ -99,7 +118,7 @@ def input_moments(model: Decoder | Encoder, params: Params, batches: Iterable[Ba
     unrolled = dataclasses.replace(model, config=config)
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def add(params: Params, ids_BT: Array, total: Moments | None) -> Moments:
+    def add(params: Params, ids_BT: Array, total: Moments | None, keep_BT: Array | None) -> Moments:
         found: dict[str, list[Array]] = {}
 
         def listen(
@@ -107,7 +126,10 @@ def input_moments(model: Decoder | Encoder, params: Params, batches: Iterable[Ba
             context: nn.module.InterceptorContext,
         ) -> object:  # fmt: skip
             if context.method_name == "multiply":
-                x_D = args[0].reshape(-1, args[0].shape[-1]).astype(jnp.float32)  # sums of tokens
+                x = args[0]
+                if keep_BT is not None and x.shape[:2] == keep_BT.shape:  # not of whole texts
+                    x = jnp.where(keep_BT[..., None], x, jnp.zeros((), x.dtype))
+                x_D = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # sums of tokens
                 second_DD = jnp.matmul(x_D.T, x_D, precision=lax.Precision.HIGHEST)
                 path = context.module.context.full((*context.module.path, "kernel")).split("/")
                 name = "/".join(part for part in path if not part.isdigit())
@@ -115,7 +137,9 @@ def input_moments(model: Decoder | Encoder, params: Params, batches: Iterable[Ba
             return run(*args, **kwargs)
 
         with nn.intercept_methods(listen):
-            unrolled.apply(params, ids_BT, state=unrolled.init_state())
+            padded = keep_BT is not None and not decodes  # nothing reads a decoder's padding
+            inputs: Any = {"ids": ids_BT, "keep": keep_BT} if padded else ids_BT
+            unrolled.apply(params, inputs, state=unrolled.init_state())
         one = {
             name: jnp.stack(layers) if "layers" in name.split("/") else layers[0]
             for name, layers in found.items()
@@ -123,12 +147,12 @@ def input_moments(model: Decoder | Encoder, params: Params, batches: Iterable[Ba
         return one if total is None else jax.tree.map(jnp.add, total, one)
 
     total: Moments | None = None
-    tokens = 0
+    tokens, decodes = 0, model.root == "decoder"
     check_listed(batches, "input_moments", "[{'inputs': ids}]")
     for batch in batches:
-        ids_BT = _ids(batch, config.vocabulary)
-        total = add(params, ids_BT, total)
-        tokens += ids_BT.size
+        ids_BT, keep_BT = _read(batch, config.vocabulary, decodes)
+        total = add(params, ids_BT, total, keep_BT)
+        tokens += ids_BT.size if keep_BT is None else int(keep_BT.sum())
     if total is None:
         raise ConfigError("input_moments: no batch; give some text")
     for name, moment in total.items():

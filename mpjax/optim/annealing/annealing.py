@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.optim import checks
 from mpjax.optim.annealing.cooling import Cooling
 from mpjax.optim.annealing.proposals import Proposal, updates_of
@@ -247,7 +247,7 @@ def annealed(
             f"cooling: {brief(cooling)} is no function of the number of proposals; write"
             " affine(1.0, 0.999)"
         )
-    if isinstance(reheat, bool) or not isinstance(reheat, int) or reheat < 0:
+    if not is_whole(reheat, 0):
         raise ConfigError(f"reheat: {brief(reheat)} is not a whole number of 0 or above")
     checks.check_seed(seed)
     return Annealing(proposal, cooling, bool(metropolis), reheat, bool(keep_best), seed)

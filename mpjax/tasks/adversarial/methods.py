@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import TypeAlias
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.tasks.adversarial.perturbation import check_norm, projected, steepest, unit
 from mpjax.typing import Array
 
@@ -21,7 +21,7 @@ def _check(method: object, **least: bool) -> None:
             wanted = "0 or a positive number" if zero else "a positive number"
             raise ConfigError(f"{where}: {name}={brief(value)} is not {wanted}")
     steps = getattr(method, "steps", 1)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+    if not is_whole(steps, 1):
         raise ConfigError(f"{where}: steps={brief(steps)} is not a number of steps of 1 or above")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from mpjax.data.buckets import IGNORE, eval_batches
 from mpjax.data.labelled import LabelledTexts
 from mpjax.data.tokenizers.wordpiece import Example, WordPiece
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.models import Encoder
 from mpjax.precision import parse_policy
 from mpjax.tasks.adversarial.adversarial import room
@@ -128,7 +128,7 @@ def evaluate_robust(
     if not isinstance(attack, PGD):
         raise ConfigError(f"robust: the attack is {brief(attack)}; give PGD(epsilon=...)")
     for name, value in (("edits", edits), ("copies", copies)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_whole(value, 1):
             raise ConfigError(f"robust: {name}={brief(value)} is no number of 1 or above")
     if IGNORE in texts.labels:
         raise ConfigError("robust: a text has no label; leave it out")

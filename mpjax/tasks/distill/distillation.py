@@ -14,7 +14,7 @@ import jmp
 
 from mpjax import ops
 from mpjax.data.buckets import IGNORE, Example
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.models import Encoder, Seq2Seq
 from mpjax.models.core.batch_fields import read_batch
 from mpjax.models.core.checks import field, language_inputs, real_tokens, targets_of
@@ -291,7 +291,7 @@ class Distillation:
         heads = self.relation_heads
         for who, config in (("student", student.config), ("teacher", teacher.config)):
             for features in {config.heads * config.per_head, config.groups * config.per_head}:
-                whole = isinstance(heads, int) and not isinstance(heads, bool) and heads > 0
+                whole = is_whole(heads, 1)
                 if self.relations and (not whole or features % heads):
                     raise ConfigError(
                         f"distillation: relation_heads={brief(heads)} does not divide the"
@@ -330,7 +330,7 @@ class Distillation:
         model = self.teacher
         if model is None:
             raise ConfigError("answers: there is no teacher to ask; give teacher= and params=")
-        if isinstance(top, bool) or not isinstance(top, int) or top < 1:
+        if not is_whole(top, 1):
             raise ConfigError(f"answers: top={brief(top)} is no whole number from 1 on")
         name = self._target
         sizes = [len(example[name]) if name in example else 0 for example in examples]

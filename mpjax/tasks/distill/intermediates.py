@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mpjax.errors import ConfigError, brief
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.tasks.distill.divergence import between
 from mpjax.typing import Array
 
@@ -63,7 +63,7 @@ def check_layers(layers: object, student: int, teacher: int) -> Layers:
         )
     for pair in pairs:
         for who, layer, count in (("student", pair[0], student), ("teacher", pair[1], teacher)):
-            whole = isinstance(layer, int) and not isinstance(layer, bool)
+            whole = is_whole(layer)
             if not (whole and 0 <= layer < count):
                 raise ConfigError(
                     f"distillation: layer {brief(layer)} of the {who}, which has {count}; give"

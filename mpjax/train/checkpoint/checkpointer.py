@@ -25,7 +25,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mpjax.errors import ConfigError, explains_calls
+from mpjax.errors import ConfigError, explains_calls, is_whole
 from mpjax.train.checkpoint import digest, leaves, store
 from mpjax.train.checkpoint.lock import lock_directory
 from mpjax.train.checkpoint.reader import CheckpointReader
@@ -80,7 +80,7 @@ class Checkpointer(CheckpointReader):
         best_metric: str = "validation_loss",
         asynchronous: bool = True,
     ) -> None:
-        if keep < 1 or keep_best < 0:
+        if not (is_whole(keep, 1) and is_whole(keep_best, 0)):
             raise ConfigError(
                 f"checkpoints: expected keep >= 1 and keep_best >= 0, got keep={keep}, "
                 f"keep_best={keep_best}; set keep_best=0 to rank none"

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from mpjax.errors import ConfigError, brief, explains_calls, need
+from mpjax.errors import ConfigError, brief, explains_calls, is_whole, need
 from mpjax.files import NO_FOLLOW, write_file
 from mpjax.typing import Json, Settings
 
@@ -90,7 +90,7 @@ def plain(record: Mapping[str, object]) -> Settings:
                 " its mean"
             )
         found[name] = value
-    if isinstance(found["step"], bool) or not isinstance(found["step"], int):
+    if not is_whole(found["step"]):
         raise ConfigError(f"metrics: step {brief(found['step'])} is no whole number; give one")
     return found
 
@@ -137,6 +137,23 @@ def import_wandb() -> ModuleType:
     return need("wandb", "wandb", "wandb", " or leave --wandb out")
 
 
+def _begin_wandb(project: str, settings: Mapping[str, object], out: Path) -> Any:
+    """Returns a run in Weights & Biases, whose files are below `out`.
+
+    Raises:
+      ConfigError: wandb is not installed, or cannot be reached.
+    """
+    module: Any = import_wandb()
+    out.mkdir(parents=True, exist_ok=True)  # wandb would take another folder
+    try:
+        return module.init(project=project, config=dict(settings), dir=str(out))
+    except module.Error as error:
+        why = str(error).rstrip(".")
+        raise ConfigError(
+            f"wandb: {why}; run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later"
+        ) from None
+
+
 class MetricsWriter:
     """Writes one record a step to `metrics.jsonl` and every few steps to TensorBoard.
 
@@ -145,10 +162,10 @@ class MetricsWriter:
       settings: flat settings, which TensorBoard shows as HParams.
       start: step that the run resumes from; later records of an earlier try are dropped.
       every: steps between points in TensorBoard and Weights & Biases.
-      wandb: project in Weights & Biases, empty for none.
+      wandb: project in Weights & Biases, empty for none; WANDB_MODE=offline needs no network.
 
     Raises:
-      ConfigError: wandb is asked for and not installed.
+      ConfigError: wandb is asked for and not installed, or cannot be reached.
     """
 
     @explains_calls
@@ -161,10 +178,9 @@ class MetricsWriter:
         every: int = 10,
         wandb: str = "",
     ) -> None:
-        self._wandb: Any = None
-        if wandb:
-            self._wandb = import_wandb()
-            self._wandb.init(project=wandb, config=dict(settings), dir=str(out))
+        if not is_whole(every, 1):
+            raise ConfigError(f"metrics: every={brief(every)}; give a whole number of steps")
+        self._wandb = _begin_wandb(wandb, settings, Path(out)) if wandb else None
         from tensorboardX import SummaryWriter  # here: 0.3 s that `--help` need not wait for
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.summary import hparams

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpjax.errors import ConfigError
+from mpjax.errors import ConfigError, brief, is_whole
 from mpjax.interpret.monitor.monitor import monitor
 from mpjax.interpret.monitor.report import KINDS, Monitored
 from mpjax.train.report.metrics_writer import open_after, to_line
@@ -45,8 +45,10 @@ def watched(
     Raises:
       ConfigError: every is below 1.
     """
-    if every < 1:
-        raise ConfigError(f"monitor_every: {every} must be at least 1; leave it out to not measure")
+    if not is_whole(every, 1):
+        raise ConfigError(
+            f"monitor_every: {brief(every)} must be at least 1; leave it out to not measure"
+        )
     monitor(step.function, **options)  # refuses what it cannot measure before the run begins
     programs: dict[
         StepFn, Callable[[TrainState, Batch], Monitored]

@@ -86,7 +86,7 @@ def test_every_preset_by_name_and_as_a_precision(
     for part in mine:
         assert part in caplog.text and "mpjax.optim.wrap(optimizer, precision)" in caplog.text
     if name == "fp8-delayed":
-        with pytest.raises(ConfigError, match="no state; take fp8"):
+        with pytest.raises(ConfigError, match="state is None; give what init_state"):
             jax.eval_shape(low, W, X)
         return
     jaxpr = str(jax.make_jaxpr(low)(W, X))

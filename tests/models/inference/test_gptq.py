@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from mpjax.errors import ConfigError
-from mpjax.models import Variant, compare, input_moments, quantize_weights, recurrent
+from mpjax.models import (
+    Variant,
+    compare,
+    encoder,
+    input_moments,
+    quantize_weights,
+    recurrent,
+)
 from mpjax.models.core.storage import Storage
 from mpjax.models.inference.gptq import DAMPING, store_weighed
 from tests.models.shapes import BATCH, IDS, logits, small, stirred
@@ -166,6 +173,25 @@ def test_moments_are_those_of_what_the_kernels_see() -> None:
     np.testing.assert_allclose(found[same[0]][0], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+def test_padding_is_neither_read_nor_counted(family: str) -> None:
+    model: Any = small("fp32", "llama")
+    if family == "encoder":
+        model = encoder("bert-tiny", "fp32", layers=1, width=16, heads=2, vocabulary=32, context=16,
+                        head="masked")  # fmt: skip
+    params = stirred(model)
+    keep = np.arange(7) < np.array([[4], [7]])
+    ids = np.where(keep, IDS[:2, :7], 9)
+    expected = input_moments(model, params, [{"inputs": ids[:1, :4]}, {"inputs": ids[1:]}])
+    for name, mask in (("keep", keep), ("attention_mask", keep.astype(np.int32))):
+        found = input_moments(model, params, [{"inputs": ids, name: mask}])
+        assert found.keys() == expected.keys()
+        for path, moment in found.items():
+            np.testing.assert_allclose(moment, expected[path], rtol=1e-4, atol=1e-5, err_msg=path)
+    unmasked = input_moments(model, params, [{"inputs": ids}])
+    assert max(float(np.abs(unmasked[p] - expected[p]).max()) for p in expected) > 0.1
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt"])
 def test_a_model_says_more_nearly_what_it_said(kind: str) -> None:
     model = small("fp32", kind)
@@ -204,7 +230,11 @@ def test_variants_that_are_calibrated_take_the_moments() -> None:
     [
         ([[1, 2]], r"a batch is a dict with inputs \(B, T\), not list; write"),
         ({"ids": IDS}, "not dict of ids; write"),
-        ({"inputs": IDS, "keep": IDS > 0}, "has keep, and padding is no text"),
+        ({"inputs": IDS, "segments": IDS}, "has segments; give windows"),
+        ({"inputs": IDS, "keep": IDS[:1] > 0}, "keep has shape .1, .* give one for each token"),
+        ({"inputs": IDS, "keep": IDS < 0}, "and 0 tokens, inputs"),
+        ({"inputs": IDS, "attention_mask": np.cumsum(np.asarray(IDS) >= 0, 1) > 1}, "before text"),
+        ({"inputs": IDS, "keep": IDS, "attention_mask": IDS}, "holds keep and attention_mask"),
         ({"inputs": IDS[0]}, r"inputs are int32 \(\d+,\); give token ids \(B, T\)"),
         ({"inputs": IDS[:0]}, "at least one"),
         ({"inputs": [[1, 2], [3]]}, "inputs are object"),

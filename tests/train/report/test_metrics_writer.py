@@ -166,20 +166,41 @@ def test_wandb_is_asked_for_and_missing(tmp_path, monkeypatch):
     write(tmp_path, [record(1)])  # not asked for: not needed
 
 
+class FakeWandb:
+    """Stands for the module wandb, and notes what it is told."""
+
+    class Error(Exception):
+        """As wandb's."""
+
+    def __init__(self, calls: list[Any], reachable: bool = True) -> None:
+        self.calls, self.reachable = calls, reachable
+
+    def init(self, **kinds: Any) -> SimpleNamespace:
+        if not self.reachable:
+            raise self.Error("api_key not configured\n(no-tty)")
+        self.calls.append(kinds | {"there": Path(kinds["dir"]).is_dir()})
+        return SimpleNamespace(
+            log=lambda numbers, step: self.calls.append((step, numbers)),
+            finish=lambda: self.calls.append("finish"),
+        )
+
+
 def test_wandb_gets_settings_and_points(tmp_path, monkeypatch):
     calls: list[Any] = []
-    fake = SimpleNamespace(
-        init=lambda **kinds: calls.append(kinds),
-        log=lambda numbers, step: calls.append((step, numbers)),
-        finish=lambda: calls.append("finish"),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    write(tmp_path, [record(1), record(2)], every=2, wandb="project")
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(calls))
+    out = tmp_path / "new"
+    write(out, [record(1), record(2)], every=2, wandb="project")
     assert calls == [
-        {"project": "project", "config": SETTINGS, "dir": str(tmp_path)},
+        {"project": "project", "config": SETTINGS, "dir": str(out), "there": True},
         (2, {"tokens_per_s": 100.5, "loss": 0.5, "skipped": 0}),
         "finish",
     ]
+
+
+def test_wandb_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb([], reachable=False))
+    with pytest.raises(ConfigError, match=r"wandb: api_key .*; run `wandb login`, or set WANDB_"):
+        MetricsWriter(tmp_path, SETTINGS, wandb="project")
 
 
 # What is no record.
