@@ -10,7 +10,6 @@ Expected:  classifier, pair classifier, tagger and language model: logits or pro
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import random
@@ -101,12 +100,9 @@ def compared(run: Tuned, task: str, asked: Sequence[str], theirs: Any) -> tuple[
     return off, same
 
 
-def embedder(run: Tuned) -> Tuned:
-    """The encoder of a run without its head, whose pooled output is the mean of the tokens."""
-    config = dataclasses.replace(run.model.config, head="none", pool="mean", labels=())
-    body = {n: x for n, x in run.params["encoder"].items() if n not in ("class", "pooler")}
-    model = dataclasses.replace(run.model, config=config)
-    return dataclasses.replace(run, model=model, params={"encoder": body})
+def exported_encoder(folder: Path) -> tuple[Any, Any]:
+    """An exported model and its weights, whose pooled output is the mean of the tokens."""
+    return load_checkpoint(open_checkpoint(folder), head="none", pool="mean")
 
 
 def minilm() -> tuple[Any, Any, Any]:
@@ -175,12 +171,11 @@ def main() -> bool:
             )
             if task != "classify":
                 continue
-            body = embedder(run)
             for name in ("mean of a run", "mean of MiniLM"):
                 shutil.rmtree(out / "exported")
                 if name == "mean of a run":
-                    parts = body.model, body.params, body.tokenizer
-                    body.export(out / "exported")
+                    run.export(out / "exported", vectors=True)
+                    parts = *exported_encoder(out / "exported"), run.tokenizer
                 else:
                     parts = minilm()
                     save_checkpoint(out / "exported", *parts[:2])

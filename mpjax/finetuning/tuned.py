@@ -221,16 +221,21 @@ class Tuned:
             )
         return run_chat(self.tokenizer, self.model.metadata, self.settings.get("prompt", ""))
 
-    def export(self, folder: str | Path, *, dtype: str | None = None) -> Path:
+    def export(
+        self, folder: str | Path, *, dtype: str | None = None, vectors: bool = False
+    ) -> Path:
         """Writes a folder that `transformers` loads: weights, config, labels, tokenizer.
 
         Args:
           folder: new, or empty.
           dtype: of the tensors, such as `bf16`; None keeps that of each weight.
+          vectors: whether an encoder is written without its head, for sentence-transformers: the
+            mean of a text's tokens is its vector.
 
         Raises:
-          ConfigError: as `save_checkpoint`.
+          ConfigError: as `save_checkpoint`, or vectors of another model than an encoder.
         """
+        model, params = self._without_head() if vectors else (self.model, self.params)
         metadata = self.model.metadata
         files = {
             name: content
@@ -248,10 +253,20 @@ class Tuned:
             files[SETTINGS] = json.dumps(parse_json(files[SETTINGS], SETTINGS) | around, indent=2)
         if isinstance(self.model, Decoder) and "eos_token_id" not in config:
             config["eos_token_id"] = getattr(self.tokenizer, "separator", None)
-        save_checkpoint(
-            folder, self.model, self.params, dtype=dtype, metadata=Metadata(config, files)
-        )
+        save_checkpoint(folder, model, params, dtype=dtype, metadata=Metadata(config, files))
         return Path(folder)
+
+    def _without_head(self) -> tuple[Encoder, Params]:
+        """The encoder alone, whose pooled output is the mean of the tokens."""
+        if not isinstance(self.model, Encoder):
+            raise ConfigError(
+                f"vectors: a model of task {self.settings['task']!r} has none of a text; leave it"
+                " out, or give the run of an encoder"
+            )
+        config = dataclasses.replace(self.model.config, head="none", pool="mean", labels=())
+        held = self.params["encoder"].items()
+        body = {name: x for name, x in held if name not in ("class", "token", "pooler")}
+        return dataclasses.replace(self.model, config=config), {"encoder": body}
 
     def _tokenizer_config(self) -> Json:
         """What `transformers` reads beside the tokenizer.json of a new tokenizer."""

@@ -76,6 +76,10 @@ def test_every_task_trains_answers_and_loads(task: str, tmp_path: Path) -> None:
     answers = run.predict(asked, seconds, tokens=3)
     again = load_run(tmp_path / "run")
     assert again.predict(asked, seconds, tokens=3) == answers and again.scores == run.scores
+    if task in ("seq2seq", "lm", "instruct"):
+        with pytest.raises(ConfigError, match=f"vectors: a model of task '{task}' has none"):
+            run.export(tmp_path / "vectors", vectors=True)
+        assert not (tmp_path / "vectors").exists()
     if task in ("lm", "instruct"):  # of several lengths, three at a time; the last has little room
         several = [*asked, "the", "soup", "a " * 4, "x" * 12]
         alone = [run.predict([one], tokens=9)[0] for one in several]

@@ -13,7 +13,7 @@ from mpjax.data import train_wordpiece
 from mpjax.errors import ConfigError
 from mpjax.finetuning import finetune, from_pretrained
 from mpjax.models import decoder, encoder
-from mpjax.models.hf import Metadata, save_checkpoint
+from mpjax.models.hf import Metadata, load_checkpoint, save_checkpoint
 from tests.finetuning.test_finetune import SMALL, reviews
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -88,6 +88,17 @@ def test_a_run_begins_with_a_checkpoint_and_keeps_its_order_of_labels(tmp_path: 
         "1",
         "0",
     )
+    # without its head, for sentence-transformers: the mean of what the run makes of the tokens
+    vectors = run.export(tmp_path / "vectors", vectors=True)
+    assert "Pooling" in (vectors / "modules.json").read_text()
+    body, params = load_checkpoint(vectors, head="none", pool="mean")
+    ids = np.array([[2, 7, 9, 3, 0], [2, 8, 3, 0, 0]], np.int32)
+    keep = np.array([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]], bool)
+    found = body.apply(params, {"ids": ids, "keep": keep})[0]["pooled"]
+    features = run.model.apply(run.params, {"ids": ids, "keep": keep})[0]["features"]
+    weights = keep / keep.sum(1, keepdims=True)
+    mean = np.einsum("btd,bt->bd", np.asarray(features, np.float64), weights)
+    np.testing.assert_allclose(found, mean, atol=1e-6)
 
 
 @pytest.mark.parametrize(
