@@ -102,7 +102,7 @@ def check_chat(folder: Path, printed: str) -> None:
 
 def check_resume(folder: Path, printed: str) -> None:
     steps = [r["step"] for r in read_metrics(folder / "runs/finetune/metrics.jsonl") if "loss" in r]
-    assert steps == list(range(1, 25)) and "best weights, of step" in printed
+    assert steps == list(range(1, 49)) and "best weights, of step" in printed
 
 
 def check_sweep(folder: Path, printed: str) -> None:
