@@ -186,8 +186,8 @@ class Tuned:
                 )  # fmt: skip
                 for place, row in zip(part, np.asarray(out), strict=False):
                     stops = np.flatnonzero(np.isin(row, end))
-                    kept = row[: stops[0]] if len(stops) else row
-                    found[place] = self.tokenizer.continuation(prompts[place], kept)
+                    said = row[: stops[0]] if len(stops) else row
+                    found[place] = self.tokenizer.continuation(prompts[place], said)
         return [{"text": found[place]} for place in range(len(texts))]
 
     @property

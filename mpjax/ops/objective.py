@@ -158,14 +158,14 @@ class Objective:
 
     def bound(self, frozen: PyTree, average: Params | None = None) -> Objective:
         """Returns the objective with its frozen arrays and average in place, those it reads."""
-        given: dict[str, PyTree] = {} if self.frozen is None else {"frozen": frozen}
+        more: dict[str, PyTree] = {} if self.frozen is None else {"frozen": frozen}
         if self.average is not None:
-            given["average"] = average
-        if not given:
+            more["average"] = average
+        if not more:
             return self
         loss: Any = self.loss  # which takes them too
-        terms = self.terms and functools.partial(self.terms, **given)
-        bound = functools.partial(loss, **given)
+        terms = self.terms and functools.partial(self.terms, **more)
+        bound = functools.partial(loss, **more)
         return dataclasses.replace(self, loss=bound, terms=terms, frozen=None, average=None)
 
     def __call__(self, params: Params, batch: Batch, **options: object) -> tuple[Array, ModelState]:

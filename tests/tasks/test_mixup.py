@@ -12,6 +12,7 @@ from mpjax.models import encoder
 from mpjax.tasks import Mixup, TextClassification, TokenClassification
 from tests.tasks.bag import Bag
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
 TASK = TextClassification(("a", "b", "c"))
 KEY = jax.random.key(5)
 MODEL = Bag(20, {"class": 3})

@@ -52,8 +52,9 @@ def wide(tree: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(x).astype(np.float64) for name, x in tree.items()}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "O2", "pure-bf16-sr"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("precision", "accumulate"), [("fp32", 1), ("fp16", 2), ("O2", 1), ("pure-bf16-sr", 2)]
+)
 def test_it_follows_the_weights_and_stands_still_at_a_skip(precision: str, accumulate: int) -> None:
     state, step = started(precision, accumulate=accumulate)
     right, told = wide(state.average), []
@@ -91,10 +92,15 @@ def smart(mesh: str | None, precision: str = "fp32", **options: Any) -> tuple[An
     return build(model, optax.sgd(0.1), mesh, objective=task.objective, **options)
 
 
-def test_on_a_mesh_it_is_cut_like_its_weights_and_comes_to_the_same() -> None:
+@pytest.fixture(scope="module")
+def on_mesh(fast_compile: None) -> Any:
+    """The step on eight devices."""
+    return smart("data=2,fsdp=2,tensor=2")[1]
+
+
+def test_on_a_mesh_it_is_cut_like_its_weights_and_comes_to_the_same(on_mesh: Any) -> None:
     ends, told = [], []
-    for mesh in (None, "data=2,fsdp=2,tensor=2"):
-        state, step = smart(mesh)
+    for state, step in (smart(None), (on_mesh.init(0), on_mesh)):
         for n in range(6):
             state, metrics = step(state, batch_of(8, seed=n))
         ends.append(jax.device_get(state.average))
@@ -106,8 +112,8 @@ def test_on_a_mesh_it_is_cut_like_its_weights_and_comes_to_the_same() -> None:
         np.testing.assert_allclose(a, b, atol=5e-5)  # sums of another order, over six steps
 
 
-def test_other_weights_begin_their_own_average() -> None:
-    state, step = smart("fsdp=8")
+def test_other_weights_begin_their_own_average(on_mesh: Any) -> None:
+    state, step = on_mesh.init(1), on_mesh
     given = jax.tree.map(lambda w: w + 1, state.params)
     begun = with_weights(state, given, step.optimizer.init(given))
     for a, w in zip(jax.tree.leaves(begun.average), jax.tree.leaves(given), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,11 +17,11 @@ from mpjax.formats import AmaxHistory, begin_step, end_step, observed_of
 from mpjax.ops import dot_general, rows_alike
 from mpjax.optim import wrap
 from mpjax.precision import get_precision, register_recipe
+from mpjax.precision import recipe as recipes
 from mpjax.train import init_state, make_train_step
 from tests.train.test_delayed import HISTORY, RECIPE, Plain, amax
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-register_recipe(RECIPE)
+pytestmark = pytest.mark.usefixtures("fast_compile", "own_recipe")
 RULES = [f"**=r={RECIPE.name}"]
 DIMS = (((1,), (0,)), ((), ()))
 DRAW = np.random.default_rng(0)
@@ -28,6 +29,14 @@ PARAMS = {
     "up": jnp.asarray(DRAW.normal(size=(8, 16)), jnp.float32),
     "down": jnp.asarray(DRAW.normal(size=(16, 4)), jnp.float32),
 }
+
+
+@pytest.fixture(scope="module")
+def own_recipe() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipes, "_RECIPES", dict(recipes._RECIPES))
+        register_recipe(RECIPE)
+        yield
 
 
 def batch(seed: int, factor: float = 1.0, rows: int = 8) -> dict[str, Any]:
