@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -60,7 +61,11 @@ def test_seeds_of_a_run_are_one_outcome(tmp_path):
     assert [[r["loss"] for r in run] for run in made.records] == [[3.0, 2.0, 1.0]] * 3
     assert made.records[0][-1]["accuracy"] == 0.5
     several = [tmp_path / "bf16" / f"seed{seed}" for seed in (0, 1, 10)]
-    assert Outcome.from_run(several, "bf16", "fp32") == made
+    found = Outcome.from_run(several, "bf16", "fp32")
+    # From Python 3.13 on a NaN makes a dataclass differ from its own copy.
+    known = [dataclasses.replace(one, bytes_per_parameter=0.0) for one in (found, made)]
+    assert known[0] == known[1]
+    assert all(math.isnan(one.bytes_per_parameter) for one in (found, made))
     assert Outcome.from_run(several[1]).validation_loss == (2.5,)
     assert folders_in(tmp_path, ["bf16", "fp32"]) == {"bf16": tuple(several)}
 
