@@ -44,19 +44,24 @@ def test_orders_follow_seed_and_epoch():
     assert rows(first[:7]) != rows(other)
 
 
+def gone_on(examples, skip, count, **settings):
+    """Batches behind a saved place, which are the same when it is gone on from."""
+    whole = bucket_batches(examples, **settings)
+    [next(whole) for _ in range(skip)]
+    state, rest = whole.get_state(), [next(whole) for _ in range(count)]
+    resumed = bucket_batches(examples, **settings)
+    resumed.set_state(state)
+    for batch in rest:
+        other = next(resumed)
+        assert all(np.array_equal(batch[name], other[name]) for name in batch)
+    return rest
+
+
 def test_a_saved_place_goes_on_with_the_same_changes():
     def noise(batch, draw):
         return batch | {"noise": draw.random(len(batch["labels"]))}
 
-    settings = dict(batch=8, seed=3, lengths=(32,), change=noise)
-    whole = bucket_batches(EXAMPLES, **settings)
-    [next(whole) for _ in range(9)]
-    state, rest = whole.get_state(), [next(whole) for _ in range(3)]
-    resumed = bucket_batches(EXAMPLES, **settings)
-    resumed.set_state(state)
-    for batch in rest:
-        again = next(resumed)
-        assert all(np.array_equal(batch[name], again[name]) for name in batch)
+    rest = gone_on(EXAMPLES, 9, 3, batch=8, seed=3, lengths=(32,), change=noise)
     assert not np.array_equal(rest[0]["noise"], rest[1]["noise"])
 
 
@@ -210,14 +215,7 @@ def test_balanced_batches_go_on_from_a_saved_place():
 
     examples = [e | {"drawn": 0.0} for e in OF_CLASS]
     settings = dict(batch=7, seed=1, lengths=(8, 32), balanced="class", augment=again)
-    whole = bucket_batches(examples, **settings)
-    [next(whole) for _ in range(11)]
-    state, rest = whole.get_state(), [next(whole) for _ in range(4)]
-    resumed = bucket_batches(examples, **settings)
-    resumed.set_state(state)
-    for batch in rest:
-        other = next(resumed)
-        assert all(np.array_equal(batch[name], other[name]) for name in batch)
+    rest = gone_on(examples, 11, 4, **settings)
     drawn = np.concatenate([batch["drawn"] for batch in rest])
     assert len(set(drawn.tolist())) == 28  # a rare example is changed anew in each round
 

@@ -23,12 +23,12 @@ from mpjax.optim import (
     LogMaxLossScale,
     MultiLossScale,
     NoOpLossScale,
-    ScaledGradients,
     StaticLossScale,
     quantize_blocks,
     wrap,
 )
 from mpjax.precision import get_precision
+from tests.optim.scaled_step import scaled_step
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64)), jnp.float32)
 W = {"w": X, "b": jnp.ones(3)}
@@ -78,7 +78,7 @@ def test_a_node_comes_back_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"moments": "int8@64"}, {"loss_scale": "logmax"}])
 def test_the_state_of_an_optimizer_comes_back(options: dict[str, Any]) -> None:
     optimizer = wrap(optax.adam(1e-3), get_precision("fp16", **options))
-    step = jax.jit(lambda grads, *rest: optimizer.step(ScaledGradients(grads), *rest))
+    step = scaled_step(optimizer)
     _, state = step(W, optimizer.init(W), W)
     back = flax.serialization.from_bytes(optimizer.init(W), flax.serialization.to_bytes(state))
     same(back, state)

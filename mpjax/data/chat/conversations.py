@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
-
-import numpy as np
 
 from mpjax.data.chat.chat import Chat
 from mpjax.data.chat.chat_template import Message
+from mpjax.data.chat.instructions import taught_examples
 from mpjax.data.tokenizers.wordpiece import Example
 from mpjax.errors import ConfigError
-
-logger = logging.getLogger("mpjax.data")
 
 
 def conversation_examples(
@@ -50,30 +46,12 @@ def conversation_examples(
         >>> one["inputs"].tolist(), one["targets"].tolist(), one["weights"].tolist()
         ([0, 2, 0, 1], [2, 0, 1, 2], [0.0, 1.0, 1.0, 1.0])
     """
-    examples, left = [], 0
-    for number, messages in enumerate(conversations):
-        for ids, taught in _parts(messages, chat, f"conversation {number}"):
-            if len(ids) - 1 > longest:
-                left += 1
-                continue
-            examples.append(
-                {
-                    "inputs": np.array(ids[:-1], np.int32),
-                    "targets": np.array(ids[1:], np.int32),
-                    "weights": np.array(taught[1:], np.float32),
-                    "keep": np.ones(len(ids) - 1, bool),
-                }
-            )
-    if not examples:
-        raise ConfigError(
-            f"conversations: none of {len(conversations)} fits {longest} tokens; raise longest"
-        )
-    if left:
-        logger.warning(
-            "%d of %d conversations are longer than %d tokens; left out",
-            left, left + len(examples), longest,
-        )  # fmt: skip
-    return examples
+    parts = (
+        part
+        for number, messages in enumerate(conversations)
+        for part in _parts(messages, chat, f"conversation {number}")
+    )
+    return taught_examples(parts, "conversations", len(conversations), longest)
 
 
 def _parts(

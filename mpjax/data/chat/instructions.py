@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,6 +14,7 @@ from mpjax.data.tokenizers.wordpiece import Example
 from mpjax.errors import ConfigError
 
 logger = logging.getLogger("mpjax.data")
+Part = tuple[Sequence[int] | np.ndarray, Sequence[bool] | np.ndarray]  # ids, which are taught
 
 
 def _ids(encode: Callable[[str], ArrayLike], text: str) -> np.ndarray:
@@ -55,27 +56,48 @@ def instruction_examples(
     begin = go_on = encode
     if isinstance(own := getattr(encode, "__self__", None), Tokenizer):
         begin, go_on = own.prompt, functools.partial(own.encode, special=False)
-    examples = []
-    for number, (prompt, answer) in enumerate(pairs):
-        first, second = _ids(begin, prompt), _ids(go_on, answer)
-        if not len(first) or not len(second):
-            raise ConfigError(f"pair {number}: empty prompt or answer; drop it or fill it in")
-        ids = np.concatenate([first, second, np.array([end], np.int32)])
+
+    def parts() -> Iterator[Part]:
+        for number, (prompt, answer) in enumerate(pairs):
+            first, second = _ids(begin, prompt), _ids(go_on, answer)
+            if not len(first) or not len(second):
+                raise ConfigError(f"pair {number}: empty prompt or answer; drop it or fill it in")
+            ids = np.concatenate([first, second, np.array([end], np.int32)])
+            yield ids, np.arange(len(ids)) >= len(first)
+
+    return taught_examples(parts(), "pairs", len(pairs), longest)
+
+
+def taught_examples(parts: Iterable[Part], what: str, count: int, longest: int) -> list[Example]:
+    """Sequences that predict their next ids, with weight 1 where these are taught.
+
+    Args:
+        parts: (ids, whether each is taught).
+        what: they are, in messages.
+        count: of what they were made of.
+        longest: tokens at most; a part that is longer is left out, which is logged.
+
+    Raises:
+        ConfigError: none is short enough.
+    """
+    examples, left = [], 0
+    for ids, taught in parts:
         if len(ids) - 1 > longest:
+            left += 1
             continue
-        weights = np.concatenate([np.zeros(len(first) - 1), np.ones(len(second) + 1)])
         examples.append(
             {
-                "inputs": ids[:-1],
-                "targets": ids[1:],
-                "weights": weights.astype(np.float32),
-                "keep": np.ones(len(weights), bool),
+                "inputs": np.array(ids[:-1], np.int32),
+                "targets": np.array(ids[1:], np.int32),
+                "weights": np.array(taught[1:], np.float32),
+                "keep": np.ones(len(ids) - 1, bool),
             }
         )
     if not examples:
-        raise ConfigError(f"pairs: none of {len(pairs)} fits {longest} tokens; raise longest")
-    if left := len(pairs) - len(examples):
+        raise ConfigError(f"{what}: none of {count} fits {longest} tokens; raise longest")
+    if left:
         logger.warning(
-            "%d of %d pairs are longer than %d tokens; left out", left, len(pairs), longest
-        )
+            "%d of %d %s are longer than %d tokens; left out",
+            left, left + len(examples), what, longest,
+        )  # fmt: skip
     return examples

@@ -26,6 +26,7 @@ from mpjax.optim import (
 )
 from mpjax.precision import LossScaleSettings, get_precision
 from mpjax.train import build
+from tests.optim.scaled_step import scaled_step
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -259,7 +260,7 @@ def test_a_skipped_step_changes_only_the_scale_and_the_counters() -> None:
     opt = wrap(optax.adam(0.1), precision, clip=1.0)
     params = {"w": jnp.ones(3), "b": jnp.ones(2)}
     state = opt.init(params)
-    step = jax.jit(lambda grads, *rest: opt.step(ScaledGradients(grads), *rest))
+    step = scaled_step(opt)
     good = {"w": jnp.full(3, 2.0**-6), "b": jnp.full(2, 2.0**-9)}
     params, state = step(good, state, params)
     assert state.loss_scale.value == 2.0**24  # 64 2^-12, the cap

@@ -13,12 +13,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax.errors import ConfigError
-from mpjax.optim import ScaledGradients, quantize_blocks, quantize_moments, wrap
+from mpjax.optim import quantize_blocks, quantize_moments, wrap
 from mpjax.optim.moments.blockwise import code_book, encode, round_moment
 from mpjax.optim.moments.dither import dither_key
 from mpjax.optim.moments.low_moments import widen
 from mpjax.precision import Moments, get_precision, preset_names
 from mpjax.train import parse_mesh
+from tests.optim.scaled_step import scaled_step
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -189,7 +190,7 @@ def test_bits_are_those_of_the_step_and_the_leaf() -> None:
 def test_a_skipped_step_draws_nothing_and_the_next_draws_its_bits() -> None:
     opt = wrap(optax.adam(0.1), get_precision("fp32", moments="int8", loss_scale="dynamic"))
     w = {"w": jax.random.normal(jax.random.key(0), (4, 8))}
-    step = jax.jit(lambda grads, *rest: opt.step(ScaledGradients(grads), *rest))
+    step = scaled_step(opt)
     w, state = step(w, opt.init(w), w)
     bad = {"w": w["w"].at[0, 0].set(jnp.nan)}
     kept, skipped = step(bad, state, w)

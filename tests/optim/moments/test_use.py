@@ -14,12 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax.errors import ConfigError
 from mpjax.models import decoder
-from mpjax.optim import Blockwise, ScaledGradients, quantize_blocks, quantize_moments, wrap
+from mpjax.optim import Blockwise, quantize_blocks, quantize_moments, wrap
 from mpjax.optim.moments.blockwise import code_book
 from mpjax.optim.moments.low_moments import MomentState
 from mpjax.precision import get_precision
 from mpjax.train import init_state, parse_mesh, state_shardings
 from mpjax.train.checkpoint.checkpointer import Checkpointer
+from tests.optim.scaled_step import scaled_step
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -253,7 +254,7 @@ def raw(tree: Any) -> list[bytes]:
 def test_a_skipped_step_leaves_codes_and_absmax_bit_for_bit(word: str) -> None:
     precision = get_precision("fp32", moments=word, loss_scale="dynamic:init=64")
     opt, params = wrap(optax.adamw(0.1), precision, clip=1.0), weights()
-    step = jax.jit(lambda grads, *rest: opt.step(ScaledGradients(grads), *rest))
+    step = scaled_step(opt)
     params, state = step(weights(1), opt.init(params), params)
     moved, after = step(weights(2), state, params)
     assert all(a != b for a, b in zip(raw(blocks(after.inner)), raw(blocks(state.inner)),

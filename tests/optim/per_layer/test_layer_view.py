@@ -14,10 +14,11 @@ import pytest
 
 from mpjax.errors import ConfigError
 from mpjax.models import decoder
-from mpjax.optim import ScaledGradients, each_layer, wrap
+from mpjax.optim import each_layer, wrap
 from mpjax.optim.per_layer.layer_stacks import stacks
 from mpjax.optim.per_layer.layer_view import LayerView
 from mpjax.precision import matches
+from tests.optim.scaled_step import scaled_step
 
 LAYERS = {"encoder": 2, "decoder": 3}  # two stacks of unlike depth, as in a seq2seq
 
@@ -293,9 +294,7 @@ def test_a_skipped_step_leaves_all_bits(name: str, text: str) -> None:
     dtypes = {"pure-bf16-kahan": jnp.bfloat16, "O2": jnp.float16}
     params = jax.tree.map(lambda x: x.astype(dtypes.get(text, jnp.float32)), drawn())
     opt = wrap(CASES[name][0](), text)
-    step = jax.jit(
-        lambda grads, *rest: opt.step(ScaledGradients(grads), *rest), donate_argnums=(1, 2)
-    )
+    step = scaled_step(opt, donate_argnums=(1, 2))
     state = jax.jit(opt.init)(params)
     scale = state.loss_scale.value
     params, state = step(jax.tree.map(lambda g: g * scale, drawn(1)), state, params)

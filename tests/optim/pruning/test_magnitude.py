@@ -14,7 +14,6 @@ import mpjax
 from mpjax.errors import ConfigError
 from mpjax.formats import quantize
 from mpjax.optim import (
-    ScaledGradients,
     cubic_sparsity,
     prune_weights,
     pruned,
@@ -25,6 +24,7 @@ from mpjax.optim import (
 from mpjax.precision import get_precision
 from mpjax.train import init_state, parse_mesh, state_shardings
 from mpjax.train.checkpoint.checkpointer import Checkpointer
+from tests.optim.scaled_step import scaled_step
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -187,7 +187,7 @@ def test_a_skipped_step_moves_no_mask_and_no_count() -> None:
     params, precision = {"w": weights()["head"]["kernel"]}, get_precision("fp16")
     opt = wrap(pruned(optax.sgd(0.1), 0.5, begin=1, end=1), precision)
     state = opt.init(params)
-    step = jax.jit(lambda grads, *rest: opt.step(ScaledGradients(grads), *rest))
+    step = scaled_step(opt)
     params, state = step({"w": jnp.ones((8, 16))}, state, params)
     before = bits((params, state.inner))
     kept, skipped = step({"w": jnp.full((8, 16), jnp.nan)}, state, params)
