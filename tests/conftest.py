@@ -17,6 +17,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 DEVICES = "--xla_force_host_platform_device_count"
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +176,17 @@ def fast_compile() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The examples in the package's docstrings, outside this folder, compile fast too."""
+    """What docstrings' examples, outside this folder, share with the tests.
+
+    Recipes and presets that a test registers go with it, and those examples compile fast too.
+    """
+
+    @pytest.fixture(autouse=True)
+    def names_go() -> Iterator[None]:
+        from mpjax.precision import presets, recipe
+
+        with mock.patch.dict(recipe._RECIPES), mock.patch.dict(presets._PRESETS):
+            yield
 
     @pytest.fixture(scope="module", autouse=True)
     def examples_compile_fast(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -186,5 +197,6 @@ def pytest_configure(config: pytest.Config) -> None:
             yield
 
     plugin = types.ModuleType("examples")
+    plugin.names_go = names_go  # type: ignore[attr-defined]
     plugin.examples_compile_fast = examples_compile_fast  # type: ignore[attr-defined]
     config.pluginmanager.register(plugin)

@@ -5,18 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
-import mpjax.precision.recipe as recipes
 from benchmarks.recipe_table import about, product_rows, recipe_page
 from mpjax.precision import Operand, Precision, Recipe, get_recipe, recipe_names, register_recipe
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
-
-
-@pytest.fixture(autouse=True)
-def own_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipes, "_RECIPES", dict(recipes._RECIPES))
 
 
 def test_the_page_is_current() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 
 import jax.numpy as jnp
 import pytest
@@ -44,12 +43,6 @@ TABLE = {
     "adam8bit": ("f32", "bf16", "f32", "f32", "none", "none"),
     **{name: ("f32", "bf16", "f32", "f32", "none", "none") for name in recipe_names()},
 }
-
-
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(module, "_PRESETS", dict(module._PRESETS))
-    yield
 
 
 def text(precision: Precision, path: str) -> str:
@@ -181,7 +174,7 @@ def test_options_as_objects_mean_what_they_mean_as_text() -> None:
     )
 
 
-def test_a_preset_of_ones_own_takes_one_call(registry: None) -> None:
+def test_a_preset_of_ones_own_takes_one_call() -> None:
     register_preset(
         Precision(
             "mine",
@@ -201,19 +194,19 @@ def test_a_preset_of_ones_own_takes_one_call(registry: None) -> None:
         register_preset(Precision("mine", ()))
 
 
-def test_a_preset_may_be_derived_from_another(registry: None) -> None:
+def test_a_preset_may_be_derived_from_another() -> None:
     derived = get_precision("bf16", rules=["**/head=fp32"], moments="bf16")
     register_preset(dataclasses.replace(derived, name="bf16-head"))
     assert get_precision("bf16-head").rules == derived.rules
 
 
 @pytest.mark.parametrize("name", ["fp32", "a:b", "a=b", "a,b"])
-def test_a_preset_name_is_a_free_word(name: str, registry: None) -> None:
+def test_a_preset_name_is_a_free_word(name: str) -> None:
     with pytest.raises(ConfigError, match="choose another"):
         register_preset(Precision(name, ()))
 
 
-def test_text_of_a_registered_preset_survives_a_later_change_of_it(registry: None) -> None:
+def test_text_of_a_registered_preset_survives_a_later_change_of_it() -> None:
     line = get_precision("bf16").to_text()
     before = get_precision("bf16")
     module._PRESETS["bf16"] = get_precision("fp32")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from mpjax.errors import ConfigError
@@ -18,13 +16,6 @@ from mpjax.precision import (
     recipe_names,
     register_recipe,
 )
-from mpjax.precision import recipe as module
-
-
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(module, "_RECIPES", dict(module._RECIPES))
-    yield
 
 
 def test_the_presets_are_what_their_sources_say() -> None:
@@ -73,7 +64,7 @@ def test_a_policy_may_carry_a_recipe_and_leaves_the_head_alone() -> None:
     assert get_precision(precision.to_text()) == precision
 
 
-def test_a_users_recipe_in_a_few_lines(registry: None) -> None:
+def test_a_users_recipe_in_a_few_lines() -> None:
     operand = Operand("e3m4", "block(1x64)")
     mine = Recipe("mine", *(3 * [(operand, operand)]))
     register_recipe(mine)
