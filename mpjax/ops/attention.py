@@ -9,29 +9,26 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import jmp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from mpjax.errors import ConfigError
 from mpjax.formats import widest
+from mpjax.ops.dot import dot
 from mpjax.ops.softmax import softmax as softmaxed
+from mpjax.ops.target import target_platform
 from mpjax.precision import dtype_name, sum_dtype
-from mpjax.typing import DType, DTypeLike
+from mpjax.typing import DType
 
 KERNELS = ("auto", "xla", "cudnn")
 BLOCKS = 4  # blocks of queries, each with the keys up to its end: 5/8 of the work of one block
+# Products of two arrays with batch axes B and G: of the last axes, N(ot) or T(ransposed).
+_NN, _NT, _TN = ((((a,), (b,)), ((0, 1), (0, 1))) for a, b in ((3, 2), (3, 3), (2, 2)))
 SHORTEST = 32  # queries in a block: for shorter blocks the calls cost more than they save
-
-
-def _einsum(spec: str, a: Array, b: Array, out: DTypeLike | None = None) -> Array:
-    """Multiplies; float32 operands are multiplied as float32 on every platform."""
-    full = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, precision=full, preferred_element_type=out)
 
 
 def _scores(q_BGNK: Array, k_BGSK: Array, wide: DType) -> Array:
     """Products of queries and keys, emitted in a dtype that may be wider than theirs."""
-    return _einsum("BGNK,BGSK->BGNS", q_BGNK, k_BGSK, wide)
+    return dot(q_BGNK, k_BGSK, _NT, wide)
 
 
 def _scores_fwd(q: Array, k: Array, wide: DType) -> tuple[Array, tuple[Array, Array]]:
@@ -42,12 +39,27 @@ def _scores_bwd(wide: DType, residuals: tuple[Array, Array], d_BGNS: Array) -> t
     del wide  # the cotangent has this dtype; without a cast both products would run in it
     q_BGNK, k_BGSK = residuals
     d_BGNS = d_BGNS.astype(q_BGNK.dtype)
-    dq = _einsum("BGNS,BGSK->BGNK", d_BGNS, k_BGSK)
-    return dq, _einsum("BGNS,BGNK->BGSK", d_BGNS, q_BGNK)
+    dq = dot(d_BGNS, k_BGSK, _NN, q_BGNK.dtype)
+    return dq, dot(d_BGNS, q_BGNK, _TN, k_BGSK.dtype)
 
 
 _score = jax.custom_vjp(_scores, nondiff_argnums=(2,))
 _score.defvjp(_scores_fwd, _scores_bwd)
+
+
+def _means(probs_BGNS: Array, v_BGSK: Array) -> Array:
+    """Means of values; on a CPU their gradients are products of the same kind, not of float32."""
+    return dot(probs_BGNS, v_BGSK, _NN, v_BGSK.dtype)
+
+
+def _means_bwd(residuals: tuple[Array, Array], d_BGNK: Array) -> tuple[Array, Array]:
+    probs_BGNS, v_BGSK = residuals
+    d_probs = dot(d_BGNK, v_BGSK, _NT, probs_BGNS.dtype)
+    return d_probs, dot(probs_BGNS, d_BGNK, _TN, v_BGSK.dtype)
+
+
+_mean_on_cpu = jax.custom_vjp(_means)
+_mean_on_cpu.defvjp(lambda probs, v: (_means(probs, v), (probs, v)), _means_bwd)
 
 
 def _mask(
@@ -122,12 +134,12 @@ def attention(
     fits = compute != jnp.float32 and softmax.compute_dtype == jnp.float32 and from_start
     K = q.shape[-1]
     masked = keep_BS is not None or segments_BT is not None or window > 0
-    fits = fits and K % 8 == 0 and K <= 128 and not masked and jax.default_backend() == "gpu"
+    fits = fits and K % 8 == 0 and K <= 128 and not masked and target_platform() == "gpu"
     if kernel == "cudnn" and not fits:
         raise ConfigError(
             "attention: kernel 'cudnn' needs a GPU, bfloat16 or float16 operands, a float32"
             " softmax, heads of 8, 16 .. 128, no cache, padding or window; here:"
-            f" {jax.default_backend()},"
+            f" {target_platform()},"
             f" {dtype_name(compute)} operands, {dtype_name(softmax.compute_dtype)} softmax, heads"
             f" of {K}, {'no ' * from_start}cache, {'no ' * (not masked)}padding or window; use"
             " kernel 'xla' or 'auto'"
@@ -150,6 +162,7 @@ def attention(
     wide = widest(compute, softmax_dtype)
     cut = causal and from_start and T == S and T % BLOCKS == 0 and T // BLOCKS >= SHORTEST
     blocks = BLOCKS if cut else 1
+    mean = _mean_on_cpu if target_platform() == "cpu" else _means
     outs = []
     for start in range(0, T, T // blocks):
         stop = start + T // blocks
@@ -169,7 +182,7 @@ def attention(
             scores = jnp.where(same_BRTS.reshape(B, 1, -1, end), scores, lowest)
         probs = softmaxed(scores, softmax.compute_dtype)
         probs = probs.astype(softmax.output_dtype).astype(compute)
-        out_BGNK = _einsum("BGNS,BGSK->BGNK", probs, v_BGSK[:, :, :end], compute)
+        out_BGNK = mean(probs, v_BGSK[:, :, :end])
         outs.append(out_BGNK.reshape(B, G, R, stop - start, K))
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(B, T, H, K).astype(policy.output_dtype)

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jmp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mpjax.formats import widest
 from mpjax.formats.delayed import AmaxHistory
+from mpjax.ops.dot import dot
 from mpjax.ops.dot_general import Dot, ProductSpec, product
 from mpjax.precision import Recipe, sum_dtype
 from mpjax.typing import DType, DTypeLike, Key
@@ -24,10 +24,8 @@ _Residuals = tuple[Array, Array, Array]  # x, W, an empty array of the dtype of 
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int], out: DType) -> Array:
-    """2-D product; float32 operands are multiplied as float32 on every platform."""
-    full = lax.Precision.HIGHEST if a.dtype.itemsize >= 4 else None
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=full, preferred_element_type=out)
+    """2-D product."""
+    return dot(a, b, (((contract[0],), (contract[1],)), ((), ())), out)
 
 
 def _multiply(

@@ -121,11 +121,7 @@ def _multiply(a: QuantizedOperand, b: QuantizedOperand, dims: Dims) -> Array:
     terms = math.prod(a.values.shape[axis] for axis in dims[0][0])
     unit = native_unit(a.format, b.format, False, terms)
     if unit == "int8":
-        whole = lax.dot_general(
-            a.values.astype(jnp.int8), b.values.astype(jnp.int8), dims,
-            preferred_element_type=jnp.int32,
-        )  # fmt: skip
-        return whole.astype(jnp.float32)
+        return dot(a.values.astype(jnp.int8), b.values.astype(jnp.int8), dims)
 
     def multiply_as(left: DTypeLike | None, right: DTypeLike | None) -> _Product:
         return lambda x, y: dot(x.astype(left), y.astype(right), dims)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, UInt
 from mpjax.errors import ConfigError, brief, explains_calls, is_whole
 from mpjax.formats.checks import as_batch, batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
+from mpjax.ops.target import traced_for
 from mpjax.optim import (
     Optimizer,
     OptState,
@@ -258,7 +259,7 @@ def compile_step(
         jitted = jax.jit(function, donate_argnums=0)
     else:
         jitted = jax.jit(
-            function,
+            traced_for(mesh, function),
             donate_argnums=0,
             in_shardings=(shardings, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), *more),
             out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),

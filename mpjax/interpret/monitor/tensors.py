@@ -169,7 +169,9 @@ def _is_weight(value: Value, weights: set[Value]) -> bool:
 
 
 def _is_cotangent(value: Value) -> bool:
-    return any(v.step is not None and v.step.transposed for v in reach([value], lambda v: v.same))
+    # What a backward pass lays out anew may be a number of the forward one.
+    found = reach([_renamed(value)], lambda v: v.same)
+    return any(v.step is not None and v.step.transposed for v in found)
 
 
 def _mark_products(flow: Flow, weights: set[Value], gradients: set[Value], mark: _Marker) -> None:

@@ -26,6 +26,7 @@ from mpjax.models.transformer.block import Attention, AttentionContext, Block
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.models.transformer.kv_cache import Cache, cache_storage, empty
 from mpjax.ops.rotary import sinusoid
+from mpjax.ops.target import target_platform
 from mpjax.precision import Precision, Recipe, dtype_name
 from mpjax.typing import Array, ArrayLike, Key, ModelState, Params, PyTree, Tree
 
@@ -240,7 +241,7 @@ class Transformer:
     ) -> tuple[Array, PyTree]:  # fmt: skip
         """The features after a segment's last block; its cache and amax histories."""
         c, (start, stop) = self.config, segment
-        unroll = c.loop == "unroll" or (c.loop == "auto" and jax.default_backend() == "cpu")
+        unroll = c.loop == "unroll" or (c.loop == "auto" and target_platform() == "cpu")
         step = self._step(start, context, key, dropping)
 
         def named(name: str) -> Step:
