@@ -10,7 +10,8 @@ from typing import ParamSpec, TypeVar
 import jax
 from jax.sharding import Mesh
 
-_Args, _Result = ParamSpec("_Args"), TypeVar("_Result")
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
 _TARGET = jax.make_user_context(default_value=None)  # part of the key of JAX's caches
 
 
