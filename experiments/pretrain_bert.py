@@ -42,7 +42,7 @@ from mpjax.data.buckets import IGNORE
 from mpjax.data.masking import masking
 from mpjax.errors import ConfigError
 from mpjax.files import write_text
-from mpjax.models.hf import save_checkpoint
+from mpjax.models.hf import check_export, save_checkpoint
 from mpjax.report import gaps, interval, length_slices
 from mpjax.tasks import MaskedLanguage
 from mpjax.typing import Params
@@ -120,8 +120,8 @@ def main(config: Config) -> None:
     if len(task.weights) < 2:
         raise ConfigError("next_weight, masked_weight: both tasks are compared; give both a weight")
     folder = Path(config.export).expanduser()
-    if config.export and folder.exists():
-        raise ConfigError(f"export: {folder} exists; name a new folder")
+    if config.export:
+        check_export(folder)
     begun = time.perf_counter()
     documents = read_documents(config.data, sources=DOCUMENTS)
     sides = [pieces_of(side, config) for side in split_documents(documents)]

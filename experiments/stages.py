@@ -6,6 +6,7 @@ over from an earlier one. A kill anywhere goes on in the right stage, with the s
 Run:       python experiments/stages.py --plan experiments/plans/bert.toml
            python experiments/stages.py --plan experiments/plans/decoder.toml --out runs/decoder
 Resume:    the same command. Stages that were added behind the others are trained then.
+Export:    --export FOLDER writes the last stage, or --stage NAME, as transformers loads it.
 Output:    report.md and report.html, results.*, loss.png, plan.json and a folder for each stage in
            --out: its checkpoints, metrics.jsonl, tensorboard/ and done.json, its scores.
 """
@@ -23,9 +24,12 @@ from common import launch  # sets XLA flags before JAX starts
 from common.stage_build import Part, parts_of
 from common.stage_plan import read_plan
 from common.tables import terminal, write_page
+from mpjax.errors import ConfigError
 from mpjax.files import write_text
+from mpjax.formats.checks import did_you_mean
 from mpjax.markdown import table
 from mpjax.models import stored_bytes
+from mpjax.models.hf import check_export
 from mpjax.report import Outcome, plot_loss, save_plot
 from mpjax.train import Interrupt, ProgressBar, read_metrics
 from mpjax.train.report import METRICS
@@ -48,6 +52,10 @@ class Config:
     """Steps between checkpoints; each stage saves at its end."""
     keep: int = 2
     """Newest checkpoints of a stage to keep."""
+    export: str = ""
+    """Folder, new or empty, that a stage is written to at the end, for transformers."""
+    stage: str = ""
+    """Which stage is exported; the last one by default."""
     out: Path = Path("runs/stages")
     """Folder of the run."""
 
@@ -105,11 +113,29 @@ def write_report(config: Config, parts: list[Part], ended: dict[str, Finished], 
     write_text(config.out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
+def exported(config: Config, parts: list[Part]) -> Part | None:
+    """The stage that is to be exported, which is checked before anything is trained."""
+    if not config.export:
+        if config.stage:
+            raise ConfigError(f"stage: {config.stage!r} is to be exported; give --export FOLDER")
+        return None
+    names = [part.stage.name for part in parts]
+    if config.stage and config.stage not in names:
+        raise ConfigError(
+            f"stage: {config.stage!r} is no stage of {config.plan};"
+            f" {did_you_mean(config.stage, names)}stages: {' '.join(names)}"
+        )
+    part = parts[names.index(config.stage) if config.stage else -1]
+    check_export(config.export, part.model(part.plan.eval_precision).config)
+    return part
+
+
 def main(config: Config) -> None:
     """Runs the plan and writes its report."""
     launch.positive(config, "save_every", "keep")
     begun = time.perf_counter()
     parts = parts_of(read_plan(config.plan))
+    chosen = exported(config, parts)
     steps = {part.stage.name: getattr(part.stage, "steps", 0) for part in parts}
     stages = [part.as_stage() for part in parts]
     console = launch.wide()
@@ -138,6 +164,9 @@ def main(config: Config) -> None:
     )
     write_report(config, parts, ended, note)
     console.print(f"report: {config.out / 'report.md'}", highlight=False)
+    if chosen is not None:
+        chosen.as_run(ended[chosen.stage.name]).export(config.export)
+        console.print(f"exported: {config.export}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpjax.commands import run_command
-from mpjax.data.tables.columns import read_columns
+from mpjax.data.tables.columns import CONVERSATIONS, column_names, read_columns
 from mpjax.errors import ConfigError
 from mpjax.finetuning import load_run
 
@@ -34,15 +34,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _texts(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[list[str], list[str]]:
+def asked(messages: list[Any]) -> list[Any]:
+    """A conversation up to its last question."""
+    ends = [place for place, m in enumerate(messages) if m["role"] != "assistant"]
+    return messages[: ends[-1] + 1] if ends else messages
+
+
+def _texts(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
     """The texts that are asked for, and their second ones."""
     if bool(options.text) == bool(options.data):
         raise ConfigError("give either --text or --data")
     if options.text:
         return options.text, options.second
     kinds = {"text": "text"}
-    default = "prompt" if settings["task"] == "instruct" else "text"
-    columns = {"text": options.column or settings["text"] or default}
+    talks = settings["task"] == "instruct"
+    columns = {"text": options.column or settings["text"] or ("prompt" if talks else "text")}
+    if talks and not (options.column or settings["text"]):
+        there = column_names(options.data)
+        if name := next((name for name in CONVERSATIONS if name in there), None):
+            turns = read_columns(options.data, {"turns": "turns"}, {"turns": name}).values["turns"]
+            return [asked(json.loads(one)) for one in turns], []
     if settings["task"] == "pair" or settings["second"]:
         kinds["second"] = "text"
         columns["second"] = options.second_column or settings["second"] or "second"

@@ -957,6 +957,12 @@ def test_a_plan_of_stages_writes_its_report(tmp_path):
     assert kinds["encoder/layers"] == "taken" and kinds["encoder/masked"] == "dropped"
     assert kinds["encoder/class"] == "anew"
     assert "| encoder/class | anew |" in err and "| moments | anew |" in err
+    transformers_folder, again = tmp_path / "exported", ("--plan", plan, "--out", out)
+    run("stages", *again, "--save-every", 3, "--export", transformers_folder, "--stage", "tune")
+    config = json.loads((transformers_folder / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "x", "1": "y"}
+    assert (transformers_folder / "tokenizer.json").is_file()
     for name, steps in (("pretrain", 4), ("tune", 6), ("int8", 0)):
         numbers = [r["step"] for r in read(out / name) if "loss" in r]
         assert numbers == list(range(1, steps + 1))

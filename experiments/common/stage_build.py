@@ -10,16 +10,28 @@ from common import (
     finetune,
     launch,  # sets XLA flags before JAX starts  # noqa: F401
 )
-from common.stage_plan import Distil, Layers, Named, Plan, Prune, Quantise, Trained
+from common.stage_plan import (
+    Classify,
+    Distil,
+    Layers,
+    Masked,
+    Named,
+    NextToken,
+    Plan,
+    Prune,
+    Quantise,
+    Trained,
+)
 from common.stage_work import WORKS, Work
 
 import jax  # isort: skip
 from mpjax.errors import ConfigError
+from mpjax.finetuning import Tuned
 from mpjax.models import decoder, encoder, quantize_weights
 from mpjax.optim import make_optimizer, prune_weights, pruned
 from mpjax.tasks import Distillation
 from mpjax.train import build, check_batch, parse_mesh
-from mpjax.train.stages import Edit, Stage, Training
+from mpjax.train.stages import Edit, Finished, Stage, Training
 from mpjax.typing import Params, PyTree, Settings
 
 
@@ -102,6 +114,23 @@ class Part:
             return _layers(params, stage.layers)
         assert isinstance(stage, Prune)
         return prune_weights(params, stage.sparsity, scope=stage.scope)
+
+    def as_run(self, ended: Finished) -> Tuned:
+        """Returns the stage, which has ended, as a run that answers and is exported."""
+        learned: Named = self.stage
+        part: Part | None = self
+        while type(learned) not in WORKS and part is not None:  # whose data these are
+            part = part.teacher or part.source
+            learned = part.stage if part else learned
+        task = {Masked: "masked", Classify: "classify", NextToken: "lm"}.get(type(learned))
+        settings = {
+            "task": task or "instruct", "text": "", "second": "", "longest": self.work.context,
+            "prompt": getattr(learned, "prompt", ""),
+        }  # fmt: skip
+        return Tuned(
+            ended.folder, self.model(self.plan.eval_precision), ended.weights(),
+            self.work.tokenizer, self.work.task, settings, ended.steps, ended.scores,
+        )  # fmt: skip
 
     @property
     def trains(self) -> bool:

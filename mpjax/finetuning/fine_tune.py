@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from mpjax.errors import ConfigError, need
+from mpjax.errors import ConfigError
 from mpjax.files import write_text
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.of_decoders import Instructions
@@ -24,7 +24,7 @@ from mpjax.finetuning.sources import read_source
 from mpjax.finetuning.tuned import Tuned, load_run
 from mpjax.finetuning.work import Lines, Scores
 from mpjax.models import save_weights
-from mpjax.models.hf import open_checkpoint
+from mpjax.models.hf import check_export, open_checkpoint
 from mpjax.optim import make_optimizer
 from mpjax.precision import PrecisionSchedule, fixed, get_precision, get_schedule
 from mpjax.precision.schedule import KINDS
@@ -295,12 +295,9 @@ def _check_folder(c: Finetuning) -> None:
     And that there is room for an export.
     """
     if c.export:
-        need("safetensors.numpy", "hub", "export")
         if c.task == "seq2seq":
             raise ConfigError("export: transformers has no such encoder-decoder; leave it out")
-        target = Path(c.export).expanduser()
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise ConfigError(f"export: {target} is not empty; name a new folder")
+        check_export(c.export)
     if (c.out / RUN).is_file():
         if not c.resume:
             raise ConfigError(

@@ -28,7 +28,7 @@ class Finetuning:
     --width and --heads, and a tokenizer of the data's."""
     text: str = ""
     """Column of the texts, `text` by default; of `instruct` the prompts, `prompt` by default unless
-    there are `messages`, and of `seq2seq` `source`."""
+    there are `messages` or `conversations`, and of `seq2seq` `source`."""
     label: str = ""
     """Column of the classes or numbers, `label` by default; of `instruct` the answers, `answer` or
     `completion` by default, and of `seq2seq` `target`."""

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mpjax.data.tables.columns import column_names
+from mpjax.data.tables.columns import CONVERSATIONS, column_names
 from mpjax.errors import ConfigError
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.of_decoders import Documents, Instructions, Sequences
@@ -33,12 +33,19 @@ def read_source(settings: Finetuning, data: Any) -> Source:
         if settings.validation:
             raise ConfigError("validation: lm holds out documents of its data; set held_out")
         return Documents(settings, str(data))
-    if settings.task == "instruct" and not (settings.text or settings.label):
+    if not (settings.text or settings.label):
         there = column_names(data)
-        if "messages" in there:
-            return Instructions(read_sides(settings, data, {"messages": "messages"}, {}))
-        if "completion" in there and "answer" not in there:
+        talks = next((name for name in CONVERSATIONS if name in there), None)
+        if settings.task == "instruct" and talks:
+            kinds, columns = {"messages": "messages"}, {"messages": talks}
+            return Instructions(read_sides(settings, data, kinds, columns))
+        if settings.task == "instruct" and "completion" in there and "answer" not in there:
             settings = dataclasses.replace(settings, label="completion")
+        if settings.task == "classify" and talks and "text" not in there:
+            raise ConfigError(
+                f"data: a table of conversations ({talks!r}) has no 'text'; give the task"
+                " 'instruct', or name a column of texts"
+            )
     kinds = {"text": "text", "label": "number" if settings.task == "regress" else "class"}
     columns = {"text": settings.text, "label": settings.label}
     if settings.task in _COLUMNS:

@@ -84,7 +84,8 @@ class Tuned:
         """Answers texts.
 
         Args:
-          texts: texts; of a tagger sentences, as words or as text with spaces between them.
+          texts: texts; of a tagger sentences, as words or as text with spaces between them; of
+            instructions also conversations, lists of messages that an answer goes on.
           seconds: the second text of each pair.
           batch: texts at a time.
           tokens: at most, of what a language model writes.
@@ -102,9 +103,12 @@ class Tuned:
         texts = list(texts) if not isinstance(texts, str) else [texts]
         words = isinstance(self.task, TokenClassification)
         for number, text in enumerate(texts):
-            fits = isinstance(text, str) or words and all(isinstance(w, str) for w in text)
-            if not fits:
-                raise ConfigError(f"texts[{number}] is {brief(text)}; give a text")
+            listed = isinstance(text, list | tuple) and len(text) > 0
+            fits = words and listed and all(isinstance(w, str) for w in text)
+            fits |= self._talks and listed and all(isinstance(m, Mapping) for m in text)
+            if not fits and not isinstance(text, str):
+                one = " or a conversation, a list of messages" if self._talks else ""
+                raise ConfigError(f"texts[{number}] is {brief(text)}; give a text{one}")
         if not texts:
             raise ConfigError("texts: none; give at least one")
         if isinstance(self.task, Language):
@@ -153,16 +157,23 @@ class Tuned:
             self._predictors[key] = self.task.predictor(self.model, batch=batch, lengths=lengths)
         return self._predictors[key]
 
-    def _continued(self, texts: Sequence[str], batch: int, tokens: int) -> list[Answer]:
+    @property
+    def _talks(self) -> bool:
+        """Whether it was taught to answer."""
+        return self.settings["task"] == "instruct"
+
+    def _prompt(self, text: Any) -> Any:
+        """The ids that are gone on from."""
+        if not isinstance(text, str):
+            return self.chat.ids(list(text))
+        if self._talks and self._has_own_template:
+            return self.chat.ids([{"role": "user", "content": text}])
+        around = (self.settings["prompt"] or PROMPT) if self._talks else "{}"
+        return self.tokenizer.prompt(around.replace("{}", text))
+
+    def _continued(self, texts: Sequence[Any], batch: int, tokens: int) -> list[Answer]:
         """What follows each text; texts of about one length are answered together."""
-        instruct = self.settings["task"] == "instruct"
-        around = (self.settings["prompt"] or PROMPT) if instruct else "{}"
-        own = instruct and self._has_own_template
-        prompts = [
-            self.chat.ids([{"role": "user", "content": text}]) if own
-            else self.tokenizer.prompt(around.replace("{}", text))
-            for text in texts
-        ]  # fmt: skip
+        prompts: list[Any] = list(map(self._prompt, texts))
         room, end = self.model.config.context, self.ends
         groups: dict[tuple[int, int], list[int]] = {}
         for place, ids in enumerate(prompts):
@@ -195,7 +206,7 @@ class Tuned:
         """The tokens that end what a language model writes."""
         own = getattr(self.tokenizer, "separator", None)
         found = (*self.model.metadata.ends, *([] if own is None else [own]))
-        if self.settings["task"] == "instruct" and self._has_own_template:
+        if self._talks and self._has_own_template:
             found = (*self.chat.ends, *found)
         return tuple(dict.fromkeys(found))
 
@@ -212,9 +223,7 @@ class Tuned:
         Raises:
           ConfigError: the run is of no conversations, jinja2 is not installed, or as `Chat`.
         """
-        if not isinstance(self.model, Decoder) or (
-            self.settings["task"] != "instruct" and not self._has_own_template
-        ):
+        if not isinstance(self.model, Decoder) or (not self._talks and not self._has_own_template):
             raise ConfigError(
                 f"{self.folder}: a run of task {self.settings['task']!r}, without a chat template;"
                 " tune it by instruct"
@@ -247,7 +256,7 @@ class Tuned:
         config = dict(metadata.config)
         if SETTINGS not in files:
             files[SETTINGS] = json.dumps(self._tokenizer_config(), indent=2)
-        if self.settings["task"] == "instruct" and not self._has_own_template:
+        if self._talks and not self._has_own_template:
             around = prompt_settings(self.tokenizer, self.settings["prompt"] or PROMPT)
             files = {name: x for name, x in files.items() if "chat_template" not in name}
             files[SETTINGS] = json.dumps(parse_json(files[SETTINGS], SETTINGS) | around, indent=2)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from mpjax import predict
 from mpjax.data.chat import Chat
 from mpjax.data.tables.columns import column_names, read_columns
 from mpjax.errors import ConfigError
@@ -65,8 +66,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_a_checkpoint_is_tuned_and_asked_by_its_own_template(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     examples = taken(monkeypatch)
     talks = [talk(n) for n in range(48)]
     rows = [{"prompt": t[0]["content"], "completion": t[1]["content"]} for t in talks]
@@ -86,7 +88,16 @@ def test_a_checkpoint_is_tuned_and_asked_by_its_own_template(
     stop = [*np.flatnonzero(np.isin(out, run.ends)), len(out)][0]
     said = backend.decode(out[:stop].tolist(), skip_special_tokens=False)
     (answer,) = run.predict(["3: say 3"], tokens=5)
-    assert answer == {"text": said}
+    assert answer == {"text": said} == run.predict([talk(3)[:1]], tokens=5)[0]
+    longer = [*talk(1), *talk(3)[:1]]
+    assert run._prompt(longer) == run.chat.ids(longer) != run.chat.ids(talk(3)[:1])
+    with pytest.raises(ConfigError, match=r"texts\[0\] is 3; give a text or a conversation"):
+        run.predict([3])
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": talk(3)}) + "\n")
+    command = [str(tmp_path / "a"), "--data", str(tmp_path / "asked.jsonl"), "--tokens", "5"]
+    assert predict.main(command) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {"input": talk(3)[:1], "text": said}
     # the control: another prompt, in training and in chat; and the same rows as messages
     for data, prompt in ((path, "Q {}\nA "), ([{"messages": t} for t in talks], "")):
         source = read_source(Finetuning.of(options | {"prompt": prompt}), data)
@@ -131,6 +142,12 @@ def test_messages_are_read_of_files_and_rows(tmp_path: Path) -> None:
         found = read_columns(source, {"messages": "messages"}).values["messages"]
         assert [json.loads(one) for one in found] == [talk(0), talk(1)]
         assert sorted(column_names(source)) == ["id", "messages"]
+    names = {"user": "human", "assistant": "gpt"}
+    shared = [[{"from": names[m["role"]], "value": m["content"]} for m in talk(n)] for n in (0, 1)]
+    found = read_columns({"conversations": shared}, {"a": "messages"}, {"a": "conversations"})
+    assert [json.loads(one) for one in found.values["a"]] == [talk(0), talk(1)]
+    source = read_source(Finetuning.of(SMALL), [{"conversations": one} for one in shared * 9])
+    assert isinstance(source, Instructions) and list(source.sides.train) == ["messages"]
     assert column_names(iter(rows)) == [] and column_names(tmp_path / "none.jsonl") == []
     (tmp_path / "a.csv").write_text("prompt, completion\na,b\n")
     assert column_names(tmp_path / "a.csv") == ["prompt", "completion"]
@@ -143,13 +160,15 @@ def test_messages_are_read_of_files_and_rows(tmp_path: Path) -> None:
         ([{"messages": [{"content": "a"}]}] * 9, {}, "expected messages, such as"),
         ([{"messages": talk(0)[:1]}] * 9, {}, "has no message of the role 'assistant'"),
         ([{"messages": None}] * 9, {}, "no 'messages'; fill it in"),
+        ([{"messages": talk(0)}] * 9, {"task": "classify"}, "give the task 'instruct', or"),
+        ([{"conversations": [{"from": "human", "value": "a"}]}] * 9, {}, "no message of the role"),
         ([{"prompt": "a"}] * 9, {}, r"no column 'answer' \(there: prompt\)"),
         ([{"messages": talk(0)}], {"prompt": "Q:"}, "prompt='Q:': expected {} once"),
         ([{"messages": talk(0)}], {"task": "lm", "prompt": "{}"}, "prompt='{}': lm has none"),
         ([{"source": "a", "target": "b"}], {"task": "seq2seq", "export": "m"},
          "export: transformers has no such encoder-decoder"),
         ([{"messages": talk(0)}], {"export": 3}, "export=3: expected a folder"),
-        ([{"messages": talk(0)}], {"export": "."}, "export: . is not empty; name a new folder"),
+        ([{"messages": talk(0)}], {"export": "."}, ".: export needs a new or empty folder"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_nothing_is_written(

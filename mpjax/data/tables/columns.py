@@ -17,7 +17,10 @@ from mpjax.data.tables.rows import text_of, whole_names
 from mpjax.errors import ConfigError, brief, listed
 
 MISSING = ("error", "drop", "empty")
-KINDS = ("text", "class", "number", "messages")
+KINDS = ("text", "class", "number", "messages", "turns")
+CONVERSATIONS = ("messages", "conversations")  # columns that data sets have them in
+# Turns of ShareGPT have `from` and `value`.
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "tool_response": "tool"}
 Row = tuple[str, Mapping[str, Any]]  # where it stands, column -> value
 
 
@@ -51,7 +54,9 @@ def read_columns(
             order; ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet``; ``hf:NAME[:config]``; a data
             set of Hugging Face; a data frame; a dict of columns; or an iterable of dicts.
         kinds: field -> ``text``; ``class``: a text, a whole number, or true and false, but not all
-            of these; ``number``; or ``messages``, a list of turns, which is returned as JSON.
+            of these; ``number``; ``messages``, a list of turns with an answer, which is returned
+            as JSON (``role`` and ``content``, or ``from`` and ``value``); or ``turns``, perhaps
+            without one.
         columns: field -> name of its column, where another.
         missing: of an empty cell, null or NaN: ``error``; ``drop`` leaves the row out; ``empty``
             makes it an empty text, where it is no class and no number.
@@ -118,8 +123,8 @@ def _value(value: object, kind: str, where: str, earlier: dict[str, str]) -> Any
         return None
     if type(value).__name__ in ("NAType", "NaTType"):  # pandas'
         return None
-    if kind == "messages":
-        return _messages(value, where)
+    if kind in ("messages", "turns"):
+        return _messages(value, where, kind == "messages")
     if kind != "number":
         own, text = text_of(value, where, kind == "class")
         if kind == "class" and earlier.setdefault(own, where) and len(earlier) > 1:
@@ -135,16 +140,26 @@ def _value(value: object, kind: str, where: str, earlier: dict[str, str]) -> Any
     return number
 
 
-def _messages(value: object, where: str) -> str:
+def _turn(turn: Any) -> Any:
+    """A turn with a role and content, if it has both by these names or by those of ShareGPT."""
+    if isinstance(turn, Mapping) and "role" not in turn and isinstance(turn.get("from"), str):
+        rest = {name: x for name, x in turn.items() if name not in ("from", "value")}
+        role = turn["from"]
+        return {"role": _ROLES.get(role, role), "content": turn.get("value")} | rest
+    return turn
+
+
+def _messages(value: object, where: str, answered: bool) -> str:
     """A conversation as JSON."""
     turns = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+    turns = list(map(_turn, turns))
     if not turns or not all(isinstance(m, Mapping) and isinstance(m.get("role"), str)
                             for m in turns):  # fmt: skip
         raise ConfigError(
             f'{where} is {brief(value)}; expected messages, such as [{{"role": "user", "content":'
             ' "hello"}, {"role": "assistant", "content": "hi"}]'
         )
-    if all(m["role"] != "assistant" for m in turns):
+    if answered and all(m["role"] != "assistant" for m in turns):
         raise ConfigError(f"{where} has no message of the role 'assistant'; drop it or add one")
     try:
         return json.dumps([dict(m) for m in turns], ensure_ascii=False)

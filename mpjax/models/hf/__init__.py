@@ -3,6 +3,13 @@
 from mpjax.models.core.metadata import Metadata
 from mpjax.models.hf.checkpoint import Checkpoint, open_checkpoint
 from mpjax.models.hf.load import load_checkpoint
-from mpjax.models.hf.save import save_checkpoint
+from mpjax.models.hf.save import check_export, save_checkpoint
 
-__all__ = ["Checkpoint", "Metadata", "load_checkpoint", "open_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Metadata",
+    "check_export",
+    "load_checkpoint",
+    "open_checkpoint",
+    "save_checkpoint",
+]

@@ -67,8 +67,7 @@ def save_checkpoint(
     metadata = model.metadata if metadata is None else metadata
     loaded = str(metadata.config.get("model_type", ""))
     kind = ARCHITECTURES[model_type := architecture_name(model.config, loaded)]
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target}: export needs a new or empty folder; name another one")
+    _check_empty(target)
     assert kind.write is not None  # `architecture_name` returns only architectures that have it
     own = {"model_type": model_type, "architectures": [kind.title(model.config)]}
     config = kind.write(model.config)
@@ -98,6 +97,33 @@ def save_checkpoint(
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_export(folder: str | Path, config: object = None) -> None:
+    """Checks that a model could be exported, before it is trained.
+
+    Args:
+      folder: where to.
+      config: of the model; None where it is not known yet.
+
+    Raises:
+      ConfigError: a folder that holds something, a package that is not installed, or a shape that
+        transformers has not.
+
+    Example:
+      >>> from mpjax.models import decoder
+      >>> check_export("a-new-folder", decoder("tiny").config)
+    """
+    target = Path(folder).expanduser()
+    need("safetensors.numpy", "hub", f"{target}: export")
+    if config is not None:
+        architecture_name(config)
+    _check_empty(target)
+
+
+def _check_empty(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target}: export needs a new or empty folder; name another one")
 
 
 def _checked(target: Path, files: Mapping[str, bytes | str]) -> dict[str, bytes]:
