@@ -14,10 +14,11 @@ from typing import Any, TextIO
 import numpy as np
 
 from mpjax.errors import ConfigError, brief, explains_calls, is_whole, need
-from mpjax.files import NO_FOLLOW, write_file
+from mpjax.files import NO_FOLLOW, write_file, write_text
 from mpjax.typing import Json, Settings
 
 METRICS = "metrics.jsonl"
+WANDB_ID = "wandb-run-id.txt"
 _log = logging.getLogger("mpjax.train")
 # JSON has no such numbers; as text, as in Protocol Buffers' JSON, float() and pandas read them.
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -137,16 +138,23 @@ def import_wandb() -> ModuleType:
     return need("wandb", "wandb", "wandb", " or leave --wandb out")
 
 
-def _begin_wandb(project: str, settings: Mapping[str, object], out: Path) -> Any:
+def _begin_wandb(project: str, settings: Mapping[str, object], out: Path, goes_on: bool) -> Any:
     """Returns a run in Weights & Biases, whose files are below `out`.
+
+    A run that goes on is the same one there, by the id in `out`.
 
     Raises:
       ConfigError: wandb is not installed, or cannot be reached.
     """
     module: Any = import_wandb()
     out.mkdir(parents=True, exist_ok=True)  # wandb would take another folder
+    path, known = out / WANDB_ID, dict[str, str]()
+    if goes_on and path.is_file():
+        known = {"id": path.read_text(encoding="utf-8").strip(), "resume": "allow"}
     try:
-        return module.init(project=project, config=dict(settings), dir=str(out))
+        run = module.init(project=project, config=dict(settings), dir=str(out), **known)
+        write_text(path, f"{run.id}\n")
+        return run
     except module.Error as error:
         why = str(error).rstrip(".")
         raise ConfigError(
@@ -162,7 +170,8 @@ class MetricsWriter:
       settings: flat settings, which TensorBoard shows as HParams.
       start: step that the run resumes from; later records of an earlier try are dropped.
       every: steps between points in TensorBoard and Weights & Biases.
-      wandb: project in Weights & Biases, empty for none; WANDB_MODE=offline needs no network.
+      wandb: project in Weights & Biases, empty for none; WANDB_MODE=offline needs no network. A run
+        that resumes goes on there too.
 
     Raises:
       ConfigError: wandb is asked for and not installed, or cannot be reached.
@@ -180,7 +189,7 @@ class MetricsWriter:
     ) -> None:
         if not is_whole(every, 1):
             raise ConfigError(f"metrics: every={brief(every)}; give a whole number of steps")
-        self._wandb = _begin_wandb(wandb, settings, Path(out)) if wandb else None
+        self._wandb = _begin_wandb(wandb, settings, Path(out), start > 0) if wandb else None
         from tensorboardX import SummaryWriter  # here: 0.3 s that `--help` need not wait for
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.summary import hparams

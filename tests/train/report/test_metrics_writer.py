@@ -180,6 +180,7 @@ class FakeWandb:
             raise self.Error("api_key not configured\n(no-tty)")
         self.calls.append(kinds | {"there": Path(kinds["dir"]).is_dir()})
         return SimpleNamespace(
+            id=kinds.get("id", f"run{len(self.calls)}"),
             log=lambda numbers, step: self.calls.append((step, numbers)),
             finish=lambda: self.calls.append("finish"),
         )
@@ -195,6 +196,17 @@ def test_wandb_gets_settings_and_points(tmp_path, monkeypatch):
         (2, {"tokens_per_s": 100.5, "loss": 0.5, "skipped": 0}),
         "finish",
     ]
+
+
+def test_a_run_that_resumes_is_the_same_one_in_wandb(tmp_path, monkeypatch):
+    calls: list[Any] = []
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(calls))
+    write(tmp_path, [record(1)], wandb="project")
+    write(tmp_path, [record(2)], start=1, wandb="project")
+    write(tmp_path, [record(1)], wandb="project")  # anew: another run
+    begun = [one for one in calls if isinstance(one, dict)]
+    assert [one.get("id") for one in begun] == [None, "run1", None]
+    assert begun[1]["resume"] == "allow" and "resume" not in begun[2]
 
 
 def test_wandb_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
