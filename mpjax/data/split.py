@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from mpjax.data.text import Document
 from mpjax.errors import ConfigError
 
 logger = logging.getLogger("mpjax.data")
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 def split_documents(
@@ -42,22 +44,14 @@ def split_documents(
     """
     if not 0.0 < fraction < 1.0:
         raise ConfigError(f"held_out={fraction}: expected a fraction above 0 and below 1, as 0.05")
-    positions = {document.digest: _position(document) for document in documents}
+    positions = {document.digest: _uniform(document.digest) for document in documents}
     if len(positions) == 1:
         if len(documents) > 1:
             logger.warning("%d identical documents: one is kept and cut", len(documents))
         return _cut(documents[0], fraction)
-    held = {digest for digest, position in positions.items() if position < fraction}
-    if not held:
-        held = {min(positions, key=positions.__getitem__)}
-    elif len(held) == len(positions):
-        held.remove(max(positions, key=positions.__getitem__))
+    held = _held(positions, fraction)
     train = [document for document in documents if document.digest not in held]
     return train, [document for document in documents if document.digest in held]
-
-
-def _position(document: Document) -> float:
-    return int.from_bytes(document.digest[:8], "big") / 2.0**64
 
 
 def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
@@ -80,6 +74,7 @@ def held_out(contents: Sequence[str], fraction: float = 0.1, *, seed: int = 0) -
 
     A text is held out when $h(\text{seed}, \text{content}) < \text{fraction}$, $h$ uniform in
     [0, 1): equal texts land on the same side, and a text keeps its side when others come or go.
+    When that leaves one side empty, the text nearest the border moves there.
 
     Args:
         contents: what identifies each example.
@@ -90,7 +85,7 @@ def held_out(contents: Sequence[str], fraction: float = 0.1, *, seed: int = 0) -
         bool, shape (examples,).
 
     Raises:
-        ConfigError: a fraction outside (0, 1), or one side stays empty.
+        ConfigError: a fraction outside (0, 1), or all contents are one.
 
     Example:
         >>> held_out(["a", "b", "a", "c"], 0.5).tolist()
@@ -98,13 +93,31 @@ def held_out(contents: Sequence[str], fraction: float = 0.1, *, seed: int = 0) -
     """
     if not 0.0 < fraction < 1.0:
         raise ConfigError(f"held_out={fraction}: expected a fraction above 0 and below 1, as 0.05")
-    hashes = (hashlib.sha256(f"{seed}\0{content}".encode()).digest() for content in contents)
-    chosen = np.array([int.from_bytes(h[:8], "big") / 2.0**64 < fraction for h in hashes], bool)
-    if not 0 < chosen.sum() < len(chosen):
+    positions = {
+        content: _uniform(hashlib.sha256(f"{seed}\0{content}".encode()).digest())
+        for content in dict.fromkeys(contents)
+    }
+    if len(positions) < 2:
         raise ConfigError(
-            f"held_out={fraction}: all {len(chosen)} examples are on one side; name more examples"
+            f"held_out={fraction}: all {len(contents)} examples are one text, on one side; name"
+            " more examples"
         )
-    return chosen
+    held = _held(positions, fraction)
+    return np.array([content in held for content in contents], bool)
+
+
+def _held(positions: Mapping[_Name, float], fraction: float) -> set[_Name]:
+    """What lies below a border; where that leaves one side empty, the nearest one moves there."""
+    held = {name for name, position in positions.items() if position < fraction}
+    if not held:
+        return {min(positions, key=positions.__getitem__)}
+    if len(held) == len(positions):
+        held.remove(max(positions, key=positions.__getitem__))
+    return held
+
+
+def _uniform(digest: bytes) -> float:
+    return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
 def stratified(

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import strategies as st
 
 from mpjax.data import Document, split_documents
+from mpjax.data.split import held_out
 from mpjax.errors import ConfigError
 
 DOCUMENTS = [Document(str(i), f"text number {i}") for i in range(2000)]
@@ -77,3 +78,19 @@ def test_a_fraction_out_of_range_is_refused(fraction):
 def test_a_text_too_short_to_cut_is_refused():
     with pytest.raises(ConfigError, match="short.txt: 1 character.*longer"):
         split_documents([Document("short.txt", "x")])
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_few_texts_are_on_both_sides(fraction: float) -> None:
+    contents = ["a", "b", "a", "c"]
+    out = held_out(contents, fraction)
+    alone = [n for n, x in enumerate(out) if x == (fraction < 0.5)]
+    assert 0 < out.sum() < 4 and out[0] == out[2] and len({contents[n] for n in alone}) == 1
+    with pytest.raises(ConfigError, match="all 2 examples are one text"):
+        held_out(["a", "a"], fraction)
+
+
+def test_a_text_keeps_its_side_when_others_come() -> None:
+    contents = [f"text {n}" for n in range(200)]
+    few, all_of_them = held_out(contents[:60], 0.3), held_out(contents, 0.3)
+    assert few.tolist() == all_of_them[:60].tolist() and 30 < all_of_them.sum() < 90
