@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 
 from mpjax.markdown import table
-from mpjax.ops.quantized_operand import how_it_runs
+from mpjax.ops.products.quantized_operand import how_it_runs
 from mpjax.precision import (
     Moments,
     Operand,

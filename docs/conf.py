@@ -55,6 +55,7 @@ TITLES = {
     "mpjax.formats": "Number formats",
     "mpjax.precision": "Policies, rules, Precision, schedules",
     "mpjax.ops": "Operations",
+    "mpjax.ops.products": "Operands of quantised products",
     "mpjax.optim": "Optimizers and loss scales",
     "mpjax.optim.annealing": "Simulated annealing",
     "mpjax.interpret": "autocast, audit, monitor, trace_nonfinite",

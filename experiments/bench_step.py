@@ -32,7 +32,7 @@ from rich.table import Table
 from common.bare_step import make_step
 from common.stablehlo import products_and_casts
 from mpjax.models import Decoder, decoder
-from mpjax.ops.target import tracing_for
+from mpjax.ops import tracing_for
 from mpjax.train import build
 from mpjax.typing import Array, Batch, DType, DTypeLike, Params, PyTree
 

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from benchmarks.common.page import ROOT, commit, write
 from mpjax.files import write_text
 from mpjax.markdown import table
-from mpjax.ops.dot import dot
+from mpjax.ops.products.dot import dot
 from mpjax.precision import recipe_names
 from tests.compiling import plain_code
 from tests.ops import layouts

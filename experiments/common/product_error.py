@@ -15,7 +15,7 @@ import numpy as np
 from mpjax.formats import Format
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops import dot_general, hadamard
-from mpjax.ops.quantized_operand import opened, quantize_operand
+from mpjax.ops.products import opened, quantize_operand
 from mpjax.precision import Operand, Recipe, get_recipe
 from mpjax.typing import Array, ArrayLike, DTypeLike, Key, Settings
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mpjax.errors import ConfigError
 from mpjax.formats import widest
-from mpjax.ops.dot import dot
+from mpjax.ops.products.dot import dot
 from mpjax.ops.softmax import softmax as softmaxed
 from mpjax.ops.target import target_platform
 from mpjax.precision import dtype_name, sum_dtype

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from mpjax.formats import widest
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.ops.dot import dot
-from mpjax.ops.dot_general import Dot, ProductSpec, product
+from mpjax.ops.products.dot import dot
+from mpjax.ops.products.dot_general import Dot, ProductSpec, product
 from mpjax.precision import Recipe, sum_dtype
 from mpjax.typing import DType, DTypeLike, Key
 

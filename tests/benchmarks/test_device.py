@@ -135,8 +135,8 @@ def not_rounded(values: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MUTANTS = {
-    "a scale twice as large": ("mpjax.ops.quantized_operand._spread", doubled),
-    "a dropped cast": ("mpjax.ops.quantized_operand.scaled_values", not_rounded),
+    "a scale twice as large": ("mpjax.ops.products.quantized_operand._spread", doubled),
+    "a dropped cast": ("mpjax.ops.products.quantized_operand.scaled_values", not_rounded),
 }
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpjax.ops.checks import Dims
-from mpjax.ops.dot import dot
+from mpjax.ops.products.dot import dot
 from mpjax.ops.target import tracing_for
 from tests.ops.jaxprs import equations
 

@@ -118,7 +118,7 @@ def test_any_dimension_numbers(shapes: Any, dims: Any, name: str) -> None:
 
 
 def test_operands_of_scaled_formats_hold_few_values() -> None:
-    from mpjax.ops.quantized_operand import quantize_operand
+    from mpjax.ops.products.quantized_operand import quantize_operand
 
     x = operands(m=256, k=256)[0]
     for name in ("int8", "fp8", "mxfp4"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mpjax.ops.dot import dot
+from mpjax.ops.products.dot import dot
 from mpjax.precision import recipe_names
 
 sys.path.insert(0, str(Path(__file__).parent))

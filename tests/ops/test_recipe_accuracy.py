@@ -15,13 +15,13 @@ import pytest
 
 from mpjax.formats import Format
 from mpjax.ops import dot_general
-from mpjax.ops.quantized_operand import QuantizedOperand, opened, quantize_operand
+from mpjax.ops.products.quantized_operand import QuantizedOperand, opened, quantize_operand
 from mpjax.precision import Recipe, get_recipe, recipe_names
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments" / "common"
-MODULE = importlib.import_module("mpjax.ops.dot_general")  # the function has its name
+MODULE = importlib.import_module("mpjax.ops.products.dot_general")  # the function has its name
 MATMUL = (((1,), (0,)), ((), ()))
 
 

@@ -24,7 +24,7 @@ from mpjax.interpret.core.retrace import aval_of, cast
 from mpjax.interpret.core.trace import Program
 from mpjax.interpret.core.walk import bind
 from mpjax.ops import conv_general_dilated, dot_general
-from mpjax.ops.dot import dot
+from mpjax.ops.products.dot import dot
 from mpjax.precision import Recipe
 from mpjax.typing import Array, DTypeLike, Key
 

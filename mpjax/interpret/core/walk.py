@@ -27,7 +27,7 @@ from jax.extend.core import (
 
 from mpjax.interpret.core.location import NOWHERE, Location, location_of
 from mpjax.interpret.core.retrace import as_closed, aval_of, is_staged
-from mpjax.ops.linear_map import applied, linear_map_p
+from mpjax.ops.products.linear_map import applied, linear_map_p
 from mpjax.typing import Array, DType
 
 # What evaluates a jaxpr as if its equations stood in its place, and what has a rule beside it.

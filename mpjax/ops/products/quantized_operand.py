@@ -25,7 +25,7 @@ from mpjax.formats.quantize import find_scales, scaled_values
 from mpjax.formats.scaling import to_scale
 from mpjax.formats.tiles import amax_of, scale_up
 from mpjax.ops.checks import Axes, Dims
-from mpjax.ops.dot import dot, free_axes
+from mpjax.ops.products.dot import dot, free_axes
 from mpjax.precision import Operand, Recipe, get_recipe
 from mpjax.typing import Array, DTypeLike, Key, Shape
 

@@ -19,8 +19,8 @@ from mpjax.formats import widest
 from mpjax.formats.checks import as_array
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops.checks import Axes, float_dtype
-from mpjax.ops.dot_general import ProductSpec, product
-from mpjax.ops.quantized_operand import QuantizedOperand, opened
+from mpjax.ops.products.dot_general import ProductSpec, product
+from mpjax.ops.products.quantized_operand import QuantizedOperand, opened
 from mpjax.precision import Recipe, get_recipe
 from mpjax.typing import ArrayLike, DType, DTypeLike, Key
 
@@ -30,7 +30,7 @@ _Residuals = tuple[Array, Array, Array]  # x, kernel, an empty array of the dtyp
 
 
 class Conv(NamedTuple):
-    """`lax.conv_general_dilated`; see `mpjax.ops.dot_general.Bilinear`.
+    """`lax.conv_general_dilated`; see `mpjax.ops.products.dot_general.Bilinear`.
 
     Args:
       strides: of the window.

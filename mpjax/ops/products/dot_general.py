@@ -15,9 +15,9 @@ from mpjax.formats.checks import ROUNDED, as_array, check_key
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.formats.tiles import amax_of
 from mpjax.ops.checks import Axes, Dims, DotDimensionNumbers, float_dtype, read_dims
-from mpjax.ops.hadamard import hadamard
-from mpjax.ops.linear_map import linear_map, with_derivative
-from mpjax.ops.quantized_operand import (
+from mpjax.ops.products.hadamard import hadamard
+from mpjax.ops.products.linear_map import linear_map, with_derivative
+from mpjax.ops.products.quantized_operand import (
     QuantizedOperand,
     backward_dims,
     combine,
@@ -239,7 +239,7 @@ class OfProduct(NamedTuple):
         return LinearMap("push", self.spec).bind(at, (da, db, d_observed), outs)
 
     def derivative(self, outs: Result, operands: Inputs, tangents: Inputs) -> tuple[Result, Result]:
-        """See `mpjax.ops.linear_map.Rule`."""
+        """See `mpjax.ops.products.linear_map.Rule`."""
         outs = with_derivative(self, outs, operands)
         return outs, self.along(outs, operands, tangents)
 
@@ -295,7 +295,7 @@ class OfPull(NamedTuple):
     def derivative(
         self, outs: Gradients, operands: Pulled, tangents: Pulled
     ) -> tuple[Gradients, Gradients]:
-        """See `mpjax.ops.linear_map.Rule`."""
+        """See `mpjax.ops.products.linear_map.Rule`."""
         (a, b, dy, key, amax), (da, db, ddy, _, _) = operands, tangents
         own = _fresh(amax, 2)
         if amax is not None:  # the history belongs to another dy
@@ -334,7 +334,7 @@ class LinearMap(NamedTuple):
         return jax.tree.unflatten(shape, linear_map(self, alike, at, tangents))
 
     def apply(self, at: PyTree, tangents: PyTree) -> PyTree:
-        """See `mpjax.ops.linear_map.Map`."""
+        """See `mpjax.ops.products.linear_map.Map`."""
         spec = self.spec
         if self.kind == "push":
             return _push(spec, at, tangents)
@@ -346,7 +346,7 @@ class LinearMap(NamedTuple):
         return _pull(spec, self.like, operands)[0]
 
     def transpose(self, at: PyTree, cotangents: Sequence[Array], tangents: PyTree) -> PyTree:
-        """See `mpjax.ops.linear_map.Map`."""
+        """See `mpjax.ops.products.linear_map.Map`."""
         if self.kind == "pull":
             da, db = cotangents
             return (_push(self.spec, at, (da, db, None))[0].astype(tangents[0].dtype),)
