@@ -14,6 +14,7 @@ from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.formats import Format, Quantized, fake_quantize, quantize, round_to, sqnr
 from mpjax.interpret import (
     assert_low_precision,
+    assert_wire,
     audit,
     autocast,
     monitor,
@@ -80,6 +81,7 @@ __all__ = [
     "StaticLossScale",
     "TrainingStopped",
     "assert_low_precision",
+    "assert_wire",
     "audit",
     "autocast",
     "conv_general_dilated",

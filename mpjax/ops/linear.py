@@ -6,7 +6,7 @@ Shapes: N tokens (all leading axes), D inputs, F outputs, V rows of a table.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -163,33 +163,65 @@ shift_by.defvjp(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+class TableCut(Protocol):
+    """How several devices hold a table; hashable."""
+
+    def whole(self, table: Array) -> Array:
+        """The table with all of each row on a device."""
+
+    def by_width(self, dy: Array) -> Array:
+        """Gradients of rows, cut by width as the table is."""
+
+    def every(self, ids: Array) -> Array:
+        """The ids of these rows."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def look_up(
     table: Float[Array, "V D"],
     ids: Int[Array, "*N"],
     output_dtype: DTypeLike,
     gradient_dtype: DTypeLike,
+    cut: TableCut | None = None,
 ) -> Float[Array, "*N D"]:
     """Returns rows of a table in the output dtype; their gradients are summed in gradient_dtype.
 
     An id outside of 0 .. V - 1 gives NaN.
+
+    Args:
+      table: V rows, as stored.
+      ids: of rows.
+      output_dtype: of the result.
+      gradient_dtype: in which gradients of a row are summed.
+      cut: how devices hold the table, None on one device. The table is brought together in the
+        narrower one of its own and the output dtype, and the gradients of rows go in their own
+        dtype to where the parts of the table are; no device has a gradient of all of it.
     """
     known = jnp.where(ids < 0, table.shape[0], ids)  # -1, often padding, is not the last row
+    if cut is not None:
+        narrow = jnp.dtype(output_dtype).itemsize < table.dtype.itemsize
+        table = cut.whole(table.astype(output_dtype) if narrow else table)
     return jnp.take(table, known, axis=0).astype(output_dtype)
 
 
 def _look_up_bwd(
-    output_dtype: DTypeLike, gradient_dtype: DTypeLike, residuals: tuple[Array, Array], dy: Array
+    output_dtype: DTypeLike,
+    gradient_dtype: DTypeLike,
+    cut: TableCut | None,
+    residuals: tuple[Array, Array],
+    dy: Array,
 ) -> tuple[Array, None]:
     ids, like = residuals
+    if cut is not None:
+        dy, ids = cut.by_width(dy), cut.every(ids)
     wide = widest(dy.dtype, gradient_dtype)
     grad = jnp.zeros(like.shape[1:], wide).at[ids].add(dy.astype(wide))
     return grad.astype(like.dtype), None
 
 
 look_up.defvjp(
-    lambda table, ids, out, dtype: (
-        look_up(table, ids, out, dtype),
+    lambda table, ids, out, dtype, cut: (
+        look_up(table, ids, out, dtype, cut),
         (ids, jnp.zeros((0, *table.shape), table.dtype)),
     ),
     _look_up_bwd,

@@ -27,6 +27,7 @@ AXES = ("data", "fsdp", "tensor")
 # logical axis -> mesh axes. A mesh axis cuts only one dimension of an array: the first that asks.
 TABLE: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "replicas": ("data",),  # a batch whose fsdp devices cut another dimension
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv": ("tensor",),

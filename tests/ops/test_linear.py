@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -151,3 +152,43 @@ def test_look_up_gives_rows_and_scatters_their_gradients() -> None:
     want = np.zeros_like(table)
     np.add.at(want, ids, dy)
     np.testing.assert_array_equal(np.asarray(pull(jnp.asarray(dy, jnp.float32))[0]), want)
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted:
+    """A cut of a table on one device, that notes what it is given."""
+
+    seen: list[str] = dataclasses.field(hash=False, compare=False)
+
+    def whole(self, table: Any) -> Any:
+        self.seen.append(f"table {table.dtype}")
+        return table
+
+    def by_width(self, dy: Any) -> Any:
+        self.seen.append(f"dy {dy.dtype}")
+        return dy
+
+    def every(self, ids: Any) -> Any:
+        self.seen.append("ids")
+        return ids
+
+
+@pytest.mark.parametrize(
+    ("stored", "out", "sent"),
+    [("float32", "bfloat16", "bfloat16"), ("bfloat16", "float32", "bfloat16"),
+     ("float32", "float32", "float32")],
+)  # fmt: skip
+def test_a_table_is_sent_in_the_narrower_dtype_and_is_the_same(
+    stored: str, out: str, sent: str
+) -> None:
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), stored)
+    ids, seen = jnp.array([[0, 4, 4], [1, 0, 4]]), list[str]()
+
+    def loss(table: Any, cut: Any) -> Any:
+        return jnp.sum(
+            look_up(table, ids, jnp.dtype(out), jnp.float32, cut).astype(jnp.float32) ** 2
+        )
+
+    plain, cut = (jax.value_and_grad(loss)(table, c) for c in (None, Noted(seen)))
+    assert seen == [f"table {sent}", f"dy {out}", "ids"]
+    assert plain[0] == cut[0] and jnp.array_equal(plain[1], cut[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 from jax.extend.core import jaxpr_as_fun
@@ -45,8 +46,9 @@ def audit(
     Args:
       fn: any function that JAX can trace: a loss, its `jax.grad`, a training step.
       *args: its arguments; `jax.ShapeDtypeStruct` will do for arrays.
-      compiled: also compile it for this backend and read the optimised HLO. On CPU that is no
-        oracle of dtype: bfloat16 products are rewritten to float32 there.
+      compiled: also compile it and read the optimised HLO: for this backend, or a step of
+        `mpjax.train` for the devices of its mesh, with what it sends between them. On CPU that is
+        no oracle of dtype: bfloat16 becomes float32 there.
       platform: `cpu cuda rocm tpu`, the one whose branches count; by default the one where JAX
         runs.
       **kwargs: its arguments by name.
@@ -66,8 +68,12 @@ def audit(
       (['cast'], 0.5)
     """
     where = check_platform("audit", platform)
-    program = trace("audit", fn, args, kwargs)
-    return _audit(fn, program, Flow(program, where), _compile(program) if compiled else None)
+    program = trace("audit", getattr(fn, "function", fn), args, kwargs)
+    optimised = None
+    if compiled:
+        is_step = hasattr(fn, "compiled")
+        optimised = read_compiled(fn, args) if is_step else _compile(program)
+    return _audit(fn, program, Flow(program, where), optimised)
 
 
 def assert_low_precision(
@@ -227,6 +233,19 @@ def _costs(flow: Flow) -> tuple[dict[str, Cost], dict[str, dict[str, Cost]]]:
             if size := size_in_bytes(value.aval):
                 add(step, value.aval.dtype, Cost(bytes=size * loops))
     return by_dtype, by_path
+
+
+def read_compiled(step: Any, args: Sequence[PyTree]) -> hlo.Optimised:
+    """Returns what the optimised HLO of a step holds, compiled for the devices of its mesh.
+
+    Args:
+      step: a `TrainStep`.
+      args: its arguments.
+    """
+    mesh = step.mesh
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    text = step.compiled.lower(*args).compile().as_text() or ""
+    return hlo.read(text, platform, {} if mesh is None else dict(mesh.shape))
 
 
 def _compile(program: Program) -> hlo.Optimised:

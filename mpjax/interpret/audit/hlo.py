@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
+from collections.abc import Mapping
+
+from mpjax.interpret.audit.collectives import Collective, collectives
 
 _FLOATS = re.compile(r"^(?:bf|f)\d")
 
@@ -21,20 +24,23 @@ class Optimised:
       products: such as `f32 x f32 -> f32`.
       converts: between floats, such as `bf16 -> f32`.
       dtypes: of all instructions.
+      collectives: what is sent between devices.
     """
 
     backend: str
     products: dict[str, int]
     converts: dict[str, int]
     dtypes: dict[str, int]
+    collectives: tuple[Collective, ...] = ()
 
 
-def read(text: str, backend: str) -> Optimised:
+def read(text: str, backend: str, mesh: Mapping[str, int] | None = None) -> Optimised:
     """Reads an optimised program.
 
     Args:
       text: `compiled.as_text()`.
       backend: that it was compiled for.
+      mesh: axis -> devices, for the names of axes.
 
     Example:
       >>> read('''ENTRY %main (a: bf16[8,8]) -> f32[8,8] {
@@ -57,4 +63,5 @@ def read(text: str, backend: str) -> Optimised:
             products[f"{' x '.join(one.operands[:2])} -> {one.dtype}"] += 1
         elif one.opcode == "convert" and all(map(_FLOATS.match, (one.operands[0], one.dtype))):
             converts[f"{one.operands[0]} -> {one.dtype}"] += 1
-    return Optimised(backend, dict(products), dict(converts), dict(dtypes))
+    sent = collectives(text, mesh)
+    return Optimised(backend, dict(products), dict(converts), dict(dtypes), sent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from mpjax import markdown
 from mpjax.interpret.audit.casts import Finding
+from mpjax.interpret.audit.collectives import Collective
 from mpjax.interpret.audit.donation import Undonated
 from mpjax.interpret.audit.hlo import Optimised
 from mpjax.typing import Json
@@ -197,7 +199,7 @@ class Audit:
             _findings("Dead casts", self.dead_casts),
             _findings("Reductions in low precision", self.low_reductions),
             Section("Missing donation", ("argument", "array", "bytes"), donation),
-            *([_optimised(self.compiled)] if self.compiled is not None else []),
+            *([_sent(self.compiled), _optimised(self.compiled)] if self.compiled else []),
         ]
         return [section for section in sections if section.rows]
 
@@ -250,6 +252,26 @@ def _leaks(title: str, leaks: Sequence[Leak]) -> Section:
 def _findings(title: str, found: Sequence[Finding]) -> Section:
     rows = [(short(f.what), f.path, f.direction, short(f.line), str(f.times)) for f in found]
     return Section(title, ("what", "path", "direction", "line", "times"), rows)
+
+
+def _sent(found: Optimised) -> Section:
+    grouped: dict[tuple[str, ...], list[Collective]] = {}
+    for one in found.collectives:
+        path = re.sub(r"/\d+(?=/|$)", "", one.path) or "(none)"
+        key = (one.kind, one.dtype, one.axes, path, one.direction)
+        grouped.setdefault(key, []).append(one)
+    rows = [
+        (
+            sum(one.bytes * one.times for one in same),
+            (*key, str(sum(one.times for one in same)),
+             count(sum(one.elements * one.times for one in same))),
+        )
+        for key, same in grouped.items()
+    ]  # fmt: skip
+    rows.sort(key=lambda row: -row[0])
+    columns = ("collective", "dtype", "axes", "path", "direction", "times", "elements", "bytes")
+    cells = [(*row, count(size)) for size, row in rows]
+    return Section("Sent between devices", columns, cells, SHOWN)
 
 
 def _optimised(found: Optimised) -> Section:

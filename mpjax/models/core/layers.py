@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -9,8 +11,8 @@ from flax import linen as nn
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import as_array
-from mpjax.models.core.module import Context, Layer, part_key, run_module
-from mpjax.typing import Array, ArrayLike, Key, Params
+from mpjax.models.core.module import Context, Layer, part_key, run_module, unsharded
+from mpjax.typing import Array, ArrayLike, Axes, Key, Params, Shard
 
 
 class Linear(Layer):
@@ -85,9 +87,34 @@ class Embed(Layer):
     def __call__(self, ids: Array) -> Array:
         init = nn.initializers.normal(self.deviation)
         table = self.weight("table", init, (self.rows, self.width), self.axes)
-        # Gathered over fsdp before it is read: rows cut by width would be repartitioned by batch.
-        table = self.context.shard(table, (self.axes[0], None))
-        return ops.look_up(table, ids, self.policy().output_dtype, self.gradient_dtype)
+        shard = self.context.shard
+        cut = None if shard is unsharded else Cut(shard, self.axes)
+        return ops.look_up(table, ids, self.policy().output_dtype, self.gradient_dtype, cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a mesh holds a table; see `mpjax.ops.linear.TableCut`.
+
+    Args:
+      shard: the sharding constraint.
+      axes: logical axes of the table.
+    """
+
+    shard: Shard
+    axes: tuple[str | None, str | None]
+
+    def whole(self, table: Array) -> Array:
+        """Gathered by width: rows cut by width would be repartitioned by batch."""
+        return self.shard(table, (self.axes[0], None))
+
+    def every(self, ids: Array) -> Array:
+        return self.shard(ids, ("replicas", *(None,) * (ids.ndim - 1)) if ids.ndim > 1 else (None,))
+
+    def by_width(self, dy: Array) -> Array:
+        """Each device has the gradients of all tokens, for its part of the width."""
+        rows: Axes = ("replicas", *(None,) * (dy.ndim - 2)) if dy.ndim > 2 else (None,)
+        return self.shard(dy, (*rows, self.axes[1]))
 
 
 def shifted(x: Array, offset: ArrayLike, where: str) -> Array:
