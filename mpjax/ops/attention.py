@@ -15,7 +15,7 @@ from mpjax.errors import ConfigError
 from mpjax.formats import widest
 from mpjax.ops.products.dot import dot
 from mpjax.ops.softmax import softmax as softmaxed
-from mpjax.ops.target import target_platform
+from mpjax.ops.target import on_one_cpu, target_platform
 from mpjax.precision import dtype_name, sum_dtype
 from mpjax.typing import DType
 
@@ -162,7 +162,7 @@ def attention(
     wide = widest(compute, softmax_dtype)
     cut = causal and from_start and T == S and T % BLOCKS == 0 and T // BLOCKS >= SHORTEST
     blocks = BLOCKS if cut else 1
-    mean = _mean_on_cpu if target_platform() == "cpu" else _means
+    mean = _mean_on_cpu if on_one_cpu() else _means
     outs = []
     for start in range(0, T, T // blocks):
         stop = start + T // blocks

@@ -23,17 +23,29 @@ def target_platform() -> str:
       ...     target_platform()
       'tpu'
     """
-    return _TARGET.value or jax.default_backend()
+    return _TARGET.value[0] if _TARGET.value else jax.default_backend()
+
+
+def on_one_cpu() -> bool:
+    """Returns whether the program is for a CPU, and sums nothing over several devices.
+
+    Example:
+      >>> with tracing_for("cpu", devices=8):
+      ...     on_one_cpu()
+      False
+    """
+    return target_platform() == "cpu" and (not _TARGET.value or _TARGET.value[1] == 1)
 
 
 @contextmanager
-def tracing_for(platform: str) -> Iterator[None]:
+def tracing_for(platform: str, *, devices: int = 1) -> Iterator[None]:
     """What is traced inside is for a platform.
 
     Args:
       platform: `cpu`, `gpu` or `tpu`.
+      devices: how many.
     """
-    with _TARGET(platform):
+    with _TARGET((platform, devices)):
         yield
 
 
@@ -50,7 +62,7 @@ def traced_for(mesh: Mesh, function: Callable[_Args, _Result]) -> Callable[_Args
 
     @functools.wraps(function)
     def traced(*args: _Args.args, **options: _Args.kwargs) -> _Result:
-        with tracing_for(platform):
+        with tracing_for(platform, devices=mesh.size):
             return function(*args, **options)
 
     return traced

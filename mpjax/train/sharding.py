@@ -117,6 +117,10 @@ class ShardActivations:
         spec = partition(axes, x.shape, self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
+    def cuts(self, axis: str | None, size: int) -> bool:
+        """Whether a dimension of a logical axis is cut."""
+        return partition((axis,), (size,), self.mesh) != PartitionSpec(None)
+
 
 def _fitted(spec: PartitionSpec, shape: Shape, mesh: Mesh) -> PartitionSpec:
     """Moves each mesh axis that does not divide its dimension to the largest that it divides."""

@@ -67,12 +67,13 @@ def test_products_against_float64(case: Any, dtype: Any) -> None:
 def test_a_cpu_emits_float32_and_others_what_is_asked_for(case: Any) -> None:
     a, b = (jnp.ones(shape, jnp.bfloat16) for shape in case[:2])
 
-    def emitted(platform: str) -> list[str]:
-        with tracing_for(platform):
+    def emitted(platform: str, devices: int = 1) -> list[str]:
+        with tracing_for(platform, devices=devices):
             eqns = equations(lambda a, b: dot(a, b, case[2], jnp.bfloat16), a, b)
         return [e.outvars[0].aval.dtype.name for e in eqns if e.primitive.name == "dot_general"]
 
     assert emitted("cpu") == ["float32"] and emitted("tpu") == emitted("gpu") == ["bfloat16"]
+    assert emitted("cpu", 8) == ["bfloat16"], "devices add up in the dtype that is asked for"
 
 
 def test_other_platforms_get_the_plain_product() -> None:

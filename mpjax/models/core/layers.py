@@ -88,7 +88,7 @@ class Embed(Layer):
         init = nn.initializers.normal(self.deviation)
         table = self.weight("table", init, (self.rows, self.width), self.axes)
         shard = self.context.shard
-        cut = None if shard is unsharded else Cut(shard, self.axes)
+        cut = None if shard is unsharded else Cut(shard, self.axes, self.width)
         return ops.look_up(table, ids, self.policy().output_dtype, self.gradient_dtype, cut)
 
 
@@ -99,22 +99,30 @@ class Cut:
     Args:
       shard: the sharding constraint.
       axes: logical axes of the table.
+      width: of a row.
     """
 
     shard: Shard
     axes: tuple[str | None, str | None]
+    width: int
 
     def whole(self, table: Array) -> Array:
         """Gathered by width: rows cut by width would be repartitioned by batch."""
         return self.shard(table, (self.axes[0], None))
 
     def every(self, ids: Array) -> Array:
-        return self.shard(ids, ("replicas", *(None,) * (ids.ndim - 1)) if ids.ndim > 1 else (None,))
+        """The ids of the tokens whose gradients `by_width` brings."""
+        return self.shard(ids, self._tokens(ids.ndim))
 
     def by_width(self, dy: Array) -> Array:
         """Each device has the gradients of all tokens, for its part of the width."""
-        rows: Axes = ("replicas", *(None,) * (dy.ndim - 2)) if dy.ndim > 2 else (None,)
-        return self.shard(dy, (*rows, self.axes[1]))
+        return self.shard(dy, (*self._tokens(dy.ndim - 1), self.axes[1]))
+
+    def _tokens(self, ndim: int) -> Axes:
+        """Axes of a batch, without the devices that cut the width."""
+        cuts = getattr(self.shard, "cuts", None)  # of a constraint of one's own nothing is known
+        first = "replicas" if cuts and cuts(self.axes[1], self.width) else "batch"
+        return (first, *(None,) * (ndim - 1)) if ndim > 1 else (None,)
 
 
 def shifted(x: Array, offset: ArrayLike, where: str) -> Array:

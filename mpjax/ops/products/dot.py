@@ -8,7 +8,8 @@ axes, folded after layout assignment, crashes the process. The library is twice 
 if the result is float32, the left operand row-major. So on the CPU the left operand is transposed
 and laid out here, an optimization barrier keeps later transposes out of it, and the result leaves
 in float32 and is rounded to more bits than it has, an identity that no transpose crosses. Other
-platforms see the plain product.
+platforms see the plain product, and so do several CPU devices where a narrower result is asked for:
+they add up their parts of it in its dtype, as others do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mpjax.ops.checks import Axes, Dims
-from mpjax.ops.target import target_platform
+from mpjax.ops.target import on_one_cpu, target_platform
 from mpjax.typing import Array, DTypeLike
 
 
@@ -71,14 +72,16 @@ def dot(a: Array, b: Array, dims: Dims, out: DTypeLike = jnp.float32) -> Array:
       a: the left operand; float32 is multiplied as float32 on every platform.
       b: the right operand.
       dims: dimension numbers, none negative.
-      out: dtype of the result, which the product emits; on a CPU, where operands have less than 32
-        bits, it emits the dtype of the sums, which is then cast.
+      out: dtype of the result, which the product emits; on one CPU device, where operands have
+        less than 32 bits, it emits the dtype of the sums, which is then cast.
     """
     wide = jnp.dtype(jnp.int32 if a.dtype == jnp.int8 else jnp.float32)
     if a.dtype.itemsize >= 4:
         full = lax.Precision.HIGHEST
         return lax.dot_general(a, b, dims, precision=full, preferred_element_type=out)
-    if target_platform() != "cpu" or a.dtype == jnp.float16 == out:
+    narrow = a.dtype != jnp.int8 and jnp.dtype(out) != wide
+    plain = a.dtype == jnp.float16 or not on_one_cpu()  # float16 has no fast code
+    if target_platform() != "cpu" or (narrow and plain):
         emitted = wide if a.dtype == jnp.int8 else out
         return lax.dot_general(a, b, dims, preferred_element_type=emitted).astype(out)
     (ca, cb), (ba, bb) = dims
