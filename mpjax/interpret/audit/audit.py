@@ -68,11 +68,16 @@ def audit(
       (['cast'], 0.5)
     """
     where = check_platform("audit", platform)
-    program = trace("audit", getattr(fn, "function", fn), args, kwargs)
+    step: Any = fn
+    is_step = hasattr(fn, "compiled") and hasattr(fn, "function")
+    if is_step:
+        more = () if step.frozen is None else (step.frozen,)
+        program = trace("audit", step.function, (*args, *more), kwargs)
+    else:
+        program = trace("audit", fn, args, kwargs)
     optimised = None
     if compiled:
-        is_step = hasattr(fn, "compiled")
-        optimised = read_compiled(fn, args) if is_step else _compile(program)
+        optimised = read_compiled(step, args) if is_step else _compile(program)
     return _audit(fn, program, Flow(program, where), optimised)
 
 

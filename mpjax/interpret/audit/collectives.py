@@ -148,7 +148,7 @@ def _times(text: str) -> dict[str, int]:
         if " while(" in line:
             trips, condition = _TRIPS.search(line), re.search(r"condition=%?([\w.\-]+)", line)
             known = limits.get(condition[1], set()) if condition else set()
-            count = int(trips[1]) if trips else known.pop() if len(known) == 1 else 1
+            count = int(trips[1]) if trips else max(known) if len(known) == 1 else 1
         calls.setdefault(own, []).extend((name, count) for name in names)
     times: dict[str, int] = {}
 

@@ -15,6 +15,7 @@ from mpjax.precision.rule import matches
 from mpjax.typing import DTypeLike, PyTree
 
 SMALL = 16384  # elements: statistics of tokens, gains of norms, scalars
+_JUDGED = ("float64", "float32", "bfloat16", "float16")
 _BATCH = {"data", "fsdp"}  # axes that cut the batch, over which gradients of weights are summed
 
 
@@ -105,7 +106,7 @@ def allowed_bits(one: Collective, precision: Precision) -> int | None:
       >>> allowed_bits(one, get_precision("bf16")), allowed_bits(one, get_precision("fp32"))
       (16, 32)
     """
-    if not jnp.issubdtype(jnp.dtype(one.dtype), jnp.floating) or one.elements <= SMALL:
+    if one.dtype not in _JUDGED or one.elements <= SMALL:
         return None
     reduces = one.kind in ("all-reduce", "reduce-scatter")
     summed = _bits(precision.gradient_dtype)

@@ -18,6 +18,7 @@ from mpjax.interpret.audit.collectives import Collective, collectives
 from mpjax.interpret.audit.wire import SMALL, allowed_bits
 from mpjax.models import decoder
 from mpjax.precision import get_precision
+from mpjax.tasks import Distillation, Language
 from mpjax.train import build
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -153,3 +154,13 @@ def test_an_audit_lists_what_a_step_sends() -> None:
     json = report.to_dict()["compiled"]["collectives"]
     assert len(json) == len(sent) and json[0]["kind"] == sent[0].kind
     assert jax.tree.leaves(state.params)[0].shape, "nothing was run or donated"
+
+
+def test_a_step_that_reads_frozen_arrays_is_audited() -> None:
+    model = decoder("tiny", "fp32", layers=1, width=16, heads=2, vocabulary=32, context=8)
+    teacher = Distillation(Language(), model, model.init(jax.random.key(1)))
+    state, step = build(model, optax.sgd(1e-2), objective=teacher.objective)
+    ids = jnp.zeros((4, 8), jnp.int32)
+    batch = {"inputs": ids, "targets": ids}
+    alone = audit(build(model, optax.sgd(1e-2))[1], state, batch)
+    assert audit(step, state, batch).flops > 1.2 * alone.flops, "the teacher's products too"
