@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpjax.commands import run_command
-from mpjax.data.tables.columns import CONVERSATIONS, column_names, read_columns
+from mpjax.data.tables.columns import column_names, conversation_column, read_columns
 from mpjax.errors import ConfigError
 from mpjax.finetuning import load_run
 
@@ -50,8 +50,7 @@ def _texts(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[list[
     talks = settings["task"] == "instruct"
     columns = {"text": options.column or settings["text"] or ("prompt" if talks else "text")}
     if talks and not (options.column or settings["text"]):
-        there = column_names(options.data)
-        if name := next((name for name in CONVERSATIONS if name in there), None):
+        if name := conversation_column(column_names(options.data)):
             turns = read_columns(options.data, {"turns": "turns"}, {"turns": name}).values["turns"]
             return [asked(json.loads(one)) for one in turns], []
     if settings["task"] == "pair" or settings["second"]:

@@ -24,9 +24,10 @@ OPS = {
     "matmul": "x @ y",
     "matmul_wide": "x @ y to float32/int32",
 }
-_HLO_NAMES = {
-    "f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "s32": "int32",
-    "s16": "int16", "s8": "int8", "s4": "int4", "f8e4m3fn": "float8_e4m3fn",
+HLO_NAMES = {
+    "f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "s64": "int64",
+    "s32": "int32", "s16": "int16", "s8": "int8", "s4": "int4", "u32": "uint32", "u16": "uint16",
+    "u8": "uint8", "u4": "uint4", "pred": "bool", "f8e4m3fn": "float8_e4m3fn",
     "f8e5m2": "float8_e5m2", "f4e2m1fn": "float4_e2m1fn",
 }  # fmt: skip
 _INSTRUCTION = re.compile(r"%?([\w.\-]+) = (\(?)(\w+)\[([\d,]*)\].*?\s([\w\-]+)\((.*)")
@@ -105,7 +106,7 @@ def computed_in(hlo: str, op: str) -> list[tuple[str, ...]]:
     multiplies = op == "elementwise"
     found = instructions(hlo)
     wanted = [i for i in found if (i.opcode == "multiply" if multiplies else i.is_product)]
-    names = {**_HLO_NAMES, "?": "unknown"}
+    names = {**HLO_NAMES, "?": "unknown"}
     return [tuple(names.get(dtype, dtype) for dtype in i.operands[:2]) for i in wanted]
 
 

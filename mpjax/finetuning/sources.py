@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mpjax.data.tables.columns import CONVERSATIONS, column_names
+from mpjax.data.tables.columns import column_names, conversation_column
 from mpjax.errors import ConfigError
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.of_decoders import Documents, Instructions, Sequences
@@ -35,7 +35,7 @@ def read_source(settings: Finetuning, data: Any) -> Source:
         return Documents(settings, str(data))
     if not (settings.text or settings.label):
         there = column_names(data)
-        talks = next((name for name in CONVERSATIONS if name in there), None)
+        talks = conversation_column(there)
         if settings.task == "instruct" and talks:
             kinds, columns = {"messages": "messages"}, {"messages": talks}
             return Instructions(read_sides(settings, data, kinds, columns))

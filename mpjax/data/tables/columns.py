@@ -167,6 +167,11 @@ def _messages(value: object, where: str, answered: bool) -> str:
         raise ConfigError(f"{where} is no plain data ({error}); give texts") from None
 
 
+def conversation_column(names: Sequence[str]) -> str | None:
+    """Returns the column of conversations among those of a source, None if it has none."""
+    return next((name for name in CONVERSATIONS if name in names), None)
+
+
 def column_names(source: Any) -> list[str]:
     """Returns the columns of a source, as `read_columns` takes it: those of the first row.
 

@@ -13,12 +13,6 @@ import numpy as np
 from mpjax.precision.policy import CARRIED
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_NAMES = {
-    "f64": "float64", "f32": "float32", "bf16": "bfloat16", "f16": "float16", "s8": "int8",
-    "u8": "uint8", "s32": "int32", "u32": "uint32", "s64": "int64", "pred": "bool",
-    "f8e4m3fn": "float8_e4m3fn", "f8e5m2": "float8_e5m2", "s4": "int4", "u4": "uint4",
-    "s16": "int16", "u16": "uint16",
-}  # fmt: skip
 _CALL = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\((.*)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _BEGINS = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -87,6 +81,8 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> tuple[Colle
       >>> print(*collectives(line, {"data": 1, "fsdp": 4}))
       all-gather of 64 bfloat16 over fsdp at mlp/up (forward)
     """
+    from mpjax.probe import HLO_NAMES  # a command, which no package loads before it runs
+
     shape = dict(mesh or {})
     times, found = _times(text), dict[tuple[str, ...], list[Collective]]()
     computation = ""
@@ -113,7 +109,7 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> tuple[Colle
             continue
         found[key] = [
             Collective(
-                kind, _NAMES.get(dtype, dtype), count, math.ceil(count * _bits(dtype) / 8),
+                kind, HLO_NAMES.get(dtype, dtype), count, math.ceil(count * _bits(dtype) / 8),
                 _axes(groups, shape), path, direction, times.get(computation, 1),
             )
             for dtype, count in sizes.items()
