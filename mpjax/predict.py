@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpjax.commands import run_command
-from mpjax.data.tables.columns import column_names, conversation_column, read_columns
+from mpjax.data.tables.columns import TOOLS, column_names, conversation_column, read_columns
 from mpjax.errors import ConfigError
 from mpjax.finetuning import load_run
 
@@ -40,31 +40,34 @@ def asked(messages: list[Any]) -> list[Any]:
     return messages[: ends[-1] + 1] if ends else messages
 
 
-def _texts(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[list[Any], list[str]]:
-    """The texts that are asked for, and their second ones."""
+def _texts(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, list[Any]]:
+    """What is asked for, as `Tuned.predict` takes it."""
     if bool(options.text) == bool(options.data):
         raise ConfigError("give either --text or --data")
     if options.text:
-        return options.text, options.second
+        return {"texts": options.text, "seconds": options.second}
     kinds = {"text": "text"}
     talks = settings["task"] == "instruct"
     columns = {"text": options.column or settings["text"] or ("prompt" if talks else "text")}
     if talks and not (options.column or settings["text"]):
-        if name := conversation_column(column_names(options.data)):
-            turns = read_columns(options.data, {"turns": "turns"}, {"turns": name}).values["turns"]
-            return [asked(json.loads(one)) for one in turns], []
+        there = column_names(options.data)
+        if name := conversation_column(there):
+            kinds = {"turns": "turns"} | ({TOOLS: TOOLS} if TOOLS in there else {})
+            found = read_columns(options.data, kinds, {"turns": name}).values
+            read = {field: list(map(json.loads, values)) for field, values in found.items()}
+            return {"texts": list(map(asked, read["turns"])), "tools": read.get(TOOLS, [])}
     if settings["task"] == "pair" or settings["second"]:
         kinds["second"] = "text"
         columns["second"] = options.second_column or settings["second"] or "second"
     found = read_columns(options.data, kinds, columns).values
-    return found["text"], found.get("second", [])
+    return {"texts": found["text"], "seconds": found.get("second", [])}
 
 
 def _answer(options: argparse.Namespace) -> None:
     run = load_run(options.run, options.precision, weights=options.weights)
-    texts, seconds = _texts(options, run.settings)
-    answers = run.predict(texts, seconds, batch=options.batch, tokens=options.tokens)
-    for text, answer in zip(texts, answers, strict=True):
+    given = _texts(options, run.settings)
+    answers = run.predict(**given, batch=options.batch, tokens=options.tokens)
+    for text, answer in zip(given["texts"], answers, strict=True):
         print(json.dumps({"input": text} | answer, ensure_ascii=False))
 
 

@@ -45,10 +45,12 @@ from mpjax.train import (
 from mpjax.train.checkpoint import compare_settings
 from mpjax.train.report import (
     MANIFEST,
+    begin_wandb,
     how_products_run,
     import_wandb,
     require_same_environment,
 )
+from mpjax.train.report.metrics_writer import WANDB_ID
 from mpjax.typing import Params, Settings
 
 log = logging.getLogger("mpjax.finetuning")
@@ -184,13 +186,17 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
     )  # fmt: skip
     progress = Progress(c.metric or work.metric)
     untrained: Scores = {}
-    if not CheckpointReader(c.out / CHECKPOINTS).steps():  # before anything is written
+    goes_on = bool(CheckpointReader(c.out / CHECKPOINTS).steps())
+    if not goes_on:  # before anything is written
         untrained = judge(step.active(state)[1].params)
         if progress.metric not in untrained:
             raise ConfigError(
                 f"metric: no score {progress.metric!r}; known: {', '.join(untrained)}"
             )
-    _begin(c, page, tokens, files)
+    _compare(c, page)
+    wandb = begin_wandb(c.wandb, c.flat, c.out, goes_on=goes_on)
+    if not (c.out / RUN).is_file():
+        page.write(c.out, tokens.to_text(), files)
     show(work.lines)
     if not (c.out / MANIFEST).is_file():
         found = how_products_run(model.recipes.values(), c.batch * c.longest)
@@ -198,7 +204,7 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
         write_manifest(
             c.out, manifest(schedule.first, page.settings, model.paths, found, schedule=several)
         )
-    _train(c, work.batches, state, step, judge, progress, untrained, steps, every, quiet)
+    _train(c, work.batches, state, step, judge, progress, untrained, steps, every, quiet, wandb)
     write_report_of(c.out)
     run = load_run(c.out)
     if c.export:
@@ -208,7 +214,7 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
 
 def _train(
     c: Finetuning, data: Any, state: TrainState, step: Any, judge: Callable[[Any], Scores],
-    progress: Progress, untrained: Scores, steps: int, every: int, quiet: bool,
+    progress: Progress, untrained: Scores, steps: int, every: int, quiet: bool, wandb: Any,
 ) -> None:  # fmt: skip
     with contextlib.ExitStack() as stack:
         saver = stack.enter_context(Checkpointer(c.out / CHECKPOINTS, keep=2))
@@ -218,12 +224,11 @@ def _train(
             data.set_state(meta["data"])
             progress.found = [(number, scores) for number, scores in meta["found"]]
             log.info("%s: goes on from step %d of %d", c.out, start, steps)
-        flat = {name: str(value) for name, value in c.to_dict().items()}
         # Without a checkpoint the log begins anew, with its record of step 0.
         first = -1 if untrained else start
         if start == steps or progress.found and progress.enough(c.patience):
             return
-        writer = MetricsWriter(c.out, flat, start=first, wandb=c.wandb)
+        writer = MetricsWriter(c.out, c.flat, start=first, wandb=wandb)
         stack.callback(writer.close)
         bar = None if quiet else stack.enter_context(ProgressBar(steps, start))
         interrupt = stack.enter_context(Interrupt())
@@ -305,7 +310,7 @@ def _check_folder(c: Finetuning) -> None:
             )
     elif c.out.is_dir() and any(
         # The page is written last: a run that was killed before has left these.
-        not p.name.startswith(".") and p.name not in (TOKENIZER, FILES)
+        not p.name.startswith(".") and p.name not in (TOKENIZER, FILES, "wandb", WANDB_ID)
         for p in c.out.iterdir()
     ):
         raise ConfigError(f"out: {c.out} holds something else; choose another folder")
@@ -313,12 +318,10 @@ def _check_folder(c: Finetuning) -> None:
         raise ConfigError(f"out: {c.out} is a file; choose another folder")
 
 
-def _begin(c: Finetuning, page: RunPage, tokens: Any, files: dict[str, Any]) -> None:
-    """Writes what the run is, or compares it with what the folder holds."""
+def _compare(c: Finetuning, page: RunPage) -> None:
+    """Compares what the run is with what the folder holds, if it holds one."""
     if (c.out / RUN).is_file():
         held = RunPage.read(c.out)
         compare_settings(held.settings, page.settings, may_change=())
         compare_settings({"data": held.fingerprint}, {"data": page.fingerprint}, may_change=())
         require_same_environment(held.environment)
-    else:
-        page.write(c.out, tokens.to_text(), files)

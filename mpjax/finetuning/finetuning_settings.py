@@ -182,6 +182,11 @@ class Finetuning:
             del held[name]
         return held
 
+    @property
+    def flat(self) -> dict[str, str]:
+        """What `to_dict` returns, as texts."""
+        return {name: str(value) for name, value in self.to_dict().items()}
+
     @classmethod
     def of(cls, settings: Settings) -> Finetuning:
         """Returns settings by name.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,15 +19,18 @@ from mpjax.data import (
     make_tokenizer,
     validation_batches,
 )
-from mpjax.data.chat import conversation_examples, instruction_examples
+from mpjax.data.chat import Chat, conversation_examples, instruction_examples
+from mpjax.data.tables.columns import TOOLS
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.table_sides import Sides
 from mpjax.finetuning.tuned_chat import PROMPT, own_template, run_chat
-from mpjax.finetuning.work import Judge, Work, fingerprint, lengths_of, told_sizes
+from mpjax.finetuning.work import Judge, Lines, Work, fingerprint, lengths_of, told_sizes
 from mpjax.models import decoder, seq2seq
 from mpjax.models.hf import Metadata
 from mpjax.precision import Precision
 from mpjax.tasks import Language, Translation
+
+log = logging.getLogger(__name__)
 
 _EVAL_BATCHES = 64  # of next-token prediction
 
@@ -78,12 +82,17 @@ class Documents:
         )  # fmt: skip
 
 
+def _tools(side: Mapping[str, list[str]]) -> list[Any]:
+    """The functions of each conversation; none at all of rows without such a column."""
+    return [json.loads(one) for one in side.get(TOOLS, [])]
+
+
 @dataclasses.dataclass(frozen=True)
 class Instructions:
     """Prompts and their answers, or conversations.
 
     Args:
-      sides: fields `text` and `label` of a row, or `messages` as JSON.
+      sides: fields `text` and `label` of a row, or `messages` as JSON and perhaps `tools`.
       metadata: of the checkpoint that is tuned, whose chat template is taken.
     """
 
@@ -117,16 +126,32 @@ class Instructions:
     def new_model(self, precision: str | Precision, vocabulary: int) -> Any:
         return _new_decoder(self.sides.settings, precision, vocabulary)
 
+    def _told_tools(self, chat: Chat) -> Lines:
+        """How many conversations have tools, and whether the template shows them."""
+        talks, tools = self._conversations(self.sides.train), _tools(self.sides.train)
+        having = [(talk, one) for talk, one in zip(talks, tools, strict=False) if one]
+        if not having:
+            return []
+        shown = any(chat.ids(talk) != chat.ids(talk, tools=one) for talk, one in having[:1])
+        lost = "" if shown else "; the chat template does not show them"
+        if lost:
+            log.warning("tools: the chat template does not show them; the model will not see any")
+        return [("conversations with tools", f"{len(having)}{lost}")]
+
     def work(self, tokens: Any, labels: tuple[str, ...]) -> Work:
         c, sides = self.sides.settings, (self.sides.train, self.sides.test)
+        lines = list(self.sides.lines)
         own = not c.prompt and own_template(self.metadata.files) is not None
         if own or "messages" in self.sides.train:
             chat = run_chat(tokens, self.metadata, c.prompt)
             around = "the model's chat template" if own else repr(c.prompt or PROMPT)
             train, test = (
-                conversation_examples(self._conversations(side), chat, longest=c.longest)
+                conversation_examples(
+                    self._conversations(side), chat, longest=c.longest, tools=_tools(side)
+                )
                 for side in sides
             )
+            lines += self._told_tools(chat)
         else:
             around = repr(c.prompt or PROMPT)
             train, test = (
@@ -143,7 +168,7 @@ class Instructions:
         return Work(
             Language(), bucket_batches(train, batch=c.batch, seed=c.seed, lengths=lengths),
             -(-len(train) // c.batch), _language_judge(held), "loss",
-            [*self.sides.lines, ("around a prompt", around)]
+            [*lines, ("around a prompt", around)]
             + told_sizes(train, "inputs", c.longest),
             fingerprint(tokens, [train, test]),
         )  # fmt: skip

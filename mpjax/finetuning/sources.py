@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mpjax.data.tables.columns import column_names, conversation_column
+from mpjax.data.tables.columns import TOOLS, column_names, conversation_column
 from mpjax.errors import ConfigError
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.of_decoders import Documents, Instructions, Sequences
@@ -38,6 +38,8 @@ def read_source(settings: Finetuning, data: Any) -> Source:
         talks = conversation_column(there)
         if settings.task == "instruct" and talks:
             kinds, columns = {"messages": "messages"}, {"messages": talks}
+            if TOOLS in there:
+                kinds[TOOLS] = columns[TOOLS] = TOOLS
             return Instructions(read_sides(settings, data, kinds, columns))
         if settings.task == "instruct" and "completion" in there and "answer" not in there:
             settings = dataclasses.replace(settings, label="completion")

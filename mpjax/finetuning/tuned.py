@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -79,7 +80,7 @@ class Tuned:
 
     def predict(
         self, texts: Sequence[Any], seconds: Sequence[str] = (), *, batch: int = 32,
-        tokens: int = 64,
+        tokens: int = 64, tools: Sequence[Any] = (),
     ) -> list[Answer]:  # fmt: skip
         """Answers texts.
 
@@ -89,13 +90,15 @@ class Tuned:
           seconds: the second text of each pair.
           batch: texts at a time.
           tokens: at most, of what a language model writes.
+          tools: of each conversation the JSON schemas of functions that the model may call.
 
         Returns:
           Of each text: `label` and the `probability` of every class; `value`; `words` and `tags`;
           or `text`.
 
         Raises:
-          ConfigError: no texts, or something else; a batch or tokens below 1.
+          ConfigError: no texts, or something else; a batch or tokens below 1; tools of other texts
+            than conversations, or that the chat template does not show.
         """
         for name, value in (("batch", batch), ("tokens", tokens)):
             if not is_whole(value, 1):
@@ -111,8 +114,13 @@ class Tuned:
                 raise ConfigError(f"texts[{number}] is {brief(text)}; give a text{one}")
         if not texts:
             raise ConfigError("texts: none; give at least one")
+        if tools and not self._talks:
+            raise ConfigError("tools: the run answers no conversations; leave tools out")
+        if tools and len(tools) != len(texts):
+            raise ConfigError(f"tools: {len(tools)} of {len(texts)} texts; give a list for each")
         if isinstance(self.task, Language):
-            return self._continued(texts, batch, tokens)
+            prompts = [self._prompt(*one) for one in itertools.zip_longest(texts, tools)]
+            return self._continued(prompts, batch, tokens)
         if isinstance(self.task, Translation):
             translate = self.task.translator(
                 self.model, batch=batch, lengths=(self.settings["longest"],)
@@ -162,18 +170,20 @@ class Tuned:
         """Whether it was taught to answer."""
         return self.settings["task"] == "instruct"
 
-    def _prompt(self, text: Any) -> Any:
+    def _prompt(self, text: Any, tools: Any) -> Any:
         """The ids that are gone on from."""
+        if isinstance(text, str) and (tools or self._talks and self._has_own_template):
+            text = [{"role": "user", "content": text}]
         if not isinstance(text, str):
-            return self.chat.ids(list(text))
-        if self._talks and self._has_own_template:
-            return self.chat.ids([{"role": "user", "content": text}])
+            ids = self.chat.ids(list(text), tools=list(tools) if tools else None)
+            if tools and ids == self.chat.ids(list(text)):
+                raise ConfigError("tools: the chat template shows none; leave them out")
+            return ids
         around = (self.settings["prompt"] or PROMPT) if self._talks else "{}"
         return self.tokenizer.prompt(around.replace("{}", text))
 
-    def _continued(self, texts: Sequence[Any], batch: int, tokens: int) -> list[Answer]:
-        """What follows each text; texts of about one length are answered together."""
-        prompts: list[Any] = list(map(self._prompt, texts))
+    def _continued(self, prompts: Sequence[Any], batch: int, tokens: int) -> list[Answer]:
+        """What follows each of the ids; those of about one length are answered together."""
         room, end = self.model.config.context, self.ends
         groups: dict[tuple[int, int], list[int]] = {}
         for place, ids in enumerate(prompts):
@@ -199,7 +209,7 @@ class Tuned:
                     stops = np.flatnonzero(np.isin(row, end))
                     said = row[: stops[0]] if len(stops) else row
                     found[place] = self.tokenizer.continuation(prompts[place], said)
-        return [{"text": found[place]} for place in range(len(texts))]
+        return [{"text": found[place]} for place in range(len(prompts))]
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -174,6 +174,15 @@ def test_balanced_batches_hold_as_many_of_each_class_and_wandb_gets_the_records(
     with pytest.raises(ConfigError, match="wandb: needs the package wandb"):
         finetune(rows, out=tmp_path / "none", epochs=1, wandb="mine", **SMALL)
     assert not (tmp_path / "none").exists()
+    # what cannot be reached leaves no run, so that the same command can be given again
+    options = SMALL | dict(out=tmp_path / "again", epochs=1, wandb="mine")
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb([], reachable=False))
+    with pytest.raises(ConfigError, match="wandb: api_key not configured"):
+        finetune(rows, **options)
+    assert not list((tmp_path / "again").iterdir())
+    (tmp_path / "again" / "wandb").mkdir()  # as the real one does
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(told))
+    finetune(rows, **options)
 
 
 def test_the_best_step_of_an_overfit_run_is_what_is_kept(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ OWN = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
+
+
+TOOLS = [{"name": "clock", "parameters": {}}]
 
 
 def talk(n: int) -> list[dict[str, str]]:
@@ -90,7 +94,7 @@ def test_a_checkpoint_is_tuned_and_asked_by_its_own_template(
     (answer,) = run.predict(["3: say 3"], tokens=5)
     assert answer == {"text": said} == run.predict([talk(3)[:1]], tokens=5)[0]
     longer = [*talk(1), *talk(3)[:1]]
-    assert run._prompt(longer) == run.chat.ids(longer) != run.chat.ids(talk(3)[:1])
+    assert run._prompt(longer, None) == run.chat.ids(longer) != run.chat.ids(talk(3)[:1])
     with pytest.raises(ConfigError, match=r"texts\[0\] is 3; give a text or a conversation"):
         run.predict([3])
     (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": talk(3)}) + "\n")
@@ -110,6 +114,47 @@ def test_a_checkpoint_is_tuned_and_asked_by_its_own_template(
         )
     page = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
     assert page["chat_template"] == OWN
+    with pytest.raises(ConfigError, match="tools: the chat template shows none; leave them out"):
+        run.predict([talk(3)[:1]], tools=[TOOLS])
+
+
+def test_tools_of_a_conversation_are_trained_on_and_asked_with(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    examples = taken(monkeypatch)
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    page = json.loads((model / "tokenizer_config.json").read_text())
+    page["chat_template"] = "{% if tools %}[{{ tools[0].name }}]{% endif %}" + OWN
+    (model / "tokenizer_config.json").write_text(json.dumps(page))
+    kinds = [TOOLS, json.dumps(TOOLS), None, []]
+    rows = [{"messages": talk(n), "tools": kinds[n % 4]} for n in range(48)]
+    options = SMALL | dict(model=str(model), longest=64)
+    lines: list[tuple[str, str]] = []
+    run = finetune(rows, out=tmp_path / "a", show=lines.extend, **options)
+    backend = text_cases.tokenizer(None)
+    for e in examples[0]:
+        text = backend.decode(e["inputs"].tolist(), skip_special_tokens=False)
+        number = int(text.partition("user: ")[2].partition(":")[0])
+        assert text.startswith("[clock]<s>user") == (number % 4 < 2), text
+    shown = sum(e["inputs"].tolist()[:1] == backend.encode("[").ids[-1:] for e in examples[0])
+    assert ("conversations with tools", f"{shown}") in lines and shown > 9
+    asked = run.chat.ids(talk(3)[:1], tools=TOOLS)
+    assert run._prompt("3: say 3", TOOLS) == run._prompt(talk(3)[:1], TOOLS) == asked
+    told: list[Any] = []
+    monkeypatch.setattr(type(run), "_continued", lambda run, ids, *_: told.extend(ids) or [{}] * 2)
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[1:3]))
+    assert predict.main([str(tmp_path / "a"), "--data", str(path)]) == 0
+    assert told == [run.chat.ids(talk(1)[:1], tools=TOOLS), run.chat.ids(talk(2)[:1])]
+    # a template that does not show them says so
+    finetune(rows, out=tmp_path / "b", show=lines.extend, **options | {"model": str(checkpoint)})
+    assert (
+        lines[-3:] != lines
+        and "the chat template does not show them" in dict(lines)["conversations with tools"]
+    )
+    assert "tools: the chat template does not show them" in caplog.text
 
 
 def test_a_new_model_answers_and_is_exported_by_what_stood_around_its_prompts(
@@ -162,6 +207,10 @@ def test_messages_are_read_of_files_and_rows(tmp_path: Path) -> None:
         ([{"messages": None}] * 9, {}, "no 'messages'; fill it in"),
         ([{"messages": talk(0)}] * 9, {"task": "classify"}, "give the task 'instruct', or"),
         ([{"conversations": [{"from": "human", "value": "a"}]}] * 9, {}, "no message of the role"),
+        ([{"messages": talk(0), "tools": "clock"}] * 9, {},
+         r"row 1: 'tools': not JSON .*; give a list of JSON schemas of functions"),
+        ([{"messages": talk(0), "tools": ["clock"]}] * 9, {},
+         r"row 1: 'tools' is \['clock'\]; give a list of JSON schemas of functions"),
         ([{"prompt": "a"}] * 9, {}, r"no column 'answer' \(there: prompt\)"),
         ([{"messages": talk(0)}], {"prompt": "Q:"}, "prompt='Q:': expected {} once"),
         ([{"messages": talk(0)}], {"task": "lm", "prompt": "{}"}, "prompt='{}': lm has none"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from mpjax.data.chat.chat import Chat
@@ -9,10 +10,15 @@ from mpjax.data.chat.chat_template import Message
 from mpjax.data.chat.instructions import taught_examples
 from mpjax.data.tokenizers.wordpiece import Example
 from mpjax.errors import ConfigError
+from mpjax.typing import Json
 
 
 def conversation_examples(
-    conversations: Sequence[Sequence[Message]], chat: Chat, *, longest: int
+    conversations: Sequence[Sequence[Message]],
+    chat: Chat,
+    *,
+    longest: int,
+    tools: Sequence[Sequence[Json]] = (),
 ) -> list[Example]:
     """Conversations by their chat template; all but the assistant's answers has weight 0.
 
@@ -25,14 +31,15 @@ def conversation_examples(
         conversations: the turns of each, at least one of them of the role `assistant`.
         chat: tokenizer and template.
         longest: tokens at most; an example that is longer is left out, which is logged.
+        tools: of each conversation the JSON schemas of functions that the model may call.
 
     Returns:
         ``{"inputs", "targets", "weights", "keep"}`` of each, as `instruction_examples`.
 
     Raises:
-        ConfigError: a conversation without an answer, a template that refuses one, that ends an
-            answer with no end token or begins it otherwise than it asks for it, or no example is
-            short enough.
+        ConfigError: tools of more or fewer conversations, a conversation without an answer, a
+            template that refuses one, that ends an answer with no end token or begins it otherwise
+            than it asks for it, or no example is short enough.
 
     Example:
         >>> import tokenizers
@@ -46,16 +53,22 @@ def conversation_examples(
         >>> one["inputs"].tolist(), one["targets"].tolist(), one["weights"].tolist()
         ([0, 2, 0, 1], [2, 0, 1, 2], [0.0, 1.0, 1.0, 1.0])
     """
+    if tools and len(tools) != len(conversations):
+        raise ConfigError(
+            f"tools: of {len(tools)} conversations, there are {len(conversations)}; give a list for"
+            " each"
+        )
+    talks = itertools.zip_longest(conversations, tools)
     parts = (
         part
-        for number, messages in enumerate(conversations)
-        for part in _parts(messages, chat, f"conversation {number}")
+        for number, (messages, functions) in enumerate(talks)
+        for part in _parts(messages, functions or None, chat, f"conversation {number}")
     )
     return taught_examples(parts, "conversations", len(conversations), longest)
 
 
 def _parts(
-    messages: Sequence[Message], chat: Chat, where: str
+    messages: Sequence[Message], tools: Sequence[Json] | None, chat: Chat, where: str
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """The ids of a conversation, and which of them are of answers."""
     ids: list[int] = []
@@ -63,8 +76,8 @@ def _parts(
     for place, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        asked = chat.ids(messages[:place])
-        whole = chat.ids(messages[: place + 1], add_generation_prompt=False)
+        asked = chat.ids(messages[:place], tools=tools)
+        whole = chat.ids(messages[: place + 1], tools=tools, add_generation_prompt=False)
         start = _alike(asked, whole)
         if start < len(asked) - 1:  # the tokenizer may merge the last token with the answer's first
             raise ConfigError(

@@ -15,10 +15,12 @@ from mpjax.data.tables.cells import header_of, read_cells
 from mpjax.data.tables.readers import TYPED, load_hub, parquet_names, read_records
 from mpjax.data.tables.rows import text_of, whole_names
 from mpjax.errors import ConfigError, brief, listed
+from mpjax.json_text import parse_json
 
 MISSING = ("error", "drop", "empty")
-KINDS = ("text", "class", "number", "messages", "turns")
+KINDS = ("text", "class", "number", "messages", "turns", "tools")
 CONVERSATIONS = ("messages", "conversations")  # columns that data sets have them in
+TOOLS = "tools"  # that of the functions that a conversation may call
 # Turns of ShareGPT have `from` and `value`.
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "tool_response": "tool"}
 Row = tuple[str, Mapping[str, Any]]  # where it stands, column -> value
@@ -55,8 +57,8 @@ def read_columns(
             set of Hugging Face; a data frame; a dict of columns; or an iterable of dicts.
         kinds: field -> ``text``; ``class``: a text, a whole number, or true and false, but not all
             of these; ``number``; ``messages``, a list of turns with an answer, which is returned
-            as JSON (``role`` and ``content``, or ``from`` and ``value``); or ``turns``, perhaps
-            without one.
+            as JSON (``role`` and ``content``, or ``from`` and ``value``); ``turns``, perhaps
+            without one; or ``tools``, JSON schemas of functions or their JSON, ``[]`` without.
         columns: field -> name of its column, where another.
         missing: of an empty cell, null or NaN: ``error``; ``drop`` leaves the row out; ``empty``
             makes it an empty text, where it is no class and no number.
@@ -117,12 +119,10 @@ def _value(value: object, kind: str, where: str, earlier: dict[str, str]) -> Any
     """A value as its kind has it; None if it is missing."""
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         value = np.asarray(value).item()
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, str) and not value.strip():
-        return None
-    if type(value).__name__ in ("NAType", "NaTType"):  # pandas'
-        return None
+    if _is_missing(value):
+        return "[]" if kind == "tools" else None
+    if kind == "tools":
+        return _tools(value, where)
     if kind in ("messages", "turns"):
         return _messages(value, where, kind == "messages")
     if kind != "number":
@@ -138,6 +138,30 @@ def _value(value: object, kind: str, where: str, earlier: dict[str, str]) -> Any
     if not math.isfinite(number):
         raise ConfigError(f"{where} is {brief(value)}; expected a finite number, write 0.5")
     return number
+
+
+def _is_missing(value: object) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    none = value is None or (isinstance(value, float) and math.isnan(value))
+    return none or type(value).__name__ in ("NAType", "NaTType")  # pandas'
+
+
+def _tools(value: object, where: str) -> str:
+    """The functions that a conversation may call, as JSON."""
+    remedy = "give a list of JSON schemas of functions"
+    found = parse_json(value, where, remedy) if isinstance(value, str) else value
+    tools: list[Any] = list(found) if isinstance(found, list | tuple | np.ndarray) else [found]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise ConfigError(f"{where} is {brief(value)}; {remedy}")
+    return _to_json([dict(tool) for tool in tools], where)
+
+
+def _to_json(value: object, where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where} is no plain data ({error}); give texts") from None
 
 
 def _turn(turn: Any) -> Any:
@@ -161,10 +185,7 @@ def _messages(value: object, where: str, answered: bool) -> str:
         )
     if answered and all(m["role"] != "assistant" for m in turns):
         raise ConfigError(f"{where} has no message of the role 'assistant'; drop it or add one")
-    try:
-        return json.dumps([dict(m) for m in turns], ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where} is no plain data ({error}); give texts") from None
+    return _to_json([dict(m) for m in turns], where)
 
 
 def conversation_column(names: Sequence[str]) -> str | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mpjax.train.report.metrics_writer import (
         METRICS,
         MetricsWriter,
+        begin_wandb,
         import_wandb,
         read_metrics,
         to_line,
@@ -42,6 +43,7 @@ _LAZY = {
     "state_bytes": "memory",
     "METRICS": "metrics_writer",
     "MetricsWriter": "metrics_writer",
+    "begin_wandb": "metrics_writer",
     "import_wandb": "metrics_writer",
     "read_metrics": "metrics_writer",
     "to_line": "metrics_writer",
@@ -58,6 +60,7 @@ __all__ = [
     "MetricsWriter",
     "ProgressBar",
     "TensorWriter",
+    "begin_wandb",
     "bytes_per_parameter",
     "formula",
     "how_products_run",

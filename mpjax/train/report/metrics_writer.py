@@ -138,14 +138,24 @@ def import_wandb() -> ModuleType:
     return need("wandb", "wandb", "wandb", " or leave --wandb out")
 
 
-def _begin_wandb(project: str, settings: Mapping[str, object], out: Path, goes_on: bool) -> Any:
+def begin_wandb(
+    project: str, settings: Mapping[str, object], out: Path, *, goes_on: bool
+) -> Any:  # fmt: skip
     """Returns a run in Weights & Biases, whose files are below `out`.
 
     A run that goes on is the same one there, by the id in `out`.
 
+    Args:
+      project: its name; empty for None in place of a run.
+      settings: flat settings.
+      out: folder of the run.
+      goes_on: whether the run resumes.
+
     Raises:
       ConfigError: wandb is not installed, or cannot be reached.
     """
+    if not project:
+        return None
     module: Any = import_wandb()
     out.mkdir(parents=True, exist_ok=True)  # wandb would take another folder
     path, known = out / WANDB_ID, dict[str, str]()
@@ -170,8 +180,8 @@ class MetricsWriter:
       settings: flat settings, which TensorBoard shows as HParams.
       start: step that the run resumes from; later records of an earlier try are dropped.
       every: steps between points in TensorBoard and Weights & Biases.
-      wandb: project in Weights & Biases, empty for none; WANDB_MODE=offline needs no network. A run
-        that resumes goes on there too.
+      wandb: project in Weights & Biases, empty for none, or a run there, of `begin_wandb`;
+        WANDB_MODE=offline needs no network. A run that resumes goes on there too.
 
     Raises:
       ConfigError: wandb is asked for and not installed, or cannot be reached.
@@ -185,11 +195,13 @@ class MetricsWriter:
         *,
         start: int = 0,
         every: int = 10,
-        wandb: str = "",
+        wandb: Any = "",
     ) -> None:
         if not is_whole(every, 1):
             raise ConfigError(f"metrics: every={brief(every)}; give a whole number of steps")
-        self._wandb = _begin_wandb(wandb, settings, Path(out), start > 0) if wandb else None
+        if isinstance(wandb, str):
+            wandb = begin_wandb(wandb, settings, Path(out), goes_on=start > 0)
+        self._wandb = wandb
         from tensorboardX import SummaryWriter  # here: 0.3 s that `--help` need not wait for
         from tensorboardX.proto.summary_pb2 import Summary
         from tensorboardX.summary import hparams
