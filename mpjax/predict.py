@@ -65,9 +65,9 @@ def _texts(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, l
 
 def _answer(options: argparse.Namespace) -> None:
     run = load_run(options.run, options.precision, weights=options.weights)
-    given = _texts(options, run.settings)
-    answers = run.predict(**given, batch=options.batch, tokens=options.tokens)
-    for text, answer in zip(given["texts"], answers, strict=True):
+    question = _texts(options, run.settings)
+    answers = run.predict(**question, batch=options.batch, tokens=options.tokens)
+    for text, answer in zip(question["texts"], answers, strict=True):
         print(json.dumps({"input": text} | answer, ensure_ascii=False))
 
 
