@@ -64,6 +64,7 @@ PARTS = [
     "ops/cross_entropy",
     "ops/norm",
     "ops/rotary",
+    "ops/splash",
     "optim",
 ]
 CHECKED = [

@@ -1,6 +1,6 @@
 """The numerically delicate operations, each under its policy."""
 
-from mpjax.ops.attention import KERNELS, attention
+from mpjax.ops.attention import KERNELS, Split, attention, kernel_for, whole
 from mpjax.ops.cross_entropy import chunk_length, cross_entropy
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import group_norm, norm
@@ -15,6 +15,7 @@ from mpjax.ops.target import tracing_for
 __all__ = [
     "Combine",
     "KERNELS",
+    "Split",
     "attention",
     "chunk_length",
     "conv_general_dilated",
@@ -26,6 +27,7 @@ __all__ = [
     "dot_general",
     "group_norm",
     "hadamard",
+    "kernel_for",
     "how_it_runs",
     "linear",
     "look_up",
@@ -36,4 +38,5 @@ __all__ = [
     "rows_alike",
     "tracing_for",
     "weight_sum",
+    "whole",
 ]

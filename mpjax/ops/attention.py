@@ -6,6 +6,9 @@ N = R times the queries of a block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 import jmp
@@ -15,11 +18,16 @@ from mpjax.errors import ConfigError
 from mpjax.formats import widest
 from mpjax.ops.products.dot import dot
 from mpjax.ops.softmax import softmax as softmaxed
-from mpjax.ops.target import on_one_cpu, target_platform
+from mpjax.ops.splash import block_length, splash_attention
+from mpjax.ops.target import on_one_cpu, target_devices, target_platform
 from mpjax.precision import dtype_name, sum_dtype
 from mpjax.typing import DType
 
-KERNELS = ("auto", "xla", "cudnn")
+KERNELS = ("auto", "xla", "cudnn", "splash")
+# Runs a function of queries, keys, values (B, heads, T, K) and ids (B, T) on each device's part of
+# the batch and of the heads, `split(function, q, k, v, *ids) -> (B, H, T, K)`.
+Split: TypeAlias = Callable[..., Array]
+_PADDING = -(2**31)  # the document of keys that are padding
 BLOCKS = 4  # blocks of queries, each with the keys up to its end: 5/8 of the work of one block
 # Products of two arrays with batch axes B and G: of the last axes, N(ot) or T(ransposed).
 _NN, _NT, _TN = ((((a,), (b,)), ((0, 1), (0, 1))) for a, b in ((3, 2), (3, 3), (2, 2)))
@@ -77,6 +85,88 @@ def _mask(
     return mask_TS
 
 
+def kernel_for(
+    kernel: str,
+    operands: DType,
+    softmax: DType,
+    *,
+    queries: int,
+    keys: int,
+    width: int,
+    from_start: bool,
+    masked: bool,
+    divided: bool,
+) -> str:
+    """Returns what `attention` runs on for the platform that is traced for.
+
+    Args:
+      kernel: one of `KERNELS`.
+      operands: dtype of both products' operands.
+      softmax: dtype in which the softmax runs.
+      queries: of a sequence.
+      keys: of a sequence.
+      width: of a head.
+      from_start: whether the first query is at position 0.
+      masked: whether there is a window, padding or segments.
+      divided: whether each device can run a kernel on its part.
+
+    Raises:
+      ConfigError: an unknown kernel, or one that does not serve here.
+    """
+    if kernel not in KERNELS:
+        raise ConfigError(f"attention: unknown kernel {kernel!r}; known: {' '.join(KERNELS)}")
+    on = target_platform()
+    serve = {
+        "cudnn": on == "gpu" and operands != jnp.float32 and not masked
+        and width % 8 == 0 and width <= 128,
+        "splash": on == "tpu" and operands == jnp.bfloat16 and queries == keys
+        and block_length(keys) > 0 and divided,
+    }  # fmt: skip
+    fits = [name for name, good in serve.items() if good and from_start and softmax == jnp.float32]
+    if kernel == "auto":
+        return fits[0] if fits else "xla"
+    if kernel == "xla" or kernel in fits:
+        return kernel
+    said = (
+        f"{on}, {dtype_name(operands)} operands, {dtype_name(softmax)} softmax, heads of {width},"
+        f" {queries} queries, {keys} keys, {'no ' * from_start}cache,"
+        f" {'no ' * (not masked)}padding, window or segments, "
+        f"{'' if divided else 'not '}divided by the mesh"
+    )
+    needs = {
+        "cudnn": "a GPU, bfloat16 or float16 operands, a float32 softmax, heads of 8, 16 .. 128,"
+        " no cache, padding, window or segments",
+        "splash": "a TPU, bfloat16 operands, a float32 softmax, as many queries as keys, a"
+        " multiple of 128, no cache, and heads of both that the mesh cuts alike",
+    }
+    raise ConfigError(
+        f"attention: kernel {kernel!r} needs {needs[kernel]}; here: {said}; use kernel 'xla' or"
+        " 'auto'"
+    )
+
+
+def _by_splash(
+    q: Array, k: Array, v: Array, keep: Array | None, segments: Array | None, split: Split,
+    causal: bool, window: int,
+) -> Array:  # fmt: skip
+    """The splash kernel, on queries (B, T, H, K) and so on; padding is an id of its own."""
+    ids: tuple[Array, ...] = ()
+    if segments is not None or keep is not None:
+        ids_of = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
+        ids = (ids_of, ids_of if keep is None else jnp.where(keep, ids_of, _PADDING))
+
+    def run(q: Array, k: Array, v: Array, *ids: Array) -> Array:
+        return splash_attention(q, k, v, ids, causal=causal, window=window)
+
+    heads_first = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return split(run, *heads_first, *ids).transpose(0, 2, 1, 3)
+
+
+def whole(function: Callable[..., Array], *arrays: Array) -> Array:
+    """Runs a function on all of its arrays: the `Split` of one device."""
+    return function(*arrays)
+
+
 def attention(
     q_BTHK: Float[Array, "B T H K"],
     k_BSGK: Float[Array, "B S G K"],
@@ -90,6 +180,7 @@ def attention(
     keep_BS: Bool[Array, "B S"] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
     kernel: str = "xla",
+    split: Split | None = whole,
 ) -> Float[Array, "B T H K"]:
     r"""Attends, $\mathrm{softmax}(q k^\top / \sqrt K)\,v$, each query to the keys that it sees.
 
@@ -110,11 +201,14 @@ def attention(
       segments_BT: number of the document that a token is of, where keys and queries are the same
         tokens; a query sees only the keys of its own. None is one document a row.
       kernel: `xla`; `cudnn`, the fused kernel of GPUs (16-bit operands, float32 softmax, first
-        = 0, no window, padding or segments, K a multiple of 8 up to 128); or `auto`, cudnn on a
-        GPU where it serves, else xla.
+        = 0, no window, padding or segments, K a multiple of 8 up to 128); `splash`, that of TPUs
+        (bfloat16 operands, float32 softmax and probabilities, first = 0, keys of the same tokens,
+        a multiple of 128 of them); or `auto`, the one of them that serves, else xla.
+      split: runs a kernel on each device's part of the batch and of the heads; `whole` on one
+        device; None where devices cannot.
 
     Raises:
-      ConfigError: `cudnn` where it does not serve, or segments that are not of the keys.
+      ConfigError: a kernel where it does not serve, or segments that are not of the keys.
 
     Example:
       >>> from mpjax.precision import parse_policy
@@ -126,27 +220,15 @@ def attention(
     References:
       Vaswani et al. 2017; Ainslie et al. 2023, GQA; Beltagy et al. 2020, Longformer (window).
     """
-    if kernel not in KERNELS:
-        raise ConfigError(f"attention: unknown kernel {kernel!r}; known: {' '.join(KERNELS)}")
     compute = policy.compute_dtype
     q, k, v = (x.astype(compute) for x in (q_BTHK, k_BSGK, v_BSGK))
     from_start = isinstance(first, int) and first == 0
-    fits = compute != jnp.float32 and softmax.compute_dtype == jnp.float32 and from_start
-    K = q.shape[-1]
-    masked = keep_BS is not None or segments_BT is not None or window > 0
-    fits = fits and K % 8 == 0 and K <= 128 and not masked and target_platform() == "gpu"
-    if kernel == "cudnn" and not fits:
-        raise ConfigError(
-            "attention: kernel 'cudnn' needs a GPU, bfloat16 or float16 operands, a float32"
-            " softmax, heads of 8, 16 .. 128, no cache, padding or window; here:"
-            f" {target_platform()},"
-            f" {dtype_name(compute)} operands, {dtype_name(softmax.compute_dtype)} softmax, heads"
-            f" of {K}, {'no ' * from_start}cache, {'no ' * (not masked)}padding or window; use"
-            " kernel 'xla' or 'auto'"
-        )
-    if kernel in ("cudnn", "auto") and fits:
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
-        return out.astype(policy.output_dtype)
+    kernel = kernel_for(
+        kernel, jnp.dtype(compute), jnp.dtype(softmax.compute_dtype),
+        queries=q.shape[1], keys=k.shape[1], width=q.shape[-1], from_start=from_start,
+        masked=keep_BS is not None or segments_BT is not None or window > 0,
+        divided=split is not None and (split is not whole or target_devices() == 1),
+    )  # fmt: skip
     B, T, H, _ = q.shape
     S, G = k.shape[1], k.shape[2]
     if segments_BT is not None and (segments_BT.shape != (B, T) or T != S or not from_start):
@@ -154,7 +236,14 @@ def attention(
             f"attention: segments have shape {segments_BT.shape}, queries {(B, T)}, keys {(B, S)};"
             " give one for each token, and no cache"
         )
-    R = H // G
+    if kernel == "cudnn":
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        return out.astype(policy.output_dtype)
+    if kernel == "splash":
+        assert split is not None
+        out = _by_splash(q, k, v, keep_BS, segments_BT, split, causal, window)
+        return out.astype(policy.output_dtype)
+    K, R = q.shape[-1], H // G
     # Query heads that share keys are rows of one product, whose batch axes are B and G.
     q_BGRTK = (q * K**-0.5).reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4)
     k_BGSK, v_BGSK = (x.transpose(0, 2, 1, 3) for x in (k, v))

@@ -26,6 +26,17 @@ def target_platform() -> str:
     return _TARGET.value[0] if _TARGET.value else jax.default_backend()
 
 
+def target_devices() -> int:
+    """Returns how many devices the program is for: those of the mesh, or else all there are.
+
+    Example:
+      >>> with tracing_for("tpu"):
+      ...     target_devices()
+      1
+    """
+    return _TARGET.value[1] if _TARGET.value else jax.device_count()
+
+
 def on_one_cpu() -> bool:
     """Returns whether the program is for a CPU, and sums nothing over several devices.
 

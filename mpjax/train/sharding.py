@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -117,9 +117,29 @@ class ShardActivations:
         spec = partition(axes, x.shape, self.mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
-    def cuts(self, axis: str | None, size: int) -> bool:
-        """Whether a dimension of a logical axis is cut."""
-        return partition((axis,), (size,), self.mesh) != PartitionSpec(None)
+    def split(
+        self, function: Callable[..., Array], axes: Sequence[Axes], *arrays: Array
+    ) -> Array:  # fmt: skip
+        """Runs a function on each device's part of arrays; its result is cut as the first is.
+
+        Args:
+          function: of parts; it must need no other device's.
+          axes: logical axes of each array.
+          arrays: what the function takes.
+        """
+        cut = tuple(
+            partition(names, x.shape, self.mesh) for names, x in zip(axes, arrays, strict=True)
+        )
+        mapped = jax.shard_map(
+            function, mesh=self.mesh, in_specs=cut, out_specs=cut[0], check_vma=False
+        )
+        return mapped(*arrays)
+
+    def parts(self, axis: str | None, size: int) -> int:
+        """Into how many parts a dimension of a logical axis is cut."""
+        (cut,) = partition((axis,), (size,), self.mesh)
+        names = (cut,) if isinstance(cut, str) else cut or ()
+        return math.prod(self.mesh.shape[name] for name in names)
 
 
 def _fitted(spec: PartitionSpec, shape: Shape, mesh: Mesh) -> PartitionSpec:

@@ -104,7 +104,7 @@ def test_cudnn_is_refused_with_padding_or_a_window() -> None:
     x = jnp.ones((1, 4, 1, 8), jnp.bfloat16)
     policies = parse_policy("bf16"), parse_policy("c=f32,o=bf16")
     for masked in ({"window": 2}, {"keep_BS": jnp.ones((1, 4), bool)}):
-        with pytest.raises(ConfigError, match=r"no cache, padding or window; here: .*cache, pad"):
+        with pytest.raises(ConfigError, match=r"padding, window or segments; here: .*cache, pad"):
             attention(x, x, x, *policies, kernel="cudnn", **masked)
 
 

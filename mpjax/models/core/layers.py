@@ -11,7 +11,7 @@ from flax import linen as nn
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import as_array
-from mpjax.models.core.module import Context, Layer, part_key, run_module, unsharded
+from mpjax.models.core.module import Context, Layer, part_key, parts_of, run_module, unsharded
 from mpjax.typing import Array, ArrayLike, Axes, Key, Params, Shard
 
 
@@ -120,8 +120,7 @@ class Cut:
 
     def _tokens(self, ndim: int) -> Axes:
         """Axes of a batch, without the devices that cut the width."""
-        cuts = getattr(self.shard, "cuts", None)  # of a constraint of one's own nothing is known
-        first = "replicas" if cuts and cuts(self.axes[1], self.width) else "batch"
+        first = "replicas" if parts_of(self.shard, self.axes[1], self.width) > 1 else "batch"
         return (first, *(None,) * (ndim - 1)) if ndim > 1 else (None,)
 
 

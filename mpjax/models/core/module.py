@@ -28,6 +28,15 @@ def unsharded(x: Array, axes: Axes) -> Array:
     return x
 
 
+def parts_of(shard: Shard, axis: str | None, size: int) -> int:
+    """Returns into how many parts a constraint cuts a dimension of a logical axis.
+
+    Of a constraint of one's own nothing is known: 1.
+    """
+    parts = getattr(shard, "parts", None)
+    return 1 if parts is None else parts(axis, size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """The Precision and the path of one part of a model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
@@ -12,14 +13,15 @@ from flax import linen as nn
 
 from mpjax import ops
 from mpjax.errors import ConfigError
-from mpjax.formats import weight_view
+from mpjax.formats import is_quantized, weight_view
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.models.core.batch_fields import check_ids, check_padding, language_batch
 from mpjax.models.core.checks import Ids, language_inputs, targets_of
 from mpjax.models.core.layers import Linear, head_logits
 from mpjax.models.core.metadata import NONE, Metadata
-from mpjax.models.core.module import At, Context, part_key, stored, unsharded
+from mpjax.models.core.module import At, Context, part_key, parts_of, stored, unsharded
 from mpjax.models.core.sizes import ModelConfig
+from mpjax.models.core.spread import spread
 from mpjax.precision import Precision, Recipe, dtype_name, get_precision
 from mpjax.typing import Array, ArrayLike, Axes, Batch, Key, ModelState, Params, PyTree, Shard
 
@@ -230,6 +232,37 @@ class NextToken(Network):
         head, _ = self.heads(self._context).get("head", (None, ()))
         return head_logits(head, self._context("head"), weight_view({name: p[name]}), x, key)
 
+    def _unembed_apart(
+        self, p: Params, parts: int, key: Key | None
+    ) -> Callable[[Array], Array]:  # fmt: skip
+        """`_unembed` in a loop, in which each device's part of the batch has weights of its own.
+
+        Else each turn of the loop would bring the weights together, and sum their gradients over
+        the devices.
+        """
+        name = "embed" if self.config.tied else "head"
+        head, weights = self._context("head"), p[name]
+        # A recipe takes the largest number of the whole batch; stored weights have scales too.
+        plain = all(
+            isinstance(w, jax.Array) for w in jax.tree.leaves(weights, is_leaf=is_quantized)
+        )
+        if head.recipe() is not None or not plain:
+            return lambda x: self._unembed(p, x, key)
+        copies = {name: jax.tree.map(
+            lambda w, axes: spread(
+                w, parts, jnp.dtype(head.policy().compute_dtype),
+                jnp.dtype(self.precision.gradient_dtype), axes, self.shard,
+            ),
+            weights, self.axes[head.prefix[0]][name],
+        )}  # fmt: skip
+
+        def unembed(x: Array) -> Array:
+            rows = x.reshape(parts, -1, *x.shape[1:])
+            logits = jax.vmap(lambda p, x: self._unembed(p, x, key))(copies, rows)
+            return logits.reshape(*x.shape[:-1], -1)
+
+        return unembed
+
     def _logits(self, p: Params, x: Array, key: Key | None) -> Array:
         """`_unembed`, with the soft cap."""
         cap, logits = self.config.logit_cap, self._unembed(p, x, key)
@@ -240,9 +273,14 @@ class NextToken(Network):
         c, context = self.config, self._context("loss")
         B, T, _ = x.shape
         targets, weights = targets_of(batch, (B, T), context.prefix[0]), batch.get("weights")
+        parts = parts_of(self.shard, "batch", B)
+        chunk = ops.chunk_length(B // parts, T, c.vocabulary, c.loss_chunk)
+        if parts > 1 and chunk < T:
+            unembed = self._unembed_apart(p, parts, key)
+        else:
+            unembed = lambda x: self._unembed(p, x, key)  # noqa: E731
         return ops.cross_entropy(
-            x, targets, lambda x: self._unembed(p, x, key), context.policy(),
-            chunk=ops.chunk_length(B, T, c.vocabulary, c.loss_chunk),
+            x, targets, unembed, context.policy(), chunk=chunk,
             z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of the evaluation
             logit_cap=c.logit_cap,
             weights_BT=None if weights is None else jnp.asarray(weights),

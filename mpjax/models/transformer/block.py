@@ -16,10 +16,10 @@ from flax import linen as nn
 
 from mpjax import ops
 from mpjax.models.core.layers import Linear, Norm
-from mpjax.models.core.module import Layer
+from mpjax.models.core.module import Layer, parts_of, unsharded
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.models.transformer.kv_cache import Cache, read, write
-from mpjax.typing import Array
+from mpjax.typing import Array, Shard
 
 # a part of attention -> the name of what it gives, see `TransformerNetwork.collect`
 _PROJECTIONS = {"query": "queries", "key": "keys", "value": "values"}
@@ -69,6 +69,25 @@ class AttentionContext(NamedTuple):
     source_BSD: Array | None = None
     keep_source_BS: Array | None = None
     segments_BT: Array | None = None
+
+
+def split_heads(shard: Shard, heads: int, groups: int) -> ops.Split | None:
+    """Returns how a kernel of attention runs on each device's part; None where it cannot.
+
+    A mesh that cuts the heads of queries and not those of keys would part a query from its key.
+    """
+    if shard is unsharded:
+        return ops.whole
+    split = getattr(shard, "split", None)  # a constraint of one's own has none
+    if split is None or parts_of(shard, "heads", heads) != parts_of(shard, "kv", groups):
+        return None
+    tokens = ("batch", None)
+    axes = [("batch", name, None, None) for name in ("heads", "kv", "kv")] + [tokens, tokens]
+
+    def parts(function: Callable[..., Array], *arrays: Array) -> Array:
+        return split(function, axes[: len(arrays)], *arrays)
+
+    return parts
 
 
 class Attention(Layer):
@@ -133,7 +152,7 @@ class Attention(Layer):
             window=0 if self.across else c.window,
             keep_BS=context.keep_source_BS if self.across else context.keep_BS,
             segments_BT=None if self.across else context.segments_BT,
-            kernel=c.kernel,
+            kernel=c.kernel, split=split_heads(self.context.shard, c.heads, c.groups),
         )  # fmt: skip
         gain = (2 * c.layers) ** -0.5  # keeps the variance of the residual stream over the depth
         out = out.reshape(*out.shape[:2], c.heads * c.per_head)
