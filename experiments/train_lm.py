@@ -372,6 +372,7 @@ def main(config: Config) -> None:
             run.precision, settings(config), run.model.paths, found, schedule=run.schedule
         )
         page["bytes_per_parameter"] = bytes_per_parameter(run.state)
+        page["attention"] = run.model.attention_kernels(config.seq, masked=config.pack)
         write_manifest(config.out, page)
         for shown in [*filter(None, [run.schedule]), *(model.precision for model in run.models)]:
             console.print(str(shown), highlight=False, markup=False)

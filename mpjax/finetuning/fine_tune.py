@@ -201,9 +201,9 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
     if not (c.out / MANIFEST).is_file():
         found = how_products_run(model.recipes.values(), c.batch * c.longest)
         several = schedule if len(schedule.precisions) > 1 else None
-        write_manifest(
-            c.out, manifest(schedule.first, page.settings, model.paths, found, schedule=several)
-        )
+        about = manifest(schedule.first, page.settings, model.paths, found, schedule=several)
+        about["attention"] = model.attention_kernels(c.longest, masked=c.task != "lm")
+        write_manifest(c.out, about)
     _train(c, work.batches, state, step, judge, progress, untrained, steps, every, quiet, wandb)
     write_report_of(c.out)
     run = load_run(c.out)

@@ -1,6 +1,6 @@
 """The numerically delicate operations, each under its policy."""
 
-from mpjax.ops.attention import KERNELS, Split, attention, kernel_for, whole
+from mpjax.ops.attention import KERNELS, Split, attention, can_split, kernel_for, whole
 from mpjax.ops.cross_entropy import chunk_length, cross_entropy
 from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import group_norm, norm
@@ -17,6 +17,7 @@ __all__ = [
     "KERNELS",
     "Split",
     "attention",
+    "can_split",
     "chunk_length",
     "conv_general_dilated",
     "convolution",

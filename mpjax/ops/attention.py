@@ -167,6 +167,11 @@ def whole(function: Callable[..., Array], *arrays: Array) -> Array:
     return function(*arrays)
 
 
+def can_split(split: Split | None) -> bool:
+    """Returns whether each device of the program can run a kernel on its part."""
+    return split is not None and (split is not whole or target_devices() == 1)
+
+
 def attention(
     q_BTHK: Float[Array, "B T H K"],
     k_BSGK: Float[Array, "B S G K"],
@@ -227,7 +232,7 @@ def attention(
         kernel, jnp.dtype(compute), jnp.dtype(softmax.compute_dtype),
         queries=q.shape[1], keys=k.shape[1], width=q.shape[-1], from_start=from_start,
         masked=keep_BS is not None or segments_BT is not None or window > 0,
-        divided=split is not None and (split is not whole or target_devices() == 1),
+        divided=can_split(split),
     )  # fmt: skip
     B, T, H, _ = q.shape
     S, G = k.shape[1], k.shape[2]

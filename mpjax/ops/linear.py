@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import jmp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from mpjax.formats import widest
@@ -20,6 +21,7 @@ from mpjax.ops.products.dot_general import Dot, ProductSpec, product
 from mpjax.precision import Recipe, sum_dtype
 from mpjax.typing import DType, DTypeLike, Key
 
+_ROWS = 2**17  # whose gradients are added to a table at a time: 64 MiB of float32 on a TPU
 _Residuals = tuple[Array, Array, Array]  # x, W, an empty array of the dtype of x
 
 
@@ -175,6 +177,12 @@ class TableCut(Protocol):
     def every(self, ids: Array) -> Array:
         """The ids of these rows."""
 
+    def replicas(self, rows: int) -> int:
+        """How many devices with the same part of each row have rows of a batch of their own.
+
+        0 where rows are not cut.
+        """
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def look_up(
@@ -215,8 +223,27 @@ def _look_up_bwd(
     if cut is not None:
         dy, ids = cut.by_width(dy), cut.every(ids)
     wide = widest(dy.dtype, gradient_dtype)
-    grad = jnp.zeros(like.shape[1:], wide).at[ids].add(dy.astype(wide))
+    table = jnp.zeros(like.shape[1:], wide)
+    replicas = 0 if cut is None or ids.ndim < 2 else cut.replicas(ids.shape[0])
+    if not replicas:
+        return table.at[ids].add(dy.astype(wide)).astype(like.dtype), None
+    rows = (a.reshape(replicas, ids.size // replicas, *a.shape[ids.ndim :]) for a in (ids, dy))
+    sums = jax.vmap(functools.partial(_add_rows, table))(*rows)
+    grad = lax.reduce(sums, jnp.zeros((), wide), lax.add, (0,))
     return grad.astype(like.dtype), None
+
+
+def _add_rows(table: Array, ids: Array, rows: Array) -> Array:
+    """The table plus rows (N, D), some at a time: a TPU takes at least 128 numbers for each."""
+    count = len(ids)
+    some = next(n for n in range(min(count, _ROWS), 0, -1) if count % n == 0)
+
+    def add(table: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        return table.at[part[0]].add(part[1].astype(table.dtype)), None
+
+    if some == count:
+        return add(table, (ids, rows))[0]
+    return lax.scan(add, table, (ids.reshape(-1, some), rows.reshape(-1, some, rows.shape[-1])))[0]
 
 
 look_up.defvjp(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -159,6 +160,7 @@ class Noted:
     """A cut of a table on one device, that notes what it is given."""
 
     seen: list[str] = dataclasses.field(hash=False, compare=False)
+    parts: int = 0
 
     def whole(self, table: Any) -> Any:
         self.seen.append(f"table {table.dtype}")
@@ -171,6 +173,9 @@ class Noted:
     def every(self, ids: Any) -> Any:
         self.seen.append("ids")
         return ids
+
+    def replicas(self, rows: int) -> int:
+        return self.parts
 
 
 @pytest.mark.parametrize(
@@ -192,3 +197,17 @@ def test_a_table_is_sent_in_the_narrower_dtype_and_is_the_same(
     plain, cut = (jax.value_and_grad(loss)(table, c) for c in (None, Noted(seen)))
     assert seen == [f"table {sent}", f"dy {out}", "ids"]
     assert plain[0] == cut[0] and jnp.array_equal(plain[1], cut[1])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_rows_are_added_some_at_a_time(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["mpjax.ops.linear"], "_ROWS", 5)
+    rng = np.random.default_rng(parts)
+    ids, dy = rng.integers(0, 6, (4, 8)), rng.integers(-9, 9, (4, 8, 3)).astype(np.float32)
+    table = jnp.zeros((6, 3))
+    _, pull = jax.vjp(
+        lambda t: look_up(t, jnp.asarray(ids), jnp.float32, jnp.float32, Noted([], parts)), table
+    )
+    want = np.zeros((6, 3))
+    np.add.at(want, ids, dy)
+    np.testing.assert_array_equal(np.asarray(pull(jnp.asarray(dy))[0]), want)

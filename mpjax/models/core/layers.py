@@ -118,9 +118,17 @@ class Cut:
         """Each device has the gradients of all tokens, for its part of the width."""
         return self.shard(dy, (*self._tokens(dy.ndim - 1), self.axes[1]))
 
+    def replicas(self, rows: int) -> int:
+        """How many devices with the same part of the width have rows of a batch of their own."""
+        return parts_of(self.shard, "replicas", rows) if self._cuts_width else 0
+
+    @property
+    def _cuts_width(self) -> bool:
+        return parts_of(self.shard, self.axes[1], self.width) > 1
+
     def _tokens(self, ndim: int) -> Axes:
         """Axes of a batch, without the devices that cut the width."""
-        first = "replicas" if parts_of(self.shard, self.axes[1], self.width) > 1 else "batch"
+        first = "replicas" if self._cuts_width else "batch"
         return (first, *(None,) * (ndim - 1)) if ndim > 1 else (None,)
 
 

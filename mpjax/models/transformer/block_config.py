@@ -47,7 +47,7 @@ class BlockConfig(ModelConfig):
         CPU and scans elsewhere.
       remat: what the backward pass recomputes: `none`, `full` (all of each block), `dots` (all but
         products), `dots_no_batch` (all but products without batch dimensions).
-      kernel: of attention: `auto`, `xla` or `cudnn`.
+      kernel: of attention: `auto`, `xla`, `cudnn` or `splash`; see `mpjax.ops.attention`.
 
     Raises:
       ConfigError: a value outside its range or choices.

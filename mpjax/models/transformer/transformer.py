@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import jmp
 from flax import linen as nn
 
+from mpjax import ops
 from mpjax.errors import ConfigError, brief
 from mpjax.formats import weight_view, widest
 from mpjax.models.core.checks import as_segments
@@ -22,7 +23,7 @@ from mpjax.models.core.layers import Embed, Norm, dropout, shifted
 from mpjax.models.core.module import At, init_layers, part_key, run_collecting, run_module
 from mpjax.models.core.network import Network
 from mpjax.models.core.storage import Storage
-from mpjax.models.transformer.block import Attention, AttentionContext, Block
+from mpjax.models.transformer.block import Attention, AttentionContext, Block, split_heads
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.models.transformer.kv_cache import Cache, cache_storage, empty
 from mpjax.ops.rotary import sinusoid
@@ -77,6 +78,35 @@ class TransformerNetwork(Network):
                 known = " ".join(COLLECTED)
                 raise ConfigError(f"collecting: unknown {brief(name)}; known: {known}")
         return dataclasses.replace(self, collect=names)
+
+    def attention_kernels(self, tokens: int, *, masked: bool = False) -> tuple[str, ...]:
+        """Returns the kernels that self-attention of a training runs on here; one, mostly.
+
+        Args:
+          tokens: of a row.
+          masked: whether there is padding, or several documents are in a row.
+
+        Raises:
+          ConfigError: the kernel of the config does not serve here.
+
+        Example:
+          >>> from mpjax.models import decoder
+          >>> from mpjax.ops import tracing_for
+          >>> with tracing_for("tpu"):
+          ...     decoder("tiny", "bf16").attention_kernels(1024)
+          ('splash',)
+        """
+        c, at = self.config, self.precision.policy
+        found: dict[str, None] = {}
+        for path in self.paths:
+            if path.endswith("/attention"):
+                dtypes = (at(one).compute_dtype for one in (path, f"{path}/softmax"))
+                found[ops.kernel_for(
+                    c.kernel, *map(jnp.dtype, dtypes), queries=tokens, keys=tokens,
+                    width=c.per_head, from_start=True, masked=masked or c.window > 0,
+                    divided=ops.can_split(split_heads(self.shard, c.heads, c.groups)),
+                )] = None  # fmt: skip
+        return tuple(found)
 
     def init_with_axes(self, at: At, key: Key) -> Params:
         """See `Network`; blocks are stacked."""

@@ -206,6 +206,8 @@ def settings(manifests: Mapping[str, Mapping[str, Any]]) -> str:
     for label, page in manifests.items():
         rows = list(_flat(page.get("policies", {})).items())
         products = list(_flat(page.get("products", {})).items())
+        if kernels := page.get("attention"):
+            products.append(("attention", ", ".join(kernels)))
         tables = [table(("Policy by path", ("path", "policy"), rows))] if rows else []
         if products:
             tables.append(table(("What multiplies here", ("product", "by"), products)))
