@@ -6,7 +6,7 @@ from mpjax.ops.linear import linear, look_up, scale_by, shift_by
 from mpjax.ops.norm import group_norm, norm
 from mpjax.ops.objective import Combine, LossFn, Objective, Terms, rows_alike, weight_sum
 from mpjax.ops.products.conv import conv_general_dilated, convolution
-from mpjax.ops.products.dot_general import dot_general
+from mpjax.ops.products.dot_general import Sums, dot_general
 from mpjax.ops.products.hadamard import hadamard
 from mpjax.ops.products.quantized_operand import how_it_runs
 from mpjax.ops.rotary import rotary
@@ -16,6 +16,7 @@ __all__ = [
     "Combine",
     "KERNELS",
     "Split",
+    "Sums",
     "attention",
     "can_split",
     "chunk_length",

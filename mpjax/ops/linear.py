@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from mpjax.formats import widest
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops.products.dot import dot
-from mpjax.ops.products.dot_general import Dot, ProductSpec, product
+from mpjax.ops.products.dot_general import Dot, ProductSpec, Sums, product
 from mpjax.precision import Recipe, sum_dtype
 from mpjax.typing import DType, DTypeLike, Key
 
@@ -78,6 +78,7 @@ def linear(
     key: Key | None = None,
     amax: AmaxHistory | None = None,
     where: str = "linear",
+    sums: Sums | None = None,
 ) -> Any:
     r"""Multiplies by a matrix under a policy, $y = x W$.
 
@@ -96,6 +97,7 @@ def linear(
       key: random key, for recipes that draw.
       amax: state of delayed scaling.
       where: path of the module, for errors.
+      sums: how devices hold the terms of sums under a recipe; None on one device.
 
     Returns:
       (..., F) in the output dtype; with delayed scaling `(y, amax)`.
@@ -114,8 +116,9 @@ def linear(
     else:
         dims = (((1,), (int(transposed),)), ((), ()))
         dtypes = jnp.dtype(policy.compute_dtype), jnp.dtype(policy.output_dtype)
+        sums = sums and sums._replace(dtypes=dtypes[::-1])
         y_NF, amax = product(
-            x_ND, kernel, ProductSpec(Dot(dims), recipe, *dtypes, where), key, amax
+            x_ND, kernel, ProductSpec(Dot(dims, sums), recipe, *dtypes, where), key, amax
         )
     y = y_NF.reshape(*x.shape[:-1], y_NF.shape[-1])
     return y if amax is None else (y, amax)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mpjax.interpret.audit.collectives import Collective, collectives
 from mpjax.models import decoder, recurrent, seq2seq
-from mpjax.models.core import network, spread
+from mpjax.models.core import network
 from mpjax.optim import wrap
 from mpjax.precision import get_precision
 from mpjax.train import parse_mesh
@@ -75,17 +75,6 @@ def test_loss_and_gradients_are_those_of_one_device(name: str, text: str) -> Non
     # over `tensor` a chunk's sums and gradients go; they are of that chunk's tokens
     heads = [one for one in in_loops(sent) if one.path.endswith("head")]
     assert all(one.axes == "tensor" for one in heads), heads
-
-
-@pytest.mark.parametrize("name", ["untied", "tied"])
-def test_a_large_gradient_is_summed_some_at_a_time(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(spread, "_WHOLE", 16 * 64)
-    test_loss_and_gradients_are_those_of_one_device(name, "fsdp=8")
-    read = {k: x for k, x in batch().items() if k != "source"}
-    sent = in_loops(compiled(MODELS[name](), parse_mesh("fsdp=8"), read)[2])
-    assert {(one.elements, one.times) for one in sent} == {(16 * 64 // 8, 8)}
 
 
 def test_the_control_sends_the_head_in_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:

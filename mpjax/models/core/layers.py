@@ -35,11 +35,21 @@ class Linear(Layer):
         inputs = x.shape[-1]
         init = nn.initializers.normal(self.gain * inputs**-0.5)
         kernel = self.weight("kernel", init, (inputs, self.features), self.axes)
-        y = self.multiply(x, kernel)
+        y = self.multiply(x, kernel, sums=self._sums(inputs))
         if not self.bias:
             return y
         bias = self.weight("bias", nn.initializers.zeros, (self.features,), (self.axes[1],))
         return ops.shift_by(y, bias, self.gradient_dtype)
+
+    def _sums(self, inputs: int) -> ops.Sums | None:
+        """How devices hold the terms of the product's sums; those of `embed` lie on each whole."""
+        shard = self.context.shard
+
+        def parts(axis: str | None, size: int) -> int:
+            return 1 if axis == "embed" else parts_of(shard, axis, size)
+
+        both = parts(self.axes[0], inputs), parts(self.axes[1], self.features)
+        return None if both == (1, 1) else ops.Sums(both, self.axes, shard)
 
 
 class Norm(Layer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -156,16 +156,21 @@ class Layer(nn.Module):
 
         return cast(Array, self.param(name, nn.with_partitioning(draw, axes)))  # it is unboxed
 
-    def multiply(self, x: Array, kernel: Array, product: Product = ops.linear) -> Array:
+    def multiply(
+        self, x: Array, kernel: Array, product: Product = ops.linear, **more: Any
+    ) -> Array:
         """Returns x W under this module's policy and recipe; delayed scaling threads its state.
 
         Args:
+          x: what is multiplied.
+          kernel: the weight W.
           product: `ops.linear`, or what takes its arguments, such as `ops.convolution`.
+          more: further arguments of it.
         """
         recipe, key, amax = quantization(self)
         out = product(
             x, kernel, self.policy(), gradient_dtype=self.gradient_dtype, recipe=recipe, key=key,
-            amax=amax, where=self.context.full(self.path),
+            amax=amax, where=self.context.full(self.path), **more,
         )  # fmt: skip
         if isinstance(out, tuple):
             out, amax = out

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mpjax.typing import Array, Axes, DType, Shard
-
-_WHOLE, _TURNS = 2**24, 8  # numbers of a gradient that is summed at once; turns, else
 
 
 def _held(axes: Axes) -> Axes:
@@ -55,26 +52,10 @@ def _spread_bwd(
     residuals: None, d_copies: Array,
 ) -> tuple[Array]:  # fmt: skip
     del parts, compute, residuals
-    d = shard(d_copies, ("batch", *_held(axes)))
-
-    def summed(d: Array) -> Array:
-        # not jnp.sum, which takes 16-bit terms as float32 and would send them so
-        whole = lax.reduce(d.astype(gradient_dtype), jnp.zeros((), gradient_dtype), lax.add, (0,))
-        return shard(whole, axes).astype(d.dtype)
-
-    # Some rows or columns at a time: what is sent is never a second copy of all of it.
-    _, *shape = d.shape
-    along = next((i for i, name in enumerate(axes) if name != "embed"), 0)
-    turns = next((n for n in range(_TURNS, 0, -1) if shape[along] % n == 0), 1)
-    if d.ndim < 3 or turns == 1 or math.prod(shape) < _WHOLE:
-        return (summed(d),)
-    width = shape[along] // turns
-
-    def turn(_: None, start: Array) -> tuple[None, Array]:
-        return None, summed(lax.dynamic_slice_in_dim(d, start, width, axis=along + 1))
-
-    pieces = lax.scan(turn, None, jnp.arange(turns) * width)[1]
-    return (shard(jnp.moveaxis(pieces, 0, along).reshape(shape), axes),)
+    d = shard(d_copies, ("batch", *_held(axes))).astype(gradient_dtype)
+    # not jnp.sum, which takes 16-bit terms as float32 and would send them so
+    summed = lax.reduce(d, jnp.zeros((), d.dtype), lax.add, (0,))
+    return (shard(summed, axes).astype(d_copies.dtype),)
 
 
 spread.defvjp(_spread_fwd, _spread_bwd)

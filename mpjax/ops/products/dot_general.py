@@ -25,7 +25,7 @@ from mpjax.ops.products.quantized_operand import (
     quantize_operand,
 )
 from mpjax.precision import Recipe, get_recipe
-from mpjax.typing import Array, ArrayLike, DType, DTypeLike, Key, PyTree, Tree
+from mpjax.typing import Array, ArrayLike, DType, DTypeLike, Key, PyTree, Shard, Tree
 
 PRNG = "threefry2x32"
 # a, b, the key's words, amax and observed amax of delayed scaling; the result and observed amax
@@ -54,14 +54,49 @@ class Bilinear(Protocol):
         """The gradient of W, float32."""
 
 
+class Sums(NamedTuple):
+    """How devices hold the terms of x W and dy W', whose sums they send in a low dtype.
+
+    Each device casts the sums of its terms before they are added, as it does without a recipe.
+
+    Args:
+      parts: how many of them hold terms of x W, and of dy W'.
+      axes: logical axes of both.
+      shard: the sharding constraint.
+      dtypes: of both sums; `linear` fills them in.
+    """
+
+    parts: tuple[int, int]
+    axes: tuple[str | None, str | None]
+    shard: Shard
+    dtypes: tuple[DType, DType] = (jnp.dtype("float32"), jnp.dtype("float32"))
+
+    def total(self, sums: Array, number: int) -> Array:
+        """Adds the sums (parts, N, F) of each device."""
+        dtype = self.dtypes[number]
+        low = self.shard(sums.astype(dtype), (self.axes[number], "batch", None))
+        return lax.reduce(low, jnp.zeros((), dtype), lax.add, (0,))
+
+
 class Dot(NamedTuple):
     """`lax.dot_general`.
 
     Args:
       dims: its dimension numbers.
+      sums: of a product of matrices over several devices, or None.
     """
 
     dims: Dims
+    sums: Sums | None = None
+
+    def _combined(
+        self, a: QuantizedOperand, b: QuantizedOperand, dims: Dims, recipe: Recipe, number: int
+    ) -> Array:
+        parts = (
+            1 if self.sums is None or recipe.accumulate != "float32" else self.sums.parts[number]
+        )
+        y = combine(a, b, dims, recipe, parts)
+        return y if self.sums is None or parts == 1 else self.sums.total(y, number)
 
     def axes(self, x: Array, w: Array) -> tuple[tuple[Axes, Axes], ...]:
         """See `Bilinear`."""
@@ -70,12 +105,12 @@ class Dot(NamedTuple):
 
     def fprop(self, x: QuantizedOperand, w: QuantizedOperand, recipe: Recipe) -> Array:
         """See `Bilinear`."""
-        return combine(x, w, self.dims, recipe)
+        return self._combined(x, w, self.dims, recipe, 0)
 
     def dgrad(self, dy: QuantizedOperand, w: QuantizedOperand, recipe: Recipe, x: Array) -> Array:
         """See `Bilinear`."""
         (dims, order), _ = backward_dims(self.dims, x.ndim, w.values.ndim)
-        return lax.transpose(combine(dy, w, dims, recipe), order)
+        return lax.transpose(self._combined(dy, w, dims, recipe, 1), order)
 
     def wgrad(self, x: QuantizedOperand, dy: QuantizedOperand, recipe: Recipe, w: Array) -> Array:
         """See `Bilinear`."""

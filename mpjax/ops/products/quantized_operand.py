@@ -116,15 +116,32 @@ def native_unit(left: Format | None, right: Format | None, blocks: bool, terms: 
     return "float8" if left.name in _FLOAT8 and right.name in _FLOAT8 else ""
 
 
-def _multiply(a: QuantizedOperand, b: QuantizedOperand, dims: Dims) -> Array:
+def _dot(a: Array, b: Array, dims: Dims, parts: int) -> Array:
+    """A product, float32; of several parts that of each part of the terms, along a first axis."""
+    if parts == 1:
+        return dot(a, b, dims)
+    (ca, cb), (ba, bb) = dims
+
+    def lay_out(x: Array, axis: int) -> Array:
+        shape = (*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+    def behind(axes: Axes) -> Axes:
+        return tuple(axis + 1 for axis in axes)
+
+    each = (behind(ca), behind(cb)), ((0, *behind(ba)), (0, *behind(bb)))
+    return dot(lay_out(a, ca[0]), lay_out(b, cb[0]), each)
+
+
+def _multiply(a: QuantizedOperand, b: QuantizedOperand, dims: Dims, parts: int) -> Array:
     """The product of the values of two operands, float32."""
     terms = math.prod(a.values.shape[axis] for axis in dims[0][0])
     unit = native_unit(a.format, b.format, False, terms)
     if unit == "int8":
-        return dot(a.values.astype(jnp.int8), b.values.astype(jnp.int8), dims)
+        return _dot(a.values.astype(jnp.int8), b.values.astype(jnp.int8), dims, parts)
 
     def multiply_as(left: DTypeLike | None, right: DTypeLike | None) -> _Product:
-        return lambda x, y: dot(x.astype(left), y.astype(right), dims)
+        return lambda x, y: _dot(x.astype(left), y.astype(right), dims, parts)
 
     wide = jnp.bfloat16 if a.short and b.short else jnp.float32  # it holds all values exactly
     emulated = multiply_as(wide, wide)
@@ -169,26 +186,38 @@ def _chunked(a: Array, b: Array, dims: Dims, accumulate: Format, chunk: int) -> 
     return lax.scan(add, zero, (left, right))[0].reshape(shape)
 
 
-def combine(a: QuantizedOperand, b: QuantizedOperand, dims: Dims, recipe: Recipe) -> Array:
-    """Returns the product of two operands, float32, in `lax.dot_general`'s layout."""
+def combine(
+    a: QuantizedOperand, b: QuantizedOperand, dims: Dims, recipe: Recipe, parts: int = 1
+) -> Array:
+    """Returns the product of two operands, float32, in `lax.dot_general`'s layout.
+
+    Args:
+      a: the left operand.
+      b: the right operand.
+      dims: dimension numbers.
+      recipe: how sums are accumulated.
+      parts: of the terms, which lie along one axis, each of equal size; with several the result
+        has a first axis, the sums of each part. Only of sums in float32.
+    """
     if recipe.accumulate != "float32":
         return _chunked(opened(a), opened(b), dims, Format(recipe.accumulate), recipe.chunk)
     if a.format is None and b.format is None:
-        return dot(a.values, b.values, dims)
+        return _dot(a.values, b.values, dims, parts)
     if a.blocks or b.blocks or a.format is None or b.format is None:
         wide = jnp.bfloat16 if a.short and b.short else jnp.float32
-        return dot(opened(a).astype(wide), opened(b).astype(wide), dims)
+        return _dot(opened(a).astype(wide), opened(b).astype(wide), dims, parts)
     (ca, cb), (ba, bb) = dims
     terms = math.prod(a.values.shape[axis] for axis in ca)
     if a.top * b.top * terms > _LARGEST:  # bfloat16 and wider: a sum of values would overflow
-        return dot(opened(a).astype(jnp.float32), opened(b).astype(jnp.float32), dims)
+        return _dot(opened(a).astype(jnp.float32), opened(b).astype(jnp.float32), dims, parts)
     fa, fb = free_axes(a.values.ndim, ca, ba), free_axes(b.values.ndim, cb, bb)
-    y = _multiply(a, b, dims)
+    y = _multiply(a, b, dims, parts)
+    each = (None,) * (parts > 1)
     # one after the other, since the product of two small scales may underflow
     if a.scales is not None:
-        y = y * _spread(a.scales, ba, fa, ca, 0, len(fb))
+        y = y * _spread(a.scales, ba, fa, ca, 0, len(fb))[each]
     if b.scales is not None:
-        y = y * _spread(b.scales, bb, fb, cb, len(fa), 0)
+        y = y * _spread(b.scales, bb, fb, cb, len(fa), 0)[each]
     return y
 
 
