@@ -81,8 +81,10 @@ def test_the_control_sends_the_head_in_each_turn(monkeypatch: pytest.MonkeyPatch
     model, mesh = MODELS["untied"](), parse_mesh("fsdp=8")
     read = {k: x for k, x in batch().items() if k != "source"}
     assert not in_loops(compiled(model, mesh, read)[2])
-    monkeypatch.setattr(network.NextToken, "_unembed_apart",
-                        lambda self, p, parts, key: lambda x: self._unembed(p, x, key))  # fmt: skip
+    monkeypatch.setattr(
+        network.NextToken, "_apart",
+        lambda self, p, x, parts, key: (x, lambda x: self._unembed(p, x, key)),
+    )  # fmt: skip
     sent = in_loops(compiled(model, mesh, read)[2])
     assert {one.elements for one in sent} >= {16 * 64} and {one.times for one in sent} == {T // 4}
 

@@ -21,7 +21,7 @@ from mpjax.models.core.layers import Linear, head_logits
 from mpjax.models.core.metadata import NONE, Metadata
 from mpjax.models.core.module import At, Context, part_key, parts_of, stored, unsharded
 from mpjax.models.core.sizes import ModelConfig
-from mpjax.models.core.spread import spread
+from mpjax.models.core.spread import Spread, first, spread
 from mpjax.precision import Precision, Recipe, dtype_name, get_precision
 from mpjax.typing import Array, ArrayLike, Axes, Batch, Key, ModelState, Params, PyTree, Shard
 
@@ -232,36 +232,35 @@ class NextToken(Network):
         head, _ = self.heads(self._context).get("head", (None, ()))
         return head_logits(head, self._context("head"), weight_view({name: p[name]}), x, key)
 
-    def _unembed_apart(
-        self, p: Params, parts: int, key: Key | None
-    ) -> Callable[[Array], Array]:  # fmt: skip
-        """`_unembed` in a loop, in which each device's part of the batch has weights of its own.
+    def _apart(
+        self, p: Params, x: Array, parts: int, key: Key | None
+    ) -> tuple[Array, Callable[[Array], Array]]:
+        """Features, and `_unembed` for a loop in which each device has weights of its own.
 
         Else each turn of the loop would bring the weights together, and sum their gradients over
         the devices.
         """
         name = "embed" if self.config.tied else "head"
-        head, weights = self._context("head"), p[name]
+        context = self._context("head")
+        weights, form = jax.tree.flatten(p[name], is_leaf=is_quantized)
+        named = self.axes[context.prefix[0]][name]
+        axes = jax.tree.leaves(named, is_leaf=lambda x: isinstance(x, tuple))
         # A recipe takes the largest number of the whole batch; stored weights have scales too.
-        plain = all(
-            isinstance(w, jax.Array) for w in jax.tree.leaves(weights, is_leaf=is_quantized)
-        )
-        if head.recipe() is not None or not plain:
-            return lambda x: self._unembed(p, x, key)
-        copies = {name: jax.tree.map(
-            lambda w, axes: spread(
-                w, parts, jnp.dtype(head.policy().compute_dtype),
-                jnp.dtype(self.precision.gradient_dtype), axes, self.shard,
-            ),
-            weights, self.axes[head.prefix[0]][name],
-        )}  # fmt: skip
+        plain = all(isinstance(w, jax.Array) for w in weights)
+        if context.recipe() is not None or not plain:
+            return x, lambda x: self._unembed(p, x, key)
+        compute = jnp.dtype(context.policy().compute_dtype)
+        summed = jnp.dtype(self.precision.gradient_dtype)
+        how = tuple(Spread(parts, compute, summed, one, self.shard) for one in axes)
+        x, copies = spread(x, tuple(weights), how)
+        each = {name: jax.tree.unflatten(form, copies)}
 
         def unembed(x: Array) -> Array:
             rows = x.reshape(parts, -1, *x.shape[1:])
-            logits = jax.vmap(lambda p, x: self._unembed(p, x, key))(copies, rows)
+            logits = jax.vmap(lambda p, x: self._unembed(p, x, key))(each, rows)
             return logits.reshape(*x.shape[:-1], -1)
 
-        return unembed
+        return x, unembed
 
     def _logits(self, p: Params, x: Array, key: Key | None) -> Array:
         """`_unembed`, with the soft cap."""
@@ -275,16 +274,18 @@ class NextToken(Network):
         targets, weights = targets_of(batch, (B, T), context.prefix[0]), batch.get("weights")
         parts = parts_of(self.shard, "batch", B)
         chunk = ops.chunk_length(B // parts, T, c.vocabulary, c.loss_chunk)
-        if parts > 1 and chunk < T:
-            unembed = self._unembed_apart(p, parts, key)
+        apart = parts > 1 and chunk < T
+        if apart:
+            x, unembed = self._apart(p, x, parts, key)
         else:
             unembed = lambda x: self._unembed(p, x, key)  # noqa: E731
-        return ops.cross_entropy(
+        loss = ops.cross_entropy(
             x, targets, unembed, context.policy(), chunk=chunk,
             z_loss=c.z_loss if train else 0.0,  # a regulariser, not part of the evaluation
             logit_cap=c.logit_cap,
             weights_BT=None if weights is None else jnp.asarray(weights),
         )  # fmt: skip
+        return first(loss) if apart else loss
 
 
 @dataclasses.dataclass(frozen=True)

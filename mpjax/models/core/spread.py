@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,51 +12,85 @@ from jax import lax
 from mpjax.typing import Array, Axes, DType, Shard
 
 
-def _held(axes: Axes) -> Axes:
-    """What is left of the axes on a device: all that no device of the batch cuts."""
-    return tuple(name if name == "vocab" else None for name in axes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
-def spread(
-    w: Array, parts: int, compute: DType, gradient_dtype: DType, axes: Axes, shard: Shard
-) -> Array:
-    """Returns a weight once for each part of a batch, (parts, ...).
-
-    What a loop does with a part's copy sends nothing: the weight is brought together before it, in
-    the narrower one of its own and the compute dtype, and gradients are summed over the parts after
-    it, once.
+class Spread(NamedTuple):
+    """How a weight is brought together, and its gradients are summed.
 
     Args:
-      w: the weight.
       parts: devices that cut the batch.
       compute: dtype in which the weight is used.
       gradient_dtype: in which its gradients are summed over the parts.
       axes: logical axes of the weight.
       shard: the sharding constraint.
     """
-    del gradient_dtype  # of the backward pass
-    narrow = w.astype(compute) if compute.itemsize < w.dtype.itemsize else w
-    whole = shard(narrow, _held(axes)).astype(w.dtype)
-    copies = jnp.broadcast_to(whole[None], (parts, *w.shape))
-    return shard(copies, ("batch", *_held(axes)))
+
+    parts: int
+    compute: DType
+    gradient_dtype: DType
+    axes: Axes
+    shard: Shard
+
+    @property
+    def held(self) -> Axes:
+        """What is left of the axes on a device: all that no device of the batch cuts."""
+        return tuple(name if name == "vocab" else None for name in self.axes)
+
+    def copies(self, w: Array) -> Array:
+        """The weight once for each part, brought together in the narrower dtype."""
+        narrow = w.astype(self.compute) if self.compute.itemsize < w.dtype.itemsize else w
+        whole = self.shard(narrow, self.held).astype(w.dtype)
+        each = jnp.broadcast_to(whole[None], (self.parts, *w.shape))
+        return self.shard(each, ("batch", *self.held))
+
+    def total(self, d_copies: Array) -> Array:
+        """The sum of the gradients of all parts, cut as the weight is."""
+        d = self.shard(d_copies, ("batch", *self.held)).astype(self.gradient_dtype)
+        # not jnp.sum, which takes 16-bit terms as float32 and would send them so
+        summed = lax.reduce(d, jnp.zeros((), d.dtype), lax.add, (0,))
+        return self.shard(summed, self.axes).astype(d_copies.dtype)
 
 
-def _spread_fwd(
-    w: Array, parts: int, compute: DType, gradient_dtype: DType, axes: Axes, shard: Shard
-) -> tuple[Array, None]:
-    return spread(w, parts, compute, gradient_dtype, axes, shard), None
+Weights = tuple[Array, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def spread(x: Array, weights: Weights, how: tuple[Spread, ...]) -> tuple[Array, Weights]:
+    """Returns features, and weights once for each part of their batch, (parts, ...).
+
+    What a loop does with a part's copy sends nothing: weights are brought together before it, and
+    their gradients are summed over the parts after it, once, and before the features' gradient
+    goes on: else the compiler keeps them, whole on each device, for as long as it likes.
+
+    Args:
+      x: what is multiplied by them.
+      weights: each as it is stored.
+      how: of each.
+    """
+    return x, tuple(one.copies(w) for one, w in zip(how, weights, strict=True))
 
 
 def _spread_bwd(
-    parts: int, compute: DType, gradient_dtype: DType, axes: Axes, shard: Shard,
-    residuals: None, d_copies: Array,
-) -> tuple[Array]:  # fmt: skip
-    del parts, compute, residuals
-    d = shard(d_copies, ("batch", *_held(axes))).astype(gradient_dtype)
-    # not jnp.sum, which takes 16-bit terms as float32 and would send them so
-    summed = lax.reduce(d, jnp.zeros((), d.dtype), lax.add, (0,))
-    return (shard(summed, axes).astype(d_copies.dtype),)
+    how: tuple[Spread, ...], residuals: None, d: tuple[Array, Weights]
+) -> tuple[Array, Weights]:
+    del residuals
+    dx, d_copies = d
+    sums = tuple(one.total(d) for one, d in zip(how, d_copies, strict=True))
+    return lax.optimization_barrier((dx, sums))
 
 
-spread.defvjp(_spread_fwd, _spread_bwd)
+spread.defvjp(lambda x, weights, how: (spread(x, weights, how), None), _spread_bwd)
+
+
+@jax.custom_vjp
+def first(loss: Array) -> Array:
+    """Returns a loss whose gradient is computed after it; NaN if it is NaN.
+
+    A backward pass that computes the loss again has no need of its value: the compiler would put it
+    off to the end, and keep what it reads, the copies of `spread` among it, until then.
+    """
+    return loss
+
+
+first.defvjp(
+    lambda loss: (loss, loss),
+    lambda loss, d: (jnp.where(jnp.isnan(loss), jnp.full_like(d, jnp.nan), d),),
+)

@@ -214,12 +214,10 @@ def test_annealing_finds_what_descent_finds() -> None:
     assert metrics[-1]["loss"] < 0.02 * metrics[0]["loss"]
 
 
-@pytest.mark.parametrize(
-    ("precision", "mesh"),
-    [("fp16", "data=2,fsdp=2,tensor=2"), ("fp8", None), ("pure-bf16-sr", None)],
-)
-def test_a_decoder_anneals(precision: str, mesh: str | None) -> None:
-    model = decoder("tiny", precision, layers=2, width=16, heads=2, context=8, vocabulary=32)
+def test_a_decoder_anneals() -> None:
+    """All precisions, on one device and on a mesh: `python -m benchmarks.numerics.methods`."""
+    mesh = "data=2,fsdp=2,tensor=2"
+    model = decoder("tiny", "fp16", layers=2, width=16, heads=2, context=8, vocabulary=32)
     both = alternate(optax.adam(1e-2), annealed(langevin(1e-4), affine(1e-3, 0.9)),
                      descend=2, anneal=1)  # fmt: skip
     state, step = build(model, both, mesh, clip=1.0)
