@@ -332,7 +332,7 @@ def test_segments_that_cannot_be_used_are_one_line(what: str) -> None:
 def test_the_kernel_and_a_cache_refuse_segments() -> None:
     x, f32 = jnp.ones((1, 4, 1, 8)), parse_policy("f32")
     segments = jnp.ones((1, 4), jnp.int32)
-    with pytest.raises(ConfigError, match="no cache, padding or window; here: .*cache, pad"):
+    with pytest.raises(ConfigError, match="padding, window or segments; here: .*cache, pad"):
         attention(x, x, x, f32, f32, segments_BT=segments, kernel="cudnn")
     with pytest.raises(ConfigError, match=r"segments have shape \(1, 2\), .* keys \(1, 4\)"):
         attention(x[:, :2], x, x, f32, f32, segments_BT=segments[:, :2])

@@ -251,8 +251,8 @@ class NextToken(Network):
             return x, lambda x: self._unembed(p, x, key)
         compute = jnp.dtype(context.policy().compute_dtype)
         summed = jnp.dtype(self.precision.gradient_dtype)
-        how = tuple(Spread(parts, compute, summed, one, self.shard) for one in axes)
-        x, copies = spread(x, tuple(weights), how)
+        specs = tuple(Spread(parts, compute, summed, one, self.shard) for one in axes)
+        x, copies = spread(x, tuple(weights), specs)
         each = {name: jax.tree.unflatten(form, copies)}
 
         def unembed(x: Array) -> Array:

@@ -31,7 +31,7 @@ class Spread(NamedTuple):
 
     @property
     def held(self) -> Axes:
-        """What is left of the axes on a device: all that no device of the batch cuts."""
+        """Its axes on a device that has it whole but for what `vocab` cuts."""
         return tuple(name if name == "vocab" else None for name in self.axes)
 
     def copies(self, w: Array) -> Array:
@@ -53,7 +53,7 @@ Weights = tuple[Array, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def spread(x: Array, weights: Weights, how: tuple[Spread, ...]) -> tuple[Array, Weights]:
+def spread(x: Array, weights: Weights, specs: tuple[Spread, ...]) -> tuple[Array, Weights]:
     """Returns features, and weights once for each part of their batch, (parts, ...).
 
     What a loop does with a part's copy sends nothing: weights are brought together before it, and
@@ -63,21 +63,21 @@ def spread(x: Array, weights: Weights, how: tuple[Spread, ...]) -> tuple[Array, 
     Args:
       x: what is multiplied by them.
       weights: each as it is stored.
-      how: of each.
+      specs: of each.
     """
-    return x, tuple(one.copies(w) for one, w in zip(how, weights, strict=True))
+    return x, tuple(one.copies(w) for one, w in zip(specs, weights, strict=True))
 
 
 def _spread_bwd(
-    how: tuple[Spread, ...], residuals: None, d: tuple[Array, Weights]
+    specs: tuple[Spread, ...], residuals: None, d: tuple[Array, Weights]
 ) -> tuple[Array, Weights]:
     del residuals
     dx, d_copies = d
-    sums = tuple(one.total(d) for one, d in zip(how, d_copies, strict=True))
+    sums = tuple(one.total(d) for one, d in zip(specs, d_copies, strict=True))
     return lax.optimization_barrier((dx, sums))
 
 
-spread.defvjp(lambda x, weights, how: (spread(x, weights, how), None), _spread_bwd)
+spread.defvjp(lambda x, weights, specs: (spread(x, weights, specs), None), _spread_bwd)
 
 
 @jax.custom_vjp
