@@ -2,7 +2,7 @@
 
 Run:       pip install libtpu, the version that `pip install 'jax[tpu]'` takes (480 MB), then
            python -m benchmarks.tools.wire
-Expected:  no step of three meshes and four precisions sends wider numbers than its Precision says;
+Expected:  no step of three meshes and five precisions sends wider numbers than its Precision says;
            each of the planted wide collectives is named with its dtype and place.
 
 Eight v5e chips, a decoder of two blocks, width 512. The planted ones are steps that send wide what
@@ -38,7 +38,7 @@ from mpjax.train.sharding import ShardActivations, state_shardings
 from mpjax.typing import Settings
 
 MESHES = ("fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2")
-PRECISIONS = ("bf16", "fp16", "fp8", "pure-bf16")
+PRECISIONS = ("bf16", "fp16", "fp8", "pure-bf16", "int8")
 SIZES: Settings = dict(layers=2, width=512, heads=4, vocabulary=1024, context=256, loop="unroll")
 Loss = Callable[..., Any]
 

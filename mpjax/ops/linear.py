@@ -211,7 +211,11 @@ def look_up(
     known = jnp.where(ids < 0, table.shape[0], ids)  # -1, often padding, is not the last row
     if cut is not None:
         narrow = jnp.dtype(output_dtype).itemsize < table.dtype.itemsize
-        table = cut.whole(table.astype(output_dtype) if narrow else table)
+        table = table.astype(output_dtype) if narrow else table
+        # As bits: the compiler of TPUs would put the cast to float16 behind what brings it together
+        low = table.dtype if table.dtype == jnp.float16 else None
+        table = cut.whole(lax.bitcast_convert_type(table, jnp.uint16) if low else table)
+        table = lax.bitcast_convert_type(table, low) if low else table
     return jnp.take(table, known, axis=0).astype(output_dtype)
 
 

@@ -181,7 +181,7 @@ class Noted:
 @pytest.mark.parametrize(
     ("stored", "out", "sent"),
     [("float32", "bfloat16", "bfloat16"), ("bfloat16", "float32", "bfloat16"),
-     ("float32", "float32", "float32")],
+     ("float32", "float32", "float32"), ("float32", "float16", "uint16")],
 )  # fmt: skip
 def test_a_table_is_sent_in_the_narrower_dtype_and_is_the_same(
     stored: str, out: str, sent: str
