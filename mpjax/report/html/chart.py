@@ -172,8 +172,8 @@ def curves_chart(
         )
         body.append(f'<g class="{style(number)}" data-arm="{number}">{dots}</g>')
     clip = (
-        f'<clipPath id="clip-{escape(name)}"><rect x="{LEFT:g}" y="{TOP - 4:g}"'
-        f' width="{WIDTH - LEFT - RIGHT + 4:g}" height="{HEIGHT - TOP - BOTTOM + 4:g}"/></clipPath>'
+        f'<clipPath id="clip-{escape(name)}"><rect x="{LEFT - 4:g}" y="{TOP - 4:g}"'
+        f' width="{WIDTH - LEFT - RIGHT + 8:g}" height="{HEIGHT - TOP - BOTTOM + 4:g}"/></clipPath>'
     )
     return axes.frame(name, f'{clip}<g clip-path="url(#clip-{escape(name)})">{"".join(body)}</g>')
 
