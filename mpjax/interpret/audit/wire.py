@@ -63,6 +63,11 @@ def assert_wire(
     mesh = getattr(step, "mesh", None)
     if not hasattr(step, "compiled"):
         raise ConfigError(f"assert_wire: {brief(step)} is no step; give one of mpjax.train.build")
+    for one in args:
+        if isinstance(one, str | Precision):
+            raise ConfigError(
+                f"assert_wire: {brief(one)} is no argument of the step; write precision=..."
+            )
     if mesh is None:
         raise ConfigError(
             "assert_wire: the step is on one device and sends nothing; build it on a mesh, such as"

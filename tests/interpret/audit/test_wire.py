@@ -139,6 +139,11 @@ def test_wrong_calls_are_one_line(step: Any, more: dict[str, Any], said: str) ->
     assert "\n" not in str(error.value)
 
 
+def test_a_precision_goes_by_its_name() -> None:
+    with pytest.raises(ConfigError, match="'bf16' is no argument of the step; write precision="):
+        assert_wire(Compiled(PROGRAM), {}, {}, "bf16")
+
+
 def test_an_audit_lists_what_a_step_sends() -> None:
     model = decoder("tiny", "fp32", layers=1, width=16, heads=2, vocabulary=32, context=8)
     state, step = build(model, optax.sgd(1e-2), "fsdp=2,tensor=2,data=2")
