@@ -226,6 +226,7 @@ def programs(
     model = decoder(
         config.size, precision, layers=config.layers, context=config.seq, loop="unroll",
         norm="layer", position="learned", activation="gelu", bias=False, tied=True,
+        kernel="xla",  # as the others' attention, whatever the platform
     )  # fmt: skip
     state, step = build(model, optax.adamw(LR), gate=False)
     rng = np.random.default_rng(0)
