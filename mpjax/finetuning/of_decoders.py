@@ -132,8 +132,7 @@ class Instructions:
         having = [(talk, one) for talk, one in zip(talks, tools, strict=False) if one]
         if not having:
             return []
-        shown = any(chat.ids(talk) != chat.ids(talk, tools=one) for talk, one in having[:1])
-        lost = "" if shown else "; the chat template does not show them"
+        lost = "" if chat.shows(*having[0]) else "; the chat template does not show them"
         if lost:
             log.warning("tools: the chat template does not show them; the model will not see any")
         return [("conversations with tools", f"{len(having)}{lost}")]

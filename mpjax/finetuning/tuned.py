@@ -175,10 +175,9 @@ class Tuned:
         if isinstance(text, str) and (tools or self._talks and self._has_own_template):
             text = [{"role": "user", "content": text}]
         if not isinstance(text, str):
-            ids = self.chat.ids(list(text), tools=list(tools) if tools else None)
-            if tools and ids == self.chat.ids(list(text)):
+            if tools and not self.chat.shows(list(text), tools):
                 raise ConfigError("tools: the chat template shows none; leave them out")
-            return ids
+            return self.chat.ids(list(text), tools=list(tools) if tools else None)
         around = (self.settings["prompt"] or PROMPT) if self._talks else "{}"
         return self.tokenizer.prompt(around.replace("{}", text))
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mpjax.formats import widest
 from mpjax.formats.delayed import AmaxHistory
-from mpjax.ops.products.dot import dot
+from mpjax.ops.products.dot import add_parts, dot
 from mpjax.ops.products.dot_general import Dot, ProductSpec, Sums, product
 from mpjax.precision import Recipe, sum_dtype
 from mpjax.typing import DType, DTypeLike, Key
@@ -236,8 +236,7 @@ def _look_up_bwd(
         return table.at[ids].add(dy.astype(wide)).astype(like.dtype), None
     rows = (a.reshape(replicas, ids.size // replicas, *a.shape[ids.ndim :]) for a in (ids, dy))
     sums = jax.vmap(functools.partial(_add_rows, table))(*rows)
-    grad = lax.reduce(sums, jnp.zeros((), wide), lax.add, (0,))
-    return grad.astype(like.dtype), None
+    return add_parts(sums).astype(like.dtype), None
 
 
 def _add_rows(table: Array, ids: Array, rows: Array) -> Array:

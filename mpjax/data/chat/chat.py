@@ -88,6 +88,10 @@ class Chat:
         with tokenizer_errors("chat"):
             return self._backend.encode(text, add_special_tokens=False).ids
 
+    def shows(self, messages: Sequence[Message], tools: Sequence[Json]) -> bool:
+        """Whether the template writes tools beside a conversation."""
+        return self.ids(messages, tools=list(tools)) != self.ids(messages)
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens; bytes that are no UTF-8 become U+FFFD."""
         with tokenizer_errors("chat", "the tokenizer fails on these ids"):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mpjax.ops.products.dot import add_parts
 from mpjax.typing import Array, Axes, DType, Shard
 
 
@@ -44,9 +45,7 @@ class Spread(NamedTuple):
     def total(self, d_copies: Array) -> Array:
         """The sum of the gradients of all parts, cut as the weight is."""
         d = self.shard(d_copies, ("batch", *self.held)).astype(self.gradient_dtype)
-        # not jnp.sum, which takes 16-bit terms as float32 and would send them so
-        summed = lax.reduce(d, jnp.zeros((), d.dtype), lax.add, (0,))
-        return self.shard(summed, self.axes).astype(d_copies.dtype)
+        return self.shard(add_parts(d), self.axes).astype(d_copies.dtype)
 
 
 Weights = tuple[Array, ...]

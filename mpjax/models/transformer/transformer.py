@@ -97,6 +97,7 @@ class TransformerNetwork(Network):
           ('splash',)
         """
         c, at = self.config, self.precision.policy
+        divided = ops.can_split(split_heads(self.shard, c.heads, c.groups))
         found: dict[str, None] = {}
         for path in self.paths:
             if path.endswith("/attention"):
@@ -104,7 +105,7 @@ class TransformerNetwork(Network):
                 found[ops.kernel_for(
                     c.kernel, *map(jnp.dtype, dtypes), queries=tokens, keys=tokens,
                     width=c.per_head, from_start=True, masked=masked or c.window > 0,
-                    divided=ops.can_split(split_heads(self.shard, c.heads, c.groups)),
+                    divided=divided,
                 )] = None  # fmt: skip
         return tuple(found)
 

@@ -65,6 +65,14 @@ mlir.register_lowering(settled_p, lambda ctx, x, what: [x])
 mlir.register_lowering(settled_p, mlir.lower_fun(_lower, multiple_results=False), platform="cpu")
 
 
+def add_parts(parts: Array) -> Array:
+    """Returns the sum over a first axis, along which devices hold parts, in its own dtype.
+
+    Not `jnp.sum`, which takes 16-bit terms as float32 and would send them so.
+    """
+    return lax.reduce(parts, jnp.zeros((), parts.dtype), lax.add, (0,))
+
+
 def dot(a: Array, b: Array, dims: Dims, out: DTypeLike = jnp.float32) -> Array:
     """Returns `lax.dot_general` of two arrays of one dtype; sums are float32, or int32 of int8.
 

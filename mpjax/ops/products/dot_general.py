@@ -15,6 +15,7 @@ from mpjax.formats.checks import ROUNDED, as_array, check_key
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.formats.tiles import amax_of
 from mpjax.ops.checks import Axes, Dims, DotDimensionNumbers, float_dtype, read_dims
+from mpjax.ops.products.dot import add_parts
 from mpjax.ops.products.hadamard import hadamard
 from mpjax.ops.products.linear_map import linear_map, with_derivative
 from mpjax.ops.products.quantized_operand import (
@@ -74,8 +75,7 @@ class Sums(NamedTuple):
     def total(self, sums: Array, number: int) -> Array:
         """Adds the sums (parts, N, F) of each device."""
         dtype = self.dtypes[number]
-        low = self.shard(sums.astype(dtype), (self.axes[number], "batch", None))
-        return lax.reduce(low, jnp.zeros((), dtype), lax.add, (0,))
+        return add_parts(self.shard(sums.astype(dtype), (self.axes[number], "batch", None)))
 
 
 class Dot(NamedTuple):
