@@ -72,6 +72,7 @@ TITLES = {
     "mpjax.train.processes": "Several processes",
     "mpjax.train.report": "What a run tells",
     "mpjax.finetuning": "From own data to a model in use",
+    "mpjax.targets": "Steps compiled for chips that are not here",
     "mpjax.report": "Tables, plots and pages",
     "mpjax.typing": "Types",
 }

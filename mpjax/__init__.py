@@ -54,17 +54,22 @@ if TYPE_CHECKING:
         optim,
         precision,
         report,
+        targets,
         tasks,
         train,
     )
     from mpjax.finetuning import finetune, from_pretrained, load_run
+    from mpjax.targets import preflight
 
 # Imported at first use, so that someone who takes only the loss scale pays for nothing else.
 _PARTS = (
     "data", "finetuning", "formats", "interpret", "models", "ops", "optim", "precision", "report",
-    "tasks", "train",
+    "targets", "tasks", "train",
 )  # fmt: skip
-_FINETUNING = ("finetune", "from_pretrained", "load_run")
+_LATER = {
+    "finetune": "finetuning", "from_pretrained": "finetuning", "load_run": "finetuning",
+    "preflight": "targets",
+}  # fmt: skip
 
 __all__ = [
     "ConfigError",
@@ -103,6 +108,7 @@ __all__ = [
     "ops",
     "optim",
     "precision",
+    "preflight",
     "quantize",
     "register_preset",
     "register_recipe",
@@ -111,6 +117,7 @@ __all__ = [
     "scaled_value_and_grad",
     "scaled_value_and_grads",
     "sqnr",
+    "targets",
     "tasks",
     "trace_nonfinite",
     "train",
@@ -120,6 +127,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(f"mpjax.{name}")
-    if name in _FINETUNING:
-        return getattr(importlib.import_module("mpjax.finetuning"), name)
+    if name in _LATER:
+        return getattr(importlib.import_module(f"mpjax.{_LATER[name]}"), name)
     raise AttributeError(f"module 'mpjax' has no attribute {name!r}")

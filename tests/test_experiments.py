@@ -27,7 +27,7 @@ SCRIPTS = (
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "distil", "finetune_classifier", "finetune_tagger", "translate",
     "pretrain_bert", "chat", "stages", "augment", "recommend",
-    "adversarial", "multitask", "anneal", "finetune",
+    "adversarial", "multitask", "anneal", "finetune", "preflight",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"

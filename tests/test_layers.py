@@ -55,6 +55,17 @@ MAY_IMPORT = {
         "files",
         "report",
     },  # from data to a model in use: it uses every part
+    "targets": {
+        "commands",
+        "precision",
+        "ops",
+        "optim",
+        "models",
+        "interpret",
+        "train",
+        "files",
+        "probe",
+    },  # compiles a step for chips that are not here
     "predict": {"commands", "data", "finetuning"},  # command lines
     "export": {"commands", "finetuning"},
     "probe": set(),

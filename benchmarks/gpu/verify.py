@@ -5,7 +5,7 @@ Expected:  under `fp8` every linear product of the blocks, forward and backward,
            kernel; under `bf16` no product is float32 and attention is cuDNN's fused kernel; the
            controls show what each of these checks looks like when it does not hold.
 
-XLA compiles for the GPU that `h100.txtpb` describes. Triton's kernels are off, because choosing
+XLA compiles for the GPU that `mpjax/targets/data/h100.txtpb` describes. Triton's kernels are off, because choosing
 them needs a GPU to time them on, and so is the merging of products with a common operand (query,
 key and value into one), so that every product can be counted.
 """
@@ -16,27 +16,26 @@ import importlib.metadata
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-HERE = Path(__file__).resolve().parent
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
-from jax.experimental.topologies import get_topology_desc  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental.topologies import get_topology_desc
+from jax.sharding import SingleDeviceSharding
 
-from benchmarks.common.page import write  # noqa: E402  # noqa: E402
-from benchmarks.gpu.hlo import FLOAT8, Product, fused_attention, products  # noqa: E402
-from mpjax.markdown import table  # noqa: E402
-from mpjax.models import decoder  # noqa: E402
-from mpjax.optim import wrap  # noqa: E402
-from mpjax.precision import get_precision  # noqa: E402
-from mpjax.train.step import init_state, make_train_step  # noqa: E402
+from benchmarks.common.page import write
+from benchmarks.gpu.hlo import FLOAT8, Product, fused_attention, products
+from mpjax.markdown import table
+from mpjax.models import decoder
+from mpjax.optim import wrap
+from mpjax.precision import get_precision
+from mpjax.targets import read_chip
+from mpjax.train.step import init_state, make_train_step
 
 L, D, H, F, V, B, T = 4, 256, 4, 704, 4096, 8, 256  # head width 64; all multiples of 16
 LINEARS = {
@@ -95,7 +94,7 @@ def role(product: Product) -> tuple[str, str] | None:
 def main() -> bool:
     """Compiles all arms and writes the page; whether all claims hold."""
     topology = get_topology_desc(
-        "1x1x8", platform="cuda", target_config=(HERE / "h100.txtpb").read_text(),
+        "1x1x8", platform="cuda", target_config=read_chip("h100").description,
         topology="1x1x8",
     )  # fmt: skip
     device: Any = topology.devices[0]

@@ -31,10 +31,8 @@ from benchmarks.common.page import write
 from mpjax.interpret import assert_wire
 from mpjax.markdown import table
 from mpjax.models import decoder
-from mpjax.optim import wrap
 from mpjax.precision import Precision, get_precision
-from mpjax.train import init_state, make_train_step, parse_mesh
-from mpjax.train.sharding import ShardActivations, state_shardings
+from mpjax.train import build_abstract, parse_mesh
 from mpjax.typing import Settings
 
 MESHES = ("fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2")
@@ -51,24 +49,15 @@ def compiled_step(
     """A step for chips that are not here, and its abstract arguments."""
     devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
     mesh = parse_mesh(mesh_text, list(devices))
-    model = decoder("tiny", precision, **SIZES).sharded(ShardActivations(mesh))
-    wrapped = wrap(optimizer(mesh), model.precision, clip=1.0)
-
-    def start() -> Any:
-        params = model.init(jax.random.key(0))
-        return init_state(params, wrapped, model_state=model.init_state())
-
-    abstract = jax.eval_shape(start)
-    cut = state_shardings(abstract, model.axes, mesh)
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, cut
+    model = decoder("tiny", precision, **SIZES)
+    state, step = build_abstract(
+        model, optimizer(mesh), mesh, clip=1.0, objective=lambda model: change(model.loss, mesh)
     )
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     batch = {
         name: jax.ShapeDtypeStruct((8, SIZES["context"]), jnp.int32, sharding=rows)
         for name in ("inputs", "targets")
     }
-    step = make_train_step(change(model.loss, mesh), wrapped, mesh=mesh, shardings=cut)
     return step, state, batch
 
 

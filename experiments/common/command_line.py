@@ -25,11 +25,17 @@ _HELP = (
     f"{IMPORT} FILE.py runs a file of yours first, which registers recipes and presets; repeatable."
 )
 _asked: dict[str, str] = {}  # name -> checksum of the files of this command line
+_files: list[str] = []  # the files, for another process
 
 
 def imported() -> dict[str, str]:
     """Returns the name -> checksum of each file that is imported, for a run's settings."""
     return dict(_asked)
+
+
+def imported_files() -> list[str]:
+    """Returns the files that are imported, for a process that is to import them too."""
+    return list(_files)
 
 
 def _without_imports(words: list[str]) -> tuple[list[str], list[Path]]:
@@ -60,6 +66,7 @@ def parse(config: type[T]) -> T:
             raise ConfigError(f"{where}: {content!r} is not UTF-8; rename the file, or write it so")
     words, files = _without_imports(sys.argv[1:])
     _asked.clear()
+    _files[:] = [str(file.resolve()) for file in files]
     for file in files:
         _asked[file.resolve().name] = import_file(file)
     about = f"{(config.__doc__ or '').strip()}\n\n{_HELP}"

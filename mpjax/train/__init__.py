@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mpjax.lazy import lazy_names
-from mpjax.train.build import build
+from mpjax.train.build import build, build_abstract
 from mpjax.train.schedule.switch import SwitchingStep
 from mpjax.train.sharding import ShardActivations, parse_mesh, partition, state_shardings
 from mpjax.train.step import (
@@ -63,6 +63,7 @@ __all__ = [
     "TrainState",
     "TrainStep",
     "build",
+    "build_abstract",
     "bytes_per_parameter",
     "check_batch",
     "environment",

@@ -17,7 +17,7 @@ from mpjax.optim import wrap
 from mpjax.precision import PrecisionSchedule, get_schedule
 from mpjax.train.checkpoint import leaves
 from mpjax.train.gradients import check_combine
-from mpjax.train.preflight import require_room
+from mpjax.train.room import require_room
 from mpjax.train.schedule.switch import make_switching_step
 from mpjax.train.schedule.switch_state import require_alike, whole_state
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings, whole
@@ -87,51 +87,12 @@ def build(
       >>> int(state.step), int(metrics["skipped"])
       (1, 0)
     """
-    if not callable(objective) or isinstance(objective, Objective):
-        raise ConfigError(
-            f"objective: {brief(objective)}; give a function from the model to its objective, such"
-            " as task.objective"
-        )
-    if isinstance(mesh, str):
-        mesh = parse_mesh(mesh)
-    if mesh is not None and mesh.size == 1:
-        mesh = None
-    if mesh is not None:
-        model = model.sharded(ShardActivations(mesh))
+    model, mesh = _on_mesh(model, mesh, objective)
+
+    settings: Settings = dict(clip=clip, gate=gate, patience=patience)
 
     def part(model: Model) -> _Part:
-        first = getattr(model, "init_state", lambda: None)
-        trained = objective(model)
-        own, combine, frozen, average = None, None, None, False
-        if isinstance(trained, Objective):
-            own, combine, frozen = trained.init, trained.combine, trained.frozen
-            average = trained.average is not None
-            check_combine(trained, jax.eval_shape(first))
-        losses = len(combine.names) if combine is not None and combine.own_scales else 0
-        wrapped = wrap(
-            optimizer, model.precision, clip=clip, gate=gate, patience=patience, losses=losses
-        )
-
-        def draw(seed: ArrayLike) -> Params:
-            key = jax.random.key(seed)
-            return model.init(key) if own is None else _joined(model.init(key), own(key))
-
-        def start(params: Params, seed: ArrayLike) -> TrainState:
-            held = None if combine is None else combine.init()
-            return init_state(
-                params, wrapped, seed=seed, model_state=first(), combine=held, average=average
-            )
-
-        abstract = jax.eval_shape(lambda seed: start(draw(seed), seed), seed)
-        axes = model.axes
-        if own is not None and axes is not None:
-            axes = axes | whole(jax.eval_shape(own, jax.random.key(0)))
-        shardings = None if mesh is None else state_shardings(abstract, axes, mesh)
-        require_room(abstract, shardings, frozen)
-        step = make_train_step(
-            trained, wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
-        )
-        return _Part(step, draw, start, first, abstract, axes, own)
+        return _part(model, optimizer, mesh, settings, accumulate, objective, seed)
 
     begin = part(model)
     step, start = begin.step, begin.start
@@ -167,6 +128,121 @@ def build(
         return rest(held if cut is None else jax.device_put(held, cut.params), seed)
 
     return init(seed), dataclasses.replace(step, init=init)
+
+
+@explains_calls
+def build_abstract(
+    model: Model,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
+    mesh: Mesh | str | None = None,
+    *,
+    clip: float | None = None,
+    gate: bool = True,
+    patience: int = 50,
+    accumulate: int = 1,
+    objective: Callable[[Any], LossFn | Objective] = Objective.of_model,
+) -> tuple[TrainState, TrainStep]:
+    """As `build`, without numbers: the state is one of shapes, and no device need be here.
+
+    `step.compiled.lower(state, batch).compile()` is the program that `build` would run, for the
+    devices of the mesh, which may be those of `jax.experimental.topologies`.
+
+    Args:
+      model: a `mpjax.typing.Model`.
+      optimizer: a raw optax optimizer.
+      mesh: a Mesh, its text, or None for one device.
+      clip: largest global gradient norm.
+      gate: whether non-finite steps are skipped.
+      patience: see `mpjax.optim.wrap`.
+      accumulate: microbatches a step.
+      objective: as in `build`; one with arrays that no step changes needs its devices here.
+
+    Returns:
+      The state, of `jax.ShapeDtypeStruct` with its shardings, and the step.
+
+    Raises:
+      ConfigError: settings that do not fit each other.
+
+    Example:
+      >>> from mpjax.models import decoder
+      >>> state, step = build_abstract(decoder("llama-7b", "bf16"), optax.adamw(1e-4))
+      >>> f"{sum(x.size for x in jax.tree.leaves(state.params)):.3g}"
+      '6.74e+09'
+    """
+    model, mesh = _on_mesh(model, mesh, objective)
+    settings: Settings = dict(clip=clip, gate=gate, patience=patience)
+    part = _part(model, optimizer, mesh, settings, accumulate, objective, here=False)
+    if part.step.shardings is None:
+        return part.abstract, part.step
+    state = jax.tree.map(
+        lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut),
+        part.abstract, part.step.shardings,
+    )  # fmt: skip
+    return state, part.step
+
+
+def _on_mesh(
+    model: Model, mesh: Mesh | str | None, objective: Callable[[Any], LossFn | Objective]
+) -> tuple[Model, Mesh | None]:
+    """A model as it runs on a mesh, and the mesh: None if it is one device of this process."""
+    if not callable(objective) or isinstance(objective, Objective):
+        raise ConfigError(
+            f"objective: {brief(objective)}; give a function from the model to its objective, such"
+            " as task.objective"
+        )
+    if isinstance(mesh, str):
+        mesh = parse_mesh(mesh)
+    if mesh is not None and mesh.size == 1 and mesh.devices.flat[0] in jax.devices():
+        mesh = None
+    return (model, None) if mesh is None else (model.sharded(ShardActivations(mesh)), mesh)
+
+
+def _part(
+    model: Model,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
+    mesh: Mesh | None,
+    settings: Settings,
+    accumulate: int,
+    objective: Callable[[Any], LossFn | Objective],
+    seed: int = 0,
+    here: bool = True,
+) -> _Part:
+    """The step of a model in one precision; with its devices here, that its state fits there."""
+    first = getattr(model, "init_state", lambda: None)
+    trained = objective(model)
+    own, combine, frozen, average = None, None, None, False
+    if isinstance(trained, Objective):
+        own, combine, frozen = trained.init, trained.combine, trained.frozen
+        average = trained.average is not None
+        check_combine(trained, jax.eval_shape(first))
+    losses = len(combine.names) if combine is not None and combine.own_scales else 0
+    wrapped = wrap(optimizer, model.precision, losses=losses, **settings)
+
+    def draw(seed: ArrayLike) -> Params:
+        key = jax.random.key(seed)
+        return model.init(key) if own is None else _joined(model.init(key), own(key))
+
+    def start(params: Params, seed: ArrayLike) -> TrainState:
+        held = None if combine is None else combine.init()
+        return init_state(
+            params, wrapped, seed=seed, model_state=first(), combine=held, average=average
+        )
+
+    abstract = jax.eval_shape(lambda seed: start(draw(seed), seed), seed)
+    axes = model.axes
+    if own is not None and axes is not None:
+        axes = axes | whole(jax.eval_shape(own, jax.random.key(0)))
+    shardings = None if mesh is None else state_shardings(abstract, axes, mesh)
+    if here:
+        require_room(abstract, shardings, frozen)
+    elif frozen is not None and mesh is not None:
+        if not set(mesh.devices.flat) <= set(jax.devices()):
+            raise ConfigError(
+                "build_abstract: the objective reads arrays that no step changes, which need"
+                " devices that are here; give a mesh of jax.devices()"
+            )
+    step = make_train_step(trained, wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate)
+    return _Part(step, draw, start, first, abstract, axes, own)
 
 
 def _joined(params: Params, own: Params) -> Params:

@@ -151,7 +151,7 @@ def _audit(fn: object, program: Program, flow: Flow, optimised: hlo.Optimised | 
     products = {step: _product(step) for step in flow.steps if is_product(step.eqn)}
     whole = sum(s.location.loops for s in flow.steps if s.name in PRODUCTS and s not in products)
     if whole:
-        flow.notes[f"products of integers are not counted; there are {whole}"] = None
+        flow.notes[f"{whole} products of integers count by their dtype, and can be no leaks"] = None
     total = sum(product.flops for product in products.values())
     lows: Counter[str] = Counter()
     for step, product in products.items():
@@ -229,7 +229,7 @@ def _costs(flow: Flow) -> tuple[dict[str, Cost], dict[str, dict[str, Cost]]]:
 
     for step in flow.steps:
         loops, flops = step.location.loops, operations(step.eqn)
-        if flops and is_product(step.eqn):
+        if flops and step.name in PRODUCTS:
             widest = max((x.aval.dtype for x in step.ins[:2]), key=lambda d: d.itemsize)
             add(step, widest, Cost(products=flops * loops))
         elif flops:

@@ -15,7 +15,7 @@ from mpjax.precision.policy import CARRIED
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _CALL = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\((.*)")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_BEGINS = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+BEGINS = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
@@ -84,10 +84,10 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> tuple[Colle
     from mpjax.probe import HLO_NAMES  # a command, which no package loads before it runs
 
     shape = dict(mesh or {})
-    times, found = _times(text), dict[tuple[str, ...], list[Collective]]()
+    times, found = runs(text), dict[tuple[str, ...], list[Collective]]()
     computation = ""
     for line in text.splitlines():
-        if begins := _BEGINS.match(line):
+        if begins := BEGINS.match(line):
             computation = begins[2]
         if not (call := _CALL.search(line)):
             continue
@@ -101,7 +101,7 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> tuple[Colle
             count = math.prod(int(n) for n in dims.split(",") if n)
             sizes[dtype] = sizes.get(dtype, 0) + count * (size if kind == "reduce-scatter" else 1)
         name = re.search(r'op_name="([^"]*)"', rest)
-        path, direction = _place(name[1] if name else "")
+        path, direction = place_of(name[1] if name else "")
         channel = re.search(r"channel_id=(\d+)", rest)
         # Parts of one asynchronous collective stand in several computations.
         key = (channel[1] if channel else line, kind, result, name[1] if name else "")
@@ -109,7 +109,7 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> tuple[Colle
             continue
         found[key] = [
             Collective(
-                kind, HLO_NAMES.get(dtype, dtype), count, math.ceil(count * _bits(dtype) / 8),
+                kind, HLO_NAMES.get(dtype, dtype), count, math.ceil(count * bits_of(dtype) / 8),
                 _axes(groups, shape), path, direction, times.get(computation, 1),
             )
             for dtype, count in sizes.items()
@@ -117,13 +117,14 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> tuple[Colle
     return tuple(itertools.chain.from_iterable(found.values()))
 
 
-def _bits(dtype: str) -> int:
+def bits_of(dtype: str) -> int:
+    """How many bits a number of a dtype of HLO takes."""
     digits = re.search(r"\d+", dtype)
     return int(digits[0]) if digits else 8
 
 
-def _times(text: str) -> dict[str, int]:
-    """How often each computation runs.
+def runs(text: str) -> dict[str, int]:
+    """Returns how often each computation of an optimised program runs.
 
     A loop whose length is not written down runs as often as the one number in its condition says;
     where there are several, or none, its body counts once.
@@ -132,14 +133,12 @@ def _times(text: str) -> dict[str, int]:
     calls: dict[str, list[tuple[str, int]]] = {}
     own, entry = "", ""
     for line in text.splitlines():
-        if begins := _BEGINS.match(line):
+        if begins := BEGINS.match(line):
             own = begins[2]
             entry = own if begins[1] else entry
             calls.setdefault(own, [])
             continue
-        names = _CALLED.findall(line)
-        for group in _BRANCHES.findall(line):
-            names += re.findall(r"%?([\w.\-]+)", group)
+        names = calls_of(line)
         count = 1
         if " while(" in line:
             trips, condition = _TRIPS.search(line), re.search(r"condition=%?([\w.\-]+)", line)
@@ -159,12 +158,20 @@ def _times(text: str) -> dict[str, int]:
     return times
 
 
+def calls_of(line: str) -> list[str]:
+    """The computations that an instruction calls."""
+    names = _CALLED.findall(line)
+    for group in _BRANCHES.findall(line):
+        names += re.findall(r"%?([\w.\-]+)", group)
+    return names
+
+
 def _numbers_in(text: str) -> dict[str, set[int]]:
     """The whole numbers above 1 that each computation holds as constants."""
     found: dict[str, set[int]] = {}
     own = ""
     for line in text.splitlines():
-        if begins := _BEGINS.match(line):
+        if begins := BEGINS.match(line):
             own = begins[2]
         elif constant := re.search(r"= s32\[\]\S* constant\((\d+)\)", line):
             if int(constant[1]) > 1:
@@ -233,8 +240,8 @@ def _axes(groups: Groups, mesh: Mapping[str, int]) -> str:
     return "?"
 
 
-def _place(name: str) -> tuple[str, str]:
-    """Module path and direction that an `op_name` says."""
+def place_of(name: str) -> tuple[str, str]:
+    """Returns the module path and the direction that an `op_name` says."""
     if not name:
         return "", ""
     transposed = "transpose(" in name

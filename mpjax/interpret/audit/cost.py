@@ -61,18 +61,19 @@ def _groups(eqn: JaxprEqn) -> int:
 
 
 def operations(eqn: JaxprEqn) -> int:
-    """Returns the floating-point operations of an equation that holds no jaxpr, run once.
+    """Returns the operations of an equation that holds no jaxpr, run once.
 
-    A product takes two for each number that it multiplies; a reduction one for each number that
-    it reads; what only moves values none; everything else one for each number of its result.
+    A product, of integers too, takes two for each number that it multiplies; a reduction of
+    floating-point numbers one for each number that it reads; what only moves values none;
+    everything else that makes floating-point numbers one for each of them.
     """
-    floats = [_shape(var) for var in eqn.outvars if is_float(var.aval)]
     name = eqn.primitive.name
+    if name in PRODUCTS:
+        return 2 * math.prod(_shape(eqn.outvars[0])) * contracted(eqn) // _groups(eqn)
+    floats = [_shape(var) for var in eqn.outvars if is_float(var.aval)]
     if not floats or name in _FREE:
         return 0
     size = math.prod(floats[0])
-    if name in PRODUCTS:
-        return 2 * size * contracted(eqn) // _groups(eqn)
     if name in _REDUCTIONS:
         return math.prod(_shape(eqn.invars[0]))
     return size

@@ -23,7 +23,7 @@ from mpjax.interpret.monitor.monitor import monitor
 from mpjax.interpret.monitor.report import Monitored
 from mpjax.precision import PrecisionSchedule
 from mpjax.precision.triggers import Evidence
-from mpjax.train.preflight import free_bytes
+from mpjax.train.room import free_bytes
 from mpjax.train.schedule.switch_state import (
     entered,
     plain_state,

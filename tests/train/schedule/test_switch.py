@@ -18,7 +18,7 @@ from mpjax.errors import ConfigError, TrainingStopped
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.precision import Precision, Triggers, get_precision
 from mpjax.precision.schedule import dynamic, fixed, late, mixed
-from mpjax.train import SwitchingStep, build, preflight
+from mpjax.train import SwitchingStep, build, room
 from mpjax.train.checkpoint.checkpointer import Checkpointer
 from mpjax.train.loop import fit
 from mpjax.train.report.memory import state_bytes
@@ -276,7 +276,7 @@ def test_little_memory_keeps_it_low_and_brings_it_down(
         "1.00 GB are free, headroom 2 GB"
     )
     assert "stays, because only 1.00 GB are free" in caplog.messages[-1]
-    assert preflight.free_bytes is not switch.free_bytes
+    assert room.free_bytes is not switch.free_bytes
 
 
 def test_a_run_that_neither_precision_can_go_on_with_stops_with_its_own_loss_scale() -> None:
