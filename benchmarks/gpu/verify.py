@@ -5,9 +5,9 @@ Expected:  under `fp8` every linear product of the blocks, forward and backward,
            kernel; under `bf16` no product is float32 and attention is cuDNN's fused kernel; the
            controls show what each of these checks looks like when it does not hold.
 
-XLA compiles for the GPU that `mpjax/targets/data/h100.txtpb` describes. Triton's kernels are off, because choosing
-them needs a GPU to time them on, and so is the merging of products with a common operand (query,
-key and value into one), so that every product can be counted.
+XLA compiles for the GPU that `mpjax/targets/data/h100.txtpb` describes. Triton's kernels are off,
+because choosing them needs a GPU to time them on, and so is the merging of products with a common
+operand (query, key and value into one), so that every product can be counted.
 """
 
 from __future__ import annotations
