@@ -1036,3 +1036,37 @@ def test_beams_and_stored_weights_continue_a_prompt(trained):
     assert all(text.startswith("line 12") for text in found)
     _, err = run("generate", *args, "--beams", 3, "--top-k", 5, code=2)
     assert err.startswith("error: top_k: beam search draws nothing")
+
+
+# A step for chips that are not here.
+
+
+def test_preflight_writes_what_a_step_needs(tmp_path):
+    out, _ = run(
+        "preflight", *"--model tiny --layers 1 --precision bf16 int8 --target cpu:2".split(),
+        *"--mesh data=2 --batch 2 --seq 16".split(), "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert "| peak |" in out and "all-reduce" in out
+    found = json.loads((tmp_path / "out" / "forecast.json").read_text())
+    assert [one["precision"] for one in found] == ["bf16", "int8"]
+    assert found[1]["flops"]["int8"] > 0 and found[0]["mesh"]["data"] == 2
+    assert (tmp_path / "out" / "report.md").read_text() in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--target v5e:16", "error: target 'v5e:16': a topology of v5e has 2 axes"),
+        ("--target cpu:2 --mesh fsdp=3", "error: mesh: data=1 x fsdp=3"),
+        ("--target cpu:2 --precision bf61", "bf16"),
+        ("--target cpu:2 --remat ful", "full"),
+        ("--target cpu:2 --batch 0", "error: batch"),
+    ],
+)
+def test_a_mistake_of_preflight_is_one_line(flags, said, tmp_path):
+    out, err = run(
+        "preflight", "--model", "tiny", "--seq", "16", *flags.split(), "--out", tmp_path / "o",
+        code=2,
+    )  # fmt: skip
+    assert said in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "o").exists()

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 import mpjax
-from mpjax import models, optim, tasks, train
+from mpjax import models, optim, targets, tasks, train
 from mpjax.errors import ConfigError, TrainingStopped
 
 ODD: dict[str, Any] = {
@@ -98,6 +98,9 @@ def right_calls() -> dict[str, Case]:
         "init_state": (train.init_state, (PARAMS, opt), dict(seed=0)),
         "make_train_step": (train.make_train_step, (total, opt), dict(accumulate=1)),
         "parse_mesh": (train.parse_mesh, ("data=1",), {}),
+        "build_abstract": (train.build_abstract, (model, sgd), dict(clip=1.0, accumulate=1)),
+        "parse_target": (targets.parse_target, ("v5e:4x4",), {}),
+        "read_chip": (targets.read_chip, ("v5e",), {}),
         "MetricsWriter.write": (writer().write, ({"step": 1, "loss": jnp.float32(2)},), {}),
         "TextClassification": (tasks.TextClassification, (("a", "b"),), {}),
         "objective": (task.objective, (encoder,), {}),

@@ -92,6 +92,6 @@ def read_chip(name: str) -> Chip:
       >>> read_chip("v5e").platform
       'tpu'
     """
-    if name not in chips():
+    if not isinstance(name, str) or name not in chips():
         raise ConfigError(f"target: unknown chip {name!r}; known: {' '.join(chips())}")
     return chips()[name]

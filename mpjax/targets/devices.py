@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib.util
 import math
 import os
@@ -79,7 +80,10 @@ def parse_target(text: str) -> Target:
         raise ConfigError(f"target: {brief(text)} cannot be read; {_FORMS}")
     slices, kind, dims = int(found[1] or 1), found[2], found[3]
     if kind != "cpu" and kind not in chips():
-        raise ConfigError(f"target {text!r}: unknown chip {kind!r}; known: cpu {' '.join(chips())}")
+        near = difflib.get_close_matches(kind, ["cpu", *chips()], 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        known = " ".join(chips())
+        raise ConfigError(f"target {text!r}: unknown chip {kind!r}; {hint}known: cpu {known}")
     shape = tuple(int(n) for n in dims.split("x"))
     axes = 1 if kind == "cpu" else read_chip(kind).shape
     if len(shape) != axes or min(shape) < 1 or slices < 1:

@@ -128,6 +128,10 @@ def mega(size: float) -> str:
     return f"{size / 1e6:,.0f} MB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
+def _tera(operations: float | None) -> str:
+    return "–" if operations is None else f"{operations / 1e12:,.4g} T"
+
+
 def _time(seconds: float) -> str:
     return "–" if math.isnan(seconds) else f"{seconds * 1e3:,.4g} ms"
 
@@ -156,7 +160,7 @@ def page(found: list[Forecast]) -> str:
         need.append(["largest batch on a device", *searched])
     dtypes = sorted({dtype for one in found for dtype in one.flops})
     work = rows(
-        *((f"operations of products, {d}", lambda f, d=d: f"{f.flops.get(d, 0) / 1e12:,.4g} T")
+        *((f"operations of products, {d}", lambda f, d=d: _tera(f.flops.get(d)))
           for d in dtypes),
         ("bytes to and from memory",
          lambda f: f"{f.accessed / 1e9:,.4g} GB" if f.accessed else "–"),

@@ -16,7 +16,7 @@ from mpjax.interpret import audit
 from mpjax.interpret.audit.collectives import Collective, collectives
 from mpjax.targets.chips import Chip
 from mpjax.targets.figures import STATE, Forecast, Sent
-from mpjax.targets.traffic import largest_arrays, traffic
+from mpjax.targets.traffic import float8_operations, largest_arrays, traffic
 from mpjax.train import TrainStep
 from mpjax.typing import PyTree
 
@@ -91,6 +91,9 @@ def forecast(
         return _refused(common, str(error), time.perf_counter() - begun)
     stats, text = compiled.memory_analysis(), compiled.as_text() or ""
     sent, accessed = _sent(collectives(text, mesh), mesh), traffic(text)
+    if eight := float8_operations(text):
+        flops = {"float8_e4m3fn": float(eight)} | flops
+        flops["bfloat16"] = max(flops.get("bfloat16", 0.0) - eight, 0.0)
     seconds = {} if chip is None else {
         "compute": sum(n / chip.rate(dtype) for dtype, n in flops.items()),
         "memory": accessed / chip.bandwidth,
@@ -99,6 +102,7 @@ def forecast(
     fresh = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
     return dataclasses.replace(
         common,
+        flops=flops,
         arguments=stats.argument_size_in_bytes,
         temporaries=stats.temp_size_in_bytes + fresh,
         code=stats.generated_code_size_in_bytes,

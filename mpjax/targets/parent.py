@@ -13,6 +13,7 @@ from mpjax.errors import ConfigError, brief, explains_calls, is_whole
 from mpjax.models import decoder
 from mpjax.models.core.sizes import FieldValue
 from mpjax.optim import make_optimizer
+from mpjax.optim.checks import is_number
 from mpjax.precision import get_precision
 from mpjax.targets.devices import clean_environment, parse_target, require_compiler
 from mpjax.targets.figures import Forecast
@@ -83,6 +84,17 @@ def preflight(
     for name, value in (("batch", batch), ("seq", seq), ("accumulate", accumulate)):
         if not is_whole(value, 1):
             raise ConfigError(f"{name}: {brief(value)} is no whole number of 1 or more; give one")
+    if not isinstance(mesh, str):
+        raise ConfigError(f"mesh: {brief(mesh)} is no text; write data=2,fsdp=4, or nothing")
+    if clip is not None and not (is_number(clip) and clip > 0):
+        raise ConfigError(f"clip: {brief(clip)} is no number above 0; give one, or None")
+    if not isinstance(search, bool):
+        raise ConfigError(f"search: {brief(search)} is neither True nor False; give one of them")
+    for many, texts in (("rules", rules), ("imports", imports)):
+        if isinstance(texts, str) or not all(isinstance(one, str | Path) for one in texts):
+            raise ConfigError(f"{many}: {brief(texts)} is no list of texts; give one, such as []")
+    if tell is not None and not callable(tell):
+        raise ConfigError(f"tell: {brief(tell)} is no function of a line; give one, or None")
     require_compiler(there)
     fixed: dict[str, FieldValue] = {"remat": "full", "loop": "scan", "context": seq}
     settings = fixed | settings

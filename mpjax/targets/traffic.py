@@ -31,6 +31,7 @@ class _Array(NamedTuple):
     bytes: int
     main: bool
     shape: str
+    elements: int
 
 
 class _Line(NamedTuple):
@@ -79,6 +80,26 @@ def largest_arrays(text: str, count: int) -> tuple[tuple[int, str, str], ...]:
     return _Program("ENTRY %main () -> f32[] {\n  " + text).largest(count)
 
 
+def float8_operations(text: str) -> int:
+    """Returns the operations of matrix products whose operands are float8 in a GPU's program.
+
+    A recipe's products are traced in bfloat16, which holds the numbers of 8 bits exactly; the
+    compiler of a GPU that multiplies float8 makes products of float8 of them.
+
+    Args:
+      text: `compiled.as_text()`.
+
+    Example:
+      >>> float8_operations('''ENTRY %main (a: f8e4m3fn[8,4], b: f8e5m2[4,2]) -> f32[8,2] {
+      ...   %a = f8e4m3fn[8,4]{1,0} parameter(0)
+      ...   %b = f8e5m2[4,2]{1,0} parameter(1)
+      ...   ROOT %c = f32[8,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+      ... }''')
+      128
+    """
+    return _Program(text).float8_operations()
+
+
 def _closing(text: str, start: int) -> int:
     """The place of the parenthesis that closes the one at `start`."""
     depth = 0
@@ -97,7 +118,7 @@ def _arrays(text: str) -> tuple[_Array, ...]:
         count = math.prod(int(n) for n in dims.split(",") if n)
         size = math.ceil(count * bits_of(dtype) / 8)
         shape = f"{HLO_NAMES.get(dtype, dtype)}[{dims}]"
-        found.append(_Array(size, "S(" not in layout, shape))
+        found.append(_Array(size, "S(" not in layout, shape, count))
     return tuple(found)
 
 
@@ -161,6 +182,21 @@ class _Program:
                         sizes[array.shape, path] = array.bytes
         order = sorted(sizes.items(), key=lambda one: (-one[1], one[0]))
         return tuple((size, shape, path) for (shape, path), size in order[:count])
+
+    def float8_operations(self) -> int:
+        """See the function of this name."""
+        total = 0
+        for name, lines in self._lines.items():
+            for line in lines.values():
+                library = line.opcode == "custom-call" and "matmul$f8" in line.rest
+                taken = [lines[one].result[0] for one in line.operands[:2] if one in lines]
+                if not (line.opcode == "dot" or library) or len(taken) < 2:
+                    continue
+                if all(one.shape.startswith("float8") for one in taken):
+                    a, b, c = (one.elements for one in (*taken, line.result[0]))
+                    # (M K)(K N) / (M N) is K squared: without batch axes, as linear maps are.
+                    total += self._times.get(name, 1) * 2 * c * math.isqrt(a * b // c)
+        return total
 
     def _moved(self, line: _Line, lines: dict[str, _Line]) -> int:
         made = sum(x.bytes for x in line.result if x.main)

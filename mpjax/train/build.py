@@ -190,8 +190,21 @@ def _on_mesh(
             f"objective: {brief(objective)}; give a function from the model to its objective, such"
             " as task.objective"
         )
+    parts = ("init", "precision", "axes")
+    if isinstance(model, type) or not all(hasattr(model, part) for part in parts):
+        raise ConfigError(
+            f"model: {brief(model)} is no model; give one of mpjax.models, such as"
+            " decoder('tiny', 'bf16'), or what mpjax.typing.Model describes"
+        )
+    if objective == Objective.of_model and not hasattr(model, "loss"):
+        raise ConfigError(
+            f"model: {type(model).__name__} has no loss of its own; give objective=, such as"
+            " TextClassification(classes).objective of mpjax.tasks"
+        )
     if isinstance(mesh, str):
         mesh = parse_mesh(mesh)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ConfigError(f"mesh: {brief(mesh)} is no mesh; write data=2,fsdp=4, or None")
     if mesh is not None and mesh.size == 1 and mesh.devices.flat[0] in jax.devices():
         mesh = None
     return (model, None) if mesh is None else (model.sharded(ShardActivations(mesh)), mesh)

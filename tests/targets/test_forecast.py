@@ -198,3 +198,19 @@ def test_recipes_of_ones_own_are_known_to_the_other_process(tmp_path) -> None:
         imports=[file],
     )  # fmt: skip
     assert one.precision == "mine-here" and one.arguments > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("llama-7b", "model: 'llama-7b' is no model"),
+        (decoder, "no model"),
+        (mpjax.models.encoder("bert-tiny"), "Encoder has no loss of its own; give objective="),
+    ],
+)
+@pytest.mark.parametrize("make", [build, build_abstract])
+def test_what_is_no_model_is_one_line(make, model, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make(model, optax.sgd(0.1))
+    with pytest.raises(ConfigError, match="mesh: 8 is no mesh"):
+        make(decoder("tiny", layers=1, width=16, heads=2), optax.sgd(0.1), 8)

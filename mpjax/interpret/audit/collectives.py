@@ -96,6 +96,8 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> tuple[Colle
         if start and kind in ("all-gather", "collective-permute"):
             arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]
         groups, size = _groups(rest)
+        if kind == "reduce-scatter" and start:  # the wholes, and behind them the parts
+            arrays, size = arrays[: len(arrays) // 2], 1
         sizes: dict[str, int] = {}
         for dtype, dims in arrays:
             count = math.prod(int(n) for n in dims.split(",") if n)

@@ -57,6 +57,15 @@ def test_a_mesh_transposed_in_its_devices_is_read() -> None:
     assert one.axes == "data,fsdp"
 
 
+def test_a_reduction_that_a_gpu_starts_names_its_wholes_and_its_parts() -> None:
+    line = (
+        "  %s = ((f32[32,8]{1,0}, f32[8,8]{1,0}), (f32[16,8]{1,0}, f32[4,8]{1,0}))"
+        " reduce-scatter-start(%a, %b), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}"
+    )
+    (one,) = collectives("ENTRY %main (a: f32[1]) -> f32[4] {\n" + line + "\n}", MESH)
+    assert (one.elements, one.bytes, one.axes) == (32 * 8 + 8 * 8, 4 * 40 * 8, "tensor")
+
+
 @pytest.mark.parametrize(
     ("changes", "precision", "bits"),
     [
