@@ -40,6 +40,7 @@ from mpjax.train import (
     fit,
     manifest,
     parse_mesh,
+    read_manifest,
     write_manifest,
 )
 from mpjax.train.checkpoint import compare_settings
@@ -54,6 +55,8 @@ from mpjax.train.report.metrics_writer import WANDB_ID
 from mpjax.typing import Params, Settings
 
 log = logging.getLogger("mpjax.finetuning")
+# Of a manifest: what names of presets and recipes stood for.
+_MEANT = ("policies", "precision_schedule", "recipes")
 LESS_IS_BETTER = ("loss", "perplexity", "calibration error")
 
 
@@ -193,16 +196,16 @@ def _run(c: Finetuning, data: Any, show: Callable[[Lines], None], quiet: bool) -
             raise ConfigError(
                 f"metric: no score {progress.metric!r}; known: {', '.join(untrained)}"
             )
-    _compare(c, page)
+    found = how_products_run(model.recipes.values(), c.batch * c.longest)
+    several = schedule if len(schedule.precisions) > 1 else None
+    about = manifest(schedule.first, page.settings, model.paths, found, schedule=several)
+    about["attention"] = model.attention_kernels(c.longest, masked=c.task != "lm")
+    _compare(c, page, about)
     wandb = begin_wandb(c.wandb, c.flat, c.out, goes_on=goes_on)
     if not (c.out / RUN).is_file():
         page.write(c.out, tokens.to_text(), files)
     show(work.lines)
     if not (c.out / MANIFEST).is_file():
-        found = how_products_run(model.recipes.values(), c.batch * c.longest)
-        several = schedule if len(schedule.precisions) > 1 else None
-        about = manifest(schedule.first, page.settings, model.paths, found, schedule=several)
-        about["attention"] = model.attention_kernels(c.longest, masked=c.task != "lm")
         write_manifest(c.out, about)
     _train(c, work.batches, state, step, judge, progress, untrained, steps, every, quiet, wandb)
     write_report_of(c.out)
@@ -318,8 +321,12 @@ def _check_folder(c: Finetuning) -> None:
         raise ConfigError(f"out: {c.out} is a file; choose another folder")
 
 
-def _compare(c: Finetuning, page: RunPage) -> None:
+def _compare(c: Finetuning, page: RunPage, about: Settings) -> None:
     """Compares what the run is with what the folder holds, if it holds one."""
+    held_about = read_manifest(c.out) if (c.out / MANIFEST).is_file() else None
+    for name in _MEANT:  # a name of the user's may stand for something else by now
+        if held_about is not None and name in held_about:
+            compare_settings({name: held_about[name]}, {name: about[name]}, may_change=())
     if (c.out / RUN).is_file():
         held = RunPage.read(c.out)
         compare_settings(held.settings, page.settings, may_change=())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -134,6 +135,8 @@ def _in_child(spec: Settings, environment: dict[str, str], tell: Tell) -> list[F
             tell(line)
         if code or not answer.exists():
             last = [line for line in said if line.strip()][-1:]
+            if code == -signal.SIGKILL:
+                last = ["it was killed: this host may lack the memory that the compiler takes"]
             raise ConfigError(
                 f"preflight: the process that compiles ended with status {code}"
                 f" ({(last or ['it said nothing'])[0].strip()[:300]})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import random
 import sys
@@ -17,6 +18,7 @@ from mpjax.finetuning import fine_tune, finetune, load_run
 from mpjax.finetuning.fine_tune import Progress
 from mpjax.finetuning.finetuning_settings import Finetuning
 from mpjax.finetuning.sources import read_source
+from mpjax.precision import get_precision, presets, register_preset
 from mpjax.train import read_metrics
 from tests.train.report.test_metrics_writer import FakeWandb
 
@@ -222,6 +224,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9 of processes: `python -m benchmarks.robustness.kill_finetuning`."""
+    register_preset(dataclasses.replace(get_precision("fp16"), name="own"))
     save = fine_tune.Checkpointer.save
 
     def cut_at_6(self: Any, number: int, *args: Any, **kwargs: Any) -> None:
@@ -231,7 +234,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(
 
     def run(name: str) -> Path:
         finetune(
-            reviews(), text="review", label="stars", steps=12, evaluate_every=3, precision="fp16",
+            reviews(), text="review", label="stars", steps=12, evaluate_every=3, precision="own",
             out=tmp_path / name, resume=True, **SMALL,
         )  # fmt: skip
         return tmp_path / name
@@ -264,10 +267,15 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(
         finetune(reviews(), text="review", label="stars", out=whole, **SMALL)
     with pytest.raises(ConfigError, match="lr"):
         finetune(reviews(), text="review", label="stars", steps=12, evaluate_every=3, lr=0.5,
-                 precision="fp16", out=whole, resume=True, **SMALL)  # fmt: skip
+                 precision="own", out=whole, resume=True, **SMALL)  # fmt: skip
     with pytest.raises(ConfigError, match="data"):
         finetune(reviews(72), text="review", label="stars", steps=12, evaluate_every=3,
-                 precision="fp16", out=whole, resume=True, **SMALL)  # fmt: skip
+                 precision="own", out=whole, resume=True, **SMALL)  # fmt: skip
+    monkeypatch.delitem(presets._PRESETS, "own")  # the user's file says something else by now
+    changed = get_precision("fp16", rules=["**/mlp=r=fp8"])
+    register_preset(dataclasses.replace(changed, name="own"))
+    with pytest.raises(ConfigError, match="^resume: policies.*mlp"):
+        run("whole")
 
 
 @pytest.mark.parametrize(

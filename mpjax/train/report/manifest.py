@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -85,10 +86,14 @@ def manifest(
         `labels`.
 
     Returns:
-      JSON-able: precision, its line of text, schedule, config, versions, commit,
-      environment (of JAX and XLA, what changes numbers), XLA flags, devices, command.
+      JSON-able: precision, its line of text, policies by path, recipes in full, schedule, config,
+      versions, commit, environment (of JAX and XLA, what changes numbers), XLA flags, devices,
+      command.
     """
     device, paths = jax.devices()[0], list(paths)
+    chosen = schedule.precisions if schedule else (precision,)
+    found = (one.recipe(path) for one in chosen for path in paths)
+    recipes = dict.fromkeys(recipe for recipe in found if recipe is not None)
     over_time = schedule and schedule.to_dict() | {
         "text": str(schedule),
         "labels": list(schedule.labels),
@@ -98,6 +103,7 @@ def manifest(
         "precision": precision.to_dict(),
         "precision_text": precision.to_text(),
         "policies": precision.layout(paths),
+        "recipes": {one.name: dataclasses.asdict(one) for one in recipes},
         "precision_schedule": over_time,
         "products": products,
         "config": config,
