@@ -75,7 +75,7 @@ def parse_target(text: str) -> Target:
       >>> parse_target("2 x v5e:4x4").count, parse_target("h100:8").platform
       (32, 'gpu')
     """
-    found = _TEXT.fullmatch(text.strip()) if isinstance(text, str) else None
+    found = _TEXT.fullmatch(text.strip().lower()) if isinstance(text, str) else None
     if found is None:
         raise ConfigError(f"target: {brief(text)} cannot be read; {_FORMS}")
     slices, kind, dims = int(found[1] or 1), found[2], found[3]

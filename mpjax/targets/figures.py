@@ -164,6 +164,8 @@ def page(found: list[Forecast]) -> str:
           for d in dtypes),
         ("bytes to and from memory",
          lambda f: f"{f.accessed / 1e9:,.4g} GB" if f.accessed else "–"),
+        ("collectives, small ones too",
+         lambda f: f"{sum(one.count for one in f.sent):,}" if f.sent else "–"),
         ("attention", lambda f: ", ".join(f.kernels) or "–"),
         *((f"{part}, at the published rate", lambda f, p=part: _time(f.seconds.get(p, math.nan)))
           for part in ("compute", "memory", "network")),

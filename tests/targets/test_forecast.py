@@ -94,6 +94,9 @@ def test_what_is_sent_is_listed_by_axis(found: list[Forecast]) -> None:
     assert {"data", "fsdp", "tensor"} <= axes
     for one in found[0].sent:
         assert 0 < one.moved <= 2 * one.bytes
+    # Scales are of the whole array: a recipe has more collectives, if small ones.
+    count = [sum(one.count for one in each.sent) for each in found]
+    assert count[1] > count[0] and f"| {count[0]:,} | {count[1]:,} |" in page(found)
 
 
 def test_a_forecast_survives_json_and_a_page_shows_it(found: list[Forecast]) -> None:

@@ -20,6 +20,7 @@ from mpjax.targets.devices import clean_environment, require_compiler, target_de
         ("v5p:4x4x4", 64, "tpu"),
         ("h100:8", 8, "gpu"),
         (" cpu:8 ", 8, "cpu"),
+        ("H100:8", 8, "gpu"),
     ],
 )
 def test_a_target_is_read(text: str, count: int, platform: str) -> None:
