@@ -41,7 +41,7 @@ class Config:
     mesh: str = ""
     """Such as `data=2,fsdp=128`; by default fsdp over all devices."""
     batch: int = 4
-    """Rows on each device."""
+    """Rows on each device; devices along `tensor` share theirs."""
     seq: int = 2048
     """Tokens of a row."""
     layers: int = 0

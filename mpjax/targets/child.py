@@ -41,6 +41,7 @@ def _on_a_device(target: Target, devices: int) -> Chip | None:
     part = target.count / devices
     return dataclasses.replace(
         chip, memory=chip.memory * part, bandwidth=chip.bandwidth * part, link=chip.link * part,
+        between=chip.between * part,
         flops={dtype: rate * part for dtype, rate in chip.flops.items()},
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ class Chip:
       memory: bytes.
       bandwidth: bytes/s between the chip and its memory.
       link: bytes/s that it sends to other chips, one way.
+      between: bytes/s between slices, a chip's share of its pod's; 0 where none is published.
       shape: axes of a topology: 2 for `16x16`, 1 for a number of devices.
       flops: dtype of operands -> operations/s of products.
       source: page of the maker.
@@ -32,6 +33,7 @@ class Chip:
     memory: float
     bandwidth: float
     link: float
+    between: float
     shape: int
     flops: dict[str, float]
     source: str
@@ -76,7 +78,7 @@ def chips() -> dict[str, Chip]:
     return {
         name: Chip(
             name, found["platform"], float(found["memory"]), found["bandwidth"], found["link"],
-            found["shape"], found["flops"], found["source"],
+            found.get("between", 0.0), found["shape"], found["flops"], found["source"],
         )
         for name, found in tomllib.loads(text).items()
     }  # fmt: skip

@@ -41,7 +41,7 @@ class Forecast:
       precision: its name.
       target: as it was given.
       mesh: axis -> devices.
-      batch: rows on each device.
+      batch: rows on each device; devices along `tensor` share theirs.
       tokens: of a row.
       memory: of a device; 0 if unknown.
       parts: `weights`, `optimizer state`, `other state` and `batch`, exactly, and `gradients` as
@@ -54,7 +54,8 @@ class Forecast:
       accessed: bytes between the device and its memory, loops counted in full.
       sent: collectives.
       kernels: of attention.
-      seconds: `compute`, `memory` and `network` at the published rates; empty without them.
+      seconds: `compute`, `memory`, `network` and, of several slices, `slices`, at the published
+        rates; empty without them.
       largest: arrays that the program makes: bytes, dtype and shape, where.
       compile_seconds: of tracing and compiling.
       most: the largest batch on each device that fits, where that was searched.
@@ -92,12 +93,17 @@ class Forecast:
 
     @property
     def step_seconds(self) -> float:
-        """The longest of the three times, which run beside each other at best."""
+        """The longest of these times, which run beside each other at best."""
         return max(self.seconds.values(), default=math.nan)
 
     @property
+    def tokens_per_s(self) -> float:
+        """Of a device, whose rows those of its `tensor` axis share, at most."""
+        return self.batch * self.tokens / self.mesh.get("tensor", 1) / self.step_seconds
+
+    @property
     def bound(self) -> str:
-        """Which of the three it is; empty without rates."""
+        """Which of them it is; empty without rates."""
         return max(self.seconds, key=lambda k: self.seconds[k]) if self.seconds else ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -168,11 +174,11 @@ def page(found: list[Forecast]) -> str:
          lambda f: f"{sum(one.count for one in f.sent):,}" if f.sent else "–"),
         ("attention", lambda f: ", ".join(f.kernels) or "–"),
         *((f"{part}, at the published rate", lambda f, p=part: _time(f.seconds.get(p, math.nan)))
-          for part in ("compute", "memory", "network")),
+          for part in ("compute", "memory", "network", "slices")),
         ("a step takes at least", lambda f: _time(f.step_seconds)),
         ("bound by", lambda f: f.bound or "–"),
         ("tokens/s on a device, at most",
-         lambda f: f"{f.batch * f.tokens / f.step_seconds:,.0f}" if f.seconds else "–"),
+         lambda f: f"{f.tokens_per_s:,.0f}" if f.seconds else "–"),
         ("compiled in", lambda f: f"{f.compile_seconds:.0f} s"),
     )  # fmt: skip
     head = ["on each device", *names]
@@ -234,10 +240,10 @@ def advice(one: Forecast) -> list[str]:
         said.append("remat=full keeps one activation a block; more devices cut the state further")
     elif one.seconds and one.bound != "compute":
         times = ", ".join(f"{k} {_time(v)}" for k, v in one.seconds.items())
-        remedy = (
-            "more rows on a device, fewer devices under fsdp, or a recipe in 8 bits"
-            if one.bound == "network"
-            else "more rows on a device, or less remat"
-        )
+        remedy = {
+            "network": "more rows on a device, fewer devices under fsdp, or a recipe in 8 bits",
+            "slices": "more rows on a device, accumulate, or gradient_dtype=bf16",
+            "memory": "more rows on a device, or less remat",
+        }[one.bound]
         said.append(f"it waits for {one.bound} ({times}): {remedy}")
     return said

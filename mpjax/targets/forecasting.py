@@ -13,7 +13,7 @@ import jax
 
 from mpjax.errors import ConfigError, explains_calls
 from mpjax.interpret import audit
-from mpjax.interpret.audit.collectives import Collective, collectives
+from mpjax.interpret.audit.collectives import SLICES, Collective, collectives
 from mpjax.targets.chips import Chip
 from mpjax.targets.figures import STATE, Forecast, Sent
 from mpjax.targets.traffic import float8_operations, largest_arrays, traffic
@@ -97,8 +97,11 @@ def forecast(
     seconds = {} if chip is None else {
         "compute": sum(n / chip.rate(dtype) for dtype, n in flops.items()),
         "memory": accessed / chip.bandwidth,
-        "network": sum(one.moved for one in sent) / chip.link,
+        "network": sum(one.moved for one in sent if one.axes != SLICES) / chip.link,
     }  # fmt: skip
+    between = sum(one.moved for one in sent if one.axes == SLICES)
+    if chip is not None and chip.between and between:
+        seconds["slices"] = between / chip.between
     fresh = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
     return dataclasses.replace(
         common,
@@ -156,7 +159,8 @@ def _sent(found: Sequence[Collective], mesh: dict[str, int]) -> tuple[Sent, ...]
     """Collectives by kind, dtype and axes, the largest first."""
     sums: dict[tuple[str, str, str], list[int]] = {}
     for one in found:
-        size = math.prod(mesh.get(axis, 1) for axis in one.axes.split(","))
+        axes = ("data",) if one.axes == SLICES else one.axes.split(",")
+        size = math.prod(mesh.get(axis, 1) for axis in axes)
         turns = _TURNS.get(one.kind, 1.0)
         share = turns if one.kind == "collective-permute" else turns * (size - 1) / max(size, 1)
         held = sums.setdefault((one.kind, one.dtype, one.axes), [0, 0, 0])

@@ -53,7 +53,7 @@ def preflight(
       precision: presets, or lines of text; each is compiled.
       target: `v5e:16x16`, `2 x v5e:16x16`, `h100:8` or `cpu:8`; see `mpjax.targets.parse_target`.
       mesh: `data=2,fsdp=4`; by default fsdp over all devices.
-      batch: rows on each device.
+      batch: rows on each device; devices along `tensor` share theirs.
       seq: tokens of a row.
       optimizer: see `mpjax.optim.make_optimizer`.
       clip: largest global gradient norm, or None.

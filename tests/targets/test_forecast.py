@@ -121,6 +121,8 @@ def test_rates_bound_the_step_and_what_does_not_fit_is_told_what_to_do() -> None
         sum(n / read_chip("v5e").rate(d) for d, n in one.flops.items())
     )
     assert one.fits and one.step_seconds == max(one.seconds.values())
+    shared = dataclasses.replace(one, mesh={"fsdp": 2, "tensor": 4})
+    assert shared.tokens_per_s == one.tokens_per_s / 4 == ROWS * SEQ / one.step_seconds / 4
     small = dataclasses.replace(one, memory=one.peak // 2, batch=8, mesh={"data": 4, "fsdp": 2})
     assert not small.fits
     text = str(small)

@@ -14,6 +14,9 @@ from mpjax.precision.policy import CARRIED
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _CALL = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\((.*)")
+# Between slices of TPUs a host receives what is exchanged; the program holds that of one slice.
+_RECEIVED = re.compile(r"= (.*?) recv\(.*_xla_megascale_transfer_type=\"(\w+)\"")
+SLICES = "slices"
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 BEGINS = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(
@@ -44,7 +47,8 @@ class Collective:
       dtype: on the wire.
       elements: of the whole: what a gather makes, what a reduction reduces.
       bytes: of these elements.
-      axes: of the mesh, such as `fsdp` or `data,fsdp`; `?` for groups that are no axes.
+      axes: of the mesh, such as `fsdp` or `data,fsdp`; `slices` for an exchange between slices of
+        TPUs; `?` for groups that are no axes.
       path: module path, empty outside every module and where the compiler joined several.
       direction: `forward`, `backward`, or empty where nothing is known.
       times: how often it runs in one call.
@@ -89,6 +93,9 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> tuple[Colle
     for line in text.splitlines():
         if begins := BEGINS.match(line):
             computation = begins[2]
+        if received := _RECEIVED.search(line):
+            result, kind = received.groups()
+            found[line, "recv"] = [_from_slices(line, result, kind, times.get(computation, 1))]
         if not (call := _CALL.search(line)):
             continue
         result, kind, start, rest = call.groups()
@@ -117,6 +124,19 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> tuple[Colle
             for dtype, count in sizes.items()
         ]  # fmt: skip
     return tuple(itertools.chain.from_iterable(found.values()))
+
+
+def _from_slices(line: str, result: str, kind: str, times: int) -> Collective:
+    """An exchange between slices, from the line that receives it."""
+    from mpjax.probe import HLO_NAMES  # a command, which no package loads before it runs
+
+    dtype, dims = _ARRAY.findall(result)[0]
+    count = math.prod(int(n) for n in dims.split(",") if n)
+    name = re.search(r'op_name="([^"]*)"', line)
+    return Collective(
+        kind.lower().replace("_", "-"), HLO_NAMES.get(dtype, dtype), count,
+        math.ceil(count * bits_of(dtype) / 8), SLICES, *place_of(name[1] if name else ""), times,
+    )  # fmt: skip
 
 
 def bits_of(dtype: str) -> int:
@@ -237,7 +257,8 @@ def _axes(groups: Groups, mesh: Mapping[str, int]) -> str:
             first = [i for i in range(len(mesh)) if i not in last]
             size = math.prod(mesh[name] for name in chosen)
             rows = ids.transpose([*first, *last]).reshape(-1, size)
-            if frozenset(map(frozenset, rows.tolist())) == groups:
+            # The program of one of several slices holds the groups of this slice.
+            if groups and groups <= frozenset(map(frozenset, rows.tolist())):
                 return ",".join(chosen)
     return "?"
 

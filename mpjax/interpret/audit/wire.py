@@ -9,14 +9,18 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.interpret.audit.audit import read_compiled
-from mpjax.interpret.audit.collectives import Collective
+from mpjax.interpret.audit.collectives import SLICES, Collective
 from mpjax.precision import Precision, get_precision
 from mpjax.precision.rule import matches
 from mpjax.typing import DTypeLike, PyTree
 
 SMALL = 16384  # elements: statistics of tokens, gains of norms, scalars
 _JUDGED = ("float64", "float32", "bfloat16", "float16")
-_BATCH = {"data", "fsdp"}  # axes that cut the batch, over which gradients of weights are summed
+_BATCH = {
+    "data",
+    "fsdp",
+    SLICES,
+}  # axes that cut the batch, over which gradients of weights are summed
 
 
 @explains_calls

@@ -57,6 +57,22 @@ def test_a_mesh_transposed_in_its_devices_is_read() -> None:
     assert one.axes == "data,fsdp"
 
 
+def test_what_slices_of_tpus_exchange_is_read_in_the_program_of_one() -> None:
+    said = (
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    text = f"""ENTRY %main (a: f32[1]) -> f32[4] {{
+  %g = bf16[8,4]{{1,0}} all-gather(%a), channel_id=1, replica_groups={{{{0,1}},{{2,3}}}}
+  %send = (f32[16,8]{{1,0}}, u32[], token[]) send(%x, %t), is_host_transfer=true, {said}
+  %recv = (f32[16,8]{{1,0}}, u32[], token[]) recv(%t), is_host_transfer=true, {said}
+}}"""
+    inside, between = collectives(text, MESH)  # two slices of four
+    assert (inside.kind, inside.axes) == ("all-gather", "tensor")
+    assert (between.kind, between.dtype, between.bytes) == ("all-reduce", "float32", 512)
+    assert between.axes == "slices"
+
+
 def test_a_reduction_that_a_gpu_starts_names_its_wholes_and_its_parts() -> None:
     line = (
         "  %s = ((f32[32,8]{1,0}, f32[8,8]{1,0}), (f32[16,8]{1,0}, f32[4,8]{1,0}))"
