@@ -1,11 +1,13 @@
-"""What steps send on a TPU, compiled without one, and whether wide collectives are found.
+"""What steps send between chips, compiled without any, and whether wide collectives are found.
 
 Run:       pip install libtpu, the version that `pip install 'jax[tpu]'` takes (480 MB), then
-           python -m benchmarks.tools.wire
+           python -m benchmarks.tools.wire; in the environment of `make verify-gpu`
+           python -m benchmarks.tools.wire h100:8
 Expected:  no step of three meshes and five precisions sends wider numbers than its Precision says;
-           each of the planted wide collectives is named with its dtype and place.
+           each of the planted wide collectives is named with its dtype, and with its place where
+           the compiler has not joined it with others.
 
-Eight v5e chips, a decoder of two blocks, width 512. The planted ones are steps that send wide what
+Eight chips, a decoder of two blocks, width 512. The planted ones are steps that send wide what
 the Precision that they are judged by says is low: by a rule, by a constraint, by the optimizer.
 """
 
@@ -24,7 +26,6 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.common.page import write
@@ -32,9 +33,11 @@ from mpjax.interpret import assert_wire
 from mpjax.markdown import table
 from mpjax.models import decoder
 from mpjax.precision import Precision, get_precision
+from mpjax.targets import parse_target, target_devices_of
 from mpjax.train import build_abstract, parse_mesh
 from mpjax.typing import Settings
 
+TARGET = parse_target(sys.argv[1] if sys.argv[1:] else "v5e:2x4")
 MESHES = ("fsdp=8", "data=2,fsdp=4", "fsdp=4,tensor=2")
 PRECISIONS = ("bf16", "fp16", "fp8", "pure-bf16", "int8")
 SIZES: Settings = dict(layers=2, width=512, heads=4, vocabulary=1024, context=256, loop="unroll")
@@ -47,8 +50,7 @@ def compiled_step(
     optimizer: Callable[[Any], Any] = lambda mesh: optax.adamw(3e-4),
 ) -> tuple[Any, ...]:  # fmt: skip
     """A step for chips that are not here, and its abstract arguments."""
-    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
-    mesh = parse_mesh(mesh_text, list(devices))
+    mesh = parse_mesh(mesh_text, target_devices_of(TARGET))
     model = decoder("tiny", precision, **SIZES)
     state, step = build_abstract(
         model, optimizer(mesh), mesh, clip=1.0, objective=lambda model: change(model.loss, mesh)
@@ -100,7 +102,7 @@ def planted() -> list[tuple[str, tuple[Any, ...], str | Precision, str]]:
         ("partial sums of the MLP in float32", ruled("**/down=p=f32,c=bf16,o=f32"), "bf16",
          "mlp/down"),
         ("gradients in float32 where bfloat16 is said", compiled_step("data=2,fsdp=4", "bf16"),
-         low, "all-reduce"),
+         low, "float32 over data"),
         ("weights gathered before they are cast", compiled_step("fsdp=8", "bf16", _weights_whole),
          "bf16", "all-gather"),
         ("gradients gathered by the optimizer",
@@ -128,20 +130,25 @@ def main() -> bool:
     for what, step, judge, wanted in planted():
         try:
             assert_wire(*step, precision=judge)
-            said, named = "nothing", False
+            said, wide, placed = "nothing", False, False
         except AssertionError as error:
             lines = [line.strip() for line in str(error).splitlines()[1:]]
             right = [line for line in lines if wanted in line and "float32" in line]
-            said, named = (right or lines)[0], bool(right)
-        good = good and named
-        found.append([what, said, "yes" if named else "**no**"])
+            said, placed = (right or lines)[0], bool(right)
+            wide = any("float32" in line for line in lines)  # of a clean step there is none
+        good = good and wide
+        yes = {True: "yes", False: "**no**"}
+        found.append([what, said, yes[wide], yes[placed]])
         print(*found[-1], file=sys.stderr, flush=True)
     head = ["mesh", "precision", "collectives", "gathered, MB", "reduced, MB", "too wide"]
     body = "\n\n".join([
         (__doc__ or "").split("\n\n")[2], table(head, clean), "## Planted",
-        table(["what is wide", "what is said of it", "found"], found),
+        table(["what is wide", "what is said of it", "found", "at its place"], found),
     ])  # fmt: skip
-    write("wire", "What steps send between TPU chips", body)
+    gpu = TARGET.platform == "gpu"
+    kind = "GPUs" if gpu else "TPU chips"
+    command = f"python -m benchmarks.tools.wire {TARGET.text}"
+    write("wire_gpu" if gpu else "wire", f"What steps send between {kind}", body, command)
     return good
 
 
