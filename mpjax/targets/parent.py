@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mpjax.errors import ConfigError, brief, explains_calls, is_whole
+from mpjax.files import write_text
 from mpjax.models import decoder
 from mpjax.models.core.sizes import FieldValue
 from mpjax.optim import make_optimizer
@@ -115,10 +116,10 @@ def preflight(
 def _in_child(spec: Settings, environment: dict[str, str], tell: Tell) -> list[Forecast]:
     with tempfile.TemporaryDirectory() as folder:
         asked, answer = Path(folder, "spec.json"), Path(folder, "answer.json")
-        asked.write_text(json.dumps(spec))
+        write_text(asked, json.dumps(spec))
         command = [sys.executable, "-m", "mpjax.targets.child", str(asked), str(answer)]
         with (
-            (Path(folder) / "said").open("w+") as errors,
+            tempfile.TemporaryFile("w+") as errors,
             subprocess.Popen(
                 command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
             ) as process,
