@@ -21,14 +21,21 @@ from mpjax.typing import Shape
 WHOLE = 2**24  # logits: 64 MiB of float32; above it the automatic chunk is smaller than T
 
 
-def chunk_length(batch: int, tokens: int, vocabulary: int, chunk: int = 0) -> int:
+def chunk_length(
+    batch: int, tokens: int, vocabulary: int, chunk: int = 0, width: int = 0
+) -> int:  # fmt: skip
     """Returns how many of T tokens are taken at a time: all, or the largest divisor that fits.
+
+    Every chunk reads and writes the head's gradient, D * V numbers of float32, so that logits may
+    be half as many before they are what takes the memory.
 
     Args:
       batch: rows B.
       tokens: T, tokens of a row.
       vocabulary: size V.
-      chunk: tokens a chunk; 0 takes the largest divisor of T with B * chunk * V <= 2^24.
+      chunk: tokens a chunk; 0 takes the largest divisor of T with
+        B * chunk * V <= max(2^24, D * V / 2).
+      width: D of the features, 0 where there is no head.
 
     Raises:
       ConfigError: the chunk does not divide T.
@@ -36,6 +43,8 @@ def chunk_length(batch: int, tokens: int, vocabulary: int, chunk: int = 0) -> in
     Example:
       >>> chunk_length(8, 256, 4096), chunk_length(8, 1024, 50257)
       (256, 32)
+      >>> chunk_length(4, 2048, 32000), chunk_length(4, 2048, 32000, width=4096)
+      (128, 512)
     """
     if chunk:
         if tokens % chunk:
@@ -45,7 +54,8 @@ def chunk_length(batch: int, tokens: int, vocabulary: int, chunk: int = 0) -> in
             )
         return chunk
     divisors = (n for n in range(tokens, 0, -1) if tokens % n == 0)
-    return next((n for n in divisors if batch * n * vocabulary <= WHOLE), 1)
+    most = max(WHOLE, width * vocabulary // 2)
+    return next((n for n in divisors if batch * n * vocabulary <= most), 1)
 
 
 def check_targets(targets: Array, shape: Shape, where: str) -> None:

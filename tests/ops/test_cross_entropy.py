@@ -118,3 +118,6 @@ def test_the_automatic_chunk_is_the_largest_that_fits(
     divisors = [n for n in range(1, tokens + 1) if tokens % n == 0]
     fitting = [n for n in divisors if batch * n * vocabulary <= 2**24]
     assert chunk_length(batch, tokens, vocabulary) == max(fitting, default=1)
+    # A wide head's gradient, which every chunk reads and writes, is twice as many numbers at least.
+    wide = [n for n in divisors if batch * n * vocabulary <= max(2**24, 8192 * vocabulary // 2)]
+    assert chunk_length(batch, tokens, vocabulary, width=8192) == max(wide, default=1)

@@ -270,10 +270,10 @@ class NextToken(Network):
     def _loss(self, p: Params, x: Array, batch: Batch, key: Key | None, train: bool) -> Array:
         """The mean cross-entropy of `targets`, by `weights` if the batch has them."""
         c, context = self.config, self._context("loss")
-        B, T, _ = x.shape
+        B, T, D = x.shape
         targets, weights = targets_of(batch, (B, T), context.prefix[0]), batch.get("weights")
         parts = parts_of(self.shard, "batch", B)
-        chunk = ops.chunk_length(B // parts, T, c.vocabulary, c.loss_chunk)
+        chunk = ops.chunk_length(B // parts, T, c.vocabulary, c.loss_chunk, D)
         apart = parts > 1 and chunk < T
         if apart:
             x, unembed = self._apart(p, x, parts, key)
