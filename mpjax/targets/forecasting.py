@@ -16,7 +16,7 @@ from mpjax.interpret import audit
 from mpjax.interpret.audit.collectives import SLICES, Collective, collectives
 from mpjax.targets.chips import Chip
 from mpjax.targets.figures import STATE, Forecast, Sent
-from mpjax.targets.traffic import float8_operations, largest_arrays, traffic
+from mpjax.targets.traffic import Program
 from mpjax.train import TrainStep
 from mpjax.typing import PyTree
 
@@ -42,8 +42,8 @@ def forecast(
     """Compiles a step for the devices of its mesh and returns what it needs and takes there.
 
     Arguments and temporaries are the compiler's own figures; operations are those of the traced
-    products, by their wider operand, loops and recomputation counted; bytes see `traffic`. Times
-    are bounds at the published rates.
+    products, by their wider operand, loops and recomputation counted; bytes those to and from the
+    chip's memory. Times are bounds at the published rates.
 
     Args:
       step: of `mpjax.train.build` or `build_abstract`.
@@ -90,8 +90,9 @@ def forecast(
     except jax.errors.JaxRuntimeError as error:
         return _refused(common, str(error), time.perf_counter() - begun)
     stats, text = compiled.memory_analysis(), compiled.as_text() or ""
-    sent, accessed = _sent(collectives(text, mesh), mesh), traffic(text)
-    if eight := float8_operations(text):
+    program, sent = Program(text), _sent(collectives(text, mesh), mesh)
+    accessed = program.bytes()
+    if eight := program.float8_operations():
         flops = {"float8_e4m3fn": float(eight)} | flops
         flops["bfloat16"] = max(flops.get("bfloat16", 0.0) - eight, 0.0)
     seconds = {} if chip is None else {
@@ -109,7 +110,7 @@ def forecast(
         arguments=stats.argument_size_in_bytes,
         temporaries=stats.temp_size_in_bytes + fresh,
         code=stats.generated_code_size_in_bytes,
-        accessed=accessed, sent=sent, seconds=seconds, largest=largest_arrays(text, _SHOWN),
+        accessed=accessed, sent=sent, seconds=seconds, largest=program.largest(_SHOWN),
         compile_seconds=time.perf_counter() - begun,
     )  # fmt: skip
 
@@ -128,24 +129,21 @@ def _refused(common: Forecast, said: str, seconds: float) -> Forecast:
     )  # fmt: skip
 
 
+def _count(x: Any) -> int:
+    """Numbers of an array on one device."""
+    cut = getattr(x, "sharding", None)
+    return math.prod(x.shape if cut is None else cut.shard_shape(x.shape))
+
+
 def _size(tree: PyTree) -> int:
     """Bytes of a tree on one device."""
-    total = 0
-    for x in jax.tree.leaves(tree):
-        cut = getattr(x, "sharding", None)
-        shape = x.shape if cut is None else cut.shard_shape(x.shape)
-        total += math.prod(shape) * x.dtype.itemsize
-    return total
+    return sum(_count(x) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _parts(step: TrainStep, state: Any, batch: PyTree) -> dict[str, int]:
     weights, moments = _size(state.params), _size(state.opt_state)
     wide = step.optimizer.precision.gradient_dtype
-    numbers = sum(
-        math.prod(x.shape if (cut := getattr(x, "sharding", None)) is None
-                  else cut.shard_shape(x.shape))
-        for x in jax.tree.leaves(state.params)
-    )  # fmt: skip
+    numbers = sum(map(_count, jax.tree.leaves(state.params)))
     return {
         "weights": weights,
         "optimizer state": moments,

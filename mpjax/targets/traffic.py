@@ -46,60 +46,6 @@ class _Line(NamedTuple):
     number: int  # of a parameter, else -1
 
 
-def traffic(text: str) -> int:
-    """Returns the bytes that a program reads from and writes to the memory of its chip.
-
-    What lies in on-chip memory (another memory space than 0) is not counted; a fusion counts what
-    enters and leaves it, of an array that is only sliced or updated the part.
-
-    Args:
-      text: `compiled.as_text()`.
-
-    Example:
-      >>> traffic('''ENTRY %main (a: f32[8,8]) -> f32[8,8] {
-      ...   %a = f32[8,8]{1,0} parameter(0)
-      ...   ROOT %b = f32[8,8]{1,0} negate(%a)
-      ... }''')
-      512
-    """
-    return _Program(text).bytes()
-
-
-def largest_arrays(text: str, count: int) -> tuple[tuple[int, str, str], ...]:
-    """Returns the largest arrays that a program makes in main memory: bytes, dtype[shape], path.
-
-    Args:
-      text: `compiled.as_text()`.
-      count: how many; those of one dtype, shape and path are one.
-
-    Example:
-      >>> said = 'metadata={op_name="jit(f)/mlp/up/add"}'
-      >>> largest_arrays("%b = f32[8,8]{1,0} add(%a, %a), " + said, 1)
-      ((256, 'float32[8,8]', 'mlp/up'),)
-    """
-    return _Program("ENTRY %main () -> f32[] {\n  " + text).largest(count)
-
-
-def float8_operations(text: str) -> int:
-    """Returns the operations of matrix products whose operands are float8 in a GPU's program.
-
-    A recipe's products are traced in bfloat16, which holds the numbers of 8 bits exactly; the
-    compiler of a GPU that multiplies float8 makes products of float8 of them.
-
-    Args:
-      text: `compiled.as_text()`.
-
-    Example:
-      >>> float8_operations('''ENTRY %main (a: f8e4m3fn[8,4], b: f8e5m2[4,2]) -> f32[8,2] {
-      ...   %a = f8e4m3fn[8,4]{1,0} parameter(0)
-      ...   %b = f8e5m2[4,2]{1,0} parameter(1)
-      ...   ROOT %c = f32[8,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-      ... }''')
-      128
-    """
-    return _Program(text).float8_operations()
-
-
 def _closing(text: str, start: int) -> int:
     """The place of the parenthesis that closes the one at `start`."""
     depth = 0
@@ -139,8 +85,21 @@ def _read(line: str) -> _Line | None:
     )  # fmt: skip
 
 
-class _Program:
-    """The computations of a compiled program, and how often each runs."""
+class Program:
+    """A compiled program, read once: its computations, and how often each runs.
+
+    Args:
+      text: `compiled.as_text()`.
+
+    Example:
+      >>> program = Program('''ENTRY %main (a: f8e4m3fn[8,4], b: f8e5m2[4,2]) -> f32[8,2] {
+      ...   %a = f8e4m3fn[8,4]{1,0} parameter(0)
+      ...   %b = f8e5m2[4,2]{1,0} parameter(1)
+      ...   ROOT %c = f32[8,2]{1,0} dot(%a, %b), metadata={op_name="jit(f)/mlp/up/dot"}
+      ... }''')
+      >>> program.bytes(), program.largest(1), program.float8_operations()
+      (104, ((64, 'float32[8,2]', 'mlp/up'),), 128)
+    """
 
     def __init__(self, text: str) -> None:
         self._times = runs(text)
@@ -160,7 +119,11 @@ class _Program:
         }
 
     def bytes(self) -> int:
-        """Of all computations that run by themselves."""
+        """Returns the bytes that it reads from and writes to the memory of its chip.
+
+        What lies in on-chip memory (another memory space than 0) is not counted; a fusion counts
+        what enters and leaves it, of an array that is only sliced or updated the part.
+        """
         return sum(
             self._times.get(name, 0) * self._moved(line, lines)
             for name, lines in self._lines.items()
@@ -169,7 +132,11 @@ class _Program:
         )
 
     def largest(self, count: int) -> tuple[tuple[int, str, str], ...]:
-        """See `largest_arrays`."""
+        """Returns the largest arrays that it makes in main memory: bytes, dtype[shape], path.
+
+        Args:
+          count: how many; those of one dtype, shape and path are one.
+        """
         sizes: dict[tuple[str, str], int] = {}
         for name, lines in self._lines.items():
             for line in lines.values() if name not in self._fused else ():
@@ -184,7 +151,11 @@ class _Program:
         return tuple((size, shape, path) for (shape, path), size in order[:count])
 
     def float8_operations(self) -> int:
-        """See the function of this name."""
+        """Returns the operations of matrix products whose operands are float8, on a GPU.
+
+        A recipe's products are traced in bfloat16, which holds the numbers of 8 bits exactly; the
+        compiler of a GPU that multiplies float8 makes products of float8 of them.
+        """
         total = 0
         for name, lines in self._lines.items():
             for line in lines.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mpjax.targets.traffic import largest_arrays, traffic
+from mpjax.targets.traffic import Program
 
 LOOP = """
 %body (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
@@ -50,13 +50,13 @@ ENTRY %main (a: f32[32,8,8], i: s32[]) -> f32[8,8] {
 
 
 def test_a_loop_counts_as_often_as_it_runs() -> None:
-    assert traffic(LOOP) == 5 * 2 * 256  # an array is read and written
+    assert Program(LOOP).bytes() == 5 * 2 * 256  # an array is read and written
 
 
 def test_of_what_is_sliced_or_updated_the_part_counts() -> None:
     # one: a slice is read; its result lies on the chip, so is neither written nor read again.
     # two: written. three: two and i are read, the part is written in place. i twice.
-    assert traffic(FUSION) == 256 + 256 + 2 * 256 + 2 * 4
+    assert Program(FUSION).bytes() == 256 + 256 + 2 * 256 + 2 * 4
 
 
 def test_scanned_layers_have_the_bytes_of_unrolled_ones() -> None:
@@ -71,7 +71,7 @@ def test_scanned_layers_have_the_bytes_of_unrolled_ones() -> None:
         return x
 
     loop, flat = (jax.jit(f).lower(weights, x).compile() for f in (scanned, unrolled))
-    one, other = traffic(loop.as_text()), traffic(flat.as_text())
+    one, other = Program(loop.as_text()).bytes(), Program(flat.as_text()).bytes()
     assert 0.8 < one / other < 1.4
     # Control: the compiler's own figure has the body once.
     once = loop.cost_analysis()["bytes accessed"]
@@ -85,9 +85,10 @@ def test_without_loops_it_is_near_the_compilers_own_figure() -> None:
         return jnp.sum(jnp.tanh(x @ w) @ w.T, axis=0)
 
     compiled = jax.jit(f).lower(x, jnp.ones((512, 256))).compile()
-    assert 0.8 < traffic(compiled.as_text()) / compiled.cost_analysis()["bytes accessed"] < 1.25
+    own = compiled.cost_analysis()["bytes accessed"]
+    assert 0.8 < Program(compiled.as_text()).bytes() / own < 1.25
 
 
 def test_the_largest_arrays_are_named() -> None:
-    found = largest_arrays(FUSION, 2)
+    found = Program(FUSION).largest(2)
     assert found == ((32 * 256, "float32[32,8,8]", ""), (256, "float32[1,8,8]", ""))

@@ -16,11 +16,8 @@ from mpjax.typing import DTypeLike, PyTree
 
 SMALL = 16384  # elements: statistics of tokens, gains of norms, scalars
 _JUDGED = ("float64", "float32", "bfloat16", "float16")
-_BATCH = {
-    "data",
-    "fsdp",
-    SLICES,
-}  # axes that cut the batch, over which gradients of weights are summed
+# Axes that cut the batch, over which gradients of weights are summed.
+_BATCH = {"data", "fsdp", SLICES}
 
 
 @explains_calls
