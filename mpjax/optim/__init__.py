@@ -3,6 +3,7 @@
 from mpjax.formats import weight_view
 from mpjax.optim.buffers import copied, without_repeats
 from mpjax.optim.by_name import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+from mpjax.optim.compression import Exchange, ExchangeState, one_bit_adam
 from mpjax.optim.flax_state import register_when_imported
 from mpjax.optim.fp8_weights import store_weights
 from mpjax.optim.gate import GateState, all_finite, finite_by_leaf, leaf_path, select
@@ -38,6 +39,8 @@ __all__ = [
     "make_schedule",
     "Blockwise",
     "DynamicLossScale",
+    "Exchange",
+    "ExchangeState",
     "GateState",
     "LeafLossScale",
     "LogMaxLossScale",
@@ -58,6 +61,7 @@ __all__ = [
     "global_norm",
     "leaf_path",
     "make_loss_scale",
+    "one_bit_adam",
     "prune_weights",
     "pruned",
     "quantize_blocks",

@@ -10,10 +10,11 @@ import optax
 
 from mpjax.errors import ConfigError, brief, explains_calls, is_whole
 from mpjax.optim.checks import is_number
+from mpjax.optim.compression.one_bit_adam import scale_by_frozen_adam
 from mpjax.paths import path_name
 from mpjax.typing import Params, PyTree
 
-OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor")
+OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "one-bit-adam")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
 
@@ -95,7 +96,8 @@ def make_optimizer(
     """Returns a raw optax optimizer with its schedule; `mpjax.optim.wrap` takes it.
 
     Args:
-      name: `adamw` (b1 .9, b2 .95), `sgd` (momentum .9), `lion` or `adafactor`.
+      name: `adamw` (b1 .9, b2 .95), `sgd` (momentum .9), `lion`, `adafactor` or `one-bit-adam`
+        (`adamw` whose second moment stays as it is after the warm-up, for signs of momenta).
       lr: peak learning rate.
       schedule: see `make_schedule`.
       steps: of the whole run.
@@ -130,6 +132,7 @@ def make_optimizer(
         "adamw": optax.scale_by_adam(b1=0.9, b2=0.95),
         "sgd": optax.trace(decay=0.9),
         "lion": optax.scale_by_lion(),
+        "one-bit-adam": scale_by_frozen_adam(max(1, warmup), b1=0.9, b2=0.95),
     }[name]
     parts = (scale, decay) if weight_decay else (scale,)
     return optax.chain(*parts, optax.scale_by_learning_rate(rate))

@@ -21,7 +21,7 @@ from mpjax.optim.gradient_norm import global_norm
 from mpjax.optim.loss_scale.from_settings import make_loss_scale
 from mpjax.optim.loss_scale.loss_checks import check_function
 from mpjax.optim.loss_scale.multi_loss import MultiLossScale
-from mpjax.optim.loss_scale.scaled import ScaledGradients, bare, check_scaled
+from mpjax.optim.loss_scale.scaled import ScaledGradients, bare, check_plain, check_scaled
 from mpjax.optim.loss_scale.scalers import LossScale
 from mpjax.optim.moments.low_moments import low_moments
 from mpjax.optim.per_layer.layer_stacks import LAYERS
@@ -98,14 +98,15 @@ class Optimizer:
         self, scaled: Grads, state: OptState, params: Params, extra: Mapping[str, object]
     ) -> tuple[Params, Grads, OptState, Metrics]:
         checks.check_state(state, OptState)
-        if self.precision.loss_scale.kind != "none" and not self.losses:
-            check_scaled(scaled)
-        scaled = bare(scaled)
+        exchanged: Any = extra.get("exchanged", False)
         each: Any = extra.get("finite_losses")
-        extra = {name: value for name, value in extra.items() if name != "finite_losses"}
+        own = ("exchanged", "finite_losses")
+        extra = {name: value for name, value in extra.items() if name not in own}
+        self._check_exchanged(exchanged, scaled)
+        scaled = bare(scaled)
         checks.check_like("gradients", scaled, params)
         metrics: Metrics = {}
-        unscaled = state.loss_scale.unscale(scaled)
+        unscaled = scaled if exchanged else state.loss_scale.unscale(scaled)
         finite_leaves = finite_by_leaf(unscaled) if self.gate else None
         grads = unscaled
         if self.clip is not None:
@@ -130,6 +131,24 @@ class Optimizer:
         new_params, updates, inner, update_state = new
         state = state._replace(inner=inner, update_state=update_state)
         return new_params, updates, state, metrics
+
+    def _check_exchanged(self, exchanged: object, grads: Grads) -> None:
+        """Checks that gradients are scaled, or the mean that the Precision asks for."""
+        compression = self.precision.compression
+        if exchanged is not (compression.kind != "none"):
+            raise ConfigError(
+                f"compression: {compression} is of replicas, whose gradients"
+                " mpjax.train.build exchanges; in a loop of your own write"
+                " Exchange(...).mean(opt_state.loss_scale.unscale(grads), state) inside a shard_map"
+                " and step(..., exchanged=True), or set compression=none"
+                if not exchanged
+                else f"exchanged: {brief(exchanged)}, and the Precision compresses nothing; leave"
+                " it out"
+            )
+        if exchanged:
+            check_plain("step", grads)
+        elif self.precision.loss_scale.kind != "none" and not self.losses:
+            check_scaled(grads)
 
     def _clipped(self, grads: Grads) -> tuple[Grads, Array, Array]:
         """Gradients of at most the norm `clip`, the norm before, and their ratio."""
@@ -247,7 +266,8 @@ class Optimizer:
           state: from `init` or the last step.
           params: weights as stored.
           extra: what the optimizer asks of a step, such as `value` (the loss) of optax's
-            `reduce_on_plateau`.
+            `reduce_on_plateau`; `exchanged=True` where the Precision compresses gradients: they are
+            unscaled, and the mean that `mpjax.optim.Exchange` returns.
 
         Raises:
           ConfigError: gradients of another structure or shape than params or, under a loss scale,

@@ -1,5 +1,6 @@
 """Who gets which format: policies, rules and the Precision that holds them."""
 
+from mpjax.precision.compression import Compression
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
 from mpjax.precision.policy import (
@@ -26,6 +27,7 @@ from mpjax.precision.triggers import Triggers
 
 __all__ = [
     "UPDATE_RULES",
+    "Compression",
     "LossScaleSettings",
     "Moments",
     "Operand",

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpjax.errors import ConfigError, brief
+from mpjax.precision.compression import Compression
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
 from mpjax.precision.policy import dtype_name, is_fp8, parse_dtype
@@ -23,7 +24,7 @@ from mpjax.precision.recipe import Recipe
 from mpjax.precision.rule import Rule, matches, nearest, spellings
 from mpjax.typing import DTypeLike, Json, Settings
 
-OPTIONS = ("loss_scale", "update", "moments", "gradient_dtype")
+OPTIONS = ("loss_scale", "update", "moments", "gradient_dtype", "compression")
 UPDATE_RULES = ("none", "master", "nearest", "stochastic", "kahan")
 
 
@@ -43,6 +44,7 @@ class Precision:
       moments: storage dtypes of the optimizer state.
       gradient_dtype: dtype in which weight gradients leave their product and are summed over
         replicas.
+      compression: what replicas of the mesh axis `data` send each other of their gradients.
 
     Raises:
       ConfigError: values that cannot be read or do not fit each other.
@@ -62,6 +64,7 @@ class Precision:
     update: str = "none"
     moments: Moments = Moments()
     gradient_dtype: DTypeLike = jnp.float32
+    compression: Compression = Compression()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -219,6 +222,7 @@ class Precision:
             "update": self.update,
             "moments": str(self.moments),
             "gradient_dtype": dtype_name(self.gradient_dtype),
+            "compression": str(self.compression),
         }
 
     def to_json(self) -> str:
@@ -283,5 +287,6 @@ def parse_options(values: Mapping[str, object]) -> Settings:
         "update": _update,
         "moments": _moments,
         "gradient_dtype": lambda v: parse_dtype(v, "gradient_dtype"),
+        "compression": Compression.parse,
     }
     return {key: parse[key](values[key]) for key in OPTIONS if values.get(key) is not None}

@@ -10,6 +10,7 @@ import jmp
 
 from mpjax.errors import ConfigError, brief, explains_calls
 from mpjax.formats.checks import did_you_mean
+from mpjax.precision.compression import Compression
 from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import MomentFormat, Moments
 from mpjax.precision.policy import is_dtype_name, parse_policy, policy_text
@@ -244,6 +245,7 @@ def _start(word: str) -> Settings:
 
 def _from_dict(data: dict[str, Json]) -> Settings:
     known = {"name", "rules", *OPTIONS}
+    data = {**data, "compression": data.get("compression", "none")}  # absent in older files
     if set(data) != known:
         odd = " ".join(sorted(set(data) ^ known))
         raise ConfigError(f"precision: JSON must have exactly {' '.join(sorted(known))}; see {odd}")
@@ -308,6 +310,7 @@ def get_precision(
     update: str | None = None,
     moments: DTypeLike | Moments | None = None,
     gradient_dtype: DTypeLike | None = None,
+    compression: str | Compression | None = None,
 ) -> Precision:
     """Returns a Precision from a preset, a policy, a line of text, JSON or another Precision.
 
@@ -320,6 +323,8 @@ def get_precision(
       update: `none`, `master`, `nearest`, `stochastic` or `kahan`.
       moments: a dtype or `int8@256`, `first=FORMAT,second=FORMAT`, `keep=PATTERN`, or Moments.
       gradient_dtype: dtype of weight gradients as they are summed over replicas.
+      compression: of gradients between replicas: `int8@256`, `sign`, `topk:0.01`, `powersgd:4` or
+        another Compression.
 
     Raises:
       ConfigError: what cannot be read, with the nearest that can.
@@ -329,7 +334,7 @@ def get_precision(
       >>> get_precision(p.to_text()) == p == get_precision(p.to_json())
       True
     """
-    values = loss_scale, update, moments, gradient_dtype
+    values = loss_scale, update, moments, gradient_dtype, compression
     options = parse_options(dict(zip(OPTIONS, values, strict=True)))
     if isinstance(value, Precision):
         fields = dict(vars(value))

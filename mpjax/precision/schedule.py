@@ -76,7 +76,7 @@ class PrecisionSchedule:
                 f"precision schedule: {self.kind} switches between {low.name} and {high.name},"
                 " which are the same; take two that differ, or fixed"
             )
-        for name in ("update", "moments"):
+        for name in ("update", "moments", "compression"):
             was, now = (str(getattr(p, name)) for p in self.precisions)
             if was != now:
                 raise ConfigError(

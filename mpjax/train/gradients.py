@@ -30,6 +30,30 @@ TERM = "loss/"  # begins the metric of one loss of several
 COMBINED = 2**31 - 1  # of the key of combined gradients; no microbatch has this number
 
 
+class Replicas(NamedTuple):
+    """Replicas that take gradients apart, each of its rows of the batch, in a `jax.shard_map`.
+
+    Args:
+      axis: the mesh axis that tells them apart.
+      size: of the axis.
+    """
+
+    axis: str
+    size: int
+
+    def total(self, x: PyTree) -> PyTree:
+        """The sum over all of them."""
+        return jax.tree.map(lambda a: jax.lax.psum(a, self.axis), x)
+
+    def mean(self, x: PyTree) -> PyTree:
+        """The mean of all of them."""
+        return jax.tree.map(lambda a: jax.lax.pmean(a, self.axis), x)
+
+    def largest(self, x: PyTree) -> PyTree:
+        """The maximum of all of them."""
+        return jax.tree.map(lambda a: jax.lax.pmax(a, self.axis), x)
+
+
 class Judged(NamedTuple):
     """What a loss came to.
 
@@ -49,15 +73,22 @@ class Judged(NamedTuple):
 
 
 def gradients(
-    objective: Objective, state: TrainState, batch: Batch, accumulate: int
+    objective: Objective,
+    state: TrainState,
+    batch: Batch,
+    accumulate: int,
+    replicas: Replicas | None = None,
 ) -> tuple[Grads, Judged]:
     """Returns scaled gradients, and what was judged; microbatches are summed in float32.
 
     Each weighs by its share of the targets; of several losses each by its own (see
-    `mpjax.ops.Objective`).
+    `mpjax.ops.Objective`). With replicas the gradients are this one's, weighed so that their mean
+    over all is the batch's, and all that was judged is the batch's.
     """
     scale, weights = state.opt_state.loss_scale, weight_view(state.params)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    if replicas is not None:
+        key = jax.random.fold_in(key, jax.lax.axis_index(replicas.axis))
 
     combine = objective.combine
     check_combine(objective, state.model_state)
@@ -81,10 +112,30 @@ def gradients(
             return grads, judged
         return _combined(combine, state, grads, judged, jax.random.fold_in(key, COMBINED))
 
+    def ended(model_state: ModelState, amax: list[Array]) -> ModelState:
+        if replicas is not None:
+            amax = replicas.largest(amax)
+            observed = replicas.largest(observed_of(model_state))
+            model_state = with_observed(_averaged(model_state, replicas), observed)
+        return end_step(model_state, state.model_state, amax, scale.value)
+
+    def of_all(judged: Judged) -> Judged:
+        if replicas is None:
+            return judged
+        loss, metrics = replicas.mean((judged.loss, judged.metrics))
+        return judged._replace(loss=loss, metrics=metrics)
+
     if accumulate == 1:
-        (grads, amax), judged = grad(weights, observed_of(begun), batch, begun, key, None)
-        model_state = end_step(judged.state, state.model_state, amax, scale.value)
-        return joined(grads, judged._replace(state=model_state))
+        share, several = None, None
+        if replicas is not None:
+            share, several = _one_share(_shares(objective.count(batch), 1, replicas))
+        (grads, amax), judged = grad(weights, observed_of(begun), batch, begun, key, several)
+        if share is not None:
+            grads = jax.tree.map(lambda g: share * g.astype(jnp.float32), grads)
+            metrics = _weighed_terms(judged.metrics, lambda x: share * x)
+            judged = judged._replace(loss=share * judged.loss.astype(jnp.float32), metrics=metrics)
+        judged = judged._replace(state=ended(judged.state, amax))
+        return joined(grads, of_all(judged))
 
     def body(carry: PyTree, part: PyTree) -> tuple[PyTree, Metrics]:
         total, total_loss, largest, model_state = carry
@@ -109,12 +160,22 @@ def gradients(
     if combine is not None:
         zeros, no_loss = [zeros] * len(combine.names), jnp.zeros(len(combine.names), jnp.float32)
     carry = (zeros, no_loss, jax.tree.map(jnp.zeros_like, observed_of(begun)), begun)
-    parts = (jnp.arange(accumulate), *_microbatches(objective, batch, accumulate))
+    parts = (jnp.arange(accumulate), *_microbatches(objective, batch, accumulate, replicas))
     (grads, loss, amax, model_state), metrics = jax.lax.scan(body, carry, parts)
-    model_state = end_step(model_state, state.model_state, amax, scale.value)
+    model_state = ended(model_state, amax)
     metrics = {name: jnp.mean(x, axis=0) for name, x in metrics.items()}
     grads = jax.tree.map(lambda g: g / accumulate, grads)
-    return joined(grads, Judged(loss / accumulate, metrics, model_state))
+    return joined(grads, of_all(Judged(loss / accumulate, metrics, model_state)))
+
+
+def _averaged(model_state: ModelState, replicas: Replicas) -> ModelState:
+    """What a model threads through itself besides amax histories, such as running means."""
+
+    def average(x: PyTree) -> PyTree:
+        plain = not isinstance(x, AmaxHistory) and jnp.issubdtype(x.dtype, jnp.floating)
+        return replicas.mean(x) if plain else x
+
+    return jax.tree.map(average, model_state, is_leaf=lambda x: isinstance(x, AmaxHistory))
 
 
 def check_combine(objective: Objective, model_state: ModelState) -> None:
@@ -189,8 +250,24 @@ def _weighed_terms(metrics: Metrics, weighed: Callable[[Array], Array]) -> Metri
     return {n: weighed(x) if n.startswith(TERM) else x for n, x in metrics.items()}
 
 
+def _shares(counts: PyTree, parts: int, replicas: Replicas | None) -> PyTree:
+    """By how much each part counts, 1 on average: its share of the targets.
+
+    Of no count there are no leaves, of several losses as many.
+    """
+    total = jax.tree.map(jnp.sum, counts)
+    if replicas is not None:
+        total, parts = replicas.total(total), parts * replicas.size
+    return jax.tree.map(lambda n, t: n * (parts / jnp.maximum(t, 1e-30)), counts, total)
+
+
+def _one_share(shares: PyTree) -> tuple[Array | None, Shares]:
+    """Shares of one loss, or of several."""
+    return (None, shares) if isinstance(shares, dict) else (shares, None)
+
+
 def _microbatches(
-    objective: Objective, batch: Batch, accumulate: int
+    objective: Objective, batch: Batch, accumulate: int, replicas: Replicas | None = None
 ) -> tuple[Batch, Array | None, Shares]:
     """A batch cut along a new first axis, the weight of each part, and its weights of each loss.
 
@@ -203,9 +280,7 @@ def _microbatches(
 
     micros = jax.tree.map(split, batch)
     counts = jax.vmap(objective.count)(micros)
-    # Of no count there are no leaves, of several losses as many.
-    shares = jax.tree.map(lambda n: n * (accumulate / jnp.maximum(jnp.sum(n), 1e-30)), counts)
-    return (micros, None, shares) if isinstance(shares, dict) else (micros, shares, None)
+    return micros, *_one_share(_shares(counts, accumulate, replicas))
 
 
 def loss_at(

@@ -153,7 +153,7 @@ def cast_rules(
             if dtype == jnp.float32:
                 own = tuple(_alone(*pair) for pair in zip(rules, own, strict=True))
     note, plain = "", Precision("plain", ())
-    names = ("loss_scale", "update", "moments", "gradient_dtype")
+    names = ("loss_scale", "update", "moments", "gradient_dtype", "compression")
     if left := [n for n in names if getattr(precision, n) != getattr(plain, n)]:
         note = (
             f"autocast: Precision {precision.name!r} sets {' '.join(left)}, which the optimizer"

@@ -70,7 +70,7 @@ def add_parts(parts: Array) -> Array:
 
     Not `jnp.sum`, which takes 16-bit terms as float32 and would send them so.
     """
-    return lax.reduce(parts, jnp.zeros((), parts.dtype), lax.add, (0,))
+    return lax.reduce_sum(parts, axes=(0,))
 
 
 def dot(a: Array, b: Array, dims: Dims, out: DTypeLike = jnp.float32) -> Array:

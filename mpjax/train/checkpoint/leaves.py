@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mpjax.errors import ConfigError
 from mpjax.paths import leaves_with_names
+from mpjax.train.checkpoint.replica_leaves import fits_other_replicas
 from mpjax.typing import DType, DTypeLike, PyTree
 
 Leaf: TypeAlias = jax.Array | jax.ShapeDtypeStruct
@@ -127,7 +128,9 @@ def require_same(where: str, saved: Mapping[str, str], wanted: Mapping[str, Leaf
     differences = [
         f"{name} is {saved[name]} in the checkpoint, {describe(leaf)} here"
         for name, leaf in wanted.items()
-        if name in saved and saved[name] != describe(leaf)
+        if name in saved
+        and saved[name] != describe(leaf)
+        and not fits_other_replicas(name, parse(saved[name]), leaf)
     ]
     differences += [f"{name} is only in the checkpoint" for name in saved if name not in wanted]
     differences += [f"{name} is not in the checkpoint" for name in wanted if name not in saved]

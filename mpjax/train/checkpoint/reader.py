@@ -10,6 +10,7 @@ import jax
 
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint import digest, leaves, store
+from mpjax.train.checkpoint.replica_leaves import as_saved, fits_other_replicas, for_replicas
 from mpjax.typing import Json, Tree
 
 _log = logging.getLogger("mpjax.train")
@@ -87,7 +88,8 @@ class CheckpointReader:
         Args:
           abstract_state: a pytree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes
             and dtypes that were saved; its shardings are honoured, whatever the mesh at the
-            save. A leaf without a sharding goes to the first device.
+            save. A leaf without a sharding goes to the first device. What replicas have not sent
+            of compressed gradients is shared out anew among another number of them.
           step: which step; None takes the newest.
           good_only: with `step=None`, take the newest that is whole.
 
@@ -112,7 +114,8 @@ class CheckpointReader:
         """Reads single leaves of a step, after comparing its digest.
 
         Args:
-          wanted: path -> the saved shape and dtype, with the sharding to read into.
+          wanted: path -> the saved shape and dtype, with the sharding to read into; what replicas
+            keep may be for another number of them.
           step: which step; None takes the newest.
 
         Raises:
@@ -121,7 +124,11 @@ class CheckpointReader:
         step = self._existing(step)
         if (found := self._damage(step)) is not None:
             raise self._damaged(step, found)
-        return store.read(self._root / str(step), wanted)
+        saved = self.read_leaves(step)
+        others = {n for n, x in wanted.items() if fits_other_replicas(n, saved[n], x)}
+        lying = {n: as_saved(saved[n], x) if n in others else x for n, x in wanted.items()}
+        arrays = store.read(self._root / str(step), lying)
+        return arrays | {n: for_replicas(n, arrays[n], wanted[n]) for n in others}
 
     def _read_page(self, step: int) -> dict[str, Json]:
         folder = self._root / str(step)

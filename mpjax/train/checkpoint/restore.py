@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mpjax.errors import ConfigError
 from mpjax.train.checkpoint import leaves, recast
 from mpjax.train.checkpoint.reader import CheckpointReader
+from mpjax.train.checkpoint.replica_leaves import fits_other_replicas
 from mpjax.typing import DType, Json, Params, PyTree, Tree
 
 _ABSENT = "(not set)"
@@ -233,6 +234,12 @@ def _require_matches(
     for name, source in sources.items():
         leaf = fresh[name]
         if source is None:
+            if name.startswith("local/params/"):
+                raise ConfigError(
+                    f"{where}: {name}, a weight of replicas that train apart, is not in the"
+                    " checkpoint; restore into a state without diloco, and give its weights to"
+                    " build(..., params=weights, diloco=...)"
+                )
             parent = name.rpartition("/")[0]
             scaled = name.endswith(("/values", "/scales")) and parent in saved
             if scaled or f"{name}/values" in saved:
@@ -249,7 +256,9 @@ def _require_matches(
                     f"{where}: {name} is not in the checkpoint and has no fresh value; "
                     "pass an initialised state"
                 )
-        elif saved[source].shape != leaf.shape:
+        elif saved[source].shape != leaf.shape and not fits_other_replicas(
+            name, saved[source], leaf
+        ):
             raise ConfigError(
                 f"{where}: {source} has shape {saved[source].shape} in the checkpoint, "
                 f"{name} has {leaf.shape} here; restore the same model"
