@@ -36,6 +36,13 @@ def rebuilt(meta: dict[str, Any]) -> tuple[Any, Any, str]:
         model = decoder(DecoderConfig(**meta["model"]), get_precision(meta["precision"]))
         raw = make_optimizer(**meta["optimizer"])
         same = jax.device_count() == meta["devices"]  # else the mesh does not fit
+        apart = model.precision.compression.kind != "none" or meta["build"].get("diloco")
+        if apart and not same:
+            raise ConfigError(
+                f"replay: the run's replicas were {meta['devices']} devices, there are"
+                f" {jax.device_count()}; on a CPU set XLA_FLAGS="
+                f"--xla_force_host_platform_device_count={meta['devices']}"
+            )
         state, step = build(model, raw, parse_mesh(meta["mesh"]) if same else None, **meta["build"])
     except (KeyError, TypeError) as error:
         raise ConfigError(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mpjax.lazy import lazy_names
 from mpjax.train.build import build, build_abstract
+from mpjax.train.diloco import DiLoCo
 from mpjax.train.schedule.switch import SwitchingStep
 from mpjax.train.sharding import ShardActivations, parse_mesh, partition, state_shardings
 from mpjax.train.step import (
@@ -54,6 +55,7 @@ _LAZY = {
 __all__ = [
     "CheckpointReader",
     "Checkpointer",
+    "DiLoCo",
     "Interrupt",
     "MetricsWriter",
     "ProgressBar",

@@ -16,12 +16,20 @@ from mpjax.ops import LossFn, Objective
 from mpjax.optim import wrap
 from mpjax.precision import PrecisionSchedule, get_schedule
 from mpjax.train.checkpoint import leaves
+from mpjax.train.diloco import (
+    DiLoCo,
+    check_local,
+    inner_precision,
+    make_local_step,
+)
 from mpjax.train.gradients import check_combine
+from mpjax.train.local_state import LocalState
+from mpjax.train.replicas import ReplicaExchange
 from mpjax.train.room import require_room
 from mpjax.train.schedule.switch import make_switching_step
 from mpjax.train.schedule.switch_state import require_alike, whole_state
 from mpjax.train.sharding import ShardActivations, parse_mesh, state_shardings, whole
-from mpjax.train.step import TrainState, TrainStep, init_state, make_train_step
+from mpjax.train.step import TrainState, TrainStep, as_objective, init_state, make_train_step
 from mpjax.typing import ArrayLike, Key, Model, ModelState, Params, PyTree, Settings
 
 
@@ -51,6 +59,7 @@ def build(
     objective: Callable[[Any], LossFn | Objective] = Objective.of_model,
     schedule: PrecisionSchedule | str | Settings | None = None,
     params: Params | None = None,
+    diloco: DiLoCo | str | None = None,
 ) -> tuple[TrainState, TrainStep]:
     """Initialises a model on a mesh and compiles its train step.
 
@@ -70,6 +79,8 @@ def build(
         first precision. With two precisions the step is a `mpjax.train.SwitchingStep`.
       params: the model's weights to begin with, such as those of a checkpoint, in the dtypes of
         its Precision; they are copied onto the mesh. By default they are drawn by the seed.
+      diloco: how replicas of the axis `data` train apart, a `mpjax.train.DiLoCo` or its text, such
+        as `every=20`; None exchanges gradients in every step.
 
     Returns:
       The first state, sharded, and the step.
@@ -87,12 +98,18 @@ def build(
       >>> int(state.step), int(metrics["skipped"])
       (1, 0)
     """
-    model, mesh = _on_mesh(model, mesh, objective)
+    if diloco is not None:
+        diloco = DiLoCo.parse(diloco)
+        if schedule is not None:
+            raise ConfigError(
+                "diloco: replicas that train apart keep one precision; leave schedule out"
+            )
+    model, mesh = _on_mesh(model, mesh, objective, diloco is not None)
 
     settings: Settings = dict(clip=clip, gate=gate, patience=patience)
 
     def part(model: Model) -> _Part:
-        return _part(model, optimizer, mesh, settings, accumulate, objective, seed)
+        return _part(model, optimizer, mesh, settings, accumulate, objective, seed, diloco=diloco)
 
     begin = part(model)
     step, start = begin.step, begin.start
@@ -182,7 +199,10 @@ def build_abstract(
 
 
 def _on_mesh(
-    model: Model, mesh: Mesh | str | None, objective: Callable[[Any], LossFn | Objective]
+    model: Model,
+    mesh: Mesh | str | None,
+    objective: Callable[[Any], LossFn | Objective],
+    apart: bool = False,
 ) -> tuple[Model, Mesh | None]:
     """A model as it runs on a mesh, and the mesh: None if it is one device of this process."""
     if not callable(objective) or isinstance(objective, Objective):
@@ -207,7 +227,10 @@ def _on_mesh(
         raise ConfigError(f"mesh: {brief(mesh)} is no mesh; write data=2,fsdp=4, or None")
     if mesh is not None and mesh.size == 1 and mesh.devices.flat[0] in jax.devices():
         mesh = None
-    return (model, None) if mesh is None else (model.sharded(ShardActivations(mesh)), mesh)
+    if mesh is None:
+        return model, None
+    apart = apart or model.precision.compression.kind != "none"
+    return model.sharded(ShardActivations(mesh, replicas=apart)), mesh
 
 
 def _part(
@@ -219,6 +242,7 @@ def _part(
     objective: Callable[[Any], LossFn | Objective],
     seed: int = 0,
     here: bool = True,
+    diloco: DiLoCo | None = None,
 ) -> _Part:
     """The step of a model in one precision; with its devices here, that its state fits there."""
     first = getattr(model, "init_state", lambda: None)
@@ -229,23 +253,44 @@ def _part(
         average = trained.average is not None
         check_combine(trained, jax.eval_shape(first))
     losses = len(combine.names) if combine is not None and combine.own_scales else 0
-    wrapped = wrap(optimizer, model.precision, losses=losses, **settings)
+    precision, outer = model.precision, None
+    if diloco is not None:
+        outer = diloco.outer(precision, settings["patience"])
+        precision = inner_precision(precision)
+    wrapped = wrap(optimizer, precision, losses=losses, **settings)
+    if diloco is not None:
+        check_local(wrapped, mesh, trained if isinstance(trained, Objective) else None)
 
     def draw(seed: ArrayLike) -> Params:
         key = jax.random.key(seed)
         return model.init(key) if own is None else _joined(model.init(key), own(key))
 
-    def start(params: Params, seed: ArrayLike) -> TrainState:
+    def begin(params: Params, seed: ArrayLike) -> TrainState:
         held = None if combine is None else combine.init()
         return init_state(
             params, wrapped, seed=seed, model_state=first(), combine=held, average=average
         )
 
-    abstract = jax.eval_shape(lambda seed: start(draw(seed), seed), seed)
+    def start(params: Params, seed: ArrayLike) -> TrainState:
+        state = begin(params, seed)
+        if outer is not None:
+            assert mesh is not None
+            own_state = state.params, state.opt_state, state.model_state
+            local = LocalState.first(*own_state, mesh.shape["data"])
+            state = state._replace(opt_state=outer.init(state.params, seed), local=local)
+        if exchange is None:
+            return state
+        return state._replace(exchange=exchange.init(state.params))
+
+    abstract = jax.eval_shape(lambda seed: begin(draw(seed), seed), seed)
     axes = model.axes
     if own is not None and axes is not None:
         axes = axes | whole(jax.eval_shape(own, jax.random.key(0)))
     shardings = None if mesh is None else state_shardings(abstract, axes, mesh)
+    exchange = ReplicaExchange.of(outer or wrapped, mesh, abstract.params, shardings)
+    if exchange is not None or outer is not None:
+        abstract = jax.eval_shape(lambda seed: start(draw(seed), seed), seed)
+        shardings = None if mesh is None else state_shardings(abstract, axes, mesh)
     if here:
         require_room(abstract, shardings, frozen)
     elif frozen is not None and mesh is not None:
@@ -254,7 +299,14 @@ def _part(
                 "build_abstract: the objective reads arrays that no step changes, which need"
                 " devices that are here; give a mesh of jax.devices()"
             )
-    step = make_train_step(trained, wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate)
+    if outer is None:
+        step = make_train_step(
+            trained, wrapped, mesh=mesh, shardings=shardings, accumulate=accumulate
+        )
+    else:
+        assert diloco is not None and mesh is not None and shardings is not None
+        whole_of = as_objective(trained, None, accumulate)
+        step = make_local_step(whole_of, wrapped, outer, diloco, mesh, shardings, accumulate)
     return _Part(step, draw, start, first, abstract, axes, own)
 
 

@@ -16,9 +16,11 @@ from mpjax.errors import ConfigError, brief
 from mpjax.formats import Quantized, is_quantized
 from mpjax.optim import Blockwise
 from mpjax.paths import leaves_with_names, path_name
-from mpjax.typing import Array, Axes, Params, PyTree, Shape
+from mpjax.train.replicas import DATA, exchange_spec
+from mpjax.typing import Array, Axes, Params, PyTree, Settings, Shape
 
 if TYPE_CHECKING:
+    from mpjax.train.local_state import LocalState
     from mpjax.train.step import TrainState
 
 log = logging.getLogger("mpjax.train")
@@ -85,12 +87,21 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def partition(axes: Axes, shape: Shape, mesh: Mesh, path: str = "") -> PartitionSpec:
+def partition(
+    axes: Axes, shape: Shape, mesh: Mesh, path: str = "", without: Sequence[str] = ()
+) -> PartitionSpec:
     """Returns how an array with these logical axes is cut.
 
     A dimension that its mesh axes do not divide stays whole, which is logged with its path.
+
+    Args:
+      axes: logical axes, one a dimension.
+      shape: of the array.
+      mesh: the mesh.
+      path: of a weight, for the log; empty logs nothing.
+      without: mesh axes that cut nothing.
     """
-    used: set[str] = set()
+    used = set(without)
     spec: list[str | tuple[str, ...] | None] = []
     for name, size in zip(axes, shape, strict=True):
         free = tuple(a for a in TABLE[name] if mesh.shape[a] > 1 and a not in used)
@@ -109,13 +120,25 @@ def partition(axes: Axes, shape: Shape, mesh: Mesh, path: str = "") -> Partition
 
 @dataclasses.dataclass(frozen=True)
 class ShardActivations:
-    """Constrains an activation to its logical axes on a mesh; give it to `Model.sharded`."""
+    """Constrains an activation to its logical axes on a mesh; give it to `Model.sharded`.
+
+    Args:
+      mesh: the mesh.
+      replicas: whether the model runs in each replica of the axis `data` apart, inside a
+        `jax.shard_map` over this axis.
+    """
 
     mesh: Mesh
+    replicas: bool = False
+
+    def _partition(self, axes: Axes, shape: Shape) -> PartitionSpec:
+        return partition(axes, shape, self.mesh, without=("data",) * self.replicas)
 
     def __call__(self, x: Array, axes: Axes) -> Array:
-        spec = partition(axes, x.shape, self.mesh)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        spec = self._partition(axes, x.shape)
+        # Inside a shard_map a bare spec is one of the mesh that it runs on.
+        cut = spec if self.replicas else NamedSharding(self.mesh, spec)
+        return jax.lax.with_sharding_constraint(x, cut)
 
     def split(
         self, function: Callable[..., Array], axes: Sequence[Axes], *arrays: Array
@@ -127,17 +150,16 @@ class ShardActivations:
           axes: logical axes of each array.
           arrays: what the function takes.
         """
-        cut = tuple(
-            partition(names, x.shape, self.mesh) for names, x in zip(axes, arrays, strict=True)
-        )
-        mapped = jax.shard_map(
-            function, mesh=self.mesh, in_specs=cut, out_specs=cut[0], check_vma=False
-        )
+        cut = tuple(self._partition(names, x.shape) for names, x in zip(axes, arrays, strict=True))
+        here: Settings = dict(mesh=self.mesh)
+        if self.replicas:
+            here = dict(axis_names=set(AXES) - {"data"})
+        mapped = jax.shard_map(function, in_specs=cut, out_specs=cut[0], check_vma=False, **here)
         return mapped(*arrays)
 
     def parts(self, axis: str | None, size: int) -> int:
         """Into how many parts a dimension of a logical axis is cut."""
-        (cut,) = partition((axis,), (size,), self.mesh)
+        (cut,) = self._partition((axis,), (size,))
         names = (cut,) if isinstance(cut, str) else cut or ()
         return math.prod(self.mesh.shape[name] for name in names)
 
@@ -178,6 +200,10 @@ def state_shardings(state: TrainState, axes: PyTree, mesh: Mesh) -> TrainState:
       The state with a NamedSharding in place of each leaf.
     """
 
+    if state.local is not None:
+        rest = state_shardings(state._replace(local=None), axes, mesh)
+        return rest._replace(local=_local_shardings(state, axes, mesh))
+
     def is_axes(x: object) -> bool:
         return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
 
@@ -195,6 +221,9 @@ def state_shardings(state: TrainState, axes: PyTree, mesh: Mesh) -> TrainState:
 
     def sharding(path: jax.tree_util.KeyPath, x: PyTree) -> PyTree:
         parts = path_name(path).split("/")
+        if parts[0] == "exchange":
+            weight, _ = specs.get("/".join(parts[2:]), (PartitionSpec(), ()))
+            return NamedSharding(mesh, exchange_spec("/".join(parts[1:]), weight))
         found = (specs.get("/".join(parts[start:])) for start in range(len(parts)))
         spec, _ = next((f for f in found if f and like(x, f[1])), (None, ()))
 
@@ -207,3 +236,18 @@ def state_shardings(state: TrainState, axes: PyTree, mesh: Mesh) -> TrainState:
         return jax.tree.map(cut, x)
 
     return jax.tree_util.tree_map_with_path(sharding, state, is_leaf=is_leaf)
+
+
+def _local_shardings(state: TrainState, axes: PyTree, mesh: Mesh) -> LocalState:
+    """Each replica's leaves are cut as one state's are."""
+
+    def one(x: Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+    assert state.local is not None
+    single = jax.tree.map(one, state.local)
+    found = state_shardings(
+        state._replace(local=None, exchange=None, **single._asdict()), axes, mesh
+    )
+    cut = type(state.local)(found.params, found.opt_state, found.model_state)
+    return jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(DATA, *s.spec)), cut)

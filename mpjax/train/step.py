@@ -16,6 +16,7 @@ from mpjax.formats.checks import as_batch, batch_rows
 from mpjax.ops.objective import Count, LossFn, Objective, rows_alike
 from mpjax.ops.target import traced_for
 from mpjax.optim import (
+    ExchangeState,
     Optimizer,
     OptState,
     ScaledGradients,
@@ -27,7 +28,9 @@ from mpjax.optim import (
 )
 from mpjax.optim.checks import check_seed
 from mpjax.train.gradients import Judged, gradients, loss_at
-from mpjax.typing import ArrayLike, Batch, Grads, Metrics, ModelState, Params, PyTree
+from mpjax.train.local_state import LocalState
+from mpjax.train.replicas import ReplicaExchange, check_replicas, whole_batch_only
+from mpjax.typing import ArrayLike, Batch, Grads, Metrics, ModelState, Params, PyTree, Settings
 
 if TYPE_CHECKING:
     from mpjax.train.schedule.switch_state import SwitchState
@@ -45,6 +48,9 @@ class TrainState(NamedTuple):
       switch: what a schedule of Precision keeps (`mpjax.train.schedule`), None without one.
       combine: what an objective keeps that combines the gradients of several losses, or None.
       average: moving average of the weights in float32, of an objective that reads one, or None.
+      exchange: what replicas keep of compressed gradients, or None.
+      local: what replicas have that train apart (`DiLoCo`), or None; `params` and `opt_state` are
+        then those of the outer steps.
     """
 
     step: Int[Array, ""]
@@ -55,6 +61,8 @@ class TrainState(NamedTuple):
     switch: SwitchState | None = None
     combine: PyTree = None
     average: Params | None = None
+    exchange: ExchangeState | None = None
+    local: LocalState | None = None
 
 
 @explains_calls
@@ -66,6 +74,7 @@ def init_state(
     model_state: ModelState = None,
     combine: PyTree = None,
     average: bool = False,
+    exchange: ExchangeState | None = None,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -76,6 +85,7 @@ def init_state(
       model_state: what the loss function takes and gives as `state`; None if it has none.
       combine: `objective.combine.init()`, of an objective that has one.
       average: whether the objective reads a moving average of the weights.
+      exchange: what replicas keep of compressed gradients, as `mpjax.train.build` makes it.
     """
     _check_wrapped(optimizer)
     check_seed(seed)
@@ -83,7 +93,9 @@ def init_state(
     params, model_state = copied((params, model_state))
     opt_state = optimizer.init(params, seed)
     mean = first_average(params, opt_state) if average else None
-    return TrainState(jnp.int32(0), params, opt_state, model_state, key, None, combine, mean)
+    return TrainState(
+        jnp.int32(0), params, opt_state, model_state, key, None, combine, mean, exchange
+    )
 
 
 def first_average(params: Params, opt_state: OptState) -> Params:
@@ -103,7 +115,11 @@ def with_weights(state: TrainState, params: Params, opt_state: OptState) -> Trai
     if average is not None:
         first = first_average(params, opt_state)
         average = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), first, average)
-    return state._replace(params=params, opt_state=opt_state, average=average)
+    local = state.local
+    if local is not None:
+        new = local.with_weights(params, opt_state.update_state)
+        local = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, local)
+    return state._replace(params=params, opt_state=opt_state, average=average, local=local)
 
 
 def check_batch(batch: int, accumulate: int, mesh: Mesh | None) -> None:
@@ -267,8 +283,8 @@ def compile_step(
     return jitted if frozen is None else WithFrozen(jitted, frozen)
 
 
-def _on(mesh: Mesh | None, frozen: PyTree) -> PyTree:
-    """Arrays on the devices of a mesh: as they are cut on it, or whole on each of its devices."""
+def placed(mesh: Mesh | None, frozen: PyTree) -> PyTree:
+    """Returns arrays on the devices of a mesh, as they are cut on it, or whole on each of them."""
 
     def place(x: ArrayLike) -> Array:
         x = jnp.asarray(x)
@@ -279,7 +295,8 @@ def _on(mesh: Mesh | None, frozen: PyTree) -> PyTree:
     return jax.tree.map(place, frozen)
 
 
-def _objective(loss_fn: LossFn | Objective, count: Count | None, accumulate: int) -> Objective:
+def as_objective(loss_fn: LossFn | Objective, count: Count | None, accumulate: int) -> Objective:
+    """Returns a loss function as an objective; see `make_train_step`."""
     if isinstance(loss_fn, Objective):
         if count is not None:
             raise ConfigError("count: the objective has its own; leave count out")
@@ -351,9 +368,11 @@ def make_train_step(
         raise ConfigError(f"accumulate: {brief(accumulate)} is no whole number; 1 does not split")
     if accumulate < 1:
         raise ConfigError(f"accumulate: {accumulate} must be at least 1; 1 does not split")
-    whole = _objective(loss_fn, count, accumulate)
+    whole = as_objective(loss_fn, count, accumulate)
     _check_losses(whole, optimizer)
-    held = _on(mesh, whole.frozen)
+    held = placed(mesh, whole.frozen)
+
+    check_replicas(optimizer, mesh, whole)
 
     def seen_average(state: TrainState) -> Params | None:
         if whole.average is None:
@@ -375,7 +394,9 @@ def make_train_step(
         return new if finite is None else select(finite, new, old)
 
     def step(state: TrainState, batch: Batch, frozen: PyTree = held) -> tuple[TrainState, Metrics]:
-        objective = whole.bound(frozen, seen_average(state))
+        average = seen_average(state)
+        objective, exchange = whole.bound(frozen, average), state.exchange
+        compressed = ReplicaExchange.of(optimizer, mesh, state.params, shardings)
 
         def with_gradients() -> tuple[Grads, Judged]:
             return gradients(objective, state, batch, accumulate)
@@ -396,27 +417,30 @@ def make_train_step(
             return judged.loss, grads
 
         judge = loss_at(objective, state, batch, accumulate)
+        more: Settings = {"value_fn": lambda params: judge(params)[0], "evaluate": evaluate}
         reads = optimizer.reads_gradient(state.opt_state)
-        if isinstance(reads, bool):
+        if compressed is not None:
+            grads, judged, exchange = compressed.gradients(
+                whole.bound, state, batch, accumulate, frozen, average
+            )
+            more = {"value_fn": whole_batch_only, "exchanged": True}
+        elif isinstance(reads, bool):
             grads, judged = with_gradients() if reads else loss_alone()
         else:
             grads, judged = jax.lax.cond(reads, with_gradients, loss_alone)
         loss, model_state, combine = judged.loss.astype(jnp.float32), judged.state, judged.combine
-        more = {} if judged.finite is None else {"finite_losses": judged.finite}
+        more |= {} if judged.finite is None else {"finite_losses": judged.finite}
+        grads = grads if compressed else ScaledGradients(grads)
         params, opt_state, metrics = optimizer.step_with_metrics(
-            ScaledGradients(grads),
-            state.opt_state,
-            state.params,
-            value=loss,
-            value_fn=lambda params: judge(params)[0],
-            evaluate=evaluate,
-            **more,
+            grads, state.opt_state, state.params, value=loss, **more
         )
         finite = metrics.get("finite")
         if finite is not None and state.model_state is not None:
             model_state = select(finite, model_state, state.model_state)
         if finite is not None and combine is not None:
             combine = select(finite, combine, state.combine)
+        if finite is not None and compressed is not None:
+            exchange = select(finite, exchange, state.exchange)
         metrics = {
             "loss": loss,
             **judged.metrics,
@@ -425,11 +449,11 @@ def make_train_step(
             "stuck": opt_state.gate.stuck,
             **{key: value for key, value in metrics.items() if key != "finite"},
         }
-        average = state.average
+        mean = state.average
         if whole.average is not None:
-            average = next_average(average, params, opt_state, finite)
+            mean = next_average(mean, params, opt_state, finite)
         new = TrainState(
-            state.step + 1, params, opt_state, model_state, state.key, None, combine, average
+            state.step + 1, params, opt_state, model_state, state.key, None, combine, mean, exchange
         )
         return new, metrics
 

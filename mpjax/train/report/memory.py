@@ -26,20 +26,18 @@ def state_bytes(state: TrainState) -> dict[str, int]:
 
     Returns:
       `params`, `moments` (the optimizer's own state), `master` (float32 copies, or whatever the
-      update rule keeps), `rest` (loss scale, counters, keys), `total`, and `device`, the largest
+      update rule keeps), `rest` (loss scale, counters, keys, and what replicas,
+      objectives and schedules keep), `total`, and `device`, the largest
       sum on one device.
     """
     kinds = {
         "params": state.params,
         "moments": state.opt_state.inner,
         "master": state.opt_state.update_state,
-        "rest": (
-            state.step,
-            state.key,
-            state.model_state,
-            state.opt_state.loss_scale,
-            state.opt_state.gate,
-            state.switch,
+        # All else, so that a part which is added to the state is counted too.
+        "rest": state._replace(
+            params=None,
+            opt_state=state.opt_state._replace(inner=None, update_state={}),
         ),
     }
     sizes = {
