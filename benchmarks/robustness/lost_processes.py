@@ -22,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from benchmarks.common.page import ROOT, write
 from benchmarks.robustness.kill_resume import Bits, Run, different
@@ -54,7 +56,27 @@ class Trial:
 class Group:
     """All processes of a run, with a log each."""
 
-    def __init__(self, run: Run, count: int, *more: str, prepare: int | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        count: int,
+        *more: str,
+        prepare: int | None = None,
+        late: Mapping[int, float] = MappingProxyType({}),
+        roots: Mapping[int, Path] = MappingProxyType({}),
+        own: Mapping[int, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
+        """Starts them.
+
+        Args:
+          run: whose settings they have.
+          count: how many.
+          more: arguments of all.
+          prepare: one whose cache is refused.
+          late: seconds by which one comes later.
+          roots: where the code of one lies, if not here.
+          own: arguments of one.
+        """
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -65,15 +87,19 @@ class Group:
         self.all = []
         for i, path in enumerate(self.logs):
             # A folder where the cache should be that nobody may use: this process alone fails.
-            own = {"MPJAX_CACHE": str(open_folder(run.out.parent))} if i == prepare else {}
+            cache = {"MPJAX_CACHE": str(open_folder(run.out.parent))} if i == prepare else {}
+            root = roots.get(i, ROOT)
             command = [
                 sys.executable, "experiments/train_lm.py", *run.settings, "--out", str(run.out),
                 "--mesh", f"data={count}", "--distributed", f"127.0.0.1:{port},{i},{count}", *more,
+                *own.get(i, ()),
             ]  # fmt: skip
             with path.open("wb") as log:
+                time.sleep(late.get(i, 0))
                 process = subprocess.Popen(
-                    command, stdout=log, stderr=log, env=environment | own, cwd=Path.cwd()
-                )
+                    command, stdout=log, stderr=log, cwd=root,
+                    env=environment | {"PYTHONPATH": str(root)} | cache,
+                )  # fmt: skip
             self.all.append(process)
 
     def wait(self, which: set[int], seconds: float) -> tuple[float, tuple[int, ...]]:

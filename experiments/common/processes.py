@@ -31,14 +31,15 @@ def join(processes: str) -> None:
     """Makes this process one of several that train together; empty text does nothing.
 
     Args:
-      processes: `auto`, or `COORDINATOR:PORT,INDEX,COUNT` with this process's index.
+      processes: `auto`, or `COORDINATOR:PORT,INDEX,COUNT` with this process's index, and
+        `,wait=SECONDS` for those that come late.
 
     Raises:
       ConfigError: malformed, or no cluster was found.
     """
     if not processes:
         return
-    given = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", processes)
+    given = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)(?:,wait=([1-9]\d{0,5}))?", processes)
     if processes != "auto" and (given is None or int(given[2]) >= int(given[3])):
         raise ConfigError(
             f"distributed: {processes!r} is malformed; write auto, or COORDINATOR:PORT,INDEX,COUNT"
@@ -48,12 +49,13 @@ def join(processes: str) -> None:
         if given is None:
             initialize()
         else:
-            initialize(given[1], int(given[3]), int(given[2]))
+            wait = int(given[4]) if given[4] else None
+            initialize(given[1], int(given[3]), int(given[2]), wait)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"distributed: {processes!r} does not start ({reason}); write"
-            " COORDINATOR:PORT,INDEX,COUNT such as node0:1234,0,2"
+            " COORDINATOR:PORT,INDEX,COUNT such as node0:1234,0,2, and ,wait=300 for a late one"
         ) from None
 
 

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ from mpjax.typing import Json, PyTree, Tree
 
 _log = logging.getLogger("mpjax.train")
 _TRIES, _PAUSE = 50, 0.1  # seconds: a failed save is cleared away while its threads end
+_MEETING = 5.0  # seconds in which processes that fail alike meet
 
 
 class Checkpointer(CheckpointReader):
@@ -89,6 +91,7 @@ class Checkpointer(CheckpointReader):
         self._keep, self._keep_best, self._best_metric = keep, keep_best, best_metric
         self._asynchronous = asynchronous
         self._writer: ocp.CheckpointManager | None = None
+        self._errors = store.WriteErrors()
         self._metrics: dict[int, float] = {}
         self._at: int | None = None  # the step that this run has reached on disk
         self._same: int | None = None  # the step on disk whose state is the run's own
@@ -151,7 +154,10 @@ class Checkpointer(CheckpointReader):
         page = store.make_page(table, meta, metrics or {}) | {"nodes": describe_nodes(state)}
         self._drop_later(step)
         if self._writer is None:
-            self._writer = store.open_writer(self._root, self._choose, self._before_commit)
+            self._errors = store.WriteErrors()
+            self._writer = store.open_writer(
+                self._root, self._choose, self._before_commit, self._errors
+            )
             for s in self.steps():
                 with contextlib.suppress(ConfigError):  # a damaged page ranks nowhere
                     self._rank(s, self._read_page(s))
@@ -170,9 +176,32 @@ class Checkpointer(CheckpointReader):
         """Waits until the running save is committed; raises its error as a ConfigError."""
         if self._writer is not None:
             try:
-                self._writer.wait_until_finished()
+                self._wait_for(self._writer)
             except store.ERRORS as error:
                 self._fail(error)
+
+    def _wait_for(self, writer: ocp.CheckpointManager) -> None:
+        """Waits for the running save, or until this process has failed to write its part."""
+        if jax.process_count() == 1:
+            writer.wait_until_finished()
+            return
+        raised: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                writer.wait_until_finished()
+            except BaseException as error:
+                raised.append(error)
+
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        while waiting.is_alive():
+            waiting.join(_PAUSE)
+            if self._errors.first is not None:
+                waiting.join(_MEETING)  # where all fail alike, they meet
+                raise self._errors.first
+        if raised:
+            raise raised[0]
 
     def close(self) -> None:
         """Waits and frees the threads; raises the error of the last save as a ConfigError."""
@@ -215,8 +244,8 @@ class Checkpointer(CheckpointReader):
         self._at, self._same = step, None
         return arrays
 
-    def _remove_unfinished(self) -> None:
-        if jax.process_index() == 0:
+    def _remove_unfinished(self, every: bool = False) -> None:
+        if every or jax.process_index() == 0:
             for path in self._root.glob(f"*{store.TEMPORARY}*"):
                 shutil.rmtree(path)
 
@@ -271,12 +300,13 @@ class Checkpointer(CheckpointReader):
 
     def _fail(self, error: BaseException) -> NoReturn:
         step, writer, self._same, self._writer = self._same, self._writer, None, None
+        alone = jax.process_count() == 1
         with contextlib.suppress(*store.ERRORS):  # its other threads may be writing yet
-            if writer is not None:
+            if writer is not None and alone:  # else it would wait for the other processes
                 writer.close()
         for _ in range(_TRIES):  # what stays is removed at the next start
             with contextlib.suppress(OSError):
-                self._remove_unfinished()
+                self._remove_unfinished(every=not alone)
             if not list(self._root.glob(f"*{store.TEMPORARY}*")):
                 break
             time.sleep(_PAUSE)

@@ -6,8 +6,9 @@ import contextlib
 import errno
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,75 @@ class Keep:
         return [checkpoint.step in chosen for checkpoint in checkpoints]
 
 
+class WriteErrors:
+    """The first error of a write of this process, as soon as it is known.
+
+    With several processes Orbax raises it after all of them have met, which the others, who wait
+    for this one's files, never do.
+    """
+
+    def __init__(self) -> None:
+        self.first: BaseException | None = None
+
+    def add(self, error: BaseException) -> None:
+        """Remembers an error."""
+        self.first = self.first or error
+
+
+class _Watched:
+    """A future of Orbax's whose error is remembered."""
+
+    def __init__(self, future: ocp.future.Future, errors: WriteErrors) -> None:
+        self._future, self._errors = future, errors
+
+    def result(self, timeout: float | None = None) -> object:
+        """See Orbax's `Future`."""
+        try:
+            return self._future.result(timeout)
+        except BaseException as error:
+            self._errors.add(error)
+            raise
+
+    def cancel(self) -> bool | None:
+        """See Orbax's `Future`."""
+        return self._future.cancel()
+
+
+async def _watched(
+    save: Awaitable[list[ocp.future.Future] | None], errors: WriteErrors
+) -> list[_Watched]:
+    try:
+        return [_Watched(future, errors) for future in await save or ()]
+    except BaseException as error:
+        errors.add(error)
+        raise
+
+
+class _StateHandler(ocp.PyTreeCheckpointHandler):
+    def __init__(self, errors: WriteErrors) -> None:
+        super().__init__()
+        self._errors = errors
+
+    async def async_save(self, *args: Any, **options: Any) -> list[_Watched]:
+        """As Orbax's; its errors are remembered."""
+        return await _watched(super().async_save(*args, **options), self._errors)
+
+
+class _MetaHandler(ocp.JsonCheckpointHandler):
+    def __init__(self, errors: WriteErrors) -> None:
+        super().__init__(Path(META_FILE).name)
+        self._errors = errors
+
+    async def async_save(self, *args: Any, **options: Any) -> list[_Watched]:
+        """As Orbax's; its errors are remembered."""
+        return await _watched(super().async_save(*args, **options), self._errors)
+
+
 def open_writer(
-    root: Path, choose: Callable[[list[int]], set[int]], before_commit: Callable[[], None]
+    root: Path,
+    choose: Callable[[list[int]], set[int]],
+    before_commit: Callable[[], None],
+    errors: WriteErrors,
 ) -> ocp.CheckpointManager:
     """Returns Orbax's manager over a folder.
 
@@ -77,10 +145,19 @@ def open_writer(
       choose: the steps there are -> the steps to keep, asked at each save.
       before_commit: called in the background when all files of a step are written and the
         temporary folder is about to be renamed; an error in it fails the save.
+      errors: what becomes of this process's writes.
     """
+
+    def commit() -> None:
+        try:
+            before_commit()
+        except BaseException as error:
+            errors.add(error)
+            raise
+
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    registry.add("state", ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler())
-    registry.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler(Path(META_FILE).name))
+    registry.add("state", ocp.args.PyTreeSave, _StateHandler(errors))
+    registry.add("meta", ocp.args.JsonSave, _MetaHandler(errors))
     return ocp.CheckpointManager(
         root,
         options=ocp.CheckpointManagerOptions(
@@ -88,7 +165,7 @@ def open_writer(
             lightweight_initialize=True,  # a damaged old step must not stop a new run
             save_root_metadata=False,
             async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=before_commit,
+                post_finalization_callback=commit,
                 # asynchronously, a folder that cannot be made is an error minutes later
                 create_directories_asynchronously=False,
             ),

@@ -32,13 +32,14 @@ def in_use(port: int) -> bool:
     return False
 
 
-def connected(port: int) -> bool:
-    """Whether anybody is connected to a port of this machine; True where it cannot be told."""
+def connections(port: int) -> int | None:
+    """How many are connected to a port of this machine; None where it cannot be told."""
     try:
         rows = [row.split() for table in _TABLES for row in Path(table).read_text().splitlines()]
     except OSError:
-        return True
-    return any(f[3] == _ESTABLISHED and f[1].endswith(f":{port:04X}") for f in rows if len(f) > 3)
+        return None
+    local = [f[1] for f in rows if len(f) > 3 and f[3] == _ESTABLISHED]
+    return sum(place.endswith(f":{port:04X}") for place in local)
 
 
 def serve(address: str, count: int, settings: dict[str, object]) -> None:
@@ -54,7 +55,7 @@ def serve(address: str, count: int, settings: dict[str, object]) -> None:
         service.shutdown()
         return
     begun = time.monotonic()
-    while time.monotonic() - begun < _LONGEST and connected(port):
+    while time.monotonic() - begun < _LONGEST and connections(port) != 0:
         time.sleep(0.5)
     os._exit(0)  # a service with clients would wait for them
 

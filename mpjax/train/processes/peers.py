@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -18,17 +19,24 @@ import jax
 from jax._src import distributed  # the client that JAX's own multihost_utils use
 
 from mpjax.errors import printable
+from mpjax.train.processes import coordinator
 from mpjax.typing import Json
 
 Page: TypeAlias = Mapping[str, Json]  # what a process says of itself
 
+ABSENT = 20  # seconds that the first process may come later than another
+LATE = 300  # seconds that any process may come later than the first
 SILENCE = 30.0  # seconds without a beat, after which a process is lost
-_BEAT, _GRACE, _STALL = 1.0, 3.0, 10.0
+_BEAT, _GRACE, _STALL, _SAID = 1.0, 3.0, 10.0, 15.0
+_log = logging.getLogger("mpjax.train")
 _PREFIX = "mpjax/peers/"
 
 
 def initialize(
-    address: str | None = None, count: int | None = None, index: int | None = None
+    address: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    wait: int | None = None,
 ) -> None:
     """Calls `jax.distributed.initialize`; the coordination service outlives the first process.
 
@@ -36,18 +44,76 @@ def initialize(
       address: of the coordinator, as JAX's; JAX finds out what is left out.
       count: of processes.
       index: of this process.
+      wait: seconds for which the first process may be absent, `ABSENT` by default, and the others,
+        `LATE` by default.
 
     Raises:
-      RuntimeError: the service cannot start, such as on a port that is in use.
+      RuntimeError: the service cannot start, such as on a port that is in use, or nothing answers
+        at its address.
       ValueError: as JAX's.
     """
+    if address is not None and index:
+        _wait_for(address, ABSENT if wait is None else wait)
+    # It would take SIGTERM for itself, which is to end a process that does not train yet.
+    jax.config.update("jax_enable_preemption_service", False)
     module = distributed._jax
     service = module.get_distributed_runtime_service
     module.get_distributed_runtime_service = _Coordinator
     try:
-        jax.distributed.initialize(address, count, index)
+        with _awaited(address, count, index, LATE if wait is None else wait) as seconds:
+            jax.distributed.initialize(address, count, index, initialization_timeout=seconds)
     finally:
         module.get_distributed_runtime_service = service
+
+
+@contextlib.contextmanager
+def _awaited(
+    address: str | None, count: int | None, index: int | None, seconds: int
+) -> Iterator[int]:
+    """Says that others are awaited inside the block, and ends this process if they do not come.
+
+    JAX's client would say nothing, and abort at the end. The block gets the seconds that it may
+    take, a few more than the others have.
+    """
+    come, port = threading.Event(), address.rpartition(":")[2] if address else ""
+
+    def state() -> str:
+        if index == 0 and count is not None and port.isdigit():
+            if (found := coordinator.connections(int(port))) is not None:
+                return f"{found} of {count} processes have come"
+        return "not all processes have come"
+
+    def look() -> None:
+        end_at = time.monotonic() + seconds
+        while not come.wait(min(_SAID, max(0.0, end_at - time.monotonic()))):
+            if time.monotonic() >= end_at:
+                where = f" to {address}" if address else ""
+                end(
+                    2,
+                    f"error: distributed: {state()}{where} in {seconds} s; see why the others did"
+                    " not start, or give them longer with ,wait=SECONDS\n",
+                )
+            _log.warning("distributed: %s; waiting for up to %d s", state(), seconds)
+
+    threading.Thread(target=look, daemon=True).start()
+    try:
+        yield seconds + 10
+    finally:
+        come.set()
+
+
+def _wait_for(address: str, seconds: float) -> None:
+    """Waits until something listens at an address; JAX's client would wait without a word."""
+    host, _, port = address.rpartition(":")
+    end, why = time.monotonic() + seconds, "no answer"
+    while time.monotonic() < end:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+                return
+        except OSError as error:
+            why = error.strerror or str(error)
+        time.sleep(0.5)
+    raise RuntimeError(f"nothing answers at {address} for {seconds:g} s: {why}")
 
 
 class _Coordinator:

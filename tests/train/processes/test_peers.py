@@ -93,11 +93,43 @@ def test_the_service_takes_no_port_of_another(tmp_path):
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        assert coordinator.in_use(port) and not coordinator.connected(port)
+        assert coordinator.in_use(port) and coordinator.connections(port) == 0
         with socket.create_connection(("127.0.0.1", port)):
-            assert coordinator.connected(port)
+            assert coordinator.connections(port) == 1
         with pytest.raises(RuntimeError, match=f"port {port} is in use; give another"):
             peers._Coordinator(f"[::]:{port}", 2, heartbeat_timeout=10)
+
+
+ALONE = """
+import sys
+from mpjax.train.processes import initialize
+initialize(sys.argv[1], 3, int(sys.argv[2]), wait=2)
+"""
+
+
+def _alone(address: str, index: int) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", ALONE, address, str(index)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_coordinator_that_is_not_there_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        begun = time.monotonic()
+        done = _alone(address, 1)
+    assert f"RuntimeError: nothing answers at {address} for 2 s" in done.stderr
+    assert time.monotonic() - begun < 30
+
+
+def test_processes_that_do_not_come_are_counted():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    done = _alone(address, 0)
+    assert done.returncode == 2 and "Check failure" not in done.stderr
+    assert f"1 of 3 processes have come to {address} in 2 s" in line(done.stderr)
 
 
 # An experiment that trains nothing; a shorter silence, so that the test is short.
@@ -120,6 +152,20 @@ class Config:
     out: pathlib.Path = pathlib.Path("x")
     '''Folder.'''
 
+def save(out):
+    import resource
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from mpjax.train import Checkpointer
+    if jax.process_index() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    rows = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec("data"))
+    numbers = np.random.default_rng(0).normal(size=(2, 100_000)).astype(np.float32)
+    state = {"w": jax.make_array_from_callback(numbers.shape, rows, lambda i: numbers[i])}
+    with Checkpointer(out / "checkpoints") as checkpointer:
+        checkpointer.save(1, state, {})
+
 def main(config):
     import jax
     from jax.experimental import multihost_utils
@@ -127,6 +173,8 @@ def main(config):
         raise ConfigError("data: no such file; name another")
     if config.mode == "bug" and jax.process_index() == 1:
         raise KeyError("a bug")
+    if config.mode == "full":
+        save(config.out)
     print("ready", flush=True)
     for _ in range(30 if config.mode == "finish" else 10**9):
         if config.mode == "alone" and jax.process_index() == 1:
@@ -239,6 +287,14 @@ def test_a_bug_of_one_is_its_traceback_and_the_others_line(group):
     assert (first, second) == (2, 1)
     assert f"process 1 on {HOST} has left (KeyError: 'a bug')" in line(said)
     assert re.search(r"Traceback(.|\n)*KeyError: 'a bug'\n$", trace)
+
+
+def test_a_disk_that_is_full_for_one_is_its_line_and_the_others(group, tmp_path):
+    (first, said), (second, own) = group("full").end(0, 1)
+    assert (first, second) == (2, 2)
+    assert "no room for the checkpoint of step 1" in line(own) and "free some space" in line(own)
+    assert f"process 1 on {HOST} has left (" in line(said) and "no room" in line(said)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))  # neither whole nor half
 
 
 def test_processes_that_finish_end_well(group):
