@@ -69,6 +69,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; p
 	$(PY) -m benchmarks.robustness.kill_own_run
 	$(PY) -m benchmarks.robustness.two_runs
 	$(PY) -m benchmarks.robustness.lost_processes
+	$(PY) -m benchmarks.robustness.cluster_faults
 	$(PY) -m benchmarks.robustness.damaged_logs
 	$(PY) -m benchmarks.robustness.planted
 	$(PY) -m benchmarks.numerics.rounding
@@ -99,6 +100,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; p
 	$(PY) -m benchmarks.quality.adversarial
 	$(PY) -m benchmarks.quality.multitask
 	$(PY) -m benchmarks.quality.distil
+	$(PY) -m benchmarks.quality.compress
 	$(PY) -m benchmarks.tools.preflight
 	$(PY) -m benchmarks.numerics.methods
 	$(PY) -m benchmarks.quality.finetune

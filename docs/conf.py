@@ -58,6 +58,7 @@ TITLES = {
     "mpjax.ops.products": "Operands of quantised products",
     "mpjax.optim": "Optimizers and loss scales",
     "mpjax.optim.annealing": "Simulated annealing",
+    "mpjax.optim.compression": "Compressed gradients",
     "mpjax.interpret": "autocast, audit, monitor, trace_nonfinite",
     "mpjax.models": "Models",
     "mpjax.models.hf": "Checkpoints of others",

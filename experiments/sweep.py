@@ -83,7 +83,7 @@ class Training:
     steps: int = 150
     """Steps a run."""
     optimizer: str = "adamw"
-    """`adamw`, `sgd`, `lion` or `adafactor`."""
+    """`adamw`, `sgd`, `lion`, `adafactor` or `one-bit-adam`."""
     schedule: str = "linear"
     """`constant`, `linear`, `cosine` or `wsd`."""
     WARMUP: ClassVar[int] = 20
@@ -97,6 +97,8 @@ class Training:
     """Batches of held-out text that judge a run, evenly spread."""
     mesh: str = ""
     """Devices by axis, such as data=2,fsdp=2; one device by default."""
+    diloco: str = ""
+    """Replicas of the axis data train apart and meet: every=20,lr=0.7,momentum=0.9."""
     fresh: bool = False
     """Train again the runs that --out holds; without it those that have ended are taken as they
     are, so that an interrupted comparison goes on."""
@@ -219,8 +221,9 @@ def page_of(
     """Returns the folder of a run and its manifest."""
     folder = out / arm.label.replace(" ", "_") / f"seed{seed}"
     settings = launch.settings(work, lr=arm.lr, stress=arm.stress, seed=seed, out=str(folder))
-    if not work.mesh:  # so that runs from before it existed are the same
-        del settings["mesh"]
+    for name in ("mesh", "diloco"):  # so that runs from before they existed are the same
+        if not settings[name]:
+            del settings[name]
     settings["fresh"] = work.fresh or again(arm.label, seed)
     found = how_products_run(model.recipes.values(), work.batch * work.seq)
     return folder, manifest(arm.precision, settings, model.paths, found)
@@ -283,7 +286,8 @@ def run_arm(
     """
     model = make(work, corpus, arm.precision)
     tx, objective = stressed(arm.stress, work, optimizer(arm, work))
-    _, step = build(model, tx, parse_mesh(work.mesh) if work.mesh else None, objective=objective)
+    mesh = parse_mesh(work.mesh) if work.mesh else None
+    _, step = build(model, tx, mesh, objective=objective, diloco=work.diloco or None)
     losses, records, per_parameter = [], [], 0.0
     for seed in range(first, first + seeds):
         folder, page = page_of(arm, work, model, seed, out, again)

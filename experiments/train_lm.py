@@ -146,6 +146,7 @@ def build_settings(config: Config) -> Settings:
     return {
         "seed": config.seed, "clip": config.clip or None, "patience": config.patience,
         "accumulate": config.accumulate, "schedule": schedule and schedule.to_dict(),
+        "diloco": config.diloco or None,
     }  # fmt: skip
 
 
@@ -329,7 +330,9 @@ def train(run: Run) -> tuple[TrainState, str | None]:
                 evaluate(number, state)
             metrics = {"validation_loss": validation[number]} if number in validation else {}
             taken, _ = run.step.active(state)
-            now = {"precision": taken.optimizer.precision.to_dict()}
+            # The optimizer of replicas that train apart is that of their outer steps.
+            active = run.precision if config.diloco else taken.optimizer.precision
+            now = {"precision": active.to_dict()}
             now["data"] = run.data.get_state()
             checkpoints.save(number, state, meta | now, metrics=metrics)
 

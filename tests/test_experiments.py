@@ -27,7 +27,7 @@ SCRIPTS = (
     "bench_step", "formats", "low_bit_products", "bench_recipes", "autocast_any",
     "image_cnn", "rnn_lm", "distil", "finetune_classifier", "finetune_tagger", "translate",
     "pretrain_bert", "chat", "stages", "augment", "recommend",
-    "adversarial", "multitask", "anneal", "finetune", "preflight",
+    "adversarial", "multitask", "anneal", "finetune", "preflight", "compress_gradients",
 )  # fmt: skip
 FLAGS = (
     "precision rule data tokenizer model mesh lr schedule optimizer weight-decay clip seed"
@@ -460,6 +460,35 @@ def test_low_bit_states_write_their_report(text, tmp_path):
     arms = ("Adam f32", "Adam int8-linear", "Adam int4,keep=embed", "lion first=int8@256")
     require_report(tmp_path, ("loss.png",), arms)
     assert "Bytes of optimizer state" in (tmp_path / "report.md").read_text() and "lion" in out
+
+
+def test_compressed_gradients_write_their_report(text, tmp_path):
+    out, _ = run("compress_gradients", *TINY, "--data", text, "--lr", "1e-3", "2e-3",
+                 "--compression", "none", "int8@64,min=0", "sign@64,momentum=0.9,min=0",
+                 "none every=2", "--mesh", "data=4", "--out", tmp_path, devices=4)  # fmt: skip
+    rows = [line.split("|") for line in out.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 4
+    shares = [float(row[6]) for row in rows]
+    assert shares[0] == 1 and shares[1] < 0.3 and shares[2] < 0.1 and shares[3] == 0.5
+    assert (tmp_path / "sent.png").exists() and "rates tried" in (
+        tmp_path / "report.md"
+    ).read_text()
+    (page,) = tmp_path.glob("sign*lr=0.001/seed0/manifest.json")
+    manifest = json.loads(page.read_text())
+    assert manifest["config"]["optimizer"] == "one-bit-adam"
+    assert manifest["precision"]["compression"] == "sign@64,momentum=0.9,warmup=2,min=0"
+
+
+def test_replicas_train_apart_and_resume(text, tmp_path):
+    common = [*SMALL, "--data", text, "--mesh", "data=4", "--compression", "int4@64,min=0",
+              "--diloco", "every=3", "--save-every", 4, "--schedule", "constant",
+              "--sample", 8]  # fmt: skip
+    for name, more in (("a", [8]), ("b", [4]), ("b", [8, "--resume", "latest"])):
+        run("train_lm", *common, "--out", tmp_path / name, "--steps", *more, devices=4)
+    losses = [[r["loss"] for r in read(tmp_path / name) if "loss" in r] for name in "ab"]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+    out, _ = run("generate", "--run", tmp_path / "a", "--tokens", 4)
+    assert out
 
 
 def test_the_recipes_write_their_report(text, tmp_path):

@@ -27,7 +27,7 @@ TRAINERS = (
     "train_lm", "sweep", "compare_precisions", "low_bit_weights", "low_bit_adam",
     "low_bit_products", "rnn_lm", "image_cnn", "finetune_classifier", "finetune_tagger",
     "pretrain_bert", "translate", "formats", "adversarial", "augment", "distil", "multitask",
-    "recommend", "stages", "anneal", "preflight",
+    "recommend", "stages", "anneal", "preflight", "compress_gradients",
 )  # fmt: skip
 
 

@@ -107,6 +107,21 @@ def machine() -> str:
     return f"{jax.device_count()} x {device.device_kind}, {os.cpu_count()} cores, XLA_FLAGS={flags}"
 
 
+def host_devices(mesh: str) -> None:
+    """Makes as many devices of a CPU as a mesh has, unless XLA_FLAGS says how many there are.
+
+    Call it before anything asks for devices; other platforms have what they have.
+
+    Args:
+      mesh: its text; `parse_mesh` says what is wrong with it.
+    """
+    if "xla_force_host_platform_device_count" in os.environ["XLA_FLAGS"]:
+        return
+    sizes = [part.partition("=")[2] for part in mesh.split(",")]
+    if all(size.isdigit() for size in sizes):
+        jax.config.update("jax_num_cpu_devices", max(1, math.prod(map(int, sizes))))
+
+
 def wide() -> Console:
     """Returns a console for tables; a pipe is taken to be wide enough for them."""
     console = Console()

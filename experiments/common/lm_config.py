@@ -30,6 +30,7 @@ OfPreset = Annotated[
 DEFAULT, JUDGE = "bf16", "fp32"  # the precisions of training and validation if none is given
 PRECISION = (
     "precision", "precision_schedule", "rule", "loss_scale", "update", "moments", "gradient_dtype",
+    "compression",
 )  # fmt: skip
 
 
@@ -54,6 +55,8 @@ class Config:
     """Storage of Adam's moments: bf16, int8@256, int4@128, fp8, first=bf16, int8,keep=**/embed."""
     gradient_dtype: OfPreset = None
     """Dtype in which weight gradients are summed over devices."""
+    compression: OfPreset = None
+    """Of gradients between replicas of the axis data: int8@256, sign, topk:0.01, powersgd:4."""
     eval_precision: str = JUDGE
     """Precision of validation: results are judged in float32 unless asked otherwise."""
 
@@ -71,11 +74,15 @@ class Config:
     """What differs from the named model."""
     mesh: str = ""
     """Devices by axis, such as data=2,fsdp=2,tensor=2; all devices on data by default."""
+    diloco: str = ""
+    """Replicas of the axis data train apart and meet: every=20,lr=0.7,momentum=0.9; what they send
+    of their weights is in the form of --compression. By default they exchange every gradient."""
     distributed: str = ""
-    """Several processes: `auto` (SLURM, Open MPI, TPU pods) or COORDINATOR:PORT,INDEX,COUNT."""
+    """Several processes: `auto` (SLURM, Open MPI, TPU pods) or COORDINATOR:PORT,INDEX,COUNT, with
+    ,wait=SECONDS where one comes later than 20 s."""
 
     optimizer: str = "adamw"
-    """`adamw`, `sgd`, `lion` or `adafactor`."""
+    """`adamw`, `sgd`, `lion`, `adafactor` or `one-bit-adam`."""
     lr: float = 1e-3
     """Peak learning rate."""
     schedule: str = "cosine"
@@ -136,7 +143,7 @@ class Config:
     """Tokens of the sample; 0 for none."""
 
     def _options(self) -> Settings:
-        names = ("loss_scale", "update", "moments", "gradient_dtype")
+        names = ("loss_scale", "update", "moments", "gradient_dtype", "compression")
         return {"rules": self.rule} | {name: getattr(self, name) for name in names}
 
     def named(self) -> str:

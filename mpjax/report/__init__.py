@@ -11,7 +11,7 @@ from mpjax.report.formats import (
 )
 from mpjax.report.heatmap import plot_heatmap
 from mpjax.report.html.page import html_report
-from mpjax.report.plots import plot_gradients, plot_loss, plot_loss_scale
+from mpjax.report.plots import plot_gradients, plot_loss, plot_loss_scale, plot_sent
 from mpjax.report.report import page_of_runs, write_report
 from mpjax.report.results import Outcome, gap, gaps, interval
 from mpjax.report.slices import length_slices, slice_cells, slice_gaps
@@ -36,6 +36,7 @@ __all__ = [
     "plot_heatmap",
     "plot_loss",
     "plot_loss_scale",
+    "plot_sent",
     "plot_number_lines",
     "plot_rounding",
     "plot_sqnr",

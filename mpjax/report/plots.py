@@ -111,6 +111,38 @@ def plot_loss_scale(outcomes: Sequence[Outcome]) -> Figure:
     return figure
 
 
+def plot_sent(outcomes: Sequence[Outcome], sent: Mapping[str, float]) -> Figure:
+    """Returns the validation loss of arms over what a replica sends in a step.
+
+    Args:
+      outcomes: arms; a bar reaches from the least to the greatest seed.
+      sent: label -> bytes.
+    """
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    check_outcomes(outcomes)
+    figure, (ax,) = _figure(9, 5)
+    for number, o in enumerate(outcomes):
+        losses = np.array(o.validation_loss)
+        losses = losses[np.isfinite(losses)]
+        if not losses.size:
+            continue
+        mean = losses.mean()
+        around = [[mean - losses.min()], [losses.max() - mean]]
+        ax.errorbar(
+            sent[o.label], mean, around, fmt="o", color=COLOURS[number % 10], capsize=3, ms=6,
+            label=o.label,
+        )  # fmt: skip
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(EngFormatter("B"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("sent by a replica in a step")
+    ax.set_ylabel("validation loss (nats/token)")
+    ax.legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def plot_gradients(
     gradients: Mapping[str, np.ndarray],
     formats: Sequence[str] = ("float16", "bfloat16", "e5m2", "e4m3"),
