@@ -200,7 +200,7 @@ def state_shardings(state: TrainState, axes: PyTree, mesh: Mesh) -> TrainState:
       The state with a NamedSharding in place of each leaf.
     """
 
-    if state.local is not None:
+    if getattr(state, "local", None) is not None:  # a state of one's own may have none
         rest = state_shardings(state._replace(local=None), axes, mesh)
         return rest._replace(local=_local_shardings(state, axes, mesh))
 

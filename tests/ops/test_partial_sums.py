@@ -64,7 +64,7 @@ def test_the_sums_have_the_dtype_of_what_they_become() -> None:
         return str(jax.make_jaxpr(jax.grad(loss))(params))
 
     # (parts, tokens, features) -> (tokens, features): out and down, gradients of five inputs
-    sums = re.compile(r":(\w+)\[64,32\] = reduce\[")
+    sums = re.compile(r":(\w+)\[64,32\] = reduce_sum\[axes=\(0,\)")
     assert sums.findall(program(model.sharded(ShardActivations(mesh)))) == ["bf16"] * 7
     assert not sums.findall(program(model))
 
