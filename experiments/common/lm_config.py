@@ -14,6 +14,7 @@ from common.command_line import imported
 from common.lm import Shape, shape_changes
 from mpjax.errors import ConfigError
 from mpjax.precision import Precision, PrecisionSchedule, get_precision, get_schedule
+from mpjax.precision.precision import OPTIONS
 from mpjax.typing import Settings
 
 # What a resumed run may change: how long, how it is watched, and on which devices.
@@ -28,10 +29,7 @@ OfPreset = Annotated[
 ]
 
 DEFAULT, JUDGE = "bf16", "fp32"  # the precisions of training and validation if none is given
-PRECISION = (
-    "precision", "precision_schedule", "rule", "loss_scale", "update", "moments", "gradient_dtype",
-    "compression",
-)  # fmt: skip
+PRECISION = ("precision", "precision_schedule", "rule", *OPTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +141,7 @@ class Config:
     """Tokens of the sample; 0 for none."""
 
     def _options(self) -> Settings:
-        names = ("loss_scale", "update", "moments", "gradient_dtype", "compression")
-        return {"rules": self.rule} | {name: getattr(self, name) for name in names}
+        return {"rules": self.rule} | {name: getattr(self, name) for name in OPTIONS}
 
     def named(self) -> str:
         """The precision of a run without a schedule, as it was given."""

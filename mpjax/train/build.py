@@ -24,7 +24,7 @@ from mpjax.train.diloco import (
 )
 from mpjax.train.gradients import check_combine
 from mpjax.train.local_state import LocalState
-from mpjax.train.replicas import ReplicaExchange
+from mpjax.train.replicas import DATA, ReplicaExchange
 from mpjax.train.room import require_room
 from mpjax.train.schedule.switch import make_switching_step
 from mpjax.train.schedule.switch_state import require_alike, whole_state
@@ -276,7 +276,7 @@ def _part(
         if outer is not None:
             assert mesh is not None
             own_state = state.params, state.opt_state, state.model_state
-            local = LocalState.first(*own_state, mesh.shape["data"])
+            local = LocalState.first(*own_state, mesh.shape[DATA])
             state = state._replace(opt_state=outer.init(state.params, seed), local=local)
         if exchange is None:
             return state

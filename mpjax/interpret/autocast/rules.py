@@ -16,6 +16,7 @@ from mpjax.errors import ConfigError
 from mpjax.interpret.core.location import unmatched
 from mpjax.precision import Precision, Recipe, get_precision
 from mpjax.precision.policy import dtype_name, parse_dtype
+from mpjax.precision.precision import OPTIONS
 from mpjax.precision.presets import parse_rule, parse_rules
 from mpjax.precision.rule import Rule, matches
 from mpjax.typing import DType, DTypeLike, Settings
@@ -153,8 +154,7 @@ def cast_rules(
             if dtype == jnp.float32:
                 own = tuple(_alone(*pair) for pair in zip(rules, own, strict=True))
     note, plain = "", Precision("plain", ())
-    names = ("loss_scale", "update", "moments", "gradient_dtype", "compression")
-    if left := [n for n in names if getattr(precision, n) != getattr(plain, n)]:
+    if left := [n for n in OPTIONS if getattr(precision, n) != getattr(plain, n)]:
         note = (
             f"autocast: Precision {precision.name!r} sets {' '.join(left)}, which the optimizer"
             " takes: mpjax.optim.wrap(optimizer, precision); autocast reads its rules alone"

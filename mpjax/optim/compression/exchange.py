@@ -135,8 +135,8 @@ class Exchange:
         Args:
           params: the weights as a device holds them, or their shapes.
         """
-        c, basis = self.compression, {}
-        sent = {n: x.shape for n, x in leaves_with_names(params) if n in self._chosen(params)}
+        c, basis, chosen = self.compression, {}, self._chosen(params)
+        sent = {n: x.shape for n, x in leaves_with_names(params) if n in chosen}
         if c.kind == "powersgd":
             for name, (layers, rows, columns) in self._shapes(params).items():
                 rank = min(c.rank, rows, columns)
