@@ -83,6 +83,9 @@ class Config(finetune.Tuning):
     """Weight of the relations of queries, keys and values."""
     top: int = 64
     """Classes of a stored answer, in the last arm of `lm`; 0 leaves the arm out."""
+    labelled: int = 0
+    """Texts of `classify` whose labels are known; 0: all. The teacher and the student alone learn
+    from these; students beside a teacher read all texts and no label, which wants `--hard 0`."""
     windows: int = 0
     """Windows of the training text of `lm`, each of the longest of --lengths; 0 takes as many as
     the steps read."""
@@ -136,7 +139,8 @@ class Course:
       task: of the labels.
       start: of the student.
       teacher: and its weights.
-      examples: of the training.
+      examples: of the training, beside a teacher.
+      labelled: of the training alone.
       vocabulary: ids of the tokenizer.
       judge: model -> what `run_arm` judges with.
       score: what is compared, of which more is better.
@@ -146,6 +150,7 @@ class Course:
     start: finetune.Beginning
     teacher: tuple[Any, Params]
     examples: Sequence[Example]
+    labelled: Sequence[Example]
     vocabulary: int
     judge: Callable[[Any], finetune.Judge]
     score: str
@@ -180,6 +185,8 @@ def trained(
 def classify(config: Config) -> Course:
     """A classifier of texts, with half of a fine-tuned one's layers."""
     train, test = load_labelled(config.data, sources=LABELLED)
+    if config.labelled > len(train):
+        raise ConfigError(f"labelled: {config.labelled}, the data has {len(train)} training texts")
     need("sklearn.metrics", "tasks", "metrics")
     task, longest = TextClassification(train.classes), max(config.lengths)
     start = finetune.Start(config, "class", len(train.classes), train.texts, "mean", train.classes)
@@ -197,12 +204,15 @@ def classify(config: Config) -> Course:
 
     half = Half(start, config.student_layers)
     whole, student = (one.model("fp32", pieces.vocab_size) for one in (start, half))
+    labelled = examples[: config.labelled or len(examples)]
+    if config.labelled:
+        examples = [{k: v for k, v in one.items() if k != "labels"} for one in examples]
     even_layers(student.config.layers, whole.config.layers)
     distilled(config, task, whole, {}).objective(student)  # before the teacher is trained
     finetune.check_arms(config, task, half, pieces.vocab_size)
     launch.writable(config.out)
-    teacher = trained(config, task, start, examples, pieces.vocab_size, judge(whole))
-    return Course(task, half, teacher, examples, pieces.vocab_size, judge, "accuracy")
+    teacher = trained(config, task, start, labelled, pieces.vocab_size, judge(whole))
+    return Course(task, half, teacher, examples, labelled, pieces.vocab_size, judge, "accuracy")
 
 
 def speak(config: Config) -> Course:
@@ -251,7 +261,7 @@ def speak(config: Config) -> Course:
     distilled(config, task, model, {}).objective(student.model("fp32", vocabulary))
     if teacher is None:
         teacher = trained(config, task, large, examples, vocabulary, judge(model))
-    return Course(task, student, teacher, examples, vocabulary, judge, "loss")
+    return Course(task, student, teacher, examples, examples, vocabulary, judge, "loss")
 
 
 def run(config: Config, course: Course) -> tuple[list[finetune_report.Arm], dict[str, float]]:
@@ -279,7 +289,7 @@ def run(config: Config, course: Course) -> tuple[list[finetune_report.Arm], dict
         weights: course.judge(model)(task.params)[0][course.score]
         for weights, task in teachers.items()
     }
-    arms = [arm(first, "alone", course.task)]
+    arms = [arm(first, "alone", course.task, course.labelled)]
     for weights, task in teachers.items():
         arms.append(arm(first, f"{first} of {weights}", task))
     live = teachers[config.teacher_weights[0]]
@@ -309,7 +319,9 @@ def main(config: Config) -> None:
     """Runs the comparison and writes its report."""
     finetune.check(config)
     launch.positive(config, "student_width", "temperature")
-    launch.not_negative(config, "student_layers", "soft", "hard", "hidden", "relations", "top")
+    launch.not_negative(
+        config, "student_layers", "soft", "hard", "hidden", "relations", "top", "labelled"
+    )
     launch.not_empty(config, "teacher_weights")
     launch.distinct(config, "teacher_weights")
     for weights in config.teacher_weights:
@@ -318,6 +330,13 @@ def main(config: Config) -> None:
         config, data=config.data or _DATA[config.task],
         checkpoint=config.checkpoint or _ASSETS[config.task],
     )  # fmt: skip
+    if config.labelled and config.task == "lm":
+        raise ConfigError(f"labelled: {config.labelled}, but every token of `lm` is its own label")
+    if config.labelled and config.hard:
+        raise ConfigError(
+            f"hard: {config.hard:g}, but of all but {config.labelled} texts no label is known; set"
+            " --hard 0 or leave out --labelled"
+        )
     begun = time.perf_counter()
     course = classify(config) if config.task == "classify" else speak(config)
     arms, teachers = run(config, course)
@@ -345,10 +364,10 @@ def main(config: Config) -> None:
         "tokens/s",
     )
     notes = [
-        f"{config.data}: {len(course.examples)} training examples, {config.steps} steps of"
-        f" {config.batch}, {config.seeds} seeds, temperature {config.temperature:g}, weights"
-        f" soft {config.soft:g}, hard {config.hard:g}, hidden {config.hidden:g}, relations"
-        f" {config.relations:g}; judged in {config.eval_precision}.",
+        f"{config.data}: {len(course.examples)} training examples, {len(course.labelled)} of them"
+        f" with labels, {config.steps} steps of {config.batch}, {config.seeds} seeds, temperature"
+        f" {config.temperature:g}, weights soft {config.soft:g}, hard {config.hard:g}, hidden"
+        f" {config.hidden:g}, relations {config.relations:g}; judged in {config.eval_precision}.",
         f"± is the 95 % interval over seeds, which are paired. Took"
         f" {time.perf_counter() - begun:.0f} s on {launch.machine()}.",
     ]

@@ -231,6 +231,8 @@ CASES = [
     ("unknown dtype", "train_lm", "--rule '**/mlp=fp33'", "rule", "'fp33'", "mean fp32"),
     ("unknown dtype", "train_lm", "--gradient-dtype int8", "gradient_dtype", "'int8'", "float32"),
     ("unknown dtype", "train_lm", "--gradient-dtype fp64", "float64", "JAX_ENABLE_X64=1"),
+    ("residuals", "train_lm", "--residuals e4m4", "residuals: ", "'e4m4'", "did you mean e4m3"),
+    ("residuals", "train_lm", "--residuals bf16@8", "bf16 has no blocks", "leave @8 out"),
     ("compression", "train_lm", "--compression int9", "compression: ", "'int9'", "int8@256"),
     ("compression", "train_lm", "--compression int8@12", "a block of 12", "write int8@8"),
     ("compression", "train_lm", "--compression topk", "'topk'", "topk:0.01"),

@@ -53,6 +53,7 @@ class Config:
     """Storage of Adam's moments: bf16, int8@256, int4@128, fp8, first=bf16, int8,keep=**/embed."""
     gradient_dtype: OfPreset = None
     """Dtype in which weight gradients are summed over devices."""
+    residuals: OfPreset = None
     compression: OfPreset = None
     """Of gradients between replicas of the axis data: int8@256, sign, topk:0.01, powersgd:4."""
     eval_precision: str = JUDGE

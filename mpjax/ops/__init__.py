@@ -10,12 +10,14 @@ from mpjax.ops.products.dot_general import Sums, dot_general
 from mpjax.ops.products.hadamard import hadamard
 from mpjax.ops.products.quantized_operand import how_it_runs
 from mpjax.ops.rotary import rotary
+from mpjax.ops.saved import Saved, from_saved, save
 from mpjax.ops.target import tracing_for
 
 __all__ = [
     "Combine",
     "KERNELS",
     "Split",
+    "Saved",
     "Sums",
     "attention",
     "can_split",
@@ -27,6 +29,7 @@ __all__ = [
     "Terms",
     "cross_entropy",
     "dot_general",
+    "from_saved",
     "group_norm",
     "hadamard",
     "kernel_for",
@@ -35,6 +38,7 @@ __all__ = [
     "look_up",
     "norm",
     "rotary",
+    "save",
     "scale_by",
     "shift_by",
     "rows_alike",

@@ -14,6 +14,7 @@ from mpjax.precision.policy import (
 from mpjax.precision.precision import UPDATE_RULES, Precision
 from mpjax.precision.presets import get_precision, parse_rule, preset_names, register_preset
 from mpjax.precision.recipe import Operand, Recipe, get_recipe, recipe_names, register_recipe
+from mpjax.precision.residuals import Residuals
 from mpjax.precision.rule import Rule, matches
 from mpjax.precision.schedule import (
     PrecisionSchedule,
@@ -34,6 +35,7 @@ __all__ = [
     "Precision",
     "PrecisionSchedule",
     "Recipe",
+    "Residuals",
     "Rule",
     "Triggers",
     "dtype_name",

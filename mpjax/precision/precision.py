@@ -21,10 +21,11 @@ from mpjax.precision.loss_scale import LossScaleSettings
 from mpjax.precision.moments import Moments
 from mpjax.precision.policy import dtype_name, is_fp8, parse_dtype
 from mpjax.precision.recipe import Recipe
+from mpjax.precision.residuals import Residuals
 from mpjax.precision.rule import Rule, matches, nearest, spellings
 from mpjax.typing import DTypeLike, Json, Settings
 
-OPTIONS = ("loss_scale", "update", "moments", "gradient_dtype", "compression")
+OPTIONS = ("loss_scale", "update", "moments", "gradient_dtype", "compression", "residuals")
 UPDATE_RULES = ("none", "master", "nearest", "stochastic", "kahan")
 
 
@@ -45,6 +46,7 @@ class Precision:
       gradient_dtype: dtype in which weight gradients leave their product and are summed over
         replicas.
       compression: what replicas of the mesh axis `data` send each other of their gradients.
+      residuals: how what the forward pass leaves for the backward pass is kept.
 
     Raises:
       ConfigError: values that cannot be read or do not fit each other.
@@ -65,6 +67,7 @@ class Precision:
     moments: Moments = Moments()
     gradient_dtype: DTypeLike = jnp.float32
     compression: Compression = Compression()
+    residuals: Residuals = Residuals()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -223,6 +226,7 @@ class Precision:
             "moments": str(self.moments),
             "gradient_dtype": dtype_name(self.gradient_dtype),
             "compression": str(self.compression),
+            "residuals": str(self.residuals),
         }
 
     def to_json(self) -> str:
@@ -288,5 +292,6 @@ def parse_options(values: Mapping[str, object]) -> Settings:
         "moments": _moments,
         "gradient_dtype": lambda v: parse_dtype(v, "gradient_dtype"),
         "compression": Compression.parse,
+        "residuals": Residuals.parse,
     }
     return {key: parse[key](values[key]) for key in OPTIONS if values.get(key) is not None}

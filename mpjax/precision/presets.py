@@ -16,6 +16,7 @@ from mpjax.precision.moments import MomentFormat, Moments
 from mpjax.precision.policy import is_dtype_name, parse_policy, policy_text
 from mpjax.precision.precision import OPTIONS, Precision, parse_options
 from mpjax.precision.recipe import Recipe, get_recipe, recipe_names
+from mpjax.precision.residuals import Residuals
 from mpjax.precision.rule import Rule
 from mpjax.typing import DTypeLike, Json, Settings
 
@@ -245,7 +246,8 @@ def _start(word: str) -> Settings:
 
 def _from_dict(data: dict[str, Json]) -> Settings:
     known = {"name", "rules", *OPTIONS}
-    data = {**data, "compression": data.get("compression", "none")}  # absent in older files
+    absent: dict[str, Json] = {"compression": "none", "residuals": "none"}  # from older files
+    data = absent | data
     if set(data) != known:
         odd = " ".join(sorted(set(data) ^ known))
         raise ConfigError(f"precision: JSON must have exactly {' '.join(sorted(known))}; see {odd}")
@@ -311,6 +313,7 @@ def get_precision(
     moments: DTypeLike | Moments | None = None,
     gradient_dtype: DTypeLike | None = None,
     compression: str | Compression | None = None,
+    residuals: str | Residuals | None = None,
 ) -> Precision:
     """Returns a Precision from a preset, a policy, a line of text, JSON or another Precision.
 
@@ -325,6 +328,7 @@ def get_precision(
       gradient_dtype: dtype of weight gradients as they are summed over replicas.
       compression: of gradients between replicas: `int8@256`, `sign`, `topk:0.01`, `powersgd:4` or
         another Compression.
+      residuals: of the forward pass for the backward pass: `e4m3`, `int8@64`, `bf16` or Residuals.
 
     Raises:
       ConfigError: what cannot be read, with the nearest that can.
@@ -334,7 +338,7 @@ def get_precision(
       >>> get_precision(p.to_text()) == p == get_precision(p.to_json())
       True
     """
-    values = loss_scale, update, moments, gradient_dtype, compression
+    values = loss_scale, update, moments, gradient_dtype, compression, residuals
     options = parse_options(dict(zip(OPTIONS, values, strict=True)))
     if isinstance(value, Precision):
         fields = dict(vars(value))

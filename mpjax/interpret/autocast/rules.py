@@ -153,6 +153,12 @@ def cast_rules(
             precision = Precision(name, (dataclasses.replace(rule, user=False),))
             if dtype == jnp.float32:
                 own = tuple(_alone(*pair) for pair in zip(rules, own, strict=True))
+    if precision.residuals:
+        raise ConfigError(
+            f"autocast: residuals={precision.residuals} is of modules that say what they keep for"
+            " their backward pass: of mpjax's models, or of yours by mpjax.ops.from_saved; take"
+            " residuals=none"
+        )
     note, plain = "", Precision("plain", ())
     if left := [n for n in OPTIONS if getattr(precision, n) != getattr(plain, n)]:
         note = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import linen as nn
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import as_array
-from mpjax.models.core.module import Context, Layer, part_key, parts_of, run_module, unsharded
+from mpjax.models.core.module import Context, Layer, part_key, parts_of, run_module, save, unsharded
 from mpjax.typing import Array, ArrayLike, Axes, Key, Params, Shard
 
 
@@ -31,8 +32,8 @@ class Linear(Layer):
     gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        inputs = x.shape[-1]
+    def __call__(self, x: Array | ops.Saved) -> Array:
+        inputs = (x.x if isinstance(x, ops.Saved) else x).shape[-1]
         init = nn.initializers.normal(self.gain * inputs**-0.5)
         kernel = self.weight("kernel", init, (inputs, self.features), self.axes)
         y = self.multiply(x, kernel, sums=self._sums(inputs))
@@ -72,10 +73,11 @@ class Norm(Layer):
         centre, bias = self.kind == "layer", None
         if self.bias and centre:
             bias = self.weight("bias", nn.initializers.zeros, width, (None,))
-        return ops.norm(
-            x, scale, bias, self.policy(), centre=centre, epsilon=self.epsilon,
+        norm = functools.partial(
+            ops.norm, policy=self.policy(), centre=centre, epsilon=self.epsilon,
             gradient_dtype=self.gradient_dtype,
         )  # fmt: skip
+        return ops.from_saved(norm, (save(self, x),), scale, bias)
 
 
 class Embed(Layer):

@@ -157,21 +157,26 @@ class Layer(nn.Module):
         return cast(Array, self.param(name, nn.with_partitioning(draw, axes)))  # it is unboxed
 
     def multiply(
-        self, x: Array, kernel: Array, product: Product = ops.linear, **more: Any
+        self, x: Array | ops.Saved, kernel: Array, product: Product = ops.linear, **more: Any
     ) -> Array:
         """Returns x W under this module's policy and recipe; delayed scaling threads its state.
 
         Args:
-          x: what is multiplied.
+          x: what is multiplied, and what is kept of it for the backward pass.
           kernel: the weight W.
           product: `ops.linear`, or what takes its arguments, such as `ops.convolution`.
           more: further arguments of it.
         """
         recipe, key, amax = quantization(self)
-        out = product(
-            x, kernel, self.policy(), gradient_dtype=self.gradient_dtype, recipe=recipe, key=key,
-            amax=amax, where=self.context.full(self.path), **more,
-        )  # fmt: skip
+
+        def multiplied(x: Array, kernel: Array, key: Key | None, amax: AmaxHistory | None) -> Any:
+            return product(
+                x, kernel, policy, gradient_dtype=self.gradient_dtype, recipe=recipe, key=key,
+                amax=amax, where=self.context.full(self.path), **more,
+            )  # fmt: skip
+
+        policy, saved = self.policy(), x if isinstance(x, ops.Saved) else ops.Saved(x)
+        out = ops.from_saved(multiplied, (saved,), kernel, key, amax)
         if isinstance(out, tuple):
             out, amax = out
             self.put_variable("amax", "kernel", amax)
@@ -187,7 +192,20 @@ class Layer(nn.Module):
         return self.context.precision.gradient_dtype
 
 
-# A function: a method of a Linen module would add its name to the names of operations.
+# Functions: a method of a Linen module would add its name to the names of operations.
+def save(layer: Layer, x: Array, product: str = "") -> ops.Saved:
+    """Returns x with what the Precision's `residuals` keep of it for the backward pass.
+
+    Args:
+      layer: that reads x.
+      x: an array.
+      product: name of the part of the layer that multiplies it, if one does.
+    """
+    recipe = layer.context.recipe((*layer.path, product)) if product else None
+    operand = None if recipe is None else recipe.fprop[0]
+    return ops.save(x, layer.context.precision.residuals, operand)
+
+
 def quantization(layer: Layer) -> tuple[Recipe | None, Key | None, AmaxHistory | None]:
     """Returns the recipe, the random key and the amax histories of a layer's product."""
     recipe = layer.context.recipe(layer.path)

@@ -19,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized, round_to
 from mpjax.formats.tiles import per_tile, sum_of
@@ -126,7 +127,7 @@ def input_moments(model: Decoder | Encoder, params: Params, batches: Iterable[Ba
             context: nn.module.InterceptorContext,
         ) -> object:  # fmt: skip
             if context.method_name == "multiply":
-                x = args[0]
+                x = args[0].x if isinstance(args[0], ops.Saved) else args[0]
                 if keep_BT is not None and x.shape[:2] == keep_BT.shape:  # not of whole texts
                     x = jnp.where(keep_BT[..., None], x, jnp.zeros((), x.dtype))
                 x_D = x.reshape(-1, x.shape[-1]).astype(jnp.float32)  # sums of tokens

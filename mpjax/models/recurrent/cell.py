@@ -16,9 +16,9 @@ from mpjax import ops
 from mpjax.formats import widest
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.models.core.layers import Linear
-from mpjax.models.core.module import Layer, quantization
+from mpjax.models.core.module import Layer, quantization, save
 from mpjax.models.recurrent.config import CELLS
-from mpjax.typing import Array
+from mpjax.typing import Array, Key
 
 State: TypeAlias = dict[str, Array]
 # (h, observed amax, time) -> h U, observed amax; the amax is None without delayed scaling.
@@ -45,12 +45,22 @@ class Hidden(Layer):
         policy, gradient_dtype = self.policy(), self.gradient_dtype
         recipe, key, amax = quantization(self)
         where = self.context.full(self.path)
+        residuals = self.context.precision.residuals
+        operand = None if recipe is None else recipe.fprop[0]
+
+        def multiplied(
+            h: Array, kernel: Array, key: Key | None, amax: AmaxHistory | None
+        ) -> Array | tuple[Array, AmaxHistory]:
+            return ops.linear(
+                h, kernel, policy, gradient_dtype=gradient_dtype, recipe=recipe, key=key, amax=amax,
+                where=where,
+            )  # fmt: skip
 
         def product(h: Array, observed: Array | None, t: Array) -> tuple[Array, Array | None]:
-            out = ops.linear(
-                h, kernel, policy, gradient_dtype=gradient_dtype, recipe=recipe, where=where,
-                key=None if key is None else jax.random.fold_in(key, t),
-                amax=AmaxHistory(*amax[:2], observed) if amax and observed is not None else None,
+            out = ops.from_saved(
+                multiplied, (ops.save(h, residuals, operand),), kernel,
+                None if key is None else jax.random.fold_in(key, t),
+                AmaxHistory(*amax[:2], observed) if amax and observed is not None else None,
             )  # fmt: skip
             return (out[0], out[1].observed_amax) if isinstance(out, tuple) else (out, None)
 
@@ -85,7 +95,8 @@ class Cell(Layer):
     ) -> tuple[Array, State]:
         T, B, D = x_TBD.shape
         gates = CELLS[self.kind] * D
-        inputs_TBG = Linear(self.context, gates, ("embed", "mlp"), bias=True, name="input")(x_TBD)
+        told = Linear(self.context, gates, ("embed", "mlp"), bias=True, name="input")
+        inputs_TBG = told(save(self, x_TBD, "input"))
         hidden = Hidden(self.context, gates, name="hidden")
         product, amax = hidden(D)
         policy, own = self.policy("state"), self.policy()

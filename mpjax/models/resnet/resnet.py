@@ -21,7 +21,7 @@ from mpjax.formats import weight_view
 from mpjax.formats.checks import as_array
 from mpjax.models.core.checks import below, field, targets_of
 from mpjax.models.core.layers import Linear
-from mpjax.models.core.module import At, Layer, run_module
+from mpjax.models.core.module import At, Layer, run_module, save
 from mpjax.models.core.network import Network
 from mpjax.models.core.sizes import FieldValue
 from mpjax.models.resnet.config import ResNetConfig, resnet_config
@@ -48,15 +48,16 @@ class Conv(Layer):
     gain: float = 1.0
 
     @nn.compact
-    def __call__(self, x_NHWC: Array) -> Array:
-        inputs, size = x_NHWC.shape[-1], self.size
+    def __call__(self, x_NHWC: Array | ops.Saved) -> Array:
+        saved = x_NHWC if isinstance(x_NHWC, ops.Saved) else save(self, x_NHWC)
+        inputs, size = saved.x.shape[-1], self.size
         init = nn.initializers.normal(self.gain * (2 / (size * size * inputs)) ** 0.5)
         axes = (None, None, "embed", "mlp")
         kernel = self.weight("kernel", init, (size, size, inputs, self.features), axes)
         # Gathered over fsdp: a sum over sharded input channels would reduce over whole images.
         kernel = self.context.shard(kernel, (None, None, None, "mlp"))
         strides = (self.stride, self.stride)
-        return self.multiply(x_NHWC, kernel, functools.partial(ops.convolution, strides=strides))
+        return self.multiply(saved, kernel, functools.partial(ops.convolution, strides=strides))
 
 
 class GroupNorm(Layer):
@@ -75,10 +76,11 @@ class GroupNorm(Layer):
         width = (x_NHWC.shape[-1],)
         scale = self.weight("scale", nn.initializers.ones, width, (None,))
         bias = self.weight("bias", nn.initializers.zeros, width, (None,))
-        return ops.group_norm(
-            x_NHWC, scale, bias, self.policy(), groups=self.groups, epsilon=self.epsilon,
+        norm = functools.partial(
+            ops.group_norm, policy=self.policy(), groups=self.groups, epsilon=self.epsilon,
             gradient_dtype=self.gradient_dtype,
         )  # fmt: skip
+        return ops.from_saved(norm, (save(self, x_NHWC),), scale, bias)
 
 
 def active(layer: Layer, config: ResNetConfig, name: str, x_NHWC: Array) -> Array:
@@ -105,11 +107,11 @@ class ResidualBlock(Layer):
     def __call__(self, x_NHWC: Array) -> Array:
         c, policy = self.config, self.policy("residual")
 
-        y = active(self, c, "norm1", x_NHWC)
+        told = save(self, active(self, c, "norm1", x_NHWC), "conv1")
         if self.stride != 1 or x_NHWC.shape[-1] != self.features:
             fit = Conv(self.context, self.features, 1, self.stride, 0.5**0.5, name="conv_shortcut")
-            x_NHWC = fit(y)
-        y = Conv(self.context, self.features, stride=self.stride, name="conv1")(y)
+            x_NHWC = fit(told)
+        y = Conv(self.context, self.features, stride=self.stride, name="conv1")(told)
         # The gain keeps the variance of the residual stream over the depth.
         last = Conv(self.context, self.features, gain=c.depth**-0.5, name="conv2")
         y = last(active(self, c, "norm2", y))

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from mpjax import ops
 from mpjax.models.core.layers import Linear, Norm
-from mpjax.models.core.module import Layer, parts_of, unsharded
+from mpjax.models.core.module import Layer, parts_of, save, unsharded
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.models.transformer.kv_cache import Cache, read, write
 from mpjax.typing import Array, Shard
@@ -117,18 +117,21 @@ class Attention(Layer):
         c = self.config
         source = context.source_BSD if self.across else x_BTD
 
-        def project(x: Array, name: str, heads: int, axis: str) -> Array:
+        def project(x: ops.Saved, name: str, heads: int, axis: str) -> Array:
             bias = c.bias or c.qkv_bias
             y = Linear(self.context, heads * c.per_head, ("embed", axis), bias, name=name)(x)
             self.keep(_PROJECTIONS[name], y)
-            return y.reshape(*x.shape[:2], heads, c.per_head)
+            return y.reshape(*y.shape[:2], heads, c.per_head)
 
-        q = None if x_BTD is None else project(x_BTD, "query", c.heads, "heads")
+        own = None if x_BTD is None else save(self, x_BTD, "query")
+        q = None if own is None else project(own, "query", c.heads, "heads")
         if source is None:
             k, v = read(cache[0]), read(cache[1])
         else:
-            k = project(source, "key", c.groups, "kv")
-            v = project(source, "value", c.groups, "kv")
+            # All layers share the array of the source; each would keep a narrow one of its own.
+            told = ops.Saved(source) if own is None or self.across else own
+            k = project(told, "key", c.groups, "kv")
+            v = project(told, "value", c.groups, "kv")
         if c.qk_norm and q is not None:
             q = Norm(self.context, "rms", False, c.epsilon, name="norm_query")(q)
         if c.qk_norm and source is not None:
@@ -145,19 +148,28 @@ class Attention(Layer):
         if cache and not self.across:
             cache = write(cache[0], k, context.first), write(cache[1], v, context.first)
             k, v = read(cache[0]), read(cache[1])
-        out = ops.attention(
-            q, k, v, self.policy(), self.policy("softmax"),
-            first=0 if self.across else context.first,
-            causal=self.causal and not self.across,
-            window=0 if self.across else c.window,
-            keep_BS=context.keep_source_BS if self.across else context.keep_BS,
-            segments_BT=None if self.across else context.segments_BT,
-            kernel=c.kernel, split=split_heads(self.context.shard, c.heads, c.groups),
+        policy, softmax = self.policy(), self.policy("softmax")
+
+        def attend(
+            q: Array, k: Array, v: Array, first: Array | int, keep: Array | None,
+            segments: Array | None,
+        ) -> Array:  # fmt: skip
+            return ops.attention(
+                q, k, v, policy, softmax, first=first, causal=self.causal and not self.across,
+                window=0 if self.across else c.window, keep_BS=keep, segments_BT=segments,
+                kernel=c.kernel, split=split_heads(self.context.shard, c.heads, c.groups),
+            )  # fmt: skip
+
+        out = ops.from_saved(
+            attend, tuple(save(self, x) for x in (q, k, v)),
+            0 if self.across else context.first,
+            context.keep_source_BS if self.across else context.keep_BS,
+            None if self.across else context.segments_BT,
         )  # fmt: skip
         gain = (2 * c.layers) ** -0.5  # keeps the variance of the residual stream over the depth
         out = out.reshape(*out.shape[:2], c.heads * c.per_head)
         project_out = Linear(self.context, c.width, ("heads", "embed"), c.bias, gain, name="out")
-        return project_out(out), cache
+        return project_out(save(self, out, "out")), cache
 
 
 class MLP(Layer):
@@ -168,17 +180,18 @@ class MLP(Layer):
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
         c = self.config
-        policy = self.policy("activation")
+        names = ("gate", "up") if c.activation == "swiglu" else ("up",)
+        policy, x = self.policy("activation"), save(self, x_BTD, names[0])
 
-        def widen(name: str) -> Array:
-            y = Linear(self.context, c.hidden, ("embed", "mlp"), c.bias, name=name)(x_BTD)
-            return y.astype(policy.compute_dtype)
+        def widen(name: str) -> ops.Saved:
+            y = Linear(self.context, c.hidden, ("embed", "mlp"), c.bias, name=name)(x)
+            return save(self, y.astype(policy.compute_dtype))
 
-        gated = c.activation == "swiglu"
-        hidden = activate(c.activation, widen("gate" if gated else "up"))
-        if gated:
-            hidden = hidden * widen("up")
-        hidden = hidden.astype(policy.output_dtype)
+        def activated(gate: Array, *up: Array) -> Array:
+            hidden = activate(c.activation, gate)
+            return (hidden * up[0] if up else hidden).astype(policy.output_dtype)
+
+        hidden = save(self, ops.from_saved(activated, tuple(map(widen, names))), "down")
         gain = (2 * c.layers) ** -0.5
         return Linear(self.context, c.width, ("mlp", "embed"), c.bias, gain, name="down")(hidden)
 
