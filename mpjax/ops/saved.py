@@ -20,6 +20,7 @@ from mpjax.formats.quantized import Quantized
 from mpjax.precision import Operand, Residuals
 from mpjax.typing import Array, PyTree
 
+_LEAST = 16  # numbers of a block; an axis that has no divisor from here on has one scale
 _Out = TypeVar("_Out")
 
 
@@ -67,13 +68,14 @@ def _after(x: Array, low: PyTree) -> Array:
 _after.defjvp(lambda primals, tangents: (lax.optimization_barrier(primals)[0], tangents[0]))
 
 
-def save(x: Array, residuals: Residuals, operand: Operand | None = None) -> Saved:
+def save(x: Array, residuals: Residuals, operand: Operand | None = None, parts: int = 1) -> Saved:
     """Returns an array and what is kept of it; as it is where that saves nothing.
 
     Args:
       x: the array.
       residuals: how it is kept.
       operand: how a product quantises it; where that takes 8 bits the same numbers are kept.
+      parts: into how many parts devices cut the last axis; no block lies across two.
 
     Example:
       >>> x = jnp.arange(4.0).reshape(1, 4) / 7
@@ -87,19 +89,21 @@ def save(x: Array, residuals: Residuals, operand: Operand | None = None) -> Save
             return Saved(x)
         low: Quantized | Array = lax.stop_gradient(x).astype(residuals.dtype)
     else:
-        low = _rounded(x, residuals, operand)
+        low = _rounded(x, residuals, operand, parts)
     # Behind a barrier XLA cannot take the narrow array and its way back for the array itself.
     low = lax.optimization_barrier(low)
     return Saved(_after(x, low), low)
 
 
-def _rounded(x: Array, residuals: Residuals, operand: Operand | None) -> Quantized:
+def _rounded(x: Array, residuals: Residuals, operand: Operand | None, parts: int) -> Quantized:
     of_product = operand is not None and Format(operand.format).bits == 8
     if operand is not None and of_product and operand.rounding == "nearest":
         return quantize(x, operand.format, operand.scaling, scale_rounding=operand.scales_rounded)
     assert residuals.block is not None
-    cut = x.shape[-1] > residuals.block and x.shape[-1] % residuals.block == 0
-    return quantize(x, residuals.name, f"block(1x{residuals.block})" if cut else "row")
+    size, most = x.shape[-1] // parts, residuals.block
+    block = next(n for n in range(min(size, most), 0, -1) if size % n == 0)
+    cut = block >= min(_LEAST, most) and block < x.shape[-1]
+    return quantize(x, residuals.name, f"block(1x{block})" if cut else "row")
 
 
 def from_saved(function: Callable[..., _Out], saved: tuple[Saved, ...], *others: PyTree) -> _Out:
@@ -146,8 +150,12 @@ def from_saved(function: Callable[..., _Out], saved: tuple[Saved, ...], *others:
         # Widened when the gradient is there, not before.
         arrays = [Saved(one.x, low) for one, low in zip(arrays, lows, strict=True)]
         read = [one.x if one.low is None else one.restored() for one in arrays]
-        _, pull = jax.vjp(called, *read, *others)
-        found = pull(cotangent)
+
+        def pulled(values: tuple[PyTree, ...], cotangent: PyTree) -> tuple[PyTree, ...]:
+            return jax.vjp(called, *values)[1](cotangent)
+
+        # A program of its own, inlined: else names of operations would begin with their path twice.
+        found = jax.jit(pulled, inline=True)((*read, *others), cotangent)
         return tuple(map(Saved, found[:count])), found[count:]
 
     run.defvjp(forward, backward)

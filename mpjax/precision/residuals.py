@@ -26,8 +26,9 @@ class Residuals:
     Args:
       name: `none` (as computed), a dtype (`bf16`, `f16`) or an 8-bit format (`e4m3`, `e5m2`,
         `int8`).
-      block: of 8-bit formats: numbers of the last axis that share a float32 scale, by default 128;
-        a shorter or indivisible axis has one.
+      block: of 8-bit formats: at most so many numbers of the last axis share a float32 scale, by
+        default 128: the largest divisor of the axis, of a device's part where a mesh cuts it, or
+        all of it where that is below 16.
 
     Raises:
       ConfigError: an unknown name or block.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import mpjax
+from mpjax.interpret.audit.collectives import place_of
 from mpjax.models import decoder, encoder, recurrent, resnet, seq2seq
 from mpjax.precision import get_precision
 from mpjax.tasks import TextClassification
@@ -191,3 +193,15 @@ def test_what_looks_into_a_step_reads_it() -> None:
     value = jax.jit(mpjax.monitor(loss))(params)
     assert value is not None
     assert mpjax.trace_nonfinite(jax.grad(loss), params) is None
+
+
+@pytest.mark.usefixtures("fast_compile")
+def test_operations_have_the_paths_that_they_have_without() -> None:
+    def paths(text: str) -> set[tuple[str, str]]:
+        model = decoder("tiny", get_precision("bf16", residuals=text), vocabulary=64, **SMALL)
+        params = model.init(jax.random.key(0))
+        program = jax.jit(jax.grad(lambda p: model.loss(p, TEXT)[0])).lower(params).compile()
+        names = re.findall(r'op_name="([^"]*dot_general[^"]*)"', program.as_text() or "")
+        return {place_of(name) for name in names}
+
+    assert paths("e4m3") == paths("none") and len(paths("none")) > 16

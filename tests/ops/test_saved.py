@@ -13,6 +13,7 @@ import pytest
 
 from mpjax import ops
 from mpjax.errors import ConfigError
+from mpjax.formats import Quantized
 from mpjax.ops import Saved, from_saved, save
 from mpjax.precision import Residuals, get_recipe, parse_policy
 
@@ -34,12 +35,20 @@ def rounded(x: Any, block: int) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize(("block", "used"), [(128, 128), (64, 64), (100, 256), (512, 256)])
+@pytest.mark.parametrize(("block", "used"), [(128, 128), (64, 64), (100, 64), (512, 256), (8, 8)])
 def test_blocks_are_those_of_ml_dtypes(block: int, used: int) -> None:
     x = X.astype(jnp.float32)
     saved = save(x, Residuals("e4m3", block))
     np.testing.assert_allclose(saved.restored(), rounded(X, used), rtol=3e-7)
     assert saved.low is not None and saved.low.values.dtype == jnp.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("size", "parts", "tile"), [(11008, 8, 86), (11008, 1, 128), (257, 1, 257), (2 * 127, 2, 127)]
+)
+def test_no_block_lies_on_two_devices(size: int, parts: int, tile: int) -> None:
+    low = save(jnp.ones((1, size)), E4M3, parts=parts).low
+    assert isinstance(low, Quantized) and low.tile[-1] == tile and size // parts % tile == 0
 
 
 def test_what_saves_nothing_is_kept_as_it_is() -> None:

@@ -193,17 +193,19 @@ class Layer(nn.Module):
 
 
 # Functions: a method of a Linen module would add its name to the names of operations.
-def save(layer: Layer, x: Array, product: str = "") -> ops.Saved:
+def save(layer: Layer, x: Array, product: str = "", axis: str | None = None) -> ops.Saved:
     """Returns x with what the Precision's `residuals` keep of it for the backward pass.
 
     Args:
       layer: that reads x.
       x: an array.
       product: name of the part of the layer that multiplies it, if one does.
+      axis: logical axis of its last dimension, where a mesh may cut that.
     """
     recipe = layer.context.recipe((*layer.path, product)) if product else None
     operand = None if recipe is None else recipe.fprop[0]
-    return ops.save(x, layer.context.precision.residuals, operand)
+    parts = parts_of(layer.context.shard, axis, x.shape[-1]) if axis else 1
+    return ops.save(x, layer.context.precision.residuals, operand, parts)
 
 
 def quantization(layer: Layer) -> tuple[Recipe | None, Key | None, AmaxHistory | None]:

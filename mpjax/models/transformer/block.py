@@ -169,7 +169,7 @@ class Attention(Layer):
         gain = (2 * c.layers) ** -0.5  # keeps the variance of the residual stream over the depth
         out = out.reshape(*out.shape[:2], c.heads * c.per_head)
         project_out = Linear(self.context, c.width, ("heads", "embed"), c.bias, gain, name="out")
-        return project_out(save(self, out, "out")), cache
+        return project_out(save(self, out, "out", "heads")), cache
 
 
 class MLP(Layer):
@@ -185,13 +185,13 @@ class MLP(Layer):
 
         def widen(name: str) -> ops.Saved:
             y = Linear(self.context, c.hidden, ("embed", "mlp"), c.bias, name=name)(x)
-            return save(self, y.astype(policy.compute_dtype))
+            return save(self, y.astype(policy.compute_dtype), axis="mlp")
 
         def activated(gate: Array, *up: Array) -> Array:
             hidden = activate(c.activation, gate)
             return (hidden * up[0] if up else hidden).astype(policy.output_dtype)
 
-        hidden = save(self, ops.from_saved(activated, tuple(map(widen, names))), "down")
+        hidden = save(self, ops.from_saved(activated, tuple(map(widen, names))), "down", "mlp")
         gain = (2 * c.layers) ** -0.5
         return Linear(self.context, c.width, ("mlp", "embed"), c.bias, gain, name="down")(hidden)
 
