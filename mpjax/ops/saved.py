@@ -68,7 +68,9 @@ def _after(x: Array, low: PyTree) -> Array:
 _after.defjvp(lambda primals, tangents: (lax.optimization_barrier(primals)[0], tangents[0]))
 
 
-def save(x: Array, residuals: Residuals, operand: Operand | None = None, parts: int = 1) -> Saved:
+def save_for_backward(
+    x: Array, residuals: Residuals, operand: Operand | None = None, parts: int = 1
+) -> Saved:
     """Returns an array and what is kept of it; as it is where that saves nothing.
 
     Args:
@@ -79,7 +81,7 @@ def save(x: Array, residuals: Residuals, operand: Operand | None = None, parts: 
 
     Example:
       >>> x = jnp.arange(4.0).reshape(1, 4) / 7
-      >>> save(x, Residuals.parse("e4m3")).restored().tolist()[0][1:]
+      >>> save_for_backward(x, Residuals.parse("e4m3")).restored().tolist()[0][1:]
       [0.1428571492433548, 0.2857142984867096, 0.4285714328289032]
     """
     if not residuals or not jnp.issubdtype(x.dtype, jnp.floating) or x.size == 0:

@@ -14,7 +14,7 @@ import pytest
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized
-from mpjax.ops import Saved, from_saved, save
+from mpjax.ops import Saved, from_saved, save_for_backward
 from mpjax.precision import Residuals, get_recipe, parse_policy
 
 E4M3 = Residuals("e4m3")
@@ -38,7 +38,7 @@ def rounded(x: Any, block: int) -> np.ndarray:
 @pytest.mark.parametrize(("block", "used"), [(128, 128), (64, 64), (100, 64), (512, 256), (8, 8)])
 def test_blocks_are_those_of_ml_dtypes(block: int, used: int) -> None:
     x = X.astype(jnp.float32)
-    saved = save(x, Residuals("e4m3", block))
+    saved = save_for_backward(x, Residuals("e4m3", block))
     np.testing.assert_allclose(saved.restored(), rounded(X, used), rtol=3e-7)
     assert saved.low is not None and saved.low.values.dtype == jnp.float8_e4m3fn
 
@@ -47,14 +47,14 @@ def test_blocks_are_those_of_ml_dtypes(block: int, used: int) -> None:
     ("size", "parts", "tile"), [(11008, 8, 86), (11008, 1, 128), (257, 1, 257), (2 * 127, 2, 127)]
 )
 def test_no_block_lies_on_two_devices(size: int, parts: int, tile: int) -> None:
-    low = save(jnp.ones((1, size)), E4M3, parts=parts).low
+    low = save_for_backward(jnp.ones((1, size)), E4M3, parts=parts).low
     assert isinstance(low, Quantized) and low.tile[-1] == tile and size // parts % tile == 0
 
 
 def test_what_saves_nothing_is_kept_as_it_is() -> None:
     for x, text in [(X, "none"), (X, "bf16"), (X, "f16"), (jnp.arange(3), "e4m3")]:
-        assert save(x, Residuals.parse(text)).low is None
-    assert save(W, Residuals("bf16")).restored().dtype == jnp.float32
+        assert save_for_backward(x, Residuals.parse(text)).low is None
+    assert save_for_backward(W, Residuals("bf16")).restored().dtype == jnp.float32
 
 
 def multiplied(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -64,10 +64,10 @@ def multiplied(x: jax.Array, w: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("text", ["bf16", "e4m3", "e5m2@64", "int8"])
 def test_a_product_reads_what_was_kept_and_its_result_does_not(text: str) -> None:
     x = X.astype(jnp.float32)
-    saved = save(x, Residuals.parse(text))
+    saved = save_for_backward(x, Residuals.parse(text))
 
     def by(x: jax.Array, w: jax.Array) -> jax.Array:
-        return from_saved(multiplied, (save(x, Residuals.parse(text)),), w)
+        return from_saved(multiplied, (save_for_backward(x, Residuals.parse(text)),), w)
 
     y, pull = jax.vjp(by, x, W)
     plain, plain_pull = jax.vjp(multiplied, x, W)
@@ -87,7 +87,7 @@ def test_a_norm_has_the_gradient_at_what_was_kept() -> None:
     norm = functools.partial(ops.norm, policy=F32, centre=False, epsilon=1e-5)
 
     def by(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return from_saved(norm, (save(x, E4M3),), scale, None)
+        return from_saved(norm, (save_for_backward(x, E4M3),), scale, None)
 
     scale = jnp.asarray(RNG.normal(size=256), jnp.float32)
     y, pull = jax.vjp(by, jnp.asarray(x, jnp.float32), scale)
@@ -111,10 +111,10 @@ def test_a_product_in_8_bits_keeps_the_numbers_that_it_multiplies(recipe: str) -
         return ops.linear(x, w, parse_policy("c=bf16"), recipe=chosen)
 
     def by(x: jax.Array, w: jax.Array) -> jax.Array:
-        return from_saved(product, (save(x, E4M3, chosen.fprop[0]),), w)
+        return from_saved(product, (save_for_backward(x, E4M3, chosen.fprop[0]),), w)
 
     def general(x: jax.Array, w: jax.Array) -> jax.Array:
-        return from_saved(product, (save(x, E4M3),), w)
+        return from_saved(product, (save_for_backward(x, E4M3),), w)
 
     x = jnp.asarray(RNG.normal(size=(128, 256)), jnp.bfloat16)
     dy = jnp.asarray(RNG.normal(size=(128, 32)), jnp.bfloat16)
@@ -129,7 +129,7 @@ def test_a_product_in_8_bits_keeps_the_numbers_that_it_multiplies(recipe: str) -
 @pytest.mark.parametrize("wanted", ["weights", "input"])
 def test_a_second_derivative_is_one_line(wanted: str) -> None:
     def total(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.sum(from_saved(lambda x, w: jnp.tanh(x @ w), (save(x, E4M3),), w))
+        return jnp.sum(from_saved(lambda x, w: jnp.tanh(x @ w), (save_for_backward(x, E4M3),), w))
 
     x, number = X.astype(jnp.float32), int(wanted == "weights")
     assert jnp.isfinite(jax.grad(total, number)(x, W)).all()
@@ -141,6 +141,6 @@ def test_a_number_among_the_arguments_stays_one() -> None:
     def f(x: jax.Array, first: int) -> jax.Array:
         return x * 2 if first == 0 else x  # a traced number could not be asked
 
-    out = jax.jit(jax.grad(lambda x: jnp.sum(from_saved(f, (save(x, E4M3),), 0))))(W)
+    out = jax.jit(jax.grad(lambda x: jnp.sum(from_saved(f, (save_for_backward(x, E4M3),), 0))))(W)
     assert float(out[0, 0]) == 2.0
     assert from_saved(f, (Saved(W),), 1) is W

@@ -12,7 +12,15 @@ from flax import linen as nn
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats.checks import as_array
-from mpjax.models.core.module import Context, Layer, part_key, parts_of, run_module, save, unsharded
+from mpjax.models.core.module import (
+    Context,
+    Layer,
+    part_key,
+    parts_of,
+    run_module,
+    save_input,
+    unsharded,
+)
 from mpjax.typing import Array, ArrayLike, Axes, Key, Params, Shard
 
 
@@ -77,7 +85,7 @@ class Norm(Layer):
             ops.norm, policy=self.policy(), centre=centre, epsilon=self.epsilon,
             gradient_dtype=self.gradient_dtype,
         )  # fmt: skip
-        return ops.from_saved(norm, (save(self, x),), scale, bias)
+        return ops.from_saved(norm, (save_input(self, x),), scale, bias)
 
 
 class Embed(Layer):

@@ -193,7 +193,7 @@ class Layer(nn.Module):
 
 
 # Functions: a method of a Linen module would add its name to the names of operations.
-def save(layer: Layer, x: Array, product: str = "", axis: str | None = None) -> ops.Saved:
+def save_input(layer: Layer, x: Array, product: str = "", axis: str | None = None) -> ops.Saved:
     """Returns x with what the Precision's `residuals` keep of it for the backward pass.
 
     Args:
@@ -205,7 +205,7 @@ def save(layer: Layer, x: Array, product: str = "", axis: str | None = None) -> 
     recipe = layer.context.recipe((*layer.path, product)) if product else None
     operand = None if recipe is None else recipe.fprop[0]
     parts = parts_of(layer.context.shard, axis, x.shape[-1]) if axis else 1
-    return ops.save(x, layer.context.precision.residuals, operand, parts)
+    return ops.save_for_backward(x, layer.context.precision.residuals, operand, parts)
 
 
 def quantization(layer: Layer) -> tuple[Recipe | None, Key | None, AmaxHistory | None]:

@@ -16,7 +16,7 @@ from mpjax import ops
 from mpjax.formats import widest
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.models.core.layers import Linear
-from mpjax.models.core.module import Layer, quantization, save
+from mpjax.models.core.module import Layer, quantization, save_input
 from mpjax.models.recurrent.config import CELLS
 from mpjax.typing import Array, Key
 
@@ -58,7 +58,7 @@ class Hidden(Layer):
 
         def product(h: Array, observed: Array | None, t: Array) -> tuple[Array, Array | None]:
             out = ops.from_saved(
-                multiplied, (ops.save(h, residuals, operand),), kernel,
+                multiplied, (ops.save_for_backward(h, residuals, operand),), kernel,
                 None if key is None else jax.random.fold_in(key, t),
                 AmaxHistory(*amax[:2], observed) if amax and observed is not None else None,
             )  # fmt: skip
@@ -96,7 +96,7 @@ class Cell(Layer):
         T, B, D = x_TBD.shape
         gates = CELLS[self.kind] * D
         told = Linear(self.context, gates, ("embed", "mlp"), bias=True, name="input")
-        inputs_TBG = told(save(self, x_TBD, "input"))
+        inputs_TBG = told(save_input(self, x_TBD, "input"))
         hidden = Hidden(self.context, gates, name="hidden")
         product, amax = hidden(D)
         policy, own = self.policy("state"), self.policy()

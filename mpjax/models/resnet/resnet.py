@@ -21,7 +21,7 @@ from mpjax.formats import weight_view
 from mpjax.formats.checks import as_array
 from mpjax.models.core.checks import below, field, targets_of
 from mpjax.models.core.layers import Linear
-from mpjax.models.core.module import At, Layer, run_module, save
+from mpjax.models.core.module import At, Layer, run_module, save_input
 from mpjax.models.core.network import Network
 from mpjax.models.core.sizes import FieldValue
 from mpjax.models.resnet.config import ResNetConfig, resnet_config
@@ -49,7 +49,7 @@ class Conv(Layer):
 
     @nn.compact
     def __call__(self, x_NHWC: Array | ops.Saved) -> Array:
-        saved = x_NHWC if isinstance(x_NHWC, ops.Saved) else save(self, x_NHWC)
+        saved = x_NHWC if isinstance(x_NHWC, ops.Saved) else save_input(self, x_NHWC)
         inputs, size = saved.x.shape[-1], self.size
         init = nn.initializers.normal(self.gain * (2 / (size * size * inputs)) ** 0.5)
         axes = (None, None, "embed", "mlp")
@@ -80,7 +80,7 @@ class GroupNorm(Layer):
             ops.group_norm, policy=self.policy(), groups=self.groups, epsilon=self.epsilon,
             gradient_dtype=self.gradient_dtype,
         )  # fmt: skip
-        return ops.from_saved(norm, (save(self, x_NHWC),), scale, bias)
+        return ops.from_saved(norm, (save_input(self, x_NHWC),), scale, bias)
 
 
 def active(layer: Layer, config: ResNetConfig, name: str, x_NHWC: Array) -> Array:
@@ -107,7 +107,7 @@ class ResidualBlock(Layer):
     def __call__(self, x_NHWC: Array) -> Array:
         c, policy = self.config, self.policy("residual")
 
-        told = save(self, active(self, c, "norm1", x_NHWC), "conv1")
+        told = save_input(self, active(self, c, "norm1", x_NHWC), "conv1")
         if self.stride != 1 or x_NHWC.shape[-1] != self.features:
             fit = Conv(self.context, self.features, 1, self.stride, 0.5**0.5, name="conv_shortcut")
             x_NHWC = fit(told)

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from mpjax import ops
 from mpjax.models.core.layers import Linear, Norm
-from mpjax.models.core.module import Layer, parts_of, save, unsharded
+from mpjax.models.core.module import Layer, parts_of, save_input, unsharded
 from mpjax.models.transformer.block_config import BlockConfig
 from mpjax.models.transformer.kv_cache import Cache, read, write
 from mpjax.typing import Array, Shard
@@ -123,7 +123,7 @@ class Attention(Layer):
             self.keep(_PROJECTIONS[name], y)
             return y.reshape(*y.shape[:2], heads, c.per_head)
 
-        own = None if x_BTD is None else save(self, x_BTD, "query")
+        own = None if x_BTD is None else save_input(self, x_BTD, "query")
         q = None if own is None else project(own, "query", c.heads, "heads")
         if source is None:
             k, v = read(cache[0]), read(cache[1])
@@ -161,7 +161,7 @@ class Attention(Layer):
             )  # fmt: skip
 
         out = ops.from_saved(
-            attend, tuple(save(self, x) for x in (q, k, v)),
+            attend, tuple(save_input(self, x) for x in (q, k, v)),
             0 if self.across else context.first,
             context.keep_source_BS if self.across else context.keep_BS,
             None if self.across else context.segments_BT,
@@ -169,7 +169,7 @@ class Attention(Layer):
         gain = (2 * c.layers) ** -0.5  # keeps the variance of the residual stream over the depth
         out = out.reshape(*out.shape[:2], c.heads * c.per_head)
         project_out = Linear(self.context, c.width, ("heads", "embed"), c.bias, gain, name="out")
-        return project_out(save(self, out, "out", "heads")), cache
+        return project_out(save_input(self, out, "out", "heads")), cache
 
 
 class MLP(Layer):
@@ -181,17 +181,19 @@ class MLP(Layer):
     def __call__(self, x_BTD: Array) -> Array:
         c = self.config
         names = ("gate", "up") if c.activation == "swiglu" else ("up",)
-        policy, x = self.policy("activation"), save(self, x_BTD, names[0])
+        policy, x = self.policy("activation"), save_input(self, x_BTD, names[0])
 
         def widen(name: str) -> ops.Saved:
             y = Linear(self.context, c.hidden, ("embed", "mlp"), c.bias, name=name)(x)
-            return save(self, y.astype(policy.compute_dtype), axis="mlp")
+            return save_input(self, y.astype(policy.compute_dtype), axis="mlp")
 
         def activated(gate: Array, *up: Array) -> Array:
             hidden = activate(c.activation, gate)
             return (hidden * up[0] if up else hidden).astype(policy.output_dtype)
 
-        hidden = save(self, ops.from_saved(activated, tuple(map(widen, names))), "down", "mlp")
+        hidden = save_input(
+            self, ops.from_saved(activated, tuple(map(widen, names))), "down", "mlp"
+        )
         gain = (2 * c.layers) ** -0.5
         return Linear(self.context, c.width, ("mlp", "embed"), c.bias, gain, name="down")(hidden)
 
