@@ -101,6 +101,7 @@ evidence: $(INSTALLED_DEV)  ## measure the README's figures again, nine hours; p
 	$(PY) -m benchmarks.quality.multitask
 	$(PY) -m benchmarks.quality.distil
 	$(PY) -m benchmarks.quality.compress
+	$(PY) -m benchmarks.quality.residuals
 	$(PY) -m benchmarks.tools.preflight
 	$(PY) -m benchmarks.numerics.methods
 	$(PY) -m benchmarks.quality.finetune
