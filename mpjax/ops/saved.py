@@ -109,7 +109,7 @@ def _rounded(x: Array, residuals: Residuals, operand: Operand | None, parts: int
 
 
 def from_saved(function: Callable[..., _Out], saved: tuple[Saved, ...], *others: PyTree) -> _Out:
-    """Returns function(*arrays, *others); its backward pass is that at what was kept.
+    """Calls `function(*arrays, *others)`, whose backward pass reads what was kept of the arrays.
 
     Nothing that the function computes is kept, so what its backward pass needs is computed again.
 
