@@ -28,7 +28,7 @@ from mpjax.report import interval
 
 OUT = ROOT / "runs" / "evidence" / "distil"
 SETTINGS = {
-    "classify": "--lengths 32 --batch 16 --steps 248 --lr 1e-4 --temperature 2 --hidden 1 --hard 0"
+    "classify": "--lengths 64 --batch 16 --steps 248 --lr 1e-4 --temperature 2 --hidden 1 --hard 0"
     " --labelled 500 --precision fp32 bf16 fp16 --teacher-weights f32 int8 int4@32",
     "lm": "--task lm --lengths 128 --batch 4 --steps 300 --layers 4 --heads 4 --student-width 256"
     " --lr 2e-3 --precision fp32 --teacher-weights f32",
