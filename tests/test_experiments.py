@@ -710,7 +710,18 @@ def test_a_student_is_compared_alone_and_distilled(tmp_path):
     run("distil", *args, "--hidden", 1, "--relations", 1, "--out", out_folder)
     require_report(out_folder, ("loss.png",), ("alone", "fp32 of int8"))
     assert "| teacher, int8 |" in (out_folder / "report.md").read_text()
+    few = tmp_path / "few"
+    run("distil", *args, "--labelled", 20, "--hard", 0, "--out", few)
+    require_report(few, ("loss.png",), ("alone", "fp32 of int8"))
+    assert ", 20 of them with labels, " in (few / "report.md").read_text()
     for bad, message in (
+        (
+            ["--labelled", "20"],
+            "error: hard: 1, but of all but 20 texts no label is known; set --h",
+        ),
+        (["--labelled", "999", "--hard", "0"], "error: labelled: 999, the data has"),
+        (["--labelled", "9", "--task", "lm"], "error: labelled: 9, but every token of `lm` is"),
+        (["--labelled", "-1"], "error: labelled: -1"),
         (["--teacher-weights", "int9"], "error: teacher_weights: 'int9'"),
         (["--temperature", "0"], "error: temperature: 0"),
         (["--student-layers", "7"], "error: distillation: the student has 7 layers, the teacher 1"),
