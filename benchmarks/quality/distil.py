@@ -93,6 +93,7 @@ def main() -> bool:
     for name in chosen:
         report = OUT / name / "report.md"
         if not report.exists():
+            met.append(False)
             continue
         found = json.loads((OUT / name / "results.json").read_text())
         rows = {"classify": classify, "lm": lm}[name](found["arms"], found["baselines"])
@@ -101,7 +102,7 @@ def main() -> bool:
         bars = table(["what", "found", "bar", ""], rows)
         write(f"distil_{name}", TITLES[name], "\n\n".join([bars, line, text]))
         met += [row[-1] == "met" for row in rows]
-    return bool(met) and all(met)
+    return all(met)
 
 
 if __name__ == "__main__":

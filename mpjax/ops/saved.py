@@ -98,8 +98,7 @@ def save_for_backward(
 
 
 def _rounded(x: Array, residuals: Residuals, operand: Operand | None, parts: int) -> Quantized:
-    of_product = operand is not None and Format(operand.format).bits == 8
-    if operand is not None and of_product and operand.rounding == "nearest":
+    if operand and operand.rounding == "nearest" and Format(operand.format).bits == 8:
         return quantize(x, operand.format, operand.scaling, scale_rounding=operand.scales_rounded)
     assert residuals.block is not None
     size, most = x.shape[-1] // parts, residuals.block

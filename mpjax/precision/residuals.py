@@ -21,7 +21,7 @@ _HELP = "write none, bf16, f16, e4m3, e5m2 or int8, the last three with a block 
 class Residuals:
     """How what the forward pass leaves for the backward pass is kept.
 
-    The forward pass is the same, bit for bit; gradients are those at the rounded numbers.
+    The forward pass reads the numbers as computed; gradients are those at the rounded ones.
 
     Args:
       name: `none` (as computed), a dtype (`bf16`, `f16`) or an 8-bit format (`e4m3`, `e5m2`,
