@@ -98,7 +98,8 @@ def save_for_backward(
 
 
 def _rounded(x: Array, residuals: Residuals, operand: Operand | None, parts: int) -> Quantized:
-    if operand and operand.rounding == "nearest" and Format(operand.format).bits == 8:
+    own = Format(operand.format) if operand and operand.rounding == "nearest" else None
+    if operand and own and own.bits == 8 and own.dtype is not None:  # else it would lie in float32
         return quantize(x, operand.format, operand.scaling, scale_rounding=operand.scales_rounded)
     assert residuals.block is not None
     size, most = x.shape[-1] // parts, residuals.block

@@ -15,7 +15,7 @@ from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized
 from mpjax.ops import Saved, from_saved, save_for_backward
-from mpjax.precision import Residuals, get_recipe, parse_policy
+from mpjax.precision import Operand, Residuals, get_recipe, parse_policy
 
 E4M3 = Residuals("e4m3")
 RNG = np.random.default_rng(0)
@@ -49,6 +49,11 @@ def test_blocks_are_those_of_ml_dtypes(block: int, used: int) -> None:
 def test_no_block_lies_on_two_devices(size: int, parts: int, tile: int) -> None:
     low = save_for_backward(jnp.ones((1, size)), E4M3, parts=parts).low
     assert isinstance(low, Quantized) and low.tile[-1] == tile and size // parts % tile == 0
+
+
+def test_a_format_that_no_dtype_holds_is_not_kept_in_32_bits() -> None:
+    low = save_for_backward(X, E4M3, Operand("q4.4", "none")).low
+    assert isinstance(low, Quantized) and low.values.dtype.itemsize == 1
 
 
 def test_what_saves_nothing_is_kept_as_it_is() -> None:
