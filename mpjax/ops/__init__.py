@@ -10,7 +10,7 @@ from mpjax.ops.products.dot_general import Sums, dot_general
 from mpjax.ops.products.hadamard import hadamard
 from mpjax.ops.products.quantized_operand import how_it_runs
 from mpjax.ops.rotary import rotary
-from mpjax.ops.saved import Saved, from_saved, save_for_backward
+from mpjax.ops.saved import Saved, from_saved, known_scales, save_for_backward
 from mpjax.ops.target import tracing_for
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "cross_entropy",
     "dot_general",
     "from_saved",
+    "known_scales",
     "group_norm",
     "hadamard",
     "kernel_for",

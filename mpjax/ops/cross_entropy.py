@@ -162,8 +162,12 @@ def cross_entropy(
     parts = jax.tree.map(cut, (x_BTD, targets_BT, weights_BT))
     wide = widest(summed, jnp.float32)  # a bfloat16 sum of equal chunks stops growing at 256
 
+    # A loop is no place where a compiler could merge the two passes; the barrier against that would
+    # hold all that the body is given, read or not.
+    again = jax.checkpoint(total, prevent_cse=False)
+
     def body(total_loss: Array, part: tuple[Array, Array, Array | None]) -> tuple[Array, None]:
-        return total_loss + jax.checkpoint(total)(*part).astype(wide), None
+        return total_loss + again(*part).astype(wide), None
 
     whole = jax.lax.scan(body, jnp.zeros((), wide), parts)[0].astype(summed)
     return (whole / count).astype(policy.output_dtype)

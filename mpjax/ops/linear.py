@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from mpjax.formats import widest
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops.products.dot import add_parts, dot
-from mpjax.ops.products.dot_general import Dot, ProductSpec, Sums, product
+from mpjax.ops.products.dot_general import Dot, ProductSpec, Scales, Sums, product
 from mpjax.precision import Recipe, sum_dtype
 from mpjax.typing import DType, DTypeLike, Key
 
@@ -79,6 +79,7 @@ def linear(
     amax: AmaxHistory | None = None,
     where: str = "linear",
     sums: Sums | None = None,
+    scales: Scales = (None, None),
 ) -> Any:
     r"""Multiplies by a matrix under a policy, $y = x W$.
 
@@ -98,6 +99,7 @@ def linear(
       amax: state of delayed scaling.
       where: path of the module, for errors.
       sums: how devices hold the terms of sums under a recipe; None on one device.
+      scales: of x and the kernel, numbers, where tensors are scaled as a whole and they are known.
 
     Returns:
       (..., F) in the output dtype; with delayed scaling `(y, amax)`.
@@ -118,7 +120,7 @@ def linear(
         dtypes = jnp.dtype(policy.compute_dtype), jnp.dtype(policy.output_dtype)
         sums = sums and sums._replace(dtypes=dtypes[::-1])
         y_NF, amax = product(
-            x_ND, kernel, ProductSpec(Dot(dims, sums), recipe, *dtypes, where), key, amax
+            x_ND, kernel, ProductSpec(Dot(dims, sums), recipe, *dtypes, where), key, amax, scales
         )
     y = y_NF.reshape(*x.shape[:-1], y_NF.shape[-1])
     return y if amax is None else (y, amax)

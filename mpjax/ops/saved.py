@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax.errors import ConfigError
-from mpjax.formats import Format, quantize
+from mpjax.formats import Format, Scaling, quantize
+from mpjax.formats.quantize import find_scales
 from mpjax.formats.quantized import Quantized
-from mpjax.precision import Operand, Residuals
-from mpjax.typing import Array, PyTree
+from mpjax.precision import Operand, Recipe, Residuals
+from mpjax.typing import Array, DTypeLike, PyTree
 
 _LEAST = 16  # numbers of a block; an axis that has no divisor from here on has one scale
 _Out = TypeVar("_Out")
@@ -108,6 +109,42 @@ def _rounded(x: Array, residuals: Residuals, operand: Operand | None, parts: int
     return quantize(x, residuals.name, f"block(1x{block})" if cut else "row")
 
 
+def known_scales(
+    saved: Saved, kernel: Array, recipe: Recipe | None, dtype: DTypeLike
+) -> tuple[Array | None, Array | None]:
+    """Returns the scales of two operands that the backward pass of a product must not find again.
+
+    It could: they are those of what was kept. But several devices would ask each other for them
+    once more, and a compiler that puts such questions together lets the first ones wait for the
+    last, and all that they are about with them.
+
+    Args:
+      saved: the left operand and what was kept of it.
+      kernel: the right one.
+      recipe: of the product.
+      dtype: in which it multiplies.
+
+    Returns:
+      A number for each that is scaled as a whole, alike in both passes; else None.
+    """
+    if recipe is None or recipe.history or saved.low is None:
+        return None, None
+
+    def scale(x: Array, first: Operand | None, again: Operand | None) -> Array | None:
+        if first is None or again is None or (first.scaling, again.scaling) != ("tensor",) * 2:
+            return None
+        if (first.format, first.scales_rounded) != (again.format, again.scales_rounded):
+            return None
+        format, scaling = Format(first.format), Scaling.parse(first.scaling)
+        still = lax.stop_gradient(x)
+        return find_scales(still, format, scaling, x.shape, first.scales_rounded)[0].reshape(())
+
+    x, first = saved.x.astype(dtype), recipe.fprop[0]
+    own = isinstance(saved.low, Quantized) and first and saved.low.format == Format(first.format)
+    left = scale(x, first, recipe.wgrad[0]) if own and not recipe.hadamard else None
+    return left, scale(kernel, recipe.fprop[1], recipe.dgrad[1])
+
+
 def from_saved(function: Callable[..., _Out], saved: tuple[Saved, ...], *others: PyTree) -> _Out:
     """Calls `function(*arrays, *others)`, whose backward pass reads what was kept of the arrays.
 
@@ -148,8 +185,11 @@ def from_saved(function: Callable[..., _Out], saved: tuple[Saved, ...], *others:
 
     def backward(residuals: PyTree, cotangent: PyTree) -> tuple[PyTree, PyTree]:
         (arrays, others), cotangent = _once((residuals, cotangent))
-        lows, cotangent = lax.optimization_barrier(([one.low for one in arrays], cotangent))
-        # Widened when the gradient is there, not before.
+        # Widened when the gradient is there, not before; and weights that lie cut over devices are
+        # gathered again, as `jax.checkpoint` does, not held from the forward pass on.
+        lows, others, cotangent = lax.optimization_barrier(
+            ([one.low for one in arrays], others, cotangent)
+        )
         arrays = [Saved(one.x, low) for one, low in zip(arrays, lows, strict=True)]
         read = [one.x if one.low is None else one.restored() for one in arrays]
 

@@ -12,10 +12,12 @@ import optax
 import pytest
 
 import mpjax
-from mpjax.interpret.audit.collectives import place_of
+from mpjax import ops
+from mpjax.interpret.audit.collectives import collectives, place_of
 from mpjax.models import decoder, encoder, recurrent, resnet, seq2seq
 from mpjax.precision import get_precision
 from mpjax.tasks import TextClassification
+from mpjax.train import parse_mesh
 
 RNG = np.random.default_rng(0)
 
@@ -205,3 +207,23 @@ def test_operations_have_the_paths_that_they_have_without() -> None:
         return {place_of(name) for name in names}
 
     assert paths("e4m3") == paths("none") and len(paths("none")) > 16
+
+
+@pytest.mark.usefixtures("fast_compile")
+def test_devices_ask_each_other_for_no_more_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was kept has its scale; a compiler that puts questions together waits for the last."""
+    mesh = parse_mesh("fsdp=8")
+    rows = {k: jnp.tile(x, (2, 1)) for k, x in TEXT.items()}
+
+    def asked(text: str) -> int:
+        chosen = get_precision("fp8", residuals=text)
+        model = decoder("tiny", chosen, vocabulary=64, context=16, **SMALL)
+        state, step = mpjax.train.build(model, optax.sgd(1e-2), mesh)
+        program = step.compiled.lower(state, rows).compile()
+        sent = collectives(program.as_text() or "", dict(mesh.shape))
+        return sum(one.elements * one.times for one in sent if one.dtype[:4] == "uint")
+
+    without = asked("none")
+    assert 0 < asked("e4m3") <= without
+    monkeypatch.setattr(ops, "known_scales", lambda *_: (None, None))
+    assert asked("e4m3") > without  # the control

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -86,7 +87,8 @@ def test_the_control_sends_the_head_in_each_turn(monkeypatch: pytest.MonkeyPatch
         lambda self, p, x, parts, key: (x, lambda x: self._unembed(p, x, key)),
     )  # fmt: skip
     sent = in_loops(compiled(model, mesh, read)[2])
-    assert {one.elements for one in sent} >= {16 * 64} and {one.times for one in sent} == {T // 4}
+    # alone, or put together with the bias
+    assert max(one.elements for one in sent) >= 16 * 64 and {one.times for one in sent} == {T // 4}
 
 
 def test_chunks_are_of_what_one_device_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,3 +119,16 @@ def test_a_step_of_any_precision_runs(precision: str) -> None:
     read = {k: x for k, x in batch().items() if k != "source"}
     state, metrics = step(jax.device_put(state, shardings), read)
     assert np.isfinite(float(metrics["loss"])) and int(state.step) == 1
+
+
+def test_the_head_lies_before_the_loop_in_the_dtype_in_which_it_is_used() -> None:
+    """Widened there, for the dtype of its gradients, it would take twice the memory."""
+    mesh, model = parse_mesh("fsdp=8"), decoder(
+        "tiny", get_precision("bf16"), heads=2, tied=False, **SMALL
+    )  # fmt: skip
+    read = {k: x for k, x in batch().items() if k != "source"}
+    loss = jax.jit(loss_of(model.sharded(ShardActivations(mesh))))
+    program = loss.lower(model.init(jax.random.key(0)), read).compile().as_text() or ""
+    loops = [line for line in program.splitlines() if " while(" in line and "16,64]" in line]
+    assert len(loops) == 1 and re.search(r"\bbf16\[(1,)?16,64\]", loops[0])
+    assert not re.search(r"\bf32\[(1,)?16,64\]", loops[0])

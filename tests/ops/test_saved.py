@@ -14,7 +14,7 @@ import pytest
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized
-from mpjax.ops import Saved, from_saved, save_for_backward
+from mpjax.ops import Saved, from_saved, known_scales, save_for_backward
 from mpjax.precision import Operand, Residuals, get_recipe, parse_policy
 
 E4M3 = Residuals("e4m3")
@@ -149,3 +149,42 @@ def test_a_number_among_the_arguments_stays_one() -> None:
     out = jax.jit(jax.grad(lambda x: jnp.sum(from_saved(f, (save_for_backward(x, E4M3),), 0))))(W)
     assert float(out[0, 0]) == 2.0
     assert from_saved(f, (Saved(W),), 1) is W
+
+
+@pytest.mark.parametrize(
+    ("recipe", "left", "right"),
+    [("fp8", True, True), ("fp8-delayed", False, False), ("int8", False, False),
+     ("mxfp8", False, False), ("fp8-block", False, False), (None, False, False)],
+)  # fmt: skip
+def test_scales_are_known_where_both_passes_share_them(
+    recipe: str | None, left: bool, right: bool
+) -> None:
+    chosen = None if recipe is None else get_recipe(recipe)
+    saved = save_for_backward(X, E4M3, chosen.fprop[0] if chosen else None)
+    x, w = known_scales(saved, W, chosen, jnp.bfloat16)
+    assert (x is not None, w is not None) == (left, right)
+    assert known_scales(Saved(X), W, chosen, jnp.bfloat16) == (None, None)  # nothing is kept
+    if chosen is not None and x is not None and w is not None:
+        for scale, of in ((x, X), (w, W)):
+            want = np.abs(np.asarray(of, np.float32)).max() / np.float32(448)
+            np.testing.assert_allclose(float(scale), want, rtol=1e-6)
+        other = save_for_backward(X, Residuals("e5m2"))  # not the numbers that are multiplied
+        assert known_scales(other, W, chosen, jnp.bfloat16)[0] is None
+
+
+def test_a_known_scale_changes_no_bit() -> None:
+    chosen = get_recipe("fp8")
+    saved = save_for_backward(X, E4M3, chosen.fprop[0])
+    scales = known_scales(saved, W, chosen, jnp.bfloat16)
+
+    def found(scales: Any) -> list[np.ndarray]:
+        def product(x: jax.Array, w: jax.Array) -> jax.Array:
+            return ops.linear(x, w, parse_policy("c=bf16"), recipe=chosen, scales=scales)
+
+        y, pull = jax.vjp(product, X, W)
+        return [np.asarray(v, np.float32) for v in (y, *pull(DY.astype(y.dtype)))]
+
+    for ours, want in zip(found(scales), found((None, None)), strict=True):
+        np.testing.assert_array_equal(ours, want)
+    larger = found(tuple(3 * s for s in scales if s is not None))
+    assert all((a != b).any() for a, b in zip(larger, found(scales), strict=True))  # they are read

@@ -168,15 +168,18 @@ class Layer(nn.Module):
           more: further arguments of it.
         """
         recipe, key, amax = quantization(self)
+        policy, saved = self.policy(), x if isinstance(x, ops.Saved) else ops.Saved(x)
+        scales = ops.known_scales(saved, kernel, recipe, policy.compute_dtype)
 
-        def multiplied(x: Array, kernel: Array, key: Key | None, amax: AmaxHistory | None) -> Any:
+        def multiplied(
+            x: Array, kernel: Array, key: Key | None, amax: AmaxHistory | None, scales: PyTree
+        ) -> Any:
             return product(
                 x, kernel, policy, gradient_dtype=self.gradient_dtype, recipe=recipe, key=key,
-                amax=amax, where=self.context.full(self.path), **more,
+                amax=amax, where=self.context.full(self.path), scales=scales, **more,
             )  # fmt: skip
 
-        policy, saved = self.policy(), x if isinstance(x, ops.Saved) else ops.Saved(x)
-        out = ops.from_saved(multiplied, (saved,), kernel, key, amax)
+        out = ops.from_saved(multiplied, (saved,), kernel, key, amax, scales)
         if isinstance(out, tuple):
             out, amax = out
             self.put_variable("amax", "kernel", amax)

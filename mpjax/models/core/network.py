@@ -253,10 +253,10 @@ class NextToken(Network):
         summed = jnp.dtype(self.precision.gradient_dtype)
         specs = tuple(Spread(parts, compute, summed, one, self.shard) for one in axes)
         x, copies = spread(x, tuple(weights), specs)
-        each = {name: jax.tree.unflatten(form, copies)}
 
         def unembed(x: Array) -> Array:
             rows = x.reshape(parts, -1, *x.shape[1:])
+            each = {name: jax.tree.unflatten(form, [one.read() for one in copies])}
             logits = jax.vmap(lambda p, x: self._unembed(p, x, key))(each, rows)
             return logits.reshape(*x.shape[:-1], -1)
 

@@ -13,6 +13,31 @@ from mpjax.ops.products.dot import add_parts
 from mpjax.typing import Array, Axes, DType, Shard
 
 
+class Copies(NamedTuple):
+    """A weight once for each part of a batch.
+
+    Args:
+      narrow: (parts, ...), in the dtype in which it is used.
+      wide: zeros in the dtype of the weight, which its gradient takes. Nothing reads them, so that
+        a compiler holds none; widened itself, the weight would lie twice as large before the loop.
+    """
+
+    narrow: Array
+    wide: Array
+
+    def read(self) -> Array:
+        """The values of `narrow` in the dtype of `wide`; the gradient is that of `wide`."""
+        return _read(self.narrow, self.wide)
+
+
+@jax.custom_jvp
+def _read(narrow: Array, wide: Array) -> Array:
+    return narrow.astype(wide.dtype)
+
+
+_read.defjvp(lambda primals, tangents: (_read(*primals), tangents[1]))
+
+
 class Spread(NamedTuple):
     """How a weight is brought together, and its gradients are summed.
 
@@ -35,25 +60,27 @@ class Spread(NamedTuple):
         """Its axes on a device that has it whole but for what `vocab` cuts."""
         return tuple(name if name == "vocab" else None for name in self.axes)
 
-    def copies(self, w: Array) -> Array:
+    def copies(self, w: Array) -> Copies:
         """The weight once for each part, brought together in the narrower dtype."""
         narrow = w.astype(self.compute) if self.compute.itemsize < w.dtype.itemsize else w
-        whole = self.shard(narrow, self.held).astype(w.dtype)
-        each = jnp.broadcast_to(whole[None], (self.parts, *w.shape))
-        return self.shard(each, ("batch", *self.held))
+        each = jnp.broadcast_to(self.shard(narrow, self.held)[None], (self.parts, *w.shape))
+        like = jnp.zeros((self.parts, *w.shape), w.dtype)
+        return Copies(*(self.shard(a, ("batch", *self.held)) for a in (each, like)))
 
-    def total(self, d_copies: Array) -> Array:
+    def total(self, d_wide: Array) -> Array:
         """The sum of the gradients of all parts, cut as the weight is."""
-        d = self.shard(d_copies, ("batch", *self.held)).astype(self.gradient_dtype)
-        return self.shard(add_parts(d), self.axes).astype(d_copies.dtype)
+        d = self.shard(d_wide, ("batch", *self.held)).astype(self.gradient_dtype)
+        return self.shard(add_parts(d), self.axes).astype(d_wide.dtype)
 
 
 Weights = tuple[Array, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def spread(x: Array, weights: Weights, specs: tuple[Spread, ...]) -> tuple[Array, Weights]:
-    """Returns features, and weights once for each part of their batch, (parts, ...).
+def spread(
+    x: Array, weights: Weights, specs: tuple[Spread, ...]
+) -> tuple[Array, tuple[Copies, ...]]:
+    """Returns features, and weights once for each part of their batch.
 
     What a loop does with a part's copy sends nothing: weights are brought together before it, and
     their gradients are summed over the parts after it, once, and before the features' gradient
@@ -68,11 +95,11 @@ def spread(x: Array, weights: Weights, specs: tuple[Spread, ...]) -> tuple[Array
 
 
 def _spread_bwd(
-    specs: tuple[Spread, ...], residuals: None, d: tuple[Array, Weights]
+    specs: tuple[Spread, ...], residuals: None, d: tuple[Array, tuple[Copies, ...]]
 ) -> tuple[Array, Weights]:
     del residuals
     dx, d_copies = d
-    sums = tuple(one.total(d) for one, d in zip(specs, d_copies, strict=True))
+    sums = tuple(one.total(d.wide) for one, d in zip(specs, d_copies, strict=True))
     return lax.optimization_barrier((dx, sums))
 
 

@@ -19,7 +19,7 @@ from mpjax.formats import widest
 from mpjax.formats.checks import as_array
 from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops.checks import Axes, float_dtype
-from mpjax.ops.products.dot_general import ProductSpec, product
+from mpjax.ops.products.dot_general import ProductSpec, Scales, product
 from mpjax.ops.products.quantized_operand import QuantizedOperand, opened
 from mpjax.precision import Recipe, get_recipe
 from mpjax.typing import ArrayLike, DType, DTypeLike, Key
@@ -99,6 +99,7 @@ def conv_general_dilated(
     compute_dtype: DTypeLike | None = None,
     preferred_element_type: DTypeLike | None = None,
     where: str = "conv_general_dilated",
+    scales: Scales = (None, None),
 ) -> Any:
     """`lax.conv_general_dilated` with operands, and those of both gradients, quantised.
 
@@ -121,6 +122,7 @@ def conv_general_dilated(
       compute_dtype: of operands that the recipe does not quantise; by default the dtype of x.
       preferred_element_type: of the result; by default the dtype of x.
       where: what to call the convolution in an error.
+      scales: of x and the kernel, numbers, where tensors are scaled as a whole and they are known.
 
     Returns:
       The result; with delayed scaling `(result, amax)`.
@@ -173,7 +175,7 @@ def conv_general_dilated(
         tuple(window_strides), tuple((int(a), int(b)) for a, b in padding), dilations, numbers,
         feature_group_count,
     )  # fmt: skip
-    y, amax = product(x, kernel, ProductSpec(op, recipe, compute, output, where), key, amax)
+    y, amax = product(x, kernel, ProductSpec(op, recipe, compute, output, where), key, amax, scales)
     return y if amax is None else (y, amax)
 
 
@@ -260,6 +262,7 @@ def convolution(
     key: Key | None = None,
     amax: AmaxHistory | None = None,
     where: str = "convolution",
+    scales: Scales = (None, None),
 ) -> Any:
     r"""Convolves images with a kernel under a policy, zeros around (`SAME`).
 
@@ -280,6 +283,7 @@ def convolution(
       key: random key, for recipes that draw.
       amax: state of delayed scaling.
       where: path of the module, for errors.
+      scales: as in `conv_general_dilated`.
 
     Returns:
       (N, ceil(H / s), ceil(W / s), F) in the output dtype; with delayed scaling `(y, amax)`.
@@ -300,6 +304,6 @@ def convolution(
     if recipe is None:
         return _convolution(x, kernel, policy, jnp.dtype(gradient_dtype), strides)
     return conv_general_dilated(
-        x, kernel, strides, "SAME", recipe, key=key, amax=amax, where=where,
+        x, kernel, strides, "SAME", recipe, key=key, amax=amax, where=where, scales=scales,
         compute_dtype=policy.compute_dtype, preferred_element_type=policy.output_dtype,
     )  # fmt: skip

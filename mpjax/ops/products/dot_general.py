@@ -29,14 +29,17 @@ from mpjax.precision import Recipe, get_recipe
 from mpjax.typing import Array, ArrayLike, DType, DTypeLike, Key, PyTree, Shard, Tree
 
 PRNG = "threefry2x32"
-# a, b, the key's words, amax and observed amax of delayed scaling; the result and observed amax
-Inputs: TypeAlias = tuple[Array, Array, Array | None, Array | None, Array | None]
+Scales: TypeAlias = tuple[Array | None, Array | None]  # of a and b, where they are known
+# a, b, the key's words, amax and observed amax of delayed scaling, known scales of a and b; the
+# result and observed amax
+Inputs: TypeAlias = tuple[Array, Array, Array | None, Array | None, Array | None, Scales]
 Result: TypeAlias = tuple[Array, Array | None]
-# a, b, dy, the key's words and amax; the gradients of a and b
-Pulled: TypeAlias = tuple[Array, Array, Array, Array | None, Array | None]
+# a, b, dy, the key's words, amax and scales; the gradients of a and b
+Pulled: TypeAlias = tuple[Array, Array, Array, Array | None, Array | None, Scales]
 Gradients: TypeAlias = tuple[Array, Array]
 PullResult: TypeAlias = tuple[Gradients, Array | None]  # and the amax of dy
-_Point: TypeAlias = tuple[Array, Array, Array | None, Array | None]  # a, b, key's words, amax
+# a, b, the key's words, amax, scales
+_Point: TypeAlias = tuple[Array, Array, Array | None, Array | None, Scales]
 
 
 class Bilinear(Protocol):
@@ -197,12 +200,16 @@ def _part(amax: Array | None, number: int) -> Array | None:
 # equal shapes share a program.
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _multiply(operands: Inputs, spec: ProductSpec) -> Result:
-    a, b, key, amax, observed_amax = operands
+    a, b, key, amax, observed_amax, scales = operands
     recipe, ((x_axes, w_axes), *_) = spec.recipe, spec.op.axes(a, b)
     x = a.astype(spec.compute)
-    left = quantize_operand(x, recipe.fprop[0], x_axes, _key(key, 0), spec.compute, _part(amax, 0))
+    left = quantize_operand(
+        x, recipe.fprop[0], x_axes, _key(key, 0), spec.compute, _part(amax, 0), scales[0]
+    )
     # a weight is quantised from its stored dtype: a cast first would round it twice
-    right = quantize_operand(b, recipe.fprop[1], w_axes, _key(key, 1), spec.compute, _part(amax, 1))
+    right = quantize_operand(
+        b, recipe.fprop[1], w_axes, _key(key, 1), spec.compute, _part(amax, 1), scales[1]
+    )
     y = spec.op.fprop(left, right, recipe).astype(spec.output)
     if observed_amax is not None:
         now = [amax_of(v, v.shape).reshape(()) for v in (x, b)]
@@ -267,10 +274,10 @@ class OfProduct(NamedTuple):
 
     def along(self, outs: Result, operands: Inputs, tangents: Inputs) -> Result:
         """The tangents of its results."""
-        a, b, key, amax, _ = operands
-        da, db, _, _, d_observed = tangents
+        a, b, key, amax, _, scales = operands
+        da, db, _, _, d_observed, _ = tangents
         # The residual is x in the compute dtype; the cast of W is repeated, to save memory.
-        at = a.astype(self.spec.compute), b, key, amax
+        at = a.astype(self.spec.compute), b, key, amax, scales
         return LinearMap("push", self.spec).bind(at, (da, db, d_observed), outs)
 
     def derivative(self, outs: Result, operands: Inputs, tangents: Inputs) -> tuple[Result, Result]:
@@ -282,22 +289,24 @@ class OfProduct(NamedTuple):
 def _push(
     spec: ProductSpec, at: _Point, tangents: tuple[Array, Array, Array | None]
 ) -> tuple[Array, Array | None]:
-    a, b, key, amax = at
+    a, b, key, amax, (a_scale, b_scale) = at
     da, db, d_observed = tangents
-    left = _product((da, b, _folded(key, _FOR_X), _fresh(amax, 0), None), spec)[0]
-    right = _product((a, db, _folded(key, _FOR_W), _fresh(amax, 1), None), spec)[0]
+    left = _product((da, b, _folded(key, _FOR_X), _fresh(amax, 0), None, (None, b_scale)), spec)[0]
+    right = _product((a, db, _folded(key, _FOR_W), _fresh(amax, 1), None, (a_scale, None)), spec)[0]
     return left + right, d_observed
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _pull_back(spec: ProductSpec, like: DType | None, operands: Pulled) -> PullResult:
-    x, b, dy, key, amax = operands
+    x, b, dy, key, amax, scales = operands
     recipe, compute = spec.recipe, spec.compute
     x, dy = x.astype(compute), dy.astype(compute)
     _, (dy_axes, b_axes), (x_axes, dy_tokens) = spec.op.axes(x, b)
 
     left = quantize_operand(dy, recipe.dgrad[0], dy_axes, _key(key, 2), compute, _part(amax, 2))
-    right = quantize_operand(b, recipe.dgrad[1], b_axes, _key(key, 3), compute, _part(amax, 1))
+    right = quantize_operand(
+        b, recipe.dgrad[1], b_axes, _key(key, 3), compute, _part(amax, 1), scales[1]
+    )
     dx = spec.op.dgrad(left, right, recipe, x)
 
     tokens, gradient = x, dy
@@ -307,7 +316,9 @@ def _pull_back(spec: ProductSpec, like: DType | None, operands: Pulled) -> PullR
         signs = jax.random.rademacher(sign_key, (recipe.hadamard,), jnp.float32)
         tokens = hadamard(x, x_axes[-1], signs)
         gradient = hadamard(dy, dy_tokens[-1], signs)
-    left = quantize_operand(tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0))
+    left = quantize_operand(
+        tokens, recipe.wgrad[0], x_axes, _key(key, 5), compute, _part(amax, 0), scales[0]
+    )
     right = quantize_operand(
         gradient, recipe.wgrad[1], dy_tokens, _key(key, 6), compute, _part(amax, 2)
     )
@@ -331,13 +342,13 @@ class OfPull(NamedTuple):
         self, outs: Gradients, operands: Pulled, tangents: Pulled
     ) -> tuple[Gradients, Gradients]:
         """See `mpjax.ops.products.linear_map.Rule`."""
-        (a, b, dy, key, amax), (da, db, ddy, _, _) = operands, tangents
+        (a, b, dy, key, amax, scales), (da, db, ddy, *_) = operands, tangents
         own = _fresh(amax, 2)
         if amax is not None:  # the history belongs to another dy
-            still = lax.stop_gradient((a, b, dy, key, own))
+            still = lax.stop_gradient((a, b, dy, key, own, scales))
             outs, _ = _pull_back(self.spec._replace(where=""), self.like, still)
-        outs = with_derivative(self, outs, (a, b, dy, key, own))
-        along = LinearMap("pull", *self).bind((a, b, key, own), (ddy,), outs)
+        outs = with_derivative(self, outs, (a, b, dy, key, own, scales))
+        along = LinearMap("pull", *self).bind((a, b, key, own, scales), (ddy,), outs)
         across = LinearMap("cross", *self).bind((dy, key, own), (da, db), outs)
         return outs, (along[0] + across[0], along[1] + across[1])
 
@@ -374,10 +385,11 @@ class LinearMap(NamedTuple):
         if self.kind == "push":
             return _push(spec, at, tangents)
         if self.kind == "pull":
-            (a, b, key, amax), (dy,) = at, tangents
-            return _pull(spec, self.like, (a, b, dy, _folded(key, _FOR_DY), _fresh(amax, 2)))[0]
+            (a, b, key, amax, scales), (dy,) = at, tangents
+            operands = a, b, dy, _folded(key, _FOR_DY), _fresh(amax, 2), scales
+            return _pull(spec, self.like, operands)[0]
         (dy, key, amax), (a, b) = at, tangents
-        operands = a, b, dy, _folded(key, _FOR_BOTH), _fresh(amax, 0, 1, 2)
+        operands = a, b, dy, _folded(key, _FOR_BOTH), _fresh(amax, 0, 1, 2), (None, None)
         return _pull(spec, self.like, operands)[0]
 
     def transpose(self, at: PyTree, cotangents: Sequence[Array], tangents: PyTree) -> PyTree:
@@ -387,8 +399,8 @@ class LinearMap(NamedTuple):
             return (_push(self.spec, at, (da, db, None))[0].astype(tangents[0].dtype),)
         if self.kind == "cross":
             return self._replace(like=tangents[0].dtype).apply(at, cotangents)
-        (a, b, key, amax), (dy, *observed_amax) = at, cotangents
-        (da, db), now = _pull(self.spec, tangents[0].dtype, (a, b, dy, key, amax))
+        (a, b, key, amax, scales), (dy, *observed_amax) = at, cotangents
+        (da, db), now = _pull(self.spec, tangents[0].dtype, (a, b, dy, key, amax, scales))
         if now is None or not observed_amax:
             return da, db
         zero = jnp.float32(0)
@@ -397,9 +409,22 @@ class LinearMap(NamedTuple):
 
 
 def product(
-    a: Array, b: Array, spec: ProductSpec, key: Key | None, amax: AmaxHistory | None
+    a: Array,
+    b: Array,
+    spec: ProductSpec,
+    key: Key | None,
+    amax: AmaxHistory | None,
+    scales: Scales = (None, None),
 ) -> tuple[Array, AmaxHistory | None]:
     """Multiplies under a recipe; for `dot_general`, `conv_general_dilated` and `linear`.
+
+    Args:
+      a: the left operand.
+      b: the right one.
+      spec: the product.
+      key: random key, for recipes that draw.
+      amax: state of delayed scaling.
+      scales: of a, one for fprop and wgrad, and of b, for fprop and dgrad, where they are known.
 
     Raises:
       ConfigError: delayed scaling without its state, a state that the recipe does not use, or
@@ -409,7 +434,7 @@ def product(
     past = observed = None
     if amax is not None:
         past, observed = amax.amax * jnp.float32(2.0**spec.recipe.margin), amax.observed_amax
-    y, observed = _product((a, b, key_data(key, spec.where), past, observed), spec)
+    y, observed = _product((a, b, key_data(key, spec.where), past, observed, scales), spec)
     if amax is not None and observed is not None:
         amax = amax._replace(observed_amax=observed)
     return y, amax

@@ -62,19 +62,23 @@ class QuantizedOperand(NamedTuple):
 
 def quantize_operand(
     x: Array, operand: Operand | None, axes: Axes, key: Key | None, compute: DTypeLike,
-    amax: Array | None = None,
+    amax: Array | None = None, scale: Array | None = None,
 ) -> QuantizedOperand:  # fmt: skip
     """Quantises an operand along the axes that its product sums over.
 
     Args:
       amax: of delayed scaling, margin included; where it is 0 the tensor's own is used.
+      scale: of the whole tensor, where it is known.
     """
     if operand is None:
         return QuantizedOperand(x.astype(compute), None, x.shape, None, False, False, 0.0)
     format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
     tile = scaling.tiles(x.shape, axes)
     scaled = scaling.kind != "none"
-    if amax is not None:
+    current = None
+    if scale is not None:
+        scales = scale.reshape((1,) * x.ndim)
+    elif amax is not None:
         current = amax_of(x, tile)
         scales = to_scale(jnp.where(amax > 0, amax, current), format, operand.scales_rounded)
     else:
