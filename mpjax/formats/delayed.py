@@ -52,6 +52,10 @@ class AmaxHistory(NamedTuple):
         zeros = jnp.zeros((*layers, 3), jnp.float32)
         return cls(jnp.zeros((*layers, 3, steps), jnp.float32), zeros, zeros + 0)
 
+    def past(self, margin: int) -> Array:
+        """Returns the amax of past steps times 2^margin, from which the scales come."""
+        return self.amax * jnp.float32(2.0**margin)
+
     def begin(self, loss_scale: ArrayLike) -> AmaxHistory:
         """Returns the state for a step whose gradients are multiplied by the loss scale."""
         amax = self.amax.at[..., 2].multiply(loss_scale)

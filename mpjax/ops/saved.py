@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax.errors import ConfigError
-from mpjax.formats import Format, Scaling, quantize
-from mpjax.formats.quantize import find_scales
+from mpjax.formats import Format, quantize
+from mpjax.formats.delayed import AmaxHistory
 from mpjax.formats.quantized import Quantized
+from mpjax.ops.products.quantized_operand import operand_scales
 from mpjax.precision import Operand, Recipe, Residuals
 from mpjax.typing import Array, DTypeLike, PyTree
 
@@ -110,8 +111,9 @@ def _rounded(x: Array, residuals: Residuals, operand: Operand | None, parts: int
 
 
 def known_scales(
-    saved: Saved, kernel: Array, recipe: Recipe | None, dtype: DTypeLike
-) -> tuple[Array | None, Array | None]:
+    saved: Saved, kernel: Array, recipe: Recipe | None, dtype: DTypeLike,
+    amax: AmaxHistory | None = None,
+) -> tuple[Array | None, Array | None]:  # fmt: skip
     """Returns the scales of two operands that the backward pass of a product must not find again.
 
     It could: they are those of what was kept. But several devices would ask each other for them
@@ -123,26 +125,27 @@ def known_scales(
       kernel: the right one.
       recipe: of the product.
       dtype: in which it multiplies.
+      amax: state of delayed scaling.
 
     Returns:
       A number for each that is scaled as a whole, alike in both passes; else None.
     """
-    if recipe is None or recipe.history or saved.low is None:
+    if recipe is None or saved.low is None:
         return None, None
+    past = None if amax is None else amax.past(recipe.margin)
 
-    def scale(x: Array, first: Operand | None, again: Operand | None) -> Array | None:
+    def scale(x: Array, first: Operand | None, again: Operand | None, number: int) -> Array | None:
         if first is None or again is None or (first.scaling, again.scaling) != ("tensor",) * 2:
             return None
         if (first.format, first.scales_rounded) != (again.format, again.scales_rounded):
             return None
-        format, scaling = Format(first.format), Scaling.parse(first.scaling)
-        still = lax.stop_gradient(x)
-        return find_scales(still, format, scaling, x.shape, first.scales_rounded)[0].reshape(())
+        own = None if past is None else past[number]
+        return operand_scales(lax.stop_gradient(x), first, x.shape, own).reshape(())
 
     x, first = saved.x.astype(dtype), recipe.fprop[0]
     own = isinstance(saved.low, Quantized) and first and saved.low.format == Format(first.format)
-    left = scale(x, first, recipe.wgrad[0]) if own and not recipe.hadamard else None
-    return left, scale(kernel, recipe.fprop[1], recipe.dgrad[1])
+    left = scale(x, first, recipe.wgrad[0], 0) if own and not recipe.hadamard else None
+    return left, scale(kernel, recipe.fprop[1], recipe.dgrad[1], 1)
 
 
 def from_saved(function: Callable[..., _Out], saved: tuple[Saved, ...], *others: PyTree) -> _Out:

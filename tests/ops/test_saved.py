@@ -14,6 +14,7 @@ import pytest
 from mpjax import ops
 from mpjax.errors import ConfigError
 from mpjax.formats import Quantized
+from mpjax.formats.delayed import AmaxHistory
 from mpjax.ops import Saved, from_saved, known_scales, save_for_backward
 from mpjax.precision import Operand, Residuals, get_recipe, parse_policy
 
@@ -153,7 +154,7 @@ def test_a_number_among_the_arguments_stays_one() -> None:
 
 @pytest.mark.parametrize(
     ("recipe", "left", "right"),
-    [("fp8", True, True), ("fp8-delayed", False, False), ("int8", False, False),
+    [("fp8", True, True), ("int8", False, False),
      ("mxfp8", False, False), ("fp8-block", False, False), (None, False, False)],
 )  # fmt: skip
 def test_scales_are_known_where_both_passes_share_them(
@@ -170,6 +171,18 @@ def test_scales_are_known_where_both_passes_share_them(
             np.testing.assert_allclose(float(scale), want, rtol=1e-6)
         other = save_for_backward(X, Residuals("e5m2"))  # not the numbers that are multiplied
         assert known_scales(other, W, chosen, jnp.bfloat16)[0] is None
+
+
+def test_under_delayed_scaling_a_scale_comes_from_the_history() -> None:
+    recipe = get_recipe("fp8-delayed")
+    amax = AmaxHistory.empty(4)._replace(amax=jnp.array([3.0, 0.0, 0.0]))
+    saved = save_for_backward(X, E4M3, recipe.fprop[0])
+    x, w = known_scales(saved, W, recipe, jnp.bfloat16, amax)
+    assert x is not None and w is not None
+    np.testing.assert_allclose(float(x), 3 * 2.0**recipe.margin / 448, rtol=1e-6)
+    np.testing.assert_allclose(float(w), np.abs(np.asarray(W)).max() / 448, rtol=1e-6)
+    full = save_for_backward(X.at[0, 0].set(jnp.inf), E4M3, recipe.fprop[0])
+    assert np.isnan(float(known_scales(full, W, recipe, jnp.bfloat16, amax)[0]))  # type: ignore[arg-type]
 
 
 def test_a_known_scale_changes_no_bit() -> None:

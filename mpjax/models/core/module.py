@@ -169,7 +169,7 @@ class Layer(nn.Module):
         """
         recipe, key, amax = quantization(self)
         policy, saved = self.policy(), x if isinstance(x, ops.Saved) else ops.Saved(x)
-        scales = ops.known_scales(saved, kernel, recipe, policy.compute_dtype)
+        scales = ops.known_scales(saved, kernel, recipe, policy.compute_dtype, amax)
 
         def multiplied(
             x: Array, kernel: Array, key: Key | None, amax: AmaxHistory | None, scales: PyTree

@@ -433,7 +433,7 @@ def product(
     check_operands(a, b, spec, amax)
     past = observed = None
     if amax is not None:
-        past, observed = amax.amax * jnp.float32(2.0**spec.recipe.margin), amax.observed_amax
+        past, observed = amax.past(spec.recipe.margin), amax.observed_amax
     y, observed = _product((a, b, key_data(key, spec.where), past, observed, scales), spec)
     if amax is not None and observed is not None:
         amax = amax._replace(observed_amax=observed)

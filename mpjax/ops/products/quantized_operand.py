@@ -74,22 +74,35 @@ def quantize_operand(
         return QuantizedOperand(x.astype(compute), None, x.shape, None, False, False, 0.0)
     format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
     tile = scaling.tiles(x.shape, axes)
-    scaled = scaling.kind != "none"
-    current = None
-    if scale is not None:
-        scales = scale.reshape((1,) * x.ndim)
-    elif amax is not None:
-        current = amax_of(x, tile)
-        scales = to_scale(jnp.where(amax > 0, amax, current), format, operand.scales_rounded)
+    if scale is None:
+        scales = operand_scales(x, operand, tile, amax)
     else:
-        current = None if scaled else amax_of(x, tile)
-        scales, whole = find_scales(x, format, scaling, tile, operand.scales_rounded)
-        scales = scales if whole is None else scales * whole
-    if current is not None:  # these scales do not come from x: inf would saturate unnoticed
-        scales = select(lax.is_finite(current), scales, np.float32(np.nan))
+        scales = scale.reshape((1,) * x.ndim)
     values = scaled_values(x, scales, format, tile, operand.rounding, key)
-    short, top = is_short(operand), format.max if scaled else 0.0
+    short, top = is_short(operand), 0.0 if scaling.kind == "none" else format.max
     return QuantizedOperand(values, scales, tile, format, scaling.blocks, short, top)
+
+
+def operand_scales(x: Array, operand: Operand, tile: Shape, amax: Array | None = None) -> Array:
+    """Returns the scales of an operand, one for each tile.
+
+    Args:
+      x: the operand.
+      operand: how it is quantised.
+      tile: that shares a scale.
+      amax: of delayed scaling, margin included; where it is 0 the tensor's own is used.
+    """
+    format, scaling = Format(operand.format), Scaling.parse(operand.scaling)
+    if amax is None and scaling.kind != "none":
+        scales, whole = find_scales(x, format, scaling, tile, operand.scales_rounded)
+        return scales if whole is None else scales * whole
+    current = amax_of(x, tile)
+    if amax is None:
+        scales, _ = find_scales(x, format, scaling, tile, operand.scales_rounded)
+    else:
+        scales = to_scale(jnp.where(amax > 0, amax, current), format, operand.scales_rounded)
+    # they do not come from x: inf would saturate unnoticed
+    return select(lax.is_finite(current), scales, np.float32(np.nan))
 
 
 def is_short(operand: Operand | None) -> bool:
