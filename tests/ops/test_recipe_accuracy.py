@@ -163,7 +163,7 @@ def _forget() -> None:
 
 def test_operands_that_are_not_quantised_are_noticed(swap_quantize: Any) -> None:
     def wide(
-        x: Any, operand: Any, axes: Any, key: Any, compute: Any, amax: Any = None
+        x: Any, operand: Any, axes: Any, key: Any, compute: Any, *known: Any
     ) -> QuantizedOperand:
         return quantize_operand(x, None, axes, key, compute)
 
@@ -176,12 +176,12 @@ def _other_axis(backward_only: bool) -> Any:
     calls: list[Any] = []
 
     def wrong(
-        x: Any, operand: Any, axes: Any, key: Any, compute: Any, amax: Any = None
+        x: Any, operand: Any, axes: Any, key: Any, compute: Any, *known: Any
     ) -> QuantizedOperand:
         calls.append(axes)
         if len(calls) > 2 or not backward_only:  # the first two are the forward product's
             axes = (1 - axes[0],)
-        return quantize_operand(x, operand, axes, key, compute, amax)
+        return quantize_operand(x, operand, axes, key, compute, *known)
 
     return wrong
 
