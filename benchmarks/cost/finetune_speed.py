@@ -3,8 +3,8 @@
 Run:       python -m benchmarks.cost.finetune_speed [--tpu]
            in an environment that has torch and transformers too: pip install torch transformers;
            with --tpu and libtpu, the memory of a TPU v5e too, which takes half an hour to compile
-Expected:  equal losses, so that it is the same model; bf16 gains no time on a CPU, but memory
-           there and on a TPU.
+Expected:  equal losses, so that it is the same model; bf16 takes less time where a CPU has units
+           for it, and less memory there and on a TPU.
 
 One step is one batch of MiniLM's shape (6 x 384) with a head of two classes: forward, backward,
 clipping, AdamW, all in one process on the same cores. torch starts from the weights that
@@ -13,12 +13,10 @@ clipping, AdamW, all in one process on the same cores. torch starts from the wei
 
 from __future__ import annotations
 
+import importlib
 import os
-import random
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ import jax  # isort: skip
 import numpy as np
 
 from benchmarks.common.page import write
+from benchmarks.common.turns import HEAD, Step, take_turns
 from mpjax.markdown import table
 from mpjax.models import encoder
 from mpjax.models.hf import save_checkpoint
@@ -37,17 +36,10 @@ from mpjax.optim import make_optimizer
 from mpjax.tasks import TextClassification
 from mpjax.train import build
 
-try:
-    import torch
-    import transformers
-except ImportError as error:
-    sys.exit(f"finetune_speed: {error}; pip install torch transformers")
-
 BATCH, LENGTH, LR, WARM, ROUNDS = 32, 64, 1e-4, 2, 12
 TIMED = ("fp32", "bf16")
 MEASURED = ("fp32", "bf16", "fp16", "fp8", "pure-bf16-sr", "adam8bit")
 TPU = "v5e:2x2"
-Step = Callable[[], float]  # takes one step, returns the loss before it
 
 
 def model_in(precision: str) -> Any:
@@ -77,7 +69,12 @@ def batch() -> dict[str, Any]:
 def ours(precision: str) -> Step:
     """A step of ours."""
     _, state, step = started(precision)
-    held, data = [state], batch()
+    return stepped(state, step, batch())
+
+
+def stepped(state: Any, step: Any, data: dict[str, Any]) -> Step:
+    """Steps that go on from each other."""
+    held = [state]
 
     def run() -> float:
         held[0], metrics = step(held[0], data)
@@ -86,64 +83,17 @@ def ours(precision: str) -> Step:
     return run
 
 
-def theirs(folder: Path, low: bool, compiled: bool) -> Step:
-    """A step of torch; `low` under autocast to bfloat16."""
-    model = transformers.BertForSequenceClassification.from_pretrained(folder).train()
-    assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
-    run_model = torch.compile(model) if compiled else model
-    data = {name: torch.from_numpy(x.astype(np.int64)) for name, x in batch().items()}
-
-    def run() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            loss = run_model(data["ids"], attention_mask=data["keep"], labels=data["labels"]).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return run
-
-
-def sides(folder: Path) -> dict[str, Step]:
-    """What is timed."""
-    found = {f"mpjax {precision}": ours(precision) for precision in TIMED}
-    for compiled in (False, True):
-        for low in (False, True):
-            name = f"torch {'compiled ' * compiled}{'bf16 autocast' if low else 'fp32'}"
-            found[name] = theirs(folder, low, compiled)
-    return found
-
-
-def speeds() -> tuple[str, bool]:
+def speeds(torch_steps: Any) -> tuple[str, bool]:
     """A table, and whether the first losses in float32 agree."""
     with tempfile.TemporaryDirectory() as folder:
         model, state, _ = started("fp32")
         save_checkpoint(Path(folder) / "model", model, state.params)
-        steps = sides(Path(folder) / "model")
-    losses = {name: [run() for _ in range(WARM)] for name, run in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order = random.Random(0)
-    for _ in range(ROUNDS):
-        for name in order.sample(list(steps), len(steps)):
-            began = time.perf_counter()
-            losses[name].append(steps[name]())
-            times[name].append(time.perf_counter() - began)
-    mine = np.array(times["mpjax fp32"])
-    rows = []
-    for name, taken in times.items():
-        ratio = np.array(taken) / mine
-        low, middle, high = np.percentile(ratio, [10, 50, 90])
-        rows.append([
-            name, f"{1e3 * np.median(taken):.0f}", f"{BATCH * LENGTH / np.median(taken):,.0f}",
-            f"{middle:.2f} ({low:.2f} to {high:.2f})", f"{losses[name][0]:.6f}",
-            f"{losses[name][-1]:.4f}",
-        ])  # fmt: skip
-    head = ["side", "ms a step", "tokens/s", "time / mpjax fp32 (10 to 90 %)", "first loss", "last"]
-    full = [losses[name] for name in losses if name.endswith("fp32")]
-    same = float(np.ptp([one[0] for one in full])) < 1e-5
-    return table(head, rows), same
+        steps = {f"mpjax {precision}": ours(precision) for precision in TIMED}
+        steps |= torch_steps.sides(torch_steps.minilm, Path(folder) / "model", batch(), LR)
+    turns = take_turns(steps, WARM, ROUNDS)
+    head = [name.format("mpjax fp32") for name in HEAD]
+    text = table(head, turns.rows("mpjax fp32", BATCH * LENGTH))
+    return text, turns.spread_of_first("fp32") < 1e-5
 
 
 def tpu_device() -> Any:
@@ -183,13 +133,12 @@ def memory() -> str:
 
 def main() -> bool:
     """Measures and writes the page; whether both sides had the same losses."""
-    found, same = speeds()
+    torch_steps = importlib.import_module("benchmarks.cost.torch_steps")  # says what is missing
+    found, same = speeds(torch_steps)
     sizes = memory()
     about = (__doc__ or "").split("\n\n")[-1]
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     body = [
-        f"{about}\n{BATCH} x {LENGTH} tokens a step, {ROUNDS} rounds; {versions},"
-        f" {torch.get_num_threads()} threads.",
+        f"{about}\n{BATCH} x {LENGTH} tokens a step, {ROUNDS} rounds; {torch_steps.VERSIONS}.",
         found,
         f"First losses in float32 {'agree within 1e-5' if same else '**differ**'}.",
         "Peak memory as compiled (`memory_analysis()`), the donated state counted once:",
